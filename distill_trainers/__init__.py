@@ -1,0 +1,45 @@
+"""distill_trainers: train small language models on what large ones know.
+
+Shape suffixes used in the package: B rows of a batch, T positions, N trained tokens, n tokens of a chunk, D hidden
+size, V vocabulary, P prompt positions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "GKDConfig": "trainers.gkd",
+    "GKDTrainer": "trainers.gkd",
+    "DistillConfig": "trainers.config",
+    "DistillTrainer": "trainers.base",
+    "LocalTeacher": "teachers.local",
+    "Teacher": "teachers.base",
+    "make_student": "students",
+    "import_gguf": "gguf",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from .gguf import import_gguf
+    from .students import make_student
+    from .teachers.base import Teacher
+    from .teachers.local import LocalTeacher
+    from .trainers.base import DistillTrainer
+    from .trainers.config import DistillConfig
+    from .trainers.gkd import GKDConfig, GKDTrainer
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the package itself imports in milliseconds."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

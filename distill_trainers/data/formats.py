@@ -1,0 +1,164 @@
+"""Dataset layouts: which columns make which type of dataset, and how rows of each are brought into one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from distill_trainers.exceptions import DatasetError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+DatasetType = Literal["tokenized", "preference", "prompt_completion", "messages", "prompt", "text"]
+Message = dict[str, Any]
+
+LAYOUTS: dict[str, str] = {
+    "tokenized": "input_ids, optionally with loss_mask, completion_mask or labels (-100 = not trained)",
+    "prompt_completion": "prompt + completion (both strings, or both lists of messages)",
+    "messages": "messages (list of {role, content}) or conversations (ShareGPT: list of {from, value})",
+    "prompt": "prompt alone (string or list of messages), for on-policy training",
+    "text": "text (string), every token trained",
+}
+
+# ShareGPT and its relatives name the speakers differently from the roles that chat templates know.
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+
+
+def detect_dataset_type(row: Mapping[str, Any], *, name: str = "train") -> DatasetType:
+    """The type of a dataset, read off the columns of one of its rows.
+
+    `prompt` + `completion` wins over `messages`, which wins over `prompt` alone (chat datasets often carry their
+    first question in a `prompt` column besides the whole conversation).
+
+    Raises:
+        DatasetError: no layout fits, or the rows are preference pairs, which distillation on completions cannot use.
+    """
+    if "input_ids" in row:
+        return "tokenized"
+    if "chosen" in row and "rejected" in row:
+        raise DatasetError(
+            f"Dataset {name!r} holds preference pairs (columns {sorted(row)}), but this trainer learns from one "
+            "completion per prompt. Train on pairs with a preference method (DPKD), or keep the preferred side with "
+            "column_mapping={'chosen': 'completion'}."
+        )
+    if "prompt" in row and "completion" in row:
+        return "prompt_completion"
+    if "messages" in row or "conversations" in row:
+        return "messages"
+    if "prompt" in row:
+        return "prompt"
+    if "text" in row:
+        return "text"
+    layouts = "\n".join(f"  - {text}" for text in LAYOUTS.values())
+    raise DatasetError(
+        f"Dataset {name!r} has the columns {sorted(row)}, which fit none of the accepted layouts:\n{layouts}\n"
+        "Rename its columns with column_mapping, a table from the dataset's names to these, for example "
+        "{question: prompt, answer: completion} (in Python: dataset.rename_columns)."
+    )
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a column value is a non-empty list of messages."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def to_chatml(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages as {role, content} with the roles that chat templates know; the input is left as it was.
+
+    Accepts ShareGPT's {from, value} and its speakers (human, gpt, observation, function_call).
+
+    Raises:
+        DatasetError: a message that has no role.
+    """
+    from trl.data_utils import maybe_convert_to_chatml
+
+    # TRL renames the keys in place, hence the copies.
+    converted = maybe_convert_to_chatml({"messages": [dict(message) for message in messages]})["messages"]
+    for message in converted:
+        if not message.get("role"):
+            raise DatasetError(
+                f"A message with the keys {sorted(message)} has no role. Expected {{role, content}} or {{from, value}}."
+            )
+        message["role"] = _ROLES.get(message["role"], message["role"])
+    return converted
+
+
+def as_messages(value: Any, *, role: str) -> list[Message]:
+    """A column value as messages: a conversation is converted, a string becomes one message of `role`."""
+    if value is None or value == "" or value == []:
+        return []
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if is_conversation(value):
+        return to_chatml(value)
+    raise DatasetError(
+        f"Expected a string or a list of messages ({{role, content}}), got {type(value).__name__}: {value!r:.80}."
+    )
+
+
+def as_text(value: Any, *, column: str) -> str:
+    """A column value as text; a missing value is the empty string.
+
+    Raises:
+        DatasetError: the value is something else (a number, a list, …).
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    raise DatasetError(
+        f"Column {column!r} holds {type(value).__name__} ({value!r:.80}), expected a string"
+        + (" or a list of messages. " if column != "text" else ". ")
+        + "Convert it with dataset.map, or name another column in column_mapping."
+    )
+
+
+def first_row(dataset: Dataset | IterableDataset, *, name: str = "train") -> dict[str, Any]:
+    """The first row; of a stream it is read without using it up.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    for row in dataset:
+        return row
+    raise DatasetError(f"Dataset {name!r} is empty: there is no row to train on. Check its path, split and filters.")
+
+
+def apply_column_mapping(
+    dataset: Dataset | IterableDataset, mapping: Mapping[str, str] | None, *, name: str = "train"
+) -> Dataset | IterableDataset:
+    """Renames columns: `mapping` goes from the dataset's names to those of a layout, e.g. {question: prompt}.
+
+    Raises:
+        DatasetError: a column to rename is missing, or a new name is taken or given twice.
+    """
+    if not mapping:
+        return dataset
+    columns = dataset.column_names or list(first_row(dataset, name=name))
+    missing = [column for column in mapping if column not in columns]
+    if missing:
+        hint = ""
+        if set(mapping.values()) <= set(columns):
+            hint = " It looks turned round: write {dataset column: layout column}."
+        raise DatasetError(
+            f"column_mapping names columns that dataset {name!r} does not have: {missing}. Its columns are "
+            f"{sorted(columns)}.{hint}"
+        )
+    targets = list(mapping.values())
+    untouched = set(columns) - set(mapping)
+    clashes = sorted({target for target in targets if target in untouched or targets.count(target) > 1})
+    if clashes:
+        raise DatasetError(
+            f"column_mapping would give dataset {name!r} the columns {clashes} twice. Rename or remove the present ones "
+            "first (dataset.remove_columns)."
+        )
+    return dataset.rename_columns({old: new for old, new in mapping.items() if old != new})

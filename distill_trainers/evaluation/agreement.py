@@ -1,0 +1,46 @@
+"""How near the student is to its teacher on given tokens (teacher-forced), token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..losses.divergences import forward_kl
+from ..signals import TokenLogits
+
+AGREEMENT_TERMS = ("nll", "teacher_nll", "kl", "top1_agreement")
+
+
+def agreement_terms(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Per-token measures `[n]` at temperature 1.
+
+    Returns:
+        nll, teacher_nll: −log q(y) and −log p(y) of the given tokens, in nats.
+        kl: forward KL(p‖q) in nats.
+        top1_agreement: 1 where both models would take the same token.
+    """
+    student_logps, teacher_logps = student.logps(), teacher.logps()
+    labels = tokens["labels"].unsqueeze(-1)
+    same = student_logps.argmax(-1) == teacher_logps.argmax(-1)
+    return {
+        "nll": -student_logps.gather(-1, labels).squeeze(-1),
+        "teacher_nll": -teacher_logps.gather(-1, labels).squeeze(-1),
+        "kl": forward_kl(student_logps, teacher_logps),
+        "top1_agreement": same.to(student_logps.dtype),
+    }
+
+
+def agreement_metrics(means: Mapping[str, float]) -> dict[str, float]:
+    """Token means to reported metrics: perplexities beside KL (nats/token) and top-1 agreement (share of tokens)."""
+    return {
+        "perplexity": _exp(means["nll"]),
+        "teacher_perplexity": _exp(means["teacher_nll"]),
+        "kl": means["kl"],
+        "top1_agreement": means["top1_agreement"],
+    }
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf

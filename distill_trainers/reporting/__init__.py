@@ -1,0 +1,1 @@
+"""What a run shows for itself: its model card, its plots."""

@@ -1,0 +1,7 @@
+"""Teachers: interchangeable sources of a signal for each trained token."""
+
+from .base import Teacher
+from .local import LocalTeacher
+from .vocabulary import shared_vocabulary
+
+__all__ = ["LocalTeacher", "Teacher", "shared_vocabulary"]

@@ -1,0 +1,81 @@
+"""A teacher that runs in this process: any Hugging Face causal LM, whole or sharded with the student."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..exceptions import ConfigurationError
+from ..signals import HiddenStates, Logits, TeacherSignal
+from .base import Teacher
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class LocalTeacher(Teacher):
+    """A causal LM, frozen and in eval mode, kept in its own dtype.
+
+    It answers with last hidden states and its head: exact, and `V / D` times smaller than logits. A model whose
+    logits cannot be rebuilt from those (found out on the first batch) answers with logits instead.
+    """
+
+    provides = frozenset({"distribution", "completions"})
+
+    def __init__(self, model: nn.Module, name: str | None = None):
+        if models.causal_lm_of(model).config.is_encoder_decoder:
+            raise ConfigurationError(f"The teacher {type(model).__name__} is an encoder-decoder; expected a causal LM.")
+        self.name = name or models.source_of(model) or type(model).__name__
+        self._fingerprint = _weights_fingerprint(model)  # while the weights are whole
+        self.model = models.install_token_forward(model)
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self._fused: bool | None = None
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        self.model = models.prepare_frozen(self.model, accelerator)
+
+    @torch.no_grad()
+    def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
+        self.model.eval()
+        if self._fused is None:
+            self._fused = models.head_is_fusable(self.model) and models.head_reproduces_logits(self.model, inputs)
+        if not self._fused:
+            logits = self.model(**inputs).logits[:, :-1][predicts]
+            return Logits(logits[:, :vocab_size])
+        hidden = self.model(**inputs, on_hidden=lambda hidden, head: hidden[:, :-1][predicts])
+        head = models.read_head(models.causal_lm_of(self.model))
+        return HiddenStates(hidden, head.cut_to(vocab_size))
+
+    @contextlib.contextmanager
+    def whole_head(self, signal: TeacherSignal) -> Iterator[TeacherSignal]:
+        if not isinstance(signal, HiddenStates):
+            yield signal
+            return
+        head = signal.head
+        with models.whole_parameters(head.weight, head.bias):  # ZeRO-3 fills the parameters in place
+            weight = models.whole(head.weight.detach())  # FSDP2 returns new tensors
+            bias = None if head.bias is None else models.whole(head.bias.detach())
+            yield dataclasses.replace(signal, head=dataclasses.replace(head, weight=weight, bias=bias))
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+def _weights_fingerprint(model: nn.Module) -> str:
+    """A hash of the configuration and of a few values of every parameter: milliseconds, yet any training changes it."""
+    digest = hashlib.sha256(models.causal_lm_of(model).config.to_json_string(use_diff=False).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(getattr(parameter, 'ds_shape', parameter.shape))}".encode())
+        if parameter.numel() and parameter.device.type != "meta" and not hasattr(parameter, "ds_id"):
+            flat = parameter.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 64)][:64]
+            digest.update(some.to(torch.float32).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,73 @@
+"""Does the same id mean the same token to student and teacher?"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ..exceptions import VocabularyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_PROBE = "It costs $1234.50 in 2024!\n\n2. naïve  café — \tdef f(x): return x**2  # ünïcode 你好 😀"
+
+
+def shared_vocabulary(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None,
+    student_rows: int,
+    teacher_rows: int,
+) -> int | None:
+    """Number of ids that stay in the softmax of both models, or None to keep every row.
+
+    Padded vocabularies of one tokenizer (such as 151936 and 152064 rows) just work: ids that no tokenizer defines
+    leave both softmaxes, rather than getting a made-up logit.
+
+    Args:
+        student, teacher: the tokenizers; None if the teacher's is unknown, then only the row counts are compared.
+        student_rows, teacher_rows: rows of the output heads.
+
+    Raises:
+        VocabularyError: an id that both define stands for different tokens, or nothing tells what the rows mean.
+    """
+    if teacher is None:
+        if student_rows != teacher_rows:
+            raise VocabularyError(
+                f"The student's head has {student_rows} rows and the teacher's {teacher_rows}, and the teacher's "
+                "tokenizer is unknown, so the ids cannot be matched. Pass the teacher as a folder or Hub id with its "
+                "tokenizer, or `teacher_processing_class=…`."
+            )
+        return None
+    if teacher is not student:
+        _check_same_tokens(student, teacher, min(student_rows, teacher_rows))
+    if student_rows == teacher_rows:
+        return None
+    defined = max(max(student.get_vocab().values()), max(teacher.get_vocab().values())) + 1
+    return min(defined, student_rows, teacher_rows)
+
+
+def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, rows: int) -> None:
+    student_tokens = {i: token for token, i in student.get_vocab().items() if i < rows}
+    teacher_tokens = {i: token for token, i in teacher.get_vocab().items() if i < rows}
+    shared = student_tokens.keys() & teacher_tokens.keys()
+    apart = sorted(i for i in shared if student_tokens[i] != teacher_tokens[i])
+    if apart:
+        shown = ", ".join(f"{i}: {student_tokens[i]!r} / {teacher_tokens[i]!r}" for i in apart[:5])
+        raise VocabularyError(
+            f"Student and teacher use different tokenizers: {len(apart)} of {len(shared)} shared ids stand for "
+            f"different tokens (id: student / teacher: {shown}). A token-level divergence needs one vocabulary: "
+            "choose a teacher of the student's family, or train on the teacher's text instead."
+        )
+    only = len(student_tokens.keys() ^ teacher_tokens.keys())
+    if only:
+        logger.warning(
+            "%d ids are defined by only one of the two tokenizers; all %d ids that both define agree.", only, len(shared)
+        )
+    if student.encode(_PROBE) != teacher.encode(_PROBE):
+        logger.warning(
+            "Student and teacher share their vocabulary but split text differently, so the teacher will read the "
+            "student's tokens in a form it rarely saw. Use the teacher's tokenizer for both if you can."
+        )

@@ -1,0 +1,548 @@
+"""The one training path that every distillation method shares.
+
+One optimiser step:
+
+    collated batches of the whole accumulation window
+      -> rollout(batches)   some get new completions
+      -> score(batches)     per-token weights, rewards, advantages
+      -> count trained tokens once, over all micro-batches and processes
+      -> per micro-batch: teacher signal, student forward through its wrapper, distill_terms
+      -> sum / count -> backward
+
+A method overrides `rollout`, `score` and `distill_terms`; none of them owns a loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from .. import models
+from ..data import DistillCollator, prepare_dataset, replace_completions
+from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics, agreement_terms
+from ..exceptions import CheckpointError, ConfigurationError, DatasetError
+from ..losses.fused_linear import fused_linear_terms
+from ..losses.reduction import count_trained_tokens, sum_per_row, token_mean, trained_mask
+from ..reporting.model_card import model_card
+from ..rollouts import SamplingSettings, generate_completions, rollout_rng
+from ..signals import TokenLogits
+from ..teachers import LocalTeacher, Teacher, shared_vocabulary
+from .callbacks import FiniteLossGuard
+from .checkpoints import last_complete_checkpoint, read_method_state, write_method_state
+from .completions import fill_with_teacher_completions
+from .config import DistillConfig, config_from_arguments
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+class DistillTrainer(Trainer):
+    """Base of all distillation trainers; use a method's own trainer.
+
+    Args:
+        model: the student: a folder or Hub id, a `PreTrainedModel`, or a `PeftModel`.
+        teacher_model: the teacher: a folder or Hub id, a model, or a `Teacher`.
+        args: the method's config; None takes its defaults, plain `TrainingArguments` are carried over.
+        train_dataset: rows of any layout that `distill_trainers.data.formats` names; may be iterable.
+        eval_dataset: likewise, or a dict of several. Evaluation is teacher-forced, so it compares between steps.
+        processing_class: the student's tokenizer; None loads the one saved beside the student.
+        teacher_processing_class: the teacher's tokenizer, only to check that both agree; None loads it by name.
+        data_collator: must give `input_ids`, `attention_mask`, `labels`, and prompts if the method samples.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        peft_config: wraps the student with a new adapter.
+        quantization_config: for a student given by name.
+
+    Raises:
+        ConfigurationError, DatasetError, VocabularyError: before any model is loaded where that is possible.
+    """
+
+    config_class: ClassVar[type[DistillConfig]] = DistillConfig
+    method_name: ClassVar[str] = "distillation"
+    paper: ClassVar[dict[str, str]] = {}
+    needs: ClassVar[frozenset[str]] = frozenset({"distribution"})
+    loss_is_scaled_for_ga = True  # token_mean divides by the tokens of the whole accumulation window
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        teacher_model: str | PreTrainedModel | nn.Module | Teacher,
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        quantization_config: Any = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+    ):
+        args = config_from_arguments(self.config_class, args)
+        self.args = args
+        _check_launch(args)
+        for source, role in ((model, "student"), (teacher_model, "teacher")):
+            if source is None:
+                raise ConfigurationError(f"Got no {role} model; expected a folder, a Hub id or a model.")
+            if isinstance(source, str):
+                models.check_model_source(source, role)
+        self.check_datasets(train_dataset, eval_dataset)
+
+        # Everything that can be refused without weights comes first.
+        tokenizer = processing_class or _load_tokenizer(model, args, "student")
+        tokenizer = models.with_pad_token(getattr(tokenizer, "tokenizer", tokenizer))
+        teacher_tokenizer = teacher_processing_class or _teacher_tokenizer(teacher_model, tokenizer, args)
+        if isinstance(model, str) and isinstance(teacher_model, str):
+            _compare_vocabularies(model, teacher_model, tokenizer, teacher_tokenizer, args)
+        train_dataset = self._prepare_dataset(train_dataset, tokenizer, "train")
+        eval_dataset = self._prepare_eval(eval_dataset, tokenizer)
+
+        set_seed(args.seed)  # adapters start at random
+        student = self._load_student(model, quantization_config)
+        if peft_config is not None:
+            student = models.add_adapter(student, peft_config, bool(args.activation_checkpointing))
+        elif getattr(student, "active_peft_config", None) and student.active_peft_config.is_prompt_learning:
+            raise ConfigurationError("The student is a prompt-learning PeftModel; only adapters of weights are supported.")
+        if args.disable_dropout:
+            models.disable_dropout(student)
+        if models.is_peft(student) and args.activation_checkpointing:
+            student.enable_input_require_grads()  # frozen embeddings would cut the graph
+        models.install_token_forward(student)
+
+        self.teacher = self._load_teacher(teacher_model)
+        self.teacher.check(self.needs, type(self).__name__)
+        self.vocab_size = self._shared_vocabulary(student, tokenizer, teacher_tokenizer)
+        self.sampling = self._sampling_settings(student, tokenizer)
+
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=data_collator or self.build_collator(tokenizer),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ConfigurationError(
+                f"Got {args.n_gpu} GPUs in one process (nn.DataParallel); expected one GPU per process. "
+                "Start with `accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
+            )
+        self.teacher.prepare(self.accelerator)
+        self.add_callback(FiniteLossGuard(self))
+        self.window_is_finite = torch.tensor(True, device=args.device)
+        self._sums: dict[str, Tensor] = {}
+        self._eval_rows: list[Tensor] | None = None
+        self._eval_names: list[str] = []
+        self._student_is_fused: bool | None = None
+        self.last_eval_metrics: dict[str, float] = {}
+
+    # ---- What a method overrides ------------------------------------------------------------------------------------
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each term of `distill_terms` in the loss; terms not named here are only logged."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its terms are weighted.")
+
+    def distill_terms(
+        self, student: TokenLogits, teacher: TokenLogits | None, tokens: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The method's loss, as per-token values: a pure function that runs on chunks of n tokens.
+
+        Args:
+            student, teacher: logits `[n, V]` of both models for the same tokens.
+            tokens: `labels` `[n]`, and every batch entry `[B, T]` whose name starts with `token_`.
+
+        Returns:
+            `[n]` values by name.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define its per-token terms.")
+
+    def build_collator(self, tokenizer: PreTrainedTokenizerBase) -> DistillCollator:
+        """What batches look like."""
+        return DistillCollator(
+            pad_token_id=tokenizer.pad_token_id,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+            with_prompts=self.samples_completions,
+        )
+
+    @property
+    def samples_completions(self) -> bool:
+        """Whether training batches may get student rollouts, so that they must carry prompts."""
+        return False
+
+    @property
+    def needs_completions(self) -> bool:
+        """Whether training rows must come with a completion."""
+        return not self.samples_completions
+
+    @property
+    def replaces_completions(self) -> bool:
+        """Whether the teacher's own completions take the place of the dataset's."""
+        return False
+
+    def rollout(self, batches: list[Batch]) -> list[Batch]:
+        """Replace completions of the accumulation window; the identity by default."""
+        return batches
+
+    def score(self, batches: list[Batch]) -> list[Batch]:
+        """Add per-token entries `token_*`; the identity by default."""
+        return batches
+
+    def method_state(self) -> dict[str, Any]:
+        """What of the method must survive in a checkpoint, as JSON."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take up `method_state` again."""
+
+    # ---- The training path ------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one optimiser step, after rollouts, and their trained tokens over all processes."""
+        batches: list[Batch] = list(itertools.islice(epoch_iterator, num_batches))
+        if batches:
+            batches = self.score(self.rollout(batches))
+        count = count_trained_tokens(batches).to(device)
+        return batches, self.accelerator.reduce(count, reduction="sum")
+
+    def sample_completions(self, batches: list[Batch]) -> list[Batch]:
+        """Student rollouts for all prompts of the window in one call; each batch is trimmed to its own longest row."""
+        if not all("prompt_ids" in batch for batch in batches):
+            raise DatasetError(
+                "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
+                f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
+            )
+        prompts = _pad_left([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
+        rank, step, seed = self.accelerator.process_index, self.state.global_step, self.args.seed
+        with rollout_rng(seed, step, rank, self.args.device), models.generating(self.model_wrapped, self.accelerator) as m:
+            completions = generate_completions(m, *prompts, self.sampling, self.args.rollout_batch_size)
+        self._record({"rollouts": len(completions), "rollout_tokens": sum(map(len, completions))})
+        sampled, start = [], 0
+        for batch in batches:
+            rows = completions[start : start + len(batch["prompt_ids"])]
+            start += len(rows)
+            sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id))
+        return sampled
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Weighted sum of the method's terms over trained tokens, divided by their number in the whole step.
+
+        Without `num_items_in_batch` the count is that of this batch alone.
+        """
+        total, terms = self._token_terms(model, inputs, self.distill_terms, self.loss_weights)
+        local_count = count_trained_tokens([inputs])
+        alone = num_items_in_batch is None
+        count = local_count if alone else num_items_in_batch
+        loss = token_mean(total, count, 1 if alone else self.accelerator.num_processes)
+        if model.training:
+            self.window_is_finite = self.window_is_finite & torch.isfinite(loss.detach())
+            self._record({"trained_tokens": local_count, **{name: value.sum() for name, value in terms.items()}})
+        return (loss, {"loss": loss, **terms}) if return_outputs else loss
+
+    def _token_terms(
+        self, model: nn.Module, inputs: Batch, terms_fn: Any, weights: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run both models on one micro-batch and `terms_fn` on its trained tokens, inside the student's wrapper."""
+        labels, predicts = inputs["labels"], trained_mask(inputs["labels"])
+        forward_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        signal = self.teacher.signal(forward_inputs, predicts, self.vocab_size)
+        tokens = {"labels": labels[:, 1:][predicts]}
+        tokens |= {k: v[:, 1:][predicts] for k, v in inputs.items() if k.startswith("token_")}
+        if self._student_is_fused is None:
+            self._student_is_fused = self._check_student_head(model, forward_inputs)
+
+        with self.teacher.whole_head(signal) as signal:
+            if self._student_is_fused:
+                budget = int(self.args.loss_chunk_mib * 2**20)
+
+                def on_hidden(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
+                    rows, head = hidden[:, :-1][predicts], head.cut_to(self.vocab_size)
+                    return fused_linear_terms(rows, head, signal, terms_fn, tokens, weights, chunk_bytes=budget)
+
+                return model(**forward_inputs, on_hidden=on_hidden)
+            logits = model(**forward_inputs).logits[:, :-1][predicts][:, : self.vocab_size]
+            terms = terms_fn(TokenLogits(logits.float()), signal.chunk(slice(None)), tokens)
+            total = sum((w * terms[name].sum() for name, w in weights.items()), start=logits.sum() * 0.0)
+            return total, {name: value.detach() for name, value in terms.items()}
+
+    def _check_student_head(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+        if models.head_is_fusable(self.model) and models.head_reproduces_logits(model, inputs):
+            return True
+        logger.warning(
+            "The output head of %s cannot be fused with the loss (an adapter with dropout on it, or changes to its "
+            "logits that are not known here): the loss is exact but holds the logits of every trained token.",
+            type(models.causal_lm_of(self.model)).__name__,
+        )
+        return False
+
+    # ---- Evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kw: Any):
+        """Teacher-forced: loss, perplexity, KL to the teacher and top-1 agreement as means over all tokens of the set."""
+        self._eval_rows = []
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kw)
+        if not self._eval_rows:
+            raise DatasetError(f"The {description.lower()} set has no batches; got an empty dataset.")
+        sums = torch.cat(self._eval_rows).double().sum(0)
+        self._eval_rows = None
+        tokens = sums[-1].item()
+        means = {name: value / max(tokens, 1) for name, value in zip(self._eval_names, sums.tolist(), strict=False)}
+        metrics = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
+        metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
+        metrics |= agreement_metrics(means) | {"tokens": tokens}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self.last_eval_metrics = dict(output.metrics)
+        return output
+
+    @torch.no_grad()
+    def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None):
+        """Sums per row, so that rows which pad the last distributed batch can be dropped again."""
+
+        def terms_fn(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {**self.distill_terms(student, teacher, tokens), **agreement_terms(student, teacher, tokens)}
+
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            total, terms = self._token_terms(model, inputs, terms_fn, self.loss_weights)
+        predicts = trained_mask(inputs["labels"])
+        rows = predicts.nonzero()[:, 0]
+        terms["tokens"] = torch.ones_like(terms["nll"])
+        sums = torch.stack([sum_per_row(values.float(), rows, len(predicts)) for values in terms.values()], dim=1)
+        if self._eval_rows is not None:
+            self._eval_names = list(terms)
+            self._eval_rows.append(self.accelerator.gather_for_metrics(sums).cpu())
+        return token_mean(total, count_trained_tokens([inputs]).to(total.device)), None, None
+
+    # ---- Logging ----------------------------------------------------------------------------------------------------
+
+    def _record(self, sums: Mapping[str, Tensor | float]) -> None:
+        for name, value in sums.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.args.device)
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms' token means, and what rollouts there were, since the last training log."""
+        if "loss" in logs and self._sums:
+            names = ["trained_tokens", "rollouts", "rollout_tokens"]
+            names += sorted(self._sums.keys() - set(names))
+            zero = torch.zeros((), device=self.args.device)
+            sums = torch.stack([self._sums.pop(name, zero) for name in names])
+            totals = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
+            tokens, rollouts, sampled = (totals.pop(name) for name in names[:3])
+            logs = {**logs, **{name: value / max(tokens, 1) for name, value in totals.items()}, "trained_tokens": tokens}
+            if self.samples_completions:
+                logs["rollouts"] = rollouts
+                if rollouts:
+                    logs["completion_length"] = sampled / rollouts
+        super().log(logs, start_time)
+
+    # ---- Data -------------------------------------------------------------------------------------------------------
+
+    def check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """Refuse combinations of settings and datasets; called before anything is loaded."""
+        if train_dataset is None and eval_dataset is None:
+            raise DatasetError("Got neither `train_dataset` nor `eval_dataset`; expected at least one of them.")
+        wants_evaluation = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
+        if wants_evaluation and eval_dataset is None:
+            raise DatasetError(f"Got `eval_strategy: {self.args.eval_strategy}` but no `eval_dataset`; pass one or set 'no'.")
+
+    def _prepare_dataset(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
+        if dataset is None:
+            return None
+        training = name == "train"
+        if training and self.samples_completions:
+            needs = "both" if self.needs_completions else "prompt"
+        else:
+            needs = "completion" if training and self.needs_completions else "either"
+        from datasets import IterableDataset
+
+        if training and isinstance(dataset, IterableDataset):
+            # Batches of different lengths cannot be split from one process to the others.
+            self.args.accelerator_config.dispatch_batches = False
+            if self.replaces_completions:
+                raise ConfigurationError(
+                    "The teacher's completions are generated once for a whole dataset, but `train_dataset` is iterable. "
+                    "Pass a `datasets.Dataset`."
+                )
+        return prepare_dataset(
+            dataset,
+            tokenizer,
+            max_length=self.args.max_length,
+            max_new_tokens=self.args.max_new_tokens,
+            column_mapping=self.args.column_mapping,
+            assistant_only_loss=self.args.assistant_only_loss,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+            num_proc=self.args.dataset_num_proc,
+            needs=needs,
+            name=name,
+        )
+
+    def _prepare_eval(self, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+        if isinstance(dataset, dict):
+            return {name: self._prepare_dataset(part, tokenizer, name) for name, part in dataset.items()}
+        return self._prepare_dataset(dataset, tokenizer, "eval")
+
+    def get_train_dataloader(self) -> Any:
+        if self.replaces_completions:
+            self.train_dataset = fill_with_teacher_completions(self, self.train_dataset, replace=True)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Rows without a completion get the teacher's, once."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset] if eval_dataset is not None else self.eval_dataset
+        if isinstance(getattr(eval_dataset, "column_names", None), list) and "loss_mask" not in eval_dataset.column_names:
+            eval_dataset = self._prepare_eval(eval_dataset, self.processing_class)
+        replace = self.replaces_completions
+        return super().get_eval_dataloader(fill_with_teacher_completions(self, eval_dataset, replace=replace))
+
+    # ---- Models -----------------------------------------------------------------------------------------------------
+
+    def _load_student(self, model: Any, quantization_config: Any) -> Any:
+        if not isinstance(model, str):
+            if quantization_config is not None or self.args.model_init_kwargs:
+                raise ConfigurationError(
+                    "`quantization_config` and `model_init_kwargs` act while a student is loaded by name, but `model` "
+                    f"is already a {type(model).__name__}. Pass its name, or leave them out."
+                )
+            return model
+        kwargs = {"dtype": "float32", "trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})}
+        return models.load_causal_lm(model, role="student", quantization_config=quantization_config, **kwargs)
+
+    def _load_teacher(self, teacher: Any) -> Teacher:
+        if isinstance(teacher, Teacher):
+            return teacher
+        if isinstance(teacher, str):
+            kwargs = {"trust_remote_code": self.args.trust_remote_code, **(self.args.teacher_model_init_kwargs or {})}
+            return LocalTeacher(models.load_causal_lm(teacher, role="teacher", **kwargs), name=teacher)
+        if self.args.teacher_model_init_kwargs:
+            raise ConfigurationError(
+                "`teacher_model_init_kwargs` act while a teacher is loaded by name, but `teacher_model` is already a "
+                f"{type(teacher).__name__}. Pass its name, or leave them out."
+            )
+        return LocalTeacher(teacher)
+
+    def _shared_vocabulary(self, student: Any, tokenizer: Any, teacher_tokenizer: Any) -> int | None:
+        if not isinstance(self.teacher, LocalTeacher):
+            return None
+        rows = [models.causal_lm_of(m).config.get_text_config().vocab_size for m in (student, self.teacher.model)]
+        return shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
+
+    def _sampling_settings(self, student: Any, tokenizer: PreTrainedTokenizerBase) -> SamplingSettings:
+        return SamplingSettings(
+            max_new_tokens=self.args.max_new_tokens,
+            temperature=self.args.temperature,
+            top_p=self.args.top_p,
+            top_k=self.args.top_k,
+            eos_token_ids=models.eos_ids(student, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_from=self.vocab_size,
+        )
+
+    # ---- Checkpoints and the Hub ------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
+        if self.train_dataset is None:
+            raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if isinstance(resume_from_checkpoint, str):
+            self.load_method_state(read_method_state(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.args.should_save and (state := self.method_state()):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_method_state(folder, state)
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if self.args.should_save:
+                free = shutil.disk_usage(self.args.output_dir).free / 2**20
+                shutil.rmtree(folder, ignore_errors=True)
+                raise CheckpointError(
+                    f"Could not write the checkpoint {folder}: {error}. {free:.0f} MiB were free there. Checkpoints "
+                    "written earlier are intact; free some space and go on with `--resume_from_checkpoint true`."
+                ) from error
+            raise
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write README.md into the output directory: method, paper, models, settings and scores."""
+        if self.is_world_process_zero():
+            (Path(self.args.output_dir) / "README.md").write_text(model_card(self), encoding="utf-8")
+
+
+def _check_launch(args: DistillConfig) -> None:
+    """Refuse parallel modes in which the loss would silently be wrong."""
+    config = args.parallelism_config
+    if config is not None and any(getattr(config, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp")):
+        raise ConfigurationError(
+            "Got a parallelism_config with tensor, context or sequence parallelism; expected data parallelism only "
+            "(DDP, ZeRO, FSDP2): the loss needs whole rows of tokens."
+        )
+    plugin = getattr(getattr(args, "fsdp_plugin_args", None), "fsdp_version", None)
+    if plugin == 1:
+        raise ConfigurationError("Got FSDP version 1; expected `fsdp_version: 2`.")
+
+
+def _load_tokenizer(model: Any, args: DistillConfig, role: str) -> PreTrainedTokenizerBase:
+    name = model if isinstance(model, str) else models.source_of(model)
+    if not name:
+        raise ConfigurationError(f"The {role} does not say where it came from, so pass its tokenizer as `processing_class`.")
+    try:
+        return models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"No tokenizer could be loaded from the {role} {name!r}: {error}. Pass one as `processing_class`, or save "
+            "one beside the model."
+        ) from error
+
+
+def _teacher_tokenizer(teacher: Any, student_tokenizer: Any, args: DistillConfig) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer where it has a source that holds one; else None, and only sizes can be compared."""
+    name = teacher if isinstance(teacher, str) else models.source_of(teacher) if isinstance(teacher, nn.Module) else None
+    if not name:
+        return None
+    if name == getattr(student_tokenizer, "name_or_path", None):
+        return student_tokenizer
+    try:
+        return models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError):
+        logger.warning("No tokenizer was found beside the teacher %r: only vocabulary sizes can be compared.", name)
+        return None
+
+
+def _compare_vocabularies(model: str, teacher: str, tokenizer: Any, teacher_tokenizer: Any, args: DistillConfig) -> None:
+    """The vocabulary check from configs alone, before weights are loaded."""
+    from transformers import AutoConfig
+
+    configs = [AutoConfig.from_pretrained(n, trust_remote_code=args.trust_remote_code) for n in (model, teacher)]
+    rows = [config.get_text_config().vocab_size for config in configs]
+    shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
+
+
+def _pad_left(prompts: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Join left-padded (ids, mask) pairs of several batches into one."""
+    width = max(ids.shape[1] for ids, _ in prompts)
+    ids = [nn.functional.pad(ids, (width - ids.shape[1], 0), value=pad_token_id) for ids, _ in prompts]
+    masks = [nn.functional.pad(mask, (width - mask.shape[1], 0), value=0) for _, mask in prompts]
+    return torch.cat(ids), torch.cat(masks)

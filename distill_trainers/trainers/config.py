@@ -1,0 +1,143 @@
+"""Settings that every distillation trainer shares."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..exceptions import ConfigurationError
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """`transformers.TrainingArguments` plus what every method needs. Each field is explained by its `help`.
+
+    Two temperatures are kept apart: `kd_temperature` softens both distributions inside the loss, `temperature` is
+    that of the sampling distribution of rollouts.
+
+    Raises:
+        ConfigurationError: values out of range, or settings that contradict each other, by name.
+    """
+
+    # Defaults of TrainingArguments that suit distillation better.
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps (below 1: a share of all)."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Off: a NaN stops training instead of being hidden, and no micro-step waits for the device."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads more than forward does."})
+
+    # Models
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `from_pretrained` for a student given by name (JSON)."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `from_pretrained` for a teacher given by name (JSON)."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models and tokenizers with code of their own."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set the student's dropout to 0: its noise would be matched against the teacher."}
+    )
+
+    # Data
+    max_length: int = field(default=1024, metadata={"help": "Longest prompt plus completion, in tokens."})
+    assistant_only_loss: bool = field(
+        default=False, metadata={"help": "With `messages`: train on every assistant turn, not only on the last."}
+    )
+    column_mapping: dict[str, str] | str | None = field(
+        default=None, metadata={"help": "Rename dataset columns, such as {question: prompt, answer: completion} (JSON)."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Extra variables for the chat template (JSON)."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for tokenisation."})
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad batches to a multiple of this length."})
+
+    # Loss
+    kd_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits of student and teacher inside the divergence."}
+    )
+    loss_chunk_mib: float = field(
+        default=64.0, metadata={"help": "Budget for one chunk of logits in the fused head, in MiB per buffer."}
+    )
+
+    # Rollouts
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest sampled completion, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts; 0 takes the most likely token."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus filter of rollouts; 1 is off."})
+    top_k: int = field(default=0, metadata={"help": "Top-k filter of rollouts; 0 is off."})
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Prompts per call of generate; by default the whole accumulation window at once."}
+    )
+    completions_dir: str | None = field(
+        default=None, metadata={"help": "Where the teacher's completions are kept; by default `<output_dir>/completions`."}
+    )
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "teacher_model_init_kwargs",
+        "column_mapping",
+        "chat_template_kwargs",
+    ]
+
+    def __post_init__(self) -> None:
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        """Refuse what cannot work; subclasses extend it."""
+        require(self.kd_temperature > 0, "kd_temperature", self.kd_temperature, "a number above 0")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or a positive number")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive number")
+        require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1 token")
+        require(self.loss_chunk_mib > 0, "loss_chunk_mib", self.loss_chunk_mib, "a positive number of MiB")
+        require(not self.remove_unused_columns, "remove_unused_columns", True, "False: the collator needs the columns")
+        require(
+            self.label_smoothing_factor == 0,
+            "label_smoothing_factor",
+            self.label_smoothing_factor,
+            "0: a teacher's distribution takes the place of smoothed labels",
+        )
+        require(
+            not self.use_liger_kernel,
+            "use_liger_kernel",
+            True,
+            "False: its fused cross-entropy replaces the forward that the distillation loss runs in",
+        )
+
+
+def require(condition: bool, name: str, got: Any, expected: str) -> None:
+    """Raise ConfigurationError naming the setting unless `condition` holds."""
+    if not condition:
+        raise ConfigurationError(f"Got `{name}: {got}`; expected {expected}.")
+
+
+def config_from_arguments(config_class: type[DistillConfig], args: TrainingArguments | None) -> DistillConfig:
+    """`args` as the method's own config: defaults for None, plain TrainingArguments carried over field by field."""
+    if args is None:
+        return config_class(output_dir="distilled")
+    if isinstance(args, config_class):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise ConfigurationError(f"Got `args` of type {type(args).__name__}; expected {config_class.__name__}.")
+    own = {f.name for f in fields(config_class)}
+    values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in own}
+    values["remove_unused_columns"] = False
+    values["logging_nan_inf_filter"] = False
+    return config_class(**values)
+
+
+def check_known_keys(given: dict[str, Any], known: set[str], where: str) -> None:
+    """Refuse unknown keys of a mapping, suggesting the nearest known ones."""
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+            raise ConfigurationError(f"Unknown key {key!r} in {where}.{hint}")
