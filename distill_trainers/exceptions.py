@@ -1,5 +1,10 @@
 """Errors of the package. Every message says what was got, what was expected and what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
 
 class ConfigurationError(ValueError):
     """Settings that cannot work, alone or together. Raised before any model is loaded where that is possible."""
@@ -19,3 +24,16 @@ class TrainingDivergedError(RuntimeError):
 
 class CheckpointError(OSError):
     """A checkpoint could not be written or read; checkpoints written earlier are left as they were."""
+
+
+def refuse_unknown_keys(given: Iterable[str], known: Collection[str], where: str) -> None:
+    """Refuse keys that are not known, suggesting the nearest ones.
+
+    Raises:
+        ConfigurationError: for the first unknown key.
+    """
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=3)
+            hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known: {', '.join(sorted(known))}."
+            raise ConfigurationError(f"Unknown key {key!r} in {where}. {hint}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from distill_trainers.data.formats import Message
@@ -12,6 +13,10 @@ from distill_trainers.exceptions import DatasetError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class TurnsNotFoundError(DatasetError):
+    """The template neither marks assistant turns nor renders them the same whatever follows."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,9 @@ class Chat:
 
         if self.tokenizer.chat_template is None and self.template is None:
             raise DatasetError(
-                f"The rows are conversations, but the tokenizer of {self.tokenizer.name_or_path!r} has no chat template. "
-                "Use an instruction-tuned model's tokenizer, set tokenizer.chat_template, or give prompt and completion "
-                "as strings."
+                f"The rows are conversations, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template. "
+                "Use that of an instruction-tuned model, set tokenizer.chat_template, or give prompt and completion as "
+                "strings."
             )
         try:
             return self.tokenizer.apply_chat_template(
@@ -86,8 +91,8 @@ def split_conversation(
     raise DatasetError(
         "The chat template renders the prompt differently once the answer follows, so the completion cannot be told "
         f"from the prompt. The prompt ends in {prompt_text[-60:]!r}; the conversation has "
-        f"{whole_text[max(0, len(prompt_text) - 60) : len(prompt_text) + 40]!r} there. Set chat_template_kwargs so that "
-        "both agree (e.g. enable_thinking: false), keep the thinking part in the answers, or set "
+        f"{whole_text[max(0, len(prompt_text) - 60) : len(prompt_text) + 40]!r} there. Choose chat_template_kwargs "
+        "with which both agree (e.g. enable_thinking: false), keep the thinking part in the answers, or set "
         "tokenizer.chat_template = trl.chat_template_utils.get_training_chat_template(tokenizer)."
     )
 
@@ -98,10 +103,8 @@ def close_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     White space that the template writes after the end-of-turn token goes. A foreign EOS is not added to an end-of-turn
     token; a template that writes no special token at the end gets the tokenizer's EOS, or the student never stops.
     """
-    end = len(ids)
-    while end and not _is_special(tokenizer, ids[end - 1]) and not tokenizer.decode([ids[end - 1]]).strip():
-        end -= 1
-    if end and _is_special(tokenizer, ids[end - 1]):
+    end = _turn_end(tokenizer, ids)
+    if end is not None:
         return ids[:end]
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
@@ -118,7 +121,7 @@ def assistant_mask(
         generation_prompt: whether `ids` ends in the header of the turn to come.
 
     Raises:
-        DatasetError: the turns cannot be located.
+        TurnsNotFoundError: the turns cannot be located.
     """
     from trl.chat_template_utils import has_generation_markers
 
@@ -132,7 +135,7 @@ def assistant_mask(
             **chat.settings,
         )
         if rendered["input_ids"][: len(ids)] == list(ids):
-            return list(rendered["assistant_masks"][: len(ids)])
+            return _close_turns(chat.tokenizer, ids, rendered["assistant_masks"][: len(ids)])
     return _mask_by_prefixes(chat, messages, ids, generation_prompt=generation_prompt)
 
 
@@ -169,16 +172,38 @@ def _mask_by_prefixes(
         before = chat.prompt(messages[:turn])
         after = chat.conversation(messages[: turn + 1]).rstrip()
         if not (text.startswith(after) and after.startswith(before.rstrip())):
-            raise DatasetError(
+            raise TurnsNotFoundError(
                 f"assistant_only_loss cannot locate assistant turn {turn}: the chat template renders earlier turns "
-                "differently once others follow, and marks no assistant text. Set assistant_only_loss to false (the last "
-                "answer of each row is trained), or give the tokenizer a template with {% generation %} markers."
+                "differently once others follow, and marks no assistant text. Set assistant_only_loss to false (the "
+                "last answer of each row is trained), or give the tokenizer a template with {% generation %} markers."
             )
         # Where a token straddles the border it is the first one that differs, and it counts as the assistant's.
         start = common_prefix_length(chat.ids(before), list(ids))
         end = common_prefix_length(chat.ids(after), list(ids))
         mask[start:end] = [1] * max(0, end - start)
     return mask
+
+
+def _close_turns(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    # Markers often take in the white space that the template writes after a turn; generation never does.
+    closed = [0] * len(ids)
+    start = 0
+    for trained, run in groupby(mask):
+        stop = start + len(list(run))
+        if trained:
+            end = _turn_end(tokenizer, ids[start:stop])
+            length = stop - start if end is None else end
+            closed[start : start + length] = [1] * length
+        start = stop
+    return closed
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
+    """The position behind the end-of-turn token that only white space follows, or None where there is no such token."""
+    end = len(ids)
+    while end and not _is_special(tokenizer, ids[end - 1]) and not tokenizer.decode([ids[end - 1]]).strip():
+        end -= 1
+    return end if end and _is_special(tokenizer, ids[end - 1]) else None
 
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:

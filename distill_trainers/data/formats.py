@@ -44,14 +44,14 @@ def detect_dataset_type(row: Mapping[str, Any], *, name: str = "train") -> Datas
     """
     if "input_ids" in row:
         return "tokenized"
+    if "prompt" in row and "completion" in row:
+        return "prompt_completion"
     if "chosen" in row and "rejected" in row:
         raise DatasetError(
             f"Dataset {name!r} holds preference pairs (columns {sorted(row)}), but this trainer learns from one "
             "completion per prompt. Train on pairs with a preference method (DPKD), or keep the preferred side with "
             "column_mapping={'chosen': 'completion'}."
         )
-    if "prompt" in row and "completion" in row:
-        return "prompt_completion"
     if "messages" in row or "conversations" in row:
         return "messages"
     if "prompt" in row:
@@ -111,7 +111,7 @@ def as_text(value: Any, *, column: str) -> str:
     Raises:
         DatasetError: the value is something else (a number, a list, …).
     """
-    if value is None:
+    if value is None or value == []:
         return ""
     if isinstance(value, str):
         return value
@@ -158,7 +158,7 @@ def apply_column_mapping(
     clashes = sorted({target for target in targets if target in untouched or targets.count(target) > 1})
     if clashes:
         raise DatasetError(
-            f"column_mapping would give dataset {name!r} the columns {clashes} twice. Rename or remove the present ones "
-            "first (dataset.remove_columns)."
+            f"column_mapping would give dataset {name!r} the columns {clashes} twice. Rename or remove the present "
+            "ones first (dataset.remove_columns)."
         )
     return dataset.rename_columns({old: new for old, new in mapping.items() if old != new})

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -281,10 +282,10 @@ class TaidSchedule:
         )
         return self.t
 
-    def state_dict(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""
         return asdict(self._state)
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         self._state = _TaidState(**state)

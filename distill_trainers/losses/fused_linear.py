@@ -89,8 +89,9 @@ class _Gradients:
     @classmethod
     def wanted_for(cls, hidden: Tensor, head: Head, wide: torch.dtype) -> _Gradients:
         def zeros(operand: Tensor | None) -> Tensor | None:
-            wanted = operand is not None and operand.requires_grad and torch.is_grad_enabled()
-            return torch.zeros(operand.shape, dtype=wide, device=operand.device) if wanted else None
+            if operand is None or not (operand.requires_grad and torch.is_grad_enabled()):
+                return None
+            return torch.zeros(operand.shape, dtype=wide, device=operand.device)
 
         return cls(zeros(hidden), zeros(head.weight), zeros(head.bias))
 
@@ -294,6 +295,7 @@ def fused_linear_divergence(
         )
 
     def terms(student: TokenLogits, teacher: TokenLogits | None, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert teacher is not None  # given below
         values = function(student.logps(temperature), teacher.logps(temperature))
         return {divergence: values * chunk["weight"] if chunk else values}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -132,12 +131,3 @@ def config_from_arguments(config_class: type[DistillConfig], args: TrainingArgum
     values["remove_unused_columns"] = False
     values["logging_nan_inf_filter"] = False
     return config_class(**values)
-
-
-def check_known_keys(given: dict[str, Any], known: set[str], where: str) -> None:
-    """Refuse unknown keys of a mapping, suggesting the nearest known ones."""
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=3)
-            hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-            raise ConfigurationError(f"Unknown key {key!r} in {where}.{hint}")

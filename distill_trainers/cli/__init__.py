@@ -1,0 +1,53 @@
+"""`distill-trainers COMMAND …`: everything that can be done without writing Python."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": ("train", "train a student from a recipe (start it with `accelerate launch -m distill_trainers.cli.train`)"),
+    "import-gguf": ("import_gguf", "turn a GGUF checkpoint into an ordinary Hugging Face folder"),
+    "demo": ("demo", "distil a real 135M teacher into a smaller student, and show how much nearer it came"),
+    "proof": ("proof", "a one-minute proof: every method on a tiny task learnt from scratch"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, or 2 with a one-line reason for bad input."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: distill-trainers COMMAND [options]\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:<13} {text}")
+        print("\n`distill-trainers COMMAND --help` lists the options of one.")
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"error: unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f".{COMMANDS[args[0]][0]}", __name__)
+    return report_errors(module.main, args[1:])
+
+
+def report_errors(command, argv: Sequence[str]) -> int:
+    """Run `command(argv)`; errors that the user can mend are printed without a traceback."""
+    from ..exceptions import (
+        CheckpointError,
+        ConfigurationError,
+        DatasetError,
+        TrainingDivergedError,
+        VocabularyError,
+    )
+
+    try:
+        return command(argv) or 0
+    except (ConfigurationError, DatasetError, VocabularyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, TrainingDivergedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130

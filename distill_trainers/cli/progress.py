@@ -1,0 +1,62 @@
+"""Progress: a live bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+_SHOWN = ("loss", "divergence", "lm_loss", "grad_norm", "learning_rate", "rollouts", "completion_length")
+
+
+class ProgressReport(TrainerCallback):
+    """Shows steps, loss terms and evaluation scores on the main process only."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.task: Any = None
+        self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+        if not state.is_world_process_zero or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining())
+        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.bar.start()
+        self.task = self.bar.add_task("Training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        evaluated = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
+        names = ("loss", "perplexity", "kl", "top1_agreement") if evaluated else _SHOWN
+        values = evaluated or logs
+        shown = [f"{name} {_short(values[name])}" for name in names if name in values]
+        if not shown:
+            return
+        kind = "eval " if evaluated else "train"
+        line = f"{kind} step {state.global_step}/{state.max_steps}  {'  '.join(shown)}"
+        if self.bar is not None:
+            self.bar.console.print(line)
+        else:
+            print(f"{line}  ({time.monotonic() - self.started:.0f} s)", flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

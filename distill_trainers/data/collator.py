@@ -1,0 +1,132 @@
+"""Batches: tokenised rows to padded tensors, and batches whose completions were replaced by a rollout.
+
+Shapes: B rows, T tokens of the longest row, P tokens of the longest prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_trainers.exceptions import ConfigurationError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class DistillCollator:
+    """Rows `{input_ids, loss_mask, prompt_length}` to one batch of int64 tensors.
+
+    The batch has `input_ids`, `attention_mask` and `labels` `[B, T]`, padded on the right to its own longest row;
+    labels are unshifted, -100 where nothing is trained. With prompts it also has `prompt_ids` and `prompt_mask`
+    `[B, P]`, padded on the left as generation wants them.
+
+    Padding is known by lengths and never by id, so the padding token may be the EOS token.
+
+    Args:
+        pad_token_id: fills the padding; any id of the vocabulary will do.
+        pad_to_multiple_of: rounds T and P up, for kernels that like it.
+        with_prompts: add the prompts that rollouts start from.
+
+    Raises:
+        ConfigurationError: there is no padding token.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    with_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pad_token_id is None:
+            raise ConfigurationError(
+                "pad_token_id is None: the tokenizer has no padding token. Set tokenizer.pad_token = "
+                "tokenizer.eos_token; padding is masked by length, so EOS is still trained."
+            )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        ids = [row["input_ids"] for row in rows]
+        trained = [row["loss_mask"] for row in rows]
+        batch = _training_tensors(ids, trained, self.pad_token_id, self.pad_to_multiple_of)
+        if self.with_prompts:
+            prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+            batch["prompt_ids"] = _pad(prompts, self.pad_token_id, self.pad_to_multiple_of, left=True)
+            batch["prompt_mask"] = _lengths_mask(prompts, self.pad_to_multiple_of, left=True)
+        return batch
+
+
+def replace_completions(
+    batch: Mapping[str, Tensor],
+    completion_ids: Sequence[Sequence[int]],
+    pad_token_id: int,
+    *,
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, Tensor]:
+    """The batch with its prompts followed by new completions, every token of which is trained.
+
+    `input_ids`, `attention_mask` and `labels` are built anew, right-padded to their own longest row; whatever else the
+    batch holds (the prompts among it) is carried over. An empty completion leaves a row without trained tokens.
+
+    Args:
+        batch: with `prompt_ids` and `prompt_mask` `[B, P]`, padded on either side.
+        completion_ids: B lists of ids without padding, EOS included where generation ended in it.
+        pad_token_id: fills the padding.
+        pad_to_multiple_of: rounds the new T up.
+
+    Raises:
+        ConfigurationError: the batch was collated without prompts.
+        ValueError: not one completion for each prompt.
+    """
+    if "prompt_ids" not in batch:
+        raise ConfigurationError(
+            f"The batch has {sorted(batch)} but no prompt_ids, so nothing can be appended to. Collate it with "
+            "DistillCollator(..., with_prompts=True)."
+        )
+    prompts = unpadded_prompts(batch)
+    if len(prompts) != len(completion_ids):
+        raise ValueError(f"Got {len(completion_ids)} completions for {len(prompts)} prompts, expected one for each.")
+    ids = [[*prompt, *completion] for prompt, completion in zip(prompts, completion_ids, strict=True)]
+    trained = [
+        [0] * len(prompt) + [1] * len(completion) for prompt, completion in zip(prompts, completion_ids, strict=True)
+    ]
+    rebuilt = _training_tensors(ids, trained, pad_token_id, pad_to_multiple_of)
+    device = batch["prompt_ids"].device
+    return {**batch, **{key: value.to(device) for key, value in rebuilt.items()}}
+
+
+def unpadded_prompts(batch: Mapping[str, Tensor]) -> list[list[int]]:
+    """The prompts of a batch as lists of ids, padding taken off by `prompt_mask`."""
+    ids, mask = batch["prompt_ids"].tolist(), batch["prompt_mask"].tolist()
+    return [[token for token, real in zip(*row, strict=True) if real] for row in zip(ids, mask, strict=True)]
+
+
+def _training_tensors(
+    ids: Sequence[Sequence[int]], trained: Sequence[Sequence[int]], pad_token_id: int, multiple: int | None
+) -> dict[str, Tensor]:
+    labels = [
+        [token if on else IGNORED for token, on in zip(row, mask, strict=True)]
+        for row, mask in zip(ids, trained, strict=True)
+    ]
+    return {
+        "input_ids": _pad(ids, pad_token_id, multiple),
+        "attention_mask": _lengths_mask(ids, multiple),
+        "labels": _pad(labels, IGNORED, multiple),
+    }
+
+
+def _lengths_mask(rows: Sequence[Sequence[int]], multiple: int | None, *, left: bool = False) -> Tensor:
+    return _pad([[1] * len(row) for row in rows], 0, multiple, left=left)
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, multiple: int | None, *, left: bool = False) -> Tensor:
+    width = max(map(len, rows))
+    if multiple:
+        width = -(-width // multiple) * multiple
+    padded = torch.full((len(rows), width), value, dtype=torch.int64)
+    for padded_row, row in zip(padded, rows, strict=True):
+        start = width - len(row) if left else 0
+        padded_row[start : start + len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return padded

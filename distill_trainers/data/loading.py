@@ -1,0 +1,168 @@
+"""Datasets from a local file, a local folder or the Hub, and held-out rows for evaluation."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill_trainers.data.formats import apply_column_mapping
+from distill_trainers.exceptions import ConfigurationError, DatasetError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+
+# File suffix to the name of the reader in `datasets`.
+READERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+
+
+def load_split(
+    name_or_path: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    data_files: DataFiles | None = None,
+    streaming: bool = False,
+    column_mapping: Mapping[str, str] | None = None,
+) -> Dataset | IterableDataset:
+    """One split of a dataset.
+
+    Args:
+        name_or_path: a file (.json, .jsonl, .csv, .parquet, .arrow, .txt), a folder of such files, a folder written by
+            `save_to_disk`, or a dataset on the Hub.
+        name: configuration on the Hub.
+        split: a single file has one split only, which answers to any name; slices such as `train[:10%]` work where
+            `datasets` allows them.
+        data_files: files within a folder or a Hub dataset.
+        streaming: read rows as they are needed.
+        column_mapping: renames columns, from the dataset's names to those of a layout.
+
+    Raises:
+        DatasetError: nothing is there, it cannot be read, has no such split, or is empty.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        dataset = _from_file(path, split, streaming)
+    elif path.is_dir():
+        dataset = _from_folder(path, name, split, data_files, streaming)
+    elif _looks_like_path(name_or_path):
+        raise DatasetError(
+            f"No dataset at {name_or_path!r}: there is no such file or folder (looked for {str(path.absolute())!r}). "
+            f"Expected a file ending in {', '.join(READERS)}, a folder, or the name of a Hub dataset (owner/name)."
+        )
+    else:
+        dataset = _load(name_or_path, name_or_path, name=name, split=split, data_files=data_files, streaming=streaming)
+    if getattr(dataset, "num_rows", None) == 0:
+        raise DatasetError(f"{name_or_path!r} (split {split!r}) has no rows. Check the file and the split.")
+    return apply_column_mapping(dataset, column_mapping, name=name_or_path)
+
+
+def train_eval_split(
+    dataset: Dataset | IterableDataset, eval_fraction_or_count: float | int, seed: int
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+    """Holds rows out for evaluation; the same seed holds out the same rows.
+
+    Args:
+        eval_fraction_or_count: a float between 0 and 1 is the share of rows (at least one row), an int their number. A
+            stream has no length: it takes a number, and holds out its first rows.
+        seed: of the draw.
+
+    Returns:
+        The rows to train on and those held out.
+
+    Raises:
+        ConfigurationError: neither a fraction nor a count, or a fraction of a stream.
+        DatasetError: nothing would be left to train on.
+    """
+    from datasets import IterableDataset
+
+    asked = eval_fraction_or_count
+    is_count = isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1
+    if not is_count and not (isinstance(asked, float) and 0.0 < asked < 1.0):
+        raise ConfigurationError(
+            f"Cannot hold out {asked!r} of a dataset: expected a fraction between 0 and 1, or a number of rows from 1."
+        )
+    if isinstance(dataset, IterableDataset):
+        if not is_count:
+            raise ConfigurationError(f"A stream has no length to take {asked} of. Give a number of rows.")
+        return dataset.skip(int(asked)), dataset.take(int(asked))
+    count = int(asked) if is_count else max(1, round(asked * len(dataset)))
+    if count >= len(dataset):
+        raise DatasetError(
+            f"Holding out {count} of {len(dataset)} rows leaves none to train on. Hold out fewer, or pass an "
+            "eval dataset."
+        )
+    halves = dataset.train_test_split(test_size=count, seed=seed)
+    return halves["train"], halves["test"]
+
+
+def _from_file(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DatasetError(
+            f"Cannot read {str(path)!r}: unknown suffix {path.suffix!r}. Expected one of {', '.join(READERS)}."
+        )
+    if path.stat().st_size == 0:
+        raise DatasetError(f"{str(path)!r} is an empty file. Expected rows to train on.")
+    wanted = re.match(r"\w+", split)
+    files = {wanted.group() if wanted else "train": str(path)}
+    return _load(str(path), reader, split=split, data_files=files, streaming=streaming)
+
+
+def _from_folder(
+    path: Path, name: str | None, split: str, data_files: DataFiles | None, streaming: bool
+) -> Dataset | IterableDataset:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _from_saved(path, split, streaming)
+    if data_files is None and not any(file.suffix.lower() in READERS for file in path.rglob("*")):
+        raise DatasetError(
+            f"The folder {str(path)!r} has no dataset in it: looked for files ending in {', '.join(READERS)} and for "
+            "what Dataset.save_to_disk writes (state.json, dataset_dict.json)."
+        )
+    return _load(str(path), str(path), name=name, split=split, data_files=data_files, streaming=streaming)
+
+
+def _from_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+    from datasets import DatasetDict, load_from_disk
+
+    saved = load_from_disk(str(path))
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise DatasetError(f"{str(path)!r} has the splits {sorted(saved)}, not {split!r}. Choose one of them.")
+        saved = saved[split]
+    elif "[" in split:
+        raise DatasetError(f"{str(path)!r} is one saved dataset, which cannot be sliced by split={split!r}.")
+    return saved.to_iterable_dataset() if streaming else saved
+
+
+def _load(shown: str, source: str, **how: Any) -> Dataset | IterableDataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(source, **how)
+    except (DatasetsError, OSError, ValueError, KeyError) as error:
+        cause = error.__cause__ or error
+        accepted = ", ".join(READERS)
+        raise DatasetError(
+            f"Could not load {shown!r} (split {how.get('split')!r}): {type(cause).__name__}: {cause}. Expected rows "
+            f"that share their columns, in a file ending in {accepted}, a folder of such files, or a Hub dataset that "
+            " this machine can reach; name and split must be its own."
+        ) from error
+
+
+def _looks_like_path(text: str) -> bool:
+    if text.startswith((".", "~", os.sep)) or Path(text).suffix.lower() in READERS:
+        return True
+    return os.sep in text and Path(text).parent.is_dir()

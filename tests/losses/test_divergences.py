@@ -1,0 +1,416 @@
+"""Divergences against naive float64 references written in probabilities, and the limits that tell right from wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill_trainers.exceptions import ConfigurationError
+from distill_trainers.losses import (
+    DIVERGENCES,
+    TaidSchedule,
+    adaptive_kl,
+    forward_kl,
+    jsd,
+    logit_mse,
+    resolve_divergence,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    taid,
+    total_variation,
+)
+from distill_trainers.losses.divergences import adaptive_kl_head_weight
+
+ALL = list(DIVERGENCES)
+
+
+def logits_pair(tokens: int = 5, ids: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64, spread: float = 2.0):
+    generator = torch.Generator().manual_seed(seed)
+    student = spread * torch.randn(tokens, ids, generator=generator, dtype=torch.float64)
+    teacher = spread * torch.randn(tokens, ids, generator=generator, dtype=torch.float64)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def at_logits(function, student: Tensor, teacher: Tensor, **params) -> Tensor:
+    return function(F.log_softmax(student, -1), F.log_softmax(teacher, -1), **params)
+
+
+def logits_gradient(function, student: Tensor, teacher: Tensor, **params) -> Tensor:
+    student = student.clone().requires_grad_()
+    return torch.autograd.grad(at_logits(function, student, teacher, **params).sum(), student)[0]
+
+
+# References: one token, an explicit sum over ids, probabilities and their logarithms.
+def kl_by_hand(p: Tensor, q: Tensor) -> Tensor:
+    return sum(p[i] * torch.log(p[i] / q[i]) for i in range(len(p)))
+
+
+def adaptive_by_hand(z_q: Tensor, z_p: Tensor, mu: float = 0.5) -> Tensor:
+    q, p = torch.softmax(z_q, 0), torch.softmax(z_p, 0)
+    head, mass = [], 0.0
+    for i in sorted(range(len(p)), key=lambda i: -p[i].item()):
+        if mass < mu:
+            head.append(i)
+            mass += p[i].item()
+    gaps = [abs(p[i].item() - q[i].item()) for i in range(len(p))]
+    in_head = sum(gaps[i] for i in head)
+    return (in_head * kl_by_hand(p, q) + (sum(gaps) - in_head) * kl_by_hand(q, p)) / sum(gaps)
+
+
+def jsd_by_hand(z_q: Tensor, z_p: Tensor, beta: float = 0.5) -> Tensor:
+    q, p = torch.softmax(z_q, 0), torch.softmax(z_p, 0)
+    m = beta * p + (1 - beta) * q
+    return beta * kl_by_hand(p, m) + (1 - beta) * kl_by_hand(q, m)
+
+
+def skew_forward_by_hand(z_q: Tensor, z_p: Tensor, alpha: float = 0.1) -> Tensor:
+    q, p = torch.softmax(z_q, 0), torch.softmax(z_p, 0)
+    return kl_by_hand(p, alpha * p + (1 - alpha) * q)
+
+
+def skew_reverse_by_hand(z_q: Tensor, z_p: Tensor, alpha: float = 0.1) -> Tensor:
+    q, p = torch.softmax(z_q, 0), torch.softmax(z_p, 0)
+    return kl_by_hand(q, (1 - alpha) * p + alpha * q)
+
+
+def taid_by_hand(z_q: Tensor, z_p: Tensor, t: float = 0.4) -> Tensor:
+    return kl_by_hand(torch.softmax((1 - t) * z_q.detach() + t * z_p, 0), torch.softmax(z_q, 0))
+
+
+def mse_by_hand(z_q: Tensor, z_p: Tensor) -> Tensor:
+    return F.mse_loss(z_q - z_q.mean(), z_p - z_p.mean())
+
+
+REFERENCES = {
+    "forward_kl": lambda z_q, z_p: kl_by_hand(torch.softmax(z_p, 0), torch.softmax(z_q, 0)),
+    "reverse_kl": lambda z_q, z_p: kl_by_hand(torch.softmax(z_q, 0), torch.softmax(z_p, 0)),
+    "jsd": jsd_by_hand,
+    "skew_forward_kl": skew_forward_by_hand,
+    "skew_reverse_kl": skew_reverse_by_hand,
+    "adaptive_kl": adaptive_by_hand,
+    "total_variation": lambda z_q, z_p: F.l1_loss(torch.softmax(z_q, 0), torch.softmax(z_p, 0), reduction="sum") / 2,
+    "taid": taid_by_hand,
+    "logit_mse": mse_by_hand,
+}
+
+CASES = [(name, {}) for name in ALL] + [
+    *(("jsd", {"beta": beta}) for beta in (0.01, 0.1, 0.9, 0.99)),
+    *(("skew_forward_kl", {"alpha": alpha}) for alpha in (0, 0.01, 0.5, 0.95)),
+    *(("skew_reverse_kl", {"alpha": alpha}) for alpha in (0, 0.01, 0.5, 0.95)),
+    *(("adaptive_kl", {"mu": mu}) for mu in (0.05, 0.3, 0.9)),
+    *(("taid", {"t": t}) for t in (0.0, 0.7, 1.0)),
+]
+
+
+def test_every_divergence_has_a_reference():
+    assert set(REFERENCES) == set(DIVERGENCES)
+
+
+@pytest.mark.parametrize(("name", "params"), CASES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_value_and_gradient_equal_the_naive_reference(name, params, seed):
+    z_q, z_p = logits_pair(seed=seed)
+    by_hand = z_q.clone().requires_grad_()
+    expected = torch.stack([REFERENCES[name](a, b, **params) for a, b in zip(by_hand, z_p, strict=True)])
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), by_hand)
+
+    torch.testing.assert_close(at_logits(DIVERGENCES[name], z_q, z_p, **params), expected, rtol=1e-10, atol=1e-14)
+    gradient = logits_gradient(DIVERGENCES[name], z_q, z_p, **params)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-14)
+
+
+# The adaptive weights and TAID's target are constants by definition, so finite differences do not apply to them.
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("adaptive_kl", "taid")])
+def test_gradcheck(name):
+    z_q, z_p = logits_pair(tokens=2, ids=5)
+    assert torch.autograd.gradcheck(lambda z: at_logits(DIVERGENCES[name], z, z_p), z_q.requires_grad_())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("dtype", "ids"), [(torch.float32, 50_257), (torch.float64, 11)])
+def test_exactly_zero_at_equality(name, dtype, ids):
+    z, _ = logits_pair(tokens=3, ids=ids, dtype=dtype, spread=4.0)
+    assert (at_logits(DIVERGENCES[name], z, z) == 0).all()
+    assert logits_gradient(DIVERGENCES[name], z, z).abs().max() < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("distance", [1e-7, 1e-5, 1e-3, 1.0])
+def test_never_negative_in_float32(name, distance):
+    z_q, noise = logits_pair(tokens=20, ids=3000, dtype=torch.float32, spread=3.0)
+    assert (at_logits(DIVERGENCES[name], z_q, z_q + distance * noise) >= 0).all()
+
+
+def test_removing_negative_rounding_leaves_the_gradient():
+    teacher = torch.tensor([0.3, 0.7], dtype=torch.float64).log()
+    student = (teacher + 0.01).requires_grad_()  # not normalised: the sum is -0.01, as rounding might make it
+    value = forward_kl(student, teacher)
+    assert value.item() == 0
+    torch.testing.assert_close(torch.autograd.grad(value, student)[0], -teacher.exp())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_teacher_gets_no_gradient(name):
+    z_q, z_p = (z.requires_grad_() for z in logits_pair())
+    at_logits(DIVERGENCES[name], z_q, z_p).sum().backward()
+    assert z_p.grad is None
+    assert z_q.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_leading_axes_are_kept(name):
+    z_q, z_p = logits_pair(tokens=6)
+    flat = at_logits(DIVERGENCES[name], z_q, z_p)
+    torch.testing.assert_close(at_logits(DIVERGENCES[name], z_q.view(2, 3, 7), z_p.view(2, 3, 7)), flat.view(2, 3))
+    assert at_logits(DIVERGENCES[name], z_q[:0], z_p[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_logits_stay_finite(name, dtype):
+    rows = torch.tensor(
+        [[0.0, -1e4, 3.0, -2.0], [1e4, 0.0, 0.0, 0.0], [0.0, 1e4, 1.0, -95.0], [1.0, 2.0, 3.0, 4.0], [-95.0, 90, 0, 1]],
+        dtype=dtype,
+    )
+    for z_q in rows:
+        value = at_logits(DIVERGENCES[name], z_q.expand(5, 4), rows)
+        gradient = logits_gradient(DIVERGENCES[name], z_q.expand(5, 4), rows)
+        assert value.isfinite().all() and (value >= 0).all()
+        assert gradient.isfinite().all()
+
+
+BOUNDED_AT_ZERO_TEACHER = [name for name in ALL if name not in ("reverse_kl", "adaptive_kl", "logit_mse")]
+
+
+@pytest.mark.parametrize("name", BOUNDED_AT_ZERO_TEACHER)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_teacher_probability_zero_is_the_limit_of_small_ones(name, dtype):
+    z_q, z_p = logits_pair(dtype=dtype)
+    z_p[:, 2] = -1e4
+    value, gradient = (f(DIVERGENCES[name], z_q, z_p) for f in (at_logits, logits_gradient))
+    z_p[:, 2] = -math.inf
+    torch.testing.assert_close(at_logits(DIVERGENCES[name], z_q, z_p), value)
+    torch.testing.assert_close(logits_gradient(DIVERGENCES[name], z_q, z_p), gradient)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "logit_mse"])
+@pytest.mark.parametrize("masked", [-1e4, -math.inf])
+def test_an_id_that_neither_can_say_changes_nothing(name, masked):
+    z_q, z_p = logits_pair(dtype=torch.float32)
+    value, gradient = (f(DIVERGENCES[name], z_q, z_p) for f in (at_logits, logits_gradient))
+    z_q, z_p = F.pad(z_q, (0, 1), value=masked), F.pad(z_p, (0, 1), value=-math.inf)
+    torch.testing.assert_close(at_logits(DIVERGENCES[name], z_q, z_p), value)
+    torch.testing.assert_close(logits_gradient(DIVERGENCES[name], z_q, z_p), F.pad(gradient, (0, 1)))
+
+
+def test_reverse_kl_is_infinite_where_only_the_student_puts_mass():
+    value = at_logits(reverse_kl, torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -math.inf]]))
+    assert value.item() == math.inf
+
+
+# Limits and bounds of METHODS section 1.
+def test_jsd_limits_are_the_two_kls():
+    z_q, z_p = logits_pair()
+    tiny = 1e-7
+    forward, reverse = at_logits(forward_kl, z_q, z_p), at_logits(reverse_kl, z_q, z_p)
+    torch.testing.assert_close(at_logits(jsd, z_q, z_p, beta=tiny) / tiny, forward, rtol=1e-4, atol=0)
+    torch.testing.assert_close(at_logits(jsd, z_q, z_p, beta=1 - tiny) / tiny, reverse, rtol=1e-4, atol=0)
+    assert torch.equal(at_logits(jsd, z_q, z_p, beta=0), forward)
+    assert torch.equal(at_logits(jsd, z_q, z_p, beta=1.0), reverse)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.8])
+def test_jsd_is_bounded_by_the_entropy_of_beta_and_reaches_it(beta):
+    bound = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+    z_q, z_p = logits_pair(tokens=50, spread=20.0)
+    assert (at_logits(jsd, z_q, z_p, beta=beta) <= bound + 1e-12).all()
+    apart = 1e3 * torch.eye(2, dtype=torch.float64)
+    assert at_logits(jsd, apart, apart.flip(0), beta=beta).tolist() == pytest.approx([bound, bound])
+
+
+def test_jsd_keeps_the_student_in_the_mixture_live():
+    z_q, z_p = logits_pair()
+
+    def mixture_detached(student, teacher):
+        m = 0.5 * (teacher.exp() + student.exp().detach())
+        return 0.5 * forward_kl(m.log(), teacher) + 0.5 * (student.exp() * (student - m.log())).sum(-1)
+
+    torch.testing.assert_close(at_logits(jsd, z_q, z_p), at_logits(mixture_detached, z_q, z_p))
+    assert not torch.allclose(logits_gradient(jsd, z_q, z_p), logits_gradient(mixture_detached, z_q, z_p), rtol=0.01)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.8])
+def test_jsd_is_the_mixture_of_skews_by_hand(beta):
+    z_q, z_p = logits_pair()
+    mixture = [
+        beta * skew_forward_by_hand(a, b, beta) + (1 - beta) * skew_reverse_by_hand(a, b, 1 - beta)
+        for a, b in zip(z_q, z_p, strict=True)
+    ]
+    torch.testing.assert_close(at_logits(jsd, z_q, z_p, beta=beta), torch.stack(mixture))
+
+
+@pytest.mark.parametrize("skewed", [skew_forward_kl, skew_reverse_kl])
+@pytest.mark.parametrize("alpha", [1e-4, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_skew_is_bounded_by_minus_log_alpha_and_reaches_it(skewed, alpha, dtype):
+    z_q, z_p = logits_pair(tokens=50, spread=20.0, dtype=dtype)
+    slack = 1e-3 if dtype == torch.float32 and alpha < 1e-3 else 1e-6
+    assert (at_logits(skewed, z_q, z_p, alpha=alpha) <= -math.log(alpha) + slack).all()
+    apart = 1e3 * torch.eye(2, dtype=dtype)
+    assert at_logits(skewed, apart, apart.flip(0), alpha=alpha).tolist() == pytest.approx([-math.log(alpha)] * 2, 1e-3)
+
+
+@pytest.mark.parametrize(("skewed", "plain"), [(skew_forward_kl, forward_kl), (skew_reverse_kl, reverse_kl)])
+def test_skew_without_skew_is_the_plain_kl(skewed, plain):
+    z_q, z_p = logits_pair()
+    assert torch.equal(at_logits(skewed, z_q, z_p, alpha=0), at_logits(plain, z_q, z_p))
+    torch.testing.assert_close(at_logits(skewed, z_q, z_p, alpha=1e-9), at_logits(plain, z_q, z_p), rtol=1e-5, atol=0)
+
+
+def test_reverse_kl_is_not_a_cross_entropy():
+    _, z_p = logits_pair(tokens=1, spread=1.0)
+    z_q = torch.zeros_like(z_p, requires_grad=True)
+    optimizer = torch.optim.LBFGS([z_q], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = at_logits(reverse_kl, z_q, z_p).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    p = z_p.softmax(-1)
+    torch.testing.assert_close(z_q.detach().softmax(-1), p, rtol=0, atol=1e-3)
+    one_hot = 50 * F.one_hot(z_p.argmax(-1), z_p.shape[-1]).double()
+    assert at_logits(reverse_kl, one_hot, z_p).item() == pytest.approx(-p.max().log().item())
+    assert at_logits(reverse_kl, z_q.detach(), z_p).item() < 1e-6
+    cross_entropy = [-(z.softmax(-1) * p.log()).sum().item() for z in (one_hot, z_p)]
+    assert cross_entropy[0] < cross_entropy[1]  # the loss that it must not be prefers the one-hot to the teacher
+
+
+def test_adaptive_weights_sum_to_one_and_are_constants():
+    z_q, z_p = logits_pair(tokens=30)
+    forward, reverse = at_logits(forward_kl, z_q, z_p), at_logits(reverse_kl, z_q, z_p)
+    value = at_logits(adaptive_kl, z_q, z_p)
+    assert (value >= torch.minimum(forward, reverse) - 1e-12).all()
+    assert (value <= torch.maximum(forward, reverse) + 1e-12).all()
+    weight = at_logits(adaptive_kl_head_weight, z_q.requires_grad_(), z_p)
+    assert not weight.requires_grad
+    torch.testing.assert_close(weight * forward + (1 - weight) * reverse, value)
+
+
+def test_adaptive_head_is_the_smallest_set_that_reaches_the_mass():
+    p = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)
+    q = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)
+    assert adaptive_kl_head_weight(q.log(), p.log(), mu=0.5).item() == 0.5  # {0}: it reaches 0.5 alone
+    assert adaptive_kl_head_weight(q.log(), p.log(), mu=0.51).item() >= 0.5  # one of the ties joins
+    assert adaptive_kl_head_weight(q.log(), p.log(), mu=1.0).item() == 1.0
+    assert adaptive_kl_head_weight(q.log(), p.log(), mu=0.0).item() == 0.0
+    assert adaptive_kl_head_weight(p.log(), p.log()).item() == 0.5  # no gap at all
+
+
+def test_total_variation_lies_between_zero_and_one():
+    z_q, z_p = logits_pair(tokens=50, spread=20.0)
+    assert (at_logits(total_variation, z_q, z_p) <= 1 + 1e-12).all()
+    apart = 1e3 * torch.eye(2)
+    assert at_logits(total_variation, apart, apart.flip(0)).tolist() == [1.0, 1.0]
+
+
+def test_taid_ends():
+    z_q, z_p = logits_pair()
+    assert (at_logits(taid, z_q, z_p, t=0) == 0).all()
+    assert logits_gradient(taid, z_q, z_p, t=0).abs().max() < 1e-15
+    torch.testing.assert_close(at_logits(taid, z_q, z_p, t=1), at_logits(forward_kl, z_q, z_p))
+    expected = logits_gradient(forward_kl, z_q, z_p)
+    torch.testing.assert_close(logits_gradient(taid, z_q, z_p, t=1), expected)
+
+
+def test_mse_is_shift_invariant_and_the_same_for_logits_and_log_probabilities():
+    z_q, z_p = logits_pair()
+    expected = logit_mse(z_q, z_p)
+    torch.testing.assert_close(logit_mse(z_q + 5, z_p - torch.arange(5.0, dtype=torch.float64)[:, None]), expected)
+    torch.testing.assert_close(at_logits(logit_mse, z_q, z_p), expected)
+
+
+# resolve_divergence
+def test_resolve_gives_the_function_with_its_parameters():
+    z_q, z_p = logits_pair()
+    for name in ALL:
+        assert torch.equal(at_logits(resolve_divergence(name), z_q, z_p), at_logits(DIVERGENCES[name], z_q, z_p))
+    assert torch.equal(at_logits(resolve_divergence("jsd", beta=0.2), z_q, z_p), at_logits(jsd, z_q, z_p, beta=0.2))
+
+
+def test_resolve_suggests_the_nearest_name_and_lists_all():
+    with pytest.raises(ConfigurationError, match="Did you mean 'reverse_kl'.*logit_mse"):
+        resolve_divergence("revers_kl")
+
+
+def test_resolve_names_the_legal_parameters_and_defaults():
+    with pytest.raises(ConfigurationError, match=r"no parameter 'alpha'.*beta=0\.5"):
+        resolve_divergence("jsd", alpha=0.1)
+    with pytest.raises(ConfigurationError, match="defaults: none"):
+        resolve_divergence("forward_kl", beta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        *(("jsd", {"beta": beta}) for beta in (-0.1, 1.1, math.nan, "0.5", None, True, 1e-9, 1 - 1e-9)),
+        *(("skew_forward_kl", {"alpha": alpha}) for alpha in (-0.1, 1, 1e-9)),
+        ("adaptive_kl", {"mu": 1.5}),
+        ("taid", {"t": -0.1}),
+    ],
+)
+def test_resolve_refuses_values_out_of_range(name, params):
+    (key,) = params
+    with pytest.raises(ConfigurationError, match=f"got {key}=.*expected a number"):
+        resolve_divergence(name, **params)
+
+
+# TaidSchedule
+def test_taid_schedule_follows_its_equation():
+    schedule = TaidSchedule(t_start=0.4, t_end=1.0, alpha=0.1, decay=0.9)
+    assert schedule.step(2.0, progress=0.0) == 0.4  # one loss has no drop yet
+    momentum = 0.1 * (2.0 - 1.5) / 2.0
+    first = 0.4 + 0.1 / (1 + math.exp(-momentum)) * 0.6
+    assert schedule.step(1.5, progress=0.01) == pytest.approx(first)
+    momentum = 0.9 * momentum + 0.1 * (1.5 - 1.8) / 1.5
+    second = first + 0.1 / (1 + math.exp(-momentum)) * (1 - first)
+    assert schedule.step(1.8, progress=0.02) == pytest.approx(second)
+    assert schedule.step(1.8, progress=0.9) == pytest.approx(0.4 + 0.6 * 0.9)  # the line has overtaken it
+
+
+def test_taid_schedule_rises_from_start_to_end_whatever_the_losses():
+    schedule = TaidSchedule(t_start=0.2, t_end=0.9)
+    losses = [0.0, 1e-12, 1e6, 0.0, math.nan, math.inf, 3.0, 1.0]
+    values = [schedule.step(loss, progress=i / (len(losses) - 1)) for i, loss in enumerate(losses)]
+    assert values == sorted(values)
+    assert values[0] == 0.2 and values[-1] == 0.9
+
+
+def test_taid_schedule_without_adaptation_is_linear():
+    schedule = TaidSchedule(t_start=0.2, t_end=0.6, alpha=0.0)
+    assert [schedule.step(1 / (i + 1), i / 4) for i in range(5)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+def test_taid_schedule_resumes():
+    whole, first_half = TaidSchedule(alpha=0.1), TaidSchedule(alpha=0.1)
+    losses = [3.0, 2.0, 2.5, 1.0, 0.5]
+    for i, loss in enumerate(losses[:3]):
+        whole.step(loss, i / 10)
+        first_half.step(loss, i / 10)
+    resumed = TaidSchedule(alpha=0.1)
+    resumed.load_state_dict(first_half.state_dict())
+    for i, loss in enumerate(losses[3:], start=3):
+        assert resumed.step(loss, i / 10) == whole.step(loss, i / 10)
+
+
+@pytest.mark.parametrize("params", [{"t_start": 0.9, "t_end": 0.5}, {"t_end": 1.5}, {"alpha": -1}, {"decay": 1.0}])
+def test_taid_schedule_refuses_impossible_settings(params):
+    with pytest.raises(ConfigurationError):
+        TaidSchedule(**params)

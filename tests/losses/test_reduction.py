@@ -1,0 +1,73 @@
+"""Counting, summing and dividing: the same mean however tokens are split over micro-batches and ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill_trainers.losses.reduction import count_trained_tokens, masked_sum, sum_per_row, token_mean, trained_mask
+
+LABELS = torch.tensor([[7, -100, 3, 4], [-100, -100, -100, -100], [5, 6, -100, 8]])
+
+
+def test_trained_mask_shifts_by_one_and_ignores_the_first_label():
+    expected = [[False, True, True], [False, False, False], [True, False, True]]
+    assert trained_mask(LABELS).tolist() == expected
+    assert trained_mask(LABELS[:, :1]).shape == (3, 0)
+
+
+def test_count_is_over_all_batches_of_any_length():
+    count = count_trained_tokens([{"labels": LABELS}, {"labels": LABELS[:, :2]}, {"labels": LABELS[:0]}])
+    assert count.item() == 4 + 1
+    assert count.dtype == torch.int64 and count.shape == ()
+    assert count_trained_tokens([]).item() == 0
+
+
+def test_count_equals_the_number_of_masked_positions():
+    batches = [{"labels": torch.randint(-1, 2, (3, n)).where(torch.rand(3, n) < 0.5, -100)} for n in (2, 5, 9)]
+    assert count_trained_tokens(batches) == sum(trained_mask(batch["labels"]).sum() for batch in batches)
+
+
+def test_sum_per_row_equals_a_loop_and_passes_gradients():
+    values = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([0, 2, 2, 0, 3, 2])
+    sums = sum_per_row(values, rows, num_rows=5)
+    torch.testing.assert_close(sums, torch.stack([values[rows == row].sum() for row in range(5)]))
+    (gradient,) = torch.autograd.grad(sums @ torch.arange(5.0, dtype=torch.float64), values)
+    assert gradient.tolist() == rows.tolist()
+    assert sum_per_row(values[:0], rows[:0], num_rows=2).tolist() == [0, 0]
+
+
+def test_masked_sum_does_not_touch_what_is_outside():
+    values = torch.tensor([[1.0, float("nan")], [2.0, float("inf")]], requires_grad=True)
+    mask = torch.tensor([[True, False], [True, False]])
+    total = masked_sum(values, mask)
+    assert total.item() == 3
+    assert torch.autograd.grad(total, values)[0].tolist() == [[1, 0], [1, 0]]
+    assert masked_sum(values, mask, dim=1).tolist() == [1, 2]
+
+
+def test_token_mean_is_the_same_for_any_split_over_micro_batches_and_ranks():
+    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    inputs = torch.randn(10, 3, dtype=torch.float64)
+    losses = (inputs @ weight).square()
+    expected = losses.mean()
+    (expected_gradient,) = torch.autograd.grad(expected, weight, retain_graph=True)
+
+    ranks = [losses[:7].split(3), losses[7:].split(2)]  # unequal micro-batches on two ranks
+    shares = [sum(token_mean(part.sum(), torch.tensor(10), world_size=2) for part in parts) for parts in ranks]
+    averaged = [torch.autograd.grad(share, weight, retain_graph=True)[0] / 2 for share in shares]  # what DDP does
+    torch.testing.assert_close(sum(averaged), expected_gradient)
+    torch.testing.assert_close(sum(shares) / 2, expected)
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_token_mean_of_nothing_is_zero_and_keeps_the_graph(count):
+    weight = torch.ones(3, requires_grad=True)
+    mean = token_mean(weight[:0].sum(), count, world_size=4)
+    assert mean.item() == 0
+    assert torch.autograd.grad(mean, weight)[0].tolist() == [0, 0, 0]
+
+
+def test_token_mean_keeps_double_precision():
+    assert token_mean(torch.tensor(1.0, dtype=torch.float64), torch.tensor(3)).item() == 1 / 3
