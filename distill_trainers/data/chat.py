@@ -59,9 +59,10 @@ class Chat:
                 "strings."
             )
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, chat_template=self.template, **how, **self.settings
             )
+            return str(text)
         except TemplateError as error:
             roles = [message["role"] for message in messages]
             raise DatasetError(
@@ -92,8 +93,8 @@ def split_conversation(
         "The chat template renders the prompt differently once the answer follows, so the completion cannot be told "
         f"from the prompt. The prompt ends in {prompt_text[-60:]!r}; the conversation has "
         f"{whole_text[max(0, len(prompt_text) - 60) : len(prompt_text) + 40]!r} there. Choose chat_template_kwargs "
-        "with which both agree (e.g. enable_thinking: false), keep the thinking part in the answers, or set "
-        "tokenizer.chat_template = trl.chat_template_utils.get_training_chat_template(tokenizer)."
+        "with which both agree (e.g. enable_thinking: false), keep the thinking part in the answers, or change "
+        "tokenizer.chat_template (trl.chat_template_utils.get_training_chat_template knows versions for training)."
     )
 
 
@@ -126,7 +127,7 @@ def assistant_mask(
     from trl.chat_template_utils import has_generation_markers
 
     if has_generation_markers(chat.template or chat.tokenizer.chat_template):
-        rendered = chat.tokenizer.apply_chat_template(
+        rendered: Any = chat.tokenizer.apply_chat_template(
             list(messages),
             chat_template=chat.template,
             add_generation_prompt=generation_prompt,
@@ -201,7 +202,7 @@ def _close_turns(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: S
 def _turn_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
     """The position behind the end-of-turn token that only white space follows, or None where there is no such token."""
     end = len(ids)
-    while end and not _is_special(tokenizer, ids[end - 1]) and not tokenizer.decode([ids[end - 1]]).strip():
+    while end and not _is_special(tokenizer, ids[end - 1]) and not str(tokenizer.decode([ids[end - 1]])).strip():
         end -= 1
     return end if end and _is_special(tokenizer, ids[end - 1]) else None
 

@@ -158,7 +158,7 @@ def _load(shown: str, source: str, **how: Any) -> Dataset | IterableDataset:
         raise DatasetError(
             f"Could not load {shown!r} (split {how.get('split')!r}): {type(cause).__name__}: {cause}. Expected rows "
             f"that share their columns, in a file ending in {accepted}, a folder of such files, or a Hub dataset that "
-            " this machine can reach; name and split must be its own."
+            "this machine can reach; name and split must be its own."
         ) from error
 
 

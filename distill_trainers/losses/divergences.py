@@ -39,9 +39,9 @@ def _without_negative_rounding(values: Tensor) -> Tensor:
     return values - values.detach().clamp(max=0)
 
 
-def _finite(teacher_logps: Tensor) -> Tensor:
-    """The teacher as a constant, with the lowest finite number for -inf: its exponential is 0 all the same."""
-    return teacher_logps.detach().clamp(min=torch.finfo(teacher_logps.dtype).min)
+def _finite_constant(logps: Tensor) -> Tensor:
+    """Detached, with the lowest finite number for -inf: its exponential is 0 all the same."""
+    return logps.detach().clamp(min=torch.finfo(logps.dtype).min)
 
 
 def _log_mixture_ratio(log_ratio: Tensor, weight: float) -> Tensor:
@@ -75,7 +75,7 @@ def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: floa
     """
     if alpha == 0:
         return forward_kl(student_logps, teacher_logps)
-    teacher_logps = _finite(teacher_logps)
+    teacher_logps = _finite_constant(teacher_logps)
     log_mixture = _log_mixture_ratio(student_logps - teacher_logps, 1 - alpha)
     return _without_negative_rounding(-(teacher_logps.exp() * log_mixture).sum(-1))
 
@@ -87,7 +87,7 @@ def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: floa
     """
     if alpha == 0:
         return reverse_kl(student_logps, teacher_logps)
-    log_mixture = _log_mixture_ratio(_finite(teacher_logps) - student_logps, 1 - alpha)
+    log_mixture = _log_mixture_ratio(_finite_constant(teacher_logps) - student_logps, 1 - alpha)
     return _without_negative_rounding(-(student_logps.exp() * log_mixture).sum(-1))
 
 
@@ -138,8 +138,8 @@ def taid(student_logps: Tensor, teacher_logps: Tensor, *, t: float = 0.4) -> Ten
 
     `t` = 0 gives no gradient, `t` = 1 forward KL; `TaidSchedule` moves it from one towards the other.
     """
-    student = student_logps.detach()
-    mixed = torch.lerp(student, _finite(teacher_logps).to(student.dtype), t)
+    student = _finite_constant(student_logps)
+    mixed = torch.lerp(student, _finite_constant(teacher_logps).to(student.dtype), t)
     # Relative to the student's own normaliser, which is 0 but for rounding, equality stays exact.
     target = mixed - (mixed.logsumexp(-1, keepdim=True) - student.logsumexp(-1, keepdim=True))
     return forward_kl(student_logps, target)
@@ -267,7 +267,7 @@ class TaidSchedule:
             progress: share of training done, from 0 to 1.
         """
         old = self._state
-        linear = self.t_start + (self.t_end - self.t_start) * progress
+        linear = (1 - progress) * self.t_start + progress * self.t_end
         momentum, adaptive = old.momentum, old.t
         # A first loss has no drop; from a loss of 0, and to or from NaN and infinity, the relative drop means nothing.
         if old.previous_loss is not None and old.previous_loss > 0 and math.isfinite(loss):

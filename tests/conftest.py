@@ -1,0 +1,189 @@
+"""Shared fixtures: a character tokenizer, tiny models, trainers that run in milliseconds, and a dense reference."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and transformers are imported: they read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import disable_progress_bars
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from distill_trainers.data.addition import addition_dataset, character_tokenizer, tiny_llama
+from distill_trainers.trainers import METHODS
+
+torch.set_num_threads(1)
+disable_progress_bars()
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token per character; pad and EOS are different tokens."""
+    return character_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_student(tokenizer):
+    """Factory of a student of random weights: `make_student(seed=…, **llama_config)`."""
+
+    def make(seed=1, **config):
+        return tiny_llama(tokenizer, 32, 2, seed=seed, **config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_teacher(tokenizer):
+    """Factory of a teacher whose random weights are large enough for sharp, position-dependent distributions."""
+
+    def make(seed=7, **config):
+        return tiny_llama(tokenizer, 48, 2, seed=seed, **{"initializer_range": 0.25, **config})
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path, tokenizer, make_student, make_teacher):
+    """Factory of a trainer on CPU: constructor arguments by name, everything else goes into its config."""
+    constructor = {"data_collator", "callbacks", "optimizers", "peft_config", "quantization_config"}
+
+    def make(student=None, teacher=None, train="default", eval_dataset=None, method="gkd", tok=tokenizer, **settings):
+        config_class, trainer_class = METHODS[method]
+        kwargs = {name: settings.pop(name) for name in constructor & settings.keys()}
+        if "teacher_processing_class" in settings:
+            kwargs["teacher_processing_class"] = settings.pop("teacher_processing_class")
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "constant",
+            "max_length": 24,
+            "max_new_tokens": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        if not {"max_steps", "num_train_epochs"} & settings.keys():
+            defaults["max_steps"] = 3
+        trainer = trainer_class(
+            student if student is not None else make_student(),
+            teacher if teacher is not None else make_teacher(),
+            config_class(**{**defaults, **settings}),
+            addition_dataset(24) if isinstance(train, str) else train,
+            eval_dataset,
+            processing_class=tok,
+            **kwargs,
+        )
+        transformers_logging.set_verbosity_error()
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def batch_of(tokenizer):
+    """`batch_of(trainer, rows)` collates rows of `trainer.train_dataset` (all of them by default)."""
+
+    def collate(trainer, rows=None, dataset=None):
+        dataset = trainer.train_dataset if dataset is None else dataset
+        return trainer.data_collator([dataset[i] for i in (rows if rows is not None else range(len(dataset)))])
+
+    return collate
+
+
+class Die(TrainerCallback):
+    """Kills a run as a signal would: nothing of the trainer's own shutdown happens."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+class Killed(BaseException):
+    """Not an Exception, so that no handler swallows it."""
+
+
+@pytest.fixture
+def die_at():
+    """`die_at(step)` is a callback that raises `die_at.error` when optimiser step `step` (from 0) begins."""
+
+    def make(step):
+        return Die(step)
+
+    make.error = Killed
+    return make
+
+
+@pytest.fixture(scope="session")
+def by_step():
+    """`by_step(trainer, name)`: the logged values of one metric, by optimiser step."""
+
+    def read(trainer, name="loss"):
+        return {row["step"]: row[name] for row in trainer.state.log_history if name in row}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def dense():
+    """`dense(student, teacher, rows)`: float64 log-probabilities of every trained token, one unpadded row at a time.
+
+    It shares nothing with the package but the models themselves: no batch, no padding, no mask, no fused head.
+    """
+
+    @torch.no_grad()
+    def reference(student, teacher, rows, vocab_size=None, temperature=1.0):
+        student, teacher = copy.deepcopy(student).double().eval(), copy.deepcopy(teacher).double().eval()
+        q, p, labels = [], [], []
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            trained = [t for t in range(1, ids.shape[1]) if row["loss_mask"][t]]
+            for model, logps in ((student, q), (teacher, p)):
+                logits = model(input_ids=ids).logits[0, :, :vocab_size].double() / temperature
+                logps += [F.log_softmax(logits[t - 1], dim=-1) for t in trained]
+            labels += [row["input_ids"][t] for t in trained]
+        return SimpleNamespace(q=torch.stack(q), p=torch.stack(p), labels=torch.tensor(labels))
+
+    return reference
+
+
+@pytest.fixture(scope="session")
+def jsd_mean():
+    """Mean generalised JSD of dense log-probabilities, written from its definition (arXiv 2306.13649, eq. 1)."""
+
+    def value(found, beta=0.5):
+        p, q = found.p.exp(), found.q.exp()
+        m = beta * p + (1 - beta) * q
+        terms = beta * p * (p.log() - m.log()) + (1 - beta) * q * (q.log() - m.log())
+        return terms.sum(-1).mean().item()
+
+    return value
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, tokenizer, make_student, make_teacher):
+    """Folders of a saved student and teacher, each with the tokenizer beside it."""
+    root: Path = tmp_path_factory.mktemp("models")
+    for name, model in (("student", make_student()), ("teacher", make_teacher())):
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return SimpleNamespace(student=str(root / "student"), teacher=str(root / "teacher"), root=root)

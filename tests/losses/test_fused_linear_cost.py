@@ -1,0 +1,139 @@
+"""What the fused loss spends: no `[N, V]` tensor, one projection per model and chunk, no idle gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill_trainers.losses import DIVERGENCES, fused_linear, fused_linear_divergence
+
+N, DS, DT, V = 11, 6, 9, 13
+
+
+def operands(dtype: torch.dtype = torch.float64, tokens: int = N, ids: int = V) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (tokens, DS), (ids, DS), (tokens, DT), (ids, DT)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [each.requires_grad_(i < 2) for i, each in enumerate(made)]
+
+
+def small_loss(*of: Tensor, chunk: int = 3, itemsize: int = 8, **options) -> Tensor:
+    return fused_linear_divergence(*of, chunk_bytes=chunk * len(of[1]) * itemsize, **options)
+
+
+class Recorder(TorchDispatchMode):
+    """Records name and shape of every tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(each, Tensor):
+                self.made.append((func.overloadpacket.__name__, tuple(each.shape)))
+        return out
+
+    @property
+    def largest(self) -> int:
+        return max(math.prod(shape) for _, shape in self.made)
+
+    @property
+    def products(self) -> list[tuple[int, ...]]:
+        return [shape for name, shape in self.made if name in ("mm", "addmm_")]
+
+
+def test_frozen_weight_costs_no_weight_gradient():
+    hidden, weight, *teacher = operands()
+    weight.requires_grad_(False)
+    with Recorder() as recorder:
+        loss = small_loss(hidden, weight, *teacher)
+        loss.backward()
+    assert weight.grad is None
+    assert (V, DS) not in recorder.products
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_gradient_work_without_need(frozen, monkeypatch):
+    hidden, weight, *teacher = operands()
+    expected = small_loss(hidden, weight, *teacher).detach()
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: pytest.fail("a gradient was computed"))
+    if frozen:
+        loss = small_loss(hidden.detach(), weight.detach(), *teacher)
+    else:
+        with torch.no_grad():
+            loss = small_loss(hidden, weight, *teacher)
+    assert not loss.requires_grad
+    assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", list(DIVERGENCES))
+def test_never_holds_all_logits(divergence, dtype):
+    tokens, ids, chunk = 64, 500, 20
+    hidden, weight, teacher_hidden, teacher_weight = operands(dtype, tokens, ids)
+    with Recorder() as fused:
+        loss = fused_linear_divergence(
+            hidden, weight, teacher_hidden, teacher_weight, divergence=divergence, chunk_bytes=chunk * ids * 4
+        )
+        loss.backward()
+    assert fused.largest == chunk * ids > weight.numel()
+    with Recorder() as dense:
+        DIVERGENCES[divergence](
+            (hidden @ weight.T).log_softmax(-1), (teacher_hidden @ teacher_weight.T).log_softmax(-1)
+        )
+    assert dense.largest == tokens * ids
+
+
+def test_each_model_is_projected_once_per_chunk_and_each_gradient_is_one_product():
+    with Recorder() as recorder, torch.no_grad():
+        small_loss(*operands())
+    lengths = [3] * (N // 3) + [N % 3]
+    assert recorder.products == [(n, V) for n in lengths for _ in range(2)]
+    with Recorder() as recorder:
+        small_loss(*operands()).backward()
+    assert recorder.products == [shape for n in lengths for shape in [(n, V), (n, V), (n, DS), (V, DS)]]
+
+
+@pytest.fixture
+def wide_matmul(monkeypatch):
+    """The product with a wider result that CUDA has, done here in two steps."""
+    plain = torch.mm
+
+    def mm(left, right, out_dtype):
+        assert left.dtype == right.dtype == torch.bfloat16 and out_dtype == torch.float32
+        return plain(left.float(), right.float())
+
+    monkeypatch.setattr(torch, "mm", mm)
+    fused_linear._multiplies_widely.cache_clear()
+    yield
+    fused_linear._multiplies_widely.cache_clear()
+
+
+@pytest.mark.parametrize("tokens", [N, 0])
+def test_bfloat16_operands_are_multiplied_as_they_are_where_the_device_can(wide_matmul, tokens):
+    assert fused_linear._multiplies_widely("cpu", torch.bfloat16)
+    narrow = operands(torch.bfloat16, tokens)
+    exact = [each.detach().double().requires_grad_(each.requires_grad) for each in narrow]
+    options = {"student_scale": 0.5, "student_soft_cap": 3.0, "vocab_size": 10}
+    loss, expected = small_loss(*narrow, itemsize=4, **options), small_loss(*exact, **options)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for gradient, reference in zip(
+        torch.autograd.grad(loss, narrow[:2]), torch.autograd.grad(expected, exact[:2]), strict=True
+    ):
+        assert gradient.dtype == torch.bfloat16
+        torch.testing.assert_close(gradient.double(), reference, rtol=0.02, atol=0.004)
+
+
+def test_a_device_without_the_wide_product_is_noticed(monkeypatch):
+    monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: (left @ right).to(out_dtype))
+    fused_linear._multiplies_widely.cache_clear()
+    assert not fused_linear._multiplies_widely("cpu", torch.bfloat16)  # it rounded to bfloat16 on the way
+    assert not fused_linear._multiplies_widely("cpu", torch.float32)
+    fused_linear._multiplies_widely.cache_clear()

@@ -1,0 +1,440 @@
+"""The training path: what is counted, masked, run in which mode, and what evaluation reports."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from distill_trainers import GKDConfig, GKDTrainer
+from distill_trainers.data.addition import addition_dataset, addition_rows, character_tokenizer
+from distill_trainers.exceptions import ConfigurationError, DatasetError
+
+# ---- Counting and accumulation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size, accumulation", [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_logged_loss_is_the_mean_over_the_windows_tokens(
+    make_trainer, dense, jsd_mean, by_step, batch_size, accumulation
+):
+    trainer = make_trainer(
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        lmbda=0.0,
+        train_sampling_strategy="sequential",
+    )
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    assert len({row["length"] for row in rows}) > 1, "rows of one length cannot tell a token mean from a batch mean"
+    expected = jsd_mean(dense(trainer.model, trainer.teacher.model, rows))
+    trainer.train()
+    assert by_step(trainer)[1] == pytest.approx(expected, rel=1e-5)
+    assert by_step(trainer, "divergence")[1] == pytest.approx(expected, rel=1e-5)
+    assert by_step(trainer, "trained_tokens")[1] == sum(sum(row["loss_mask"]) for row in rows)
+
+
+def test_a_last_window_of_fewer_micro_batches_is_a_mean_as_well(make_trainer, dense, jsd_mean, by_step):
+    trainer = make_trainer(
+        train=addition_dataset(10),
+        num_train_epochs=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        lmbda=0.0,
+        learning_rate=0.0,
+        train_sampling_strategy="sequential",
+    )
+    expected = jsd_mean(dense(trainer.model, trainer.teacher.model, [trainer.train_dataset[i] for i in (8, 9)]))
+    trainer.train()
+    assert by_step(trainer)[2] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_accumulation_gives_one_result_whatever_the_order(make_trainer, by_step, strategy):
+    runs = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            train_sampling_strategy=strategy,
+            lmbda=0.0,
+        )
+        trainer.train()
+        runs.append(by_step(trainer))
+    if strategy == "random":
+        assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+    assert len(runs[0]) == len(runs[1]) == 3
+
+
+def test_a_stream_whose_last_window_is_cut_short_leaves_no_gradient_behind(make_trainer, by_step):
+    """5 micro-batches of a stream in windows of 2: the odd one must not leak into the next epoch's first step."""
+    norms = {}
+    for rows in (10, 8):
+        stream = addition_dataset(rows).to_iterable_dataset()
+        trainer = make_trainer(
+            train=stream,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            lmbda=0.0,
+            learning_rate=0.0,
+        )
+        trainer.train()
+        norms[rows] = by_step(trainer, "grad_norm")
+    assert norms[10][3] == pytest.approx(norms[10][1], rel=1e-5), "epoch 2 starts with the same rows as epoch 1"
+    assert norms[10] == pytest.approx(norms[8], rel=1e-5)
+
+
+def _synchronisations(run) -> int:
+    """How often `run()` reads a tensor's value into Python."""
+    calls = 0
+    patched = {name: getattr(torch.Tensor, name) for name in ("item", "tolist", "__float__", "__int__", "__bool__")}
+
+    def counting(original):
+        def call(self, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            return original(self, *args, **kwargs)
+
+        return call
+
+    try:
+        for name, original in patched.items():
+            setattr(torch.Tensor, name, counting(original))
+        run()
+    finally:
+        for name, original in patched.items():
+            setattr(torch.Tensor, name, original)
+    return calls
+
+
+def test_no_micro_step_reads_a_value_from_the_device(make_trainer):
+    """As many synchronisations with 4 micro-batches a step as with 1."""
+    counts = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            lmbda=0.0,
+            logging_strategy="no",
+        )
+        inner = trainer.training_step
+        counts.append(0)
+
+        def training_step(*args, inner=inner, **kwargs):
+            loss = None
+
+            def run():
+                nonlocal loss
+                loss = inner(*args, **kwargs)
+
+            counts[-1] += _synchronisations(run)
+            return loss
+
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.compute_loss(trainer.model, batch)  # the head is checked once, on the first batch
+        trainer.training_step = training_step
+        trainer.train()
+    assert counts == [0, 0]
+
+
+# ---- Padding and prompts --------------------------------------------------------------------------------------------
+
+
+def test_columns_of_padding_never_change_loss_or_gradient(make_trainer, batch_of):
+    trainer = make_trainer(lmbda=0.0)
+    batch = batch_of(trainer, range(6))
+    wider = {}
+    for name, fill in (("input_ids", 5), ("attention_mask", 0), ("labels", -100)):  # 5 is an ordinary token
+        wider[name] = torch.nn.functional.pad(batch[name], (0, 7), value=fill)
+    garbage = copy.deepcopy(batch)
+    garbage["input_ids"][batch["attention_mask"] == 0] = 9
+    results = []
+    for each in (batch, wider, garbage):
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, each)
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
+    for loss, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        assert torch.allclose(gradient, results[0][1], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pad_to_multiple_of": 8}, {"pad_to_multiple_of": 64}])
+def test_loss_is_that_of_unpadded_rows(make_trainer, batch_of, dense, jsd_mean, settings):
+    trainer = make_trainer(lmbda=0.0, **settings)
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    expected = jsd_mean(dense(trainer.model, trainer.teacher.model, rows))
+    batch = batch_of(trainer, range(8))
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_of_a_row_does_not_depend_on_its_neighbours(make_trainer, batch_of):
+    trainer = make_trainer(lmbda=0.0)
+    per_row = [trainer.compute_loss(trainer.model, batch_of(trainer, [i]), num_items_in_batch=1) for i in range(6)]
+    together = trainer.compute_loss(trainer.model, batch_of(trainer, range(6)), num_items_in_batch=1)
+    assert together.item() == pytest.approx(sum(loss.item() for loss in per_row), rel=1e-5)
+
+
+def test_prompt_tokens_are_context_and_never_targets(make_trainer, batch_of, dense, jsd_mean):
+    """A trained prompt token would change the mean; a label on position 0, which nothing predicts, changes nothing."""
+    trainer = make_trainer(lmbda=0.0)
+    batch = batch_of(trainer, range(4))
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    first = copy.deepcopy(batch)
+    first["labels"][:, 0] = first["input_ids"][:, 0]
+    assert trainer.compute_loss(trainer.model, first).item() == loss
+    rows = [dict(trainer.train_dataset[i]) for i in range(4)]
+    for row in rows:
+        assert row["loss_mask"] == [0] * row["prompt_length"] + [1] * (len(row["input_ids"]) - row["prompt_length"])
+    with_prompts = [{**row, "loss_mask": [1] * len(row["input_ids"])} for row in rows]
+    assert loss == pytest.approx(jsd_mean(dense(trainer.model, trainer.teacher.model, rows)), rel=1e-5)
+    assert loss != pytest.approx(jsd_mean(dense(trainer.model, trainer.teacher.model, with_prompts)), rel=1e-3)
+
+
+@pytest.fixture
+def pad_is_eos():
+    tok = character_tokenizer()
+    tok.pad_token = tok.eos_token
+    assert tok.pad_token_id == tok.eos_token_id
+    return tok
+
+
+def test_eos_is_trained_where_it_is_also_the_padding(make_trainer, batch_of, dense, jsd_mean, pad_is_eos):
+    trainer = make_trainer(tok=pad_is_eos, lmbda=0.0)
+    rows = addition_rows(6)
+    batch = batch_of(trainer, range(6))
+    for labels, row in zip(batch["labels"], rows, strict=True):
+        trained = labels[labels != -100].tolist()
+        assert trained == [*pad_is_eos(row["completion"])["input_ids"], pad_is_eos.eos_token_id]
+    expected = jsd_mean(dense(trainer.model, trainer.teacher.model, [trainer.train_dataset[i] for i in range(6)]))
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_masks_come_from_lengths_and_never_from_ids(make_trainer, batch_of, dense, jsd_mean, tokenizer):
+    """Rows that contain the pad token as an ordinary token, in prompt and completion."""
+    pad = tokenizer.pad_token_id
+    rows = Dataset.from_list(
+        [
+            {"input_ids": [pad, 3, 4, pad, 5, 1], "loss_mask": [0, 0, 0, 1, 1, 1], "prompt_length": 3},
+            {"input_ids": [6, pad, 7, pad], "loss_mask": [0, 0, 1, 1], "prompt_length": 2},
+        ]
+    )
+    trainer = make_trainer(train=rows, lmbda=0.0)
+    batch = batch_of(trainer)
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 4 + [0] * 2]
+    assert (batch["labels"] != -100).sum() == 5
+    expected = jsd_mean(dense(trainer.model, trainer.teacher.model, rows))
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+# ---- Modes of the models --------------------------------------------------------------------------------------------
+
+
+def test_bf16_autocast_reaches_the_students_backbone(make_trainer, by_step, make_student):
+    student, seen = make_student(), {"train": set(), "eval": set()}
+    trainer = make_trainer(student, bf16=True, lmbda=0.5, seed=1, eval_dataset=addition_dataset(8, seed=3))
+
+    def spy(module, inputs, output):
+        if trainer.model.training or trainer._eval_rows is not None:
+            seen["train" if trainer.model.training else "eval"].add(output.dtype)
+
+    student.model.layers[0].mlp.down_proj.register_forward_hook(spy)
+    trainer.train()
+    trainer.evaluate()
+    assert seen["train"] == {torch.bfloat16}
+    assert seen["eval"] == {torch.bfloat16}
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in by_step(trainer).values())
+    assert {p.dtype for p in student.parameters()} == {torch.float32}, "master weights stay in float32"
+
+
+def test_bf16_loss_is_near_the_float32_one(make_trainer, by_step):
+    losses = []
+    for bf16 in (False, True):
+        trainer = make_trainer(bf16=bf16, lmbda=0.0, max_steps=1)
+        trainer.train()
+        losses.append(by_step(trainer)[1])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+def test_teacher_is_frozen_in_eval_mode_and_unchanged(make_trainer, make_teacher):
+    teacher = make_teacher(attention_dropout=0.5).train()
+    before = copy.deepcopy(teacher.state_dict())
+    modes = []
+    teacher.model.layers[0].register_forward_hook(lambda module, *_: modes.append(module.training))
+    trainer = make_trainer(teacher=teacher, lmbda=0.5)
+    trainer.train()
+    assert modes and not any(modes)
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_vocabularies_are_never_resized(make_trainer, make_student, make_teacher):
+    student, teacher = make_student(), make_teacher(vocab_size=20)
+    trainer = make_trainer(student, teacher, teacher_processing_class=character_tokenizer(), max_steps=1)
+    trainer.train()
+    assert student.lm_head.weight.shape[0] == student.config.vocab_size == 14
+    assert teacher.lm_head.weight.shape[0] == teacher.config.vocab_size == 20
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_dropout_is_off_unless_asked_for(make_trainer, make_student, batch_of, off):
+    trainer = make_trainer(make_student(attention_dropout=0.5), lmbda=0.0, disable_dropout=off)
+    trainer.model.train()
+    trainer.model.config._attn_implementation = "eager"
+    losses = {trainer.compute_loss(trainer.model, batch_of(trainer)).item() for _ in range(4)}
+    if not off:
+        pytest.skip("Llama's attention dropout is no nn.Dropout") if len(losses) == 1 else None
+    else:
+        assert len(losses) == 1
+
+
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_evaluation_equals_a_dense_reference_at_any_batch_size(make_trainer, dense, jsd_mean, batch_size):
+    trainer = make_trainer(
+        eval_dataset=addition_dataset(10, seed=5), per_device_eval_batch_size=batch_size, lmbda=1.0, beta=0.3
+    )
+    metrics = trainer.evaluate()
+    found = dense(trainer.model, trainer.teacher.model, trainer.eval_dataset)
+    nll = -found.q.gather(1, found.labels[:, None]).mean()
+    teacher_nll = -found.p.gather(1, found.labels[:, None]).mean()
+    assert metrics["eval_tokens"] == len(found.labels) == sum(len(r["completion"]) + 1 for r in addition_rows(10, 5))
+    assert metrics["eval_loss"] == pytest.approx(jsd_mean(found, beta=0.3), rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(nll.exp().item(), rel=1e-5)
+    assert metrics["eval_teacher_perplexity"] == pytest.approx(teacher_nll.exp().item(), rel=1e-5)
+    assert metrics["eval_kl"] == pytest.approx((found.p.exp() * (found.p - found.q)).sum(-1).mean().item(), rel=1e-5)
+    agreement = (found.p.argmax(-1) == found.q.argmax(-1)).double().mean().item()
+    assert metrics["eval_top1_agreement"] == pytest.approx(agreement, abs=1e-6)
+
+
+def test_evaluation_samples_nothing_and_repeats_exactly(make_trainer):
+    trainer = make_trainer(eval_dataset=addition_dataset(8, seed=5), lmbda=1.0)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("evaluation generated")
+
+    trainer.model.generate = trainer.teacher.model.generate = refuse
+    names = ("eval_loss", "eval_kl", "eval_perplexity", "eval_top1_agreement")
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert [first[name] for name in names] == [second[name] for name in names]
+
+
+def test_evaluation_does_not_disturb_training(make_trainer, by_step):
+    runs = []
+    for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": addition_dataset(8, seed=5)}):
+        trainer = make_trainer(lmbda=0.5, max_steps=4, **settings)
+        trainer.train()
+        runs.append((by_step(trainer), by_step(trainer, "trained_tokens")))
+    assert runs[0] == runs[1]
+
+
+def _count_generate(teacher):
+    calls, inner = [], teacher.model.generate
+
+    def generate(*args, **kwargs):
+        calls.append(len(kwargs["input_ids"]))
+        return inner(*args, **kwargs)
+
+    teacher.model.generate = generate
+    return calls
+
+
+def test_prompts_without_completions_are_evaluated_on_the_teachers_text_generated_once(make_trainer, tmp_path):
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in addition_rows(9, seed=5)])
+    metrics = []
+    for expected in (9, 0):
+        trainer = make_trainer(eval_dataset=prompts, completions_dir=str(tmp_path / "kept"))
+        calls = _count_generate(trainer.teacher)
+        metrics.append(trainer.evaluate())
+        assert trainer.evaluate()["eval_loss"] == metrics[-1]["eval_loss"]
+        assert sum(calls) == expected
+    assert metrics[0]["eval_tokens"] >= 9
+    assert metrics[0]["eval_kl"] == metrics[1]["eval_kl"]
+
+
+def test_several_evaluation_sets_are_reported_apart(make_trainer, tmp_path):
+    sets = {"near": addition_dataset(6, seed=5), "far": addition_dataset(9, seed=6)}
+    trainer = make_trainer(eval_dataset=sets, eval_strategy="steps", eval_steps=2, max_steps=2)
+    trainer.train()
+    logged = {name: value for row in trainer.state.log_history for name, value in row.items()}
+    for name, data in sets.items():
+        alone = trainer.evaluate(data)
+        assert logged[f"eval_{name}_kl"] == pytest.approx(alone["eval_kl"], rel=1e-6)
+        assert logged[f"eval_{name}_tokens"] == alone["eval_tokens"]
+
+
+def test_the_card_shows_the_scores_of_every_evaluation_set(make_trainer, tmp_path):
+    trainer = make_trainer(eval_dataset={"near": addition_dataset(6, seed=5), "far": addition_dataset(9, seed=6)})
+    metrics = trainer.evaluate()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    for name in ("near", "far"):
+        assert f"{metrics[f'eval_{name}_kl']:.4f}" in card
+
+
+# ---- What the constructor takes -------------------------------------------------------------------------------------
+
+
+def test_models_by_name_without_arguments_or_tokenizer(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = GKDTrainer(saved.student, saved.teacher, train_dataset=addition_dataset(4))
+    assert isinstance(trainer.args, GKDConfig)
+    assert trainer.processing_class.decode([5]) == "3"
+    assert trainer.teacher.name == saved.teacher
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    assert trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).item() > 0
+
+
+def test_plain_training_arguments_are_carried_over(saved, tmp_path, by_step):
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, learning_rate=7e-4, per_device_train_batch_size=2, use_cpu=True, report_to="none"
+    )
+    trainer = GKDTrainer(saved.student, saved.teacher, args, addition_dataset(8))
+    assert isinstance(trainer.args, GKDConfig)
+    assert trainer.args.learning_rate == 7e-4
+    assert trainer.args.remove_unused_columns is False
+    trainer.args.max_new_tokens = 4
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_streams_are_trained_on(make_trainer, by_step):
+    stream = addition_dataset(24).to_iterable_dataset()
+    trainer = make_trainer(train=stream, max_steps=4, lmbda=0.5, gradient_accumulation_steps=2)
+    trainer.train()
+    assert len(by_step(trainer)) == 4
+
+
+def test_one_model_cannot_be_student_and_teacher_at_once(make_trainer, make_student):
+    model = make_student()
+    with pytest.raises(ConfigurationError, match="same"):
+        make_trainer(model, model)
+
+
+@pytest.mark.parametrize("dataset", [None, "no rows", "list"])
+def test_datasets_that_cannot_be_trained_on_are_refused(make_trainer, dataset):
+    train = {
+        None: None,
+        "no rows": Dataset.from_dict({"prompt": [], "completion": []}),
+        "list": addition_rows(3),
+    }[dataset]
+    with pytest.raises(DatasetError):
+        make_trainer(train=train)
+
+
+def test_a_missing_model_is_refused_by_role(saved, tmp_path, monkeypatch):
+    with pytest.raises(ConfigurationError, match="teacher"):
+        GKDTrainer(saved.student, str(saved.root / "nowhere"), GKDConfig(str(tmp_path)), addition_dataset(4))
+    with pytest.raises(ConfigurationError, match="student"):
+        GKDTrainer(None, saved.teacher, GKDConfig(str(tmp_path)), addition_dataset(4))
+
+
+def test_evaluation_without_a_set_is_refused(make_trainer):
+    with pytest.raises(DatasetError, match="eval_dataset"):
+        make_trainer(eval_strategy="steps", eval_steps=1)
