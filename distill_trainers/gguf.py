@@ -7,7 +7,6 @@ together with a tokenizer that splits text the way the model was trained on.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import logging
@@ -218,14 +217,10 @@ def _load_plain_model(gguf_file: Path, dtype: torch.dtype) -> PreTrainedModel:
     for trace_of_the_import in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(trace_of_the_import, None)
     config = type(packed.config).from_dict(settings)
-    config.architectures = [type(packed).__name__]
-    config.dtype = dtype
     # On the meta device nothing is initialised at random first: the loaded tensors are moved in, not copied.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(packed.to(dtype).state_dict(), assign=True)
-    model.tie_weights()
-    model.generation_config = copy.deepcopy(packed.generation_config)
     return model
 
 

@@ -167,13 +167,9 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """The causal LM inside any stack of PEFT, DDP, FSDP and DeepSpeed wrappers."""
-    while True:
-        if is_peft(model):
-            return model.get_base_model()  # type: ignore[operator]
-        inner = model.__dict__.get("_modules", {}).get("module")
-        if inner is None or hasattr(model, "base_model_prefix"):
-            return model  # type: ignore[return-value]
-        model = inner
+    while "module" in model._modules and not is_peft(model):  # wrappers pass attribute look-ups on, so ask the class
+        model = model._modules["module"]
+    return model.get_base_model() if is_peft(model) else model  # type: ignore[return-value, operator]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,7 +378,10 @@ def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to zero."""
-    from trl.trainer.utils import disable_dropout_in_model
-
-    disable_dropout_in_model(model)
+    """Set every dropout of the model to zero: modules, and the probabilities that attention layers pass to kernels."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

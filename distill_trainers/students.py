@@ -146,7 +146,7 @@ def _check_config_describes(model: PreTrainedModel) -> None:
         differing = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
         raise ConfigurationError(
             f"The config of {type(model).__name__} does not describe the kept layers ({', '.join(differing[:4])}): it "
-            "says by number which layers are special. Keep the first layers only, or use a ready-made student."
+            "says by number which layers are special. Keep the first layers, or use a ready-made student."
         )
 
 
@@ -163,9 +163,8 @@ def layer_importance(
     """How much each decoder layer matters on some text; larger is more important.
 
     Measures:
-        "kl": forward KL of the whole model to the model without that one layer, in nats per token. Costs about
-            1 + L/2 forward passes, as the layers below the missing one are not run again, and holds the L layer
-            inputs `[B, T, D]` of one batch.
+        "kl": forward KL of the whole model to the model without that one layer, in nats per token. Costs 1 + L/2
+            forward passes, as the layers below are not run again, and holds the L layer inputs `[B, T, D]` of a batch.
         "angular": 1 - cosine of a layer's input and output, the Block Influence of ShortGPT (arXiv 2403.03853,
             equation 1). Costs one forward pass, and does not look at what the change is for.
 

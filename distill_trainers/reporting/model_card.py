@@ -64,10 +64,13 @@ def model_card(trainer: DistillTrainer) -> str:
 
 
 def _score_table(metrics: dict[str, float]) -> list[str]:
-    rows = [
-        f"| {title} | {metrics[f'eval_{name}']:.4f} |" for name, title in _SCORES.items() if f"eval_{name}" in metrics
-    ]
-    return ["| Measure | Value |", "|---|---|", *rows] if rows else ["No evaluation was run."]
+    """One column per evaluation set: `eval_kl` of the only one, `eval_<set>_kl` of several."""
+    sets = [key.removesuffix("_top1_agreement") for key in metrics if key.endswith("_top1_agreement")]
+    if not sets:
+        return ["No evaluation was run."]
+    heads = ["Value" if key == "eval" else key.removeprefix("eval_") for key in sets]
+    rows = [[title, *(f"{metrics[f'{key}_{name}']:.4f}" for key in sets)] for name, title in _SCORES.items()]
+    return [f"| {' | '.join(row)} |" for row in (["Measure", *heads], ["---"] * (len(sets) + 1), *rows)]
 
 
 def _settings(trainer: DistillTrainer) -> dict[str, Any]:

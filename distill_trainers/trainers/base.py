@@ -95,6 +95,12 @@ class DistillTrainer(Trainer):
                 raise ConfigurationError(f"Got no {role} model; expected a folder, a Hub id or a model.")
             if isinstance(source, str):
                 models.check_model_source(source, role)
+        frozen = teacher_model.model if isinstance(teacher_model, LocalTeacher) else teacher_model
+        if isinstance(model, nn.Module) and model is frozen:
+            raise ConfigurationError(
+                "Got the same model as student and teacher, and the teacher is frozen. Pass a copy as `teacher_model` "
+                "(`copy.deepcopy(model)`), or its name."
+            )
         self.check_datasets(train_dataset, eval_dataset)
 
         # Everything that can be refused without weights comes first.
@@ -213,6 +219,10 @@ class DistillTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimiser step, after rollouts, and their trained tokens over all processes."""
         batches: list[Batch] = list(itertools.islice(epoch_iterator, num_batches))
+        if len(batches) < num_batches:
+            # Only the end of a stream comes unannounced: no optimiser step would follow, and the gradient of these
+            # batches would be added to the next epoch's first.
+            batches = []
         if batches:
             batches = self.score(self.rollout(batches))
         count = count_trained_tokens(batches).to(device)
@@ -310,7 +320,7 @@ class DistillTrainer(Trainer):
         metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
         metrics |= agreement_metrics(means) | {"tokens": tokens}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        self.last_eval_metrics = dict(output.metrics)
+        self.last_eval_metrics.update(output.metrics)
         return output
 
     @torch.no_grad()
@@ -383,18 +393,20 @@ class DistillTrainer(Trainer):
                     "The teacher's completions are generated once for a whole dataset, but `train_dataset` is iterable. "
                     "Pass a `datasets.Dataset`."
                 )
-        return prepare_dataset(
-            dataset,
-            tokenizer,
-            max_length=self.args.max_length,
-            max_new_tokens=self.args.max_new_tokens,
-            column_mapping=self.args.column_mapping,
-            assistant_only_loss=self.args.assistant_only_loss,
-            chat_template_kwargs=self.args.chat_template_kwargs,
-            num_proc=self.args.dataset_num_proc,
-            needs=needs,
-            name=name,
-        )
+        generates = self.samples_completions or self.replaces_completions
+        with self.args.main_process_first(desc=f"{name} tokenisation"):
+            return prepare_dataset(
+                dataset,
+                tokenizer,
+                max_length=self.args.max_length,
+                max_new_tokens=self.args.max_new_tokens if generates else None,
+                column_mapping=self.args.column_mapping,
+                assistant_only_loss=self.args.assistant_only_loss,
+                chat_template_kwargs=self.args.chat_template_kwargs,
+                num_proc=self.args.dataset_num_proc,
+                needs=needs,
+                name=name,
+            )
 
     def _prepare_eval(self, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         if isinstance(dataset, dict):
@@ -481,6 +493,13 @@ class DistillTrainer(Trainer):
                     "written earlier are intact; free some space and go on with `--resume_from_checkpoint true`."
                 ) from error
             raise
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
+            norm = torch.as_tensor(grad_norm, device=self.args.device)
+            self.window_is_finite = self.window_is_finite & torch.isfinite(norm)
+        return grad_norm
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write README.md into the output directory: method, paper, models, settings and scores."""

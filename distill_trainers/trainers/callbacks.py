@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FiniteLossGuard(TrainerCallback):
-    """Stops before an optimiser step whose loss is NaN or infinite, and keeps the last good weights.
+    """Stops before an optimiser step whose loss or gradient is NaN or infinite, and keeps the last good weights.
 
     One synchronisation per optimiser step, none per micro-step.
     """
@@ -38,7 +38,7 @@ class FiniteLossGuard(TrainerCallback):
             checkpoint = find_last_complete_checkpoint(args.output_dir)
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written yet."
         raise TrainingDivergedError(
-            f"The loss of optimiser step {step + 1} is NaN or infinite; training stopped before that step changed a "
+            f"The loss or gradient of optimiser step {step + 1} is NaN or infinite; training stopped before that step changed a "
             f"weight. {kept} Go on from there with a lower learning_rate or max_grad_norm, or in bf16 rather than fp16."
         )
 

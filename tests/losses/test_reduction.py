@@ -64,7 +64,7 @@ def test_token_mean_is_the_same_for_any_split_over_micro_batches_and_ranks():
 @pytest.mark.parametrize("count", [0, torch.tensor(0)])
 def test_token_mean_of_nothing_is_zero_and_keeps_the_graph(count):
     weight = torch.ones(3, requires_grad=True)
-    mean = token_mean(weight[:0].sum(), count, world_size=4)
+    mean = token_mean(weight.sum(), count, world_size=4)
     assert mean.item() == 0
     assert torch.autograd.grad(mean, weight)[0].tolist() == [0, 0, 0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -88,14 +89,14 @@ def test_a_stream_whose_last_window_is_cut_short_leaves_no_gradient_behind(make_
 
 
 def _synchronisations(run) -> int:
-    """How often `run()` reads a tensor's value into Python."""
+    """How often this package reads a tensor's value into Python while `run()` lasts."""
     calls = 0
     patched = {name: getattr(torch.Tensor, name) for name in ("item", "tolist", "__float__", "__int__", "__bool__")}
 
     def counting(original):
         def call(self, *args, **kwargs):
             nonlocal calls
-            calls += 1
+            calls += sys._getframe(1).f_globals["__name__"].startswith("distill_trainers")
             return original(self, *args, **kwargs)
 
         return call
@@ -280,16 +281,13 @@ def test_vocabularies_are_never_resized(make_trainer, make_student, make_teacher
     assert teacher.lm_head.weight.shape[0] == teacher.config.vocab_size == 20
 
 
-@pytest.mark.parametrize("off", [True, False])
-def test_dropout_is_off_unless_asked_for(make_trainer, make_student, batch_of, off):
-    trainer = make_trainer(make_student(attention_dropout=0.5), lmbda=0.0, disable_dropout=off)
+@pytest.mark.parametrize("disable, different", [(True, False), (False, True)])
+def test_dropout_is_off_unless_asked_for(make_trainer, make_student, batch_of, disable, different):
+    """Llama's attention dropout is a float and no module; both kinds must be found."""
+    trainer = make_trainer(make_student(attention_dropout=0.5), lmbda=0.0, disable_dropout=disable)
     trainer.model.train()
-    trainer.model.config._attn_implementation = "eager"
     losses = {trainer.compute_loss(trainer.model, batch_of(trainer)).item() for _ in range(4)}
-    if not off:
-        pytest.skip("Llama's attention dropout is no nn.Dropout") if len(losses) == 1 else None
-    else:
-        assert len(losses) == 1
+    assert (len(losses) > 1) == different
 
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""Two real processes train the student that one process trains, with every way of sharding it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+
+pytestmark = pytest.mark.distributed
+
+
+def launch(folder, config, settings, lora=False, timeout=400):
+    """Run the worker (one process without `config`) and read its report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job = json.dumps({"output": str(folder), "args": settings, "lora": lora})
+    command = [sys.executable]
+    if config:
+        port = str(29500 + os.getpid() % 400 + abs(hash(str(folder))) % 1000)
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / config)]
+        command += ["--main_process_port", port]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [*command, str(WORKER), job], env=environment, capture_output=True, text=True, timeout=timeout, cwd=folder
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((folder / "report.json").read_text())
+
+
+def weights(folder, lora=False):
+    if lora:
+        from safetensors.torch import load_file
+
+        return load_file(folder / "student" / "adapter_model.safetensors")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
+
+
+def assert_same_run(one, two, folder_one, folder_two, lora=False, norms=True):
+    first, second = ([log for log in run["logs"] if "loss" in log] for run in (one, two))
+    assert len(first) == len(second) >= 4
+    for a, b in zip(first, second, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-4), (a, b)
+        assert b["trained_tokens"] == a["trained_tokens"]
+        if norms:
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3)
+    for name in ("eval_loss", "eval_kl", "eval_perplexity", "eval_top1_agreement", "eval_tokens"):
+        assert two["eval"][name] == pytest.approx(one["eval"][name], rel=1e-3), name
+    left, right = weights(folder_one, lora), weights(folder_two, lora)
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(right[name], left[name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+# Greedy rollouts, so that what is sampled does not depend on which process samples it.
+SETTINGS = {"max_steps": 4, "temperature": 0.0, "optim": "sgd", "lmbda": 0.0}
+
+
+def one_and_two(tmp_path, config, lora=False, **changes):
+    settings = {**SETTINGS, **changes}
+    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, lora)
+    two = launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, lora)
+    return one, two
+
+
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+def test_two_processes_equal_one(tmp_path, config):
+    one, two = one_and_two(tmp_path, config)
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
+@pytest.mark.parametrize("lmbda", [0.5, 1.0])
+def test_two_processes_equal_one_on_policy(tmp_path, config, lmbda):
+    one, two = one_and_two(tmp_path, config, lmbda=lmbda)
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_zero2.yaml", "cpu_fsdp2.yaml"])
+def test_two_processes_equal_one_sharded(tmp_path, config):
+    one, two = one_and_two(tmp_path, config)
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
+def test_two_processes_equal_one_with_lora(tmp_path, config):
+    one, two = one_and_two(tmp_path, config, lora=True)
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two", lora=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+def test_two_processes_share_the_teachers_completions(tmp_path, config):
+    one, two = one_and_two(tmp_path, config, seq_kd=True)
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+
+
+def test_zero3_teacher_is_sharded(tmp_path):
+    """Left out of the engine, its parameters would stay whole (or be gathered all at once)."""
+    report = launch(tmp_path, "cpu_zero3.yaml", {**SETTINGS, "max_steps": 1, "per_device_train_batch_size": 2})
+    assert report["teacher_numel"] == 0  # every parameter is partitioned between uses

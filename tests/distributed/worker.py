@@ -1,0 +1,71 @@
+"""One process of a distributed run: trains a tiny GKD student and writes what the test compares.
+
+Usage: accelerate launch --config_file … worker.py '{"output": …, "args": {…}}'
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from distill_trainers import GKDConfig, GKDTrainer
+from distill_trainers.data.addition import addition_dataset, character_tokenizer, tiny_llama
+
+
+class GradNorms(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs, step=state.global_step))
+
+
+def main(job):
+    output = Path(job["output"])
+    tokenizer = character_tokenizer()
+    settings = {
+        "use_cpu": True,
+        "max_length": 32,
+        "max_new_tokens": 4,
+        "logging_steps": 1,
+        "learning_rate": 2.0,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **job["args"],
+    }
+    args = GKDConfig(output_dir=str(output / "run"), **settings)
+    teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False)
+    student = tiny_llama(tokenizer, 32, 2, seed=1)
+    peft_config = None
+    if job.get("lora"):
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    recorder = GradNorms()
+    trainer = GKDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=addition_dataset(48),
+        eval_dataset=addition_dataset(13, seed=7),  # does not divide by the batch: duplicates must not count
+        processing_class=tokenizer,
+        callbacks=[recorder],
+        peft_config=peft_config,
+    )
+    trainer.train()
+    scores = trainer.evaluate()
+    trainer.save_model(str(output / "student"))
+    if trainer.is_world_process_zero():
+        teacher_numel = sum(p.numel() for p in trainer.teacher.model.parameters())
+        report = {"logs": recorder.logs, "eval": scores, "teacher_numel": teacher_numel}
+        (output / "report.json").write_text(json.dumps(report, default=float))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,219 @@
+"""Runs that are killed, diverge or fill the disk: what is resumed from, and that it continues exactly."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from distill_trainers.exceptions import CheckpointError, TrainingDivergedError
+from distill_trainers.trainers.checkpoints import find_last_complete_checkpoint, last_complete_checkpoint
+
+# 24 rows in windows of 2 x 2: 6 steps an epoch.
+RUN = {"max_steps": 14, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
+def _weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _assert_same_run(whole, resumed, by_step, first_step):
+    for name in ("loss", "grad_norm", "trained_tokens", "rollouts"):
+        uninterrupted = {step: value for step, value in by_step(whole, name).items() if step > first_step}
+        assert {step: value for step, value in by_step(resumed, name).items() if step > first_step} == uninterrupted
+    expected = _weights(whole.model)
+    assert all(torch.equal(value, expected[name]) for name, value in _weights(resumed.model).items())
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
+def test_a_killed_run_resumes_exactly(make_trainer, make_student, by_step, die_at, tmp_path, lmbda):
+    """Killed twice, mid-epoch in epochs 1 and 2; dropout on, so that the random state has to come back too."""
+    settings = {**RUN, "lmbda": lmbda, "save_strategy": "steps", "save_steps": 3, "disable_dropout": False}
+    student = {"attention_dropout": 0.1}
+    whole = make_trainer(make_student(**student), output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    assert len(by_step(whole)) == 14
+    assert len(set(by_step(whole).values())) == 14
+    broken = {**settings, "output_dir": str(tmp_path / "broken")}
+    for resume, kill in ((None, 5), (True, 11)):
+        trainer = make_trainer(make_student(**student), callbacks=[die_at(kill)], **broken)
+        with pytest.raises(die_at.error):
+            trainer.train(resume_from_checkpoint=resume)
+    resumed = make_trainer(make_student(seed=99, **student), **broken)
+    resumed.train(resume_from_checkpoint=True)
+    assert min(by_step(resumed)) == 1, "the log of the earlier parts is in the checkpoint"
+    _assert_same_run(whole, resumed, by_step, first_step=0)
+
+
+def test_a_second_epoch_has_an_order_of_its_own_and_a_resumed_one_keeps_it(
+    make_trainer, by_step, die_at, tmp_path, batch_of
+):
+    """With learning rate 0 the loss is a fingerprint of a step's rows."""
+    settings = {**RUN, "max_steps": 12, "lmbda": 0.0, "learning_rate": 0.0, "save_strategy": "steps", "save_steps": 8}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    losses = by_step(whole)
+    epochs = [[losses[step] for step in range(first, first + 6)] for first in (1, 7)]
+    assert epochs[0] != epochs[1]
+    broken = {**settings, "output_dir": str(tmp_path / "broken")}
+    with pytest.raises(die_at.error):
+        make_trainer(callbacks=[die_at(9)], **broken).train()
+    resumed = make_trainer(**broken)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-8"))
+    assert [by_step(resumed)[step] for step in range(9, 13)] == epochs[1][2:]
+
+
+def test_an_incomplete_checkpoint_is_passed_over(make_trainer, by_step, tmp_path):
+    settings = {**RUN, "max_steps": 6, "lmbda": 0.5, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(**settings)
+    whole.train()
+    out = tmp_path / "out"
+    (out / "checkpoint-6" / "trainer_state.json").unlink()
+    (out / "checkpoint-notes").mkdir()
+    assert last_complete_checkpoint(out) == str(out / "checkpoint-4")
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    _assert_same_run(whole, resumed, by_step, first_step=4)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert find_last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+def test_resuming_from_nothing_is_refused(make_trainer):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+# ---- Divergence -----------------------------------------------------------------------------------------------------
+
+
+class Recorder(TrainerCallback):
+    """Keeps the weights with which the last completed step ended."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.weights = copy.deepcopy(model.state_dict())
+
+    on_step_end = on_train_begin
+
+
+def _poison(trainer, step, value, micro_batch=0):
+    inner, seen = trainer.distill_terms, []
+
+    def distill_terms(student, teacher, tokens):
+        terms = inner(student, teacher, tokens)
+        if trainer.state.global_step == step and trainer.model.training:
+            seen.append(1)
+            if len(seen) == micro_batch + 1:
+                terms["divergence"] = terms["divergence"] * value
+        return terms
+
+    trainer.distill_terms = distill_terms
+
+
+@pytest.mark.parametrize("value, micro_batch", [(float("nan"), 0), (float("nan"), 1), (float("inf"), 1)])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    make_trainer, by_step, tmp_path, value, micro_batch
+):
+    settings = {**RUN, "max_steps": 5, "lmbda": 0.0}
+    recorder = Recorder()
+    trainer = make_trainer(callbacks=[recorder], **settings)
+    _poison(trainer, step=3, value=value, micro_batch=micro_batch)
+    with pytest.raises(TrainingDivergedError, match=r"step 4 .*checkpoint-3\b"):
+        trainer.train()
+    assert all(torch.equal(value, recorder.weights[name]) for name, value in trainer.model.state_dict().items())
+    # What was kept continues as if nothing had happened.
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    _assert_same_run(whole, resumed, by_step, first_step=3)
+
+
+def test_a_gradient_that_is_not_finite_stops_as_well(make_trainer):
+    """A finite loss can have an infinite gradient: a root or a norm at 0 somewhere in the backbone."""
+    recorder = Recorder()
+    trainer = make_trainer(callbacks=[recorder], lmbda=0.0)
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda grad: grad * float("nan") if trainer.state.global_step == 1 else grad)
+    with pytest.raises(TrainingDivergedError, match="step 2"):
+        trainer.train()
+    assert all(torch.equal(value, recorder.weights[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_divergence_in_the_first_step_names_no_checkpoint(make_trainer):
+    trainer = make_trainer(lmbda=0.0)
+    _poison(trainer, step=0, value=float("nan"))
+    with pytest.raises(TrainingDivergedError, match="No checkpoint"):
+        trainer.train()
+
+
+# ---- A full disk ----------------------------------------------------------------------------------------------------
+
+
+def _fill_disk(trainer, step, limit):
+    """The checkpoint of `step` finds a disk on which no file can grow beyond `limit` bytes."""
+    inner = trainer._save_checkpoint
+
+    def save(*args, **kwargs):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if trainer.state.global_step == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    trainer._save_checkpoint = save
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 120_000], ids=["nothing fits", "weights fail", "optimizer fails"])
+def test_a_full_disk_keeps_the_earlier_checkpoint(make_trainer, make_student, by_step, tmp_path, limit):
+    settings = {**RUN, "max_steps": 6, "lmbda": 0.5, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    weights = sum(p.numel() for p in make_student().parameters()) * 4
+    assert 20_000 < weights < 120_000 < 2 * weights, "the limits stand for these sizes"
+    trainer = make_trainer(**settings)
+    _fill_disk(trainer, 4, limit)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4.*intact") as caught:
+        trainer.train()
+    assert caught.value.__cause__ is not None
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2"]
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    _assert_same_run(whole, resumed, by_step, first_step=2)
+
+
+def test_no_space_left_is_said_in_words(make_trainer, monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device.*MiB were free"):
+        make_trainer(save_strategy="steps", save_steps=1).train()
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_checkpoint_is_an_ordinary_model(make_trainer, tmp_path, tokenizer):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trainer = make_trainer(save_strategy="steps", save_steps=3, lmbda=0.0)
+    trainer.train()
+    folder = tmp_path / "out" / "checkpoint-3"
+    copied = shutil.copytree(folder, tmp_path / "elsewhere")
+    model, ids = AutoModelForCausalLM.from_pretrained(copied), torch.tensor([[4, 5, 12, 6, 13]])
+    assert torch.equal(model(ids).logits, trainer.model.eval()(ids).logits)
+    assert AutoTokenizer.from_pretrained(copied)("37+58=").input_ids == tokenizer("37+58=").input_ids
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert {path.name for path in Path(copied).iterdir()} >= {"config.json", "model.safetensors", "trainer_state.json"}
