@@ -30,7 +30,7 @@ MODES = {
     "on-policy": {"lmbda": 1.0},
     "on-policy, activation checkpointing": {"lmbda": 1.0, "activation_checkpointing": True},
 }
-FULL = {"vocab": 49152, "hidden": 256, "layers": 4, "length": 128, "new_tokens": 32, "steps": 6, "warmup": 2}
+FULL = {"vocab": 49152, "hidden": 256, "layers": 4, "length": 128, "new_tokens": 32, "steps": 5, "warmup": 2}
 QUICK = {"vocab": 2048, "hidden": 32, "layers": 1, "length": 32, "new_tokens": 4, "steps": 5, "warmup": 1}
 BATCH = 4
 
@@ -39,27 +39,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a toy model and one round")
     parser.add_argument("--rounds", type=int, default=None, help="processes per trainer and mode (3; quick: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; 1 is the steadiest on a shared machine")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--only", nargs=2, metavar=("TRAINER", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     size = QUICK if options.quick else FULL
     if options.only:
-        print(json.dumps(measure(*options.only, size)))
+        print(json.dumps(measure(*options.only, size, options.threads)))
         return
     rounds = options.rounds or (1 if options.quick else 3)
-    print(f"{machine()}\n\n{settings_line(size, rounds)}\n")
+    print(f"{machine(options.threads)}\n\n{settings_line(size, rounds)}\n")
     for mode in options.modes:
-        print(table(mode, compare(mode, rounds, options.quick)), flush=True)
+        print(table(mode, compare(mode, rounds, options.threads, options.quick)), flush=True)
 
 
-def compare(mode: str, rounds: int, quick: bool) -> dict[str, list[dict[str, float]]]:
+def compare(mode: str, rounds: int, threads: int, quick: bool) -> dict[str, list[dict[str, float]]]:
     """Results of every process, by trainer; the trainers take turns and each round starts with another one."""
     names = [name for name in TRAINERS if name != "trl_distillation" or mode != "off-policy"]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            command = [sys.executable, __file__, "--only", name, mode, *(["--quick"] if quick else [])]
+            command = [sys.executable, __file__, "--threads", str(threads), "--only", name, mode]
+            command += ["--quick"] if quick else []
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{name}, {mode} failed:\n{done.stderr[-3000:]}")
@@ -68,27 +70,33 @@ def compare(mode: str, rounds: int, quick: bool) -> dict[str, list[dict[str, flo
     return results
 
 
-def measure(name: str, mode: str, size: dict[str, int]) -> dict[str, float]:
-    """Train in this process: median seconds per step, extra peak memory in MiB over what was held before, first loss."""
+def measure(name: str, mode: str, size: dict[str, int], threads: int) -> dict[str, float]:
+    """Train in this process: median seconds per step on the clock and of this process, extra peak MiB, first loss.
+
+    The extra memory is the peak over what was held when training began: models are not in it.
+    """
+    import torch
     import transformers
 
+    torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(name, MODES[mode], size, folder)
-        ends: list[float] = []
+        ends: list[tuple[float, float]] = []
 
         class Clock(transformers.TrainerCallback):
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                ends.append(time.perf_counter())
+                ends.append((time.perf_counter(), time.process_time()))
 
         trainer.add_callback(Clock())
         held = resident_mib()
         trainer.train()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     # From end to end: rollouts happen before the step begins here, and inside it in TRL.
-    steps = [after - before for before, after in zip(ends, ends[1:], strict=False)][size["warmup"] - 1 :]
+    pairs = list(zip(ends, ends[1:], strict=False))[size["warmup"] - 1 :]
+    seconds, cpu_seconds = (statistics.median(after[i] - before[i] for before, after in pairs) for i in (0, 1))
     loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return {"seconds": statistics.median(steps), "extra_mib": peak - held, "loss": loss, "steps": len(steps)}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_mib": peak - held, "loss": loss, "steps": len(pairs)}
 
 
 def build(name: str, mode: dict[str, Any], size: dict[str, int], folder: str) -> Any:
@@ -140,12 +148,14 @@ def word_tokenizer(vocab: int) -> Any:
     backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] + (' <eos>' if m['role'] == 'assistant' else ' ') }}{% endfor %}"
+    )
     return tokenizer
 
 
 def conversations(size: dict[str, int]) -> list[dict[str, Any]]:
-    """Rows of exactly `length` tokens, of which the prompt has between 3/8 and 5/8."""
+    """Rows of `length` tokens and an EOS, of which the prompt has between 3/8 and 5/8."""
     draw, length = random.Random(0), size["length"]
     rows = []
     for _ in range(BATCH * (size["warmup"] + size["steps"])):
@@ -170,24 +180,25 @@ def table(mode: str, results: dict[str, list[dict[str, float]]]) -> str:
     """Medians over the processes, the range of step times, and ratios to ours."""
     lines = [
         f"**{mode}**\n",
-        "| trainer | s per step (range over processes) | ratio | extra peak MiB | ratio | loss of step 1 |",
-        "|---|---|---|---|---|---|",
+        "| trainer | s per step (range) | ratio | CPU s per step | ratio | extra peak MiB | ratio | loss of step 1 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     medians = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
     }
     for name, got in medians.items():
         seconds = [run["seconds"] for run in results[name]]
-        time_ratio = got["seconds"] / medians["ours"]["seconds"]
-        memory_ratio = got["extra_mib"] / medians["ours"]["extra_mib"]
+        ratios = {key: got[key] / medians["ours"][key] for key in ("seconds", "cpu_seconds", "extra_mib")}
+        spread = f"{min(seconds):.3f}–{max(seconds):.3f}"
         lines.append(
-            f"| {TRAINERS[name]} | {got['seconds']:.3f} ({min(seconds):.3f}–{max(seconds):.3f}) | {time_ratio:.2f} "
-            f"| {got['extra_mib']:.0f} | {memory_ratio:.2f} | {got['loss']:.6g} |"
+            f"| {TRAINERS[name]} | {got['seconds']:.3f} ({spread}) | {ratios['seconds']:.2f} "
+            f"| {got['cpu_seconds']:.3f} | {ratios['cpu_seconds']:.2f} "
+            f"| {got['extra_mib']:.0f} | {ratios['extra_mib']:.2f} | {got['loss']:.6g} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def machine() -> str:
+def machine(threads: int) -> str:
     import torch
     import transformers
     import trl
@@ -198,7 +209,7 @@ def machine() -> str:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
     load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
     return (
-        f"{platform.platform()}, {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, Python "
+        f"{platform.platform()}, {cpu}, {os.cpu_count()} cores, {threads} thread(s), Python "
         f"{platform.python_version()}, {versions}; load average at the start {load}."
     )
 
@@ -206,8 +217,8 @@ def machine() -> str:
 def settings_line(size: dict[str, int], rounds: int) -> str:
     return (
         f"Llama {size['hidden']} x {size['layers']}, {size['vocab']} tokens, student and teacher alike, float32; batch "
-        f"{BATCH} x {size['length']} tokens, about half of it prompt; {size['new_tokens']} new tokens on-policy; median "
-        f"of {size['steps']} steps after {size['warmup']}, then over {rounds} process(es) that take turns."
+        f"{BATCH} x {size['length']} tokens, about half of it prompt; {size['new_tokens']} new tokens on-policy; "
+        f"median of {size['steps']} steps after {size['warmup']}, then over {rounds} process(es) that take turns."
     )
 
 

@@ -361,11 +361,17 @@ def generating(model: nn.Module, accelerator: Accelerator) -> Iterator[Any]:
     from trl.models.utils import unwrap_model_for_generation
 
     was_training = model.training
+    # Left on, TRL would switch checkpointing off and on again, and forget its settings.
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     model.eval()
     try:
+        for module in checkpointed:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
         with torch.no_grad(), unwrap_model_for_generation(model, accelerator) as unwrapped:
             yield unwrapped
     finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
         model.train(was_training)
 
 

@@ -2,9 +2,7 @@
 
 A student that starts from the teacher's own layers needs far less training than one that starts from nothing
 (DistilBERT, arXiv 1910.01108, section 3; Minitron, arXiv 2407.14679). Which layers: evenly spaced ones, or the ones
-that matter most on a few batches of text.
-
-Shapes: B rows, T tokens, N measured tokens, D hidden size, V vocabulary, L decoder layers.
+that matter most on a few batches of text. Shapes: B rows, T tokens, N measured tokens, D hidden size, L layers.
 """
 
 from __future__ import annotations
@@ -130,8 +128,7 @@ def _renumber(layers: nn.ModuleList) -> None:
 def _shrink_config(config: PretrainedConfig, kept: list[int], total: int) -> None:
     config.num_hidden_layers = len(kept)
     for name in config.to_dict():
-        value = getattr(config, name, None)
-        # Several EOS ids may happen to be as many as the layers.
+        value = getattr(config, name, None)  # several EOS ids may happen to be as many as the layers
         if isinstance(value, list) and len(value) == total and not name.endswith("_token_id"):
             setattr(config, name, [value[index] for index in kept])
 
@@ -165,8 +162,8 @@ def layer_importance(
     Measures:
         "kl": forward KL of the whole model to the model without that one layer, in nats per token. Costs 1 + L/2
             forward passes, as the layers below are not run again, and holds the L layer inputs `[B, T, D]` of a batch.
-        "angular": 1 - cosine of a layer's input and output, the Block Influence of ShortGPT (arXiv 2403.03853,
-            equation 1). Costs one forward pass, and does not look at what the change is for.
+        "angular": 1 - cosine of a layer's input and output, the Block Influence of ShortGPT (arXiv 2403.03853).
+            Costs one forward pass, and does not look at what the change is for.
 
     Args:
         model: a causal LM; its weights and mode are left as they were.
@@ -328,8 +325,7 @@ def make_student(
         return prune_layers(teacher, keep_layers)
     if batches is None:
         raise ConfigurationError('strategy="importance" measures layers on text; give `batches`, or use "even".')
-    # Before the expensive part, so that nothing is measured in vain.
-    _refuse_unprunable(teacher)
+    _refuse_unprunable(teacher)  # before anything is measured in vain
     _check_count(len(find_decoder_layers(teacher)[1]), keep_layers)
     return prune_layers(teacher, choose_layers(layer_importance(teacher, batches, **options), keep_layers))
 

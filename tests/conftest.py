@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,9 @@ torch.set_num_threads(1)
 disable_progress_bars()
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+# The trainer collects garbage at every start; without this it would walk through all that torch imports, each time.
+gc.collect()
+gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -430,12 +430,32 @@ def test_a_long_completion_stops_trl_and_is_cut_here(both):
     assert len(row["input_ids"]) <= 48 and row["prompt_length"] >= 4 and sum(row["loss_mask"]) > 0
 
 
-def test_padded_vocabularies_work_only_here(both, tokenizer):
+def test_a_template_without_eos_trains_eos_only_here(both, tokenizer, monkeypatch):
+    """TRL trusts the chat template: where it writes no EOS, the student never learns to stop."""
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE.replace("<|im_end|>", ""))
+    for trainer, expected in zip(both(), (0, 4), strict=True):
+        assert int((first_batch(trainer)["labels"] == tokenizer.eos_token_id).sum()) == expected
+
+
+def test_padded_vocabularies_work_only_here(both, tokenizer, tmp_path):
     """151936 and 152064 rows of one tokenizer, in small: TRL refuses, here padding ids leave both softmaxes."""
-    student = tiny_llama(tokenizer, 32, 2, seed=1)
-    teacher = tiny_llama(tokenizer, 48, 2, seed=2, vocab_size=len(tokenizer) + 5)
+    student = tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3)
+    teacher = tiny_llama(tokenizer, 48, 2, seed=2, initializer_range=0.3, vocab_size=len(tokenizer) + 5)
     with pytest.raises(ValueError, match="vocab_size"):
         both(student=student, teacher=teacher)
+    cut = copy.deepcopy(teacher)
+    cut.resize_token_embeddings(len(tokenizer))
+    ours = GKDTrainer(
+        copy.deepcopy(student),
+        teacher,
+        args=GKDConfig(**_settings(tmp_path, {})),
+        train_dataset=messages_dataset(),
+        processing_class=tokenizer,
+        teacher_processing_class=tokenizer,
+    )
+    batch = first_batch(ours)
+    exact = reference_sum(copy.deepcopy(student), cut, batch, 0.5).item() / trained(batch)
+    assert ours.compute_loss(ours.model, batch).item() == pytest.approx(exact, rel=1e-5)
 
 
 # ---- Faults of other trainers that TRL 1.16 does not have -----------------------------------------------------------

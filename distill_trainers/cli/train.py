@@ -194,7 +194,8 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, train_data
         sampling = sampling_settings(args, teacher, tokenizer, None)
         store = completion_store(args, LocalTeacher(teacher), sampling)
         context = contextlib.nullcontext(teacher.eval())
-        complete_prompts(prompts, store, sampling, context, seed=args.seed, device=args.device)
+        how = {"seed": args.seed, "device": args.device, "batch_size": args.rollout_batch_size}
+        complete_prompts(prompts, store, sampling, context, **how)  # type: ignore[arg-type]
         dataset = with_completions(dataset, store.load(), replace=False)
     return DataLoader(dataset, batch_size=size, collate_fn=DistillCollator(tokenizer.pad_token_id))  # type: ignore[arg-type]
 

@@ -69,6 +69,41 @@ def addition_dataset(count: int | None = None, seed: int = 0) -> Dataset:
     return Dataset.from_list(addition_rows(count, seed))
 
 
+def fit_on_gold(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, str]],
+    steps: int,
+    batch_size: int = 256,
+    learning_rate: float = 3e-3,
+    output_dir: str = "runs/addition",
+) -> None:
+    """Plain cross-entropy on right answers: how the task's teacher learns, and the baseline of its students."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    from .collator import DistillCollator
+    from .tokenization import prepare_dataset
+
+    args = TrainingArguments(
+        output_dir=output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        weight_decay=0.1,
+        save_strategy="no",
+        logging_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    data = prepare_dataset(Dataset.from_list(rows), tokenizer, max_length=32)
+    collator = DistillCollator(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    Trainer(model, args, train_dataset=data, data_collator=collator, processing_class=tokenizer).train()
+
+
 @torch.no_grad()
 def addition_accuracy(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> float:
     """Share of problems answered rightly by greedy decoding."""

@@ -42,16 +42,16 @@ def shared_vocabulary(
             )
         return None
     if teacher is not student:
-        _check_same_tokens(student, teacher, min(student_rows, teacher_rows))
+        _check_same_tokens(student, teacher)
     if student_rows == teacher_rows:
         return None
     defined = max(max(student.get_vocab().values()), max(teacher.get_vocab().values())) + 1
     return min(defined, student_rows, teacher_rows)
 
 
-def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, rows: int) -> None:
-    student_tokens = {i: token for token, i in student.get_vocab().items() if i < rows}
-    teacher_tokens = {i: token for token, i in teacher.get_vocab().items() if i < rows}
+def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    student_tokens = {i: token for token, i in student.get_vocab().items()}
+    teacher_tokens = {i: token for token, i in teacher.get_vocab().items()}
     shared = student_tokens.keys() & teacher_tokens.keys()
     apart = sorted(i for i in shared if student_tokens[i] != teacher_tokens[i])
     if apart:

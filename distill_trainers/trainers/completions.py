@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 16
+_DEFAULT_BATCH = 16
 
 Prompts = dict[str, list[int]]
 
@@ -65,6 +65,7 @@ def complete_prompts(
     *,
     seed: int,
     device: torch.device,
+    batch_size: int | None = None,
     world: int = 1,
     rank: int = 0,
 ) -> None:
@@ -74,7 +75,8 @@ def complete_prompts(
     """
     done = store.load()
     keys = sorted((k for k in prompts if k not in done), key=lambda k: (-len(prompts[k]), k))
-    batches = [keys[i : i + _BATCH] for i in range(0, len(keys), _BATCH)]
+    size = batch_size or _DEFAULT_BATCH
+    batches = [keys[i : i + size] for i in range(0, len(keys), size)]
     if not batches:
         return
     logger.info("Generating %d completions with the teacher (kept in %s).", len(keys), store.folder)
@@ -129,6 +131,7 @@ def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, repl
         models.generating(teacher.model, accelerator),
         seed=args.seed,
         device=accelerator.device,
+        batch_size=args.rollout_batch_size,
         world=accelerator.num_processes,
         rank=accelerator.process_index,
     )

@@ -4,6 +4,7 @@ Usage: accelerate launch --config_file … worker.py '{"output": …, "args": {�
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def main(job):
         (output / "report.json").write_text(json.dumps(report, default=float))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort the interpreter's own exit, after all the work is done
 
 
 if __name__ == "__main__":

@@ -121,9 +121,7 @@ def _poison(trainer, step, value, micro_batch=0):
 
 
 @pytest.mark.parametrize("value, micro_batch", [(float("nan"), 0), (float("nan"), 1), (float("inf"), 1)])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
-    make_trainer, by_step, tmp_path, value, micro_batch
-):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer, by_step, tmp_path, value, micro_batch):
     settings = {**RUN, "max_steps": 5, "lmbda": 0.0}
     recorder = Recorder()
     trainer = make_trainer(callbacks=[recorder], **settings)

@@ -57,9 +57,7 @@ def test_loss_at_a_temperature(make_trainer, batch_of, dense, divergence, tau, t
     """Both models at τ; τ² only where asked for. The sampling temperature plays no part."""
     settings = {"kd_temperature": tau, "tau_squared": tau_squared, "temperature": 0.3, **PARAMETERS.get(divergence, {})}
     trainer = make_trainer(lmbda=0.0, divergence=divergence, **settings)
-    found = dense(
-        trainer.model, trainer.teacher.model, [trainer.train_dataset[i] for i in range(6)], temperature=tau
-    )
+    found = dense(trainer.model, trainer.teacher.model, [trainer.train_dataset[i] for i in range(6)], temperature=tau)
     expected = REFERENCES[divergence](found.p.exp(), found.q.exp()).mean().item() * (tau**2 if tau_squared else 1)
     loss = trainer.compute_loss(trainer.model, batch_of(trainer, range(6)))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
@@ -83,11 +81,17 @@ def test_lm_loss_is_added_at_temperature_1(make_trainer, batch_of, dense, by_ste
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
-def test_accumulation_changes_nothing(make_trainer, by_step, lmbda):
+def test_accumulation_changes_nothing(make_trainer, make_student, make_teacher, by_step, lmbda):
+    """In float64, where AdamW does not blow rounding up; logs are float32."""
     runs = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         trainer = make_trainer(
-            per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=6, lmbda=lmbda
+            make_student().double(),
+            make_teacher().double(),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=6,
+            lmbda=lmbda,
         )
         trainer.train()
         names = ("loss", "grad_norm", "trained_tokens", "rollouts")
@@ -99,7 +103,7 @@ def test_accumulation_changes_nothing(make_trainer, by_step, lmbda):
     if lmbda == 0.5:
         assert set(one[3].values()) == {0.0, 8.0}, "steps of both kinds belong to this test"
     for name, value in weights.items():
-        assert torch.allclose(value, other_weights[name], rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(value, other_weights[name], rtol=1e-7, atol=1e-9), name
 
 
 def test_lambda_is_a_probability_drawn_from_seed_and_step():
@@ -172,6 +176,7 @@ def test_one_call_of_generate_serves_the_whole_window_with_a_cache_under_checkpo
         max_steps=2,
         gradient_accumulation_steps=3,
         activation_checkpointing=True,
+        activation_checkpointing_kwargs={"every_n_layers": 2},
         max_new_tokens=6,
     )
     inner, calls, widths, generating = student.generate, [], [], []
@@ -192,12 +197,17 @@ def test_one_call_of_generate_serves_the_whole_window_with_a_cache_under_checkpo
 
     student.generate = generate
     student.model.register_forward_pre_hook(spy, with_kwargs=True)
-    recomputed = []
-    student.model.layers[0].register_forward_hook(lambda m, *_: recomputed.append(m.training))
+    runs = [0, 0]
+    for index, layer in enumerate(student.model.layers):
+
+        def count(module, args, index=index):
+            runs[index] += module.training
+
+        layer.input_layernorm.register_forward_pre_hook(count)
     trainer.train()
     assert calls == [12, 12]
     assert sorted(set(widths))[0] == 1 and sum(width > 1 for width in widths) == len(calls)
-    assert sum(recomputed) == 2 * 2 * 3, "checkpointing runs the layers of each micro-batch twice"
+    assert runs == [2 * 6, 6], "of 6 micro-batches each checkpointed layer runs twice, after rollouts as before"
 
 
 def test_checkpointing_changes_no_loss(make_trainer, by_step):
@@ -412,7 +422,7 @@ def test_settings_that_cannot_work_are_refused_by_name(tmp_path, settings, named
     with pytest.raises(ConfigurationError) as caught:
         GKDConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     assert named in str(caught.value)
-    assert "expected" in str(caught.value).lower() or "Known" in str(caught.value)
+    assert any(word in str(caught.value) for word in ("expected", "Choose", "choose", "Expected"))
 
 
 def test_a_window_as_long_as_the_limit_is_fine_without_rollouts(tmp_path):

@@ -1,0 +1,55 @@
+"""Ctrl-C on a real run, from outside: it saves a checkpoint that a second run goes on from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+
+@pytest.mark.slow
+def test_interrupt_saves_and_resume_continues(tmp_path, saved):
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"{a}+3=", "completion": str(a + 3)}) for a in range(64)))
+    recipe = tmp_path / "recipe.yaml"
+    settings = {
+        "model_name_or_path": saved.student,
+        "teacher_model_name_or_path": saved.teacher,
+        "dataset": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2000,
+        "max_length": 24,
+        "max_new_tokens": 4,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+    }
+    recipe.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-u", "-m", "distill_trainers.cli.train", "--config", str(recipe)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "train step 3/" in line:
+            process.send_signal(signal.SIGINT)
+        if len(lines) > 400:
+            break
+    assert process.wait(timeout=120) == 0, "".join(lines[-30:])
+    assert "Go on with" in "".join(lines)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert 3 <= step < 2000
+    again = subprocess.run(
+        [*command, "--resume_from_checkpoint", "true", "--max_steps", str(step + 2)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=240,
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"train step {step + 1}/" in again.stdout and f"train step {step}/" not in again.stdout

@@ -1,0 +1,140 @@
+"""Every method through the same checks; a new method is one more row of `CONSTRUCTIONS`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill_trainers.data.addition import addition_dataset
+from distill_trainers.trainers import METHODS
+
+# A method's name to the settings with which it is tried, one entry for each way in which it trains.
+CONSTRUCTIONS = {
+    "gkd": [
+        {"lmbda": 0.0},
+        {"lmbda": 0.5, "divergence": "reverse_kl"},
+        {"lmbda": 1.0, "divergence": "forward_kl", "kd_temperature": 2.0, "tau_squared": True},
+        {"lmbda": 0.0, "seq_kd": True, "divergence": "skew_forward_kl"},
+    ],
+}
+
+CASES = [
+    pytest.param(method, settings, id=f"{method}-{'-'.join(f'{k}={v}' for k, v in settings.items())}")
+    for method, ways in CONSTRUCTIONS.items()
+    for settings in ways
+]
+every_method = pytest.mark.parametrize("method, settings", CASES)
+
+IDS = torch.tensor([[4, 5, 12, 6, 13]])
+
+
+def test_every_method_is_in_the_table():
+    assert CONSTRUCTIONS.keys() == METHODS.keys()
+
+
+@every_method
+def test_the_student_comes_nearer(make_trainer, by_step, method, settings):
+    """On held-out prompts the method's own loss and the KL to the teacher fall."""
+    trainer = make_trainer(
+        method=method,
+        train=addition_dataset(64),
+        eval_dataset=addition_dataset(32, seed=9),
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        max_steps=25,
+        **settings,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    losses = list(by_step(trainer).values())
+    assert len(losses) == 25 and all(torch.tensor(losses).isfinite())
+    after = trainer.evaluate()
+    assert after["eval_loss"] < 0.8 * before["eval_loss"]
+    assert after["eval_kl"] < 0.8 * before["eval_kl"]
+
+
+@every_method
+def test_accumulation_changes_nothing(make_trainer, make_student, make_teacher, by_step, tmp_path, method, settings):
+    """In float64, where AdamW does not blow rounding up; logs are float32."""
+    runs = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            make_student().double(),
+            make_teacher().double(),
+            method=method,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=4,
+            completions_dir=str(tmp_path / "kept"),
+            **settings,
+        )
+        trainer.train()
+        runs.append((by_step(trainer), by_step(trainer, "grad_norm"), trainer.model.state_dict()))
+    (losses, norms, weights), (other_losses, other_norms, other_weights) = runs
+    assert losses == pytest.approx(other_losses, rel=1e-5)
+    assert norms == pytest.approx(other_norms, rel=1e-5)
+    for name, value in weights.items():
+        assert torch.allclose(value, other_weights[name], rtol=1e-7, atol=1e-9), name
+
+
+@every_method
+def test_a_killed_run_resumes_exactly(make_trainer, make_student, by_step, die_at, tmp_path, method, settings):
+    settings = {
+        **settings,
+        "method": method,
+        "max_steps": 10,  # 6 steps an epoch
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "completions_dir": str(tmp_path / "kept"),
+    }
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    with pytest.raises(die_at.error):
+        make_trainer(callbacks=[die_at(9)], **settings).train()
+    resumed = make_trainer(make_student(seed=99), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert by_step(resumed) == by_step(whole)
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
+
+
+@every_method
+def test_adapters_train_and_reload(make_trainer, make_student, tmp_path, method, settings):
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(method=method, peft_config=config, **settings)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(make_student(), str(tmp_path / "adapter")).eval()
+    assert torch.equal(again(IDS).logits, trainer.model.eval()(IDS).logits)
+    assert not torch.equal(again(IDS).logits, make_student()(IDS).logits)
+
+
+@every_method
+def test_the_student_is_an_ordinary_model(make_trainer, tokenizer, tmp_path, method, settings):
+    trainer = make_trainer(method=method, max_steps=1, **settings)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "student"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert torch.equal(model(IDS).logits, trainer.model.eval()(IDS).logits)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "student")("37+58=", return_tensors="pt").input_ids
+    assert ids.tolist()[0] == tokenizer("37+58=").input_ids
+    assert model.generate(ids, max_new_tokens=3).shape[1] > ids.shape[1]
+
+
+@every_method
+def test_the_card_says_what_was_done(make_trainer, tmp_path, method, settings):
+    trainer = make_trainer(method=method, max_steps=1, eval_dataset=addition_dataset(4, seed=9), **settings)
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    _, header, body = card.split("---\n", 2)
+    assert {"distill_trainers", trainer.method_name.lower()} <= set(yaml.safe_load(header)["tags"])
+    assert trainer.teacher.name in body
+    assert f"{metrics['eval_kl']:.4f}" in body
+    assert f"arxiv.org/abs/{trainer.paper['id']}" in body
+    for name, value in settings.items():
+        assert f"`{name}`: {value}" in body

@@ -1,0 +1,50 @@
+"""What importing the package costs and offers."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import distill_trainers
+
+
+def _loaded(statement: str) -> set[str]:
+    """Modules in a fresh interpreter after `statement`."""
+    code = f"{statement}\nimport sys\nprint(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def _families(modules: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in modules}
+
+
+def test_the_package_itself_imports_nothing_heavy():
+    heavy = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "numpy", "yaml", "rich"}
+    assert not heavy & _families(_loaded("import distill_trainers; dir(distill_trainers)"))
+
+
+def test_the_trainer_imports_no_engine():
+    modules = _loaded("from distill_trainers import GKDConfig, GKDTrainer")
+    assert "torch" in modules, "else this test looks at nothing"
+    assert not {"deepspeed", "vllm", "bitsandbytes", "matplotlib", "gguf"} & _families(modules)
+    assert not {name for name in modules if name.startswith("trl.trainer")}
+
+
+@pytest.mark.parametrize("name", distill_trainers.__all__)
+def test_everything_that_is_promised_is_there(name):
+    assert getattr(distill_trainers, name) is not None
+
+
+def test_exports_say_where_they_live():
+    for name, module in distill_trainers._EXPORTS.items():
+        assert hasattr(importlib.import_module(f"distill_trainers.{module}"), name)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="Nonsense"):
+        distill_trainers.Nonsense  # noqa: B018

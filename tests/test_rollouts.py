@@ -1,0 +1,70 @@
+"""Sampling, the λ draw, and completions kept on disk."""
+
+import torch
+
+from distill_trainers.rollouts import (
+    CompletionStore,
+    SamplingSettings,
+    draws_on_policy,
+    generate_completions,
+    rollout_rng,
+)
+from distill_trainers.rollouts.store import prompt_key
+
+
+def test_lambda_is_drawn_with_its_probability_and_only_from_seed_and_step():
+    draws = [draws_on_policy(0.3, seed=1, step=s) for s in range(4000)]
+    assert abs(sum(draws) / 4000 - 0.3) < 0.025
+    assert draws == [draws_on_policy(0.3, seed=1, step=s) for s in range(4000)]
+    assert draws != [draws_on_policy(0.3, seed=2, step=s) for s in range(4000)]
+    assert not any(draws_on_policy(0.0, 0, s) for s in range(500))
+    assert all(draws_on_policy(1.0, 0, s) for s in range(500))
+
+
+def test_rollout_randomness_leaves_no_trace_and_differs_by_rank():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with rollout_rng(0, 5, 0):
+        first = torch.rand(4)
+    assert torch.equal(torch.rand(2), expected)
+    with rollout_rng(0, 5, 0):
+        assert torch.equal(torch.rand(4), first)
+    with rollout_rng(0, 5, 1):
+        assert not torch.equal(torch.rand(4), first)
+
+
+def test_completions_end_at_their_first_eos_and_do_not_depend_on_padding(make_teacher, tokenizer):
+    model = make_teacher().eval()
+    settings = SamplingSettings(6, temperature=0.0, eos_token_ids=[1, 9], pad_token_id=1)  # pad is an EOS
+    prompts = [[3, 4, 12, 5, 13], [7, 12, 7, 13]]
+    alone = [generate_completions(model, torch.tensor([p]), torch.ones(1, len(p)), settings)[0] for p in prompts]
+    width = 8
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    assert generate_completions(model, ids, mask, settings) == alone
+    assert generate_completions(model, ids, mask, settings, batch_size=1) == alone
+    for completion in alone:
+        assert all(token not in (1, 9) for token in completion[:-1]) and 1 <= len(completion) <= 6
+
+
+def test_ids_beyond_the_vocabulary_are_never_sampled(make_teacher):
+    model = make_teacher().eval()
+    settings = SamplingSettings(8, temperature=5.0, pad_token_id=0, suppress_from=6)
+    with rollout_rng(0, 0, 0):
+        completions = generate_completions(model, torch.full((16, 3), 4), torch.ones(16, 3), settings)
+    assert max(max(c) for c in completions) < 6
+
+
+def test_store_survives_a_torn_line_and_finds_prompts_by_content(tmp_path):
+    store = CompletionStore(tmp_path, {"teacher": "x"})
+    keys = [prompt_key([1, 2]), prompt_key([1, 2, 3]), prompt_key([12])]
+    assert len(set(keys)) == 3
+    store.append([(keys[0], [5, 6])])
+    with store._own.open("a") as out:
+        out.write('{"prompt": "half')
+    store.append([(keys[1], [7])])
+    assert store.load() == {keys[0]: [5, 6], keys[1]: [7]}
+    CompletionStore(tmp_path, {"teacher": "x"}, rank=1).append([(keys[2], [8])])
+    assert store.load()[keys[2]] == [8]
+    assert CompletionStore(tmp_path, {"teacher": "y"}).load() == {}
