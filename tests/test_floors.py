@@ -39,7 +39,7 @@ def _room(parts):
 
 
 def _imports(file):
-    """Every import of the package's own modules, wherever it stands: (line, parts below `distill_trainers`, typing?)."""
+    """Every import of the package's own modules, wherever it stands: (line, parts below the package, typing only)."""
     package = file.relative_to(ROOT).parent.parts
     tree = ast.parse(file.read_text())
     typing_only = {

@@ -36,7 +36,7 @@ from ..reporting.model_card import model_card
 from ..rollouts import generate_completions, rollout_rng
 from ..signals import TokenLogits
 from ..teachers import LocalTeacher, Teacher, shared_vocabulary
-from .callbacks import FiniteLossGuard
+from .callbacks import StepLoss
 from .checkpoints import last_complete_checkpoint, read_method_state, write_method_state
 from .completions import fill_with_teacher_completions, sampling_settings
 from .config import DistillConfig, config_from_arguments
@@ -144,9 +144,11 @@ class DistillTrainer(Trainer):
                 f"Got {args.n_gpu} GPUs in one process (nn.DataParallel); expected one GPU per process. "
                 "Start with `accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
             )
+        if models.fsdp_version(self.accelerator) == 1:
+            raise ConfigurationError("Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`.")
         self.teacher.prepare(self.accelerator)
-        self.add_callback(FiniteLossGuard(self))
-        self.window_is_finite = torch.tensor(True, device=args.device)
+        self.add_callback(StepLoss(self))
+        self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self._sums: dict[str, Tensor] = {}
         self._eval_rows: list[Tensor] | None = None
         self._eval_names: list[str] = []
@@ -207,6 +209,9 @@ class DistillTrainer(Trainer):
         """Add per-token entries `token_*`; the identity by default."""
         return batches
 
+    def after_step(self, loss: float) -> None:
+        """Called on every process after each optimiser step with its loss over all micro-batches and processes."""
+
     def method_state(self) -> dict[str, Any]:
         """What of the method must survive in a checkpoint, as JSON."""
         return {}
@@ -264,7 +269,7 @@ class DistillTrainer(Trainer):
         count = local_count if alone else num_items_in_batch
         loss = token_mean(total, count, 1 if alone else self.accelerator.num_processes)
         if model.training:
-            self.window_is_finite = self.window_is_finite & torch.isfinite(loss.detach())
+            self.window_loss = self.window_loss + loss.detach()
             self._record({"trained_tokens": local_count, **{name: value.sum() for name, value in terms.items()}})
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
 
@@ -497,8 +502,7 @@ class DistillTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
-            norm = torch.as_tensor(grad_norm, device=self.args.device)
-            self.window_is_finite = self.window_is_finite & torch.isfinite(norm)
+            self.window_loss = self.window_loss + 0 * torch.as_tensor(grad_norm, device=self.args.device)  # keeps NaN
         return grad_norm
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -515,9 +519,6 @@ def _check_launch(args: DistillConfig) -> None:
             "Got a parallelism_config with tensor, context or sequence parallelism; expected data parallelism only "
             "(DDP, ZeRO, FSDP2): the loss needs whole rows of tokens."
         )
-    plugin = getattr(getattr(args, "fsdp_plugin_args", None), "fsdp_version", None)
-    if plugin == 1:
-        raise ConfigurationError("Got FSDP version 1; expected `fsdp_version: 2`.")
 
 
 def _load_tokenizer(model: Any, args: DistillConfig, role: str) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from typing import TYPE_CHECKING, Any
@@ -16,20 +17,24 @@ if TYPE_CHECKING:
     from .base import DistillTrainer
 
 
-class FiniteLossGuard(TrainerCallback):
-    """Stops before an optimiser step whose loss or gradient is NaN or infinite, and keeps the last good weights.
+class StepLoss(TrainerCallback):
+    """Gives the method each step's loss; stops before a step whose loss or gradient is NaN or infinite.
 
     One synchronisation per optimiser step, none per micro-step.
     """
 
     def __init__(self, trainer: DistillTrainer):
         self.trainer = trainer
+        self.loss = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.after_step(self.loss)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        bad = (~trainer.window_is_finite).float()
-        trainer.window_is_finite = torch.ones_like(trainer.window_is_finite)
-        if not trainer.accelerator.reduce(bad, reduction="sum").item():
+        window, trainer.window_loss = trainer.window_loss, torch.zeros_like(trainer.window_loss)
+        self.loss = trainer.accelerator.reduce(window, reduction="mean").item()
+        if math.isfinite(self.loss):
             return
         checkpoint = find_last_complete_checkpoint(args.output_dir)
         step = state.global_step
@@ -38,8 +43,8 @@ class FiniteLossGuard(TrainerCallback):
             checkpoint = find_last_complete_checkpoint(args.output_dir)
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written yet."
         raise TrainingDivergedError(
-            f"The loss or gradient of optimiser step {step + 1} is NaN or infinite; training stopped before that step changed a "
-            f"weight. {kept} Go on from there with a lower learning_rate or max_grad_norm, or in bf16 rather than fp16."
+            f"The loss or gradient of optimiser step {step + 1} is NaN or infinite; training stopped before that step "
+            f"changed a weight. {kept} Go on from there with a lower learning_rate or max_grad_norm, or in bf16 rather than fp16."
         )
 
     def _weights_are_good(self) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from ..losses.divergences import DIVERGENCES, resolve_divergence
+from ..losses.divergences import DIVERGENCES, Divergence, TaidSchedule, resolve_divergence, taid
 from ..rollouts import draws_on_policy
 from ..signals import TokenLogits
 from .base import Batch, DistillTrainer
@@ -32,7 +33,10 @@ class GKDConfig(DistillConfig):
     beta: float | None = field(default=None, metadata={"help": "β of jsd (0.5): weight of the teacher in the mixture."})
     alpha: float | None = field(default=None, metadata={"help": "α of the skew divergences (0.1)."})
     mu: float | None = field(default=None, metadata={"help": "μ of adaptive_kl (0.5): teacher mass of the head."})
-    t: float | None = field(default=None, metadata={"help": "t of taid: share of the teacher in the moving target."})
+    t: float | None = field(
+        default=None,
+        metadata={"help": "t of taid: fixed share of the teacher in the target; by default it rises from 0.4 to 1."},
+    )
     seq_kd: bool = field(
         default=False,
         metadata={"help": "Replace the dataset's completions by the teacher's own, generated once and kept on disk."},
@@ -86,6 +90,8 @@ class GKDTrainer(DistillTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.divergence = resolve_divergence(self.args.divergence, **self.args.divergence_params())
+        moves = self.args.divergence == "taid" and self.args.t is None
+        self.taid_schedule = TaidSchedule() if moves else None
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -112,12 +118,30 @@ class GKDTrainer(DistillTrainer):
             return batches
         return self.sample_completions(batches)
 
+    def after_step(self, loss: float) -> None:
+        if self.taid_schedule is not None:
+            self.taid_schedule.step(loss, self.state.global_step / self.state.max_steps)
+
+    def method_state(self) -> dict[str, Any]:
+        return {} if self.taid_schedule is None else {"taid": self.taid_schedule.state_dict()}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        if self.taid_schedule is not None and "taid" in state:
+            self.taid_schedule.load_state_dict(state["taid"])
+
+    def divergence_now(self) -> Divergence:
+        """The divergence of this step; one with a moving target is evaluated at its end, so that scores compare."""
+        if self.taid_schedule is None:
+            return self.divergence
+        schedule = self.taid_schedule
+        return partial(taid, t=schedule.t if self.model.training else schedule.t_end)
+
     def distill_terms(
         self, student: TokenLogits, teacher: TokenLogits | None, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         assert teacher is not None
         tau = self.args.kd_temperature
-        terms = {"divergence": self.divergence(student.logps(tau), teacher.logps(tau))}
+        terms = {"divergence": self.divergence_now()(student.logps(tau), teacher.logps(tau))}
         if self.args.lm_loss_weight:
             terms["lm_loss"] = -student.logps().gather(-1, tokens["labels"].unsqueeze(-1)).squeeze(-1)
         return terms

@@ -108,4 +108,5 @@ def test_two_processes_share_the_teachers_completions(tmp_path, config):
 def test_zero3_teacher_is_sharded(tmp_path):
     """Left out of the engine, its parameters would stay whole (or be gathered all at once)."""
     report = launch(tmp_path, "cpu_zero3.yaml", {**SETTINGS, "max_steps": 1, "per_device_train_batch_size": 2})
-    assert report["teacher_numel"] == 0  # every parameter is partitioned between uses
+    # Between uses only what DeepSpeed keeps whole for being tiny is here: five norms of 64 of 84 032 parameters.
+    assert report["teacher_numel"] == 5 * 64
