@@ -38,7 +38,8 @@ def main(job):
         **job["args"],
     }
     args = GKDConfig(output_dir=str(output / "run"), **settings)
-    teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False)
+    width = job.get("teacher_mlp", 128)
+    teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
     student = tiny_llama(tokenizer, 32, 2, seed=1)
     peft_config = None
     if job.get("lora"):
@@ -60,8 +61,8 @@ def main(job):
     scores = trainer.evaluate()
     trainer.save_model(str(output / "student"))
     if trainer.is_world_process_zero():
-        teacher_numel = sum(p.numel() for p in trainer.teacher.model.parameters())
-        report = {"logs": recorder.logs, "eval": scores, "teacher_numel": teacher_numel}
+        kept_whole = sum(p.numel() for n, p in trainer.teacher.model.named_parameters() if "mlp" in n)
+        report = {"logs": recorder.logs, "eval": scores, "teacher_mlp_kept_whole": kept_whole}
         (output / "report.json").write_text(json.dumps(report, default=float))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

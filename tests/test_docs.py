@@ -1,0 +1,188 @@
+"""The documentation keeps its word: examples run, recipes parse, links lead somewhere, tables list what there is."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distill_trainers import DistillConfig, GKDConfig
+from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
+from distill_trainers.data.formats import LAYOUTS, detect_dataset_type
+from distill_trainers.losses import DIVERGENCES
+from distill_trainers.trainers import METHODS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def _blocks(page, language):
+    return [code for kind, code in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def _anchors(page):
+    """GitHub's names for the headings of a page."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _section(page, title):
+    """The text below one heading, up to the next heading."""
+    text = page.read_text(encoding="utf-8")
+    start = text.index(f"{title}\n") + len(title)
+    return re.split(r"^#+ ", text[start:], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+# ---- All pages ------------------------------------------------------------------------------------------------------
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in _anchors(found), f"{page.name} links to {target}"
+
+
+@every_page
+def test_python_compiles(page):
+    for code in _blocks(page, "python"):
+        compile(code, str(page), "exec")
+
+
+@every_page
+def test_fences_are_closed(page):
+    assert page.read_text(encoding="utf-8").count("```") % 2 == 0
+
+
+def test_the_index_names_every_page():
+    linked = set(re.findall(r"\]\(([^)\s]+\.md)\)", (DOCS / "README.md").read_text(encoding="utf-8")))
+    assert linked >= {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+
+
+# ---- recipes.md -----------------------------------------------------------------------------------------------------
+
+
+def _own_fields(config_class):
+    """Fields that the class itself declares, with their defaults."""
+    own = inspect.get_annotations(config_class)
+    return {f.name: f.default for f in fields(config_class) if f.name in own}
+
+
+@pytest.mark.parametrize(
+    "title, config_class",
+    [
+        ("## Keys of a run", RecipeArguments),
+        ("## Keys of every method", DistillConfig),
+        ("## Keys of GKD", GKDConfig),
+    ],
+)
+def test_key_tables_list_every_field_with_its_default(title, config_class):
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", _section(DOCS / "recipes.md", title), re.MULTILINE)
+    documented = [(name, yaml.safe_load(default)) for name, default in rows]
+    assert documented == list(_own_fields(config_class).items())
+
+
+@pytest.mark.parametrize("page, title", [("recipes.md", "## Keys of GKD"), ("maths.md", "## Divergences")])
+def test_every_divergence_is_named(page, title):
+    section = _section(DOCS / page, title)
+    assert not [name for name in DIVERGENCES if f"`{name}`" not in section]
+
+
+def _parse(code, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(code, encoding="utf-8")
+    return parse_recipe(["--config", str(file), "--use_cpu", "true"])
+
+
+def test_recipes_parse(tmp_path):
+    whole, early_stopping = _blocks(DOCS / "recipes.md", "yaml")
+    assert _parse(whole, tmp_path).args.divergence == "forward_kl"
+    settings = yaml.safe_load(whole) | yaml.safe_load(early_stopping)
+    recipe = _parse(yaml.safe_dump(settings), tmp_path)
+    assert recipe.run.early_stopping_patience == 3 and recipe.args.greater_is_better is False
+
+
+def test_data_settings_are_keys_of_recipes(tmp_path):
+    base = yaml.safe_load(_blocks(DOCS / "recipes.md", "yaml")[0])
+    for name in ("dataset", "eval_fraction"):
+        del base[name]
+    blocks = [yaml.safe_load(code) for code in _blocks(DOCS / "data.md", "yaml")]
+    assert len(blocks) == 3
+    for settings in blocks:
+        _parse(yaml.safe_dump({**base, "dataset": "rows.jsonl", **settings}), tmp_path)
+
+
+# ---- data.md --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_examples_are_of_their_layout(layout):
+    (block,) = [code for kind, code in FENCE.findall(_section(DOCS / "data.md", f"### `{layout}`")) if kind == "json"]
+    for line in block.splitlines():
+        assert detect_dataset_type(json.loads(line)) == layout
+
+
+# ---- adding_a_method.md ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """Imports one of the page's files by name, from a folder that also becomes the working directory."""
+    names = []
+    for code in _blocks(DOCS / "adding_a_method.md", "python"):
+        name = re.match(r"# (\w+)\.py\n", code)[1]
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        names.append(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(METHODS, "entropy_kd", None)  # the page fills it in; afterwards it is gone again
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_the_method_of_the_page_trains(example, tmp_path):
+    trainer = example("run_entropy_kd").trainer
+    logs = [log for log in trainer.state.log_history if "weighted_kl" in log]
+    assert trainer.state.global_step == 2 and len(logs) == 2
+    assert all(log["loss"] == pytest.approx(log["weighted_kl"], rel=1e-4) for log in logs)
+    assert 0 < trainer.last_eval_metrics["eval_teacher_entropy"] < 2.65  # ln 14 = 2.639
+    assert trainer.last_eval_metrics["eval_loss"] > trainer.last_eval_metrics["eval_kl"] > 0
+    assert (tmp_path / "runs/entropy_kd/config.json").is_file()
+    assert "1503.02531" in (tmp_path / "runs/entropy_kd/README.md").read_text(encoding="utf-8")
+
+
+def test_the_test_of_the_page_passes(example, make_trainer, batch_of, dense):
+    example("train_entropy_kd")
+    example("test_entropy_kd").test_loss_is_the_formula(make_trainer, batch_of, dense)
+
+
+def test_the_recipe_of_the_page_parses(example, tmp_path):
+    launcher = example("train_entropy_kd")
+    (recipe,) = _blocks(DOCS / "adding_a_method.md", "yaml")
+    parsed = _parse(recipe, tmp_path)
+    assert METHODS["entropy_kd"] == (launcher.EntropyKDConfig, launcher.EntropyKDTrainer)
+    assert type(parsed.args) is launcher.EntropyKDConfig and parsed.args.entropy_weight == 2.0
+
+
+def test_the_page_is_short():
+    page = DOCS / "adding_a_method.md"
+    (method,) = [code for code in _blocks(page, "python") if code.startswith("# entropy_kd.py")]
+    assert len(method.splitlines()) <= 150
