@@ -81,8 +81,8 @@ def test_the_index_names_every_page():
 
 def _own_fields(config_class):
     """Fields that the class itself declares, with their defaults."""
-    own = inspect.get_annotations(config_class)
-    return {f.name: f.default for f in fields(config_class) if f.name in own}
+    defaults = {f.name: f.default for f in fields(config_class)}
+    return {name: defaults[name] for name in inspect.get_annotations(config_class) if name in defaults}
 
 
 @pytest.mark.parametrize(

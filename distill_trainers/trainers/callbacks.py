@@ -44,7 +44,8 @@ class StepLoss(TrainerCallback):
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written yet."
         raise TrainingDivergedError(
             f"The loss or gradient of optimiser step {step + 1} is NaN or infinite; training stopped before that step "
-            f"changed a weight. {kept} Go on from there with a lower learning_rate or max_grad_norm, or in bf16 rather than fp16."
+            f"changed a weight. {kept} Go on from there with a lower learning_rate or max_grad_norm, or in bf16 rather "
+            "than fp16."
         )
 
     def _weights_are_good(self) -> bool:

@@ -1,0 +1,7 @@
+"""`python -m distill_trainers.cli COMMAND …`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())
