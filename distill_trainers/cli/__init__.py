@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "train": ("train", "train a student from a recipe (start it with `accelerate launch -m distill_trainers.cli.train`)"),
+    "train": (
+        "train",
+        "train a student from a recipe (start it with `accelerate launch -m distill_trainers.cli.train`)",
+    ),
     "import-gguf": ("import_gguf", "turn a GGUF checkpoint into an ordinary Hugging Face folder"),
     "demo": ("demo", "distil a real 135M teacher into a smaller student, and show how much nearer it came"),
     "proof": ("proof", "a one-minute proof: every method on a tiny task learnt from scratch"),

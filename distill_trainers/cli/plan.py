@@ -64,10 +64,15 @@ def make_plan(recipe: Recipe, train: Any, evaluation: Any) -> Plan:
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps
     if steps <= 0 and lengths is not None:
-        per_epoch = math.ceil(math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size)) / args.gradient_accumulation_steps)
+        per_epoch = math.ceil(
+            math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size))
+            / args.gradient_accumulation_steps
+        )
         steps = math.ceil(per_epoch * args.num_train_epochs)
     mean_length = sum(lengths) / len(lengths) if lengths is not None else None
-    existing = next(p for p in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents) if p.exists())  # type: ignore[arg-type]
+    existing = next(
+        p for p in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents) if p.exists()
+    )  # type: ignore[arg-type]
     return Plan(
         method=settings.method,
         student=_student_name(recipe),
@@ -115,6 +120,8 @@ def _config(name: Any, args: Any) -> Any:
 
 
 def _cut_layers(config: Any, student_init: Any) -> None:
+    from ..students import even_layers
+
     keep = student_init["keep_layers"]
     text, wanted = config.get_text_config(), keep if isinstance(keep, int) else len(keep)
     if not 1 <= wanted <= text.num_hidden_layers:
@@ -122,28 +129,19 @@ def _cut_layers(config: Any, student_init: Any) -> None:
             f"Got `student_init: keep_layers: {keep}`; the teacher has {text.num_hidden_layers} layers to choose from."
         )
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:wanted]
+        kept = keep if isinstance(keep, list) else even_layers(len(text.layer_types), wanted)
+        text.layer_types = [text.layer_types[i] for i in kept]
     text.num_hidden_layers = wanted
 
 
 def _prepared(recipe: Recipe, dataset: Any, tokenizer: Any, name: str) -> Any:
-    """Rows as the trainer would tokenise them."""
-    from ..data import prepare_dataset
+    """Rows as the recipe's trainer would tokenise, cut and refuse them."""
+    from ..trainers import METHODS
 
-    if dataset is None:
-        return None
-    args = recipe.args
-    return prepare_dataset(
-        dataset,
-        tokenizer,
-        max_length=args.max_length,
-        max_new_tokens=args.max_new_tokens,
-        column_mapping=args.column_mapping,
-        assistant_only_loss=args.assistant_only_loss,
-        chat_template_kwargs=args.chat_template_kwargs,
-        needs="either",
-        name=name,
-    )
+    trainer_class = METHODS[recipe.run.method][1]
+    trainer = trainer_class.__new__(trainer_class)  # what a trainer asks of its rows depends on its settings alone
+    trainer.args = recipe.args
+    return trainer.prepare_rows(dataset, tokenizer, name)
 
 
 def _parameters(config: Any, model: Any) -> tuple[int, int]:
@@ -167,16 +165,17 @@ def _memory(recipe: Recipe, config: Any, student: int, trainable: int, teacher: 
     student_bytes = _BYTES.get(str(recipe.model.dtype), 4)
     teacher_dtype = (args.teacher_model_init_kwargs or {}).get("dtype", "float32")  # type: ignore[union-attr]
     tokens = args.per_device_train_batch_size * args.max_length
-    # About 34 hidden-sized values are kept per token and layer without checkpointing (arXiv 2205.05198, eq. 1), one with.
-    kept = 1 if args.activation_checkpointing else 34
-    width = 2 if args.bf16 or args.fp16 else 4
-    activations = tokens * text.hidden_size * text.num_hidden_layers * kept * width / 2
+    # A layer keeps about 34 bytes per token and hidden unit in 16 bits (arXiv 2205.05198, eq. 1); its input alone, 2,
+    # under checkpointing.
+    kept = 2 if args.activation_checkpointing else 34
+    width = 1 if args.bf16 or args.fp16 else 2
+    activations = tokens * text.hidden_size * text.num_hidden_layers * kept * width
     sizes = {
         "student weights": student * student_bytes,
         "gradients and Adam": trainable * (student_bytes + 2 * max(student_bytes, 4)),
         "teacher weights": teacher * _BYTES.get(str(teacher_dtype).removeprefix("torch."), 4),
         "activations at max_length": activations,
-        "head: weight gradient and chunks": text.vocab_size * text.hidden_size * 4 + 6 * args.loss_chunk_mib * 2**20,
+        "head: weight gradient and chunks": text.vocab_size * text.hidden_size * 4 + 6 * args.loss_chunk_bytes,
     }
     return {name: size / 2**20 for name, size in sizes.items()}
 

@@ -27,7 +27,13 @@ class ProgressReport(TrainerCallback):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Remaining
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            Remaining(),
+        )
         self.bar = Progress(*columns, console=Console(stderr=True))
         self.bar.start()
         self.task = self.bar.add_task("Training", total=state.max_steps, completed=state.global_step)
@@ -46,13 +52,16 @@ class ProgressReport(TrainerCallback):
         if not shown:
             return
         kind = "eval " if evaluated else "train"
-        line = f"{kind} step {state.global_step}/{state.max_steps}  {'  '.join(shown)}"
+        step = f" step {state.global_step}/{state.max_steps}" if state.max_steps else ""
+        line = f"{kind}{step}  {'  '.join(shown)}"
         if self.bar is not None:
             self.bar.console.print(line)
         else:
-            print(f"{line}  ({time.monotonic() - self.started:.0f} s)", flush=True)
+            since = f"  ({time.monotonic() - self.started:.0f} s)" if self.started else ""
+            print(line + since, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = 0.0
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -27,7 +27,9 @@ PROOFS: list[tuple[str, str, dict[str, Any]]] = [
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="distill-trainers proof", description=__doc__)
-    parser.add_argument("--output-dir", default=None, help="keep teacher and students here (a temporary folder by default)")
+    parser.add_argument(
+        "--output-dir", default=None, help="keep teacher and students here (a temporary folder by default)"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps of each student")
     parser.add_argument("--teacher-steps", type=int, default=400, help="optimiser steps of the teacher")
     options = parser.parse_args(list(argv))

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file that names the method, the models, the data and every setting that differs from its default."""
+"""Recipes: one YAML file that names the method, the models, the data and every setting that is not the default."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class RecipeArguments:
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Without `eval_dataset`: hold out this share (below 1) or number of rows."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows of the training data."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first rows of the training data."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read the training data as a stream (needs max_steps)."})
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
@@ -110,7 +112,9 @@ def _read_yaml(argv: list[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigurationError(f"The recipe {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise ConfigurationError(f"The recipe {str(path)!r} holds {type(recipe).__name__}; expected `key: value` lines.")
+        raise ConfigurationError(
+            f"The recipe {str(path)!r} holds {type(recipe).__name__}; expected `key: value` lines."
+        )
     return recipe
 
 
@@ -133,11 +137,13 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
     if run.student_init and model.model_name_or_path:
         raise ConfigurationError(
-            "The recipe sets both `model_name_or_path` and `student_init`: the student is either loaded or made. Keep one."
+            "The recipe sets both `model_name_or_path` and `student_init`: the student is either loaded or made. "
+            "Keep one."
         )
     if not run.student_init and not model.model_name_or_path:
         raise ConfigurationError(
-            "The recipe names no student; set `model_name_or_path`, or `student_init: {from_teacher: true, keep_layers: 12}`."
+            "The recipe names no student; set `model_name_or_path`, or "
+            "`student_init: {from_teacher: true, keep_layers: 12}`."
         )
     if not run.dataset:
         raise ConfigurationError("The recipe names no data; set `dataset` to a file, a folder or a Hub id.")

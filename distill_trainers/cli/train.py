@@ -76,7 +76,7 @@ def build_trainer(recipe: Recipe) -> Any:
     callbacks: list[Any] = [ProgressReport()]
     if settings.early_stopping_patience:
         args.metric_for_best_model = args.metric_for_best_model or "eval_perplexity"
-        args.greater_is_better = bool(args.greater_is_better)
+        args.greater_is_better = bool(args.greater_is_better)  # None means that less is better
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
     trainer = METHODS[settings.method][1](
         model=student,

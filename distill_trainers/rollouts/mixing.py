@@ -20,7 +20,7 @@ def _mix(*numbers: int) -> int:
 
 
 def draws_on_policy(lmbda: float, seed: int, step: int) -> bool:
-    """Whether optimiser step `step` trains on student rollouts: true with probability λ (GKD, arXiv 2306.13649, Alg. 1)."""
+    """Whether optimiser step `step` trains on student rollouts: with probability λ (GKD, arXiv 2306.13649, Alg. 1)."""
     return random.Random(_mix(seed, step)).random() < lmbda
 
 

@@ -64,7 +64,9 @@ def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
     only = len(student_tokens.keys() ^ teacher_tokens.keys())
     if only:
         logger.warning(
-            "%d ids are defined by only one of the two tokenizers; all %d ids that both define agree.", only, len(shared)
+            "%d ids are defined by only one of the two tokenizers; all %d ids that both define agree.",
+            only,
+            len(shared),
         )
     if student.encode(_PROBE) != teacher.encode(_PROBE):
         logger.warning(

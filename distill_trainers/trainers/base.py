@@ -35,7 +35,8 @@ from ..losses.reduction import count_trained_tokens, sum_per_row, token_mean, tr
 from ..reporting.model_card import model_card
 from ..rollouts import generate_completions, rollout_rng
 from ..signals import TokenLogits
-from ..teachers import LocalTeacher, Teacher, shared_vocabulary
+from ..teachers import Teacher
+from . import sources
 from .callbacks import StepLoss
 from .checkpoints import last_complete_checkpoint, read_method_state, write_method_state
 from .completions import fill_with_teacher_completions, sampling_settings
@@ -89,44 +90,24 @@ class DistillTrainer(Trainer):
     ):
         args = config_from_arguments(self.config_class, args)
         self.args = args
-        _check_launch(args)
-        for source, role in ((model, "student"), (teacher_model, "teacher")):
-            if source is None:
-                raise ConfigurationError(f"Got no {role} model; expected a folder, a Hub id or a model.")
-            if isinstance(source, str):
-                models.check_model_source(source, role)
-        frozen = teacher_model.model if isinstance(teacher_model, LocalTeacher) else teacher_model
-        if isinstance(model, nn.Module) and model is frozen:
-            raise ConfigurationError(
-                "Got the same model as student and teacher, and the teacher is frozen. Pass a copy as `teacher_model` "
-                "(`copy.deepcopy(model)`), or its name."
-            )
+        sources.check(model, teacher_model, args)
         self.check_datasets(train_dataset, eval_dataset)
 
         # Everything that can be refused without weights comes first.
-        tokenizer = processing_class or _load_tokenizer(model, args, "student")
+        tokenizer = processing_class or sources.student_tokenizer(model, args)
         tokenizer = models.with_pad_token(getattr(tokenizer, "tokenizer", tokenizer))
-        teacher_tokenizer = teacher_processing_class or _teacher_tokenizer(teacher_model, tokenizer, args)
-        if isinstance(model, str) and isinstance(teacher_model, str):
-            _compare_vocabularies(model, teacher_model, tokenizer, teacher_tokenizer, args)
-        train_dataset = self._prepare_dataset(train_dataset, tokenizer, "train")
+        teacher_tokenizer = teacher_processing_class or sources.teacher_tokenizer(teacher_model, tokenizer, args)
+        sources.compare_vocabularies(model, teacher_model, tokenizer, teacher_tokenizer, args)
+        train_dataset = self.prepare_rows(train_dataset, tokenizer, "train")
         eval_dataset = self._prepare_eval(eval_dataset, tokenizer)
 
         set_seed(args.seed)  # adapters start at random
-        student = self._load_student(model, quantization_config)
-        if peft_config is not None:
-            student = models.add_adapter(student, peft_config, bool(args.activation_checkpointing))
-        elif getattr(student, "active_peft_config", None) and student.active_peft_config.is_prompt_learning:
-            raise ConfigurationError("The student is a prompt-learning PeftModel; only adapters of weights are supported.")
-        if args.disable_dropout:
-            models.disable_dropout(student)
-        if models.is_peft(student) and args.activation_checkpointing:
-            student.enable_input_require_grads()  # frozen embeddings would cut the graph
+        student = sources.load_student(model, args, peft_config, quantization_config)
         models.install_token_forward(student)
 
-        self.teacher = self._load_teacher(teacher_model)
+        self.teacher = sources.load_teacher(teacher_model, args)
         self.teacher.check(self.needs, type(self).__name__)
-        self.vocab_size = self._shared_vocabulary(student, tokenizer, teacher_tokenizer)
+        self.vocab_size = sources.common_vocabulary(student, self.teacher, tokenizer, teacher_tokenizer)
         self.sampling = sampling_settings(args, student, tokenizer, self.vocab_size)
 
         super().__init__(
@@ -145,7 +126,9 @@ class DistillTrainer(Trainer):
                 "Start with `accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
             )
         if models.fsdp_version(self.accelerator) == 1:
-            raise ConfigurationError("Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`.")
+            raise ConfigurationError(
+                "Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`."
+            )
         self.teacher.prepare(self.accelerator)
         self.add_callback(StepLoss(self))
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
@@ -242,7 +225,10 @@ class DistillTrainer(Trainer):
             )
         prompts = _pad_left([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
         rank, step, seed = self.accelerator.process_index, self.state.global_step, self.args.seed
-        with rollout_rng(seed, step, rank, self.args.device), models.generating(self.model_wrapped, self.accelerator) as m:
+        with (
+            rollout_rng(seed, step, rank, self.args.device),
+            models.generating(self.model_wrapped, self.accelerator) as m,
+        ):
             completions = generate_completions(m, *prompts, self.sampling, self.args.rollout_batch_size)
         self._record({"rollouts": len(completions), "rollout_tokens": sum(map(len, completions))})
         sampled, start = [], 0
@@ -287,7 +273,7 @@ class DistillTrainer(Trainer):
 
         with self.teacher.whole_head(signal) as signal:
             if self._student_is_fused:
-                budget = int(self.args.loss_chunk_mib * 2**20)
+                budget = self.args.loss_chunk_bytes
 
                 def on_hidden(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
                     rows, head = hidden[:, :-1][predicts], head.cut_to(self.vocab_size)
@@ -311,8 +297,10 @@ class DistillTrainer(Trainer):
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kw: Any):
-        """Teacher-forced: loss, perplexity, KL to the teacher and top-1 agreement as means over all tokens of the set."""
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kw: Any
+    ):
+        """Teacher-forced: loss, perplexity, KL to the teacher, top-1 agreement, as means over all tokens of the set."""
         self._eval_rows = []
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kw)
         if not self._eval_rows:
@@ -363,7 +351,11 @@ class DistillTrainer(Trainer):
             sums = torch.stack([self._sums.pop(name, zero) for name in names])
             totals = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
             tokens, rollouts, sampled = (totals.pop(name) for name in names[:3])
-            logs = {**logs, **{name: value / max(tokens, 1) for name, value in totals.items()}, "trained_tokens": tokens}
+            logs = {
+                **logs,
+                **{name: value / max(tokens, 1) for name, value in totals.items()},
+                "trained_tokens": tokens,
+            }
             if self.samples_completions:
                 logs["rollouts"] = rollouts
                 if rollouts:
@@ -378,13 +370,16 @@ class DistillTrainer(Trainer):
             raise DatasetError("Got neither `train_dataset` nor `eval_dataset`; expected at least one of them.")
         wants_evaluation = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
         if wants_evaluation and eval_dataset is None:
-            raise DatasetError(f"Got `eval_strategy: {self.args.eval_strategy}` but no `eval_dataset`; pass one or set 'no'.")
+            raise DatasetError(
+                f"Got `eval_strategy: {self.args.eval_strategy}` but no `eval_dataset`; pass one or set 'no'."
+            )
 
-    def _prepare_dataset(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
+    def prepare_rows(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
+        """Tokenised rows of a raw dataset; `name` "train" must serve the method, any other only evaluation."""
         if dataset is None:
             return None
         training = name == "train"
-        if training and self.samples_completions:
+        if training and (self.samples_completions or self.replaces_completions):
             needs = "both" if self.needs_completions else "prompt"
         else:
             needs = "completion" if training and self.needs_completions else "either"
@@ -395,8 +390,8 @@ class DistillTrainer(Trainer):
             self.args.accelerator_config.dispatch_batches = False
             if self.replaces_completions:
                 raise ConfigurationError(
-                    "The teacher's completions are generated once for a whole dataset, but `train_dataset` is iterable. "
-                    "Pass a `datasets.Dataset`."
+                    "The teacher's completions are generated once for a whole dataset, but `train_dataset` is "
+                    "iterable. Pass a `datasets.Dataset`."
                 )
         generates = self.samples_completions or self.replaces_completions
         with self.args.main_process_first(desc=f"{name} tokenisation"):
@@ -415,8 +410,8 @@ class DistillTrainer(Trainer):
 
     def _prepare_eval(self, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         if isinstance(dataset, dict):
-            return {name: self._prepare_dataset(part, tokenizer, name) for name, part in dataset.items()}
-        return self._prepare_dataset(dataset, tokenizer, "eval")
+            return {name: self.prepare_rows(part, tokenizer, name) for name, part in dataset.items()}
+        return self.prepare_rows(dataset, tokenizer, "eval")
 
     def get_train_dataloader(self) -> Any:
         if self.replaces_completions and not self._train_is_filled:
@@ -433,42 +428,10 @@ class DistillTrainer(Trainer):
             filled = eval_dataset
             columns = getattr(eval_dataset, "column_names", None)
             if isinstance(columns, list) and "loss_mask" not in columns:
-                filled = self._prepare_dataset(eval_dataset, self.processing_class, "eval")
+                filled = self.prepare_rows(eval_dataset, self.processing_class, "eval")
             filled = fill_with_teacher_completions(self, filled, replace=self.replaces_completions)
             known = self._eval_is_filled[id(eval_dataset)] = (eval_dataset, filled)  # holding it keeps its id taken
         return super().get_eval_dataloader(known[1])
-
-    # ---- Models -----------------------------------------------------------------------------------------------------
-
-    def _load_student(self, model: Any, quantization_config: Any) -> Any:
-        if not isinstance(model, str):
-            if quantization_config is not None or self.args.model_init_kwargs:
-                raise ConfigurationError(
-                    "`quantization_config` and `model_init_kwargs` act while a student is loaded by name, but `model` "
-                    f"is already a {type(model).__name__}. Pass its name, or leave them out."
-                )
-            return model
-        kwargs = {"dtype": "float32", "trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})}
-        return models.load_causal_lm(model, role="student", quantization_config=quantization_config, **kwargs)
-
-    def _load_teacher(self, teacher: Any) -> Teacher:
-        if isinstance(teacher, Teacher):
-            return teacher
-        if isinstance(teacher, str):
-            kwargs = {"trust_remote_code": self.args.trust_remote_code, **(self.args.teacher_model_init_kwargs or {})}
-            return LocalTeacher(models.load_causal_lm(teacher, role="teacher", **kwargs), name=teacher)
-        if self.args.teacher_model_init_kwargs:
-            raise ConfigurationError(
-                "`teacher_model_init_kwargs` act while a teacher is loaded by name, but `teacher_model` is already a "
-                f"{type(teacher).__name__}. Pass its name, or leave them out."
-            )
-        return LocalTeacher(teacher)
-
-    def _shared_vocabulary(self, student: Any, tokenizer: Any, teacher_tokenizer: Any) -> int | None:
-        if not isinstance(self.teacher, LocalTeacher):
-            return None
-        rows = [models.causal_lm_of(m).config.get_text_config().vocab_size for m in (student, self.teacher.model)]
-        return shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
 
     # ---- Checkpoints and the Hub ------------------------------------------------------------------------------------
 
@@ -509,52 +472,6 @@ class DistillTrainer(Trainer):
         """Write README.md into the output directory: method, paper, models, settings and scores."""
         if self.is_world_process_zero():
             (Path(self.args.output_dir) / "README.md").write_text(model_card(self), encoding="utf-8")
-
-
-def _check_launch(args: DistillConfig) -> None:
-    """Refuse parallel modes in which the loss would silently be wrong."""
-    config = args.parallelism_config
-    if config is not None and any(getattr(config, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp")):
-        raise ConfigurationError(
-            "Got a parallelism_config with tensor, context or sequence parallelism; expected data parallelism only "
-            "(DDP, ZeRO, FSDP2): the loss needs whole rows of tokens."
-        )
-
-
-def _load_tokenizer(model: Any, args: DistillConfig, role: str) -> PreTrainedTokenizerBase:
-    name = model if isinstance(model, str) else models.source_of(model)
-    if not name:
-        raise ConfigurationError(f"The {role} does not say where it came from, so pass its tokenizer as `processing_class`.")
-    try:
-        return models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"No tokenizer could be loaded from the {role} {name!r}: {error}. Pass one as `processing_class`, or save "
-            "one beside the model."
-        ) from error
-
-
-def _teacher_tokenizer(teacher: Any, student_tokenizer: Any, args: DistillConfig) -> PreTrainedTokenizerBase | None:
-    """The teacher's tokenizer where it has a source that holds one; else None, and only sizes can be compared."""
-    name = teacher if isinstance(teacher, str) else models.source_of(teacher) if isinstance(teacher, nn.Module) else None
-    if not name:
-        return None
-    if name == getattr(student_tokenizer, "name_or_path", None):
-        return student_tokenizer
-    try:
-        return models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError):
-        logger.warning("No tokenizer was found beside the teacher %r: only vocabulary sizes can be compared.", name)
-        return None
-
-
-def _compare_vocabularies(model: str, teacher: str, tokenizer: Any, teacher_tokenizer: Any, args: DistillConfig) -> None:
-    """The vocabulary check from configs alone, before weights are loaded."""
-    from transformers import AutoConfig
-
-    configs = [AutoConfig.from_pretrained(n, trust_remote_code=args.trust_remote_code) for n in (model, teacher)]
-    rows = [config.get_text_config().vocab_size for config in configs]
-    shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
 
 
 def _pad_left(prompts: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> tuple[Tensor, Tensor]:

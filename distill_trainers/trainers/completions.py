@@ -41,7 +41,9 @@ def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_siz
     )
 
 
-def completion_store(args: DistillConfig, teacher: Teacher, sampling: SamplingSettings, rank: int = 0) -> CompletionStore:
+def completion_store(
+    args: DistillConfig, teacher: Teacher, sampling: SamplingSettings, rank: int = 0
+) -> CompletionStore:
     """The store of this teacher's completions under this config."""
     identity = {"teacher": teacher.fingerprint(), "seed": args.seed, **sampling.as_dict()}
     return CompletionStore(args.completions_dir or Path(args.output_dir) / "completions", identity, rank)
@@ -119,7 +121,8 @@ def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, repl
     teacher, accelerator, args = trainer.teacher, trainer.accelerator, trainer.args
     if not isinstance(teacher, LocalTeacher):
         raise ConfigurationError(
-            f"{type(teacher).__name__} cannot generate completions. Give the dataset completions, or use a local teacher."
+            f"{type(teacher).__name__} cannot generate completions. Give the dataset completions, or use a local "
+            "teacher."
         )
     sampling = sampling_settings(args, teacher.model, trainer.processing_class, trainer.vocab_size)
     store = completion_store(args, teacher, sampling, accelerator.process_index)

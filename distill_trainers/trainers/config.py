@@ -22,14 +22,18 @@ class DistillConfig(TrainingArguments):
     """
 
     # Defaults of TrainingArguments that suit distillation better.
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps (below 1: a share of all)."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many optimiser steps (below 1: a share of all)."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Off: a NaN stops training instead of being hidden, and no micro-step waits for the device."},
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads more than forward does."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: the collator reads more than forward does."}
+    )
 
     # Models
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -38,9 +42,12 @@ class DistillConfig(TrainingArguments):
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for a teacher given by name (JSON)."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models and tokenizers with code of their own."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow models and tokenizers with code of their own."}
+    )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Set the student's dropout to 0: its noise would be matched against the teacher."}
+        default=True,
+        metadata={"help": "Set the student's dropout to 0: its noise would be matched against the teacher."},
     )
 
     # Data
@@ -49,7 +56,8 @@ class DistillConfig(TrainingArguments):
         default=False, metadata={"help": "With `messages`: train on every assistant turn, not only on the last."}
     )
     column_mapping: dict[str, str] | str | None = field(
-        default=None, metadata={"help": "Rename dataset columns, such as {question: prompt, answer: completion} (JSON)."}
+        default=None,
+        metadata={"help": "Rename dataset columns, such as {question: prompt, answer: completion} (JSON)."},
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Extra variables for the chat template (JSON)."}
@@ -61,20 +69,25 @@ class DistillConfig(TrainingArguments):
     kd_temperature: float = field(
         default=1.0, metadata={"help": "Divides the logits of student and teacher inside the divergence."}
     )
-    loss_chunk_mib: float = field(
-        default=64.0, metadata={"help": "Budget for one chunk of logits in the fused head, in MiB per buffer."}
+    loss_chunk_mib: float | None = field(
+        default=None,
+        metadata={"help": "Budget for one chunk of logits in the fused head, in MiB per buffer (16 on CPU, else 256)."},
     )
 
     # Rollouts
     max_new_tokens: int = field(default=128, metadata={"help": "Longest sampled completion, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts; 0 takes the most likely token."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature of rollouts; 0 takes the most likely token."}
+    )
     top_p: float = field(default=1.0, metadata={"help": "Nucleus filter of rollouts; 1 is off."})
     top_k: int = field(default=0, metadata={"help": "Top-k filter of rollouts; 0 is off."})
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Prompts per call of generate; by default the whole accumulation window at once."}
+        default=None,
+        metadata={"help": "Prompts per call of generate; by default the whole accumulation window at once."},
     )
     completions_dir: str | None = field(
-        default=None, metadata={"help": "Where the teacher's completions are kept; by default `<output_dir>/completions`."}
+        default=None,
+        metadata={"help": "Where the teacher's completions are kept; by default `<output_dir>/completions`."},
     )
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
@@ -86,7 +99,15 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
+        if self.metric_for_best_model and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "perplexity", "kl", "divergence"))
         super().__post_init__()
+
+    @property
+    def loss_chunk_bytes(self) -> int:
+        """`loss_chunk_mib`, or its default for the device: small chunks stay in a CPU's cache and save memory."""
+        mib = self.loss_chunk_mib or (16 if self.device.type == "cpu" else 256)
+        return int(mib * 2**20)
 
     def _check(self) -> None:
         """Refuse what cannot work; subclasses extend it."""
@@ -96,7 +117,12 @@ class DistillConfig(TrainingArguments):
         require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive number")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1 token")
-        require(self.loss_chunk_mib > 0, "loss_chunk_mib", self.loss_chunk_mib, "a positive number of MiB")
+        require(
+            self.loss_chunk_mib is None or self.loss_chunk_mib > 0,
+            "loss_chunk_mib",
+            self.loss_chunk_mib,
+            "a positive number of MiB",
+        )
         require(not self.remove_unused_columns, "remove_unused_columns", True, "False: the collator needs the columns")
         require(
             self.label_smoothing_factor == 0,

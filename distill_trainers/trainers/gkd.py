@@ -25,11 +25,10 @@ class GKDConfig(DistillConfig):
     """Settings of `GKDTrainer`; see each field's help."""
 
     lmbda: float = field(
-        default=0.5, metadata={"help": "λ: probability that an optimiser step trains on student rollouts; 0 never samples."}
+        default=0.5,
+        metadata={"help": "λ: probability that an optimiser step trains on student rollouts; 0 never samples."},
     )
-    divergence: str = field(
-        default="jsd", metadata={"help": f"Per-token divergence: one of {', '.join(DIVERGENCES)}."}
-    )
+    divergence: str = field(default="jsd", metadata={"help": f"Per-token divergence: one of {', '.join(DIVERGENCES)}."})
     beta: float | None = field(default=None, metadata={"help": "β of jsd (0.5): weight of the teacher in the mixture."})
     alpha: float | None = field(default=None, metadata={"help": "α of the skew divergences (0.1)."})
     mu: float | None = field(default=None, metadata={"help": "μ of adaptive_kl (0.5): teacher mass of the head."})
@@ -42,7 +41,10 @@ class GKDConfig(DistillConfig):
         metadata={"help": "Replace the dataset's completions by the teacher's own, generated once and kept on disk."},
     )
     lm_loss_weight: float = field(
-        default=0.0, metadata={"help": "Weight of −log q(y) of the trained tokens, added to the divergence."}
+        default=0.0,
+        metadata={
+            "help": "Weight of −log q(y) of given completions, added to the divergence (never on student rollouts)."
+        },
     )
     tau_squared: bool = field(
         default=False, metadata={"help": "Multiply the divergence by kd_temperature², which keeps gradients' size."}
@@ -89,6 +91,7 @@ class GKDTrainer(DistillTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.on_policy_step = False
         self.divergence = resolve_divergence(self.args.divergence, **self.args.divergence_params())
         moves = self.args.divergence == "taid" and self.args.t is None
         self.taid_schedule = TaidSchedule() if moves else None
@@ -97,7 +100,8 @@ class GKDTrainer(DistillTrainer):
     def loss_weights(self) -> dict[str, float]:
         scale = self.args.kd_temperature**2 if self.args.tau_squared else 1.0
         weights = {"divergence": scale}
-        if self.args.lm_loss_weight:
+        # On the student's own samples −log q has zero expected gradient: nothing but noise.
+        if self.args.lm_loss_weight and not (self.on_policy_step and self.model.training):
             weights["lm_loss"] = self.args.lm_loss_weight
         return weights
 
@@ -114,9 +118,8 @@ class GKDTrainer(DistillTrainer):
         return self.args.seq_kd
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
-        if not draws_on_policy(self.args.lmbda, self.args.seed, self.state.global_step):
-            return batches
-        return self.sample_completions(batches)
+        self.on_policy_step = draws_on_policy(self.args.lmbda, self.args.seed, self.state.global_step)
+        return self.sample_completions(batches) if self.on_policy_step else batches
 
     def after_step(self, loss: float) -> None:
         if self.taid_schedule is not None:

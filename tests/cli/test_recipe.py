@@ -8,7 +8,6 @@ import yaml
 
 from distill_trainers.cli import main
 from distill_trainers.cli.recipe import parse_recipe
-from distill_trainers.exceptions import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
@@ -60,7 +59,9 @@ def test_every_recipe_parses_and_says_what_it_needs(path, monkeypatch):
 
 
 def test_command_line_overrides_the_recipe(recipe):
-    parsed = parse_recipe(["--config", recipe(), "--learning_rate", "0.25", "--lmbda", "0", "--divergence", "reverse_kl"])
+    parsed = parse_recipe(
+        ["--config", recipe(), "--learning_rate", "0.25", "--lmbda", "0", "--divergence", "reverse_kl"]
+    )
     assert (parsed.args.learning_rate, parsed.args.lmbda, parsed.args.divergence) == (0.25, 0.0, "reverse_kl")
 
 

@@ -65,8 +65,12 @@ SETTINGS = {"max_steps": 4, "temperature": 0.0, "optim": "sgd", "lmbda": 0.0}
 
 def one_and_two(tmp_path, config, lora=False, **changes):
     settings = {**SETTINGS, **changes}
-    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, lora)
-    two = launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, lora)
+    one = launch(
+        tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, lora
+    )
+    two = launch(
+        tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, lora
+    )
     return one, two
 
 

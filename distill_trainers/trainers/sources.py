@@ -1,0 +1,131 @@
+"""The models and tokenizers that a trainer is given, by name or in memory: what is refused, and how they are loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .. import models
+from ..exceptions import ConfigurationError
+from ..teachers import LocalTeacher, Teacher, shared_vocabulary
+from .config import DistillConfig
+
+logger = logging.getLogger(__name__)
+
+
+def check(student: Any, teacher: Any, args: DistillConfig) -> None:
+    """Refuse models and parallel modes that cannot work, before anything is loaded.
+
+    Raises:
+        ConfigurationError: a model is missing, is both student and teacher, or the launch would split rows of tokens.
+    """
+    config = args.parallelism_config
+    if config is not None and any(getattr(config, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp")):
+        raise ConfigurationError(
+            "Got a parallelism_config with tensor, context or sequence parallelism; expected data parallelism only "
+            "(DDP, ZeRO, FSDP2): the loss needs whole rows of tokens."
+        )
+    for source, role in ((student, "student"), (teacher, "teacher")):
+        if source is None:
+            raise ConfigurationError(f"Got no {role} model; expected a folder, a Hub id or a model.")
+        if isinstance(source, str):
+            models.check_model_source(source, role)
+    frozen = teacher.model if isinstance(teacher, LocalTeacher) else teacher
+    if isinstance(student, nn.Module) and student is frozen:
+        raise ConfigurationError(
+            "Got the same model as student and teacher, and the teacher is frozen. Pass a copy as `teacher_model` "
+            "(`copy.deepcopy(model)`), or its name."
+        )
+
+
+def student_tokenizer(student: Any, args: DistillConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside the student."""
+    name = student if isinstance(student, str) else models.source_of(student)
+    if not name:
+        raise ConfigurationError(
+            "The student does not say where it came from, so pass its tokenizer as `processing_class`."
+        )
+    try:
+        return models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"No tokenizer could be loaded from the student {name!r}: {error}. Pass one as `processing_class`, or "
+            "save one beside the model."
+        ) from error
+
+
+def teacher_tokenizer(
+    teacher: Any, own: PreTrainedTokenizerBase, args: DistillConfig
+) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer where it has a source that holds one; else None, and only sizes can be compared."""
+    name = teacher if isinstance(teacher, str) else None
+    if isinstance(teacher, nn.Module):
+        name = models.source_of(teacher)
+    if not name:
+        return None
+    if name == getattr(own, "name_or_path", None):
+        return own
+    try:
+        return models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError):
+        logger.warning("No tokenizer was found beside the teacher %r: only vocabulary sizes can be compared.", name)
+        return None
+
+
+def compare_vocabularies(student: Any, teacher: Any, own: Any, other: Any, args: DistillConfig) -> None:
+    """The vocabulary check from configs alone, for models given by name: before weights are loaded."""
+    from transformers import AutoConfig
+
+    if isinstance(student, str) and isinstance(teacher, str):
+        configs = [AutoConfig.from_pretrained(n, trust_remote_code=args.trust_remote_code) for n in (student, teacher)]
+        rows = [config.get_text_config().vocab_size for config in configs]
+        shared_vocabulary(own, other, *rows)
+
+
+def common_vocabulary(student: Any, teacher: Teacher, own: Any, other: Any) -> int | None:
+    """Number of ids in both softmaxes, or None for all (see `shared_vocabulary`)."""
+    if not isinstance(teacher, LocalTeacher):
+        return None
+    rows = [models.causal_lm_of(m).config.get_text_config().vocab_size for m in (student, teacher.model)]
+    return shared_vocabulary(own, other, *rows)
+
+
+def load_student(student: Any, args: DistillConfig, peft_config: Any, quantization_config: Any) -> Any:
+    """The student, loaded by name if need be, with its adapter and without dropout."""
+    if isinstance(student, str):
+        kwargs: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+        kwargs |= args.model_init_kwargs or {}  # type: ignore[arg-type]
+        student = models.load_causal_lm(student, role="student", quantization_config=quantization_config, **kwargs)
+    elif quantization_config is not None or args.model_init_kwargs:
+        raise ConfigurationError(
+            "`quantization_config` and `model_init_kwargs` act while a student is loaded by name, but `model` is "
+            f"already a {type(student).__name__}. Pass its name, or leave them out."
+        )
+    if peft_config is not None:
+        student = models.add_adapter(student, peft_config, bool(args.activation_checkpointing))
+    elif getattr(student, "active_peft_config", None) and student.active_peft_config.is_prompt_learning:
+        raise ConfigurationError("The student is a prompt-learning PeftModel; only adapters of weights are supported.")
+    if args.disable_dropout:
+        models.disable_dropout(student)
+    if models.is_peft(student) and args.activation_checkpointing:
+        student.enable_input_require_grads()  # frozen embeddings would cut the graph
+    return student
+
+
+def load_teacher(teacher: Any, args: DistillConfig) -> Teacher:
+    """The teacher, loaded by name if need be."""
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, str):
+        kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+        kwargs |= args.teacher_model_init_kwargs or {}  # type: ignore[arg-type]
+        return LocalTeacher(models.load_causal_lm(teacher, role="teacher", **kwargs), name=teacher)
+    if args.teacher_model_init_kwargs:
+        raise ConfigurationError(
+            "`teacher_model_init_kwargs` act while a teacher is loaded by name, but `teacher_model` is already a "
+            f"{type(teacher).__name__}. Pass its name, or leave them out."
+        )
+    return LocalTeacher(teacher)
