@@ -199,7 +199,7 @@ def _load_plain_model(gguf_file: Path, dtype: torch.dtype) -> PreTrainedModel:
     gguf_config = getattr(transformers, "GgufConfig", None)
     options: dict[str, Any] = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
     try:
-        packed, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation leaves out
             gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32, output_loading_info=True, **options
         )
     except (ValueError, NotImplementedError, KeyError) as error:
@@ -207,6 +207,7 @@ def _load_plain_model(gguf_file: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"transformers {transformers.__version__} cannot read this GGUF: {error} "
             "Use the model's safetensors repository instead, or a transformers release that supports the architecture."
         ) from error
+    packed, loading = loaded
     if loading["missing_keys"]:
         raise ConfigurationError(
             f"The GGUF has no tensors for {sorted(loading['missing_keys'])[:5]}, which would stay random; "

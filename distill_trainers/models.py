@@ -167,8 +167,9 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """The causal LM inside any stack of PEFT, DDP, FSDP and DeepSpeed wrappers."""
-    while "module" in model._modules and not is_peft(model):  # wrappers pass attribute look-ups on, so ask the class
-        model = model._modules["module"]
+    # Wrappers pass attribute look-ups on, so ask for their own submodules.
+    while (inner := model._modules.get("module")) is not None and not is_peft(model):
+        model = inner
     return model.get_base_model() if is_peft(model) else model  # type: ignore[return-value, operator]
 
 
@@ -185,7 +186,7 @@ def install_token_forward(model: nn.Module) -> nn.Module:
     and FSDP see the graph, and under ZeRO-3 the head's weight is whole (`f` runs inside the head module's own call).
     Must be called before the model is wrapped, because accelerate wraps the forward it finds.
     """
-    causal_lm = causal_lm_of(model)
+    causal_lm: Any = causal_lm_of(model)  # it gets attributes of ours
     if "_distill_original_forward" in causal_lm.__dict__:
         return model
     causal_lm._distill_original_forward = causal_lm.forward
@@ -261,7 +262,7 @@ def _head_weight(module: nn.Module) -> Tensor:
 
 def head_is_fusable(model: nn.Module) -> bool:
     """Whether the head is one matrix product: a Linear, or a plain LoRA on one (no dropout, no DoRA)."""
-    module = _head_module(causal_lm_of(model))
+    module: Any = _head_module(causal_lm_of(model))
     if isinstance(module, nn.Linear) and not hasattr(module, "base_layer"):
         return True
     base = getattr(module, "base_layer", None)

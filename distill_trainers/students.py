@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ def prune_layers(model: PreTrainedModel, keep: int | Sequence[int], *, copy: boo
             student = deepcopy(model)  # while the dropped layers are out of it: they are never copied
         finally:
             model.set_submodule(path, layers)
-    _renumber(student.get_submodule(path))
+    _renumber(cast(nn.ModuleList, student.get_submodule(path)))
     _shrink_config(student.config.get_text_config(decoder=True), kept, len(layers))
     _check_config_describes(student)
     return student.requires_grad_(True)
@@ -122,7 +122,7 @@ def _renumber(layers: nn.ModuleList) -> None:
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = index
+                module.layer_idx = index  # type: ignore[assignment]  # torch types attributes as tensors or modules
 
 
 def _shrink_config(config: PretrainedConfig, kept: list[int], total: int) -> None:
@@ -321,7 +321,7 @@ def make_student(
         ConfigurationError: settings that contradict each other, or what `prune_layers` refuses.
     """
     _check_strategy(keep_layers, strategy)
-    if strategy == "even":
+    if strategy == "even" or not isinstance(keep_layers, int):  # only "even" may name the layers
         return prune_layers(teacher, keep_layers)
     if batches is None:
         raise ConfigurationError('strategy="importance" measures layers on text; give `batches`, or use "even".')

@@ -72,7 +72,7 @@ def make_plan(recipe: Recipe, train: Any, evaluation: Any) -> Plan:
     mean_length = sum(lengths) / len(lengths) if lengths is not None else None
     existing = next(
         p for p in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents) if p.exists()
-    )  # type: ignore[arg-type]
+    )
     return Plan(
         method=settings.method,
         student=_student_name(recipe),

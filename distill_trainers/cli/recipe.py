@@ -72,7 +72,7 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     recipe = _read_yaml(argv)
     method = _method(recipe, argv)
     config_class = _methods()[method][0]
-    classes = (RecipeArguments, config_class, ModelConfig)
+    classes: tuple[Any, ...] = (RecipeArguments, config_class, ModelConfig)
     known = {f.name for cls in classes for f in fields(cls) if f.init} | {"env"}
     refuse_unknown_keys(recipe, known, "the recipe")
     options = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
@@ -152,7 +152,7 @@ def _refuse_contradictions(recipe: Recipe) -> None:
     if run.streaming and args.max_steps <= 0:
         raise ConfigurationError("`streaming: true` has no length, so set `max_steps` to a positive number.")
     has_eval = bool(run.eval_dataset or run.eval_fraction)
-    if run.early_stopping_patience and (not has_eval or str(args.eval_strategy.value) == "no"):  # type: ignore[union-attr]
+    if run.early_stopping_patience and (not has_eval or args.eval_strategy == "no"):
         raise ConfigurationError(
             "`early_stopping_patience` needs evaluations: set `eval_dataset` or `eval_fraction`, and `eval_strategy`."
         )

@@ -129,7 +129,7 @@ def make_initial_student(recipe: Recipe, train_dataset: Any) -> Path:
     """
     from accelerate import PartialState
 
-    folder = Path(recipe.args.output_dir) / "student_init"  # type: ignore[arg-type]
+    folder = Path(recipe.args.output_dir) / "student_init"
     marker = folder / "student_init.json"
     wanted = {"teacher": recipe.run.teacher_model_name_or_path, **recipe.run.student_init}  # type: ignore[dict-item]
     with PartialState().main_process_first():
@@ -197,7 +197,7 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, train_data
         how = {"seed": args.seed, "device": args.device, "batch_size": args.rollout_batch_size}
         complete_prompts(prompts, store, sampling, context, **how)  # type: ignore[arg-type]
         dataset = with_completions(dataset, store.load(), replace=False)
-    return DataLoader(dataset, batch_size=size, collate_fn=DistillCollator(tokenizer.pad_token_id))  # type: ignore[arg-type]
+    return DataLoader(dataset, batch_size=size, collate_fn=DistillCollator(tokenizer.pad_token_id))
 
 
 def _print_layers(batch: int, layer: int) -> None:

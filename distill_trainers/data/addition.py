@@ -100,7 +100,7 @@ def fit_on_gold(
         use_cpu=True,
     )
     data = prepare_dataset(Dataset.from_list(rows), tokenizer, max_length=32)
-    collator = DistillCollator(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    collator = DistillCollator(tokenizer.pad_token_id)
     Trainer(model, args, train_dataset=data, data_collator=collator, processing_class=tokenizer).train()
 
 

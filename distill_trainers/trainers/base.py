@@ -25,9 +25,11 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .. import models
 from ..data import DistillCollator, prepare_dataset, replace_completions
+from ..data.tokenization import Needs
 from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics, agreement_terms
 from ..exceptions import CheckpointError, ConfigurationError, DatasetError
 from ..losses.fused_linear import fused_linear_terms
@@ -66,6 +68,11 @@ class DistillTrainer(Trainer):
     Raises:
         ConfigurationError, DatasetError, VocabularyError: before any model is loaded where that is possible.
     """
+
+    args: DistillConfig
+    model: nn.Module
+    processing_class: PreTrainedTokenizerBase
+    eval_dataset: Any
 
     config_class: ClassVar[type[DistillConfig]] = DistillConfig
     method_name: ClassVar[str] = "distillation"
@@ -251,9 +258,10 @@ class DistillTrainer(Trainer):
         """
         total, terms = self._token_terms(model, inputs, self.distill_terms, self.loss_weights)
         local_count = count_trained_tokens([inputs])
-        alone = num_items_in_batch is None
-        count = local_count if alone else num_items_in_batch
-        loss = token_mean(total, count, 1 if alone else self.accelerator.num_processes)
+        if num_items_in_batch is None:
+            loss = token_mean(total, local_count)
+        else:
+            loss = token_mean(total, num_items_in_batch, self.accelerator.num_processes)
         if model.training:
             self.window_loss = self.window_loss + loss.detach()
             self._record({"trained_tokens": local_count, **{name: value.sum() for name, value in terms.items()}})
@@ -298,11 +306,16 @@ class DistillTrainer(Trainer):
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 
     def evaluation_loop(
-        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kw: Any
-    ):
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """Teacher-forced: loss, perplexity, KL to the teacher, top-1 agreement, as means over all tokens of the set."""
         self._eval_rows = []
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kw)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if not self._eval_rows:
             raise DatasetError(f"The {description.lower()} set has no batches; got an empty dataset.")
         sums = torch.cat(self._eval_rows).double().sum(0)
@@ -312,9 +325,9 @@ class DistillTrainer(Trainer):
         metrics = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
         metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
         metrics |= agreement_metrics(means) | {"tokens": tokens}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        self.last_eval_metrics.update(output.metrics)
-        return output
+        scores = (output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.last_eval_metrics.update(scores)
+        return output._replace(metrics=scores)
 
     @torch.no_grad()
     def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None):
@@ -380,14 +393,14 @@ class DistillTrainer(Trainer):
             return None
         training = name == "train"
         if training and (self.samples_completions or self.replaces_completions):
-            needs = "both" if self.needs_completions else "prompt"
+            needs: Needs = "both" if self.needs_completions else "prompt"
         else:
             needs = "completion" if training and self.needs_completions else "either"
         from datasets import IterableDataset
 
         if training and isinstance(dataset, IterableDataset):
             # Batches of different lengths cannot be split from one process to the others.
-            self.args.accelerator_config.dispatch_batches = False
+            self.args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
             if self.replaces_completions:
                 raise ConfigurationError(
                     "The teacher's completions are generated once for a whole dataset, but `train_dataset` is "
@@ -400,9 +413,9 @@ class DistillTrainer(Trainer):
                 tokenizer,
                 max_length=self.args.max_length,
                 max_new_tokens=self.args.max_new_tokens if generates else None,
-                column_mapping=self.args.column_mapping,
+                column_mapping=self.args.column_mapping,  # type: ignore[arg-type]  # parsed by now
                 assistant_only_loss=self.args.assistant_only_loss,
-                chat_template_kwargs=self.args.chat_template_kwargs,
+                chat_template_kwargs=self.args.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
                 num_proc=self.args.dataset_num_proc,
                 needs=needs,
                 name=name,
@@ -435,7 +448,9 @@ class DistillTrainer(Trainer):
 
     # ---- Checkpoints and the Hub ------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
         """As `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if self.train_dataset is None:
             raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
@@ -443,7 +458,7 @@ class DistillTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             self.load_method_state(read_method_state(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

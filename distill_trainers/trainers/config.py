@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
@@ -20,6 +20,9 @@ class DistillConfig(TrainingArguments):
     Raises:
         ConfigurationError: values out of range, or settings that contradict each other, by name.
     """
+
+    if TYPE_CHECKING:
+        output_dir: str = "trainer_output"  # declared optional, but never None once TrainingArguments has filled it in
 
     # Defaults of TrainingArguments that suit distillation better.
     logging_steps: float = field(

@@ -80,6 +80,7 @@ class GKDTrainer(DistillTrainer):
     Eq. 3 of arXiv 2306.13649, with one draw of λ per optimiser step, the same on every process.
     """
 
+    args: GKDConfig
     config_class = GKDConfig
     method_name = "GKD"
     paper = {
