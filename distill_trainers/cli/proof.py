@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         "--output-dir", default=None, help="keep teacher and students here (a temporary folder by default)"
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps of each student")
-    parser.add_argument("--teacher-steps", type=int, default=600, help="optimiser steps of the teacher")
+    parser.add_argument("--teacher-steps", type=int, default=700, help="optimiser steps of the teacher")
     options = parser.parse_args(list(argv))
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:
