@@ -1,4 +1,4 @@
-"""A one-minute proof: every method on two-digit addition, learnt from scratch on one CPU.
+"""The proof in three minutes: every method on two-digit addition, learnt from scratch on two CPU cores.
 
 A small teacher learns the task. A student a twelfth of its size is then trained on a few right answers alone, and by
 each method on the teacher's knowledge of all problems.
@@ -10,18 +10,22 @@ import argparse
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 GOLD_ROWS = 500
-STEPS = 250
+STEPS = 800
+TEACHER_STEPS = 500
+LEARNING_RATE = 7e-3
 HELD_OUT = 1000
 
-# (title, method, settings): each method that can be proved on this task has a row.
+# (title, method, settings): each method that can be proved on this task has a row. Forward KL, because the students
+# start from random weights: there JSD and reverse KL have little gradient (12 % and 72 % right in 600 steps).
 PROOFS: list[tuple[str, str, dict[str, Any]]] = [
     ("GKD on the teacher's answers", "gkd", {"lmbda": 0.0, "seq_kd": True, "divergence": "forward_kl"}),
-    ("GKD, half on-policy, JSD", "gkd", {"lmbda": 0.5, "seq_kd": True, "divergence": "jsd"}),
+    ("GKD, half on-policy", "gkd", {"lmbda": 0.5, "seq_kd": True, "divergence": "forward_kl"}),
 ]
 
 
@@ -31,13 +35,22 @@ def main(argv: Sequence[str]) -> int:
         "--output-dir", default=None, help="keep teacher and students here (a temporary folder by default)"
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps of each student")
-    parser.add_argument("--teacher-steps", type=int, default=700, help="optimiser steps of the teacher")
+    parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="optimiser steps of the teacher")
     options = parser.parse_args(list(argv))
-    logging.disable(logging.WARNING)
+    _quieten()
     with tempfile.TemporaryDirectory() as scratch:
         results = prove(Path(options.output_dir or scratch), options.steps, options.teacher_steps)
     _print(results)
     return 0
+
+
+def _quieten() -> None:
+    """One line per model is the output here, not the bars and warnings of the libraries below."""
+    from datasets import disable_progress_bars
+
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    disable_progress_bars()
 
 
 def prove(output: Path, steps: int, teacher_steps: int) -> list[dict[str, Any]]:
@@ -45,7 +58,7 @@ def prove(output: Path, steps: int, teacher_steps: int) -> list[dict[str, Any]]:
     from ..data.addition import addition_accuracy, addition_rows, character_tokenizer, fit_on_gold, tiny_llama
 
     tokenizer, rows = character_tokenizer(), addition_rows()
-    held_out = rows[-HELD_OUT:]
+    rows, held_out = rows[:-HELD_OUT], rows[-HELD_OUT:]
     results: list[dict[str, Any]] = []
 
     def report(title: str, model: Any, kl: float | None, started: float) -> None:
@@ -61,21 +74,22 @@ def prove(output: Path, steps: int, teacher_steps: int) -> list[dict[str, Any]]:
     report("Teacher", teacher, 0.0, started)
     started = time.monotonic()
     baseline = tiny_llama(tokenizer, 48, 2, seed=1)
-    fit_on_gold(baseline, tokenizer, rows[:GOLD_ROWS], steps, output_dir=str(output / "baseline"))
+    fit_on_gold(baseline, tokenizer, rows[:GOLD_ROWS], steps, learning_rate=LEARNING_RATE, output_dir=str(output / "baseline"))
     report(f"Student, {GOLD_ROWS} right answers, no teacher", baseline, None, started)
     for title, method, settings in PROOFS:
         started = time.monotonic()
         student = tiny_llama(tokenizer, 48, 2, seed=1)
-        kl = _distill(student, teacher, tokenizer, rows, held_out, method, settings, output, steps)
+        kl = distill(student, teacher, tokenizer, rows, held_out, method, settings, output, steps)
         report(title, student, kl, started)
     return results
 
 
-def _distill(student, teacher, tokenizer, rows, held_out, method, settings, output: Path, steps: int) -> float:
+def distill(student, teacher, tokenizer, rows, held_out, method, settings, output: Path, steps: int) -> float:
     """Train `student` by one method on prompts alone; the held-out KL to the teacher in nats per token."""
     from datasets import Dataset
     from transformers import PrinterCallback
 
+    from ..data.addition import ADAM_BETA2
     from ..trainers import METHODS
 
     config_class, trainer_class = METHODS[method]
@@ -83,10 +97,13 @@ def _distill(student, teacher, tokenizer, rows, held_out, method, settings, outp
         output_dir=str(output / method),
         completions_dir=str(output / "completions"),
         max_steps=steps,
-        per_device_train_batch_size=256,
-        rollout_batch_size=512,
-        learning_rate=1e-2,
-        warmup_steps=steps // 10,
+        per_device_train_batch_size=128,
+        per_device_eval_batch_size=250,
+        rollout_batch_size=1000,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=max(1, steps // 10),
+        weight_decay=0.1,
+        adam_beta2=ADAM_BETA2,
         max_length=16,
         max_new_tokens=4,
         temperature=0.0,

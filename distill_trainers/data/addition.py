@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHARACTERS = "0123456789+="
+# Carrying is learnt in a sudden drop of the loss. Wide initial weights and a second moment that forgets sooner bring
+# the drop early whatever the seed: with the usual 0.02 and 0.999 the student of 800 steps stands at 17 %.
+ADAM_BETA2 = 0.98
+INITIALIZER_RANGE = 0.1
 
 
 def character_tokenizer() -> PreTrainedTokenizerBase:
@@ -49,6 +53,7 @@ def tiny_llama(
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
+        "initializer_range": INITIALIZER_RANGE,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -74,13 +79,13 @@ def fit_on_gold(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, str]],
     steps: int,
-    batch_size: int = 256,
+    batch_size: int = 128,
     learning_rate: float = 3e-3,
     output_dir: str = "runs/addition",
 ) -> None:
     """Plain cross-entropy on right answers: how the task's teacher learns, and the baseline of its students."""
     from datasets import Dataset
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from .collator import DistillCollator
     from .tokenization import prepare_dataset
@@ -93,6 +98,7 @@ def fit_on_gold(
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 10),
         weight_decay=0.1,
+        adam_beta2=ADAM_BETA2,
         save_strategy="no",
         logging_strategy="no",
         remove_unused_columns=False,
@@ -101,7 +107,9 @@ def fit_on_gold(
     )
     data = prepare_dataset(Dataset.from_list(rows), tokenizer, max_length=32)
     collator = DistillCollator(tokenizer.pad_token_id)
-    Trainer(model, args, train_dataset=data, data_collator=collator, processing_class=tokenizer).train()
+    trainer = Trainer(model, args, train_dataset=data, data_collator=collator, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 @torch.no_grad()
