@@ -74,7 +74,8 @@ def prove(output: Path, steps: int, teacher_steps: int) -> list[dict[str, Any]]:
     report("Teacher", teacher, 0.0, started)
     started = time.monotonic()
     baseline = tiny_llama(tokenizer, 48, 2, seed=1)
-    fit_on_gold(baseline, tokenizer, rows[:GOLD_ROWS], steps, learning_rate=LEARNING_RATE, output_dir=str(output / "baseline"))
+    few, folder = rows[:GOLD_ROWS], str(output / "baseline")
+    fit_on_gold(baseline, tokenizer, few, steps, learning_rate=LEARNING_RATE, output_dir=folder)
     report(f"Student, {GOLD_ROWS} right answers, no teacher", baseline, None, started)
     for title, method, settings in PROOFS:
         started = time.monotonic()
