@@ -22,10 +22,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", default="recipes/smollm2-135m/gkd.yaml", help="the recipe to run")
     options, overrides = parser.parse_known_args(list(argv))
 
+    from transformers.utils import logging as transformers_logging
+
     from ..gguf import import_gguf
     from .recipe import parse_recipe
     from .train import build_trainer
 
+    transformers_logging.disable_progress_bar()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
     started = time.monotonic()
     output = Path(options.output_dir)
@@ -38,9 +41,9 @@ def main(argv: Sequence[str]) -> int:
     recipe = parse_recipe(["--config", options.config, *paths, *overrides])
     trainer = build_trainer(recipe)
     _say("3/4 The teacher answers the prompts, then the student trains on its distributions")
-    before = trainer.evaluate()
-    trainer.args.eval_on_start = False
+    trainer.args.eval_on_start = True
     trainer.train()
+    before = next(entry for entry in trainer.state.log_history if "eval_kl" in entry)
     after = trainer.evaluate()
     trainer.save_model()
     _say("4/4 Comparing")
@@ -134,5 +137,5 @@ def _print(scores: dict[str, dict[str, float]], samples: list[dict[str, str]]) -
         answers = Table(title=f"“{sample['prompt']}”", title_justify="left", show_lines=True)
         for name in scores:
             answers.add_column(name, ratio=1)
-        answers.add_row(*(sample[name] for name in scores))
+        answers.add_row(*(" ".join(sample[name].split()) for name in scores))
         console.print(answers)

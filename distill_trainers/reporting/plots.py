@@ -38,7 +38,7 @@ def plot_history(history: Sequence[dict[str, Any]], folder: str | Path) -> list[
     steps = sorted(evals)
     axis.plot(steps, [evals[s]["eval_kl"] for s in steps], marker="o", color="tab:blue")
     axis.set(xlabel="optimiser step", ylabel="forward KL to the teacher (nats/token)", title="Held-out agreement")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.05 * max((evals[s]["eval_kl"] for s in steps), default=1.0) or 1.0)
     axis.grid(alpha=0.3)
     right = axis.twinx()
     right.plot(steps, [100 * evals[s]["eval_top1_agreement"] for s in steps], marker="s", color="tab:orange")
