@@ -1,15 +1,23 @@
 """What a teacher can say about a token, and the output head that turns hidden states into logits.
 
-Shapes: N trained tokens, D hidden size, V vocabulary. A signal holds trained positions only.
+Shapes: N trained tokens, D hidden size, V vocabulary, K ids per token. A signal holds trained positions only; its
+`chunk(rows)` is what it says about n of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from .losses.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,22 @@ class Head:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits
 
+    def finish_(self, raw: Tensor) -> Tensor:
+        """`finish` in place, for tensors without a graph."""
+        if self.bias is not None:
+            raw.add_(self.bias[: self.num_ids])
+        if self.scale != 1.0:
+            raw.mul_(self.scale)
+        if self.soft_cap is not None:
+            raw.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return raw
+
+    def unfinish_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Turns the gradient with respect to `logits`, in place, into that with respect to the product and bias."""
+        if self.soft_cap is not None:
+            gradient.mul_((logits / self.soft_cap).square_().neg_().add_(1))
+        return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
+
     def cut_to(self, vocab_size: int | None) -> Head:
         """The same head with ids from `vocab_size` on treated as padding."""
         return replace(self, vocab_size=vocab_size)
@@ -67,14 +91,84 @@ class Head:
 
 @dataclass(frozen=True)
 class TokenLogits:
-    """Logits `[n, V]` of some tokens of one model, at least float32."""
+    """Logits `[n, V]` of some tokens of one model, at least float32.
+
+    Args:
+        logits: `[n, V]`.
+        workspace: where losses may take buffers of that size from; None allocates them.
+    """
 
     logits: Tensor
+    workspace: Workspace | None = field(default=None, repr=False, compare=False)
 
     def logps(self, temperature: float = 1.0) -> Tensor:
         """Log-probabilities `[n, V]` at `temperature`."""
         logits = self.logits if temperature == 1.0 else self.logits / temperature
         return F.log_softmax(logits, dim=-1)
+
+    @torch.no_grad()
+    def top_k(self, k: int) -> TokenTopK:
+        """The `k` most likely ids (all of them where V is smaller) and the mass of the others."""
+        _require_positive("k", k)
+        logps = self.logps()
+        kept, ids = logps.topk(min(k, logps.shape[-1]), dim=-1)
+        return TokenTopK(ids, kept, logps.scatter(-1, ids, -math.inf).logsumexp(-1))
+
+    @torch.no_grad()
+    def sample(self, draws: int, generator: torch.Generator | None = None) -> TokenSampled:
+        """`draws` independent draws per token."""
+        _require_positive("draws", draws)
+        logps = self.logps()
+        ids = torch.multinomial(logps.exp(), draws, replacement=True, generator=generator)
+        return TokenSampled.from_draws(ids, logps)
+
+
+@dataclass(frozen=True)
+class TokenTopK:
+    """Some ids of every token and what they leave to all others: K + 1 buckets that hold the whole mass.
+
+    Args:
+        ids: `[n, K]`, different from each other within a token.
+        logps: `[n, K]`, their log-probabilities at temperature 1.
+        tail_logps: `[n]`, log of the mass of all other ids, -inf where there is none.
+    """
+
+    ids: Tensor
+    logps: Tensor
+    tail_logps: Tensor
+
+    def buckets(self) -> Tensor:
+        """Log-probabilities `[n, K + 1]`, the tail last, normalised anew since storage may have rounded them."""
+        return F.log_softmax(torch.cat([self.logps, self.tail_logps.unsqueeze(-1)], dim=-1), dim=-1)
+
+
+@dataclass(frozen=True)
+class TokenSampled:
+    """Ids drawn from the teacher, each as often as it came (arXiv 2503.16870): an unbiased picture of it.
+
+    Args:
+        ids: `[n, K]`, the ids that were drawn; the rest of a row is filled with any id of weight 0.
+        logps: `[n, K]`, their log-probabilities at temperature 1; any number where the weight is 0.
+        weights: `[n, K]`, share of the draws, adding up to 1.
+    """
+
+    ids: Tensor
+    logps: Tensor
+    weights: Tensor
+
+    @classmethod
+    def from_draws(cls, draws: Tensor, logps: Tensor) -> TokenSampled:
+        """Counts the draws `[n, N]` made from the log-probabilities `[n, V]`."""
+        ids = draws.sort(dim=-1).values
+        is_new = torch.ones_like(ids, dtype=torch.bool)
+        is_new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        place = is_new.cumsum(-1) - 1  # of each draw's id among the different ones of its row
+        width = int(place.max()) + 1 if place.numel() else 1
+        shape = (len(ids), width)
+        unique = ids.new_zeros(shape).scatter_(-1, place, ids)
+        share = torch.full_like(ids, 1 / ids.shape[-1], dtype=logps.dtype)
+        weights = logps.new_zeros(shape).scatter_add_(-1, place, share)
+        return cls(unique, logps.gather(-1, unique), weights)
 
 
 @dataclass(frozen=True)
@@ -101,8 +195,47 @@ class Logits:
         return self.values.shape[0]
 
     def chunk(self, rows: slice) -> TokenLogits:
-        values = self.values[rows]
-        return TokenLogits(values.to(torch.promote_types(values.dtype, torch.float32)))
+        return TokenLogits(_wide(self.values[rows]))
 
 
-TeacherSignal = HiddenStates | Logits
+@dataclass(frozen=True)
+class TopK:
+    """`TokenTopK` of N tokens, as kept on disk: ids of any integer dtype, log-probabilities of any floating one."""
+
+    ids: Tensor
+    logps: Tensor
+    tail_logps: Tensor
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def chunk(self, rows: slice) -> TokenTopK:
+        return TokenTopK(self.ids[rows].long(), _wide(self.logps[rows]), _wide(self.tail_logps[rows]))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """`TokenSampled` of N tokens, as kept on disk: ids of any integer dtype, the others of any floating one."""
+
+    ids: Tensor
+    logps: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def chunk(self, rows: slice) -> TokenSampled:
+        return TokenSampled(self.ids[rows].long(), _wide(self.logps[rows]), _wide(self.weights[rows]))
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigurationError(f"Got {name}={value}; expected at least 1. It is the number of ids kept per token.")
+
+
+TokenSignal = TokenLogits | TokenTopK | TokenSampled
+TeacherSignal = HiddenStates | Logits | TopK | Sampled

@@ -15,11 +15,14 @@ from .divergences import (
     total_variation,
 )
 from .fused_linear import fused_linear_divergence, fused_linear_terms
+from .per_token import check_sparse, token_divergence
+from .sparse import token_logps
 
 __all__ = [
     "DIVERGENCES",
     "TaidSchedule",
     "adaptive_kl",
+    "check_sparse",
     "forward_kl",
     "fused_linear_divergence",
     "fused_linear_terms",
@@ -30,5 +33,7 @@ __all__ = [
     "skew_forward_kl",
     "skew_reverse_kl",
     "taid",
+    "token_divergence",
+    "token_logps",
     "total_variation",
 ]

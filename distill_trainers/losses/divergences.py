@@ -187,7 +187,8 @@ _LEGAL: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-def _defaults(function: Callable[..., Tensor]) -> dict[str, float]:
+def default_params(function: Callable[..., Tensor]) -> dict[str, float]:
+    """The parameters of one of `DIVERGENCES` and their defaults."""
     parameters = inspect.signature(function).parameters.values()
     return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
@@ -203,7 +204,7 @@ def resolve_divergence(name: str, **params: float) -> Divergence:
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise ConfigurationError(f"Unknown divergence {name!r}. {hint}Choose one of {', '.join(DIVERGENCES)}.")
     function = DIVERGENCES[name]
-    defaults = _defaults(function)
+    defaults = default_params(function)
     legal = ", ".join(f"{key}={value} ({_LEGAL[key][0]})" for key, value in defaults.items()) or "none"
     for key, value in params.items():
         if key not in defaults:

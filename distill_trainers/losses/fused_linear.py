@@ -4,6 +4,9 @@ Tokens are taken in chunks. Each chunk is projected once per model, the loss and
 chunk's logits are computed, and the products with hidden states and head weight turn that into gradients of `[N, D]`
 and `[V, D]` at once: the gradient is done when forward is, and backward only scales it (the idea of Liger's fused
 losses, arXiv 2410.10989). Logits are at least float32 whatever the operands' dtype, also under autocast.
+
+What is left beside the matrix products is kept small: chunks share their buffers, divergences with a closed form
+(`closed_form.py`) take one pass in blocks that fit in a cache, and nothing needs autograd but what a method adds.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..exceptions import ConfigurationError, VocabularyError
-from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits
+from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenSignal
 from .divergences import resolve_divergence
+from .per_token import token_divergence
+from .workspace import Workspace, graph_is_kept, row_blocks
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 
-TermsFn = Callable[[TokenLogits, TokenLogits | None, dict[str, Tensor]], Mapping[str, Tensor]]
+TermsFn = Callable[[TokenLogits, TokenSignal | None, dict[str, Tensor]], Mapping[str, Tensor]]
 
 
 @functools.cache
@@ -64,18 +69,32 @@ class _Projection:
         bias = None if head.bias is None else head.bias.detach()
         return cls(hidden.detach().to(operand), replace(head, weight=weight, bias=bias), wide)
 
-    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
-        """The product in `wide`, its operands in the dtype of hidden states and weight."""
-        left, right = left.to(self.hidden.dtype), right.to(self.hidden.dtype)
-        if self.hidden.dtype == self.wide:
-            return left @ right
-        return torch.mm(left, right, out_dtype=self.wide)
+    @property
+    def is_wide(self) -> bool:
+        """Whether products of the operands come out in `wide` by themselves."""
+        return self.hidden.dtype == self.wide
 
-    def raw_logits(self, rows: slice) -> Tensor:
-        """What the model's own functions on logits start from, `[n, V]`."""
-        if self.hidden.dtype == self.wide:
-            return self.head.project(self.hidden[rows])
-        return self.matmul(self.hidden[rows], self.head.weight.T)
+    def logits(self, rows: slice, workspace: Workspace) -> Tensor:
+        """The model's logits `[n, V]`, in a buffer of the workspace where the device can write them there."""
+        hidden, transposed = self.hidden[rows], self.head.weight.T
+        if self.is_wide:
+            shape = (len(hidden), self.head.num_ids)
+            logits = torch.matmul(hidden, transposed, out=workspace.take(shape, self.wide, hidden.device))
+        else:
+            logits = torch.mm(hidden, transposed, out_dtype=self.wide)
+        for block in row_blocks(logits):
+            self.head.finish_(logits[block])
+        return logits
+
+    def before_finish(self, gradient: Tensor, logits: Tensor, workspace: Workspace) -> Tensor:
+        """The gradient with respect to the bare product, from that with respect to the logits."""
+        if self.head.soft_cap is None and self.head.scale == 1.0:
+            return gradient
+        # Autograd may have given an expanded tensor, or one that somebody else still holds.
+        gradient = gradient if workspace.lent(gradient) else gradient.clone(memory_format=torch.contiguous_format)
+        for block in row_blocks(gradient):
+            self.head.unfinish_(gradient[block], logits[block])
+        return gradient
 
 
 @dataclass
@@ -85,30 +104,44 @@ class _Gradients:
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    weight_is_empty: bool = True  # the first product overwrites it: filling it with zeros would be a pass for nothing
 
     @classmethod
     def wanted_for(cls, hidden: Tensor, head: Head, wide: torch.dtype) -> _Gradients:
-        def zeros(operand: Tensor | None) -> Tensor | None:
+        def make(operand: Tensor | None, of: Callable[..., Tensor]) -> Tensor | None:
             if operand is None or not (operand.requires_grad and torch.is_grad_enabled()):
                 return None
-            return torch.zeros(operand.shape, dtype=wide, device=operand.device)
+            return of(operand.shape, dtype=wide, device=operand.device)
 
-        return cls(zeros(hidden), zeros(head.weight), zeros(head.bias))
+        return cls(make(hidden, torch.zeros), make(head.weight, torch.empty), make(head.bias, torch.zeros))
 
     def __bool__(self) -> bool:
         return any(each is not None for each in (self.hidden, self.weight, self.bias))
 
-    def add(self, rows: slice, grad_raw: Tensor, student: _Projection) -> None:
-        """Takes in the gradient `[n, V]` with respect to a chunk's raw logits."""
+    def add(self, rows: slice, gradient: Tensor, student: _Projection) -> None:
+        """Takes in the gradient `[n, V]` with respect to a chunk's bare product."""
         ids = slice(0, student.head.num_ids)
-        if self.hidden is not None:
-            self.hidden[rows] = student.matmul(grad_raw, student.head.weight)
-        if self.weight is not None and student.hidden.dtype == student.wide:
-            self.weight[ids].addmm_(grad_raw.T, student.hidden[rows])
-        elif self.weight is not None:
-            self.weight[ids] += student.matmul(grad_raw.T, student.hidden[rows])
+        operand = gradient.to(student.hidden.dtype)
+        hidden, weight = student.hidden[rows], student.head.weight
+        if student.is_wide:
+            if self.hidden is not None:
+                torch.matmul(operand, weight, out=self.hidden[rows])
+            if self.weight is not None:
+                self.weight[ids].addmm_(operand.T, hidden, beta=0 if self.weight_is_empty else 1)
+        else:
+            if self.hidden is not None:
+                self.hidden[rows] = torch.mm(operand, weight, out_dtype=student.wide)
+            if self.weight is not None:
+                product = torch.mm(operand.T, hidden, out_dtype=student.wide)
+                self.weight[ids] = product if self.weight_is_empty else product.add_(self.weight[ids])
         if self.bias is not None:
-            self.bias[ids] += grad_raw.sum(0)
+            self.bias[ids] += gradient.sum(0)
+        self.weight_is_empty = False
+
+    def complete(self, num_ids: int) -> None:
+        """Every chunk has been added: what none of them reached is 0."""
+        if self.weight is not None:
+            self.weight[0 if self.weight_is_empty else num_ids :].zero_()
 
 
 class _WithGradients(torch.autograd.Function):
@@ -123,11 +156,16 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        kept = graph_is_kept()
         scaled: list[Tensor | None] = []
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            # Written straight into the operand's dtype: no second wide copy of a `[V, D]` gradient.
-            out = None if gradient is None else torch.empty_like(gradient, dtype=dtype)
-            scaled.append(None if gradient is None else torch.mul(gradient, upstream, out=out))
+            if gradient is None:
+                scaled.append(None)
+            elif gradient.dtype == dtype and not kept:
+                scaled.append(gradient.mul_(upstream))
+            else:
+                # Written straight into the operand's dtype: no second wide copy of a `[V, D]` gradient.
+                scaled.append(torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype)))
         return (None, None, *scaled)
 
 
@@ -190,12 +228,13 @@ def fused_linear_terms(
         student_hidden: `[N, D]`; N may be 0, the total is then 0 with zero gradients, still part of the graph.
         student_head: its weight may be any tensor with a graph behind it, such as W + BA.
         teacher: signal of the same N tokens, or None.
-        terms_fn: pure function of a chunk's student logits, teacher logits and `tokens` to named values `[n]`. It may
-            see a chunk of 0 tokens, runs without autocast, and nothing it closes over receives a gradient.
+        terms_fn: pure function of a chunk's student logits, of what the teacher says about it (None without a teacher)
+            and of `tokens` to named values `[n]`. It may see a chunk of 0 tokens, runs without autocast, and nothing
+            it closes over receives a gradient. It must not keep logits: their memory is the next chunk's.
         tokens: further tensors `[N, ...]` that `terms_fn` reads, without gradient.
         weights: names of the terms that make up the total, and their factors. Other terms are metrics.
-        chunk_bytes: size of one chunk of logits; a handful of temporaries of that size live at once. A chunk has at
-            least one token.
+        chunk_bytes: size of one chunk of logits, of which three live at once (student, teacher, gradient), and a
+            handful more where a term has no closed form. A chunk has at least one token.
 
     Returns:
         the scalar total, differentiable once with respect to hidden states, head weight and head bias, and the
@@ -207,37 +246,50 @@ def fused_linear_terms(
     _check_operands(student_hidden, student_head, teacher, tokens, chunk_bytes)
     student = _Projection.of(student_hidden, student_head)
     gradients = _Gradients.wanted_for(student_hidden, student_head, student.wide)
-    teacher_chunk = _teacher_chunks(teacher)
+    workspace = Workspace()
+    teacher_chunk = _teacher_chunks(teacher, workspace)
 
     def run(rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total and terms of one chunk; what it holds of size `[n, V]` is gone when it returns."""
-        raw = student.raw_logits(rows).requires_grad_(bool(gradients))
+        """Total and terms of one chunk; what it holds of size `[n, V]` is free when it returns."""
+        logits = student.logits(rows, workspace).requires_grad_(bool(gradients))
         with torch.set_grad_enabled(bool(gradients)):
-            logits = TokenLogits(student.head.finish(raw))
-            terms = terms_fn(logits, teacher_chunk(rows), {name: values[rows] for name, values in tokens.items()})
-            chunk_total = _weighted_total(terms, weights, raw)
+            chunk_tokens = {name: values[rows] for name, values in tokens.items()}
+            terms = terms_fn(TokenLogits(logits, workspace), teacher_chunk(rows), chunk_tokens)
+            chunk_total = _weighted_total(terms, weights, logits)
         if chunk_total.requires_grad:
-            gradients.add(rows, torch.autograd.grad(chunk_total, raw)[0], student)
-        return chunk_total.detach(), {name: values.detach() for name, values in terms.items()}
+            gradient = torch.autograd.grad(chunk_total, logits)[0]
+            gradients.add(rows, student.before_finish(gradient, logits.detach(), workspace), student)
+        kept = {name: values.detach().clone() for name, values in terms.items()}  # a term may be a view of the logits
+        workspace.reset()
+        return chunk_total.detach(), kept
 
-    step = max(1, chunk_bytes // (student.head.num_ids * student.wide.itemsize))
-    # Without tokens one empty chunk still runs, for the names of the terms.
-    starts = range(0, max(len(student_hidden), 1), step)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        totals, terms = zip(*(run(slice(start, start + step)) for start in starts), strict=True)
+        chunks = _chunks(len(student_hidden), max(1, chunk_bytes // (student.head.num_ids * student.wide.itemsize)))
+        totals, terms = zip(*(run(rows) for rows in chunks), strict=True)
     total = torch.stack(totals).sum().to(student.wide)  # a wider teacher does not widen the loss
     if gradients:
+        gradients.complete(student.head.num_ids)
         total = _WithGradients.apply(total, gradients, student_hidden, student_head.weight, student_head.bias)
     return total, {name: torch.cat([each[name] for each in terms]) for name in terms[0]}
 
 
-def _teacher_chunks(teacher: TeacherSignal | None) -> Callable[[slice], TokenLogits | None]:
+def _chunks(tokens: int, at_most: int) -> list[slice]:
+    """The fewest chunks of at most so many tokens, about equal: the products of a small last one would cost more.
+
+    Without tokens there is one empty chunk, for the names of the terms.
+    """
+    count = max(1, math.ceil(tokens / at_most))
+    step = max(1, math.ceil(tokens / count))
+    return [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
+
+
+def _teacher_chunks(teacher: TeacherSignal | None, workspace: Workspace) -> Callable[[slice], TokenSignal | None]:
     """What the teacher says about some rows, detached, its head converted once at most."""
     if teacher is None:
         return lambda rows: None
     if isinstance(teacher, HiddenStates):
         projection = _Projection.of(teacher.hidden, teacher.head)
-        return lambda rows: TokenLogits(projection.head.finish(projection.raw_logits(rows)))
+        return torch.no_grad()(lambda rows: TokenLogits(projection.logits(rows, workspace)))
     return torch.no_grad()(teacher.chunk)
 
 
@@ -294,9 +346,9 @@ def fused_linear_divergence(
             "If both use one tokenizer and only padding differs, pass vocab_size=len(tokenizer)."
         )
 
-    def terms(student: TokenLogits, teacher: TokenLogits | None, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+    def terms(student: TokenLogits, teacher: TokenSignal | None, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
         assert teacher is not None  # given below
-        values = function(student.logps(temperature), teacher.logps(temperature))
+        values = token_divergence(function, student, teacher, temperature)
         return {divergence: values * chunk["weight"] if chunk else values}
 
     total, _ = fused_linear_terms(

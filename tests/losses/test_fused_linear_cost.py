@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_trainers.losses import DIVERGENCES, fused_linear, fused_linear_divergence
+from distill_trainers.losses import DIVERGENCES, fused_linear, fused_linear_divergence, resolve_divergence, workspace
+from distill_trainers.losses.closed_form import closed_form
 
 N, DS, DT, V = 11, 6, 9, 13
 
@@ -26,22 +27,29 @@ def small_loss(*of: Tensor, chunk: int = 3, itemsize: int = 8, **options) -> Ten
 
 
 class Recorder(TorchDispatchMode):
-    """Records name and shape of every tensor that an operation makes."""
+    """Records name and shape of every tensor that an operation makes, and holds it so that no memory comes twice."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[str, tuple[int, ...]]] = []
+        self.held: list[Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for each in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(each, Tensor):
                 self.made.append((func.overloadpacket.__name__, tuple(each.shape)))
+                self.held.append(each)
         return out
 
     @property
     def largest(self) -> int:
         return max(math.prod(shape) for _, shape in self.made)
+
+    def buffers(self, elements: int) -> int:
+        """Number of different pieces of memory of at least so many elements."""
+        storages = (each.untyped_storage() for each in self.held)
+        return len({each.data_ptr() for each in storages if each.nbytes() >= elements * 4})
 
     @property
     def products(self) -> list[tuple[int, ...]]:
@@ -75,11 +83,11 @@ def test_no_gradient_work_without_need(frozen, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", list(DIVERGENCES))
 def test_never_holds_all_logits(divergence, dtype):
-    tokens, ids, chunk = 64, 500, 20
+    tokens, ids, chunk = 64, 500, 16  # 20 fit in a chunk, and four chunks are all alike
     hidden, weight, teacher_hidden, teacher_weight = operands(dtype, tokens, ids)
     with Recorder() as fused:
         loss = fused_linear_divergence(
-            hidden, weight, teacher_hidden, teacher_weight, divergence=divergence, chunk_bytes=chunk * ids * 4
+            hidden, weight, teacher_hidden, teacher_weight, divergence=divergence, chunk_bytes=(chunk + 4) * ids * 4
         )
         loss.backward()
     assert fused.largest == chunk * ids > weight.numel()
@@ -88,6 +96,29 @@ def test_never_holds_all_logits(divergence, dtype):
             (hidden @ weight.T).log_softmax(-1), (teacher_hidden @ teacher_weight.T).log_softmax(-1)
         )
     assert dense.largest == tokens * ids
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if closed_form(resolve_divergence(name))])
+def test_a_closed_form_needs_three_buffers_however_many_chunks(divergence, chunks, monkeypatch):
+    """Student's logits, teacher's logits, gradient; without a gradient two."""
+    monkeypatch.setattr(workspace, "_CPU_BLOCK_BYTES", 1)
+    chunk, ids = 20, 500
+    made = operands(torch.float32, chunk * chunks, ids)
+    for expected, grad in ((3, True), (2, False)):
+        with Recorder() as recorder, torch.set_grad_enabled(grad):
+            loss = fused_linear_divergence(*made, divergence=divergence, temperature=2.0, chunk_bytes=chunk * ids * 4)
+            if grad:
+                loss.backward()
+        assert recorder.buffers(chunk * ids) == expected
+
+
+def test_chunks_are_about_equal():
+    assert [len(range(1024)[rows]) for rows in fused_linear._chunks(1024, 341)] == [256] * 4
+    for tokens, at_most in ((0, 3), (1, 3), (7, 3), (10, 3), (100, 7), (5, 1)):
+        parts = [range(tokens)[rows] for rows in fused_linear._chunks(tokens, at_most)]
+        assert [i for part in parts for i in part] == list(range(tokens))
+        assert max(map(len, parts)) <= at_most and len(parts) == max(1, math.ceil(tokens / at_most))
 
 
 def test_each_model_is_projected_once_per_chunk_and_each_gradient_is_one_product():

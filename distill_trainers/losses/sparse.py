@@ -1,0 +1,121 @@
+"""Losses on a few ids per token: of given tokens, of a teacher's top k with the rest in one bucket, of its draws.
+
+Nothing of the teacher's has the size of the vocabulary, and of the student's only the logits and their gradient: the
+normaliser is computed block by block, the log-probabilities of the ids are gathered, and what a loss makes of those
+few numbers is left to autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..signals import TokenLogits, TokenSampled, TokenTopK
+from .divergences import Divergence
+from .workspace import Workspace, empty_like, row_blocks
+
+
+def _by_block(function: Callable[[slice], Tensor], logits: Tensor) -> Tensor:
+    values = logits.new_empty(len(logits))
+    for rows in row_blocks(logits):
+        values[rows] = function(rows)
+    return values
+
+
+def _scaled_softmax(logits: Tensor, normaliser: Tensor, factor: Tensor, workspace: Workspace | None) -> Tensor:
+    """softmax(logits) * factor, `[n, V]`, from log-normaliser and factor `[n]`."""
+    out = empty_like(logits, workspace)
+    for rows in row_blocks(logits):
+        torch.sub(logits[rows], normaliser[rows, None], out=out[rows]).exp_().mul_(factor[rows, None])
+    return out
+
+
+class _GatheredLogps(torch.autograd.Function):
+    """Log-probabilities `[n, K]` of `ids` `[n, K]`, which may repeat."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, workspace: Workspace | None) -> Tensor:
+        normaliser = _by_block(lambda rows: logits[rows].logsumexp(-1), logits)
+        ctx.save_for_backward(logits, ids, normaliser)
+        ctx.workspace = workspace
+        return logits.gather(-1, ids) - normaliser[:, None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ids, normaliser = ctx.saved_tensors
+        gradient = _scaled_softmax(logits, normaliser, -upstream.sum(-1), ctx.workspace)
+        return gradient.scatter_add_(-1, ids, upstream), None, None
+
+
+class _Buckets(torch.autograd.Function):
+    """Log-probabilities `[n, K + 1]` of `ids` `[n, K]`, all different, and of all other ids together."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, workspace: Workspace | None) -> Tensor:
+        def others(rows: slice) -> Tensor:
+            # Not 1 minus the rest: a tail of 1e-6 would have one digit left in float32.
+            return logits[rows].scatter(-1, ids[rows], -math.inf).logsumexp(-1)
+
+        scores = torch.cat([logits.gather(-1, ids), _by_block(others, logits)[:, None]], dim=-1)
+        normaliser = scores.logsumexp(-1)
+        logps = scores - normaliser[:, None]
+        ctx.save_for_backward(logits, ids, normaliser, logps)
+        ctx.workspace = workspace
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ids, normaliser, logps = ctx.saved_tensors
+        total, tail = upstream.sum(-1, keepdim=True), upstream[:, -1:]
+        # A bucket passes its gradient on to its ids in proportion to their share of it.
+        share = torch.where(logps[:, -1:] == -math.inf, 0.0, tail * torch.exp(-logps[:, -1:]))
+        gradient = _scaled_softmax(logits, normaliser, (share - total).squeeze(-1), ctx.workspace)
+        kept = upstream[:, :-1] - total * logps[:, :-1].exp()
+        return gradient.scatter_(-1, ids, kept), None, None
+
+
+def token_logps(student: TokenLogits, ids: Tensor) -> Tensor:
+    """Log-probabilities of given ids at temperature 1.
+
+    Args:
+        student: logits `[n, V]`; they receive gradients.
+        ids: `[n]`, or `[n, K]` for several per token.
+
+    Returns:
+        values of the shape of `ids`.
+    """
+    several = ids if ids.ndim == 2 else ids[:, None]
+    return _GatheredLogps.apply(student.logits, several, student.workspace).view(ids.shape)
+
+
+def top_k_divergence(divergence: Divergence, student: TokenLogits, teacher: TokenTopK) -> Tensor:
+    """The divergence between K + 1 buckets: K ids of the teacher's choice, and everything else.
+
+    An f-divergence never grows when ids are put into one bucket: the value lies between 0 and that of the whole
+    distributions, grows with K, and equals it at K = V. (Without the tail the K ids would have to be normalised anew,
+    whose minimum is not the teacher but one that puts no mass elsewhere.)
+
+    Returns:
+        values `[n]`.
+    """
+    return divergence(_Buckets.apply(student.logits, teacher.ids, student.workspace), teacher.buckets())
+
+
+def sampled_forward_kl(student: TokenLogits, teacher: TokenSampled) -> Tensor:
+    """Unbiased estimate of KL(p || q) from draws of p: sum of c_i / N * (log p_i - log q_i) (arXiv 2503.16870).
+
+    The expectation over draws is the forward KL, and that of its gradient q - c / N is q - p. Single values may be
+    negative; where p = q they are 0.
+
+    Returns:
+        values `[n]`.
+    """
+    gap = teacher.logps - token_logps(student, teacher.ids)
+    return (teacher.weights * gap.masked_fill(teacher.weights == 0, 0.0)).sum(-1)
