@@ -7,20 +7,31 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..losses import token_divergence, token_logps
 from ..losses.divergences import forward_kl
-from ..signals import TokenLogits
+from ..signals import TokenLogits, TokenSampled, TokenSignal
 
 AGREEMENT_TERMS = ("nll", "teacher_nll", "kl", "top1_agreement")
 
 
-def agreement_terms(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def agreement_terms(student: TokenLogits, teacher: TokenSignal, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Per-token measures `[n]` at temperature 1.
 
     Returns:
-        nll, teacher_nll: −log q(y) and −log p(y) of the given tokens, in nats.
-        kl: forward KL(p‖q) in nats.
-        top1_agreement: 1 where both models would take the same token.
+        nll, teacher_nll: −log q(y) and −log p(y) of the given tokens, in nats; the latter not from a sparse teacher.
+        kl: forward KL(p‖q) in nats; from a top k its lower bound, from draws its unbiased estimate.
+        top1_agreement: 1 where both models would take the same token; from draws, the likeliest that was drawn.
     """
+    if not isinstance(teacher, TokenLogits):
+        logps = teacher.logps
+        if isinstance(teacher, TokenSampled):
+            logps = logps.masked_fill(teacher.weights == 0, -math.inf)
+        best = teacher.ids.gather(-1, logps.argmax(-1, keepdim=True)).squeeze(-1)
+        return {
+            "nll": -token_logps(student, tokens["labels"]),
+            "kl": token_divergence(forward_kl, student, teacher),
+            "top1_agreement": (student.logits.argmax(-1) == best).to(student.logits.dtype),
+        }
     student_logps, teacher_logps = student.logps(), teacher.logps()
     labels = tokens["labels"].unsqueeze(-1)
     same = student_logps.argmax(-1) == teacher_logps.argmax(-1)
@@ -34,12 +45,10 @@ def agreement_terms(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[
 
 def agreement_metrics(means: Mapping[str, float]) -> dict[str, float]:
     """Token means to reported metrics: perplexities beside KL (nats/token) and top-1 agreement (share of tokens)."""
-    return {
-        "perplexity": _exp(means["nll"]),
-        "teacher_perplexity": _exp(means["teacher_nll"]),
-        "kl": means["kl"],
-        "top1_agreement": means["top1_agreement"],
-    }
+    metrics = {"perplexity": _exp(means["nll"])}
+    if "teacher_nll" in means:
+        metrics["teacher_perplexity"] = _exp(means["teacher_nll"])
+    return metrics | {"kl": means["kl"], "top1_agreement": means["top1_agreement"]}
 
 
 def _exp(nll: float) -> float:

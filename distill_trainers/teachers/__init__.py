@@ -1,7 +1,8 @@
 """Teachers: interchangeable sources of a signal for each trained token."""
 
 from .base import Teacher
+from .cached import CachedTeacher
 from .local import LocalTeacher
 from .vocabulary import shared_vocabulary
 
-__all__ = ["LocalTeacher", "Teacher", "shared_vocabulary"]
+__all__ = ["CachedTeacher", "LocalTeacher", "Teacher", "shared_vocabulary"]

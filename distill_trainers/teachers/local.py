@@ -18,6 +18,7 @@ from .base import Teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
 
 
 class LocalTeacher(Teacher):
@@ -68,14 +69,19 @@ class LocalTeacher(Teacher):
     def fingerprint(self) -> str:
         return self._fingerprint
 
+    def eos_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Tokens that end its completions."""
+        return models.eos_ids(self.model, tokenizer)
+
 
 def _weights_fingerprint(model: nn.Module) -> str:
     """A hash of the configuration and of a few values of every parameter: milliseconds, yet any training changes it."""
     digest = hashlib.sha256(models.causal_lm_of(model).config.to_json_string(use_diff=False).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(getattr(parameter, 'ds_shape', parameter.shape))}".encode())
-        if parameter.numel() and parameter.device.type != "meta" and not hasattr(parameter, "ds_id"):
-            flat = parameter.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // 64)][:64]
-            digest.update(some.to(torch.float32).cpu().numpy().tobytes())
+        with models.whole_parameters(parameter):  # ZeRO-3 partitions a model as it is loaded
+            if parameter.numel() and parameter.device.type != "meta":
+                flat = parameter.detach().reshape(-1)
+                some = flat[:: max(1, flat.numel() // 64)][:64]
+                digest.update(some.to(torch.float32).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

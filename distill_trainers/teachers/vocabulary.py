@@ -31,8 +31,10 @@ def shared_vocabulary(
         student_rows, teacher_rows: rows of the output heads.
 
     Raises:
-        VocabularyError: an id that both define stands for different tokens, or nothing tells what the rows mean.
+        VocabularyError: an id that both define stands for different tokens, a model has no row for an id of the
+            student's tokenizer, or nothing tells what the rows mean.
     """
+    _check_rows(student, student_rows, teacher_rows)
     if teacher is None:
         if student_rows != teacher_rows:
             raise VocabularyError(
@@ -47,6 +49,25 @@ def shared_vocabulary(
         return None
     defined = max(max(student.get_vocab().values()), max(teacher.get_vocab().values())) + 1
     return min(defined, student_rows, teacher_rows)
+
+
+def _check_rows(student: PreTrainedTokenizerBase, student_rows: int, teacher_rows: int) -> None:
+    """Refuse ids that would be looked up in an embedding which ends before them.
+
+    Special tokens beyond the student's own rows are let pass: text models are published with the tokenizer of their
+    multimodal relatives (Gemma 3 1B: 262144 rows, and an image token of that id), and no text becomes one of them.
+    """
+    used = {student.pad_token_id, student.eos_token_id, student.bos_token_id}
+    special = {i for i, token in student.added_tokens_decoder.items() if token.special and i >= student_rows} - used
+    rows = min(student_rows, teacher_rows)
+    lost = {i: token for token, i in student.get_vocab().items() if i >= rows and i not in special}
+    if lost:
+        shown = ", ".join(f"{i}: {lost[i]!r}" for i in sorted(lost)[:5])
+        raise VocabularyError(
+            f"The student's tokenizer has {len(lost)} ids ({shown}) for which a model has no row: the student has "
+            f"{student_rows}, the teacher {teacher_rows}. Use a tokenizer without them, or `resize_token_embeddings` "
+            "of the model that lacks them and train those rows first."
+        )
 
 
 def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
