@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -27,6 +28,7 @@ from typing import Any
 TRAINERS = {"ours": "ours: GKDTrainer", "trl": "TRL: GKDTrainer", "trl_distillation": "TRL: DistillationTrainer"}
 MODES = {
     "off-policy": {"lmbda": 0.0},
+    "off-policy, ours with the teacher's answers from a cache": {"lmbda": 0.0, "cached": True},
     "on-policy": {"lmbda": 1.0},
     "on-policy, activation checkpointing": {"lmbda": 1.0, "activation_checkpointing": True},
 }
@@ -55,7 +57,7 @@ def main() -> None:
 
 def compare(mode: str, rounds: int, threads: int, quick: bool) -> dict[str, list[dict[str, float]]]:
     """Results of every process, by trainer; the trainers take turns and each round starts with another one."""
-    names = [name for name in TRAINERS if name != "trl_distillation" or mode != "off-policy"]
+    names = [name for name in TRAINERS if name != "trl_distillation" or MODES[mode]["lmbda"]]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
@@ -134,9 +136,24 @@ def build(name: str, mode: dict[str, Any], size: dict[str, int], folder: str) ->
 
         args = TrlConfig(**settings, bf16=False)
         return TrlTrainer(**models, args=args, train_dataset=Dataset.from_list(rows))
-    from distill_trainers import GKDConfig, GKDTrainer
+    from distill_trainers import CachedTeacher, GKDConfig, GKDTrainer
+    from distill_trainers.trainers.caching import fill_cache
 
-    return GKDTrainer(**models, args=GKDConfig(**settings), train_dataset=Dataset.from_list(rows))
+    cache = os.path.join(folder, "cache")
+    if mode.get("filling"):
+        settings["teacher_cache"] = cache
+    elif mode.get("cached"):
+        # In a process of its own: the peak of this one shall be that of training from the cache.
+        filler = multiprocessing.get_context("spawn").Process(
+            target=build, args=(name, {**mode, "filling": True}, size, folder)
+        )
+        filler.start()
+        filler.join()
+        models["teacher_model"] = CachedTeacher(cache)
+    trainer = GKDTrainer(**models, args=GKDConfig(**settings), train_dataset=Dataset.from_list(rows))
+    if mode.get("filling"):
+        fill_cache(trainer)
+    return trainer
 
 
 def word_tokenizer(vocab: int) -> Any:

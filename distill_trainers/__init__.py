@@ -16,6 +16,7 @@ _EXPORTS = {
     "GKDTrainer": "trainers.gkd",
     "DistillConfig": "trainers.config",
     "DistillTrainer": "trainers.base",
+    "CachedTeacher": "teachers.cached",
     "LocalTeacher": "teachers.local",
     "Teacher": "teachers.base",
     "make_student": "students",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .gguf import import_gguf
     from .students import make_student
     from .teachers.base import Teacher
+    from .teachers.cached import CachedTeacher
     from .teachers.local import LocalTeacher
     from .trainers.base import DistillTrainer
     from .trainers.config import DistillConfig

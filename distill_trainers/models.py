@@ -36,15 +36,16 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether `name` is meant as a local folder: it exists, or could not be a Hub id."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    """Whether `name` is meant as a local folder: it or its parent exists, or it could not be a Hub id."""
+    inside = "/" in name and Path(name).parent.is_dir()
+    return Path(name).exists() or inside or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def check_model_source(name: str, role: str) -> None:
     """Refuse a local model folder that is missing or empty, before anything is loaded.
 
     Raises:
-        ConfigurationError: the folder, or its `config.json`, is not there.
+        ConfigurationError: the folder, or its `config.json`, is not there, or it holds an adapter alone.
     """
     if not looks_like_path(name):
         return
@@ -54,11 +55,37 @@ def check_model_source(name: str, role: str) -> None:
             f"The {role} model {name!r} is not a folder on this machine and not a Hub id (`owner/name`). "
             "Check the path, or import a GGUF file first with `distill-trainers import-gguf`."
         )
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
         raise ConfigurationError(
-            f"The {role} model folder {name!r} holds no `config.json`, so it is not a saved Hugging Face model. "
-            f"It holds: {sorted(p.name for p in folder.iterdir())[:8]}. Point to the folder `save_pretrained` wrote."
+            f"The {role} model folder {name!r} holds a PEFT adapter, not a whole model. Merge it into its base first "
+            "(`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(…)`), or load it in "
+            "Python and pass the model."
         )
+    raise ConfigurationError(
+        f"The {role} model folder {name!r} holds no `config.json`, so it is not a saved Hugging Face model. "
+        f"It holds: {sorted(p.name for p in folder.iterdir())[:8]}. Point to the folder `save_pretrained` wrote."
+    )
+
+
+def load_config(name: str, role: str, **kwargs: Any) -> Any:
+    """The configuration of a model given by folder or Hub id.
+
+    Raises:
+        ConfigurationError: it is not there, cannot be fetched, or is of a kind that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    check_model_source(name, role)
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigurationError(
+            f"The configuration of the {role} model {name!r} cannot be read: {reason}. Check the path or Hub id, and "
+            "that this machine reaches the Hub (`hf auth login` for private models)."
+        ) from error
 
 
 def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any = None, **init_kwargs: Any):
@@ -127,6 +154,11 @@ def num_parameters(model: nn.Module, trainable_only: bool = False) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in counted)
 
 
+def recomputes_activations(args: Any) -> bool:
+    """Whether a config asks for activation checkpointing, by its present name or that of transformers 5.19."""
+    return any(getattr(args, name, None) for name in ("activation_checkpointing", "gradient_checkpointing"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # PEFT
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +178,8 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
     """Wrap `model` with a new PEFT adapter (k-bit models are prepared first).
 
     Raises:
-        ConfigurationError: the model already has an adapter, or the method trains virtual tokens.
+        ConfigurationError: the model already has an adapter, the method trains virtual tokens, or the adapter names
+            modules that the model does not have.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
 
@@ -162,7 +195,13 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
         )
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"The adapter does not fit {type(model).__name__}: {error} Set `lora_target_modules` to names of its "
+            "linear layers, or to `all-linear`."
+        ) from error
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
@@ -279,6 +318,9 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
 
     Runs `model` (wrapped or not) twice on a few tokens. Collective under ZeRO-3 and FSDP.
     """
+    causal_lm = causal_lm_of(model)
+    if causal_lm.base_model is causal_lm:  # its backbone goes by a name that its class does not tell
+        return False
     few = {name: value[:1, :16] for name, value in inputs.items()}
     was_training = model.training
     model.eval()
@@ -364,6 +406,40 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def must_stay_in_step(model: nn.Module) -> bool:
+    """Whether a forward of `model` may wait for other processes (ZeRO-3, FSDP2), so that all must run equally many."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return False
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return partitioned or any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextlib.contextmanager
+def uploading_without(patterns: list[str]) -> Iterator[None]:
+    """Within it, what a `Trainer` uploads to the Hub leaves out files that match `patterns`, too.
+
+    transformers has its own list of patterns and no way to add to it.
+    """
+    from transformers import trainer as module
+
+    own = module.hf_api
+
+    class Api:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(own(), name)
+
+        def upload_folder(self, *, ignore_patterns: list[str] | None = None, **kwargs: Any) -> Any:
+            return own().upload_folder(ignore_patterns=[*(ignore_patterns or []), *patterns], **kwargs)
+
+    module.hf_api = Api  # type: ignore[assignment]  # it has what a Trainer asks of one
+    try:
+        yield
+    finally:
+        module.hf_api = own
+
+
 @contextlib.contextmanager
 def generating(model: nn.Module, accelerator: Accelerator) -> Iterator[Any]:
     """Yield the unwrapped model, ready to generate: eval mode, whole weights, KV cache on also under checkpointing."""
@@ -386,10 +462,14 @@ def generating(model: nn.Module, accelerator: Accelerator) -> Iterator[Any]:
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion: the tokenizer's EOS and those of the model's generation config."""
-    ids = getattr(getattr(causal_lm_of(model), "generation_config", None), "eos_token_id", None)
-    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys(own + listed))
+    return list(dict.fromkeys(own + generation_eos_ids(model)))
+
+
+def generation_eos_ids(model: nn.Module) -> list[int]:
+    """Tokens that end a completion by the model's generation config."""
+    ids = getattr(getattr(causal_lm_of(model), "generation_config", None), "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def disable_dropout(model: nn.Module) -> None:

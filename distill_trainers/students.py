@@ -47,7 +47,7 @@ def prune_layers(model: PreTrainedModel, keep: int | Sequence[int], *, copy: boo
     """
     _refuse_unprunable(model)
     path, layers = find_decoder_layers(model)
-    kept = even_layers(len(layers), keep) if isinstance(keep, int) else _checked_layers(keep, len(layers))
+    kept = kept_layers(len(layers), keep)
 
     model.set_submodule(path, nn.ModuleList(layers[index] for index in kept))
     student = model
@@ -60,6 +60,15 @@ def prune_layers(model: PreTrainedModel, keep: int | Sequence[int], *, copy: boo
     _shrink_config(student.config.get_text_config(decoder=True), kept, len(layers))
     _check_config_describes(student)
     return student.requires_grad_(True)
+
+
+def kept_layers(total: int, keep: int | Sequence[int]) -> list[int]:
+    """Which of `total` layers `prune_layers` keeps.
+
+    Raises:
+        ConfigurationError: layers that do not exist, or are named twice or out of order.
+    """
+    return even_layers(total, keep) if isinstance(keep, int) else _checked_layers(keep, total)
 
 
 def even_layers(total: int, keep: int) -> list[int]:

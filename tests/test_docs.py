@@ -6,14 +6,18 @@ import importlib
 import inspect
 import json
 import re
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from accelerate.commands.launch import launch_command_parser
 
 from distill_trainers import DistillConfig, GKDConfig
+from distill_trainers.cli import COMMANDS
 from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
 from distill_trainers.data.formats import LAYOUTS, detect_dataset_type
 from distill_trainers.losses import DIVERGENCES
@@ -22,6 +26,7 @@ from distill_trainers.trainers import METHODS
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+OTHERS = [ROOT / "accelerate_configs/README.md", ROOT / "benchmarks/README.md", *ROOT.glob("recipes/*/README.md")]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -74,6 +79,72 @@ def test_fences_are_closed(page):
 def test_the_index_names_every_page():
     linked = set(re.findall(r"\]\(([^)\s]+\.md)\)", (DOCS / "README.md").read_text(encoding="utf-8")))
     assert linked >= {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+
+
+# ---- Commands -------------------------------------------------------------------------------------------------------
+
+
+def _commands():
+    """Every line of every shell block, as its words; comments and line breaks are taken out."""
+    for page in [*PAGES, *sorted(OTHERS)]:
+        for kind in ("bash", "sh", "console"):
+            for block in _blocks(page, kind):
+                for line in block.replace("\\\n", " ").splitlines():
+                    if words := shlex.split(line, comments=True):
+                        yield pytest.param(words, id=f"{page.parent.name}/{page.name}: {' '.join(words)[:60]}")
+
+
+def _check_make(words):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(words) <= targets
+
+
+def _check_pip(words):
+    extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    wanted = {name for listed in re.findall(r"\[(.*?)\]", " ".join(words)) for name in listed.split(",")}
+    assert words[0] == "install" and wanted <= extras
+
+
+def _check_cli(words, settings):
+    """A command of ours: its options parse, and its recipe fits the launch configuration `settings`."""
+    name, *options = words
+    assert name in COMMANDS
+    if name not in ("train", "cache-teacher") or "--inspect" in options:
+        return
+    example = options[options.index("--config") + 1] == "recipe.yaml"  # the reader's own
+    assert example or (ROOT / options[options.index("--config") + 1]).is_file()
+    if example:
+        options[options.index("--config") + 1] = str(ROOT / "recipes/smollm2-135m/gkd.yaml")
+    on_gpus = settings is not None and not settings["use_cpu"]
+    recipe = parse_recipe([*options, *(["--use_cpu", "true"] if not torch.cuda.is_available() else [])])
+    written = yaml.safe_load(Path(options[options.index("--config") + 1]).read_text())
+    assert not (on_gpus and written.get("use_cpu")), "a recipe for CPUs was given to a launch on GPUs"
+    sharded = settings is not None and settings["distributed_type"] in ("DEEPSPEED", "FSDP")
+    assert not (sharded and recipe.args.save_only_model), "optimiser states are needed to go on or to load the best"
+
+
+@pytest.mark.parametrize("words", list(_commands()))
+def test_commands_parse(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    first, *rest = words
+    if first == "make":
+        return _check_make(rest)
+    if first in ("pip", "python") or first.endswith("/pip"):
+        return _check_pip(rest)
+    if first == "distill-trainers":
+        return _check_cli(rest, None)
+    settings = None
+    if words[:2] == ["accelerate", "launch"]:
+        launch = launch_command_parser().parse_args(words[2:])
+        if launch.config_file:
+            settings = yaml.safe_load(Path(launch.config_file).read_text())
+        rest = [launch.training_script, *launch.training_script_args]
+        assert launch.module
+    else:
+        assert first.endswith("bin/python") and rest.pop(0) == "-m", words
+    module, *options = rest
+    (name,) = [name for name, (file, _) in COMMANDS.items() if module == f"distill_trainers.cli.{file}"]
+    return _check_cli([name, *options], settings)
 
 
 # ---- recipes.md -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ CONSTRUCTIONS = {
         {"lmbda": 0.5, "divergence": "reverse_kl"},
         {"lmbda": 1.0, "divergence": "forward_kl", "kd_temperature": 2.0, "tau_squared": True},
         {"lmbda": 0.0, "seq_kd": True, "divergence": "skew_forward_kl"},
+        {"lmbda": 0.8, "replay_buffer_size": 16, "divergence": "skew_reverse_kl"},
     ],
 }
 

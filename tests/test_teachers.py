@@ -1,5 +1,6 @@
 """Vocabulary alignment, and what a teacher offers."""
 
+import contextlib
 import copy
 
 import pytest
@@ -75,6 +76,52 @@ def test_hidden_states_and_logits_say_the_same(make_teacher):
     assert len(hidden) == len(logits) == int(trained_mask(labels).sum())
     with teacher.whole_head(hidden) as whole:
         torch.testing.assert_close(whole.chunk(slice(None)).logits, logits.chunk(slice(None)).logits)
+
+
+@pytest.mark.parametrize("rows", [(5, 4), (4, 5), (4, 4)])
+def test_an_id_without_a_row_is_refused(rows):
+    with pytest.raises(VocabularyError, match=r"1 ids \(4: 'c'\)"):
+        shared_vocabulary(words(*BASE), words(*BASE), *rows)
+
+
+def test_special_tokens_that_the_student_has_no_row_for_are_let_pass():
+    """As in Gemma 3 1B; not where the student has one and the teacher has none, nor where it ends every row."""
+    tok = words(*BASE)
+    tok.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert tok.get_vocab()["<image>"] == 5
+    assert shared_vocabulary(tok, tok, 5, 5) is None
+    assert shared_vocabulary(tok, tok, 5, 8) == 5
+    with pytest.raises(VocabularyError, match="'<image>'"):
+        shared_vocabulary(tok, tok, 6, 5)
+    tok.eos_token = "<image>"
+    with pytest.raises(VocabularyError, match="'<image>'"):
+        shared_vocabulary(tok, tok, 5, 5)
+
+
+def test_fingerprint_looks_at_weights_that_zero3_partitions_as_they_are_loaded(make_teacher, monkeypatch):
+    weights = {}
+
+    @contextlib.contextmanager
+    def gathered(*parameters):
+        for parameter in parameters:
+            parameter.data = weights[parameter.ds_id]
+        yield
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
+
+    monkeypatch.setattr("distill_trainers.models.whole_parameters", gathered)
+    whole = LocalTeacher(make_teacher(seed=1)).model
+    prints = []
+    for seed in (1, 2, 1):
+        model = make_teacher(seed=seed)
+        for parameter in model.parameters():
+            parameter.ds_id, parameter.ds_shape = len(weights), parameter.shape
+            weights[parameter.ds_id] = parameter.data
+            parameter.data = torch.empty(0)
+        prints.append(LocalTeacher(model).fingerprint())
+    assert prints[0] == prints[2] != prints[1]
+    monkeypatch.undo()
+    assert prints[0] == LocalTeacher(whole).fingerprint()
 
 
 def test_fingerprint_follows_weights_and_config(make_teacher):

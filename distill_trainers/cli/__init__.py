@@ -11,9 +11,10 @@ COMMANDS = {
         "train",
         "train a student from a recipe (start it with `accelerate launch -m distill_trainers.cli.train`)",
     ),
+    "cache-teacher": ("cache_teacher", "keep a teacher's answers to a recipe's rows on disk; --inspect looks at them"),
     "import-gguf": ("import_gguf", "turn a GGUF checkpoint into an ordinary Hugging Face folder"),
     "demo": ("demo", "distil a real 135M teacher into a smaller student, and show how much nearer it came"),
-    "proof": ("proof", "a one-minute proof: every method on a tiny task learnt from scratch"),
+    "proof": ("proof", "a three-minute proof: every method on a tiny task learnt from scratch"),
 }
 
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print("usage: distill-trainers COMMAND [options]\n")
         for name, (_, text) in COMMANDS.items():
-            print(f"  {name:<13} {text}")
+            print(f"  {name:<14} {text}")
         print("\n`distill-trainers COMMAND --help` lists the options of one.")
         return 0
     if args[0] not in COMMANDS:
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_errors(command, argv: Sequence[str]) -> int:
     """Run `command(argv)`; errors that the user can mend are printed without a traceback."""
     from ..exceptions import (
+        CacheError,
         CheckpointError,
         ConfigurationError,
         DatasetError,
@@ -46,10 +48,10 @@ def report_errors(command, argv: Sequence[str]) -> int:
     try:
         return command(argv) or 0
     except (ConfigurationError, DatasetError, VocabularyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except (CheckpointError, TrainingDivergedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (CacheError, CheckpointError, TrainingDivergedError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)

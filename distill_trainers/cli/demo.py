@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     from ..gguf import import_gguf
+    from .progress import stop_progress
     from .recipe import parse_recipe
     from .train import build_trainer
 
@@ -42,7 +43,10 @@ def main(argv: Sequence[str]) -> int:
     trainer = build_trainer(recipe)
     _say("3/4 The teacher answers the prompts, then the student trains on its distributions")
     trainer.args.eval_on_start = True
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        stop_progress(trainer)
     before = next(entry for entry in trainer.state.log_history if "eval_kl" in entry)
     after = trainer.evaluate()
     trainer.save_model()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..exceptions import ConfigurationError
+from .checks import CheckedRecipe, bare_trainer, check_recipe, without_weights
 from .recipe import Recipe
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
 
 @dataclass
@@ -33,33 +32,29 @@ class Plan:
     tokens_per_step: float | None
     memory_mib: dict[str, float] = field(default_factory=dict)
     disk_free_mib: float = 0.0
+    teacher_cache: str = ""
 
 
-def make_plan(recipe: Recipe, train: Any, evaluation: Any) -> Plan:
+def make_plan(recipe: Recipe) -> Plan:
     """Check models' configs, tokenizers and data as a run would, and estimate its size.
 
     Raises:
         ConfigurationError, DatasetError, VocabularyError: as the run itself would.
     """
-    from ..models import check_model_source, load_tokenizer
-    from ..teachers import shared_vocabulary
+    from ..models import num_parameters
 
     settings, args = recipe.run, recipe.args
     teacher_name = settings.teacher_model_name_or_path
     student_name = recipe.model.model_name_or_path or teacher_name
-    check_model_source(teacher_name, "teacher")  # type: ignore[arg-type]
-    check_model_source(student_name, "student")  # type: ignore[arg-type]
-    teacher_config, student_config = (_config(name, args) for name in (teacher_name, student_name))
-    if settings.student_init:
-        _cut_layers(student_config, settings.student_init)
-    tokenizer = load_tokenizer(student_name, trust_remote_code=args.trust_remote_code)  # type: ignore[arg-type]
-    teacher_tokenizer = load_tokenizer(teacher_name, trust_remote_code=args.trust_remote_code)  # type: ignore[arg-type]
-    rows = (student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
-    shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
-    train, evaluation = _prepared(recipe, train, tokenizer, "train"), _prepared(recipe, evaluation, tokenizer, "eval")
+    checked = check_recipe(recipe)
+    train, evaluation = checked.rows(recipe)
 
-    teacher_size, _ = _parameters(teacher_config, None)
-    student_size, trainable = _parameters(student_config, recipe.model)
+    names = (teacher_name, student_name, checked.tokenizer, checked.teacher_tokenizer)
+    cache, without_teacher = _teacher_cache(recipe, names, (train, evaluation))
+
+    teacher_size = num_parameters(without_weights(checked.teacher_config, recipe))
+    student = without_weights(checked.student_config, recipe, adapted=True)
+    student_size, trainable = num_parameters(student), num_parameters(student, trainable_only=True)
     lengths = train["length"] if hasattr(train, "__len__") else None
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps
@@ -85,8 +80,9 @@ def make_plan(recipe: Recipe, train: Any, evaluation: Any) -> Plan:
         eval_rows=None if evaluation is None else len(evaluation),
         steps=steps,
         tokens_per_step=None if mean_length is None else mean_length * window,
-        memory_mib=_memory(recipe, student_config, student_size, trainable, teacher_size),
+        memory_mib=_memory(recipe, checked, student_size, trainable, 0 if without_teacher else teacher_size),
         disk_free_mib=shutil.disk_usage(existing).free / 2**20,
+        teacher_cache=cache,
     )
 
 
@@ -109,71 +105,55 @@ def print_plan(plan: Plan) -> None:
         table.add_row(f"Memory: {name}", f"{size:,.0f} MiB")
     table.add_row("Memory: sum, one process, unsharded", f"{sum(plan.memory_mib.values()):,.0f} MiB")
     table.add_row("Free disk for output_dir", f"{plan.disk_free_mib:,.0f} MiB")
+    if plan.teacher_cache:
+        table.add_row("Teacher cache", plan.teacher_cache)
     Console().print(table)
     print("Everything that can be checked without weights is in order; nothing was trained.")
 
 
-def _config(name: Any, args: Any) -> Any:
-    from transformers import AutoConfig
+def _teacher_cache(recipe: Recipe, models: Sequence[Any], datasets: Any) -> tuple[str, bool]:
+    """What the cache lacks and how much room that will take, and whether the teacher stays out of memory."""
+    from ..trainers.caching import missing_from_cache
 
-    return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-
-
-def _cut_layers(config: Any, student_init: Any) -> None:
-    from ..students import even_layers
-
-    keep = student_init["keep_layers"]
-    text, wanted = config.get_text_config(), keep if isinstance(keep, int) else len(keep)
-    if not 1 <= wanted <= text.num_hidden_layers:
-        raise ConfigurationError(
-            f"Got `student_init: keep_layers: {keep}`; the teacher has {text.num_hidden_layers} layers to choose from."
-        )
-    if getattr(text, "layer_types", None):
-        kept = keep if isinstance(keep, list) else even_layers(len(text.layer_types), wanted)
-        text.layer_types = [text.layer_types[i] for i in kept]
-    text.num_hidden_layers = wanted
+    args = recipe.args
+    if args.teacher_cache is None:
+        return "", False
+    trainer = bare_trainer(recipe)
+    if trainer.replaces_completions:
+        return f"in {args.teacher_cache}; its size is known once the teacher has written its completions", False
+    teacher, student, own, other = models
+    rows, tokens, size = missing_from_cache(teacher, student, own, other, args, datasets)
+    if not rows:
+        return f"complete in {args.teacher_cache}", not trainer.samples_completions
+    return f"{rows:,} rows with {tokens:,} tokens to come, about {size / 2**20:,.0f} MiB in {args.teacher_cache}", False
 
 
-def _prepared(recipe: Recipe, dataset: Any, tokenizer: Any, name: str) -> Any:
-    """Rows as the recipe's trainer would tokenise, cut and refuse them."""
-    from ..trainers import METHODS
-
-    trainer_class = METHODS[recipe.run.method][1]
-    trainer = trainer_class.__new__(trainer_class)  # what a trainer asks of its rows depends on its settings alone
-    trainer.args = recipe.args
-    return trainer.prepare_rows(dataset, tokenizer, name)
+def _weight_bytes(dtype: Any, config: Any) -> float:
+    """Bytes per weight of a model that is loaded as `dtype`; "auto" takes what its checkpoint has."""
+    chosen = getattr(config, "dtype", None) or "float32" if dtype in (None, "auto") else dtype
+    return _BYTES.get(str(chosen).removeprefix("torch."), 4.0)
 
 
-def _parameters(config: Any, model: Any) -> tuple[int, int]:
-    """All and trained parameters, from a model without weights."""
-    from transformers import AutoModelForCausalLM
-    from trl import get_peft_config
-
-    from ..models import add_adapter, num_parameters
-
-    with torch.device("meta"):
-        built: Any = AutoModelForCausalLM.from_config(config)
-        adapter = get_peft_config(model) if model is not None else None
-        if adapter is not None:
-            built = add_adapter(built, adapter)
-    return num_parameters(built), num_parameters(built, trainable_only=True)
-
-
-def _memory(recipe: Recipe, config: Any, student: int, trainable: int, teacher: int) -> dict[str, float]:
+def _memory(recipe: Recipe, checked: CheckedRecipe, student: int, trainable: int, teacher: int) -> dict[str, float]:
     """A rough estimate per process in MiB: exact for weights, gradients and Adam; activations from the usual rule."""
-    args, text = recipe.args, config.get_text_config()
-    student_bytes = _BYTES.get(str(recipe.model.dtype), 4)
-    teacher_dtype = (args.teacher_model_init_kwargs or {}).get("dtype", "float32")  # type: ignore[union-attr]
+    from ..models import recomputes_activations
+
+    args, text = recipe.args, checked.student_config.get_text_config()
+    teacher_dtype = (args.teacher_model_init_kwargs or {}).get("dtype", "auto")  # type: ignore[union-attr]
+    student_dtype = (args.model_init_kwargs or {}).get("dtype", recipe.model.dtype)  # type: ignore[union-attr]
+    trained_bytes = student_bytes = _weight_bytes(student_dtype, checked.student_config)
+    if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
+        student_bytes = 0.5 if recipe.model.load_in_4bit else 1.0
     tokens = args.per_device_train_batch_size * args.max_length
     # A layer keeps about 34 bytes per token and hidden unit in 16 bits (arXiv 2205.05198, eq. 1); its input alone, 2,
     # under checkpointing.
-    kept = 2 if args.activation_checkpointing else 34
+    kept = 2 if recomputes_activations(args) else 34
     width = 1 if args.bf16 or args.fp16 else 2
     activations = tokens * text.hidden_size * text.num_hidden_layers * kept * width
     sizes = {
         "student weights": student * student_bytes,
-        "gradients and Adam": trainable * (student_bytes + 2 * max(student_bytes, 4)),
-        "teacher weights": teacher * _BYTES.get(str(teacher_dtype).removeprefix("torch."), 4),
+        "gradients and Adam": trainable * (trained_bytes + 2 * max(trained_bytes, 4)),
+        "teacher weights": teacher * _weight_bytes(teacher_dtype, checked.teacher_config),
         "activations at max_length": activations,
         "head: weight gradient and chunks": text.vocab_size * text.hidden_size * 4 + 6 * args.loss_chunk_bytes,
     }

@@ -61,10 +61,21 @@ class ProgressReport(TrainerCallback):
             print(line + since, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back, cursor and all."""
         self.started = 0.0
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def stop_progress(trainer: Any) -> None:
+    """Stop the bars of a trainer that may have ended in an error."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressReport):
+            callback.stop()
 
 
 def _short(value: Any) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..exceptions import ConfigurationError, refuse_unknown_keys
+from .value_types import check_value_types, names_of_mappings, parse_mapping
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -43,13 +45,6 @@ class RecipeArguments:
     )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, load no weights."})
 
-    def __post_init__(self) -> None:
-        if isinstance(self.student_init, str):
-            try:
-                self.student_init = json.loads(self.student_init)
-            except json.JSONDecodeError as error:
-                raise ConfigurationError(f"`student_init` is not valid JSON: {error}.") from error
-
 
 @dataclass
 class Recipe:
@@ -64,11 +59,12 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     """Parse `--config recipe.yaml` and overrides on the command line.
 
     Raises:
-        ConfigurationError: no such file, not a mapping, unknown or contradictory keys, an unknown method.
+        ConfigurationError: no such file, not a mapping, unknown or contradictory keys, an unknown method, values of
+            the wrong type.
     """
-    from trl import ModelConfig, TrlParser
+    from trl import ModelConfig
 
-    argv = list(argv)
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     recipe = _read_yaml(argv)
     method = _method(recipe, argv)
     config_class = _methods()[method][0]
@@ -77,8 +73,10 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     refuse_unknown_keys(recipe, known, "the recipe")
     options = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
     refuse_unknown_keys([o for o in options if not o.startswith("no_")], known | {"config", "help"}, "the command line")
-    parser = TrlParser(classes, prog="distill-trainers train", allow_abbrev=False)
+    for cls in classes:
+        check_value_types(recipe, cls, text_is_parsed=True)
     try:
+        parser = _parser(classes)
         run, args, model = parser.parse_args_and_config(argv)
     except ConfigurationError:
         raise
@@ -87,6 +85,23 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     recipe_ = Recipe(run, args, model)
     _refuse_contradictions(recipe_)
     return recipe_
+
+
+def _parser(classes: tuple[Any, ...]) -> Any:
+    """TRL's parser; it reads every mapping as JSON, and says in one line what it cannot read."""
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            reason = re.sub(r"^argument --(\w+)[^:]*", r"`\1`", message).rstrip(".")
+            raise ConfigurationError(f"{reason}. `distill-trainers train --help` lists every setting.")
+
+    parser = Parser(classes, prog="distill-trainers train", allow_abbrev=False)
+    mappings = set().union(*map(names_of_mappings, classes))
+    for action in parser._actions:
+        if action.dest in mappings:
+            action.type = parse_mapping
+    return parser
 
 
 def _methods() -> dict[str, Any]:
@@ -125,7 +140,7 @@ def _method(recipe: dict[str, Any], argv: list[str]) -> str:
             method = argv[position + 1]
         elif argument.startswith("--method="):
             method = argument.split("=", 1)[1]
-    if method not in _methods():
+    if not isinstance(method, str) or method not in _methods():
         raise ConfigurationError(f"Got `method: {method}`; expected one of {', '.join(_methods())}.")
     return method
 
@@ -147,8 +162,18 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         )
     if not run.dataset:
         raise ConfigurationError("The recipe names no data; set `dataset` to a file, a folder or a Hub id.")
-    if run.eval_dataset and run.eval_fraction:
+    if run.eval_dataset and run.eval_fraction is not None:
         raise ConfigurationError("The recipe sets both `eval_dataset` and `eval_fraction`. Keep one.")
+    held_out = run.eval_fraction
+    if held_out is not None and not (0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))):
+        raise ConfigurationError(
+            f"Got `eval_fraction: {held_out}`; expected a share between 0 and 1, or a number of rows from 1. Leave it "
+            "out to hold out nothing."
+        )
+    for name in ("max_train_samples", "early_stopping_patience"):
+        value = getattr(run, name)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"Got `{name}: {value}`; expected 1 or more, or leave it out.")
     if run.streaming and args.max_steps <= 0:
         raise ConfigurationError("`streaming: true` has no length, so set `max_steps` to a positive number.")
     has_eval = bool(run.eval_dataset or run.eval_fraction)
@@ -159,4 +184,22 @@ def _refuse_contradictions(recipe: Recipe) -> None:
     if run.student_init:
         from ..students import StudentInit
 
-        StudentInit.from_dict(dict(run.student_init))  # type: ignore[arg-type]
+        check_value_types(run.student_init, StudentInit)  # type: ignore[arg-type]  # parsed by now
+        StudentInit.from_dict(run.student_init)  # type: ignore[arg-type]
+    _check_quantization(model)
+
+
+def _check_quantization(model: ModelConfig) -> None:
+    name = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if not (model.load_in_4bit or model.load_in_8bit):
+        return
+    if not model.use_peft:
+        raise ConfigurationError(
+            f"Got `{name}: true` without `use_peft: true`: quantised weights cannot be trained, only an adapter on "
+            "them. Set both, or leave quantisation out."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigurationError(
+            f"Got `{name}: true`, but bitsandbytes is not installed; `pip install 'distill-trainers[quantization]'`, "
+            "or leave quantisation out."
+        )

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..exceptions import DatasetError
+from ..exceptions import DatasetError, writing
 from . import report_errors
+from .checks import check_recipe
 from .recipe import Recipe, parse_recipe
 
 logger = logging.getLogger(__name__)
@@ -27,50 +28,26 @@ def main(argv: Sequence[str]) -> int:
     if recipe.run.dry_run:
         from .plan import make_plan, print_plan
 
-        print_plan(make_plan(recipe, *load_datasets(recipe)))
+        print_plan(make_plan(recipe))
         return 0
     run(recipe)
     return 0
 
 
-def load_datasets(recipe: Recipe) -> tuple[Any, Any]:
-    """Training and evaluation rows as the recipe names them."""
-    from ..data import load_split, train_eval_split
-
-    settings = recipe.run
-    train = load_split(
-        settings.dataset,  # type: ignore[arg-type]
-        name=settings.dataset_config,
-        split=settings.dataset_split,
-        streaming=settings.streaming,
-    )
-    evaluation = None
-    if settings.eval_dataset:
-        evaluation = load_split(settings.eval_dataset, name=settings.dataset_config, split=settings.eval_split)
-    elif settings.eval_fraction:
-        held_out = settings.eval_fraction if settings.eval_fraction < 1 else int(settings.eval_fraction)
-        train, evaluation = train_eval_split(train, held_out, recipe.args.seed)
-    if settings.max_train_samples:
-        train = train.take(settings.max_train_samples)
-    return train, evaluation
-
-
 def build_trainer(recipe: Recipe) -> Any:
-    """The recipe's trainer, ready to train. Datasets are read before any weights."""
+    """The recipe's trainer, ready to train. What can be refused without weights is refused before any are loaded."""
     from transformers import EarlyStoppingCallback
     from trl import get_peft_config, get_quantization_config
 
-    from ..models import check_model_source
     from ..trainers import METHODS
     from ..trainers.callbacks import InterruptCallback
     from .progress import ProgressReport
 
     settings, args = recipe.run, recipe.args
-    check_model_source(settings.teacher_model_name_or_path, "teacher")  # type: ignore[arg-type]
-    if recipe.model.model_name_or_path:
-        check_model_source(recipe.model.model_name_or_path, "student")
-    train, evaluation = load_datasets(recipe)
-    student = recipe.model.model_name_or_path or str(make_initial_student(recipe, train))
+    checked = check_recipe(recipe)
+    student = recipe.model.model_name_or_path
+    if student is None:
+        student = str(make_initial_student(recipe, checked.rows(recipe)[0]))
     args.model_init_kwargs = {**_model_init_kwargs(recipe.model), **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     args.disable_tqdm = True
     callbacks: list[Any] = [ProgressReport()]
@@ -82,8 +59,8 @@ def build_trainer(recipe: Recipe) -> Any:
         model=student,
         teacher_model=settings.teacher_model_name_or_path,  # type: ignore[arg-type]
         args=args,
-        train_dataset=train,
-        eval_dataset=evaluation,
+        train_dataset=checked.train,
+        eval_dataset=checked.evaluation,
         callbacks=callbacks,
         peft_config=get_peft_config(recipe.model),
         quantization_config=get_quantization_config(recipe.model),
@@ -96,50 +73,63 @@ def build_trainer(recipe: Recipe) -> Any:
 
 
 def run(recipe: Recipe) -> Any:
-    """Train and save the recipe's student; returns the trainer."""
+    """Train, evaluate, save and upload the recipe's student; returns the trainer."""
+    from .progress import stop_progress
+
     trainer = build_trainer(recipe)
-    args = recipe.args
-    resume: str | bool | None = args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true"
-    result = trainer.train(resume_from_checkpoint=resume)
-    stopped_early = any(getattr(c, "asked", False) for c in trainer.callback_handler.callbacks)
-    metrics = dict(result.metrics)
-    if trainer.eval_dataset is not None and not stopped_early:
-        metrics |= trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        trainer.create_model_card()
-        file = Path(args.output_dir) / "metrics.json"
-        file.write_text(json.dumps(metrics, indent=2, sort_keys=True))
-        if stopped_early:
+    try:
+        result = trainer.train(resume_from_checkpoint=recipe.args.resume_from_checkpoint)
+        interrupted = any(getattr(c, "asked", False) for c in trainer.callback_handler.callbacks)
+        metrics = dict(result.metrics)
+        if trainer.eval_dataset is not None and not interrupted:
+            metrics |= trainer.evaluate()
+        _save(trainer, metrics)
+        if interrupted and trainer.is_world_process_zero():
             print(f"Stopped at step {trainer.state.global_step}. Go on with `--resume_from_checkpoint true`.")
-        else:
-            print(f"Saved the student to {args.output_dir} (scores in {file}).")
-    if args.push_to_hub and not stopped_early:
-        trainer.push_to_hub()
+        if recipe.args.push_to_hub and not interrupted:
+            trainer.push_to_hub()
+    finally:
+        stop_progress(trainer)
     return trainer
 
 
-def make_initial_student(recipe: Recipe, train_dataset: Any) -> Path:
+def _save(trainer: Any, metrics: dict[str, Any]) -> None:
+    """The student, its card and its scores. Nothing is uploaded yet."""
+    folder = Path(trainer.args.output_dir)
+    remedy = "Checkpoints are as they were: free some space and go on with `--resume_from_checkpoint true`."
+    with writing("the student", folder, remedy):
+        trainer.save_model(_internal_call=True)
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            trainer.create_model_card()
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True))
+            print(f"Saved the student to {folder} (scores in {folder / 'metrics.json'}).")
+
+
+def make_initial_student(recipe: Recipe, rows: Any) -> Path:
     """Make the student from the teacher's layers, once: `<output_dir>/student_init`, an ordinary model folder.
 
     It is made on one process and read by all, so it also works where weights are sharded as they are loaded.
+
+    Args:
+        rows: tokenised training data; some of it is what "importance" measures on.
     """
     from accelerate import PartialState
 
-    folder = Path(recipe.args.output_dir) / "student_init"
+    from ..trainers.checkpoints import STUDENT_INIT_NAME
+
+    folder = Path(recipe.args.output_dir) / STUDENT_INIT_NAME
     marker = folder / "student_init.json"
     wanted = {"teacher": recipe.run.teacher_model_name_or_path, **recipe.run.student_init}  # type: ignore[dict-item]
     with PartialState().main_process_first():
         if not (marker.is_file() and json.loads(marker.read_text()) == wanted):
-            _make_student(recipe, train_dataset, folder)
+            marker.unlink(missing_ok=True)
+            _make_student(recipe, rows, folder)
             marker.write_text(json.dumps(wanted))
     return folder
 
 
-def _make_student(recipe: Recipe, train_dataset: Any, folder: Path) -> None:
+def _make_student(recipe: Recipe, rows: Any, folder: Path) -> None:
     from ..models import load_causal_lm, load_tokenizer, whole_loading
     from ..students import StudentInit
 
@@ -150,18 +140,21 @@ def _make_student(recipe: Recipe, train_dataset: Any, folder: Path) -> None:
     with whole_loading():
         teacher = load_causal_lm(name, role="teacher", **kwargs)  # type: ignore[arg-type]
     teacher.to(args.device)
-    batches = _importance_batches(recipe, teacher, tokenizer, train_dataset) if init.strategy == "importance" else None
+    batches = None
+    if init.strategy == "importance":
+        batches = _importance_batches(recipe, teacher, tokenizer, rows, init.importance_batches)
     student = init.build(teacher, batches, progress=_print_layers)
-    student.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with writing("the student", folder, "Free some space, or set another `output_dir`, and start again."):
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
-def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, train_dataset: Any) -> Any:
-    """A few batches of training text; prompts alone are completed by the teacher, into the run's own store."""
+def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any, number: int) -> Any:
+    """Batches of the first training rows; prompts alone are completed by the teacher, into the run's own store."""
     from torch.utils.data import DataLoader
 
-    from ..data import DistillCollator, prepare_dataset
-    from ..students import StudentInit
+    from ..data import DistillCollator
+    from ..rollouts import local_engine
     from ..teachers import LocalTeacher
     from ..trainers.completions import (
         complete_prompts,
@@ -172,29 +165,20 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, train_data
     )
 
     args, size = recipe.args, 8
-    rows = StudentInit.from_dict(dict(recipe.run.student_init)).importance_batches * size  # type: ignore[arg-type]
-    dataset = train_dataset.take(rows)
+    dataset = rows.take(number * size)
     if not hasattr(dataset, "__len__"):
         from datasets import Dataset
 
         dataset = Dataset.from_list(list(dataset))
     if not len(dataset):
         raise DatasetError("The training data has no rows to measure layers on.")
-    dataset = prepare_dataset(
-        dataset,
-        tokenizer,
-        max_length=args.max_length,
-        max_new_tokens=args.max_new_tokens,
-        column_mapping=args.column_mapping,  # type: ignore[arg-type]
-        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
-        needs="either",
-    )
     prompts = prompts_to_complete(dataset, replace=False)
     if prompts:
         sampling = sampling_settings(args, teacher, tokenizer, None)
         store = completion_store(args, LocalTeacher(teacher), sampling)
         context = contextlib.nullcontext(teacher.eval())
         how = {"seed": args.seed, "device": args.device, "batch_size": args.rollout_batch_size}
+        how["engine"] = local_engine(args.rollout_engine, tokenizer)
         complete_prompts(prompts, store, sampling, context, **how)  # type: ignore[arg-type]
         dataset = with_completions(dataset, store.load(), replace=False)
     return DataLoader(dataset, batch_size=size, collate_fn=DistillCollator(tokenizer.pad_token_id))

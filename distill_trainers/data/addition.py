@@ -1,7 +1,7 @@
 """Two-digit addition with a character tokenizer: a real task, learnt from scratch in seconds.
 
 The whole task is 10 000 prompts such as `37+58=` with completions such as `95`. It is the convergence gate of the
-tests and the one-minute proof of the command line.
+tests and the three-minute proof of the command line.
 """
 
 from __future__ import annotations

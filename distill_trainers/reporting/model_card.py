@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -21,14 +22,15 @@ _SCORES = {
 
 def model_card(trainer: DistillTrainer) -> str:
     """Markdown with a YAML header: what was distilled from what, how, with which result, and whom to credit."""
-    from ..models import source_of
+    from ..models import looks_like_path, source_of
 
     base = source_of(trainer.model)
+    student = _shown(base) if base else type(trainer.model).__name__
     header: dict[str, Any] = {
         "library_name": "peft" if hasattr(trainer.model, "peft_config") else "transformers",
         "tags": ["distill_trainers", "knowledge-distillation", trainer.method_name.lower()],
     }
-    if base:
+    if base and not looks_like_path(base):  # the Hub takes nothing else
         header["base_model"] = base
     paper = trainer.paper
     lines = [
@@ -38,7 +40,7 @@ def model_card(trainer: DistillTrainer) -> str:
         "",
         f"# {trainer.args.hub_model_id or 'A distilled student'}",
         "",
-        f"This model was distilled from `{trainer.teacher.name}` into `{base or type(trainer.model).__name__}` with "
+        f"This model was distilled from `{_shown(trainer.teacher.name)}` into `{student}` with "
         f"{trainer.method_name}, using [distill_trainers](https://pypi.org/project/distill-trainers/) "
         f"{_version('distill-trainers')}.",
         "",
@@ -63,13 +65,24 @@ def model_card(trainer: DistillTrainer) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _shown(name: str) -> str:
+    """A model's Hub id, or the name of its folder: where that lies is nobody's business."""
+    from ..models import looks_like_path
+
+    return Path(name).name if looks_like_path(name) else name
+
+
 def _score_table(metrics: dict[str, float]) -> list[str]:
     """One column per evaluation set: `eval_kl` of the only one, `eval_<set>_kl` of several."""
     sets = [key.removesuffix("_top1_agreement") for key in metrics if key.endswith("_top1_agreement")]
     if not sets:
         return ["No evaluation was run."]
     heads = ["Value" if key == "eval" else key.removeprefix("eval_") for key in sets]
-    rows = [[title, *(f"{metrics[f'{key}_{name}']:.4f}" for key in sets)] for name, title in _SCORES.items()]
+    rows = [
+        [title, *(f"{metrics[f'{key}_{name}']:.4f}" for key in sets)]
+        for name, title in _SCORES.items()
+        if all(f"{key}_{name}" in metrics for key in sets)
+    ]
     return [f"| {' | '.join(row)} |" for row in (["Measure", *heads], ["---"] * (len(sets) + 1), *rows)]
 
 
@@ -79,6 +92,7 @@ def _settings(trainer: DistillTrainer) -> dict[str, Any]:
     own = [name for name in type(args).__dataclass_fields__ if name in type(args).__dict__.get("__annotations__", {})]
     shared = ["learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "weight_decay"]
     shared += ["per_device_train_batch_size", "gradient_accumulation_steps", "kd_temperature", "temperature", "seed"]
+    shared += ["teacher_cache_kind"] if args.teacher_cache else []
     chosen = {name: getattr(args, name) for name in own + shared}
     return {name: getattr(value, "value", value) for name, value in chosen.items() if value is not None}
 

@@ -2,61 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How completions are sampled.
-
-    Args:
-        max_new_tokens: longest completion.
-        temperature: of the sampling distribution; 0 takes the most likely token.
-        top_p, top_k: nucleus and top-k filters; 1.0 and 0 are off, as an unbiased on-policy expectation needs.
-        eos_token_ids: a completion ends after the first of them.
-        pad_token_id: fills finished rows.
-        suppress_from: ids from here on are padding of the vocabulary and never sampled.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    eos_token_ids: list[int] = field(default_factory=list)
-    pad_token_id: int = 0
-    suppress_from: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def generation_config(self, vocab_rows: int):
-        """The equivalent `GenerationConfig`."""
-        from transformers import GenerationConfig
-
-        sampled = self.temperature > 0
-        settings: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        if self.suppress_from is not None and self.suppress_from < vocab_rows:
-            settings["suppress_tokens"] = list(range(self.suppress_from, vocab_rows))
-        if not sampled:
-            for name in ("temperature", "top_p", "top_k"):
-                settings.pop(name)
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=sampled,
-            use_cache=True,
-            eos_token_id=self.eos_token_ids or None,
-            pad_token_id=self.pad_token_id,
-            **settings,
-        )
+from .. import models
+from .sampling import SamplingSettings, Stops, stop_function, trim_left, up_to_eos
 
 
 @torch.no_grad()
 def generate_completions(
-    model: Any, prompt_ids: Tensor, prompt_mask: Tensor, sampling: SamplingSettings, batch_size: int | None = None
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    sampling: SamplingSettings,
+    batch_size: int | None = None,
+    *,
+    tokenizer: Any = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt.
 
@@ -64,30 +30,56 @@ def generate_completions(
         model: an unwrapped causal LM in eval mode (see `models.generating`).
         prompt_ids, prompt_mask: `[B, P]`, padded on the left.
         batch_size: prompts per call of `generate`; None takes all in one.
+        tokenizer: only needed for stop strings.
 
     Returns:
-        B lists of ids: up to and including the first EOS, cut by position and never by the pad id, so that an EOS
-        which also serves as padding stays.
+        B lists of ids: up to and including the first EOS or stop string, cut by position and never by the pad id, so
+        that an EOS which also serves as padding stays.
     """
     config = sampling.generation_config(vocab_rows=model.get_output_embeddings().weight.shape[0])
+    stops = stop_function(sampling, tokenizer)
+    synced = models.must_stay_in_step(model)  # by itself, generate does not see FSDP2 as accelerate sets it up
     completions: list[list[int]] = []
-    for start in range(0, len(prompt_ids), batch_size or max(1, len(prompt_ids))):
-        rows = slice(start, start + (batch_size or len(prompt_ids)))
-        ids, mask = _trim_left(prompt_ids[rows], prompt_mask[rows])
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        completions += [_up_to_eos(row, sampling.eos_token_ids) for row in output[:, ids.shape[1] :].tolist()]
+    with _own_settings_only(model):
+        for start in range(0, len(prompt_ids), batch_size or max(1, len(prompt_ids))):
+            rows = slice(start, start + (batch_size or len(prompt_ids)))
+            ids, mask = trim_left(prompt_ids[rows], prompt_mask[rows])
+            ends = _Ends(stops, ids)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([ends] if stops else []),
+                synced_gpus=synced,
+            )
+            new = output[:, ids.shape[1] :].tolist()
+            cut = [row[:end] for row, end in zip(new, ends.lengths.tolist(), strict=True)]
+            completions += [up_to_eos(row, sampling.eos_token_ids) for row in cut]
     return completions
 
 
-def _trim_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop columns in which every row is padding."""
-    used = mask.any(dim=0).nonzero()
-    first = int(used[0]) if len(used) else 0
-    return ids[:, first:], mask[:, first:]
+class _Ends(StoppingCriteria):
+    """Stops rows at a stop string, and remembers where each one ended: the padding that follows does not tell."""
+
+    def __init__(self, stops: Stops | None, prompt_ids: Tensor):
+        self.stops = stops
+        self.prompt_width = prompt_ids.shape[1]
+        self.lengths = prompt_ids.new_full((len(prompt_ids),), torch.iinfo(torch.int64).max)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        assert self.stops is not None
+        new = input_ids[:, self.prompt_width :]
+        done = self.stops(new)
+        self.lengths = torch.where(done, self.lengths.clamp(max=new.shape[1]), self.lengths)
+        return done
 
 
-def _up_to_eos(ids: list[int], eos_token_ids: list[int]) -> list[int]:
-    for position, token in enumerate(ids):
-        if token in eos_token_ids:
-            return ids[: position + 1]
-    return ids
+@contextlib.contextmanager
+def _own_settings_only(model: Any) -> Iterator[None]:
+    """Hide the model's own generation config, which `generate` would take for everything that ours leaves open."""
+    causal_lm = models.causal_lm_of(model)
+    kept, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        causal_lm.generation_config = kept

@@ -14,14 +14,15 @@ from collections.abc import Iterator
 import torch
 
 
-def _mix(*numbers: int) -> int:
+def mix(*numbers: int) -> int:
+    """A seed from several numbers, in [0, 2**63)."""
     digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "little") % 2**63
 
 
 def draws_on_policy(lmbda: float, seed: int, step: int) -> bool:
     """Whether optimiser step `step` trains on student rollouts: with probability λ (GKD, arXiv 2306.13649, Alg. 1)."""
-    return random.Random(_mix(seed, step)).random() < lmbda
+    return random.Random(mix(seed, step)).random() < lmbda
 
 
 @contextlib.contextmanager
@@ -29,5 +30,5 @@ def rollout_rng(seed: int, step: int, rank: int, device: torch.device | None = N
     """Torch's random state for the rollouts of one step on one process; the state outside is left as it was."""
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_mix(seed, step, rank, 1))
+        torch.manual_seed(mix(seed, step, rank, 1))
         yield

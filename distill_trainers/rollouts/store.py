@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from ..exceptions import writing
+
+_REMEDY = "Completions written earlier are kept: free some space, or set `completions_dir`, and start again."
 
 
 def prompt_key(prompt_ids: Sequence[int]) -> str:
@@ -28,10 +33,11 @@ class CompletionStore:
     def __init__(self, root: str | Path, identity: Mapping[str, Any], rank: int = 0):
         described = json.dumps(identity, sort_keys=True, default=str)
         self.folder = Path(root) / hashlib.sha256(described.encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._own = self.folder / f"part-{rank:05d}.jsonl"
-        if rank == 0:
-            (self.folder / "identity.json").write_text(json.dumps(identity, indent=2, sort_keys=True, default=str))
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                (self.folder / "identity.json").write_text(json.dumps(identity, indent=2, sort_keys=True, default=str))
 
     def load(self) -> dict[str, list[int]]:
         """All completions of all processes, by prompt key."""
@@ -46,7 +52,18 @@ class CompletionStore:
         return found
 
     def append(self, completions: Iterable[tuple[str, list[int]]]) -> None:
-        """Add (prompt key, completion) pairs and flush them to disk."""
+        """Add (prompt key, completion) pairs and flush them to disk.
+
+        Raises:
+            CheckpointError: there is no room for them.
+        """
+        with self._writing():
+            self._append(completions)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing("the teacher's completions", self.folder, _REMEDY, keep_begun=True)
+
+    def _append(self, completions: Iterable[tuple[str, list[int]]]) -> None:
         torn = self._own.exists() and self._own.stat().st_size and not self._own.read_bytes().endswith(b"\n")
         with self._own.open("a") as out:
             if torn:

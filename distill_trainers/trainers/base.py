@@ -14,15 +14,16 @@ A method overrides `rollout`, `score` and `distill_terms`; none of them owns a l
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import set_seed
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -31,18 +32,27 @@ from .. import models
 from ..data import DistillCollator, prepare_dataset, replace_completions
 from ..data.tokenization import Needs
 from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics, agreement_terms
-from ..exceptions import CheckpointError, ConfigurationError, DatasetError
+from ..exceptions import ConfigurationError, DatasetError
 from ..losses.fused_linear import fused_linear_terms
 from ..losses.reduction import count_trained_tokens, sum_per_row, token_mean, trained_mask
 from ..reporting.model_card import model_card
-from ..rollouts import generate_completions, rollout_rng
+from ..rollouts import build_engine, check_engine, rollout_rng
 from ..signals import TokenLogits
-from ..teachers import Teacher
-from . import sources
-from .callbacks import StepLoss
-from .checkpoints import last_complete_checkpoint, read_method_state, write_method_state
+from ..teachers import CachedTeacher, Teacher
+from . import caching, sources
+from .callbacks import StepLoss, divergence_error
+from .checkpoints import (
+    check_resumable,
+    last_complete_checkpoint,
+    read_method_state,
+    stream_position,
+    unpublished_files,
+    write_method_state,
+    written_whole,
+)
 from .completions import fill_with_teacher_completions, sampling_settings
 from .config import DistillConfig, config_from_arguments
+from .order import train_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +88,7 @@ class DistillTrainer(Trainer):
     method_name: ClassVar[str] = "distillation"
     paper: ClassVar[dict[str, str]] = {}
     needs: ClassVar[frozenset[str]] = frozenset({"distribution"})
+    accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
     loss_is_scaled_for_ga = True  # token_mean divides by the tokens of the whole accumulation window
 
     def __init__(
@@ -99,6 +110,9 @@ class DistillTrainer(Trainer):
         self.args = args
         sources.check(model, teacher_model, args)
         self.check_datasets(train_dataset, eval_dataset)
+        caching.check(self, teacher_model, train_dataset)
+        if self.samples_completions:
+            check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
 
         # Everything that can be refused without weights comes first.
         tokenizer = processing_class or sources.student_tokenizer(model, args)
@@ -108,12 +122,15 @@ class DistillTrainer(Trainer):
         train_dataset = self.prepare_rows(train_dataset, tokenizer, "train")
         eval_dataset = self._prepare_eval(eval_dataset, tokenizer)
 
+        teacher_model = caching.with_cache(teacher_model, model, tokenizer, teacher_tokenizer, args)
+
         set_seed(args.seed)  # adapters start at random
         student = sources.load_student(model, args, peft_config, quantization_config)
         models.install_token_forward(student)
 
         self.teacher = sources.load_teacher(teacher_model, args)
         self.teacher.check(self.needs, type(self).__name__)
+        caching.expect_all(self, train_dataset, eval_dataset)
         self.vocab_size = sources.common_vocabulary(student, self.teacher, tokenizer, teacher_tokenizer)
         self.sampling = sampling_settings(args, student, tokenizer, self.vocab_size)
 
@@ -137,7 +154,20 @@ class DistillTrainer(Trainer):
                 "Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`."
             )
         self.teacher.prepare(self.accelerator)
+        if self.samples_completions:
+            self.engine = build_engine(
+                args.rollout_engine,
+                model=student,
+                accelerator=self.accelerator,
+                tokenizer=tokenizer,
+                max_length=args.max_length,
+                batch_size=args.rollout_batch_size,
+                vllm_options=args.vllm_kwargs,  # type: ignore[arg-type]  # parsed by now
+            )
         self.add_callback(StepLoss(self))
+        if isinstance(self.teacher, CachedTeacher):
+            self.add_callback(caching.CacheKeeper(self.teacher))
+        self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self._sums: dict[str, Tensor] = {}
         self._eval_rows: list[Tensor] | None = None
@@ -232,17 +262,25 @@ class DistillTrainer(Trainer):
             )
         prompts = _pad_left([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
         rank, step, seed = self.accelerator.process_index, self.state.global_step, self.args.seed
-        with (
-            rollout_rng(seed, step, rank, self.args.device),
-            models.generating(self.model_wrapped, self.accelerator) as m,
-        ):
-            completions = generate_completions(m, *prompts, self.sampling, self.args.rollout_batch_size)
+        ready = (
+            models.generating(self.model_wrapped, self.accelerator)
+            if self.engine.runs_the_model
+            else contextlib.nullcontext(self.model)
+        )
+        try:
+            with rollout_rng(seed, step, rank, self.args.device), ready as model:
+                completions = self.engine.generate(model, *prompts, self.sampling)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):  # torch.multinomial's words for NaN
+                raise
+            raise divergence_error(self, "A probability that rollouts are sampled from") from error
         self._record({"rollouts": len(completions), "rollout_tokens": sum(map(len, completions))})
         sampled, start = [], 0
         for batch in batches:
             rows = completions[start : start + len(batch["prompt_ids"])]
             start += len(rows)
-            sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id))
+            multiple = self.args.pad_to_multiple_of
+            sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id, pad_to_multiple_of=multiple))
         return sampled
 
     def compute_loss(
@@ -321,7 +359,12 @@ class DistillTrainer(Trainer):
         sums = torch.cat(self._eval_rows).double().sum(0)
         self._eval_rows = None
         tokens = sums[-1].item()
-        means = {name: value / max(tokens, 1) for name, value in zip(self._eval_names, sums.tolist(), strict=False)}
+        if tokens == 0:
+            raise DatasetError(
+                f"The {description.lower()} set has no tokens to score: no row has a completion that fits into "
+                f"max_length ({self.args.max_length}). Give its rows completions, or raise max_length."
+            )
+        means = {name: value / tokens for name, value in zip(self._eval_names, sums.tolist(), strict=False)}
         metrics = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
         metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
         metrics |= agreement_metrics(means) | {"tokens": tokens}
@@ -396,8 +439,6 @@ class DistillTrainer(Trainer):
             needs: Needs = "both" if self.needs_completions else "prompt"
         else:
             needs = "completion" if training and self.needs_completions else "either"
-        from datasets import IterableDataset
-
         if training and isinstance(dataset, IterableDataset):
             # Batches of different lengths cannot be split from one process to the others.
             self.args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
@@ -429,11 +470,20 @@ class DistillTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         if self.replaces_completions and not self._train_is_filled:
             self.train_dataset = fill_with_teacher_completions(self, self.train_dataset, replace=True)
+            caching.expect_rows(self, self.train_dataset, "training")
             self._train_is_filled = True
         return super().get_train_dataloader()
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler = train_sampler(self, dataset)
+        return super()._get_train_sampler(dataset) if sampler is None else sampler
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Rows without a completion get the teacher's, generated once; a new raw dataset is prepared first."""
+        """Rows without a completion get the teacher's, generated once; a new raw dataset is prepared first.
+
+        A stream is read to its end once, so that it can be completed and shared between processes.
+        """
         if eval_dataset is None or isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
         known = self._eval_is_filled.get(id(eval_dataset))
@@ -442,7 +492,11 @@ class DistillTrainer(Trainer):
             columns = getattr(eval_dataset, "column_names", None)
             if isinstance(columns, list) and "loss_mask" not in columns:
                 filled = self.prepare_rows(eval_dataset, self.processing_class, "eval")
+            if isinstance(filled, IterableDataset):
+                filled = Dataset.from_list(list(filled))
             filled = fill_with_teacher_completions(self, filled, replace=self.replaces_completions)
+            if filled is not eval_dataset:
+                caching.expect_rows(self, filled, "evaluation")
             known = self._eval_is_filled[id(eval_dataset)] = (eval_dataset, filled)  # holding it keeps its id taken
         return super().get_eval_dataloader(known[1])
 
@@ -456,32 +510,56 @@ class DistillTrainer(Trainer):
             raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        self.run_checkpoints = []
         if isinstance(resume_from_checkpoint, str):
+            check_resumable(resume_from_checkpoint)
+            self.run_checkpoints.append(resume_from_checkpoint)
             self.load_method_state(read_method_state(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is None or hasattr(self.train_dataset, "__len__"):
+            return position
+        # transformers takes all steps so far for steps of a stream's first pass.
+        passes, steps = stream_position(resume_from_checkpoint)
+        return passes, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        try:
+        with written_whole(folder, self.accelerator, self.args.should_save):
             if self.args.should_save and (state := self.method_state()):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_method_state(folder, state)
             super()._save_checkpoint(model, trial)
-        except Exception as error:
-            if self.args.should_save:
-                free = shutil.disk_usage(self.args.output_dir).free / 2**20
-                shutil.rmtree(folder, ignore_errors=True)
-                raise CheckpointError(
-                    f"Could not write the checkpoint {folder}: {error}. {free:.0f} MiB were free there. Checkpoints "
-                    "written earlier are intact; free some space and go on with `--resume_from_checkpoint true`."
-                ) from error
-            raise
+        self.run_checkpoints.append(str(folder))
+
+    def save_aside(self) -> None:
+        """A checkpoint that takes no other's place: nothing is rotated out, nothing uploaded."""
+        args = self.args
+        settings = args.save_total_limit, args.push_to_hub
+        args.save_total_limit, args.push_to_hub = None, False
+        try:
+            self._save_checkpoint(self.model, trial=None)
+        finally:
+            args.save_total_limit, args.push_to_hub = settings
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
             self.window_loss = self.window_loss + 0 * torch.as_tensor(grad_norm, device=self.args.device)  # keeps NaN
         return grad_norm
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`, without what `unpublished_files` names."""
+        with models.uploading_without(unpublished_files(self.args)):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with models.uploading_without(unpublished_files(self.args)):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write README.md into the output directory: method, paper, models, settings and scores."""

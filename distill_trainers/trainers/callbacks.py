@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
 from ..exceptions import TrainingDivergedError
-from .checkpoints import find_last_complete_checkpoint
+from .checkpoints import is_complete
 
 if TYPE_CHECKING:
     from .base import DistillTrainer
@@ -36,23 +37,35 @@ class StepLoss(TrainerCallback):
         self.loss = trainer.accelerator.reduce(window, reduction="mean").item()
         if math.isfinite(self.loss):
             return
-        checkpoint = find_last_complete_checkpoint(args.output_dir)
-        step = state.global_step
-        if self._weights_are_good() and (checkpoint is None or not checkpoint.endswith(f"-{step}")) and step > 0:
-            trainer._save_checkpoint(trainer.model, trial=None)
-            checkpoint = find_last_complete_checkpoint(args.output_dir)
-        kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written yet."
-        raise TrainingDivergedError(
-            f"The loss or gradient of optimiser step {step + 1} is NaN or infinite; training stopped before that step "
-            f"changed a weight. {kept} Go on from there with a lower learning_rate or max_grad_norm, or in bf16 rather "
-            "than fp16."
-        )
+        raise divergence_error(trainer, "The loss or gradient", save=True)
 
-    def _weights_are_good(self) -> bool:
-        """Only single copies are looked at: DeepSpeed has already stepped, and shards would need everyone."""
-        if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
-            return False
-        return all(bool(torch.isfinite(p).all()) for p in self.trainer.model.parameters() if p.requires_grad)
+
+def divergence_error(trainer: DistillTrainer, what: str, *, save: bool = False) -> TrainingDivergedError:
+    """What to raise when `what` of the coming optimiser step is not finite.
+
+    Args:
+        save: keep the state before that step as a checkpoint, if its weights are finite. All processes must ask.
+    """
+    step, finite = trainer.state.global_step, _weights_are_finite(trainer)
+    last = f"checkpoint-{step}"
+    earlier = [path for path in trainer.run_checkpoints if is_complete(path)]
+    if finite is False:
+        earlier = [path for path in earlier if Path(path).name != last]
+    kept = f"The last good checkpoint is {earlier[-1]}." if earlier else "No checkpoint had been written by this run."
+    if save and finite and step > 0 and not any(Path(path).name == last for path in earlier):
+        trainer.save_aside()
+        kept += f" The state before the failing step is kept in {trainer.run_checkpoints[-1]}."
+    return TrainingDivergedError(
+        f"{what} of optimiser step {step + 1} is NaN or infinite; training stopped before that step changed a weight. "
+        f"{kept} Go on from a good one with a lower learning_rate or max_grad_norm, or in bf16 rather than fp16."
+    )
+
+
+def _weights_are_finite(trainer: DistillTrainer) -> bool | None:
+    """None where that is not known: DeepSpeed has already stepped, and shards would need everyone."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return None
+    return all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters() if p.requires_grad)
 
 
 class InterruptCallback(TrainerCallback):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +15,10 @@ from tqdm.auto import tqdm
 
 from .. import models
 from ..exceptions import ConfigurationError
-from ..rollouts import CompletionStore, SamplingSettings, generate_completions, rollout_rng
+from ..rollouts import CompletionStore, DecodeEngine, RolloutEngine, SamplingSettings, local_engine, rollout_rng
 from ..rollouts.store import prompt_key
-from ..teachers import LocalTeacher, Teacher
+from ..teachers import CachedTeacher, LocalTeacher, Teacher
+from .checkpoints import COMPLETIONS_NAME
 from .config import DistillConfig
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_siz
         eos_token_ids=models.eos_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         suppress_from=vocab_size,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop_strings=list(args.stop_strings or []),
     )
 
 
@@ -46,7 +52,7 @@ def completion_store(
 ) -> CompletionStore:
     """The store of this teacher's completions under this config."""
     identity = {"teacher": teacher.fingerprint(), "seed": args.seed, **sampling.as_dict()}
-    return CompletionStore(args.completions_dir or Path(args.output_dir) / "completions", identity, rank)
+    return CompletionStore(args.completions_dir or Path(args.output_dir) / COMPLETIONS_NAME, identity, rank)
 
 
 def prompts_to_complete(rows: Iterable[Mapping[str, Any]], *, replace: bool) -> Prompts:
@@ -70,6 +76,7 @@ def complete_prompts(
     batch_size: int | None = None,
     world: int = 1,
     rank: int = 0,
+    engine: RolloutEngine | None = None,
 ) -> None:
     """Generate what the store lacks, in batches of similar prompt length, and keep each batch as it is done.
 
@@ -78,6 +85,7 @@ def complete_prompts(
     done = store.load()
     keys = sorted((k for k in prompts if k not in done), key=lambda k: (-len(prompts[k]), k))
     size = batch_size or _DEFAULT_BATCH
+    engine = engine or DecodeEngine()
     batches = [keys[i : i + size] for i in range(0, len(keys), size)]
     if not batches:
         return
@@ -91,7 +99,7 @@ def complete_prompts(
             ids = torch.tensor([[pad] * (width - len(prompts[k])) + prompts[k] for k in batch], device=device)
             mask = torch.tensor([[0] * (width - len(prompts[k])) + [1] * len(prompts[k]) for k in batch], device=device)
             with rollout_rng(seed, int(batch[0][:12], 16), 0, device):  # the seed follows from the prompts
-                completions = generate_completions(model, ids, mask, sampling)
+                completions = engine.generate(model, ids, mask, sampling)
             if mine < len(batches):
                 store.append(zip(batch, completions, strict=True))
 
@@ -110,6 +118,14 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
     return dataset.map(fill, desc="Teacher completions", load_from_cache_file=False)
 
 
+@contextlib.contextmanager
+def _generating(teacher: LocalTeacher | CachedTeacher, accelerator: Any) -> Iterator[Any]:
+    """The teacher's body, ready to generate; behind a cache it is loaded only now."""
+    local = teacher.live() if isinstance(teacher, CachedTeacher) else teacher
+    with models.generating(local.model, accelerator) as model:
+        yield model
+
+
 def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, replace: bool) -> Any:
     """The trainer's `dataset` with completions of its teacher; each process generates its share, each prompt once."""
     columns = getattr(dataset, "column_names", None)
@@ -119,24 +135,28 @@ def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, repl
     if not prompts:
         return dataset
     teacher, accelerator, args = trainer.teacher, trainer.accelerator, trainer.args
-    if not isinstance(teacher, LocalTeacher):
+    if not isinstance(teacher, LocalTeacher | CachedTeacher):
         raise ConfigurationError(
             f"{type(teacher).__name__} cannot generate completions. Give the dataset completions, or use a local "
             "teacher."
         )
-    sampling = sampling_settings(args, teacher.model, trainer.processing_class, trainer.vocab_size)
+    sampling = dataclasses.replace(
+        sampling_settings(args, trainer.model, trainer.processing_class, trainer.vocab_size),
+        eos_token_ids=teacher.eos_ids(trainer.processing_class),
+    )
     store = completion_store(args, teacher, sampling, accelerator.process_index)
     accelerator.wait_for_everyone()  # nobody reads the store while another still appends from an earlier call
     complete_prompts(
         prompts,
         store,
         sampling,
-        models.generating(teacher.model, accelerator),
+        _generating(teacher, accelerator),
         seed=args.seed,
         device=accelerator.device,
         batch_size=args.rollout_batch_size,
         world=accelerator.num_processes,
         rank=accelerator.process_index,
+        engine=local_engine(args.rollout_engine, trainer.processing_class),
     )
     accelerator.wait_for_everyone()
     return with_completions(dataset, store.load(), replace=replace)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
 from ..exceptions import ConfigurationError
+from ..rollouts import ENGINES
+from ..teachers.cache_kinds import KINDS
 
 
 @dataclass
@@ -74,7 +77,7 @@ class DistillConfig(TrainingArguments):
     )
     loss_chunk_mib: float | None = field(
         default=None,
-        metadata={"help": "Budget for one chunk of logits in the fused head, in MiB per buffer (16 on CPU, else 256)."},
+        metadata={"help": "Budget for one chunk of logits in the fused head, in MiB per buffer (32 on CPU, else 256)."},
     )
 
     # Rollouts
@@ -84,13 +87,45 @@ class DistillConfig(TrainingArguments):
     )
     top_p: float = field(default=1.0, metadata={"help": "Nucleus filter of rollouts; 1 is off."})
     top_k: int = field(default=0, metadata={"help": "Top-k filter of rollouts; 0 is off."})
+    min_p: float = field(
+        default=0.0, metadata={"help": "Drop tokens below this share of the likeliest token's probability; 0 is off."}
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Above 1, tokens already in prompt or completion become less likely; 1 is off."}
+    )
+    stop_strings: list[str] | None = field(
+        default=None, metadata={"help": "A completion also ends with the first of these, which it keeps."}
+    )
+    rollout_engine: str = field(
+        default="decode", metadata={"help": f"Who samples the student's completions: one of {', '.join(ENGINES)}."}
+    )
     rollout_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Prompts per call of generate; by default the whole accumulation window at once."},
+        metadata={"help": "Prompts sampled together; by default the whole accumulation window at once."},
+    )
+    vllm_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "For rollout_engine vllm: arguments of TRL's VLLMGeneration, such as {mode: server} (JSON)."},
     )
     completions_dir: str | None = field(
         default=None,
         metadata={"help": "Where the teacher's completions are kept; by default `<output_dir>/completions`."},
+    )
+
+    # Teacher cache
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder in which the teacher's answers are kept; what is missing is added as it is met."},
+    )
+    teacher_cache_kind: str = field(
+        default="hidden",
+        metadata={"help": f"What is kept of each trained token: one of {', '.join(KINDS)}; hidden is exact."},
+    )
+    teacher_cache_top_k: int = field(default=64, metadata={"help": "Ids kept per token by the kind topk."})
+    teacher_cache_draws: int = field(default=50, metadata={"help": "Draws per token of the kind sampled."})
+    teacher_cache_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Of what is kept; by default hidden states as the teacher gives them, else float32."},
     )
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
@@ -98,18 +133,24 @@ class DistillConfig(TrainingArguments):
         "teacher_model_init_kwargs",
         "column_mapping",
         "chat_template_kwargs",
+        "vllm_kwargs",
     ]
 
     def __post_init__(self) -> None:
+        if self.teacher_cache is not None:
+            self.teacher_cache = os.path.expanduser(self.teacher_cache)
         self._check()
+        if self.load_best_model_at_end and not self.metric_for_best_model:
+            self.metric_for_best_model = "eval_perplexity"
         if self.metric_for_best_model and self.greater_is_better is None:
-            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "perplexity", "kl", "divergence"))
+            smaller_is_better = ("loss", "nll", "perplexity", "kl", "divergence")
+            self.greater_is_better = not self.metric_for_best_model.endswith(smaller_is_better)
         super().__post_init__()
 
     @property
     def loss_chunk_bytes(self) -> int:
         """`loss_chunk_mib`, or its default for the device: small chunks stay in a CPU's cache and save memory."""
-        mib = self.loss_chunk_mib or (16 if self.device.type == "cpu" else 256)
+        mib = self.loss_chunk_mib or (32 if self.device.type == "cpu" else 256)
         return int(mib * 2**20)
 
     def _check(self) -> None:
@@ -118,6 +159,9 @@ class DistillConfig(TrainingArguments):
         require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or a positive number")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive number")
+        require(0 <= self.min_p < 1, "min_p", self.min_p, "a number in [0, 1)")
+        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")
+        require(self.rollout_engine in ENGINES, "rollout_engine", self.rollout_engine, f"one of {', '.join(ENGINES)}")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1 token")
         require(
@@ -126,6 +170,7 @@ class DistillConfig(TrainingArguments):
             self.loss_chunk_mib,
             "a positive number of MiB",
         )
+        self._check_teacher_cache()
         require(not self.remove_unused_columns, "remove_unused_columns", True, "False: the collator needs the columns")
         require(
             self.label_smoothing_factor == 0,
@@ -138,6 +183,26 @@ class DistillConfig(TrainingArguments):
             "use_liger_kernel",
             True,
             "False: its fused cross-entropy replaces the forward that the distillation loss runs in",
+        )
+
+    def _check_teacher_cache(self) -> None:
+        kind = self.teacher_cache_kind
+        require(kind in KINDS, "teacher_cache_kind", kind, f"one of {', '.join(KINDS)}")
+        draws = self.teacher_cache_draws
+        require(self.teacher_cache_top_k >= 1, "teacher_cache_top_k", self.teacher_cache_top_k, "at least 1 id")
+        require(1 <= draws <= 32767, "teacher_cache_draws", draws, "1 to 32767 draws")
+        dtypes = KINDS[kind].dtypes
+        require(
+            self.teacher_cache_dtype in (None, *dtypes),
+            "teacher_cache_dtype",
+            self.teacher_cache_dtype,
+            f"one of {', '.join(dtypes)} for {kind}",
+        )
+        require(
+            self.teacher_cache is not None or (kind == "hidden" and self.teacher_cache_dtype is None),
+            "teacher_cache_dtype" if kind == "hidden" else "teacher_cache_kind",
+            self.teacher_cache_dtype if kind == "hidden" else kind,
+            "`teacher_cache` beside it: the folder of the cache",
         )
 
 

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..exceptions import ConfigurationError
+from ..losses import token_divergence, token_logps
 from ..losses.divergences import DIVERGENCES, Divergence, TaidSchedule, resolve_divergence, taid
-from ..rollouts import draws_on_policy
-from ..signals import TokenLogits
+from ..rollouts import AdaptiveProbability, ReplayBuffer, draws_on_policy
+from ..rollouts.replay import sampled_rows, with_rows
+from ..signals import TokenLogits, TokenSignal
 from .base import Batch, DistillTrainer
 from .config import DistillConfig, require
 
@@ -36,6 +40,19 @@ class GKDConfig(DistillConfig):
         default=None,
         metadata={"help": "t of taid: fixed share of the teacher in the target; by default it rises from 0.4 to 1."},
     )
+    replay_buffer_size: int = field(
+        default=0,
+        metadata={
+            "help": "Keep this many student completions and train on them again (DistiLLM; 1000 there): with "
+            "probability λ·(1 − t/T) a step samples, with λ it trains on the student's text. 0 samples every time."
+        },
+    )
+    adaptive_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "Raise λ from lmbda by 0.1 at each evaluation whose loss did not fall (DistiLLM starts at 0)."
+        },
+    )
     seq_kd: bool = field(
         default=False,
         metadata={"help": "Replace the dataset's completions by the teacher's own, generated once and kept on disk."},
@@ -55,12 +72,30 @@ class GKDConfig(DistillConfig):
         given = {"beta": self.beta, "alpha": self.alpha, "mu": self.mu, "t": self.t}
         return {name: value for name, value in given.items() if value is not None}
 
+    @property
+    def may_sample(self) -> bool:
+        """Whether any step may train on the student's own text."""
+        return self.lmbda > 0 or self.adaptive_rollouts
+
     def _check(self) -> None:
         super()._check()
         require(0 <= self.lmbda <= 1, "lmbda", self.lmbda, "a probability in [0, 1]")
         require(self.lm_loss_weight >= 0, "lm_loss_weight", self.lm_loss_weight, "0 or a positive number")
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         require(
-            self.max_new_tokens < self.max_length or (self.lmbda == 0 and not self.seq_kd),
+            self.replay_buffer_size == 0 or (self.replay_buffer_size >= rows and self.may_sample),
+            "replay_buffer_size",
+            self.replay_buffer_size,
+            f"0 (off), or at least the {rows} rows of a step, with lmbda above 0 or adaptive_rollouts",
+        )
+        require(
+            not self.adaptive_rollouts or (self.eval_strategy != "no" and self.lmbda < 1),
+            "adaptive_rollouts",
+            True,
+            "an eval_strategy other than 'no', since evaluations raise λ, and lmbda below 1, so that it can rise",
+        )
+        require(
+            self.max_new_tokens < self.max_length or not (self.may_sample or self.seq_kd),
             "max_new_tokens",
             self.max_new_tokens,
             f"less than max_length ({self.max_length}), which counts prompt and completion",
@@ -83,6 +118,7 @@ class GKDTrainer(DistillTrainer):
     args: GKDConfig
     config_class = GKDConfig
     method_name = "GKD"
+    accepts_sparse_teachers = True
     paper = {
         "title": "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
         "id": "2306.13649",
@@ -93,6 +129,8 @@ class GKDTrainer(DistillTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.on_policy_step = False
+        self.lmbda = AdaptiveProbability(self.args.lmbda)
+        self.replay = ReplayBuffer(self.args.replay_buffer_size) if self.args.replay_buffer_size else None
         self.divergence = resolve_divergence(self.args.divergence, **self.args.divergence_params())
         moves = self.args.divergence == "taid" and self.args.t is None
         self.taid_schedule = TaidSchedule() if moves else None
@@ -108,7 +146,7 @@ class GKDTrainer(DistillTrainer):
 
     @property
     def samples_completions(self) -> bool:
-        return self.args.lmbda > 0
+        return self.args.may_sample
 
     @property
     def needs_completions(self) -> bool:
@@ -119,19 +157,59 @@ class GKDTrainer(DistillTrainer):
         return self.args.seq_kd
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
-        self.on_policy_step = draws_on_policy(self.args.lmbda, self.args.seed, self.state.global_step)
-        return self.sample_completions(batches) if self.on_policy_step else batches
+        """The dataset's rows, the student's own, or, from a replay buffer, what it wrote some steps ago.
+
+        One draw serves all of it, as in DistiLLM's own code: u < λ(1−t/T) samples, u < λ replays.
+        """
+        seed, step, rank = self.args.seed, self.state.global_step, self.accelerator.process_index
+        self.on_policy_step = draws_on_policy(self.lmbda.value, seed, step)
+        if not self.on_policy_step:
+            return batches
+        if self.replay is None:
+            return self.sample_completions(batches)
+        window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        sampling = self.lmbda.value * (1 - step / max(1, self.state.max_steps))
+        if draws_on_policy(sampling, seed, step) or len(self.replay) < window:
+            batches = self.sample_completions(batches)
+            self.replay.push(gather_object(sampled_rows(batches)))
+            return batches
+        rows = self.replay.sample(sum(len(b["prompt_ids"]) for b in batches), seed=seed, step=step, rank=rank)
+        return with_rows(batches, rows, self.sampling.pad_token_id, self.args.pad_to_multiple_of)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if self.args.adaptive_rollouts and self.is_in_train:
+            self.lmbda.evaluated(metrics["eval_loss"])
+        return metrics
+
+    def check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
+        super().check_datasets(train_dataset, eval_dataset)
+        if self.args.adaptive_rollouts and isinstance(eval_dataset, dict):
+            raise ConfigurationError(
+                f"Got `adaptive_rollouts` with {len(eval_dataset)} eval datasets; expected one, whose loss raises λ."
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.adaptive_rollouts and "loss" in logs:
+            logs = {**logs, "lmbda": self.lmbda.value}
+        super().log(logs, start_time)
 
     def after_step(self, loss: float) -> None:
         if self.taid_schedule is not None:
             self.taid_schedule.step(loss, self.state.global_step / self.state.max_steps)
 
+    def _remembered(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"taid": self.taid_schedule, "replay": self.replay}
+        parts["lmbda"] = self.lmbda if self.args.adaptive_rollouts else None
+        return {name: part for name, part in parts.items() if part is not None}
+
     def method_state(self) -> dict[str, Any]:
-        return {} if self.taid_schedule is None else {"taid": self.taid_schedule.state_dict()}
+        return {name: part.state_dict() for name, part in self._remembered().items()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        if self.taid_schedule is not None and "taid" in state:
-            self.taid_schedule.load_state_dict(state["taid"])
+        for name, part in self._remembered().items():
+            if name in state:
+                part.load_state_dict(state[name])
 
     def divergence_now(self) -> Divergence:
         """The divergence of this step; one with a moving target is evaluated at its end, so that scores compare."""
@@ -141,11 +219,10 @@ class GKDTrainer(DistillTrainer):
         return partial(taid, t=schedule.t if self.model.training else schedule.t_end)
 
     def distill_terms(
-        self, student: TokenLogits, teacher: TokenLogits | None, tokens: Mapping[str, Tensor]
+        self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         assert teacher is not None
-        tau = self.args.kd_temperature
-        terms = {"divergence": self.divergence_now()(student.logps(tau), teacher.logps(tau))}
+        terms = {"divergence": token_divergence(self.divergence_now(), student, teacher, self.args.kd_temperature)}
         if self.args.lm_loss_weight:
-            terms["lm_loss"] = -student.logps().gather(-1, tokens["labels"].unsqueeze(-1)).squeeze(-1)
+            terms["lm_loss"] = -token_logps(student, tokens["labels"])
         return terms

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import models
 from ..exceptions import ConfigurationError
-from ..teachers import LocalTeacher, Teacher, shared_vocabulary
+from ..teachers import CachedTeacher, LocalTeacher, Teacher, shared_vocabulary
 from .config import DistillConfig
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,14 @@ def check(student: Any, teacher: Any, args: DistillConfig) -> None:
         if isinstance(source, str):
             models.check_model_source(source, role)
     frozen = teacher.model if isinstance(teacher, LocalTeacher) else teacher
-    if isinstance(student, nn.Module) and student is frozen:
-        raise ConfigurationError(
-            "Got the same model as student and teacher, and the teacher is frozen. Pass a copy as `teacher_model` "
-            "(`copy.deepcopy(model)`), or its name."
-        )
+    if isinstance(student, nn.Module) and isinstance(frozen, nn.Module):
+        shared = {id(p) for p in student.parameters()} & {id(p) for p in frozen.parameters()}
+        if shared:
+            raise ConfigurationError(
+                f"Student and teacher are the same model, or share {len(shared)} of their parameters (as an adapter "
+                "and the base it was put on do), and the teacher's are frozen. Pass a copy as `teacher_model` "
+                "(`copy.deepcopy(model)`, before it gets an adapter), or its name."
+            )
 
 
 def student_tokenizer(student: Any, args: DistillConfig) -> PreTrainedTokenizerBase:
@@ -62,8 +65,14 @@ def teacher_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """The teacher's tokenizer where it has a source that holds one; else None, and only sizes can be compared."""
     name = teacher if isinstance(teacher, str) else None
-    if isinstance(teacher, nn.Module):
-        name = models.source_of(teacher)
+    model = teacher.model if isinstance(teacher, LocalTeacher) else teacher
+    if isinstance(model, nn.Module):
+        name = models.source_of(model)
+        if not name:
+            logger.warning(
+                "The teacher was made in memory and does not say where it came from, so its tokenizer could not be "
+                "compared with the student's: they must be the same. Pass `teacher_processing_class` to check it."
+            )
     if not name:
         return None
     if name == getattr(own, "name_or_path", None):
@@ -77,20 +86,22 @@ def teacher_tokenizer(
 
 def compare_vocabularies(student: Any, teacher: Any, own: Any, other: Any, args: DistillConfig) -> None:
     """The vocabulary check from configs alone, for models given by name: before weights are loaded."""
-    from transformers import AutoConfig
-
     if isinstance(student, str) and isinstance(teacher, str):
-        configs = [AutoConfig.from_pretrained(n, trust_remote_code=args.trust_remote_code) for n in (student, teacher)]
+        roles = {"student": student, "teacher": teacher}
+        configs = [models.load_config(n, role, trust_remote_code=args.trust_remote_code) for role, n in roles.items()]
         rows = [config.get_text_config().vocab_size for config in configs]
         shared_vocabulary(own, other, *rows)
 
 
 def common_vocabulary(student: Any, teacher: Teacher, own: Any, other: Any) -> int | None:
     """Number of ids in both softmaxes, or None for all (see `shared_vocabulary`)."""
+    rows = models.causal_lm_of(student).config.get_text_config().vocab_size
+    if isinstance(teacher, CachedTeacher):  # its rows were made with the student's tokenizer
+        return shared_vocabulary(own, other or own, rows, teacher.identity.teacher_rows)
     if not isinstance(teacher, LocalTeacher):
         return None
-    rows = [models.causal_lm_of(m).config.get_text_config().vocab_size for m in (student, teacher.model)]
-    return shared_vocabulary(own, other, *rows)
+    teacher_rows = models.causal_lm_of(teacher.model).config.get_text_config().vocab_size
+    return shared_vocabulary(own, other, rows, teacher_rows)
 
 
 def load_student(student: Any, args: DistillConfig, peft_config: Any, quantization_config: Any) -> Any:
@@ -105,12 +116,12 @@ def load_student(student: Any, args: DistillConfig, peft_config: Any, quantizati
             f"already a {type(student).__name__}. Pass its name, or leave them out."
         )
     if peft_config is not None:
-        student = models.add_adapter(student, peft_config, bool(args.activation_checkpointing))
+        student = models.add_adapter(student, peft_config, models.recomputes_activations(args))
     elif getattr(student, "active_peft_config", None) and student.active_peft_config.is_prompt_learning:
         raise ConfigurationError("The student is a prompt-learning PeftModel; only adapters of weights are supported.")
     if args.disable_dropout:
         models.disable_dropout(student)
-    if models.is_peft(student) and args.activation_checkpointing:
+    if models.is_peft(student) and models.recomputes_activations(args):
         student.enable_input_require_grads()  # frozen embeddings would cut the graph
     return student
 

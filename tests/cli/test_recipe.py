@@ -1,46 +1,15 @@
-"""Recipes: parsing, overrides, and refusals that come before any model is loaded."""
+"""Recipes: parsing, overrides, the plan, and what a run leaves."""
 
 import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from distill_trainers.cli import main
 from distill_trainers.cli.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
-
-
-@pytest.fixture
-def recipe(tmp_path, saved):
-    """`recipe(**changes)` writes a small recipe and returns its path; a change to None drops the key."""
-    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(4)]
-    data = tmp_path / "train.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-
-    def write(**changes):
-        content = {
-            "method": "gkd",
-            "model_name_or_path": saved.student,
-            "teacher_model_name_or_path": saved.teacher,
-            "dataset": str(data),
-            "output_dir": str(tmp_path / "out"),
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "max_length": 24,
-            "max_new_tokens": 4,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "use_cpu": True,
-            **changes,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
-        return str(path)
-
-    return write
 
 
 def test_recipes_exist():
@@ -67,43 +36,6 @@ def test_command_line_overrides_the_recipe(recipe):
 
 def test_numbers_written_as_yaml_strings_become_numbers(recipe):
     assert parse_recipe(["--config", recipe(learning_rate="1e-5")]).args.learning_rate == 1e-5
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"learning_rat": 1e-3}, "Did you mean 'learning_rate'"),
-        ({"method": "gdk"}, "expected one of gkd"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"kd_temperature": 0.0}, "kd_temperature"),
-        ({"lmbda": 1.5}, "lmbda"),
-        ({"divergence": "foward_kl"}, "forward_kl"),
-        ({"divergence": "forward_kl", "beta": 0.5}, "beta"),
-        ({"seq_kd": True, "lmbda": 1.0}, "seq_kd"),
-        ({"max_new_tokens": 24, "lmbda": 0.5}, "max_new_tokens"),
-        ({"teacher_model_name_or_path": None}, "names no teacher"),
-        ({"model_name_or_path": None}, "names no student"),
-        ({"dataset": None}, "names no data"),
-        ({"student_init": {"from_teacher": True, "keep_layers": 1}}, "either loaded or made"),
-        ({"model_name_or_path": None, "student_init": {"keep_layer": 1}}, "keep_layers"),
-        ({"early_stopping_patience": 2}, "eval_dataset"),
-        ({"streaming": True, "max_steps": -1}, "max_steps"),
-        ({"dataset": "no/such/file.jsonl"}, "no such file"),
-        ({"teacher_model_name_or_path": "./no/such/folder"}, "not a folder"),
-        ({"column_mapping": {"question": "prompt"}}, "question"),
-        ({"eval_strategy": "steps", "eval_steps": 1}, "eval_dataset"),
-    ],
-)
-def test_bad_recipes_are_refused_before_models_load(recipe, changes, expected, monkeypatch, capsys):
-    import distill_trainers.models as models
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model was loaded before the recipe was refused")
-
-    monkeypatch.setattr(models, "load_causal_lm", refuse)
-    assert main(["train", "--config", recipe(**changes)]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and expected in message, message
 
 
 def test_unknown_option_on_the_command_line_is_refused(recipe, capsys):
@@ -156,11 +88,6 @@ def test_resume_from_the_command_line(recipe):
     path = recipe(save_strategy="steps", save_steps=2, max_steps=2)
     assert main(["train", "--config", path]) == 0
     assert main(["train", "--config", path, "--max_steps", "4", "--resume_from_checkpoint", "true"]) == 0
-
-
-def test_resume_without_a_checkpoint_is_explained(recipe, capsys):
-    assert main(["train", "--config", recipe(), "--resume_from_checkpoint", "true"]) == 1
-    assert "no complete checkpoint" in capsys.readouterr().err
 
 
 def test_unknown_command(capsys):

@@ -1,7 +1,9 @@
 """Two real processes train the student that one process trains, with every way of sharding it."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,14 @@ WORKER = Path(__file__).with_name("worker.py")
 pytestmark = pytest.mark.distributed
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_extensions(tmp_path_factory):
+    """DeepSpeed builds into a folder of this session: the lock of a killed build elsewhere would hang every run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
+
+
 def launch(folder, config, settings, lora=False, timeout=400, **more):
     """Run the worker (one process without `config`) and read its report."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,10 +36,21 @@ def launch(folder, config, settings, lora=False, timeout=400, **more):
         command += ["--main_process_port", port]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        [*command, str(WORKER), job], env=environment, capture_output=True, text=True, timeout=timeout, cwd=folder
+    process = subprocess.Popen(
+        [*command, str(WORKER), job],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the workers too, which outlive a launcher that is killed
+    assert process.returncode == 0, output[-2000:] + errors[-6000:]
     return json.loads((folder / "report.json").read_text())
 
 
@@ -89,6 +110,20 @@ def test_two_processes_equal_one_on_policy(tmp_path, config, lmbda):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+@pytest.mark.parametrize("replay", [0, 8])
+def test_processes_whose_completions_end_at_different_steps_wait_for_each_other(tmp_path, config, replay):
+    """Under ZeRO-3 one that stops generating earlier would leave the others waiting for its shards."""
+    settings = {**SETTINGS, "lmbda": 1.0, "temperature": 1.0, "max_new_tokens": 24, "max_length": 40, "max_steps": 6}
+    settings |= {"per_device_train_batch_size": 2, "replay_buffer_size": replay, "learning_rate": 0.01}
+    report = launch(tmp_path, config, settings, timeout=200)
+    losses = [log["loss"] for log in report["logs"] if "loss" in log]
+    assert len(losses) == 6 and all(0 < loss < 10 for loss in losses)
+    rollouts = [log["rollouts"] for log in report["logs"] if "loss" in log]
+    assert set(rollouts) == ({4.0} if not replay else {0.0, 4.0}), "of both processes"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu_zero2.yaml", "cpu_fsdp2.yaml"])
 def test_two_processes_equal_one_sharded(tmp_path, config):
     one, two = one_and_two(tmp_path, config)
@@ -115,3 +150,15 @@ def test_zero3_teacher_is_sharded(tmp_path):
     settings = {**SETTINGS, "max_steps": 1, "per_device_train_batch_size": 2}
     report = launch(tmp_path, "cpu_zero3.yaml", settings, teacher_mlp=2048)  # large enough not to be kept whole
     assert report["teacher_mlp_kept_whole"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
+@pytest.mark.parametrize("kind", ["hidden", "topk"])
+def test_two_processes_fill_and_read_a_teacher_cache(tmp_path, config, kind):
+    """Into the second epoch, where each process meets rows that the other has recorded."""
+    cache = {"teacher_cache_kind": kind, "teacher_cache_top_k": 999, "teacher_cache": str(tmp_path / "cache")}
+    settings = {**SETTINGS, "max_steps": 9, "gradient_accumulation_steps": 2}
+    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4})
+    two = launch(tmp_path / "two", config, {**settings, **cache, "per_device_train_batch_size": 2})
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")

@@ -61,7 +61,8 @@ def main(job):
     scores = trainer.evaluate()
     trainer.save_model(str(output / "student"))
     if trainer.is_world_process_zero():
-        kept_whole = sum(p.numel() for n, p in trainer.teacher.model.named_parameters() if "mlp" in n)
+        body = getattr(trainer.teacher, "model", teacher)
+        kept_whole = sum(p.numel() for n, p in body.named_parameters() if "mlp" in n)
         report = {"logs": recorder.logs, "eval": scores, "teacher_mlp_kept_whole": kept_whole}
         (output / "report.json").write_text(json.dumps(report, default=float))
     if torch.distributed.is_initialized():

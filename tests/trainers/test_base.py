@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from distill_trainers import GKDConfig, GKDTrainer
 from distill_trainers.data.addition import addition_dataset, addition_rows, character_tokenizer
 from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.models import recomputes_activations
+from distill_trainers.teachers import LocalTeacher
 
 # ---- Counting and accumulation --------------------------------------------------------------------------------------
 
@@ -327,6 +331,32 @@ def test_one_model_cannot_be_student_and_teacher_at_once(make_trainer, make_stud
     model = make_student()
     with pytest.raises(ConfigurationError, match="same"):
         make_trainer(model, model)
+
+
+def test_an_adapter_cannot_learn_from_the_base_it_is_on(make_trainer, make_student):
+    """Freezing the teacher would freeze the adapter, which lies inside it."""
+    base = make_student()
+    student = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for teacher in (base, LocalTeacher(base)):
+        with pytest.raises(ConfigurationError, match="share .* parameters"):
+            make_trainer(student, teacher)
+
+
+def test_activation_checkpointing_is_found_by_either_name():
+    """transformers 5.19 has only the older one."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        assert recomputes_activations(SimpleNamespace(**{name: True}))
+        assert not recomputes_activations(SimpleNamespace(**{name: False}))
+
+
+def test_a_teacher_whose_tokenizer_is_unknown_is_warned_about(make_trainer, make_teacher, tokenizer, caplog):
+    for teacher in (make_teacher(), LocalTeacher(make_teacher())):
+        caplog.clear()
+        make_trainer(teacher=teacher)
+        assert "tokenizer could not be compared" in caplog.text
+    caplog.clear()
+    make_trainer(teacher_processing_class=tokenizer)
+    assert "tokenizer could not be compared" not in caplog.text
 
 
 @pytest.mark.parametrize("dataset", [None, "no rows", "list"])

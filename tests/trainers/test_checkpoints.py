@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from distill_trainers.data.addition import addition_dataset
 from distill_trainers.exceptions import CheckpointError, TrainingDivergedError
 from distill_trainers.trainers.checkpoints import find_last_complete_checkpoint, last_complete_checkpoint
 
@@ -31,10 +33,26 @@ def _assert_same_run(whole, resumed, by_step, first_step):
     assert all(torch.equal(value, expected[name]) for name, value in _weights(resumed.model).items())
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
-def test_a_killed_run_resumes_exactly(make_trainer, make_student, by_step, die_at, tmp_path, lmbda):
+def _shuffled_stream():
+    return addition_dataset(26).to_iterable_dataset().shuffle(seed=3, buffer_size=10)  # 6 windows, and a cut one
+
+
+@pytest.mark.parametrize(
+    "lmbda, more",
+    [
+        (0.0, {}),
+        (0.5, {}),
+        (1.0, {}),
+        (0.5, {"train_sampling_strategy": "group_by_length"}),
+        (0.5, {"train": "stream"}),
+    ],
+    ids=str,
+)
+def test_a_killed_run_resumes_exactly(make_trainer, make_student, by_step, die_at, tmp_path, lmbda, more):
     """Killed twice, mid-epoch in epochs 1 and 2; dropout on, so that the random state has to come back too."""
-    settings = {**RUN, "lmbda": lmbda, "save_strategy": "steps", "save_steps": 3, "disable_dropout": False}
+    if "train" in more:
+        more = {"train": _shuffled_stream()}
+    settings = {**RUN, **more, "lmbda": lmbda, "save_strategy": "steps", "save_steps": 3, "disable_dropout": False}
     student = {"attention_dropout": 0.1}
     whole = make_trainer(make_student(**student), output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
@@ -51,11 +69,13 @@ def test_a_killed_run_resumes_exactly(make_trainer, make_student, by_step, die_a
     _assert_same_run(whole, resumed, by_step, first_step=0)
 
 
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "stream"])
 def test_a_second_epoch_has_an_order_of_its_own_and_a_resumed_one_keeps_it(
-    make_trainer, by_step, die_at, tmp_path, batch_of
+    make_trainer, by_step, die_at, tmp_path, strategy
 ):
     """With learning rate 0 the loss is a fingerprint of a step's rows."""
     settings = {**RUN, "max_steps": 12, "lmbda": 0.0, "learning_rate": 0.0, "save_strategy": "steps", "save_steps": 8}
+    settings |= {"train_sampling_strategy": strategy} if strategy != "stream" else {"train": _shuffled_stream()}
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
     losses = by_step(whole)
@@ -87,6 +107,42 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert find_last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+@pytest.mark.parametrize("kill", [7, 12, 13])
+def test_a_stream_is_resumed_wherever_in_its_passes(make_trainer, by_step, die_at, tmp_path, kill):
+    """6 windows a pass: at the end of the first pass, of the second, and after one step of the third."""
+    settings = {**RUN, "lmbda": 0.0, "train": _shuffled_stream(), "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    with pytest.raises(die_at.error):
+        make_trainer(callbacks=[die_at(kill)], **settings).train()
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert by_step(resumed, "epoch") == by_step(whole, "epoch")
+    _assert_same_run(whole, resumed, by_step, first_step=0)
+
+
+def test_the_order_of_rows_depends_on_seed_and_epoch_alone(make_trainer):
+    """Whatever the process's own random state is, which with dropout is another on each process."""
+    for strategy in ("random", "group_by_length"):
+        trainer = make_trainer(train_sampling_strategy=strategy)
+        orders = []
+        for epoch in (0.0, 0.5, 1.0):
+            trainer.state.epoch = epoch
+            torch.manual_seed(len(orders))
+            orders.append(list(trainer._get_train_sampler()))
+        assert sorted(orders[0]) == list(range(24))
+        assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_resuming_without_the_optimizers_state_is_refused(make_trainer, tmp_path, named):
+    settings = {"save_strategy": "steps", "save_steps": 2, "lmbda": 0.0, "max_steps": 2}
+    make_trainer(save_only_model=True, **settings).train()
+    folder = str(tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(CheckpointError, match="checkpoint-2.*no optimizer state.*Start a new run"):
+        make_trainer(**settings).train(resume_from_checkpoint=folder if named else True)
 
 
 def test_resuming_from_nothing_is_refused(make_trainer):
@@ -155,6 +211,54 @@ def test_divergence_in_the_first_step_names_no_checkpoint(make_trainer):
         trainer.train()
 
 
+def test_a_diverged_run_keeps_its_last_good_checkpoint(make_trainer, tmp_path):
+    """Rotation would leave only the newest: the state before the failing step, which nobody calls good."""
+    trainer = make_trainer(lmbda=0.0, max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1)
+    _poison(trainer, step=3, value=float("nan"))
+    with pytest.raises(TrainingDivergedError) as caught:
+        trainer.train()
+    message, out = str(caught.value), tmp_path / "out"
+    assert f"The last good checkpoint is {out / 'checkpoint-2'}." in message
+    assert f"The state before the failing step is kept in {out / 'checkpoint-3'}." in message
+    assert last_complete_checkpoint(out) == str(out / "checkpoint-3")
+    assert (out / "checkpoint-2" / "trainer_state.json").is_file()
+    assert trainer.args.save_total_limit == 1
+
+
+def test_checkpoints_of_an_earlier_run_are_not_this_runs(make_trainer, by_step, tmp_path):
+    out = tmp_path / "out"
+    make_trainer(lmbda=0.0, max_steps=5, save_strategy="steps", save_steps=1, seed=5).train()
+    trainer = make_trainer(lmbda=0.0, max_steps=6)
+    _poison(trainer, step=2, value=float("nan"))
+    with pytest.raises(TrainingDivergedError) as caught:
+        trainer.train()
+    assert "No checkpoint had been written by this run" in str(caught.value)
+    assert "checkpoint-5" not in str(caught.value)
+    kept = load_file(out / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(value, kept[name]) for name, value in trainer.model.state_dict().items() if name in kept)
+
+
+def test_the_checkpoint_a_run_went_on_from_is_one_of_its_own(make_trainer, tmp_path):
+    make_trainer(lmbda=0.0, max_steps=2, save_strategy="steps", save_steps=2).train()
+    trainer = make_trainer(lmbda=0.0, max_steps=6)
+    _poison(trainer, step=2, value=float("nan"))
+    with pytest.raises(TrainingDivergedError, match=r"last good checkpoint is \S*checkpoint-2\. Go on"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("engine", ["decode", "hf"])
+def test_weights_that_are_nan_stop_a_run_that_samples(make_trainer, tmp_path, engine):
+    class Ruin(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.lm_head.weight.data.fill_(float("nan"))
+
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    trainer = make_trainer(lmbda=1.0, rollout_engine=engine, callbacks=[Ruin()], **settings)
+    with pytest.raises(TrainingDivergedError, match=r"step 3 is NaN.*last good checkpoint is \S*checkpoint-1\."):
+        trainer.train()
+
+
 # ---- A full disk ----------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +305,45 @@ def test_no_space_left_is_said_in_words(make_trainer, monkeypatch, tmp_path):
     with pytest.raises(CheckpointError, match="No space left on device.*MiB were free"):
         make_trainer(save_strategy="steps", save_steps=1).train()
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("part", ["_push_from_checkpoint", "rotate_checkpoints"])
+def test_what_fails_after_a_checkpoint_costs_no_checkpoint(make_trainer, monkeypatch, tmp_path, part):
+    """An upload, or the rotation: the error is its own, and the new checkpoint is whole."""
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("the Hub is away")
+
+    trainer = make_trainer(save_strategy="steps", save_steps=2, lmbda=0.0)
+    if part == "rotate_checkpoints":
+        monkeypatch.setattr("transformers.trainer.rotate_checkpoints", refuse)
+    else:
+        trainer.args.push_to_hub, trainer._push_from_checkpoint = True, refuse
+    with pytest.raises(ConnectionError, match="^the Hub is away$"):
+        trainer.train()
+    assert last_complete_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+
+
+def test_a_full_disk_spares_what_an_earlier_run_left_under_that_name(make_trainer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "lmbda": 0.0, "max_steps": 2}
+    make_trainer(seed=5, **settings).train()
+    folder = tmp_path / "out" / "checkpoint-2"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    trainer = make_trainer(**settings)
+    _fill_disk(trainer, 2, 20_000)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: "):
+        trainer.train()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    make_trainer(**settings).train()
+    assert (folder / "model.safetensors").read_bytes() != before["model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["checkpoint-2"]
+
+
+def test_a_torn_trainer_state_is_no_checkpoint(tmp_path):
+    for step, state in ((2, "{}"), (4, '{"epoch": 0.')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert find_last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_a_checkpoint_is_an_ordinary_model(make_trainer, tmp_path, tokenizer):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from datasets import Dataset
 
+from distill_trainers import GKDConfig
 from distill_trainers.data.addition import addition_dataset, addition_rows
+from distill_trainers.exceptions import DatasetError
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -62,13 +65,50 @@ def test_prompts_without_completions_are_evaluated_on_the_teachers_text_generate
     prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in addition_rows(9, seed=5)])
     metrics = []
     for expected in (9, 0):
-        trainer = make_trainer(eval_dataset=prompts, completions_dir=str(tmp_path / "kept"))
+        trainer = make_trainer(eval_dataset=prompts, completions_dir=str(tmp_path / "kept"), rollout_engine="hf")
         calls = _count_generate(trainer.teacher)
         metrics.append(trainer.evaluate())
         assert trainer.evaluate()["eval_loss"] == metrics[-1]["eval_loss"]
         assert sum(calls) == expected
     assert metrics[0]["eval_tokens"] >= 9
     assert metrics[0]["eval_kl"] == metrics[1]["eval_kl"]
+
+
+def test_a_stream_is_evaluated_like_its_rows(make_trainer):
+    rows = addition_dataset(9, seed=5)
+    trainer = make_trainer(eval_dataset=rows.to_iterable_dataset(), per_device_eval_batch_size=4)
+    found, expected = trainer.evaluate(), make_trainer(eval_dataset=rows, per_device_eval_batch_size=4).evaluate()
+    names = ("eval_loss", "eval_kl", "eval_perplexity", "eval_tokens")
+    assert [found[name] for name in names] == [expected[name] for name in names]
+    assert hasattr(trainer.get_eval_dataloader(), "__len__"), "processes share what has a length"
+
+
+@pytest.mark.parametrize("seq_kd", [False, True])
+def test_a_stream_is_evaluated_on_the_teachers_text_where_rows_would_be(make_trainer, seq_kd, tmp_path):
+    rows = addition_rows(9, seed=5)
+    data = Dataset.from_list(rows if seq_kd else [{"prompt": row["prompt"]} for row in rows])
+    settings = {"lmbda": 0.0, "seq_kd": seq_kd, "completions_dir": str(tmp_path / "kept")}
+    expected = make_trainer(eval_dataset=data, **settings).evaluate()
+    found = make_trainer(eval_dataset=data.to_iterable_dataset(), **settings).evaluate()
+    given = make_trainer(eval_dataset=addition_dataset(9, seed=5), lmbda=0.0).evaluate()
+    assert found["eval_kl"] == expected["eval_kl"] != given["eval_kl"]
+
+
+def test_evaluation_over_no_token_is_refused(make_trainer):
+    row = {"input_ids": [3, 4, 5], "loss_mask": [0, 0, 0], "prompt_length": 3}
+    trainer = make_trainer(eval_dataset=addition_dataset(4, seed=5))
+    loader = torch.utils.data.DataLoader(Dataset.from_list([row] * 2), batch_size=2, collate_fn=trainer.data_collator)
+    with pytest.raises(DatasetError, match="no tokens to score"):
+        trainer.evaluation_loop(loader, "Evaluation")
+
+
+def test_the_best_model_is_that_of_the_lowest_perplexity_unless_another_metric_is_named(tmp_path):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}
+    config = GKDConfig(str(tmp_path), **best)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("eval_perplexity", False)
+    for metric, greater in (("eval_kl", False), ("eval_nll", False), ("eval_top1_agreement", True)):
+        config = GKDConfig(str(tmp_path), metric_for_best_model=metric, **best)
+        assert (config.metric_for_best_model, config.greater_is_better) == (metric, greater)
 
 
 def test_several_evaluation_sets_are_reported_apart(make_trainer, tmp_path):

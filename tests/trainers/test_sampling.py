@@ -46,6 +46,7 @@ def test_one_call_of_generate_serves_the_whole_window_with_a_cache_under_checkpo
     trainer = make_trainer(
         student,
         lmbda=1.0,
+        rollout_engine="hf",
         max_steps=2,
         gradient_accumulation_steps=3,
         activation_checkpointing=True,
@@ -93,7 +94,7 @@ def test_checkpointing_changes_no_loss(make_trainer, by_step):
 
 
 def test_rollout_batches_bound_one_call(make_trainer, batch_of):
-    trainer = make_trainer(lmbda=1.0, rollout_batch_size=5)
+    trainer = make_trainer(lmbda=1.0, rollout_engine="hf", rollout_batch_size=5)
     calls, inner = [], trainer.model.generate
 
     def generate(*args, **kwargs):
@@ -108,7 +109,7 @@ def test_rollout_batches_bound_one_call(make_trainer, batch_of):
 def test_eos_of_a_rollout_is_kept_where_it_is_also_the_padding(make_trainer, batch_of):
     tok = character_tokenizer()
     tok.pad_token = tok.eos_token
-    trainer = make_trainer(tok=tok, lmbda=1.0)
+    trainer = make_trainer(tok=tok, lmbda=1.0, rollout_engine="hf")
     eos = tok.eos_token_id
     answers = [[5, 6, eos, eos, eos], [eos] * 5, [4, 4, 4, 4, 4]]
 
@@ -154,20 +155,37 @@ def test_temperature_0_is_greedy_and_left_padding_changes_nothing(
     assert len(answers) > 1, "one answer to everything would prove nothing"
 
 
-def test_samples_follow_the_students_distribution(make_trainer, make_student, tokenizer):
+@pytest.mark.parametrize("engine", ["decode", "hf"])
+def test_samples_follow_the_students_distribution(make_trainer, make_student, tokenizer, engine):
     """First sampled tokens of many equal prompts against softmax(logits / temperature); no filter sneaks in."""
     student = make_student(initializer_range=0.3)
     prompts = Dataset.from_list([{"prompt": "7+8="}] * 2000)
     # a generation config that filters, as many checkpoints ship one
     student.generation_config.top_k, student.generation_config.temperature = 2, 0.1
     student.generation_config.do_sample = True
-    trainer = make_trainer(student, train=prompts, lmbda=1.0, temperature=1.5, max_new_tokens=1)
+    student.generation_config.repetition_penalty, student.generation_config.min_p = 50.0, 0.3
+    settings = {"lmbda": 1.0, "temperature": 1.5, "max_new_tokens": 1, "rollout_engine": engine}
+    trainer = make_trainer(student, train=prompts, **settings)
     batch = trainer.data_collator([trainer.train_dataset[0]] * 2000)
     (rolled,), _ = trainer.get_batch_samples(iter([batch]), 1, CPU)
     first = rolled["labels"][:, 4]
     found = torch.bincount(first, minlength=14) / 2000
     logits = student.eval()(input_ids=batch["prompt_ids"][:1]).logits[0, -1]
     assert torch.allclose(found, F.softmax(logits / 1.5, dim=-1), atol=0.04)
+
+
+@pytest.mark.parametrize("replay", [0, 4])
+def test_rollouts_are_padded_to_the_multiple_as_well(make_trainer, replay):
+    trainer = make_trainer(lmbda=1.0, pad_to_multiple_of=16, replay_buffer_size=replay, max_steps=4)
+    widths, inner = [], trainer.compute_loss
+
+    def compute_loss(model, inputs, **kwargs):
+        widths.append(inputs["input_ids"].shape[1])
+        return inner(model, inputs, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert widths == [16] * 4
 
 
 def test_training_on_prompts_alone(make_trainer, by_step):
@@ -179,12 +197,13 @@ def test_training_on_prompts_alone(make_trainer, by_step):
         make_trainer(train=prompts, lmbda=0.5)
 
 
-def test_off_policy_training_never_generates(make_trainer):
+def test_off_policy_training_never_generates(make_trainer, monkeypatch):
     trainer = make_trainer(lmbda=0.0)
 
     def refuse(*args, **kwargs):
         raise AssertionError("generated")
 
+    monkeypatch.setattr("distill_trainers.rollouts.engines.decode_completions", refuse)
     trainer.model.generate = trainer.teacher.model.generate = refuse
     trainer.train()
     assert trainer.state.global_step == 3
@@ -210,7 +229,8 @@ def _spied_teacher(make_teacher):
 
 def test_seq_kd_trains_on_the_teachers_text(make_trainer, make_teacher, tokenizer):
     teacher, prompts = _spied_teacher(make_teacher)
-    trainer = make_trainer(teacher=teacher, seq_kd=True, lmbda=0.0, temperature=0.0, num_train_epochs=2)
+    settings = {"seq_kd": True, "lmbda": 0.0, "temperature": 0.0, "rollout_engine": "hf"}
+    trainer = make_trainer(teacher=teacher, num_train_epochs=2, **settings)
     trainer.train()
     assert len(prompts) == len(set(prompts)) == 24, "each prompt once, over all epochs"
     for row in trainer.train_dataset:
@@ -222,7 +242,7 @@ def test_seq_kd_trains_on_the_teachers_text(make_trainer, make_teacher, tokenize
 def test_seq_kd_reads_what_is_on_disk_also_after_a_killed_writer(
     make_trainer, make_teacher, make_student, by_step, tmp_path
 ):
-    settings = {"seq_kd": True, "lmbda": 0.0, "completions_dir": str(tmp_path / "kept")}
+    settings = {"seq_kd": True, "lmbda": 0.0, "completions_dir": str(tmp_path / "kept"), "rollout_engine": "hf"}
     teacher, prompts = _spied_teacher(make_teacher)
     first = make_trainer(teacher=teacher, **settings)
     first.train()
@@ -249,7 +269,8 @@ def test_seq_kd_reads_what_is_on_disk_also_after_a_killed_writer(
 
 
 def test_seq_kd_of_another_teacher_or_setting_generates_anew(make_trainer, make_teacher, tmp_path):
-    settings = {"seq_kd": True, "lmbda": 0.0, "completions_dir": str(tmp_path / "kept"), "max_steps": 1}
+    settings = {"seq_kd": True, "lmbda": 0.0, "completions_dir": str(tmp_path / "kept")}
+    settings |= {"max_steps": 1, "rollout_engine": "hf"}
     for change in ({}, {"temperature": 0.5}, {"max_new_tokens": 3}):
         teacher, prompts = _spied_teacher(make_teacher)
         make_trainer(teacher=teacher, **{**settings, **change}).train()

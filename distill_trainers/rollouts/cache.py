@@ -1,0 +1,75 @@
+"""A KV cache whose rows can be dropped and whose layers grow in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+_ROOM = 64  # tokens
+
+
+class GrowingLayer(DynamicLayer):
+    """Appends to a buffer with room for more tokens; `DynamicLayer` copies its whole past for each of them."""
+
+    _layer_type = None  # must not take the place of DynamicLayer in transformers' registry
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._key_room: Tensor | None = None
+        self._value_room: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, *args: Any) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append `[B, H, t, d]` to keys and values; returns all of them, as views."""
+        self.lazy_initialization(key_states)
+        self.keys, self._key_room = _append(self.keys, self._key_room, key_states)
+        self.values, self._value_room = _append(self.values, self._value_room, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows only."""
+        if self._key_room is not None and self._value_room is not None:
+            length = self.get_seq_length()
+            self._key_room, self._value_room = self._key_room[indices], self._value_room[indices]
+            self.keys, self.values = self._key_room[..., :length, :], self._value_room[..., :length, :]
+
+
+def _append(past: Tensor | None, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+    """All states so far, and the buffer that they are a view of."""
+    length = 0 if past is None else past.shape[-2]
+    total = length + new.shape[-2]
+    if room is None or total > room.shape[-2]:
+        batch, heads, _, size = new.shape
+        grown = new.new_empty((batch, heads, total + _ROOM, size))
+        if length and past is not None:
+            grown[..., :length, :] = past
+        room = grown
+    room[..., length:total, :] = new
+    return room[..., :total, :], room
+
+
+def droppable_cache(config: Any) -> DynamicCache | None:
+    """An empty cache for a model of this (text) config, or None where a layer keeps more than keys and values."""
+    try:
+        cache = DynamicCache(config=config)
+    except (KeyError, TypeError, ValueError, AttributeError):  # layers of a kind that DynamicCache does not know
+        return None
+    # Sub-classes keep further states (of convolutions, recurrences, indices), which selecting rows would miss.
+    if not cache.layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return None
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def keep_rows(cache: DynamicCache, rows: list[int]) -> None:
+    """Drop all other rows of the batch."""
+    cache.batch_select_indices(torch.tensor(rows))  # on the host: layers may be on several devices

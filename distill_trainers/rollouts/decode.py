@@ -1,0 +1,169 @@
+"""A decode loop that stops working for rows which have ended.
+
+`generate` runs every row of a batch until the longest one ends. Here finished rows leave the batch and the KV cache,
+the cache grows in place, and padding of the vocabulary is cut off before it is processed. The law of what is sampled
+is that of `generate`; the random numbers are drawn per prompt, so a completion does not depend on its batch mates.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from .. import models
+from .cache import droppable_cache, keep_rows
+from .sampling import SamplingSettings, Stops, draw_tokens, logits_processors, stop_function, trim_left
+
+# Rows are dropped once this share of the batch has ended: doing so copies the cache of the others.
+_WORTH_DROPPING = 1 / 8
+
+
+def why_not_decodable(model: Any) -> str | None:
+    """What keeps `decode_completions` from running `model`, in words; None where nothing does."""
+    causal_lm: Any = models.causal_lm_of(model)
+    if models.must_stay_in_step(model):
+        return "its weights are sharded over processes, which must all run equally many forwards"
+    if models.is_peft(model) and model.active_peft_config.is_prompt_learning:
+        return "its adapter prepends virtual tokens"
+    if type(causal_lm).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        return f"{type(causal_lm).__name__} prepares its inputs for generation in a way of its own"
+    if not {"input_ids", "attention_mask", "past_key_values"} <= _parameters(causal_lm):
+        return f"{type(causal_lm).__name__} takes no `past_key_values`"
+    if droppable_cache(causal_lm.config.get_text_config(decoder=True)) is None:
+        return f"the cache of {type(causal_lm).__name__} holds more than keys and values"
+    return None
+
+
+@torch.no_grad()
+def decode_completions(
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    sampling: SamplingSettings,
+    batch_size: int | None = None,
+    *,
+    tokenizer: Any = None,
+) -> list[list[int]]:
+    """Sample one completion for each prompt.
+
+    Args:
+        model: an unwrapped causal LM in eval mode (see `models.generating`), which `why_not_decodable` accepts.
+        prompt_ids, prompt_mask: `[B, P]`, padded on the left.
+        batch_size: prompts that are decoded together, those of similar length; None takes all. What is sampled does
+            not depend on it.
+        tokenizer: only needed for stop strings.
+
+    Returns:
+        B lists of ids, up to and including the first EOS or stop string.
+    """
+    uniforms = None
+    if sampling.temperature > 0:
+        precise = torch.float32 if prompt_ids.device.type == "mps" else torch.float64  # which MPS has not
+        shape = (len(prompt_ids), sampling.max_new_tokens)
+        uniforms = torch.rand(shape, dtype=precise, device=prompt_ids.device)
+    stops = stop_function(sampling, tokenizer)
+    completions: list[list[int]] = [[] for _ in range(len(prompt_ids))]
+    order = prompt_mask.sum(dim=1).argsort(descending=True, stable=True)
+    for places in order.split(batch_size or len(order)) if len(order) else ():
+        ids, mask = trim_left(prompt_ids[places], prompt_mask[places])
+        rows = _Rows(ids, mask.long(), None if uniforms is None else uniforms[places])
+        for place, completion in zip(places.tolist(), _decode(model, rows, sampling, stops), strict=True):
+            completions[place] = completion
+    return completions
+
+
+class _Rows:
+    """The rows still being written, and all that belongs to them. n rows, P prompt positions, T positions so far."""
+
+    def __init__(self, ids: Tensor, mask: Tensor, uniforms: Tensor | None):
+        self.prompt_width = ids.shape[1]
+        self.places = list(range(len(ids)))
+        first = ids.gather(1, mask.argmax(dim=1, keepdim=True))
+        self.ids = torch.where(mask.bool(), ids, first)  # [n, T]; padding must not count as a token that was said
+        self.inputs = ids
+        self.mask: Tensor | None = mask
+        self.positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        self.uniforms = uniforms
+        self.ends = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)  # 0: not yet
+        self._forget_full_mask()
+
+    @property
+    def new_ids(self) -> Tensor:
+        """`[n, T − P]`"""
+        return self.ids[:, self.prompt_width :]
+
+    def append(self, tokens: Tensor, eos: Tensor, stops: Stops | None) -> None:
+        """Write one token `[n]` to each row, and note the rows that it ends."""
+        self.ids = torch.cat([self.ids, tokens.unsqueeze(1)], dim=1)
+        self.inputs = tokens.unsqueeze(1)
+        self.positions = self.positions[:, -1:] + 1
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        ended = torch.isin(tokens, eos)
+        if stops is not None:
+            ended = ended | stops(self.new_ids)
+        self.ends = torch.where((self.ends == 0) & ended, self.new_ids.shape[1], self.ends)
+
+    def completions(self) -> dict[int, list[int]]:
+        """What was written so far, by the rows' places in the batch."""
+        length = self.new_ids.shape[1]
+        ends = (end or length for end in self.ends.tolist())
+        written = zip(self.places, self.new_ids.tolist(), ends, strict=True)
+        return {place: ids[:end] for place, ids, end in written}
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows."""
+        self.places = [self.places[row] for row in rows]
+        index = torch.tensor(rows, device=self.ids.device)
+        for name in ("ids", "inputs", "mask", "positions", "uniforms", "ends"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[index])
+        self._forget_full_mask()
+
+    def _forget_full_mask(self) -> None:
+        if self.mask is not None and bool(self.mask.all()):
+            self.mask = None  # without one, attention takes its faster kernels
+
+
+def _decode(model: Any, rows: _Rows, sampling: SamplingSettings, stops: Stops | None) -> list[list[int]]:
+    """One completion for each of `rows`."""
+    causal_lm = models.causal_lm_of(model)
+    cache = droppable_cache(causal_lm.config.get_text_config(decoder=True))
+    assert cache is not None
+    accepted, processors = _parameters(causal_lm), logits_processors(sampling)
+    eos = torch.tensor(sampling.eos_token_ids, dtype=torch.int64, device=rows.ids.device)
+    ended: dict[int, list[int]] = {}
+    for step in range(sampling.max_new_tokens):
+        logits = _next_logits(model, rows, cache, accepted)[:, : sampling.suppress_from]
+        uniforms = None if rows.uniforms is None else rows.uniforms[:, step]
+        rows.append(draw_tokens(processors(rows.ids, logits), uniforms), eos, stops)
+        running = [row for row, end in enumerate(rows.ends.tolist()) if end == 0]
+        if not running:
+            break
+        if len(rows.places) - len(running) >= max(1.0, _WORTH_DROPPING * len(rows.places)):
+            ended |= rows.completions()  # of running rows too, overwritten in the end
+            rows.keep(running)
+            keep_rows(cache, running)
+    ended |= rows.completions()
+    return [ended[place] for place in sorted(ended)]
+
+
+def _next_logits(model: Any, rows: _Rows, cache: Any, accepted: set[str]) -> Tensor:
+    """`[n, V]` in float32, as `generate` samples from."""
+    kwargs: dict[str, Any] = {"position_ids": rows.positions, "logits_to_keep": 1}
+    output = model(
+        input_ids=rows.inputs,
+        attention_mask=rows.mask,
+        past_key_values=cache,
+        use_cache=True,
+        **{name: value for name, value in kwargs.items() if name in accepted},
+    )
+    return output.logits[:, -1].to(device=rows.ids.device, dtype=torch.float32)
+
+
+def _parameters(causal_lm: Any) -> set[str]:
+    return set(inspect.signature(causal_lm.forward).parameters)

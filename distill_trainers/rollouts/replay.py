@@ -1,0 +1,107 @@
+"""Student completions kept to be trained on again, and how often a run trains on its own text.
+
+DistiLLM (Ko et al., arXiv 2402.03898): with probability φ(1−t/T) a step samples and keeps what it sampled, with
+probability φ it trains on kept text, else on the dataset; φ rises whenever the validation loss did not fall.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import replace_completions
+from .mixing import mix
+
+Row = tuple[list[int], list[int]]
+Batch = dict[str, Any]
+
+
+class ReplayBuffer:
+    """The newest `capacity` (prompt, completion) rows, first in, first out.
+
+    Every process holds the same rows, so that one checkpoint serves any number of processes.
+    """
+
+    def __init__(self, capacity: int):
+        self.rows: deque[Row] = deque(maxlen=capacity)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def push(self, rows: Iterable[Row]) -> None:
+        """Add rows; the oldest make room."""
+        self.rows.extend(rows)
+
+    def sample(self, count: int, *, seed: int, step: int, rank: int) -> list[Row]:
+        """`count` rows drawn from (seed, step, rank); different ones, unless fewer are there."""
+        drawn = random.Random(mix(seed, step, rank, 2))
+        if count > len(self.rows):
+            return drawn.choices(self.rows, k=count)
+        return [self.rows[index] for index in drawn.sample(range(len(self.rows)), count)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All rows as two tensors: ids one after the other, and `[N, 2]` lengths."""
+        ids = [token for prompt, completion in self.rows for token in (*prompt, *completion)]
+        lengths = [(len(prompt), len(completion)) for prompt, completion in self.rows]
+        return {
+            "ids": torch.tensor(ids, dtype=torch.int32),
+            "lengths": torch.tensor(lengths, dtype=torch.int32).reshape(-1, 2),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up `state_dict` again; a smaller capacity keeps the newest rows."""
+        self.rows.clear()
+        parts = iter(state["ids"].split(state["lengths"].flatten().tolist()))
+        self.push((prompt.tolist(), completion.tolist()) for prompt, completion in zip(parts, parts, strict=True))
+
+
+class AdaptiveProbability:
+    """φ of DistiLLM: rises by 0.1, at most to 1, whenever an evaluation's loss is not below the one before."""
+
+    def __init__(self, start: float):
+        self.value = start
+        self.last_loss: float | None = None
+
+    def evaluated(self, loss: float) -> None:
+        """Take in the loss of one evaluation; the first is only remembered."""
+        if self.last_loss is not None and not loss < self.last_loss:
+            self.value = min(1.0, self.value + 0.1)
+        self.last_loss = loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "last_loss": self.last_loss}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.value, self.last_loss = state["value"], state["last_loss"]
+
+
+def sampled_rows(batches: Sequence[Batch]) -> list[Row]:
+    """The (prompt, completion) rows of batches whose completions were sampled."""
+    rows: list[Row] = []
+    for batch in batches:
+        prompts, answers = batch["prompt_mask"].sum(dim=1).tolist(), batch["attention_mask"].sum(dim=1).tolist()
+        for ids, prompt, answer in zip(batch["input_ids"].tolist(), prompts, answers, strict=True):
+            rows.append((ids[:prompt], ids[prompt:answer]))
+    return rows
+
+
+def with_rows(
+    batches: Sequence[Batch], rows: Sequence[Row], pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> list[Batch]:
+    """The batches with other prompts and completions in place of their own, in order."""
+    replaced, start = [], 0
+    for batch in batches:
+        prompts, completions = zip(*rows[start : start + len(batch["prompt_ids"])], strict=True)
+        start += len(prompts)
+        width, device = max(map(len, prompts)), batch["prompt_ids"].device
+        ids = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        new = {"prompt_ids": torch.tensor(ids, device=device), "prompt_mask": torch.tensor(mask, device=device)}
+        filled = replace_completions({**batch, **new}, completions, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+        replaced.append(filled)
+    return replaced

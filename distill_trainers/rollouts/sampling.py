@@ -1,0 +1,164 @@
+"""How completions are sampled: the settings, the distribution of one next token, and where a completion ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..exceptions import ConfigurationError
+
+Stops = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are sampled.
+
+    Args:
+        max_new_tokens: longest completion.
+        temperature: of the sampling distribution; 0 takes the most likely token.
+        top_p, top_k, min_p: nucleus, top-k and min-p filters; 1.0, 0 and 0.0 are off, as an unbiased on-policy
+            expectation needs.
+        eos_token_ids: a completion ends after the first of them.
+        pad_token_id: fills finished rows.
+        suppress_from: ids from here on are padding of the vocabulary and never sampled.
+        repetition_penalty: divides positive and multiplies negative logits of all tokens that the prompt or the
+            completion already holds (CTRL, arXiv 1909.05858); 1.0 is off.
+        stop_strings: a completion also ends with the token that completes one of them; the token is kept.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    eos_token_ids: list[int] = field(default_factory=list)
+    pad_token_id: int = 0
+    suppress_from: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_strings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def generation_config(self, vocab_rows: int):
+        """The equivalent `GenerationConfig`, but for stop strings (see `stop_function`)."""
+        from transformers import GenerationConfig
+
+        settings: dict[str, Any] = {}
+        if self.suppress_from is not None and self.suppress_from < vocab_rows:
+            settings["suppress_tokens"] = list(range(self.suppress_from, vocab_rows))
+        if self.temperature > 0:
+            settings |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            if self.min_p:
+                settings["min_p"] = self.min_p
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0,
+            use_cache=True,
+            eos_token_id=self.eos_token_ids or None,
+            pad_token_id=self.pad_token_id,
+            repetition_penalty=float(self.repetition_penalty),
+            **settings,
+        )
+
+
+def logits_processors(sampling: SamplingSettings):
+    """The processors, in transformers' own order, that turn the model's logits into those that are sampled from.
+
+    Returns:
+        a `LogitsProcessorList`, called with the ids so far `[n, T]` and logits `[n, V]`. Padding of the vocabulary
+        is to be cut off before.
+    """
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    found = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.temperature == 0:
+        return found
+    if sampling.temperature != 1:
+        found.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        found.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        found.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        found.append(MinPLogitsWarper(sampling.min_p))
+    return found
+
+
+def draw_tokens(scores: Tensor, uniforms: Tensor | None) -> Tensor:
+    """One token for each row: the first at which the cumulative distribution exceeds the row's uniform number.
+
+    A row's token depends on its own scores and number alone, whatever else is in the batch. Probabilities are summed
+    as integers, in units of 2⁻⁵⁰: exact in whatever order a device adds, so repeatable, and without the rare tokens
+    that float32 would round away beside a sum near 1.
+
+    Args:
+        scores: processed logits `[n, V]`; −inf is never drawn.
+        uniforms: `[n]` in [0, 1); None takes the most likely token.
+
+    Returns:
+        ids `[n]`.
+    """
+    if uniforms is None:
+        return scores.argmax(dim=-1)
+    cumulative = (scores.softmax(dim=-1) * 2.0**50).long().cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    thresholds = (uniforms.unsqueeze(1) * total).long().minimum(total - 1)
+    drawn = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1)
+    return drawn.clamp_(max=scores.shape[-1] - 1)  # of NaN scores, so that the loss gets to tell
+
+
+def stop_function(sampling: SamplingSettings, tokenizer: Any) -> Stops | None:
+    """Tells which of `[n, t]` new tokens just completed a stop string; None without stop strings.
+
+    Prompts are not looked at, so one that happens to end in half a stop string changes nothing.
+
+    Raises:
+        ConfigurationError: there are stop strings but no tokenizer.
+    """
+    if not sampling.stop_strings:
+        return None
+    if tokenizer is None:
+        raise ConfigurationError(
+            f"Got stop_strings {sampling.stop_strings} without a tokenizer; expected one to match them with. "
+            "Give the engine `tokenizer=…`."
+        )
+    from transformers import StopStringCriteria
+
+    try:
+        criteria = StopStringCriteria(tokenizer, list(sampling.stop_strings))
+    except ValueError as error:  # it spells some letters with the tokenizer, and looks for them
+        raise ConfigurationError(
+            f"transformers cannot match stop_strings with the vocabulary of {type(tokenizer).__name__} ({error}). "
+            "End completions by an EOS token instead."
+        ) from error
+    return lambda new_ids: criteria(new_ids, None)
+
+
+def trim_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop columns of `[B, P]` in which every row is padding."""
+    used = mask.any(dim=0).nonzero()
+    first = int(used[0]) if len(used) else 0
+    return ids[:, first:], mask[:, first:]
+
+
+def up_to_eos(ids: list[int], eos_token_ids: list[int]) -> list[int]:
+    """`ids` up to and including the first EOS."""
+    for position, token in enumerate(ids):
+        if token in eos_token_ids:
+            return ids[: position + 1]
+    return ids

@@ -1,0 +1,237 @@
+"""What a run does beside training: uploads, full disks, the terminal, students made of layers, plans."""
+
+import errno
+import fnmatch
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers.trainer
+import yaml
+from transformers import AutoConfig, PreTrainedModel
+
+from distill_trainers.cli import main
+from distill_trainers.cli.checks import check_recipe
+from distill_trainers.cli.plan import make_plan
+from distill_trainers.cli.recipe import parse_recipe
+from distill_trainers.cli.train import build_trainer, run
+from distill_trainers.exceptions import CheckpointError, TrainingDivergedError
+from distill_trainers.rollouts import CompletionStore
+from distill_trainers.trainers import GKDTrainer
+from distill_trainers.trainers.callbacks import InterruptCallback
+
+ROOT = Path(__file__).parents[2]
+from_teacher = {"model_name_or_path": None, "student_init": {"from_teacher": True, "keep_layers": 1}}
+
+
+# ---- The Hub --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that keeps the names of the files of every upload."""
+    uploads = []
+
+    class Api:
+        def create_repo(self, name, **kwargs):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, *, folder_path, ignore_patterns=(), **kwargs):
+            folder = Path(folder_path)
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            uploads.append({n for n in names if not any(fnmatch.fnmatch(n, pattern) for pattern in ignore_patterns)})
+            return SimpleNamespace(done=lambda: True, is_done=lambda: True)
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", Api)
+    return uploads
+
+
+def push_settings(tmp_path, **changes):
+    private = {"seq_kd": True, "lmbda": 0.0, "teacher_cache": str(tmp_path / "out" / "cache")}
+    return {"push_to_hub": True, "hub_model_id": "student", **from_teacher, **private, **changes}
+
+
+def test_a_whole_run_is_uploaded_once_without_what_is_private(recipe, tmp_path, hub):
+    assert main(["train", "--config", recipe(**push_settings(tmp_path))]) == 0
+    (uploaded,) = hub
+    assert {"model.safetensors", "README.md", "metrics.json", "tokenizer.json"} <= uploaded
+    for private in ("completions", "student_init", "cache"):
+        assert any((tmp_path / "out" / private).iterdir())
+        assert not [name for name in uploaded if name.startswith(f"{private}/")]
+
+
+def test_uploads_with_checkpoints_leave_the_same_out(recipe, tmp_path, hub):
+    changes = {"save_strategy": "steps", "save_steps": 2, "completions_dir": str(tmp_path / "out" / "answers")}
+    assert main(["train", "--config", recipe(**push_settings(tmp_path, **changes))]) == 0
+    assert len(hub) >= 2
+    names = set().union(*hub)
+    assert not [name for name in names if name.split("/")[0] in ("answers", "student_init", "cache")]
+
+
+def test_an_interrupted_run_is_not_uploaded_at_its_end(recipe, tmp_path, hub, monkeypatch, capsys):
+    monkeypatch.setattr(InterruptCallback, "on_step_begin", lambda self, *a, **k: setattr(self, "asked", True))
+    assert main(["train", "--config", recipe(**push_settings(tmp_path, hub_strategy="end"))]) == 0
+    assert "Stopped at step 1" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not hub
+
+
+def test_the_card_tells_no_path(recipe, tmp_path, saved):
+    assert main(["train", "--config", recipe()]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+    assert str(saved.root) not in card and "`teacher`" in card and "`student`" in card
+
+
+def test_the_card_names_a_student_of_the_hub(make_trainer):
+    from distill_trainers.reporting.model_card import model_card
+
+    trainer = make_trainer()
+    trainer.model.config._name_or_path = "org/small"
+    assert yaml.safe_load(model_card(trainer).split("---")[1])["base_model"] == "org/small"
+
+
+# ---- Full disks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Models written into a folder of this name come to a full disk halfway."""
+
+    def fill(name):
+        write = PreTrainedModel.save_pretrained
+
+        def save_pretrained(self, folder, **kwargs):
+            if Path(folder).name != name:
+                return write(self, folder, **kwargs)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+
+    return fill
+
+
+def test_the_last_save_on_a_full_disk_is_explained(recipe, tmp_path, full_disk, capsys):
+    full_disk("out")
+    assert main(["train", "--config", recipe(save_strategy="steps", save_steps=2)]) == 1
+    message = capsys.readouterr().err
+    assert re.search(r"error: Could not write the student to .*No space left.* MiB are free.*--resume_from", message)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_a_student_made_on_a_full_disk_is_explained(recipe, tmp_path, full_disk, capsys):
+    full_disk("student_init")
+    assert main(["train", "--config", recipe(**from_teacher)]) == 1
+    assert "error: Could not write the student" in capsys.readouterr().err
+    assert not list((tmp_path / "out" / "student_init").glob("*"))
+
+
+def test_completions_on_a_full_disk_are_explained_and_none_is_lost(tmp_path):
+    store = CompletionStore(tmp_path, {"teacher": "t"})
+    store.append([("a", [1, 2])])
+    kept = store._own.read_text()
+    store._own.rename(store.folder / "part-00001.jsonl")
+    store._own.symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match="completions .*No space left.* free some space"):
+        store.append([("b", [3])])
+    assert (store.folder / "part-00001.jsonl").read_text() == kept and store._own.is_symlink()
+
+
+# ---- The terminal ---------------------------------------------------------------------------------------------------
+
+
+def test_an_error_gives_the_cursor_back(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+    def fail(self, *args, **kwargs):
+        raise TrainingDivergedError("the loss is NaN")
+
+    monkeypatch.setattr(GKDTrainer, "training_step", fail)
+    assert main(["train", "--config", recipe()]) == 1
+    printed = capsys.readouterr().err
+    assert printed.rindex("\x1b[?25h") > printed.rindex("\x1b[?25l")
+    assert printed.endswith("error: the loss is NaN\n")
+
+
+# ---- Students made of layers ----------------------------------------------------------------------------------------
+
+
+def test_importance_needs_no_room_for_samples_that_nobody_takes(recipe, tmp_path):
+    init = {"from_teacher": True, "keep_layers": 1, "strategy": "importance", "importance_batches": 1}
+    changes = {"model_name_or_path": None, "student_init": init, "lmbda": 0.0, "max_new_tokens": 128}
+    assert main(["train", "--config", recipe(**changes)]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_importance_measures_on_a_stream(recipe):
+    init = {"from_teacher": True, "keep_layers": 1, "strategy": "importance", "importance_batches": 1}
+    assert main(["train", "--config", recipe(model_name_or_path=None, student_init=init, streaming=True)]) == 0
+
+
+# ---- Plans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4), (None, 2)])
+def test_memory_of_the_teacher_follows_its_checkpoint(recipe, saved, make_teacher, tokenizer, tmp_path, dtype, width):
+    folder = tmp_path / "teacher16"
+    make_teacher().to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    kwargs = {"teacher_model_init_kwargs": {"dtype": dtype}} if dtype else {}
+    plan = make_plan(parse_recipe(["--config", recipe(teacher_model_name_or_path=str(folder), **kwargs)]))
+    assert plan.memory_mib["teacher weights"] == plan.teacher_parameters * width / 2**20
+    assert plan.memory_mib["student weights"] == plan.student_parameters * 4 / 2**20
+
+
+def test_plan_and_run_agree_on_the_student(recipe, tmp_path):
+    parsed = parse_recipe(["--config", recipe(**from_teacher)])
+    plan, student = make_plan(parsed), build_trainer(parsed).model
+    assert plan.student_parameters == sum(p.numel() for p in student.parameters())
+
+
+def test_a_run_and_a_dry_run_go_through_the_same_checks(recipe, monkeypatch):
+    seen = []
+
+    def check(parsed):
+        seen.append(parsed)
+        return check_recipe(parsed)
+
+    monkeypatch.setattr("distill_trainers.cli.train.check_recipe", check)
+    monkeypatch.setattr("distill_trainers.cli.plan.check_recipe", check)
+    path = recipe()
+    assert main(["train", "--config", path, "--dry_run", "true"]) == 0 and len(seen) == 1
+    assert main(["train", "--config", path, "--max_steps", "1"]) == 0 and len(seen) == 2
+
+
+# ---- Recipes that are shipped ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_every_recipe_trains_tiny_models_and_goes_on(path, tmp_path, tokenizer, make_teacher, monkeypatch):
+    """Names, data and the device are the test's; every other setting is the recipe's."""
+    monkeypatch.chdir(ROOT)
+    settings = yaml.safe_load(path.read_text())
+    make_teacher(num_hidden_layers=24).save_pretrained(tmp_path / "large")
+    tokenizer.save_pretrained(tmp_path / "large")
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    names = {"teacher_model_name_or_path": "large", "dataset": "rows.jsonl", "eval_dataset": "rows.jsonl"}
+    names |= {"output_dir": "out"} | ({"model_name_or_path": "large"} if "model_name_or_path" in settings else {})
+    options = [part for name, value in names.items() for part in (f"--{name}", str(tmp_path / value))]
+    options += ["--config", str(path), "--use_cpu", "true", "--max_new_tokens", "4"]
+
+    trainer = run(parse_recipe([*options, "--max_steps", "1"]))
+    assert trainer.state.global_step == 1 and trainer.last_eval_metrics["eval_kl"] >= 0
+    assert trainer.args.divergence == settings["divergence"] and trainer.args.lmbda == settings["lmbda"]
+    assert AutoConfig.from_pretrained(tmp_path / "out").vocab_size == len(tokenizer)
+    again = run(parse_recipe([*options, "--max_steps", "2", "--resume_from_checkpoint", "true"]))
+    assert again.state.global_step == 2 and again.run_checkpoints[0].endswith("checkpoint-1")
