@@ -8,6 +8,7 @@ TRL changes, that test fails and the claim made in docs/log.md has to be looked 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 import subprocess
@@ -339,9 +340,9 @@ def test_rollouts_use_the_kv_cache_under_checkpointing(both):
         trainer.train()
         hook.remove()
     prompt = widths[theirs][0]
-    theirs_new, ours_new = (list(w[1:12]) for w in widths.values())
-    assert theirs_new == [prompt + 1 + i for i in range(11)]
-    assert ours_new == [1] * 11
+    assert widths[theirs][1:12] == [prompt + 1 + i for i in range(11)]
+    ours_new = list(itertools.takewhile(lambda width: width == 1, widths[ours][1:]))  # until every row has ended
+    assert 5 <= len(ours_new) <= 11
 
 
 class LargestTensor(TorchDispatchMode):
