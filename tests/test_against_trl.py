@@ -11,11 +11,8 @@ import copy
 import itertools
 import math
 import random
-import subprocess
-import sys
 import warnings
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -481,15 +478,3 @@ def test_trl_is_right_about_accumulation_eos_and_the_teacher(both, tokenizer):
     same.pad_token = same.eos_token
     batch = type(theirs.data_collator)(tokenizer=same, max_length=48)([messages_dataset(2)[i] for i in range(2)])
     assert (batch["labels"][:, -1] == same.eos_token_id).all()
-
-
-@pytest.mark.slow
-def test_benchmark_runs_and_both_are_given_the_same_batches():
-    script = Path(__file__).parents[1] / "benchmarks" / "compare_trl.py"
-    done = subprocess.run([sys.executable, str(script), "--quick"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "Trainer |" in line
-    ]
-    assert len(rows) == 2 + 3 + 3 and all(len(row) == 8 and float(row[3]) > 0 for row in rows)
-    assert float(rows[0][-1]) == pytest.approx(float(rows[1][-1]), rel=1e-4)  # off-policy, the same loss

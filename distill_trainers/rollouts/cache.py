@@ -70,6 +70,32 @@ def droppable_cache(config: Any) -> DynamicCache | None:
     return cache
 
 
+def can_join(cache: DynamicCache) -> bool:
+    """Whether `join` works: every layer keeps all its past, none a window of it."""
+    return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+
+
+def join(caches: list[DynamicCache]) -> DynamicCache:
+    """One cache with the rows of all, in order; shorter ones are padded on the left, to be masked there."""
+    whole = caches[0]
+    for index in range(len(whole.layers)):
+        layers: list[Any] = [cache.layers[index] for cache in caches]  # all `GrowingLayer`
+        keys, values = _stack([each.keys for each in layers]), _stack([each.values for each in layers])
+        layers[0].keys, layers[0]._key_room = keys
+        layers[0].values, layers[0]._value_room = values
+    return whole
+
+
+def _stack(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`[B_i, H, T_i, d]` states as one tensor, aligned on the right, and the buffer that it is a view of."""
+    rows, width = sum(map(len, parts)), max(part.shape[-2] for part in parts)
+    _, heads, _, size = parts[0].shape
+    room = parts[0].new_zeros((rows, heads, width + _ROOM, size))
+    for view, part in zip(room[..., :width, :].split([len(part) for part in parts]), parts, strict=True):
+        view[..., width - part.shape[-2] :, :] = part
+    return room[..., :width, :], room
+
+
 def keep_rows(cache: DynamicCache, rows: list[int]) -> None:
     """Drop all other rows of the batch."""
     cache.batch_select_indices(torch.tensor(rows))  # on the host: layers may be on several devices

@@ -1,13 +1,15 @@
 """A decode loop that stops working for rows which have ended.
 
 `generate` runs every row of a batch until the longest one ends. Here finished rows leave the batch and the KV cache,
-the cache grows in place, and padding of the vocabulary is cut off before it is processed. The law of what is sampled
+the cache grows in place, prompts of different lengths are read apart, so that little padding is, and padding of the
+vocabulary is cut off before it is processed. The law of what is sampled
 is that of `generate`; the random numbers are drawn per prompt, so a completion does not depend on its batch mates.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +17,15 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from .. import models
-from .cache import droppable_cache, keep_rows
+from .cache import can_join, droppable_cache, join, keep_rows
 from .sampling import SamplingSettings, Stops, draw_tokens, logits_processors, stop_function, trim_left
+
+Run = Callable[[Tensor, Tensor | None, Tensor, Any], Tensor]
 
 # Rows are dropped once this share of the batch has ended: doing so copies the cache of the others.
 _WORTH_DROPPING = 1 / 8
+# Prompts are read together down to this share of the longest one's length.
+_ALIKE = 3 / 4
 
 
 def why_not_decodable(model: Any) -> str | None:
@@ -67,7 +73,7 @@ def decode_completions(
         uniforms = torch.rand(shape, dtype=precise, device=prompt_ids.device)
     stops = stop_function(sampling, tokenizer)
     completions: list[list[int]] = [[] for _ in range(len(prompt_ids))]
-    order = prompt_mask.sum(dim=1).argsort(descending=True, stable=True)
+    order = prompt_mask.sum(dim=1).argsort(descending=True, stable=True)  # the longest first, as `_Rows` expects
     for places in order.split(batch_size or len(order)) if len(order) else ():
         ids, mask = trim_left(prompt_ids[places], prompt_mask[places])
         rows = _Rows(ids, mask.long(), None if uniforms is None else uniforms[places])
@@ -77,7 +83,12 @@ def decode_completions(
 
 
 class _Rows:
-    """The rows still being written, and all that belongs to them. n rows, P prompt positions, T positions so far."""
+    """The rows still being written, and all that belongs to them. n rows, P prompt positions, T positions so far.
+
+    Args:
+        ids, mask: `[n, P]`, padded on the left, the longest first.
+        uniforms: `[n, max_new_tokens]`, or None to take the most likely tokens.
+    """
 
     def __init__(self, ids: Tensor, mask: Tensor, uniforms: Tensor | None):
         self.prompt_width = ids.shape[1]
@@ -90,6 +101,18 @@ class _Rows:
         self.uniforms = uniforms
         self.ends = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)  # 0: not yet
         self._forget_full_mask()
+
+    def alike(self) -> list[tuple[slice, slice]]:
+        """Rows and positions of prompts that are of similar length."""
+        if self.mask is None:
+            return [(slice(None), slice(None))]
+        lengths = self.mask.sum(dim=1).tolist()
+        starts = [0]
+        for row, length in enumerate(lengths):
+            if length < _ALIKE * lengths[starts[-1]]:
+                starts.append(row)
+        ends = [*starts[1:], len(lengths)]
+        return [(slice(s, e), slice(self.prompt_width - lengths[s], None)) for s, e in zip(starts, ends, strict=True)]
 
     @property
     def new_ids(self) -> Tensor:
@@ -131,16 +154,16 @@ class _Rows:
 
 def _decode(model: Any, rows: _Rows, sampling: SamplingSettings, stops: Stops | None) -> list[list[int]]:
     """One completion for each of `rows`."""
-    causal_lm = models.causal_lm_of(model)
-    cache = droppable_cache(causal_lm.config.get_text_config(decoder=True))
-    assert cache is not None
-    accepted, processors = _parameters(causal_lm), logits_processors(sampling)
+    processors, run = logits_processors(sampling), _runner(model)
     eos = torch.tensor(sampling.eos_token_ids, dtype=torch.int64, device=rows.ids.device)
     ended: dict[int, list[int]] = {}
+    logits, cache = _read_prompts(model, rows, run)
     for step in range(sampling.max_new_tokens):
-        logits = _next_logits(model, rows, cache, accepted)[:, : sampling.suppress_from]
+        if step:
+            logits = run(rows.inputs, rows.mask, rows.positions, cache)
         uniforms = None if rows.uniforms is None else rows.uniforms[:, step]
-        rows.append(draw_tokens(processors(rows.ids, logits), uniforms), eos, stops)
+        scores = processors(rows.ids, logits[:, : sampling.suppress_from])
+        rows.append(draw_tokens(scores, uniforms), eos, stops)
         running = [row for row, end in enumerate(rows.ends.tolist()) if end == 0]
         if not running:
             break
@@ -152,17 +175,33 @@ def _decode(model: Any, rows: _Rows, sampling: SamplingSettings, stops: Stops | 
     return [ended[place] for place in sorted(ended)]
 
 
-def _next_logits(model: Any, rows: _Rows, cache: Any, accepted: set[str]) -> Tensor:
-    """`[n, V]` in float32, as `generate` samples from."""
-    kwargs: dict[str, Any] = {"position_ids": rows.positions, "logits_to_keep": 1}
-    output = model(
-        input_ids=rows.inputs,
-        attention_mask=rows.mask,
-        past_key_values=cache,
-        use_cache=True,
-        **{name: value for name, value in kwargs.items() if name in accepted},
-    )
-    return output.logits[:, -1].to(device=rows.ids.device, dtype=torch.float32)
+def _read_prompts(model: Any, rows: _Rows, run: Run) -> tuple[Tensor, Any]:
+    """The logits that follow each prompt, `[n, V]`, and the cache of all prompts."""
+
+    def empty() -> Any:
+        return droppable_cache(models.causal_lm_of(model).config.get_text_config(decoder=True))
+
+    parts = rows.alike() if can_join(empty()) else [(slice(None), slice(None))]
+    logits, caches = [], []
+    for some, positions in parts:
+        mask = None if rows.mask is None else rows.mask[some, positions]
+        mask = None if mask is None or bool(mask.all()) else mask
+        caches.append(empty())
+        logits.append(run(rows.inputs[some, positions], mask, rows.positions[some, positions], caches[-1]))
+    return torch.cat(logits), caches[0] if len(caches) == 1 else join(caches)
+
+
+def _runner(model: Any) -> Run:
+    """`run(ids, mask, positions, cache)`: logits `[n, V]` of the last position, in float32 as `generate` takes them."""
+    accepted = _parameters(models.causal_lm_of(model))
+
+    def run(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        some = {"position_ids": positions, "logits_to_keep": 1}
+        some = {name: value for name, value in some.items() if name in accepted}
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **some)
+        return output.logits[:, -1].to(device=ids.device, dtype=torch.float32)
+
+    return run
 
 
 def _parameters(causal_lm: Any) -> set[str]:

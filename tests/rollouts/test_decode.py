@@ -19,7 +19,7 @@ from distill_trainers.rollouts import (
     generate_completions,
     rollout_rng,
 )
-from distill_trainers.rollouts.cache import GrowingLayer, droppable_cache
+from distill_trainers.rollouts.cache import GrowingLayer
 from distill_trainers.rollouts.sampling import draw_tokens, logits_processors
 
 DECODABLE = ["llama", "qwen3", "sliding mistral", "hybrid gemma2", "gpt2"]
@@ -231,30 +231,48 @@ def test_what_is_sampled_does_not_depend_on_the_batch(make_model, pad_left, prom
 # ---- The work that is saved -----------------------------------------------------------------------------------------
 
 
-def test_rows_that_have_ended_leave_batch_and_cache(make_model, pad_left, prompts, monkeypatch):
-    model, caches, sizes = make_model(), [], []
-    monkeypatch.setattr(decode, "droppable_cache", lambda config: caches.append(droppable_cache(config)) or caches[-1])
+def test_rows_that_have_ended_leave_batch_and_cache(make_model, pad_left, prompts):
+    model, sizes = make_model(), []
 
     def spy(module, args, kwargs):
-        sizes.append(len(kwargs["input_ids"]))
-        layers = [layer for layer in kwargs["past_key_values"].layers if layer.get_seq_length()]
-        assert all(len(layer.keys) == len(layer.values) == sizes[-1] for layer in layers)
-        assert kwargs["input_ids"].shape[1] == 1 or len(sizes) == 1
+        layers = kwargs["past_key_values"].layers
+        if layers[0].get_seq_length():
+            sizes.append(len(kwargs["input_ids"]))
+            assert kwargs["input_ids"].shape[1] == 1
+            assert all(len(layer.keys) == len(layer.values) == sizes[-1] for layer in layers)
 
     model.model.register_forward_pre_hook(spy, with_kwargs=True)
     sampling = SamplingSettings(30, temperature=0.0, eos_token_ids=EOS)
     texts = decode_completions(model, *pad_left(prompts), sampling)
-    needed = [sum(len(text) >= step for text in texts) for step in range(1, 31)]
-    assert needed[0] == sizes[0] == 24 and needed[-1] < 12
+    needed = [sum(len(text) >= step for text in texts) for step in range(2, 31)]
+    assert 12 < needed[0] < 24 and needed[-1] < 12
     assert sizes == sorted(sizes, reverse=True)
     assert all(size >= need and (size - need) < max(1, size / 8) for size, need in zip(sizes, needed, strict=True))
+
+
+def test_prompts_are_read_with_little_padding(make_model, pad_left, prompts):
+    """By similar length; layers that keep a window of the past only are read all at once."""
+    for kind, apart in (("llama", True), ("sliding mistral", False)):
+        model, read, seen = make_model(kind), [], []
+
+        def spy(module, args, kwargs, read=read, seen=seen):
+            if not kwargs["past_key_values"].get_seq_length():
+                ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+                read.append(ids.numel())
+                seen.append(ids.numel() if mask is None else int(mask.sum()))
+
+        model.model.register_forward_pre_hook(spy, with_kwargs=True)
+        decode_completions(model, *pad_left(prompts), SamplingSettings(2))
+        assert sum(seen) == sum(map(len, prompts)), "every token once"
+        assert (len(read) > 1) == apart
+        assert sum(read) <= sum(seen) / 0.75 if apart else sum(read) == len(prompts) * max(map(len, prompts))
 
 
 def test_nothing_runs_after_the_last_row_has_ended(make_model, pad_left):
     model, calls = make_model(), []
     model.model.register_forward_pre_hook(lambda *a: calls.append(1))
     everything = SamplingSettings(50, eos_token_ids=list(range(24)))
-    assert all(len(text) == 1 for text in decode_completions(model, *pad_left([[4], [5, 6]]), everything))
+    assert all(len(text) == 1 for text in decode_completions(model, *pad_left([[4, 5], [5, 6]]), everything))
     assert len(calls) == 1
     assert decode_completions(model, torch.zeros(0, 3).long(), torch.zeros(0, 3).long(), everything) == []
 

@@ -106,6 +106,18 @@ def test_changes_to_logits_that_nobody_knows_of_take_the_logits_path(make_traine
     assert loss.item() == pytest.approx(_reference(student, trainer.teacher.model, batch).item(), rel=1e-5)
 
 
+def test_a_backbone_that_the_class_does_not_name_takes_the_logits_path(
+    make_trainer, make_student, make_teacher, batch_of
+):
+    student, teacher = make_student(), make_teacher()
+    student.base_model_prefix = teacher.base_model_prefix = "nowhere"
+    trainer = make_trainer(student, teacher, lmbda=0.0)
+    batch = batch_of(trainer, range(8))
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert trainer._student_is_fused is trainer.teacher._fused is False
+    assert loss.item() == pytest.approx(_reference(student, teacher, batch).item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("mib", [64.0, 1e-4])
 def test_the_chunk_budget_changes_nothing(make_trainer, batch_of, mib):
     trainer = make_trainer(lmbda=0.0, loss_chunk_mib=mib)

@@ -1,0 +1,47 @@
+"""The benchmarks run, at toy size, and every contender computes the same thing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def _run(script: str, *options: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_trainers_beside_trl_are_given_the_same_batches():
+    lines = [line for line in _run("compare_trl.py").splitlines() if "Trainer |" in line]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert len(rows) == 2 + 2 + 3 + 3 and all(len(row) == 8 and float(row[3]) > 0 for row in rows)
+    for ours, theirs in (rows[0:2], rows[2:4]):  # off-policy, from the live teacher and from its cache
+        assert float(ours[-1]) == pytest.approx(float(theirs[-1]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_losses_beside_others_have_the_same_value(tmp_path):
+    _run("loss.py", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    values = {name: runs[0]["loss"] for name, runs in results.items() if name != "bare"}
+    assert {"ours", "trl_gkd", "trl_distillation"} <= values.keys()
+    assert all(value == pytest.approx(values["ours"], rel=1e-4) for value in values.values())
+
+
+@pytest.mark.slow
+def test_rollouts_of_every_engine_are_counted(tmp_path):
+    _run("rollouts.py", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert set(results) == {"hf", "keep", "decode"}
+    assert all(run["tokens"] > 0 and run["tokens_per_second"] > 0 for runs in results.values() for run in runs)
+    # Dropping finished rows does not change what is sampled.
+    assert results["keep"][0]["tokens"] == results["decode"][0]["tokens"]
