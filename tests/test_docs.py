@@ -129,6 +129,10 @@ def test_commands_parse(words, monkeypatch):
     first, *rest = words
     if first == "make":
         return _check_make(rest)
+    if first == "python" and rest[0].endswith(".py"):
+        script = (ROOT / rest[0]).read_text()
+        assert all(f'"{word}"' in script for word in rest[1:] if word.startswith("--"))
+        return None
     if first in ("pip", "python") or first.endswith("/pip"):
         return _check_pip(rest)
     if first == "distill-trainers":
