@@ -1,4 +1,4 @@
-"""Two real processes train the student that one process trains, with every way of sharding it."""
+"""Two real processes train the student that one process trains, with each way of sharding that accelerate has on a CPU."""
 
 import contextlib
 import json
@@ -102,7 +102,7 @@ def test_two_processes_equal_one(tmp_path, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml"])
 @pytest.mark.parametrize("lmbda", [0.5, 1.0])
 def test_two_processes_equal_one_on_policy(tmp_path, config, lmbda):
     one, two = one_and_two(tmp_path, config, lmbda=lmbda)
@@ -124,14 +124,14 @@ def test_processes_whose_completions_end_at_different_steps_wait_for_each_other(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_zero2.yaml", "cpu_fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["cpu_zero2.yaml"])
 def test_two_processes_equal_one_sharded(tmp_path, config):
     one, two = one_and_two(tmp_path, config)
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
 def test_two_processes_equal_one_with_lora(tmp_path, config):
     one, two = one_and_two(tmp_path, config, lora=True)
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two", lora=True)
@@ -153,7 +153,7 @@ def test_zero3_teacher_is_sharded(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
 @pytest.mark.parametrize("kind", ["hidden", "topk"])
 def test_two_processes_fill_and_read_a_teacher_cache(tmp_path, config, kind):
     """Into the second epoch, where each process meets rows that the other has recorded."""
