@@ -1,4 +1,4 @@
-"""Two real processes train the student that one process trains, with each way of sharding that accelerate has on a CPU."""
+"""Two real processes train the student that one process trains, under DDP, ZeRO-2 and ZeRO-3."""
 
 import contextlib
 import json
