@@ -30,6 +30,15 @@ def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     return torch.stack([trained_mask(batch["labels"]).sum() for batch in batches]).sum()
 
 
+def sum_over_trained(batches: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
+    """Sum of the entry `name` `[B, T]` over the trained tokens of `batches`, a float32 scalar; no batches give 0."""
+    if not batches:
+        return torch.zeros(())
+    return torch.stack(
+        [masked_sum(batch[name][:, 1:].float(), trained_mask(batch["labels"])) for batch in batches]
+    ).sum()
+
+
 def sum_per_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """Sums values `[N]` by the row index `[N]` each belongs to: `[num_rows]`, 0 for a row without tokens."""
     return values.new_zeros(num_rows).index_add(0, rows, values)

@@ -5,7 +5,7 @@ One optimiser step:
     collated batches of the whole accumulation window
       -> rollout(batches)   some get new completions
       -> score(batches)     per-token weights, rewards, advantages
-      -> count trained tokens once, over all micro-batches and processes
+      -> count what the terms are divided by, once, over all micro-batches and processes
       -> per micro-batch: teacher signal, student forward through its wrapper, distill_terms
       -> sum / count -> backward
 
@@ -34,7 +34,7 @@ from ..data.tokenization import Needs
 from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics, agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.fused_linear import fused_linear_terms
-from ..losses.reduction import count_trained_tokens, sum_per_row, token_mean, trained_mask
+from ..losses.reduction import count_trained_tokens, sum_over_trained, sum_per_row, token_mean, trained_mask
 from ..reporting.model_card import model_card
 from ..rollouts import build_engine, check_engine, rollout_rng
 from ..signals import TokenLogits
@@ -52,6 +52,7 @@ from .checkpoints import (
 )
 from .completions import fill_with_teacher_completions, sampling_settings
 from .config import DistillConfig, config_from_arguments
+from .metrics import RunningMetrics
 from .order import train_sampler
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ class DistillTrainer(Trainer):
             self.add_callback(caching.CacheKeeper(self.teacher))
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
-        self._sums: dict[str, Tensor] = {}
+        self.metrics = RunningMetrics(args.device)
         self._eval_rows: list[Tensor] | None = None
         self._eval_names: list[str] = []
         self._student_is_fused: bool | None = None
@@ -183,6 +184,16 @@ class DistillTrainer(Trainer):
     def loss_weights(self) -> dict[str, float]:
         """Weight of each term of `distill_terms` in the loss; terms not named here are only logged."""
         raise NotImplementedError(f"{type(self).__name__} must say how its terms are weighted.")
+
+    @property
+    def loss_divisors(self) -> dict[str, str]:
+        """Terms that are not means over all trained tokens: name of the batch entry `token_*` whose sum divides them.
+
+        The sum goes over the trained tokens of the whole optimiser step. So a term over some of the tokens is their
+        mean with an entry that is 1 on them (the term itself must be 0 elsewhere), and a mean over rows with an entry
+        that is 1 once a row.
+        """
+        return {}
 
     def distill_terms(
         self, student: TokenLogits, teacher: TokenLogits | None, tokens: Mapping[str, Tensor]
@@ -242,7 +253,7 @@ class DistillTrainer(Trainer):
     # ---- The training path ------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one optimiser step, after rollouts, and their trained tokens over all processes."""
+        """The batches of one optimiser step, after rollouts, and what their terms are divided by (see `_counts`)."""
         batches: list[Batch] = list(itertools.islice(epoch_iterator, num_batches))
         if len(batches) < num_batches:
             # Only the end of a stream comes unannounced: no optimiser step would follow, and the gradient of these
@@ -250,8 +261,7 @@ class DistillTrainer(Trainer):
             batches = []
         if batches:
             batches = self.score(self.rollout(batches))
-        count = count_trained_tokens(batches).to(device)
-        return batches, self.accelerator.reduce(count, reduction="sum")
+        return batches, self.accelerator.reduce(self._counts(batches).to(device), reduction="sum")
 
     def sample_completions(self, batches: list[Batch]) -> list[Batch]:
         """Student rollouts for all prompts of the window in one call; each batch is trimmed to its own longest row."""
@@ -274,7 +284,8 @@ class DistillTrainer(Trainer):
             if "probability tensor" not in str(error):  # torch.multinomial's words for NaN
                 raise
             raise divergence_error(self, "A probability that rollouts are sampled from") from error
-        self._record({"rollouts": len(completions), "rollout_tokens": sum(map(len, completions))})
+        self.metrics.add_sums(rollouts=len(completions))
+        self.metrics.add_means({"completion_length": sum(map(len, completions))}, len(completions))
         sampled, start = [], 0
         for batch in batches:
             rows = completions[start : start + len(batch["prompt_ids"])]
@@ -290,23 +301,49 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Weighted sum of the method's terms over trained tokens, divided by their number in the whole step.
+        """Weighted sum of the method's terms, each divided by its tokens in the whole step.
 
-        Without `num_items_in_batch` the count is that of this batch alone.
+        Args:
+            num_items_in_batch: what `get_batch_samples` counted; None counts this batch alone.
         """
-        total, terms = self._token_terms(model, inputs, self.distill_terms, self.loss_weights)
-        local_count = count_trained_tokens([inputs])
-        if num_items_in_batch is None:
-            loss = token_mean(total, local_count)
-        else:
-            loss = token_mean(total, num_items_in_batch, self.accelerator.num_processes)
+        counts = self._counts([inputs])
+        step_counts = counts if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        world_size = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        total, terms = self._token_terms(model, inputs, self.distill_terms, self._step_weights(step_counts))
+        loss = token_mean(total, step_counts.flatten()[0], world_size)
         if model.training:
             self.window_loss = self.window_loss + loss.detach()
-            self._record({"trained_tokens": local_count, **{name: value.sum() for name, value in terms.items()}})
+            self.metrics.add_sums(trained_tokens=counts.flatten()[0])
+            for name, values in terms.items():
+                self.metrics.add_means({name: values.sum()}, self._count_of(name, counts))
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
 
+    def _counts(self, batches: list[Batch]) -> Tensor:
+        """Trained tokens; and, if the method has `loss_divisors`, behind them the sums of those entries, by name."""
+        tokens = count_trained_tokens(batches)
+        divisors = sorted(set(self.loss_divisors.values()))
+        if not divisors:
+            return tokens
+        return torch.stack([tokens, *(sum_over_trained(batches, name).to(tokens) for name in divisors)])
+
+    def _count_of(self, term: str, counts: Tensor) -> Tensor:
+        """What of `_counts` divides a term."""
+        divisor = self.loss_divisors.get(term)
+        if divisor is None:
+            return counts.flatten()[0]
+        return counts[1 + sorted(set(self.loss_divisors.values())).index(divisor)]
+
+    def _step_weights(self, counts: Tensor) -> dict[str, Any]:
+        """`loss_weights` for a total that is going to be divided by the trained tokens."""
+        weights: dict[str, Any] = dict(self.loss_weights)
+        for name in weights.keys() & self.loss_divisors.keys():
+            own = self._count_of(name, counts)
+            wide = own.float() if own.device.type == "mps" else own.double()  # MPS has no float64
+            weights[name] = weights[name] * counts[0] / wide.clamp(min=1)
+        return weights
+
     def _token_terms(
-        self, model: nn.Module, inputs: Batch, terms_fn: Any, weights: Mapping[str, float]
+        self, model: nn.Module, inputs: Batch, terms_fn: Any, weights: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run both models on one micro-batch and `terms_fn` on its trained tokens, inside the student's wrapper."""
         labels, predicts = inputs["labels"], trained_mask(inputs["labels"])
@@ -356,15 +393,17 @@ class DistillTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if not self._eval_rows:
             raise DatasetError(f"The {description.lower()} set has no batches; got an empty dataset.")
-        sums = torch.cat(self._eval_rows).double().sum(0)
+        totals = torch.cat(self._eval_rows).double().sum(0).tolist()
         self._eval_rows = None
-        tokens = sums[-1].item()
+        sums = dict(zip(self._eval_names, totals, strict=True))
+        tokens = sums.pop("tokens")
         if tokens == 0:
             raise DatasetError(
                 f"The {description.lower()} set has no tokens to score: no row has a completion that fits into "
                 f"max_length ({self.args.max_length}). Give its rows completions, or raise max_length."
             )
-        means = {name: value / tokens for name, value in zip(self._eval_names, sums.tolist(), strict=False)}
+        divisors = {name: sums.get(f"/{entry}", tokens) for name, entry in self.loss_divisors.items()}
+        means = {name: sums[name] / max(divisors.get(name, tokens), 1) for name in sums if not name.startswith("/")}
         metrics = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
         metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
         metrics |= agreement_metrics(means) | {"tokens": tokens}
@@ -384,6 +423,8 @@ class DistillTrainer(Trainer):
             total, terms = self._token_terms(model, inputs, terms_fn, self.loss_weights)
         predicts = trained_mask(inputs["labels"])
         rows = predicts.nonzero()[:, 0]
+        entries = set(self.loss_divisors.values()) & inputs.keys()
+        terms |= {f"/{entry}": inputs[entry][:, 1:][predicts] for entry in entries}
         terms["tokens"] = torch.ones_like(terms["nll"])
         sums = torch.stack([sum_per_row(values.float(), rows, len(predicts)) for values in terms.values()], dim=1)
         if self._eval_rows is not None:
@@ -393,29 +434,11 @@ class DistillTrainer(Trainer):
 
     # ---- Logging ----------------------------------------------------------------------------------------------------
 
-    def _record(self, sums: Mapping[str, Tensor | float]) -> None:
-        for name, value in sums.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.args.device)
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the terms' token means, and what rollouts there were, since the last training log."""
-        if "loss" in logs and self._sums:
-            names = ["trained_tokens", "rollouts", "rollout_tokens"]
-            names += sorted(self._sums.keys() - set(names))
-            zero = torch.zeros((), device=self.args.device)
-            sums = torch.stack([self._sums.pop(name, zero) for name in names])
-            totals = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
-            tokens, rollouts, sampled = (totals.pop(name) for name in names[:3])
-            logs = {
-                **logs,
-                **{name: value / max(tokens, 1) for name, value in totals.items()},
-                "trained_tokens": tokens,
-            }
-            if self.samples_completions:
-                logs["rollouts"] = rollouts
-                if rollouts:
-                    logs["completion_length"] = sampled / rollouts
+        """Add the terms' means, and what rollouts there were, since the last training log."""
+        if "loss" in logs and self.metrics:
+            rollouts = {"rollouts": 0.0} if self.samples_completions else {}
+            logs = {**logs, **rollouts, **self.metrics.read(self.accelerator)}
         super().log(logs, start_time)
 
     # ---- Data -------------------------------------------------------------------------------------------------------

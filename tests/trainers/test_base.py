@@ -17,6 +17,7 @@ from distill_trainers.data.addition import addition_dataset, addition_rows, char
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.models import recomputes_activations
 from distill_trainers.teachers import LocalTeacher
+from distill_trainers.trainers import METHODS
 
 # ---- Counting and accumulation --------------------------------------------------------------------------------------
 
@@ -380,3 +381,37 @@ def test_a_missing_model_is_refused_by_role(saved, tmp_path, monkeypatch):
 def test_evaluation_without_a_set_is_refused(make_trainer):
     with pytest.raises(DatasetError, match="eval_dataset"):
         make_trainer(eval_strategy="steps", eval_steps=1)
+
+
+class TwoTasks(GKDTrainer):
+    """Two terms over two kinds of tokens, one of which is a mean over rows."""
+
+    loss_weights = {"odd": 1.0, "rows": 0.5}
+    loss_divisors = {"odd": "token_odd", "rows": "token_first"}
+
+    def score(self, batches):
+        for batch in batches:
+            trained = batch["labels"] != -100
+            batch["token_odd"] = (batch["labels"] % 2 == 1) & trained
+            batch["token_first"] = trained & (trained.cumsum(1) == 1)
+        return batches
+
+    def distill_terms(self, student, teacher, tokens):
+        nll = -student.logps(1.0).gather(-1, tokens["labels"].unsqueeze(-1)).squeeze(-1)
+        return {"odd": nll * tokens["token_odd"], "rows": nll, "plain": nll}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_terms_may_have_divisors_of_their_own(make_trainer, dense, by_step, monkeypatch, accumulation):
+    monkeypatch.setitem(METHODS, "gkd", (METHODS["gkd"][0], TwoTasks))
+    sizes = {"per_device_train_batch_size": 6 // accumulation, "gradient_accumulation_steps": accumulation}
+    rows = addition_dataset(6)
+    trainer = make_trainer(lmbda=0.0, max_steps=1, train=rows, eval_dataset=rows, **sizes)
+    found = dense(trainer.model, trainer.teacher.model, [trainer.train_dataset[i] for i in range(6)])
+    nll = -found.q.gather(-1, found.labels.unsqueeze(-1)).squeeze(-1)
+    odd = nll[found.labels % 2 == 1].mean().item()
+    trainer.train()
+    assert by_step(trainer, "odd")[1] == pytest.approx(odd, rel=1e-5)
+    assert by_step(trainer, "rows")[1] == pytest.approx(nll.sum().item() / 6, rel=1e-5)
+    assert by_step(trainer, "plain")[1] == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert by_step(trainer)[1] == pytest.approx(odd + 0.5 * nll.sum().item() / 6, rel=1e-5)

@@ -23,8 +23,9 @@ def test_tokens_are_counted_after_rollouts(make_trainer, batch_of):
     batches = [batch_of(trainer, rows) for rows in (range(4), range(4, 8), range(8, 9))]
     before = sum((batch["labels"] != -100).sum() for batch in batches)
     rolled, count = trainer.get_batch_samples(iter(batches), 3, CPU)
-    generated = trainer._sums["rollout_tokens"]
-    assert count == generated == sum((batch["labels"] != -100).sum() for batch in rolled)
+    metrics = trainer.metrics.read(trainer.accelerator)
+    trained = sum((batch["labels"] != -100).sum() for batch in rolled)
+    assert count == trained == metrics["completion_length"] * metrics["rollouts"]
     assert count != before
 
 

@@ -1,0 +1,58 @@
+"""What happened since the last log, over all micro-batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class RunningMetrics:
+    """Sums and means by name; nothing waits for the device, and no process for another, until `read`.
+
+    All processes must add the same names between two reads. A mean is a total over a count, so that rows of any length
+    on any process weigh alike; a mean of nothing is left out.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._totals: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._totals)
+
+    def add_sums(self, **values: Tensor | float) -> None:
+        """Add to quantities whose sum is of interest."""
+        _add(self._totals, values, self.device)
+
+    def add_means(self, totals: Mapping[str, Tensor | float], count: Tensor | float) -> None:
+        """Add totals over the same `count` of things, whose mean is of interest."""
+        _add(self._totals, totals, self.device)
+        _add(self._counts, dict.fromkeys(totals, count), self.device)
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Sums and means over all processes since the last read; everyone must call it."""
+        totals, counts = sorted(self._totals), sorted(self._counts)
+        values = torch.stack([self._totals[name] for name in totals] + [self._counts[name] for name in counts])
+        read = accelerator.reduce(values, reduction="sum").tolist()
+        found = dict(zip(totals, read, strict=False))
+        for name, count in zip(counts, read[len(totals) :], strict=True):
+            if count:
+                found[name] /= count
+            else:
+                del found[name]
+        self._totals.clear()
+        self._counts.clear()
+        return found
+
+
+def _add(kept: dict[str, Tensor], values: Mapping[str, Tensor | float], device: torch.device) -> None:
+    for name, value in values.items():
+        value = torch.as_tensor(value, device=device).to(torch.float32)
+        kept[name] = kept[name] + value if name in kept else value
