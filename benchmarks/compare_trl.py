@@ -1,7 +1,8 @@
 """Step time and peak memory of our GKDTrainer beside TRL's GKDTrainer and DistillationTrainer, in one run.
 
-    python benchmarks/compare_trl.py            # a Llama of 256 x 4 with 49152 tokens, batch 4 x 128, float32
-    python benchmarks/compare_trl.py --quick    # the same code on a toy, for the tests
+    python benchmarks/compare_trl.py                       # every mode, 49152 tokens, float32
+    python benchmarks/compare_trl.py --quick               # the same code on a toy, for the tests
+    python benchmarks/compare_trl.py --modes on-policy --rounds 1 --json results.json
 
 Every measurement is a process of its own, so that peak memory (`ru_maxrss`) is that of one trainer, and the trainers
 take turns, so that whatever else runs on the machine meets them alike. Models, data, seed, loss (JSD, beta 0.5),
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -25,39 +27,74 @@ import time
 from pathlib import Path
 from typing import Any
 
-TRAINERS = {"ours": "ours: GKDTrainer", "trl": "TRL: GKDTrainer", "trl_distillation": "TRL: DistillationTrainer"}
-MODES = {
-    "off-policy": {"lmbda": 0.0},
-    "off-policy, ours with the teacher's answers from a cache": {"lmbda": 0.0, "cached": True},
-    "on-policy": {"lmbda": 1.0},
-    "on-policy, activation checkpointing": {"lmbda": 1.0, "activation_checkpointing": True},
+TRAINERS = {
+    "ours": "ours: GKDTrainer",
+    "ours_cached": "ours: GKDTrainer, teacher's answers from a cache",
+    "ours_checkpointing": "ours: GKDTrainer, activation checkpointing",
+    "trl": "TRL: GKDTrainer",
+    "trl_distillation": "TRL: DistillationTrainer",
 }
-FULL = {"vocab": 49152, "hidden": 256, "layers": 4, "length": 128, "new_tokens": 32, "steps": 5, "warmup": 2}
-QUICK = {"vocab": 2048, "hidden": 32, "layers": 1, "length": 32, "new_tokens": 4, "steps": 5, "warmup": 1}
-BATCH = 4
+BOTH, ALL = ["ours", "trl"], ["ours", "trl", "trl_distillation"]
+# What differs from SIZE, who takes part, and whether TRL recomputes activations, as it does by default.
+SIZE = {"vocab": 49152, "hidden": 256, "layers": 4, "teacher_layers": 4, "batch": 4, "length": 128, "new_tokens": 32}
+SIZE |= {"steps": 5, "warmup": 2}
+DEEP = {"hidden": 576, "layers": 6, "teacher_layers": 18, "steps": 4, "warmup": 1}
+LONG = {"batch": 8, "new_tokens": 128, "skewed": 1, "steps": 3, "warmup": 1}
+MODES: dict[str, dict[str, Any]] = {
+    "off-policy": {"trainers": BOTH},
+    "off-policy, teacher three times as deep": {"size": DEEP, "trainers": ["ours", "ours_cached", "trl"]},
+    "off-policy, teacher three times as deep, LoRA student": {
+        "size": DEEP,
+        "trainers": ["ours", "ours_cached", "trl"],
+        "lora": True,
+    },
+    "on-policy": {"trainers": ALL, "lmbda": 1.0},
+    "on-policy, skewed lengths": {"size": LONG, "trainers": ALL, "lmbda": 1.0},
+    "on-policy, skewed lengths, TRL's default settings": {
+        "size": LONG,
+        "trainers": ["ours", "ours_checkpointing", "trl", "trl_distillation"],
+        "lmbda": 1.0,
+        "trl_checkpointing": True,
+    },
+}
+QUICK = {"vocab": 2048, "hidden": 32, "layers": 1, "teacher_layers": 3, "length": 32, "new_tokens": 4, "steps": 5}
+QUICK |= {"warmup": 1}
+# In the short run each shows one thing: the loss, the cache, and rollouts.
+SHORT = ["off-policy", "off-policy, teacher three times as deep", "on-policy, skewed lengths"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a toy model and one round")
-    parser.add_argument("--rounds", type=int, default=None, help="processes per trainer and mode (3; quick: 1)")
+    parser.add_argument("--short", action="store_true", help="three of the modes, one round")
+    parser.add_argument("--rounds", type=int, default=None, help="processes per trainer and mode (3; quick, short: 1)")
     parser.add_argument("--threads", type=int, default=1, help="of torch; 1 is the steadiest on a shared machine")
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), help="by default all")
+    parser.add_argument("--json", type=Path, help="write all measurements here")
     parser.add_argument("--only", nargs=2, metavar=("TRAINER", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    size = QUICK if options.quick else FULL
     if options.only:
-        print(json.dumps(measure(*options.only, size, options.threads)))
+        print(json.dumps(measure(*options.only, size_of(options.only[1], options.quick), options.threads)))
         return
-    rounds = options.rounds or (1 if options.quick else 3)
-    print(f"{machine(options.threads)}\n\n{settings_line(size, rounds)}\n")
-    for mode in options.modes:
-        print(table(mode, compare(mode, rounds, options.threads, options.quick)), flush=True)
+    rounds = options.rounds or (1 if options.quick or options.short else 3)
+    described = f"{machine(options.threads)}\n\n{settings_line(rounds)}"
+    print(f"{described}\n")
+    results = {}
+    for mode in options.modes or (SHORT if options.short else MODES):
+        results[mode] = compare(mode, rounds, options.threads, options.quick)
+        print(table(mode, size_of(mode, options.quick), results[mode]), flush=True)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps({"machine": described, "results": results}, indent=2) + "\n")
+
+
+def size_of(mode: str, quick: bool) -> dict[str, int]:
+    return SIZE | MODES[mode].get("size", {}) | (QUICK if quick else {})
 
 
 def compare(mode: str, rounds: int, threads: int, quick: bool) -> dict[str, list[dict[str, float]]]:
     """Results of every process, by trainer; the trainers take turns and each round starts with another one."""
-    names = [name for name in TRAINERS if name != "trl_distillation" or MODES[mode]["lmbda"]]
+    names = MODES[mode]["trainers"]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
@@ -101,9 +138,19 @@ def measure(name: str, mode: str, size: dict[str, int], threads: int) -> dict[st
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_mib": peak - held, "loss": loss, "steps": len(pairs)}
 
 
-def build(name: str, mode: dict[str, Any], size: dict[str, int], folder: str) -> Any:
+def build(name: str, mode: dict[str, Any], size: dict[str, int], folder: str, filling: bool = False) -> Any:
+    from datasets import Dataset
+
     tokenizer, rows = word_tokenizer(size["vocab"]), conversations(size)
-    student, teacher = llama(tokenizer, size, seed=1), llama(tokenizer, size, seed=2)
+    teacher = llama(tokenizer, size, size["teacher_layers"], seed=2)
+    models: dict[str, Any] = {"model": llama(tokenizer, size, size["layers"], seed=1), "teacher_model": teacher}
+    models["processing_class"] = tokenizer
+    if mode.get("lora"):
+        from peft import LoraConfig
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        models["peft_config"] = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+    checkpointing = mode.get("trl_checkpointing", False) if name.startswith("trl") else name == "ours_checkpointing"
     settings: dict[str, Any] = {
         "output_dir": folder,
         "use_cpu": True,
@@ -112,24 +159,21 @@ def build(name: str, mode: dict[str, Any], size: dict[str, int], folder: str) ->
         "disable_tqdm": True,
         "logging_steps": 1,
         "max_steps": size["warmup"] + size["steps"],
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": size["batch"],
         "learning_rate": 1e-4,
         "weight_decay": 0.0,
         "lr_scheduler_type": "constant",
-        "activation_checkpointing": mode.get("activation_checkpointing", False),
+        "activation_checkpointing": checkpointing,
         "temperature": 1.0,
         "beta": 0.5,
     }
-    from datasets import Dataset
-
-    models = {"model": student, "teacher_model": teacher, "processing_class": tokenizer}
     if name == "trl_distillation":
         from trl import DistillationConfig, DistillationTrainer
 
         prompts = Dataset.from_list([{"prompt": row["messages"][:1]} for row in rows])
         args = DistillationConfig(**settings, bf16=False, max_completion_length=size["new_tokens"])
         return DistillationTrainer(**models, args=args, train_dataset=prompts)
-    settings |= {"lmbda": mode["lmbda"], "max_new_tokens": size["new_tokens"], "max_length": 2 * size["length"]}
+    settings |= {"lmbda": mode.get("lmbda", 0.0), "max_new_tokens": size["new_tokens"], "max_length": context(size)}
     if name == "trl":
         from trl.experimental.gkd import GKDConfig as TrlConfig
         from trl.experimental.gkd import GKDTrainer as TrlTrainer
@@ -140,18 +184,17 @@ def build(name: str, mode: dict[str, Any], size: dict[str, int], folder: str) ->
     from distill_trainers.trainers.caching import fill_cache
 
     cache = os.path.join(folder, "cache")
-    if mode.get("filling"):
+    if filling:
         settings["teacher_cache"] = cache
-    elif mode.get("cached"):
+    elif name == "ours_cached":
         # In a process of its own: the peak of this one shall be that of training from the cache.
-        filler = multiprocessing.get_context("spawn").Process(
-            target=build, args=(name, {**mode, "filling": True}, size, folder)
-        )
+        filler = multiprocessing.get_context("spawn").Process(target=build, args=(name, mode, size, folder, True))
         filler.start()
         filler.join()
         models["teacher_model"] = CachedTeacher(cache)
+        del teacher
     trainer = GKDTrainer(**models, args=GKDConfig(**settings), train_dataset=Dataset.from_list(rows))
-    if mode.get("filling"):
+    if filling:
         fill_cache(trainer)
     return trainer
 
@@ -175,7 +218,7 @@ def conversations(size: dict[str, int]) -> list[dict[str, Any]]:
     """Rows of `length` tokens and an EOS, of which the prompt has between 3/8 and 5/8."""
     draw, length = random.Random(0), size["length"]
     rows = []
-    for _ in range(BATCH * (size["warmup"] + size["steps"])):
+    for _ in range(size["batch"] * (size["warmup"] + size["steps"])):
         words = [f"w{draw.randrange(2, size['vocab'])}" for _ in range(length)]
         cut = draw.randint(3 * length // 8, 5 * length // 8)
         parts = (("user", words[:cut]), ("assistant", words[cut:]))
@@ -183,20 +226,37 @@ def conversations(size: dict[str, int]) -> list[dict[str, Any]]:
     return rows
 
 
-def llama(tokenizer: Any, size: dict[str, int], seed: int) -> Any:
+def context(size: dict[str, int]) -> int:
+    return size["length"] + max(size["length"], size["new_tokens"])
+
+
+def llama(tokenizer: Any, size: dict[str, int], layers: int, seed: int) -> Any:
+    """A Llama of random weights; `skewed`: completions end after each token with probability 4 / new tokens."""
+    import torch
+
     from distill_trainers.data.addition import tiny_llama
 
-    return tiny_llama(tokenizer, size["hidden"], size["layers"], seed=seed, max_position_embeddings=2 * size["length"])
+    if not size.get("skewed"):
+        return tiny_llama(tokenizer, size["hidden"], layers, seed=seed, max_position_embeddings=context(size))
+    separate = {"tie_word_embeddings": False, "initializer_range": 0.02}
+    model = tiny_llama(tokenizer, size["hidden"], layers, seed=seed, max_position_embeddings=context(size), **separate)
+    # A large constant in the residual stream is a bias of about sqrt(hidden) behind the last norm.
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.lm_head.weight[:, 0] = 0.0
+        wanted = math.log(size["vocab"] * 4 / size["new_tokens"])
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = wanted / math.sqrt(size["hidden"])
+    return model
 
 
 def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def table(mode: str, results: dict[str, list[dict[str, float]]]) -> str:
+def table(mode: str, size: dict[str, int], results: dict[str, list[dict[str, float]]]) -> str:
     """Medians over the processes, the range of step times, and ratios to ours."""
     lines = [
-        f"**{mode}**\n",
+        f"**{mode}** ({size_line(size)})\n",
         "| trainer | s per step (range) | ratio | CPU s per step | ratio | extra peak MiB | ratio | loss of step 1 |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -215,6 +275,15 @@ def table(mode: str, results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def size_line(size: dict[str, int]) -> str:
+    skewed = ", most of them ended early" if size.get("skewed") else ""
+    return (
+        f"Llama {size['hidden']} x {size['layers']}, teacher x {size['teacher_layers']}, {size['vocab']} tokens; "
+        f"{size['batch']} rows of {size['length']} tokens, about half prompt; on-policy at most {size['new_tokens']} "
+        f"new tokens{skewed}; median of {size['steps']} steps after {size['warmup']}"
+    )
+
+
 def machine(threads: int) -> str:
     import torch
     import transformers
@@ -231,12 +300,8 @@ def machine(threads: int) -> str:
     )
 
 
-def settings_line(size: dict[str, int], rounds: int) -> str:
-    return (
-        f"Llama {size['hidden']} x {size['layers']}, {size['vocab']} tokens, student and teacher alike, float32; batch "
-        f"{BATCH} x {size['length']} tokens, about half of it prompt; {size['new_tokens']} new tokens on-policy; "
-        f"median of {size['steps']} steps after {size['warmup']}, then over {rounds} process(es) that take turns."
-    )
+def settings_line(rounds: int) -> str:
+    return f"Random weights, float32; medians over {rounds} process(es) per trainer, which take turns."
 
 
 if __name__ == "__main__":
