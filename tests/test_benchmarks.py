@@ -23,7 +23,7 @@ def _run(script: str, *options: str) -> str:
 def test_trainers_beside_trl_are_given_the_same_batches():
     lines = [line for line in _run("compare_trl.py").splitlines() if "Trainer" in line and line.startswith("|")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert len(rows) == 2 + 3 + 3 + 3 + 3 + 4 and all(len(row) == 8 and float(row[3]) > 0 for row in rows)
+    assert len(rows) == 2 + 3 + 3 + 3 + 4 + 4 and all(len(row) == 8 and float(row[3]) > 0 for row in rows)
     for mode in (rows[0:2], rows[2:5], rows[5:8]):  # off-policy; from the live teacher and from its cache; with LoRA
         losses = [float(row[-1]) for row in mode]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
