@@ -23,8 +23,8 @@ CONSTRUCTIONS = {
     "minillm": [
         {},
         {"teacher_mix_alpha": 0.0, "num_minibatches": 3, "num_inner_epochs": 2},
-        {"importance": "prefix", "teacher_mix_alpha": 0.1, "gamma": 0.9, "num_inner_epochs": 2},
-        {"teacher_mix_alpha": 0.0, "estimator": "sampled", "loss_reduction": "sequence"},
+        {"importance": "prefix", "teacher_mix_alpha": 0.1, "gamma": 0.9, "num_inner_epochs": 2, "num_minibatches": 2},
+        {"objective": "token", "estimator": "sampled", "loss_reduction": "sequence"},
         {"objective": "token", "lmbda": 0.5, "lm_loss_weight": 0.1},
     ],
 }

@@ -58,7 +58,7 @@ class Teacher(ABC):
         """
 
     @contextlib.contextmanager
-    def whole_head(self, signal: TeacherSignal | None) -> Iterator[TeacherSignal | None]:
+    def whole_head(self, signal: TeacherSignal) -> Iterator[TeacherSignal]:
         """Within it, the weights that `signal` refers to are whole on every process."""
         yield signal
 

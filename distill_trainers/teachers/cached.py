@@ -98,7 +98,7 @@ class CachedTeacher(Teacher):
         return self.kind.answer(ordered, None if head is None else head.cut_to(vocab_size), predicts.device)
 
     @contextlib.contextmanager
-    def whole_head(self, signal: TeacherSignal | None) -> Iterator[TeacherSignal | None]:
+    def whole_head(self, signal: TeacherSignal) -> Iterator[TeacherSignal]:
         with self._live.whole_head(signal) if self._live is not None else contextlib.nullcontext(signal) as whole:
             yield whole
 

@@ -56,7 +56,7 @@ class LocalTeacher(Teacher):
         return HiddenStates(hidden, head.cut_to(vocab_size))
 
     @contextlib.contextmanager
-    def whole_head(self, signal: TeacherSignal | None) -> Iterator[TeacherSignal | None]:
+    def whole_head(self, signal: TeacherSignal) -> Iterator[TeacherSignal]:
         if not isinstance(signal, HiddenStates):
             yield signal
             return

@@ -363,7 +363,7 @@ class DistillTrainer(Trainer):
         if self._student_is_fused is None:
             self._student_is_fused = self._check_student_head(model, forward_inputs)
 
-        with self.teacher.whole_head(signal) as signal:
+        with contextlib.nullcontext() if signal is None else self.teacher.whole_head(signal) as signal:
             if self._student_is_fused:
                 budget = self.args.loss_chunk_bytes
 
