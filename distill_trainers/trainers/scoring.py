@@ -94,7 +94,7 @@ def _teacher_logps(trainer: DistillTrainer, batch: Batch) -> tuple[Tensor, Any]:
         signal: Any = trainer.teacher_signal(batch, predicts)
         with trainer.teacher.whole_head(signal) as whole:
             budget = trainer.args.loss_chunk_bytes
-            return signal_token_logps(whole, labels, chunk_bytes=budget), signal  # type: ignore[arg-type]
+            return signal_token_logps(whole, labels, chunk_bytes=budget), signal
 
 
 @torch.no_grad()
