@@ -209,7 +209,7 @@ class MiniLLMTrainer(DistillTrainer):
     @property
     def has_entries(self) -> bool:
         """Whether batches of training come with `token_*` entries."""
-        return self.args.scores_rollouts or self.text is not None
+        return self.args.scores_rollouts or self.text is not None or self.args.loss_reduction == "sequence"
 
     def distill_terms(
         self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
