@@ -215,37 +215,41 @@ class MiniLLMTrainer(DistillTrainer):
         self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """`ratio` and `clipped` tell how far the student has moved from the one that sampled."""
-        args, scored, own = self.args, "token_logps" in tokens, tokens.get("token_own")
-        given = bool(args.lm_loss_weight) or isinstance(teacher, TokenLogprobs)
-        logps = token_logps(student, tokens["labels"]) if scored or given or "token_text" in tokens else None
         terms: dict[str, Tensor] = {}
-        if scored:
-            assert logps is not None and own is not None
-            ratio = policy_gradient.probability_ratio(logps, tokens["token_logps"])
-            advantages = {"long": tokens["token_long"]} if args.objective == "sequence" else {}
-            if args.estimator == "sampled":
-                advantages["single"] = tokens["token_single"]
-            for name, values in advantages.items():
-                terms[name] = -policy_gradient.clipped_surrogate(ratio, values, args.clip_range)
-            moved = policy_gradient.is_clipped(ratio, next(iter(advantages.values())), args.clip_range)
-            terms |= {"ratio": own * ratio.detach(), "clipped": own * moved}
+        own: Tensor | float = tokens.get("token_own", 1.0)
+        if {"token_logps", "token_text"} & tokens.keys() or self.args.lm_loss_weight:
+            logps = token_logps(student, tokens["labels"])
+            if "token_logps" in tokens:
+                terms |= self._surrogates(logps, tokens)
+            if self.args.lm_loss_weight:
+                terms["lm_loss"] = -logps * own
+            if "token_text" in tokens:
+                terms["pretraining"] = -logps * tokens["token_text"]
         if "single" not in terms:
-            if isinstance(teacher, TokenLogprobs):  # evaluation: of given text its log-probabilities are all there is
-                assert logps is not None
-                terms["single"] = teacher.values - logps
-            else:
-                assert teacher is not None
-                terms["single"] = token_divergence("reverse_kl", student, teacher, args.kd_temperature)
-                if "token_single" in tokens:
-                    weights = tokens["token_single"]
-                    terms["single"] = torch.where(weights != 0, weights * terms["single"], 0)
-        if args.lm_loss_weight:
-            assert logps is not None
-            terms["lm_loss"] = -logps if own is None else -logps * own
-        if "token_text" in tokens:
-            assert logps is not None
-            terms["pretraining"] = -logps * tokens["token_text"]
+            terms["single"] = self._exact_single(student, teacher, tokens)
         return terms
+
+    def _surrogates(self, logps: Tensor, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Terms whose gradient is that of the sampled tokens' log-probabilities."""
+        ratio = policy_gradient.probability_ratio(logps, tokens["token_logps"])
+        advantages = {"long": tokens["token_long"]} if self.args.objective == "sequence" else {}
+        if self.args.estimator == "sampled":
+            advantages["single"] = tokens["token_single"]
+        clip = self.args.clip_range
+        terms = {name: -policy_gradient.clipped_surrogate(ratio, each, clip) for name, each in advantages.items()}
+        clipped = policy_gradient.is_clipped(ratio, next(iter(advantages.values())), clip)
+        return terms | {"ratio": tokens["token_own"] * ratio.detach(), "clipped": tokens["token_own"] * clipped}
+
+    def _exact_single(self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Reverse KL; log p − log q of given text where a teacher tells no more (evaluation alone comes to that)."""
+        assert teacher is not None
+        if isinstance(teacher, TokenLogprobs):
+            return teacher.values - token_logps(student, tokens["labels"])
+        divergence = token_divergence("reverse_kl", student, teacher, self.args.kd_temperature)
+        if "token_single" not in tokens:
+            return divergence
+        weights = tokens["token_single"]
+        return torch.where(weights != 0, weights * divergence, 0)
 
     # ---- Rollouts and their scores ----------------------------------------------------------------------------------
 
@@ -305,7 +309,7 @@ class MiniLLMTrainer(DistillTrainer):
         own = mask.float()
         first = own * (mask.cumsum(1) == 1)
         batch = {**batch, "token_own": own, "token_unit": own if args.loss_reduction == "token" else first}
-        if LOGPS not in batch:
+        if not args.scores_rollouts:
             return {**batch, "token_single": own}
         student, sampler, teacher = batch.pop(LOGPS).unbind(-1)
         shape: dict[str, Any] = {"scale": args.reward_scale, "clip": args.reward_clip}

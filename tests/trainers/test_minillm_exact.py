@@ -176,9 +176,7 @@ def test_mixed_sampling_draws_from_the_mixture(toy):
     ids = torch.full((draws, 1), 2)
     sampling = SamplingSettings(LENGTH, eos_token_ids=[EOS])
     with rollout_rng(3, 0, 0):
-        found = decode_scored(
-            student, ids, torch.ones_like(ids), sampling, 1000, mixture=Mixture(teacher, alpha)
-        )
+        found = decode_scored(student, ids, torch.ones_like(ids), sampling, 1000, mixture=Mixture(teacher, alpha))
     counts = dict.fromkeys(SEQUENCES, 0)
     kept = {}
     for each in found:
