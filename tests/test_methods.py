@@ -20,6 +20,13 @@ CONSTRUCTIONS = {
         {"lmbda": 0.0, "seq_kd": True, "divergence": "skew_forward_kl"},
         {"lmbda": 0.8, "replay_buffer_size": 16, "divergence": "skew_reverse_kl"},
     ],
+    "minillm": [
+        {},
+        {"teacher_mix_alpha": 0.0, "num_minibatches": 3, "num_inner_epochs": 2},
+        {"importance": "prefix", "teacher_mix_alpha": 0.1, "gamma": 0.9, "num_inner_epochs": 2, "num_minibatches": 2},
+        {"objective": "token", "estimator": "sampled", "loss_reduction": "sequence"},
+        {"objective": "token", "lmbda": 0.5, "lm_loss_weight": 0.1},
+    ],
 }
 
 CASES = [

@@ -20,10 +20,11 @@ class CheckedRecipe:
     student_config: Any
     tokenizer: Any
     teacher_tokenizer: Any
+    pretraining: Any = None
 
     def rows(self, recipe: Recipe) -> tuple[Any, Any]:
         """Training and evaluation rows as the recipe's trainer would tokenise, cut and refuse them."""
-        trainer = bare_trainer(recipe)
+        trainer = bare_trainer(recipe, self.pretraining)
         train = trainer.prepare_rows(self.train, self.tokenizer, "train")
         return train, trainer.prepare_rows(self.evaluation, self.tokenizer, "eval")
 
@@ -34,6 +35,7 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     Raises:
         ConfigurationError, DatasetError, VocabularyError: what has to be mended.
     """
+    from ..data import load_split
     from ..rollouts import check_engine
     from ..teachers import shared_vocabulary
     from ..trainers import caching, sources
@@ -49,7 +51,10 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     if recipe.model.use_peft:
         without_weights(student_config, recipe, adapted=True)  # it must find the modules that it is for
     train, evaluation = load_datasets(recipe)
-    trainer = bare_trainer(recipe)
+    pretraining = None
+    if settings.pretraining_dataset:
+        pretraining = load_split(settings.pretraining_dataset, split=settings.pretraining_split)
+    trainer = bare_trainer(recipe, pretraining)
     trainer.check_datasets(train, evaluation)
     caching.check(trainer, teacher_name, train)
     if trainer.samples_completions:
@@ -58,16 +63,18 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     teacher_tokenizer = sources.teacher_tokenizer(teacher_name, tokenizer, args)
     rows = (student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
     shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
-    return CheckedRecipe(train, evaluation, teacher_config, student_config, tokenizer, teacher_tokenizer)
+    return CheckedRecipe(train, evaluation, teacher_config, student_config, tokenizer, teacher_tokenizer, pretraining)
 
 
-def bare_trainer(recipe: Recipe) -> Any:
+def bare_trainer(recipe: Recipe, pretraining: Any = None) -> Any:
     """The recipe's trainer without models: what it asks of its datasets depends on its settings alone."""
     from ..trainers import METHODS
 
     trainer_class = METHODS[recipe.run.method][1]
     trainer = trainer_class.__new__(trainer_class)
     trainer.args = recipe.args
+    if pretraining is not None:
+        trainer.pretraining_dataset = pretraining
     return trainer
 
 

@@ -36,6 +36,11 @@ class RecipeArguments:
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Without `eval_dataset`: hold out this share (below 1) or number of rows."}
     )
+    pretraining_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Plain text for the language-model loss of minillm: a file, a folder or a Hub id."},
+    )
+    pretraining_split: str = field(default="train", metadata={"help": "Split of a Hub `pretraining_dataset`."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only the first rows of the training data."}
     )
@@ -174,6 +179,12 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         value = getattr(run, name)
         if value is not None and value < 1:
             raise ConfigurationError(f"Got `{name}: {value}`; expected 1 or more, or leave it out.")
+    takes_text = hasattr(_methods()[run.method][1], "pretraining_dataset")
+    if run.pretraining_dataset and not takes_text:
+        raise ConfigurationError(
+            f"Got `pretraining_dataset: {run.pretraining_dataset}` with `method: {run.method}`, which has no loss on plain "
+            "text. Leave it out, or take `method: minillm`."
+        )
     if run.streaming and args.max_steps <= 0:
         raise ConfigurationError("`streaming: true` has no length, so set `max_steps` to a positive number.")
     has_eval = bool(run.eval_dataset or run.eval_fraction)

@@ -14,7 +14,7 @@ from .divergences import (
     taid,
     total_variation,
 )
-from .fused_linear import fused_linear_divergence, fused_linear_terms
+from .fused_linear import fused_linear_divergence, fused_linear_terms, signal_token_logps
 from .per_token import check_sparse, token_divergence
 from .sparse import token_logps
 
@@ -30,6 +30,7 @@ __all__ = [
     "logit_mse",
     "resolve_divergence",
     "reverse_kl",
+    "signal_token_logps",
     "skew_forward_kl",
     "skew_reverse_kl",
     "taid",

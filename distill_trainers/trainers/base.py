@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +37,8 @@ from ..losses.fused_linear import fused_linear_terms
 from ..losses.reduction import count_trained_tokens, sum_over_trained, sum_per_row, token_mean, trained_mask
 from ..reporting.model_card import model_card
 from ..rollouts import build_engine, check_engine, rollout_rng
-from ..signals import TokenLogits
+from ..rollouts.sampling import join_prompts
+from ..signals import TeacherSignal, TokenLogits
 from ..teachers import CachedTeacher, Teacher
 from . import caching, sources
 from .callbacks import StepLoss, divergence_error
@@ -240,6 +241,14 @@ class DistillTrainer(Trainer):
         """Add per-token entries `token_*`; the identity by default."""
         return batches
 
+    def next_batches(self, epoch_iterator: Iterator, num_batches: int) -> list[Batch]:
+        """What an optimiser step starts from."""
+        return list(itertools.islice(epoch_iterator, num_batches))
+
+    def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
+        """What the teacher says of the tokens that `predicts` marks (`Teacher.signal`); asked for each micro-batch."""
+        return self.teacher.signal({n: inputs[n] for n in ("input_ids", "attention_mask")}, predicts, self.vocab_size)
+
     def after_step(self, loss: float) -> None:
         """Called on every process after each optimiser step with its loss over all micro-batches and processes."""
 
@@ -254,7 +263,7 @@ class DistillTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimiser step, after rollouts, and what their terms are divided by (see `_counts`)."""
-        batches: list[Batch] = list(itertools.islice(epoch_iterator, num_batches))
+        batches = self.next_batches(epoch_iterator, num_batches)
         if len(batches) < num_batches:
             # Only the end of a stream comes unannounced: no optimiser step would follow, and the gradient of these
             # batches would be added to the next epoch's first.
@@ -263,14 +272,14 @@ class DistillTrainer(Trainer):
             batches = self.score(self.rollout(batches))
         return batches, self.accelerator.reduce(self._counts(batches).to(device), reduction="sum")
 
-    def sample_completions(self, batches: list[Batch]) -> list[Batch]:
-        """Student rollouts for all prompts of the window in one call; each batch is trimmed to its own longest row."""
+    def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
+        """Rollouts for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
         if not all("prompt_ids" in batch for batch in batches):
             raise DatasetError(
                 "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
                 f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
             )
-        prompts = _pad_left([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
+        prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
         rank, step, seed = self.accelerator.process_index, self.state.global_step, self.args.seed
         ready = (
             models.generating(self.model_wrapped, self.accelerator)
@@ -279,7 +288,7 @@ class DistillTrainer(Trainer):
         )
         try:
             with rollout_rng(seed, step, rank, self.args.device), ready as model:
-                completions = self.engine.generate(model, *prompts, self.sampling)
+                completions = (generate or self.engine.generate)(model, *prompts, self.sampling)
         except RuntimeError as error:
             if "probability tensor" not in str(error):  # torch.multinomial's words for NaN
                 raise
@@ -290,8 +299,8 @@ class DistillTrainer(Trainer):
         for batch in batches:
             rows = completions[start : start + len(batch["prompt_ids"])]
             start += len(rows)
-            multiple = self.args.pad_to_multiple_of
-            sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id, pad_to_multiple_of=multiple))
+            padding = {"pad_to_multiple_of": self.args.pad_to_multiple_of}
+            sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id, **padding))
         return sampled
 
     def compute_loss(
@@ -348,13 +357,13 @@ class DistillTrainer(Trainer):
         """Run both models on one micro-batch and `terms_fn` on its trained tokens, inside the student's wrapper."""
         labels, predicts = inputs["labels"], trained_mask(inputs["labels"])
         forward_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        signal = self.teacher.signal(forward_inputs, predicts, self.vocab_size)
+        signal = self.teacher_signal(inputs, predicts)
         tokens = {"labels": labels[:, 1:][predicts]}
         tokens |= {k: v[:, 1:][predicts] for k, v in inputs.items() if k.startswith("token_")}
         if self._student_is_fused is None:
             self._student_is_fused = self._check_student_head(model, forward_inputs)
 
-        with self.teacher.whole_head(signal) as signal:
+        with contextlib.nullcontext() if signal is None else self.teacher.whole_head(signal) as signal:
             if self._student_is_fused:
                 budget = self.args.loss_chunk_bytes
 
@@ -364,7 +373,8 @@ class DistillTrainer(Trainer):
 
                 return model(**forward_inputs, on_hidden=on_hidden)
             logits = model(**forward_inputs).logits[:, :-1][predicts][:, : self.vocab_size]
-            terms = terms_fn(TokenLogits(logits.float()), signal.chunk(slice(None)), tokens)
+            said = None if signal is None else signal.chunk(slice(None))
+            terms = terms_fn(TokenLogits(logits.float()), said, tokens)
             total = sum((w * terms[name].sum() for name, w in weights.items()), start=logits.sum() * 0.0)
             return total, {name: value.detach() for name, value in terms.items()}
 
@@ -588,11 +598,3 @@ class DistillTrainer(Trainer):
         """Write README.md into the output directory: method, paper, models, settings and scores."""
         if self.is_world_process_zero():
             (Path(self.args.output_dir) / "README.md").write_text(model_card(self), encoding="utf-8")
-
-
-def _pad_left(prompts: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Join left-padded (ids, mask) pairs of several batches into one."""
-    width = max(ids.shape[1] for ids, _ in prompts)
-    ids = [nn.functional.pad(ids, (width - ids.shape[1], 0), value=pad_token_id) for ids, _ in prompts]
-    masks = [nn.functional.pad(mask, (width - mask.shape[1], 0), value=0) for _, mask in prompts]
-    return torch.cat(ids), torch.cat(masks)
