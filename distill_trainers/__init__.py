@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GKDConfig": "trainers.gkd",
     "GKDTrainer": "trainers.gkd",
+    "DPKDConfig": "trainers.dpkd",
+    "DPKDTrainer": "trainers.dpkd",
     "DistillConfig": "trainers.config",
     "DistillTrainer": "trainers.base",
     "CachedTeacher": "teachers.cached",
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from .teachers.local import LocalTeacher
     from .trainers.base import DistillTrainer
     from .trainers.config import DistillConfig
+    from .trainers.dpkd import DPKDConfig, DPKDTrainer
     from .trainers.gkd import GKDConfig, GKDTrainer
 
 

@@ -30,7 +30,7 @@ FLOORS = {
 STRANGERS = [{"teachers", "rollouts"}]
 # What any file of `trainers` may import from its own package; all others are methods, which do not know each other.
 COMMON = {"base", "caching", "config", "callbacks", "checkpoints", "completions", "metrics", "order", "sources"}
-COMMON |= {"forward", "guard", "rejections", "references"}
+COMMON |= {"dpkd_config", "forward", "guard", "rejections", "references"}
 FILES = sorted(ROOT.rglob("*.py"))
 by_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 

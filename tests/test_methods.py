@@ -20,6 +20,13 @@ CONSTRUCTIONS = {
         {"lmbda": 0.0, "seq_kd": True, "divergence": "skew_forward_kl"},
         {"lmbda": 0.8, "replay_buffer_size": 16, "divergence": "skew_reverse_kl"},
     ],
+    "dpkd": [
+        {"beta": 1.0},
+        {"loss_type": "ipo", "beta": 0.5, "refresh_steps": 3},
+        {"loss_type": "hinge", "chosen": "dataset", "logprob_mse_weight": 0.5},
+        {"loss_type": "simpo", "beta": 2.0},
+        {"loss_type": "contrastive_skew"},
+    ],
 }
 
 CASES = [

@@ -194,7 +194,9 @@ def _cut(sides: Sequence[Mapping[str, Any]], max_length: int) -> dict[str, Any]:
     masks = [side["loss_mask"][start : start + room] for side in sides]
     cut = any(len(side["input_ids"]) > max_length for side in sides)
     bad = (_ALIKE_WHEN_CUT if cut else _IDENTICAL) if ids[0] == ids[1] else ""
-    bad = bad or next((reason for mask, reason in zip(masks, (_NO_CHOSEN, _NO_REJECTED), strict=True) if not any(mask)), "")
+    bad = bad or next(
+        (reason for mask, reason in zip(masks, (_NO_CHOSEN, _NO_REJECTED), strict=True) if not any(mask)), ""
+    )
     return {
         "input_ids": sides[0]["input_ids"][:start] + ids[0],
         "loss_mask": [0] * start + masks[0],

@@ -60,9 +60,14 @@ class _FusedLogps(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, normalisers = ctx.saved_tensors
         student = _Projection.of(hidden, Head(weight, bias, **ctx.settings))
-        operands = zip((hidden, weight, bias), ctx.needs_input_grad, (torch.zeros, torch.empty, torch.zeros), strict=False)
+        operands = zip(
+            (hidden, weight, bias), ctx.needs_input_grad, (torch.zeros, torch.empty, torch.zeros), strict=False
+        )
         gradients = _Gradients(
-            *(of(each.shape, dtype=student.wide, device=each.device) if wanted else None for each, wanted, of in operands)
+            *(
+                of(each.shape, dtype=student.wide, device=each.device) if wanted else None
+                for each, wanted, of in operands
+            )
         )
         workspace = Workspace()
         with torch.autocast(hidden.device.type, enabled=False):

@@ -2,8 +2,12 @@
 
 from .base import DistillTrainer
 from .config import DistillConfig
+from .dpkd import DPKDConfig, DPKDTrainer
 from .gkd import GKDConfig, GKDTrainer
 
-METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {"gkd": (GKDConfig, GKDTrainer)}
+METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {
+    "gkd": (GKDConfig, GKDTrainer),
+    "dpkd": (DPKDConfig, DPKDTrainer),
+}
 
-__all__ = ["METHODS", "DistillConfig", "DistillTrainer", "GKDConfig", "GKDTrainer"]
+__all__ = ["METHODS", "DPKDConfig", "DPKDTrainer", "DistillConfig", "DistillTrainer", "GKDConfig", "GKDTrainer"]
