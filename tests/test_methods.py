@@ -22,10 +22,10 @@ CONSTRUCTIONS = {
     ],
     "dpkd": [
         {"beta": 1.0},
-        {"loss_type": "ipo", "beta": 0.5, "refresh_steps": 3},
-        {"loss_type": "hinge", "chosen": "dataset", "logprob_mse_weight": 0.5},
+        {"loss_type": "ipo"},
+        {"loss_type": "hinge", "lm_loss_weight": 0.0, "logprob_mse_weight": 0.5},
         {"loss_type": "simpo", "beta": 2.0},
-        {"loss_type": "contrastive_skew"},
+        {"loss_type": "contrastive_skew", "refresh_steps": 2, "replay_buffer_size": 64},
     ],
 }
 
