@@ -53,10 +53,14 @@ class Recipe:
     run: RecipeArguments
     args: DistillConfig
     model: ModelConfig
+    extra: Any = None
 
 
-def parse_recipe(argv: Sequence[str]) -> Recipe:
+def parse_recipe(argv: Sequence[str], extra: type | None = None) -> Recipe:
     """Parse `--config recipe.yaml` and overrides on the command line.
+
+    Args:
+        extra: a dataclass of further settings, those of the command that reads the recipe.
 
     Raises:
         ConfigurationError: no such file, not a mapping, unknown or contradictory keys, an unknown method, values of
@@ -68,7 +72,7 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     recipe = _read_yaml(argv)
     method = _method(recipe, argv)
     config_class = _methods()[method][0]
-    classes: tuple[Any, ...] = (RecipeArguments, config_class, ModelConfig)
+    classes: tuple[Any, ...] = (RecipeArguments, config_class, ModelConfig, *([] if extra is None else [extra]))
     known = {f.name for cls in classes for f in fields(cls) if f.init} | {"env"}
     refuse_unknown_keys(recipe, known, "the recipe")
     options = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
@@ -77,12 +81,12 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
         check_value_types(recipe, cls, text_is_parsed=True)
     try:
         parser = _parser(classes)
-        run, args, model = parser.parse_args_and_config(argv)
+        run, args, model, *more = parser.parse_args_and_config(argv)
     except ConfigurationError:
         raise
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"The recipe could not be read: {error}") from error
-    recipe_ = Recipe(run, args, model)
+    recipe_ = Recipe(run, args, model, *more)
     _refuse_contradictions(recipe_)
     return recipe_
 

@@ -1,8 +1,8 @@
 """Preference pairs: a prompt with a chosen and a rejected response, as rows and as batches.
 
-A tokenised pair is a tokenised row (prompt and chosen response) with `rejected_ids` and `rejected_mask` beside it, which
-follow the same prompt. In a batch of B pairs the rows are those of all chosen responses, then those of all rejected
-ones, `[2B, T]`: one forward serves both, and a micro-batch never parts a pair.
+A tokenised pair is a tokenised row (prompt and chosen response) with `rejected_ids` and `rejected_mask` beside it,
+which follow the same prompt. In a batch of B pairs the rows are those of all chosen responses, then those of all
+rejected ones, `[2B, T]`: one forward serves both, and a micro-batch never parts a pair.
 """
 
 from __future__ import annotations
@@ -292,8 +292,8 @@ def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad
             holds is carried over.
 
     Returns:
-        the three `[2B, T]`, and `[2B, T]` entries that are 1 on all trained tokens of chosen rows (`token_chosen`) and of
-        rejected rows (`token_rejected`), and on the first one of each chosen row (`token_pair`).
+        the three `[2B, T]`, and `[2B, T]` entries that are 1 on all trained tokens of chosen rows (`token_chosen`) and
+        of rejected rows (`token_rejected`), and on the first one of each chosen row (`token_pair`).
     """
     width = max(chosen["input_ids"].shape[1], rejected["input_ids"].shape[1])
     joined = {}

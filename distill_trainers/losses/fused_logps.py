@@ -60,15 +60,13 @@ class _FusedLogps(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, normalisers = ctx.saved_tensors
         student = _Projection.of(hidden, Head(weight, bias, **ctx.settings))
-        operands = zip(
-            (hidden, weight, bias), ctx.needs_input_grad, (torch.zeros, torch.empty, torch.zeros), strict=False
-        )
-        gradients = _Gradients(
-            *(
-                of(each.shape, dtype=student.wide, device=each.device) if wanted else None
-                for each, wanted, of in operands
-            )
-        )
+
+        def accumulator(place: int, of: Any) -> Tensor | None:
+            operand = (hidden, weight, bias)[place]
+            wanted = ctx.needs_input_grad[place]
+            return of(operand.shape, dtype=student.wide, device=operand.device) if wanted else None
+
+        gradients = _Gradients(accumulator(0, torch.zeros), accumulator(1, torch.empty), accumulator(2, torch.zeros))
         workspace = Workspace()
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks_of(student, ctx.chunk_bytes):
@@ -128,7 +126,7 @@ def fused_row_terms(
     """As `fused_linear_terms`, with further terms that are functions of the log-probabilities of whole rows.
 
     Args:
-        terms_fn: see `fused_linear_terms`. It is not called where a gradient is wanted and no weight names a term of it.
+        terms_fn: see `fused_linear_terms`; not called where a gradient is wanted and no weight names a term of it.
         row_terms_fn: function of the log-probabilities `[N]` of `tokens["labels"]`, of the teacher's (None without
             one) and of `tokens`, to named values `[N]`; the first argument receives gradients. Values whose name starts
             with `token_` are no terms: `terms_fn` gets them with its tokens.

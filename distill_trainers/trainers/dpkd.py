@@ -1,7 +1,7 @@
 """Direct Preference Knowledge Distillation for Large Language Models (Li, Gu, Dong, Wang, Cheng, Wei, 2024).
 
-arXiv 2406.19774:  L = −E log σ( (β/|y_w|)·log[q(y_w)/p(y_w)] − (β/|y_l|)·log[q(y_l)/p(y_l)] ) + λ·L_LM, where y_w is the
-teacher's response to a prompt and y_l the student's. The reference of the implicit rewards is the teacher p itself.
+arXiv 2406.19774:  L = −E log σ( (β/|y_w|)·log[q(y_w)/p(y_w)] − (β/|y_l|)·log[q(y_l)/p(y_l)] ) + λ·L_LM, where y_w
+is the teacher's response to a prompt and y_l the student's. The reference of the implicit rewards is the teacher p.
 
 With y_l sampled from the student as it is, q = p is a stationary point. With y_l fixed samples of some s the optimum is
 q ∝ p·(p/s)^{1/β} (without length normalisation), which is why the defaults sample anew, anchor and keep β large.
@@ -37,7 +37,14 @@ from .metrics import StepMeans
 from .references import ReferenceKeeper, reference_of, source_fingerprint
 from .rejections import StudentResponses, with_student_responses
 
-_ON_PAIRS = ("preference", "logprob_mse", "reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
+_ON_PAIRS: tuple[str, ...] = (
+    "preference",
+    "logprob_mse",
+    "reward_chosen",
+    "reward_rejected",
+    "reward_margin",
+    "reward_accuracy",
+)
 _ON_PAIRS += ("chosen_length", "rejected_length", "gap_chosen", "gap_rejected", "sequence_kl")
 _ON_CHOSEN = ("lm_loss", "nll_chosen", "skew_chosen", "nll", "teacher_nll", "kl", "top1_agreement")
 _ON_REJECTED = ("nll_rejected", "skew_rejected")
@@ -93,9 +100,9 @@ class DPKDTrainer(DistillTrainer):
         self.given_pairs = train_dataset is not None and self._has_pairs(train_dataset, "train")
         if self.args.reference_logps_dir is not None and not self.given_pairs:
             raise ConfigurationError(
-                f"Got `reference_logps_dir: {self.args.reference_logps_dir}` with a training dataset of prompts; expected "
-                "one of pairs (chosen and rejected): the student's own responses are new at every step. Make pairs with "
-                "`distill-trainers pairs`, or leave it out."
+                f"Got `reference_logps_dir: {self.args.reference_logps_dir}` with a training dataset of prompts; "
+                "expected one of pairs (chosen and rejected): the student's own responses are new at every step. Make "
+                "pairs with `distill-trainers pairs`, or leave it out."
             )
 
     def _has_pairs(self, dataset: Any, name: str) -> bool:
@@ -159,7 +166,7 @@ class DPKDTrainer(DistillTrainer):
         return {**batch, "token_reference": self.references.of(batch)}
 
     def prediction_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        inputs = self._with_reference(self._prepare_inputs(inputs))  # type: ignore[assignment]  # still a batch
+        inputs = self._with_reference(self._prepare_inputs(inputs))
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def asks_teacher(self, inputs: Batch) -> bool:
@@ -222,7 +229,9 @@ class DPKDTrainer(DistillTrainer):
             "rejected_length": at_pair(lengths[pairs:]),
         }
         if args.loss_type != CONTRASTIVE:
-            terms["preference"] = at_pair(PREFERENCE_LOSSES[args.loss_type](args.beta, args.target_margin)(margin))
+            terms["preference"] = at_pair(
+                PREFERENCE_LOSSES[args.loss_type](args.beta, args.target_margin or 0.0)(margin)
+            )
         elif args.contrastive_schedules and self.model.training:
             assert teacher_logps is not None
             terms |= self._skews(sums.detach() / lengths, per_row(teacher_logps) / lengths, row, at_pair)
@@ -252,7 +261,7 @@ class DPKDTrainer(DistillTrainer):
     def agreement_terms(
         self, student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As every method's, on the chosen responses alone; and KL(p‖q) of whole responses, from those of their tokens."""
+        """As every method's, on the chosen responses alone; and KL(p‖q) of responses, summed over their tokens."""
         chosen = tokens["token_chosen"]
         found = super().agreement_terms(student, teacher, tokens)
         terms = {name: values * chosen.to(values.dtype) for name, values in found.items()}

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def terms_of_batch(
     trainer: DistillTrainer,
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: dict[str, Any],
     terms_fn: Any,
     weights: Mapping[str, Any],
     *,

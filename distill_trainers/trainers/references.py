@@ -156,7 +156,7 @@ class ReferenceLogps:
         rows = sorted(todo.values(), key=lambda row: -len(row["input_ids"]))
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         world, rank = accelerator.num_processes, accelerator.process_index
-        collate = DistillCollator(trainer.processing_class.pad_token_id)  # type: ignore[arg-type]  # has one by now
+        collate = DistillCollator(trainer.processing_class.pad_token_id)
         for turn in tqdm(range(-(-len(batches) // world)), desc="Reference log-probabilities", disable=rank != 0):
             mine = min(turn * world + rank, len(batches) - 1)
             self.of(trainer._prepare_inputs(collate(batches[mine])))

@@ -22,9 +22,9 @@ Batch = dict[str, Any]
 class StudentResponses:
     """Pairs of an optimiser step whose rejected side the student wrote at most `refresh_steps` − 1 steps ago.
 
-    Steps 0, R, 2R, … sample a response to every prompt of the window and keep the pairs; the steps between train on pairs
-    drawn from those kept. What a step does follows from its number, the draws from (seed, step, rank), so all processes
-    take the same branch and a resumed run goes on as it would have.
+    Steps 0, R, 2R, … sample a response to every prompt of the window and keep the pairs; the steps between train on
+    pairs drawn from those kept. What a step does follows from its number, the draws from (seed, step, rank), so all
+    processes take the same branch and a resumed run goes on as it would have.
 
     Args:
         trainer: with an engine that samples.
