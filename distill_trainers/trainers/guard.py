@@ -63,8 +63,8 @@ class CollapseGuard(TrainerCallback):
         return (
             f"Preference training is collapsing at step {step}: the student leaves the rejected responses without "
             f"coming nearer to the chosen ones (NLL in nats per token: {changes}). {done}Sample rejected responses "
-            "anew (prompts in place of fixed pairs, `refresh_steps: 1`), raise `lm_loss_weight` (1) or `beta` (1), or lower "
-            "`learning_rate`. `guard: off` ends this watch."
+            "anew (prompts in place of fixed pairs, `refresh_steps: 1`), raise `lm_loss_weight` (1) or `beta` (1), or "
+            "lower `learning_rate`. `guard: off` ends this watch."
         )
 
     def state_dict(self) -> dict[str, Any]:
