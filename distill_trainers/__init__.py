@@ -16,6 +16,8 @@ _EXPORTS = {
     "GKDTrainer": "trainers.gkd",
     "MiniLLMConfig": "trainers.minillm",
     "MiniLLMTrainer": "trainers.minillm",
+    "DPKDConfig": "trainers.dpkd",
+    "DPKDTrainer": "trainers.dpkd",
     "DistillConfig": "trainers.config",
     "DistillTrainer": "trainers.base",
     "CachedTeacher": "teachers.cached",
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .teachers.local import LocalTeacher
     from .trainers.base import DistillTrainer
     from .trainers.config import DistillConfig
+    from .trainers.dpkd import DPKDConfig, DPKDTrainer
     from .trainers.gkd import GKDConfig, GKDTrainer
     from .trainers.minillm import MiniLLMConfig, MiniLLMTrainer
 

@@ -204,11 +204,17 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
         ) from error
 
 
-def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    """The causal LM inside any stack of PEFT, DDP, FSDP and DeepSpeed wrappers."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside any stack of DDP, FSDP and DeepSpeed wrappers; a PeftModel stays one."""
     # Wrappers pass attribute look-ups on, so ask for their own submodules.
     while (inner := model._modules.get("module")) is not None and not is_peft(model):
         model = inner
+    return model
+
+
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+    """The causal LM inside any stack of PEFT, DDP, FSDP and DeepSpeed wrappers."""
+    model = unwrapped(model)
     return model.get_base_model() if is_peft(model) else model  # type: ignore[return-value, operator]
 
 

@@ -29,8 +29,8 @@ FLOORS = {
 # Packages of one floor may use each other, but for these pairs.
 STRANGERS = [{"teachers", "rollouts"}]
 # What any file of `trainers` may import from its own package; all others are methods, which do not know each other.
-COMMON = {"base", "caching", "config", "callbacks", "checkpoints", "completions", "cycles", "metrics", "order"}
-COMMON |= {"pretraining", "scoring", "sources"}
+COMMON = {"base", "caching", "callbacks", "checkpoints", "completions", "config", "cycles", "forward", "guard"}
+COMMON |= {"dpkd_config", "metrics", "order", "pretraining", "references", "rejections", "scoring", "sources"}
 FILES = sorted(ROOT.rglob("*.py"))
 by_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 

@@ -27,6 +27,13 @@ CONSTRUCTIONS = {
         {"objective": "token", "estimator": "sampled", "loss_reduction": "sequence"},
         {"objective": "token", "lmbda": 0.5, "lm_loss_weight": 0.1},
     ],
+    "dpkd": [
+        {"beta": 1.0},
+        {"loss_type": "ipo"},
+        {"loss_type": "hinge", "lm_loss_weight": 0.0, "logprob_mse_weight": 0.5},
+        {"loss_type": "simpo", "beta": 2.0},
+        {"loss_type": "contrastive_skew", "refresh_steps": 2, "replay_buffer_size": 64},
+    ],
 }
 
 CASES = [

@@ -58,10 +58,14 @@ class Recipe:
     run: RecipeArguments
     args: DistillConfig
     model: ModelConfig
+    extra: Any = None
 
 
-def parse_recipe(argv: Sequence[str]) -> Recipe:
+def parse_recipe(argv: Sequence[str], extra: type | None = None) -> Recipe:
     """Parse `--config recipe.yaml` and overrides on the command line.
+
+    Args:
+        extra: a dataclass of further settings, those of the command that reads the recipe.
 
     Raises:
         ConfigurationError: no such file, not a mapping, unknown or contradictory keys, an unknown method, values of
@@ -73,7 +77,7 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     recipe = _read_yaml(argv)
     method = _method(recipe, argv)
     config_class = _methods()[method][0]
-    classes: tuple[Any, ...] = (RecipeArguments, config_class, ModelConfig)
+    classes: tuple[Any, ...] = (RecipeArguments, config_class, ModelConfig, *([] if extra is None else [extra]))
     known = {f.name for cls in classes for f in fields(cls) if f.init} | {"env"}
     refuse_unknown_keys(recipe, known, "the recipe")
     options = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
@@ -82,12 +86,12 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
         check_value_types(recipe, cls, text_is_parsed=True)
     try:
         parser = _parser(classes)
-        run, args, model = parser.parse_args_and_config(argv)
+        run, args, model, *more = parser.parse_args_and_config(argv)
     except ConfigurationError:
         raise
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"The recipe could not be read: {error}") from error
-    recipe_ = Recipe(run, args, model)
+    recipe_ = Recipe(run, args, model, *more)
     _refuse_contradictions(recipe_)
     return recipe_
 
@@ -182,8 +186,8 @@ def _refuse_contradictions(recipe: Recipe) -> None:
     takes_text = hasattr(_methods()[run.method][1], "pretraining_dataset")
     if run.pretraining_dataset and not takes_text:
         raise ConfigurationError(
-            f"Got `pretraining_dataset: {run.pretraining_dataset}` with `method: {run.method}`, which has no loss on plain "
-            "text. Leave it out, or take `method: minillm`."
+            f"Got `pretraining_dataset: {run.pretraining_dataset}` with `method: {run.method}`, which has no loss on "
+            "plain text. Leave it out, or take `method: minillm`."
         )
     if run.streaming and args.max_steps <= 0:
         raise ConfigurationError("`streaming: true` has no length, so set `max_steps` to a positive number.")

@@ -14,7 +14,8 @@ from .divergences import (
     taid,
     total_variation,
 )
-from .fused_linear import fused_linear_divergence, fused_linear_terms, signal_token_logps
+from .fused_linear import fused_linear_divergence, fused_linear_terms
+from .fused_logps import fused_token_logps, signal_token_logps
 from .per_token import check_sparse, token_divergence
 from .sparse import token_logps
 
@@ -26,6 +27,7 @@ __all__ = [
     "forward_kl",
     "fused_linear_divergence",
     "fused_linear_terms",
+    "fused_token_logps",
     "jsd",
     "logit_mse",
     "resolve_divergence",

@@ -44,7 +44,7 @@ def _finite_constant(logps: Tensor) -> Tensor:
     return logps.detach().clamp(min=torch.finfo(logps.dtype).min)
 
 
-def _log_mixture_ratio(log_ratio: Tensor, weight: float) -> Tensor:
+def _log_mixture_ratio(log_ratio: Tensor, weight: float | Tensor) -> Tensor:
     """log(1 + weight * (exp(log_ratio) - 1)): log of a mixture over its other component; 0 where `log_ratio` is 0.
 
     The cap keeps the exponential finite. Above it the other component has a probability below 1e-38 (float32), and
@@ -68,24 +68,25 @@ def reverse_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     return _without_negative_rounding(_expectation(student_logps.exp(), student_logps - teacher_logps.detach()))
 
 
-def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: float = 0.1) -> Tensor:
+def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: float | Tensor = 0.1) -> Tensor:
     """KL(p || alpha p + (1 - alpha) q), at most -ln alpha (DistiLLM, arXiv 2402.03898, eq. 3).
 
-    `alpha` = 0 is forward KL. The smaller `alpha`, the less float32 can tell it from 0: keep it above 1e-4.
+    `alpha` = 0 is forward KL. The smaller `alpha`, the less float32 can tell it from 0: keep it above 1e-4. A tensor
+    `[..., 1]` gives each token its own.
     """
-    if alpha == 0:
+    if not isinstance(alpha, Tensor) and alpha == 0:
         return forward_kl(student_logps, teacher_logps)
     teacher_logps = _finite_constant(teacher_logps)
     log_mixture = _log_mixture_ratio(student_logps - teacher_logps, 1 - alpha)
     return _without_negative_rounding(-(teacher_logps.exp() * log_mixture).sum(-1))
 
 
-def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: float = 0.1) -> Tensor:
+def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: float | Tensor = 0.1) -> Tensor:
     """KL(q || (1 - alpha) p + alpha q), at most -ln alpha (DistiLLM, arXiv 2402.03898, section 3.1).
 
     The student inside the mixture is live. `alpha` = 0 is reverse KL; see `skew_forward_kl` for small values.
     """
-    if alpha == 0:
+    if not isinstance(alpha, Tensor) and alpha == 0:
         return reverse_kl(student_logps, teacher_logps)
     log_mixture = _log_mixture_ratio(_finite_constant(teacher_logps) - student_logps, 1 - alpha)
     return _without_negative_rounding(-(student_logps.exp() * log_mixture).sum(-1))

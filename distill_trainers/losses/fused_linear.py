@@ -22,10 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..exceptions import ConfigurationError, VocabularyError
-from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenLogprobs, TokenSignal
+from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenSignal
 from .divergences import resolve_divergence
 from .per_token import token_divergence
-from .sparse import token_logps
 from .workspace import Workspace, graph_is_kept, row_blocks
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
@@ -292,33 +291,6 @@ def _teacher_chunks(teacher: TeacherSignal | None, workspace: Workspace) -> Call
         projection = _Projection.of(teacher.hidden, teacher.head)
         return torch.no_grad()(lambda rows: TokenLogits(projection.logits(rows, workspace)))
     return torch.no_grad()(teacher.chunk)
-
-
-@torch.no_grad()
-def signal_token_logps(signal: TeacherSignal, labels: Tensor, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Tensor:
-    """Log-probabilities `[N]` of `labels` `[N]` at temperature 1 by what a teacher said, its logits never held whole.
-
-    Raises:
-        ConfigurationError: a sparse signal, which holds some ids only.
-    """
-
-    def terms(model: TokenLogits, _: TokenSignal | None, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"logps": token_logps(model, tokens["labels"])}
-
-    if isinstance(signal, HiddenStates):
-        found = fused_linear_terms(
-            signal.hidden, signal.head, None, terms, {"labels": labels}, {}, chunk_bytes=chunk_bytes
-        )
-        return found[1]["logps"]
-    chunk = signal.chunk(slice(None))
-    if isinstance(chunk, TokenLogprobs):
-        return chunk.values
-    if not isinstance(chunk, TokenLogits):
-        raise ConfigurationError(
-            f"Got a teacher's {type(signal).__name__}; expected distributions or log-probabilities of the tokens. "
-            "Use a live teacher."
-        )
-    return token_logps(chunk, labels)
 
 
 def fused_linear_divergence(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..data import replace_completions
 from .mixing import mix
 
-Row = tuple[list[int], list[int]]
+Row = tuple[list[int], ...]
 Batch = dict[str, Any]
 
 
@@ -25,9 +26,14 @@ class ReplayBuffer:
     """The newest `capacity` (prompt, completion) rows, first in, first out.
 
     Every process holds the same rows, so that one checkpoint serves any number of processes.
+
+    Args:
+        capacity: number of rows.
+        parts: token lists per row; 3 for (prompt, chosen, rejected).
     """
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, parts: int = 2):
+        self.parts = parts
         self.rows: deque[Row] = deque(maxlen=capacity)
 
     def __len__(self) -> int:
@@ -45,19 +51,19 @@ class ReplayBuffer:
         return [self.rows[index] for index in drawn.sample(range(len(self.rows)), count)]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All rows as two tensors: ids one after the other, and `[N, 2]` lengths."""
-        ids = [token for prompt, completion in self.rows for token in (*prompt, *completion)]
-        lengths = [(len(prompt), len(completion)) for prompt, completion in self.rows]
+        """All rows as two tensors: ids one after the other, and `[N, parts]` lengths."""
+        ids = [token for row in self.rows for token in chain(*row)]
+        lengths = [[len(part) for part in row] for row in self.rows]
         return {
             "ids": torch.tensor(ids, dtype=torch.int32),
-            "lengths": torch.tensor(lengths, dtype=torch.int32).reshape(-1, 2),
+            "lengths": torch.tensor(lengths, dtype=torch.int32).reshape(-1, self.parts),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up `state_dict` again; a smaller capacity keeps the newest rows."""
         self.rows.clear()
-        parts = iter(state["ids"].split(state["lengths"].flatten().tolist()))
-        self.push((prompt.tolist(), completion.tolist()) for prompt, completion in zip(parts, parts, strict=True))
+        lists = iter([part.tolist() for part in state["ids"].split(state["lengths"].flatten().tolist())])
+        self.push(zip(*[lists] * self.parts, strict=True))
 
 
 class AdaptiveProbability:

@@ -2,7 +2,8 @@
 
 from .base import Teacher
 from .cached import CachedTeacher
+from .deferred import DeferredTeacher
 from .local import LocalTeacher
 from .vocabulary import shared_vocabulary
 
-__all__ = ["CachedTeacher", "LocalTeacher", "Teacher", "shared_vocabulary"]
+__all__ = ["CachedTeacher", "DeferredTeacher", "LocalTeacher", "Teacher", "shared_vocabulary"]

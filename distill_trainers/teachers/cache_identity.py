@@ -134,8 +134,13 @@ def write_learnt(folder: str | Path, learnt: Mapping[str, Any]) -> None:
     write_atomically(Path(folder) / _LEARNT, json.dumps(dict(learnt), indent=2, sort_keys=True).encode())
 
 
-def refuse_differences(folder: str | Path, recorded: CacheIdentity, now: CacheIdentity) -> None:
+def refuse_differences(
+    folder: str | Path, recorded: CacheIdentity, now: CacheIdentity, setting: str = "teacher_cache"
+) -> None:
     """Refuse a cache that was made under other settings, tokenizer or teacher than those of this run.
+
+    Args:
+        setting: the one that names the folder, for the message.
 
     Raises:
         ConfigurationError: naming all that differs.
@@ -150,7 +155,7 @@ def refuse_differences(folder: str | Path, recorded: CacheIdentity, now: CacheId
     if apart:
         raise ConfigurationError(
             f"The teacher cache {str(folder)!r} was made by {recorded.teacher!r} under other conditions, so its "
-            f"answers are not this run's: {'; '.join(apart)}. Name another folder in `teacher_cache` "
+            f"answers are not this run's: {'; '.join(apart)}. Name another folder in `{setting}` "
             "(or delete this one), or set back what was changed."
         )
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,16 @@ class LocalTeacher(Teacher):
         if models.causal_lm_of(model).config.is_encoder_decoder:
             raise ConfigurationError(f"The teacher {type(model).__name__} is an encoder-decoder; expected a causal LM.")
         self.name = name or models.source_of(model) or type(model).__name__
-        self._fingerprint = _weights_fingerprint(model)  # while the weights are whole
+        self._fingerprint = weights_fingerprint(model)  # while the weights are whole
         self.model = models.install_token_forward(model)
         self.model.requires_grad_(False)
         self.model.eval()
         self._fused: bool | None = None
+
+    @property
+    def config(self) -> Any:
+        """The causal LM's configuration."""
+        return models.causal_lm_of(self.model).config
 
     def prepare(self, accelerator: Accelerator) -> None:
         self.model = models.prepare_frozen(self.model, accelerator)
@@ -74,10 +79,15 @@ class LocalTeacher(Teacher):
         return models.eos_ids(self.model, tokenizer)
 
 
-def _weights_fingerprint(model: nn.Module) -> str:
-    """A hash of the configuration and of a few values of every parameter: milliseconds, yet any training changes it."""
+def weights_fingerprint(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
+    """A hash of the configuration and of a few values of every parameter: milliseconds, yet any training changes it.
+
+    Parameters whose name holds one of `leave_out` do not count.
+    """
     digest = hashlib.sha256(models.causal_lm_of(model).config.to_json_string(use_diff=False).encode())
     for name, parameter in model.named_parameters():
+        if any(part in name for part in leave_out):
+            continue
         digest.update(f"{name}{tuple(getattr(parameter, 'ds_shape', parameter.shape))}".encode())
         with models.whole_parameters(parameter):  # ZeRO-3 partitions a model as it is loaded
             if parameter.numel() and parameter.device.type != "meta":

@@ -2,16 +2,20 @@
 
 from .base import DistillTrainer
 from .config import DistillConfig
+from .dpkd import DPKDConfig, DPKDTrainer
 from .gkd import GKDConfig, GKDTrainer
 from .minillm import MiniLLMConfig, MiniLLMTrainer
 
 METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {
     "gkd": (GKDConfig, GKDTrainer),
     "minillm": (MiniLLMConfig, MiniLLMTrainer),
+    "dpkd": (DPKDConfig, DPKDTrainer),
 }
 
 __all__ = [
     "METHODS",
+    "DPKDConfig",
+    "DPKDTrainer",
     "DistillConfig",
     "DistillTrainer",
     "GKDConfig",

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +32,6 @@ from ..data import DistillCollator, prepare_dataset, replace_completions
 from ..data.tokenization import Needs
 from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics, agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
-from ..losses.fused_linear import fused_linear_terms
 from ..losses.reduction import count_trained_tokens, sum_over_trained, sum_per_row, token_mean, trained_mask
 from ..reporting.model_card import model_card
 from ..rollouts import build_engine, check_engine, rollout_rng
@@ -53,10 +51,9 @@ from .checkpoints import (
 )
 from .completions import fill_with_teacher_completions, sampling_settings
 from .config import DistillConfig, config_from_arguments
+from .forward import head_can_be_fused, terms_of_batch
 from .metrics import RunningMetrics
 from .order import train_sampler
-
-logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
@@ -91,6 +88,7 @@ class DistillTrainer(Trainer):
     paper: ClassVar[dict[str, str]] = {}
     needs: ClassVar[frozenset[str]] = frozenset({"distribution"})
     accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
+    has_row_terms: ClassVar[bool] = False  # whether `row_terms` is there to be called
     loss_is_scaled_for_ga = True  # token_mean divides by the tokens of the whole accumulation window
 
     def __init__(
@@ -209,6 +207,31 @@ class DistillTrainer(Trainer):
             `[n]` values by name.
         """
         raise NotImplementedError(f"{type(self).__name__} must define its per-token terms.")
+
+    def row_terms(
+        self, logps: Tensor, teacher_logps: Tensor | None, tokens: Mapping[str, Tensor], num_rows: int
+    ) -> dict[str, Tensor]:
+        """Terms that depend on whole rows, for methods with `has_row_terms`: a pure function of log-probabilities.
+
+        Args:
+            logps, teacher_logps: `[N]` of all trained tokens; the former receives gradients, the latter may be missing.
+            tokens: as in `distill_terms`, and `row` `[N]`, the row of the batch that each token belongs to.
+            num_rows: of the batch.
+
+        Returns:
+            `[N]` values by name, those of a row on any one of its tokens; entries `token_*` are for `distill_terms`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says that it has terms of rows, but defines none.")
+
+    def agreement_terms(
+        self, student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What evaluation measures beside the method's own terms, per token."""
+        return agreement_terms(student, teacher, tokens)
+
+    def samples_of(self, inputs: Batch) -> int:
+        """How many rows of a dataset a batch holds; its rows are those of the first, …, last, and over again."""
+        return len(inputs["input_ids"])
 
     def build_collator(self, tokenizer: PreTrainedTokenizerBase) -> DistillCollator:
         """What batches look like."""
@@ -355,38 +378,10 @@ class DistillTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, terms_fn: Any, weights: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run both models on one micro-batch and `terms_fn` on its trained tokens, inside the student's wrapper."""
-        labels, predicts = inputs["labels"], trained_mask(inputs["labels"])
-        forward_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        signal = self.teacher_signal(inputs, predicts)
-        tokens = {"labels": labels[:, 1:][predicts]}
-        tokens |= {k: v[:, 1:][predicts] for k, v in inputs.items() if k.startswith("token_")}
         if self._student_is_fused is None:
-            self._student_is_fused = self._check_student_head(model, forward_inputs)
-
-        with contextlib.nullcontext() if signal is None else self.teacher.whole_head(signal) as signal:
-            if self._student_is_fused:
-                budget = self.args.loss_chunk_bytes
-
-                def on_hidden(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
-                    rows, head = hidden[:, :-1][predicts], head.cut_to(self.vocab_size)
-                    return fused_linear_terms(rows, head, signal, terms_fn, tokens, weights, chunk_bytes=budget)
-
-                return model(**forward_inputs, on_hidden=on_hidden)
-            logits = model(**forward_inputs).logits[:, :-1][predicts][:, : self.vocab_size]
-            said = None if signal is None else signal.chunk(slice(None))
-            terms = terms_fn(TokenLogits(logits.float()), said, tokens)
-            total = sum((w * terms[name].sum() for name, w in weights.items()), start=logits.sum() * 0.0)
-            return total, {name: value.detach() for name, value in terms.items()}
-
-    def _check_student_head(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-        if models.head_is_fusable(self.model) and models.head_reproduces_logits(model, inputs):
-            return True
-        logger.warning(
-            "The output head of %s cannot be fused with the loss (an adapter with dropout on it, or changes to its "
-            "logits that are not known here): the loss is exact but holds the logits of every trained token.",
-            type(models.causal_lm_of(self.model)).__name__,
-        )
-        return False
+            forward_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            self._student_is_fused = head_can_be_fused(self.model, model, forward_inputs)
+        return terms_of_batch(self, model, inputs, terms_fn, weights, fused=self._student_is_fused)
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 
@@ -426,17 +421,18 @@ class DistillTrainer(Trainer):
         """Sums per row, so that rows which pad the last distributed batch can be dropped again."""
 
         def terms_fn(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {**self.distill_terms(student, teacher, tokens), **agreement_terms(student, teacher, tokens)}
+            return {**self.distill_terms(student, teacher, tokens), **self.agreement_terms(student, teacher, tokens)}
 
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             total, terms = self._token_terms(model, inputs, terms_fn, self.loss_weights)
         predicts = trained_mask(inputs["labels"])
-        rows = predicts.nonzero()[:, 0]
+        samples = self.samples_of(inputs)
+        rows = predicts.nonzero()[:, 0] % samples
         entries = set(self.loss_divisors.values()) & inputs.keys()
         terms |= {f"/{entry}": inputs[entry][:, 1:][predicts] for entry in entries}
-        terms["tokens"] = torch.ones_like(terms["nll"])
-        sums = torch.stack([sum_per_row(values.float(), rows, len(predicts)) for values in terms.values()], dim=1)
+        terms.setdefault("tokens", torch.ones_like(terms["nll"]))
+        sums = torch.stack([sum_per_row(values.float(), rows, samples) for values in terms.values()], dim=1)
         if self._eval_rows is not None:
             self._eval_names = list(terms)
             self._eval_rows.append(self.accelerator.gather_for_metrics(sums).cpu())
@@ -500,6 +496,10 @@ class DistillTrainer(Trainer):
             return {name: self.prepare_rows(part, tokenizer, name) for name, part in dataset.items()}
         return self.prepare_rows(dataset, tokenizer, "eval")
 
+    def complete_eval(self, dataset: Any) -> Any:
+        """Evaluation rows with whatever else the method wants of them, once they have their completions."""
+        return dataset
+
     def get_train_dataloader(self) -> Any:
         if self.replaces_completions and not self._train_is_filled:
             self.train_dataset = fill_with_teacher_completions(self, self.train_dataset, replace=True)
@@ -527,7 +527,7 @@ class DistillTrainer(Trainer):
                 filled = self.prepare_rows(eval_dataset, self.processing_class, "eval")
             if isinstance(filled, IterableDataset):
                 filled = Dataset.from_list(list(filled))
-            filled = fill_with_teacher_completions(self, filled, replace=self.replaces_completions)
+            filled = self.complete_eval(fill_with_teacher_completions(self, filled, replace=self.replaces_completions))
             if filled is not eval_dataset:
                 caching.expect_rows(self, filled, "evaluation")
             known = self._eval_is_filled[id(eval_dataset)] = (eval_dataset, filled)  # holding it keeps its id taken

@@ -52,7 +52,12 @@ def completion_store(
 ) -> CompletionStore:
     """The store of this teacher's completions under this config."""
     identity = {"teacher": teacher.fingerprint(), "seed": args.seed, **sampling.as_dict()}
-    return CompletionStore(args.completions_dir or Path(args.output_dir) / COMPLETIONS_NAME, identity, rank)
+    return CompletionStore(completions_root(args), identity, rank)
+
+
+def completions_root(args: DistillConfig) -> Path:
+    """Folder of all stores of completions of a run."""
+    return Path(args.completions_dir or Path(args.output_dir) / COMPLETIONS_NAME)
 
 
 def prompts_to_complete(rows: Iterable[Mapping[str, Any]], *, replace: bool) -> Prompts:
@@ -77,6 +82,7 @@ def complete_prompts(
     world: int = 1,
     rank: int = 0,
     engine: RolloutEngine | None = None,
+    title: str = "Teacher completions",
 ) -> None:
     """Generate what the store lacks, in batches of similar prompt length, and keep each batch as it is done.
 
@@ -89,10 +95,10 @@ def complete_prompts(
     batches = [keys[i : i + size] for i in range(0, len(keys), size)]
     if not batches:
         return
-    logger.info("Generating %d completions with the teacher (kept in %s).", len(keys), store.folder)
+    logger.info("%s: generating %d (kept in %s).", title, len(keys), store.folder)
     pad = sampling.pad_token_id
     with generating as model:
-        for index in tqdm(range(-(-len(batches) // world)), desc="Teacher completions", disable=rank != 0):
+        for index in tqdm(range(-(-len(batches) // world)), desc=title, disable=rank != 0):
             mine = index * world + rank
             batch = batches[min(mine, len(batches) - 1)]
             width = max(len(prompts[k]) for k in batch)

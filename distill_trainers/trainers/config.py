@@ -153,6 +153,11 @@ class DistillConfig(TrainingArguments):
         mib = self.loss_chunk_mib or (32 if self.device.type == "cpu" else 256)
         return int(mib * 2**20)
 
+    @property
+    def defers_teacher(self) -> bool:
+        """Whether a teacher given by name is loaded only when it is asked."""
+        return False
+
     def _check(self) -> None:
         """Refuse what cannot work; subclasses extend it."""
         require(self.kd_temperature > 0, "kd_temperature", self.kd_temperature, "a number above 0")

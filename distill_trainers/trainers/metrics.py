@@ -52,6 +52,32 @@ class RunningMetrics:
         return found
 
 
+class StepMeans(RunningMetrics):
+    """Running metrics, some of which are wanted after each optimiser step too.
+
+    Args:
+        followed: names of means that `read_step` gives.
+    """
+
+    def __init__(self, device: torch.device, followed: tuple[str, ...]):
+        super().__init__(device)
+        self.followed = followed
+        self._step: dict[str, Tensor] = {}
+
+    def add_means(self, totals: Mapping[str, Tensor | float], count: Tensor | float) -> None:
+        super().add_means(totals, count)
+        for name in totals.keys() & set(self.followed):
+            _add(self._step, {name: totals[name], f"{name}/count": count}, self.device)
+
+    def read_step(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all processes since the last call; everyone must call it."""
+        names = sorted(self._step)
+        read = accelerator.reduce(torch.stack([self._step[name] for name in names]), reduction="sum").tolist()
+        found = dict(zip(names, read, strict=True))
+        self._step.clear()
+        return {name: found[name] / found[f"{name}/count"] for name in self.followed if found.get(f"{name}/count")}
+
+
 def _add(kept: dict[str, Tensor], values: Mapping[str, Tensor | float], device: torch.device) -> None:
     for name, value in values.items():
         value = torch.as_tensor(value, device=device).to(torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import models
 from ..exceptions import ConfigurationError
-from ..teachers import CachedTeacher, LocalTeacher, Teacher, shared_vocabulary
+from ..teachers import CachedTeacher, DeferredTeacher, LocalTeacher, Teacher, shared_vocabulary
 from .config import DistillConfig
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def common_vocabulary(student: Any, teacher: Teacher, own: Any, other: Any) -> i
         return shared_vocabulary(own, other or own, rows, teacher.identity.teacher_rows)
     if not isinstance(teacher, LocalTeacher):
         return None
-    teacher_rows = models.causal_lm_of(teacher.model).config.get_text_config().vocab_size
+    teacher_rows = teacher.config.get_text_config().vocab_size
     return shared_vocabulary(own, other, rows, teacher_rows)
 
 
@@ -133,7 +134,11 @@ def load_teacher(teacher: Any, args: DistillConfig) -> Teacher:
     if isinstance(teacher, str):
         kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
         kwargs |= args.teacher_model_init_kwargs or {}  # type: ignore[arg-type]
-        return LocalTeacher(models.load_causal_lm(teacher, role="teacher", **kwargs), name=teacher)
+        load = functools.partial(models.load_causal_lm, teacher, role="teacher", **kwargs)
+        if args.defers_teacher:
+            config = models.load_config(teacher, "teacher", trust_remote_code=args.trust_remote_code)
+            return DeferredTeacher(load, config, teacher)
+        return LocalTeacher(load(), name=teacher)
     if args.teacher_model_init_kwargs:
         raise ConfigurationError(
             "`teacher_model_init_kwargs` act while a teacher is loaded by name, but `teacher_model` is already a "

@@ -1,0 +1,301 @@
+"""Make preference pairs: the teacher's response to each prompt as `chosen`, the student's as `rejected`.
+
+distill-trainers pairs --config recipes/….yaml [--pairs_file pairs.jsonl] [--verify final_number]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..exceptions import ConfigurationError, DatasetError
+from . import report_errors
+from .recipe import Recipe, parse_recipe
+
+logger = logging.getLogger(__name__)
+
+VERIFICATIONS = ("none", "final_number")
+_USAGE = """usage: distill-trainers pairs --config RECIPE [--pairs_file FILE] [--KEY_OF_THE_RECIPE VALUE]
+
+Both models answer the prompts of the recipe's dataset, and the pairs go to FILE (by default pairs.jsonl in output_dir),
+one JSON object a line: prompt, chosen, rejected, provenance. Answers are kept as they are made; stopped at any moment,
+the same command goes on. Prompts that come twice are answered once, and pairs of equal responses are left out.
+
+  --pairs_file FILE       where the pairs go
+  --verify final_number   the teacher's final number (behind ####, else its last one) must be that of the right answer
+  --answer_column NAME    the dataset's column with the right answer (answer)
+  --attempts N            how often the teacher may try to be right (1)
+  --keep_unfinished false leave out pairs with a response that max_new_tokens cut off"""
+
+
+@dataclass
+class PairArguments:
+    """What making pairs needs beside a recipe."""
+
+    pairs_file: str | None = field(default=None, metadata={"help": "Where the pairs go (<output_dir>/pairs.jsonl)."})
+    verify: str = field(
+        default="none", metadata={"help": f"Check chosen responses: one of {', '.join(VERIFICATIONS)}."}
+    )
+    answer_column: str = field(default="answer", metadata={"help": "The dataset's column with the right answer."})
+    attempts: int = field(default=1, metadata={"help": "How often the teacher may try to be right."})
+    keep_unfinished: bool = field(
+        default=True, metadata={"help": "Keep pairs with a response that max_new_tokens cut off."}
+    )
+
+
+@dataclass
+class Prompt:
+    """One prompt of the dataset: as it is written there, in tokens, and the right answer if it is to be checked."""
+
+    written: Any
+    ids: list[int]
+    answer: str = ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make pairs; the exit status is 0, or 2 for bad input."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    argv = list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    recipe = parse_recipe(argv, PairArguments)
+    found = make_pairs(recipe, recipe.extra)
+    counts = ", ".join(f"{number} {what}" for what, number in found.items() if number)
+    print(f"{counts}. They are in {_file(recipe, recipe.extra)}.")
+    return 0
+
+
+def _file(recipe: Recipe, own: PairArguments) -> Path:
+    return Path(own.pairs_file or Path(recipe.args.output_dir) / "pairs.jsonl").expanduser()
+
+
+def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
+    """Write the pairs of a recipe's prompts; returns how many there are, and how many prompts were left out and why.
+
+    Raises:
+        ConfigurationError, DatasetError: what must be mended, before any model is loaded.
+        CheckpointError, CacheError: responses or pairs could not be written; those before are kept.
+    """
+    from ..teachers.cache_files import write_atomically
+    from .checks import check_recipe
+    from .train import make_initial_student
+
+    _check(own)
+    checked = check_recipe(recipe)
+    counts: Counter[str] = Counter()
+    prompts = _prompts(checked, recipe, own, counts)
+    student = recipe.model.model_name_or_path
+    if student is None:
+        student = str(make_initial_student(recipe, checked.rows(recipe)[0]))
+    target = _file(recipe, own)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    teacher = str(recipe.run.teacher_model_name_or_path)
+    chosen = _teacher_answers(teacher, prompts, recipe, own, checked.tokenizer, target)
+    rejected = _Writer(student, "student", recipe, checked.tokenizer, target).answer(
+        {key: prompt for key, prompt in prompts.items() if key in chosen}, 0
+    )
+    counts["prompts without a right answer of the teacher"] = len(prompts) - len(chosen)
+    source = {"teacher": teacher, "student": student, "seed": recipe.args.seed, "temperature": recipe.args.temperature}
+    lines = []
+    for key, prompt in prompts.items():
+        if key not in chosen:
+            continue
+        pair, reason = _pair(prompt, chosen[key], rejected[key], own, source)
+        if reason:
+            counts[reason] += 1
+        else:
+            lines.append(json.dumps(pair, ensure_ascii=False))
+    if not lines:
+        raise DatasetError(
+            f"No pair is left of {len(prompts)} prompts: {dict(counts)}. Raise `attempts`, `temperature` or "
+            "`max_new_tokens`, or leave `verify` out."
+        )
+    write_atomically(target, ("\n".join(lines) + "\n").encode())
+    return {"pairs": len(lines), **counts}
+
+
+def _check(own: PairArguments) -> None:
+    if own.verify not in VERIFICATIONS:
+        raise ConfigurationError(f"Got `verify: {own.verify}`; expected one of {', '.join(VERIFICATIONS)}.")
+    if own.attempts < 1 or (own.attempts > 1 and own.verify == "none"):
+        raise ConfigurationError(
+            f"Got `attempts: {own.attempts}`; expected 1, or more with `verify`, which says what a right answer is."
+        )
+
+
+def _prompts(checked: Any, recipe: Recipe, own: PairArguments, counts: Counter[str]) -> dict[str, Prompt]:
+    """Different prompts that leave room for a response, by key."""
+    from ..data import apply_column_mapping, detect_dataset_type, tokenize_row
+    from ..rollouts.store import prompt_key
+
+    args: Any = recipe.args
+    rows = apply_column_mapping(checked.train, args.column_mapping, name="train")
+    prompts: dict[str, Prompt] = {}
+    for number, row in enumerate(rows):
+        kind = detect_dataset_type(row)
+        if kind in ("text", "tokenized"):
+            raise DatasetError(
+                f"Pairs need prompts, but the dataset is of the layout {kind}. Give prompt, prompt + completion or "
+                "messages."
+            )
+        tokens = tokenize_row(row, checked.tokenizer, dataset_type=kind, chat_template_kwargs=args.chat_template_kwargs)
+        ids = tokens["input_ids"][: tokens["prompt_length"]]
+        key = prompt_key(ids)
+        if not ids or len(ids) + args.max_new_tokens > args.max_length:
+            counts["prompts that are empty or leave no room within max_length"] += 1
+        elif key in prompts:
+            counts["prompts that came twice"] += 1
+        else:
+            prompts[key] = Prompt(_written_prompt(row, kind), ids, _right_answer(row, number, own))
+    if not prompts:
+        raise DatasetError(f"No prompt of the dataset can be answered: {dict(counts)}. Raise `max_length`.")
+    return prompts
+
+
+def _written_prompt(row: Mapping[str, Any], kind: str) -> Any:
+    from ..data.formats import as_messages
+
+    if kind != "messages":
+        return row["prompt"]
+    messages = as_messages(row.get("messages") or row.get("conversations"), role="user")
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    return messages[:last]
+
+
+def _right_answer(row: Mapping[str, Any], number: int, own: PairArguments) -> str:
+    from ..data.answers import final_number
+
+    if own.verify == "none":
+        return ""
+    if own.answer_column not in row:
+        raise DatasetError(
+            f"`verify: {own.verify}` needs the right answers, but the dataset has no column {own.answer_column!r}, "
+            f"only {sorted(row)}. Name it in `answer_column`."
+        )
+    answer = str(row[own.answer_column])
+    if final_number(answer) is None:
+        raise DatasetError(f"Row {number}: the right answer {answer[:80]!r} holds no number to compare with.")
+    return answer
+
+
+def _teacher_answers(
+    teacher: str, prompts: dict[str, Prompt], recipe: Recipe, own: PairArguments, tokenizer: Any, target: Path
+) -> dict[str, Any]:
+    """The teacher's first response to each prompt that stands the check."""
+    from ..data.answers import same_final_number
+
+    writer = _Writer(teacher, "teacher", recipe, tokenizer, target)
+    found: dict[str, Any] = {}
+    for attempt in range(own.attempts):
+        asked = {key: prompt for key, prompt in prompts.items() if key not in found}
+        for key, response in writer.answer(asked, attempt).items():
+            if own.verify == "none" or same_final_number(response["text"], prompts[key].answer):
+                found[key] = {**response, "attempt": attempt}
+    return found
+
+
+class _Writer:
+    """A model that answers prompts; it is loaded only if some answers are not kept yet.
+
+    Args:
+        role: teacher or student.
+        target: the file of pairs, beside which answers are kept.
+    """
+
+    def __init__(self, name: str, role: str, recipe: Recipe, tokenizer: Any, target: Path):
+        self.name, self.role, self.args, self.tokenizer = name, role, recipe.args, tokenizer
+        self.root = target.with_name(f"{target.name}.parts")
+        self._model: Any = None
+
+    def answer(self, prompts: dict[str, Prompt], attempt: int) -> dict[str, dict[str, Any]]:
+        """Text of each response, whether it is finished, and its number of tokens."""
+        from ..models import eos_ids
+        from ..rollouts import CompletionStore, local_engine
+        from ..rollouts.mixing import mix
+        from ..teachers.cache_identity import describe_source, hashed
+        from ..trainers.completions import complete_prompts, sampling_settings
+
+        args: Any = self.args
+        identity = {
+            "role": self.role,
+            "model": hashed(describe_source(self.name)),
+            "attempt": attempt,
+            "seed": args.seed,
+            **{name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")},
+            "repetition_penalty": args.repetition_penalty,
+            "stop_strings": args.stop_strings,
+        }
+        store = CompletionStore(self.root, json.loads(json.dumps(identity, default=str)))
+        if any(key not in store.load() for key in prompts):
+            model = self._load()
+            sampling = sampling_settings(args, model, self.tokenizer, len(self.tokenizer))
+            complete_prompts(
+                {key: prompt.ids for key, prompt in prompts.items()},
+                store,
+                sampling,
+                contextlib.nullcontext(model),
+                seed=mix(args.seed, attempt),
+                device=args.device,
+                batch_size=args.rollout_batch_size,
+                engine=local_engine(args.rollout_engine, self.tokenizer),
+                title=f"{self.role.capitalize()} responses",
+            )
+            (self.root / f"{self.role}-ends.json").write_text(json.dumps(eos_ids(model, self.tokenizer)))
+        ends = json.loads((self.root / f"{self.role}-ends.json").read_text())
+        written = store.load()
+        return {key: self._response(written[key], ends) for key in prompts}
+
+    def _response(self, ids: list[int], ends: list[int]) -> dict[str, Any]:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        finished = bool(ids) and (ids[-1] in ends or any(text.endswith(stop) for stop in self.args.stop_strings or []))
+        return {"text": text, "finished": finished, "tokens": len(ids)}
+
+    def _load(self) -> Any:
+        from ..models import load_causal_lm
+
+        if self._model is None:
+            gc.collect()  # the model before this one
+            is_teacher = self.role == "teacher"
+            own: Any = self.args.teacher_model_init_kwargs if is_teacher else self.args.model_init_kwargs
+            kwargs = {"trust_remote_code": self.args.trust_remote_code, **(own or {})}
+            self._model = load_causal_lm(self.name, role=self.role, **kwargs).to(self.args.device).eval()
+        return self._model
+
+
+def _pair(
+    prompt: Prompt, chosen: dict[str, Any], rejected: dict[str, Any], own: PairArguments, source: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """One line of the file, or why there is none."""
+    from ..data.answers import same_final_number
+
+    if chosen["text"].strip() == rejected["text"].strip():
+        return {}, "pairs of equal responses"
+    if not chosen["text"].strip() or not rejected["text"].strip():
+        return {}, "pairs with an empty response"
+    if not own.keep_unfinished and not (chosen["finished"] and rejected["finished"]):
+        return {}, "pairs with an unfinished response"
+    provenance = dict(source)
+    for side, response in (("chosen", chosen), ("rejected", rejected)):
+        provenance |= {f"{side}_tokens": response["tokens"], f"{side}_finished": response["finished"]}
+    if own.verify != "none":
+        provenance["verified"] = own.verify
+        provenance["rejected_is_right"] = same_final_number(rejected["text"], prompt.answer)
+    is_text = isinstance(prompt.written, str)
+    sides = {
+        side: response["text"] if is_text else [{"role": "assistant", "content": response["text"]}]
+        for side, response in (("chosen", chosen), ("rejected", rejected))
+    }
+    return {"prompt": prompt.written, **sides, "provenance": provenance}, ""
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main, sys.argv[1:]))

@@ -1,0 +1,318 @@
+"""Preference pairs: a prompt with a chosen and a rejected response, as rows and as batches.
+
+A tokenised pair is a tokenised row (prompt and chosen response) with `rejected_ids` and `rejected_mask` beside it,
+which follow the same prompt. In a batch of B pairs the rows are those of all chosen responses, then those of all
+rejected ones, `[2B, T]`: one forward serves both, and a micro-batch never parts a pair.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from distill_trainers.data.collator import IGNORED, DistillCollator
+from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation
+from distill_trainers.data.rows import tokenize_row
+from distill_trainers.exceptions import DatasetError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = "chosen + rejected, with the prompt in a column of its own (prompt, or messages) or at the start of both"
+
+# What chat templates write around turns, and tokenizers around texts. One that a tokenizer does not know as a token of
+# its own would be trained on as so many letters.
+MARKERS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+)
+
+_IDENTICAL = "chosen and rejected are identical"
+_ALIKE_WHEN_CUT = "chosen and rejected are identical once cut to max_length"
+_NO_CHOSEN = "empty chosen"
+_NO_REJECTED = "empty rejected"
+_NO_PROMPT = "empty prompt"
+_LONG_PROMPT = "prompt as long as max_length or longer"
+
+
+def is_pair(row: Mapping[str, Any], column_mapping: Mapping[str, str] | None = None) -> bool:
+    """Whether a row of a dataset, its columns renamed by `column_mapping`, holds a preference pair."""
+    names = {(column_mapping or {}).get(column, column) for column in row}
+    return {"chosen", "rejected"} <= names
+
+
+def prepare_pairs(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    column_mapping: Mapping[str, str] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    num_proc: int | None = None,
+    drop_bad: bool = False,
+    name: str = "train",
+) -> Dataset | IterableDataset:
+    """A dataset of pairs as tokenised pairs, with the `length` of the longer row of each.
+
+    Prompts stay whole, and responses lose their end beyond `max_length`.
+
+    Args:
+        drop_bad: leave out pairs that cannot be trained on, with a warning, instead of refusing the dataset.
+
+    Raises:
+        DatasetError: no rows, values of the wrong kind, or pairs that cannot be trained on: identical or empty
+            responses, a prompt that fills `max_length`, markers of a chat template that the tokenizer does not know.
+    """
+    from datasets import Dataset
+
+    dataset = apply_column_mapping(dataset, column_mapping, name=name)
+    row = first_row(dataset, name=name)
+    foreign = tuple(marker for marker in MARKERS if marker not in tokenizer.get_vocab())
+    work = partial(
+        _prepare_row,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        chat_template_kwargs=chat_template_kwargs,
+        foreign=foreign,
+        name=name,
+    )
+    how: dict[str, Any] = {"with_indices": True, "remove_columns": list(row), "features": _features()}
+    if isinstance(dataset, Dataset):
+        # Not from the cache of `datasets`, which does not see changes of the code that tokenises.
+        prepared = dataset.map(work, num_proc=num_proc, desc=f"Tokenizing {name}", load_from_cache_file=False, **how)
+        prepared = _without_bad(prepared, drop_bad=drop_bad, max_length=max_length, name=name)
+    else:
+        prepared = dataset.map(work, **how).filter(partial(_is_good, drop_bad=drop_bad, name=name))
+    return prepared.remove_columns(["bad", "cut"])
+
+
+def _prepare_row(
+    row: Mapping[str, Any],
+    index: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    foreign: Sequence[str],
+    name: str,
+) -> dict[str, Any]:
+    try:
+        prompt, chosen, rejected = split_pair(row)
+        bad = _bad_text(prompt, chosen, rejected, foreign)
+        if bad:
+            return {**_EMPTY, "bad": bad}
+        sides = [
+            tokenize_row(
+                {**row, "prompt": prompt, "completion": completion},
+                tokenizer,
+                dataset_type="prompt_completion",
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for completion in (chosen, rejected)
+        ]
+    except DatasetError as error:
+        raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
+    return _cut(sides, max_length)
+
+
+def split_pair(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected of a row, the prompt taken from the start of both responses where it is there.
+
+    As in TRL, a prompt column of another kind than the responses (a string beside conversations) only repeats what they
+    begin with. `messages` or `conversations` beside the pair are its prompt, and a single message is a response.
+    """
+    from trl.data_utils import maybe_extract_prompt
+
+    sides = {side: [row[side]] if isinstance(row[side], Mapping) else row[side] for side in ("chosen", "rejected")}
+    prompt = next((row[column] for column in ("prompt", "messages", "conversations") if row.get(column)), None)
+    if prompt is None and "prompt" in row and isinstance(row["prompt"], str | list):
+        prompt = row["prompt"]
+    if sides["chosen"] == sides["rejected"]:  # nothing tells where a common beginning ends
+        return prompt, sides["chosen"], sides["rejected"]
+    if not all(sides.values()):
+        return prompt, sides["chosen"] or "", sides["rejected"] or ""
+    if prompt is not None:
+        sides["prompt"] = prompt
+    found = maybe_extract_prompt(sides)
+    return found["prompt"], found["chosen"], found["rejected"]
+
+
+def _bad_text(prompt: Any, chosen: Any, rejected: Any, foreign: Sequence[str]) -> str:
+    if chosen == rejected:
+        return _IDENTICAL
+    for side, reason in ((chosen, _NO_CHOSEN), (rejected, _NO_REJECTED)):
+        if not _text_of(side).strip():
+            return reason
+    if not _text_of(prompt).strip():
+        return _NO_PROMPT
+    texts = [_text_of(value) for value in (prompt, chosen, rejected)]
+    found = next((marker for marker in foreign if any(marker in text for text in texts)), None)
+    return "" if found is None else f"{found} belongs to the chat template of another tokenizer"
+
+
+def _text_of(value: Any) -> str:
+    """All that a column says, for looking through it."""
+    if isinstance(value, str) or value is None:
+        return value or ""
+    if is_conversation(value):
+        parts = (each for message in value for key, each in message.items() if key not in ("role", "from") and each)
+        return "\n".join(map(str, parts))
+    return str(value)
+
+
+def _cut(sides: Sequence[Mapping[str, Any]], max_length: int) -> dict[str, Any]:
+    start, room = sides[0]["prompt_length"], max_length - sides[0]["prompt_length"]
+    if room < 1:
+        return {**_EMPTY, "bad": _LONG_PROMPT}
+    ids = [side["input_ids"][start : start + room] for side in sides]
+    masks = [side["loss_mask"][start : start + room] for side in sides]
+    cut = any(len(side["input_ids"]) > max_length for side in sides)
+    bad = (_ALIKE_WHEN_CUT if cut else _IDENTICAL) if ids[0] == ids[1] else ""
+    bad = bad or next(
+        (reason for mask, reason in zip(masks, (_NO_CHOSEN, _NO_REJECTED), strict=True) if not any(mask)), ""
+    )
+    return {
+        "input_ids": sides[0]["input_ids"][:start] + ids[0],
+        "loss_mask": [0] * start + masks[0],
+        "prompt_length": start,
+        "length": start + max(map(len, ids)),
+        "rejected_ids": ids[1],
+        "rejected_mask": masks[1],
+        "bad": bad,
+        "cut": cut,
+    }
+
+
+_EMPTY: dict[str, Any] = {
+    "input_ids": [],
+    "loss_mask": [],
+    "prompt_length": 0,
+    "length": 0,
+    "rejected_ids": [],
+    "rejected_mask": [],
+    "bad": "",
+    "cut": False,
+}
+
+
+def _features() -> Features:
+    from datasets import Features, List, Value
+
+    ids, mask, number = List(Value("int32")), List(Value("int8")), Value("int32")
+    kinds = (ids, mask, number, number, ids, mask, Value("string"), Value("bool"))
+    return Features(dict(zip(_EMPTY, kinds, strict=True)))
+
+
+def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str) -> Dataset:
+    reasons = dataset["bad"][:]
+    good = [i for i, reason in enumerate(reasons) if not reason]
+    if len(good) < len(reasons):
+        counted = ", ".join(f"{count} × {reason}" for reason, count in Counter(filter(None, reasons)).items())
+        first = next(i for i, reason in enumerate(reasons) if reason)
+        found = (
+            f"{len(reasons) - len(good)} of the {len(reasons)} pairs of dataset {name!r} cannot be trained on: "
+            f"{counted} (the first is row {first}). "
+        )
+        if not drop_bad or not good:
+            raise DatasetError(
+                f"{found}Expected a prompt shorter than max_length={max_length} and two different responses that are "
+                "not empty, written for this tokenizer (as conversations, they get its own template). Mend the rows, "
+                + ("or set `bad_pairs: drop` to leave them out." if good else "there is none to train on.")
+            )
+        logger.warning("%sThey are left out.", found)
+    cut = sum(dataset["cut"][i] for i in good)
+    if cut:
+        logger.warning("Dataset %r: max_length=%d cut the end of responses of %d pairs.", name, max_length, cut)
+    return dataset.select(good)
+
+
+def _is_good(row: Mapping[str, Any], *, drop_bad: bool, name: str) -> bool:
+    if row["bad"] and not drop_bad:
+        raise DatasetError(
+            f"A pair of the stream {name!r} cannot be trained on: {row['bad']}. Mend it, or set `bad_pairs: drop`."
+        )
+    return not row["bad"]
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+
+class PairCollator(DistillCollator):
+    """Tokenised pairs to batches `[2B, T]` (see `join_pairs`); rows without a rejected response to ordinary ones."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        chosen = super().__call__(rows)
+        if "rejected_ids" not in rows[0]:
+            return chosen
+        rejected = super().__call__([rejected_row(row) for row in rows])
+        return join_pairs(chosen, rejected, self.pad_token_id)
+
+
+def rejected_row(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompt of a tokenised pair with its rejected response, as a tokenised row."""
+    start = pair["prompt_length"]
+    return {
+        "input_ids": [*pair["input_ids"][:start], *pair["rejected_ids"]],
+        "loss_mask": [*pair["loss_mask"][:start], *pair["rejected_mask"]],
+        "prompt_length": start,
+    }
+
+
+def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
+    """One batch of two, whose rows of the same number follow the same prompt.
+
+    Args:
+        chosen, rejected: `input_ids`, `attention_mask` and `labels` `[B, T]`, of any two T; whatever else `chosen`
+            holds is carried over.
+
+    Returns:
+        the three `[2B, T]`, and `[2B, T]` entries that are 1 on all trained tokens of chosen rows (`token_chosen`) and
+        of rejected rows (`token_rejected`), and on the first one of each chosen row (`token_pair`).
+    """
+    width = max(chosen["input_ids"].shape[1], rejected["input_ids"].shape[1])
+    joined = {}
+    for name, fill in (("input_ids", pad_token_id), ("attention_mask", 0), ("labels", IGNORED)):
+        sides = (pad(side[name], (0, width - side[name].shape[1]), value=fill) for side in (chosen, rejected))
+        joined[name] = torch.cat(list(sides))
+    trained = joined["labels"] != IGNORED
+    trained[:, 0] = False  # nothing predicts the first token
+    is_chosen = torch.zeros_like(trained)
+    is_chosen[: len(chosen["input_ids"])] = True
+    entries = {
+        "token_chosen": trained & is_chosen,
+        "token_rejected": trained & ~is_chosen,
+        "token_pair": trained & is_chosen & (trained.cumsum(1) == 1),
+    }
+    return {**chosen, **joined, **{name: entry.float() for name, entry in entries.items()}}
+
+
+def chosen_rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The chosen half of a batch that `join_pairs` made."""
+    half = len(batch["input_ids"]) // 2
+    return {name: batch[name][:half] for name in ("input_ids", "attention_mask", "labels")}
