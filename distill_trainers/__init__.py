@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GKDConfig": "trainers.gkd",
     "GKDTrainer": "trainers.gkd",
+    "RationaleConfig": "trainers.rationale",
+    "RationaleTrainer": "trainers.rationale",
     "DistillConfig": "trainers.config",
     "DistillTrainer": "trainers.base",
     "CachedTeacher": "teachers.cached",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .trainers.base import DistillTrainer
     from .trainers.config import DistillConfig
     from .trainers.gkd import GKDConfig, GKDTrainer
+    from .trainers.rationale import RationaleConfig, RationaleTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from .divergences import (
     total_variation,
 )
 from .fused_linear import fused_linear_divergence, fused_linear_terms
+from .key_steps import wrong_step_loss
 from .per_token import check_sparse, token_divergence
 from .sparse import token_logps
 
@@ -36,4 +37,5 @@ __all__ = [
     "token_divergence",
     "token_logps",
     "total_variation",
+    "wrong_step_loss",
 ]

@@ -31,6 +31,8 @@ _ALIKE = 3 / 4
 def why_not_decodable(model: Any) -> str | None:
     """What keeps `decode_completions` from running `model`, in words; None where nothing does."""
     causal_lm: Any = models.causal_lm_of(model)
+    if models.is_encoder_decoder(model):
+        return f"{type(causal_lm).__name__} is an encoder-decoder"
     if models.must_stay_in_step(model):
         return "its weights are sharded over processes, which must all run equally many forwards"
     if models.is_peft(model) and model.active_peft_config.is_prompt_learning:

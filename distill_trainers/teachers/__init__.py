@@ -3,6 +3,7 @@
 from .base import Teacher
 from .cached import CachedTeacher
 from .local import LocalTeacher
+from .none import NoTeacher
 from .vocabulary import shared_vocabulary
 
-__all__ = ["CachedTeacher", "LocalTeacher", "Teacher", "shared_vocabulary"]
+__all__ = ["CachedTeacher", "LocalTeacher", "NoTeacher", "Teacher", "shared_vocabulary"]

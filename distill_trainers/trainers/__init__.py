@@ -3,7 +3,19 @@
 from .base import DistillTrainer
 from .config import DistillConfig
 from .gkd import GKDConfig, GKDTrainer
+from .rationale import RationaleConfig, RationaleTrainer
 
-METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {"gkd": (GKDConfig, GKDTrainer)}
+METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {
+    "gkd": (GKDConfig, GKDTrainer),
+    "rationale": (RationaleConfig, RationaleTrainer),
+}
 
-__all__ = ["METHODS", "DistillConfig", "DistillTrainer", "GKDConfig", "GKDTrainer"]
+__all__ = [
+    "METHODS",
+    "DistillConfig",
+    "DistillTrainer",
+    "GKDConfig",
+    "GKDTrainer",
+    "RationaleConfig",
+    "RationaleTrainer",
+]

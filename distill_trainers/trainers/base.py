@@ -34,7 +34,7 @@ from ..data.tokenization import Needs
 from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics, agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.fused_linear import fused_linear_terms
-from ..losses.reduction import count_trained_tokens, sum_over_trained, sum_per_row, token_mean, trained_mask
+from ..losses.reduction import count_trained_tokens, sum_over_trained, sum_per_example, token_mean, trained_mask
 from ..reporting.model_card import model_card
 from ..rollouts import build_engine, check_engine, rollout_rng
 from ..signals import TokenLogits
@@ -65,7 +65,7 @@ class DistillTrainer(Trainer):
 
     Args:
         model: the student: a folder or Hub id, a `PreTrainedModel`, or a `PeftModel`.
-        teacher_model: the teacher: a folder or Hub id, a model, or a `Teacher`.
+        teacher_model: the teacher: a folder or Hub id, a model, or a `Teacher`; None where the method needs none.
         args: the method's config; None takes its defaults, plain `TrainingArguments` are carried over.
         train_dataset: rows of any layout that `distill_trainers.data.formats` names; may be iterable.
         eval_dataset: likewise, or a dict of several. Evaluation is teacher-forced, so it compares between steps.
@@ -90,12 +90,13 @@ class DistillTrainer(Trainer):
     paper: ClassVar[dict[str, str]] = {}
     needs: ClassVar[frozenset[str]] = frozenset({"distribution"})
     accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
+    accepts_encoder_decoders: ClassVar[bool] = False  # whether its batches have `encoder_ids` for such students
     loss_is_scaled_for_ga = True  # token_mean divides by the tokens of the whole accumulation window
 
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        teacher_model: str | PreTrainedModel | nn.Module | Teacher,
+        teacher_model: str | PreTrainedModel | nn.Module | Teacher | None = None,
         args: TrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -109,7 +110,7 @@ class DistillTrainer(Trainer):
     ):
         args = config_from_arguments(self.config_class, args)
         self.args = args
-        sources.check(model, teacher_model, args)
+        sources.check(model, teacher_model, args, self.needs, self.accepts_encoder_decoders)
         self.check_datasets(train_dataset, eval_dataset)
         caching.check(self, teacher_model, train_dataset)
         if self.samples_completions:
@@ -347,8 +348,9 @@ class DistillTrainer(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run both models on one micro-batch and `terms_fn` on its trained tokens, inside the student's wrapper."""
         labels, predicts = inputs["labels"], trained_mask(inputs["labels"])
-        forward_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        signal = self.teacher.signal(forward_inputs, predicts, self.vocab_size)
+        forward_inputs = models.forward_inputs(inputs)
+        asked = bool(self.needs) or not model.training  # a teacher that the loss does not need is for evaluation
+        signal = self.teacher.signal(forward_inputs, predicts, self.vocab_size) if asked else None
         tokens = {"labels": labels[:, 1:][predicts]}
         tokens |= {k: v[:, 1:][predicts] for k, v in inputs.items() if k.startswith("token_")}
         if self._student_is_fused is None:
@@ -364,7 +366,8 @@ class DistillTrainer(Trainer):
 
                 return model(**forward_inputs, on_hidden=on_hidden)
             logits = model(**forward_inputs).logits[:, :-1][predicts][:, : self.vocab_size]
-            terms = terms_fn(TokenLogits(logits.float()), signal.chunk(slice(None)), tokens)
+            said = None if signal is None else signal.chunk(slice(None))
+            terms = terms_fn(TokenLogits(logits.float()), said, tokens)
             total = sum((w * terms[name].sum() for name, w in weights.items()), start=logits.sum() * 0.0)
             return total, {name: value.detach() for name, value in terms.items()}
 
@@ -413,7 +416,7 @@ class DistillTrainer(Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None):
-        """Sums per row, so that rows which pad the last distributed batch can be dropped again."""
+        """Sums per example, so that those which pad the last distributed batch can be dropped again."""
 
         def terms_fn(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {**self.distill_terms(student, teacher, tokens), **agreement_terms(student, teacher, tokens)}
@@ -422,11 +425,10 @@ class DistillTrainer(Trainer):
         with self.compute_loss_context_manager():
             total, terms = self._token_terms(model, inputs, terms_fn, self.loss_weights)
         predicts = trained_mask(inputs["labels"])
-        rows = predicts.nonzero()[:, 0]
         entries = set(self.loss_divisors.values()) & inputs.keys()
         terms |= {f"/{entry}": inputs[entry][:, 1:][predicts] for entry in entries}
         terms["tokens"] = torch.ones_like(terms["nll"])
-        sums = torch.stack([sum_per_row(values.float(), rows, len(predicts)) for values in terms.values()], dim=1)
+        sums = torch.stack([sum_per_example(values.float(), inputs) for values in terms.values()], dim=1)
         if self._eval_rows is not None:
             self._eval_names = list(terms)
             self._eval_rows.append(self.accelerator.gather_for_metrics(sums).cpu())
