@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GKDConfig": "trainers.gkd",
     "GKDTrainer": "trainers.gkd",
-    "RationaleConfig": "trainers.rationale",
+    "RationaleConfig": "trainers.rationale_config",
     "RationaleTrainer": "trainers.rationale",
     "DistillConfig": "trainers.config",
     "DistillTrainer": "trainers.base",
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .trainers.base import DistillTrainer
     from .trainers.config import DistillConfig
     from .trainers.gkd import GKDConfig, GKDTrainer
-    from .trainers.rationale import RationaleConfig, RationaleTrainer
+    from .trainers.rationale import RationaleTrainer
+    from .trainers.rationale_config import RationaleConfig
 
 
 def __getattr__(name: str) -> Any:

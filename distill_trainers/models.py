@@ -89,7 +89,7 @@ def load_config(name: str, role: str, **kwargs: Any) -> Any:
 
 
 def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any = None, **init_kwargs: Any):
-    """Load a causal LM (or an encoder-decoder) by folder or Hub id. `dtype` may be a string; no `device_map` is guessed.
+    """Load a causal LM (or encoder-decoder) by folder or Hub id. `dtype` may be a string; no `device_map` is guessed.
 
     Raises:
         ConfigurationError: unknown dtype, missing folder, or quantization named twice.

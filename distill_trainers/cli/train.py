@@ -57,7 +57,7 @@ def build_trainer(recipe: Recipe) -> Any:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
     trainer = METHODS[settings.method][1](
         model=student,
-        teacher_model=settings.teacher_model_name_or_path,  # type: ignore[arg-type]
+        teacher_model=settings.teacher_model_name_or_path,
         args=args,
         train_dataset=checked.train,
         eval_dataset=checked.evaluation,

@@ -276,12 +276,12 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 @dataclass(frozen=True)
 class RationaleCollator:
-    """Examples to one batch: the first sequences of all, and below them their others, so that row r is of example r % B.
+    """Examples to one batch: the first sequences of all, and below them their others; row r is of example r % B.
 
-    Beside `input_ids`, `attention_mask` and `labels` `[R, T]` the batch has `examples` `[R]`, and float entries `[R, T]`
-    that say to which term a token belongs: `token_label` and `token_rationale`; `token_right`, `token_right_key`,
-    `token_wrong_key` and `token_key`; `token_rationale`, `token_answer` and `token_innovation`; and `token_given`, the
-    tokens that a teacher may be asked about.
+    Beside `input_ids`, `attention_mask` and `labels` `[R, T]` a batch has `examples` `[R]`, and float entries `[R, T]`
+    that say which term a token belongs to: `token_label`, `token_rationale`; `token_right`, `token_right_key`,
+    `token_wrong_key`, `token_key`; `token_rationale`, `token_answer`, `token_innovation`; and `token_given`, the tokens
+    that a teacher may be asked about. Here R = B, or 2 B with others.
 
     Args:
         objective: one of `OBJECTIVES`.

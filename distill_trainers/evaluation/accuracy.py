@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ def answer_questions(
     mine = list(range(rank, len(questions), world))
     order = sorted(mine, key=lambda i: -len(questions[i].prompt_ids))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    turns = -(-(-(-len(questions) // world)) // batch_size)
+    turns = math.ceil(math.ceil(len(questions) / world) / batch_size)
     found: dict[int, Answer] = {}
     for turn in tqdm(range(turns), desc="Answering", disable=not progress or rank != 0):
         places = batches[turn] if turn < len(batches) else [0]  # of no use, but others may wait for it

@@ -22,7 +22,7 @@ ARITHMETIC: list[Exemplar] = [
         "wrong_answer": "17",
     },
     {
-        "question": "Tom has 45 stamps and shares them equally among his 3 sisters. Each already had 10. How many has each?",
+        "question": "Tom shares 45 stamps equally among his 3 sisters. Each already had 10. How many has each?",
         "rationale": "Each sister gets 45 / 3 = 15 stamps. Together with the 10 she had, that is 15 + 10 = 25.",
         "answer": "25",
         "wrong_rationale": "Each sister gets 45 / 3 = 15 stamps. The 10 are for all of them, so each has 15.",

@@ -7,8 +7,9 @@ Every pattern is linear in the length of the text; a pattern of the user's has a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..exceptions import ConfigurationError
 
@@ -25,6 +26,7 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _LETTER = re.compile(r"\(([A-Ja-j])\)|\b([A-J])(?=[).:,\s]|$)")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\{|\\.|[{}]")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?=\{)")
+_CHOICE_LINE = re.compile(r"\(([A-Ja-j])\)|^[ \t]*(?:[Aa]nswer:[ \t]*)?([A-J])(?=[).:]|[ \t]*$)", re.MULTILINE)
 _QUOTES = "\"'`*_ \t“”‘’"
 
 
@@ -98,9 +100,7 @@ def _hash(text: str) -> Found | None:
 
 def _answer_is(text: str) -> Found | None:
     """`The answer is 42.`: the rest of the sentence after the last one."""
-    last = None
-    for last in _ANSWER_IS.finditer(text):
-        pass
+    last = _last(_ANSWER_IS.finditer(text))
     if last is None:
         return None
     statement = _first_statement(text[last.end() :])
@@ -132,10 +132,16 @@ def _choice(text: str) -> Found | None:
     if stated is not None:
         letter = _LETTER.match(stated[1]) or re.fullmatch(r"([A-Ja-j])", stated[1])
         return (stated[0], _letter_of(letter)) if letter else None
-    last = None
-    for last in re.finditer(r"\(([A-Ja-j])\)|^[ \t]*(?:[Aa]nswer:[ \t]*)?([A-J])(?=[).:]|[ \t]*$)", text, re.MULTILINE):
-        pass
+    last = _last(_CHOICE_LINE.finditer(text))
     return (last.start(), _letter_of(last)) if last else None
+
+
+def _last(matches: Iterator[Any]) -> Any:
+    """The last of some matches, or None."""
+    found = None
+    for found in matches:  # noqa: B007
+        pass
+    return found
 
 
 def _letter_of(match: re.Match[str]) -> str:
@@ -151,10 +157,8 @@ def _user_pattern(pattern: str) -> Callable[[str], Found | None]:
         raise ConfigurationError(f"The answer format 'regex:{pattern}' does not compile: {error}.") from error
 
     def find(text: str) -> Found | None:
-        last = None
         try:
-            for last in compiled.finditer(text, timeout=_REGEX_SECONDS):  # noqa: B007
-                pass
+            last = _last(compiled.finditer(text, timeout=_REGEX_SECONDS))
         except TimeoutError:
             return None
         if last is None:

@@ -22,8 +22,8 @@ _HINT = (
     "You are given a problem and its answer. Explain step by step how the answer is reached. End with: The answer is X."
 )
 _CONTRAST = (
-    "You are given a problem and a correct solution. Write a solution in the same style that goes wrong in one key step "
-    "and so reaches another answer. End with: The answer is X."
+    "You are given a problem and a correct solution. Write a solution in the same style that goes wrong in one key "
+    "step and so reaches another answer. End with: The answer is X."
 )
 
 

@@ -3,7 +3,8 @@
 from .base import DistillTrainer
 from .config import DistillConfig
 from .gkd import GKDConfig, GKDTrainer
-from .rationale import RationaleConfig, RationaleTrainer
+from .rationale import RationaleTrainer
+from .rationale_config import RationaleConfig
 
 METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {
     "gkd": (GKDConfig, GKDTrainer),

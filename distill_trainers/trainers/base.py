@@ -356,7 +356,7 @@ class DistillTrainer(Trainer):
         if self._student_is_fused is None:
             self._student_is_fused = self._check_student_head(model, forward_inputs)
 
-        with self.teacher.whole_head(signal) as signal:
+        with self.teacher.whole_head(signal) as signal:  # type: ignore[arg-type]  # a `NoTeacher` gives None back
             if self._student_is_fused:
                 budget = self.args.loss_chunk_bytes
 
