@@ -96,12 +96,13 @@ def token_logps(student: TokenLogits, ids: Tensor) -> Tensor:
 
 
 def other_logps(student: TokenLogits, ids: Tensor) -> Tensor:
-    """log(1 − q) of given ids `[n]`, summed over all others, so that it is exact also where q is nearly 1.
+    """log(1 − q) of given ids `[n]`, summed over all others, so that value and gradient are exact where q is nearly 1.
 
     Returns:
         values `[n]`.
     """
-    return _Buckets.apply(student.logits, ids[:, None], student.workspace)[:, 1]
+    others = student.logits.scatter(-1, ids[:, None], -math.inf)
+    return others.logsumexp(-1) - student.logits.logsumexp(-1)
 
 
 def top_k_divergence(divergence: Divergence, student: TokenLogits, teacher: TokenTopK) -> Tensor:

@@ -54,7 +54,7 @@ def as_number(text: str) -> Fraction | None:
 
 def same_number(one: Fraction, other: Fraction) -> bool:
     """Equality up to a relative 1e-6, so that 33.3333333 is 100/3."""
-    return abs(one - other) <= max(1, abs(other)) * Fraction(1, 10**6)
+    return abs(one - other) <= max(Fraction(1), abs(other)) / 10**6
 
 
 def _fraction(text: str) -> Fraction | None:

@@ -56,7 +56,7 @@ def ask(
         the rows of all requests that have been answered, by now or earlier, in the order of the requests; and counts.
     """
     identity = model.identity()
-    requests = {}
+    requests: dict[str, tuple[Row, Request]] = {}
     for row, messages, sample in prompts_of:
         key = content_key(identity, messages, sample)
         requests.setdefault(key, (row, Request(key, messages, sample)))

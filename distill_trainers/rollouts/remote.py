@@ -94,7 +94,7 @@ class RemoteTextModel:
         successes = failures = 0
         pool = futures.ThreadPoolExecutor(self.settings.concurrency)
         try:
-            running = set()
+            running: set[futures.Future[Response]] = set()
             while True:
                 while len(running) < 2 * self.settings.concurrency and not self._too_dear():
                     request = next(waiting, None)
@@ -146,7 +146,7 @@ class RemoteTextModel:
         s = self.settings
         how: Any = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_tokens}
         try:
-            found = self._client.chat.completions.create(model=s.model, messages=request.messages, **how)  # type: ignore[arg-type]
+            found = self._client.chat.completions.create(model=s.model, messages=request.messages, **how)
             return self._read(request.key, found), 0.0
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise ConfigurationError(

@@ -340,7 +340,7 @@ class DistillTrainer(Trainer):
         for name in weights.keys() & self.loss_divisors.keys():
             own = self._count_of(name, counts)
             wide = own.float() if own.device.type == "mps" else own.double()  # MPS has no float64
-            weights[name] = weights[name] * counts[0] / wide.clamp(min=1)
+            weights[name] = weights[name] * (counts[0] / wide.clamp(min=1))
         return weights
 
     def _token_terms(

@@ -66,7 +66,7 @@ class RationaleTrainer(DistillTrainer):
         self.args = args
         if model is not None:
             self._decoder_start = models.decoder_start(sources.student_config(model, args))
-        self.divergence = resolve_divergence(args.divergence, **(args.divergence_params or {}))
+        self.divergence = resolve_divergence(args.divergence, **(args.divergence_params or {}))  # type: ignore[arg-type]
         super().__init__(model, teacher_model, args, *rest, **more)
 
     @property
