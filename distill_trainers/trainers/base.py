@@ -425,7 +425,7 @@ class DistillTrainer(Trainer):
         with self.compute_loss_context_manager():
             total, terms = self._token_terms(model, inputs, terms_fn, self.loss_weights)
         predicts = trained_mask(inputs["labels"])
-        entries = set(self.loss_divisors.values()) & inputs.keys()
+        entries = sorted(set(self.loss_divisors.values()) & inputs.keys())  # in one order on all processes
         terms |= {f"/{entry}": inputs[entry][:, 1:][predicts] for entry in entries}
         terms["tokens"] = torch.ones_like(terms["nll"])
         sums = torch.stack([sum_per_example(values.float(), inputs) for values in terms.values()], dim=1)
