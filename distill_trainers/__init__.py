@@ -18,6 +18,8 @@ _EXPORTS = {
     "MiniLLMTrainer": "trainers.minillm",
     "DPKDConfig": "trainers.dpkd",
     "DPKDTrainer": "trainers.dpkd",
+    "RationaleConfig": "trainers.rationale_config",
+    "RationaleTrainer": "trainers.rationale",
     "DistillConfig": "trainers.config",
     "DistillTrainer": "trainers.base",
     "CachedTeacher": "teachers.cached",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from .trainers.dpkd import DPKDConfig, DPKDTrainer
     from .trainers.gkd import GKDConfig, GKDTrainer
     from .trainers.minillm import MiniLLMConfig, MiniLLMTrainer
+    from .trainers.rationale import RationaleTrainer
+    from .trainers.rationale_config import RationaleConfig
 
 
 def __getattr__(name: str) -> Any:

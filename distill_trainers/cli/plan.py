@@ -52,7 +52,7 @@ def make_plan(recipe: Recipe) -> Plan:
     names = (teacher_name, student_name, checked.tokenizer, checked.teacher_tokenizer)
     cache, without_teacher = _teacher_cache(recipe, names, (train, evaluation))
 
-    teacher_size = num_parameters(without_weights(checked.teacher_config, recipe))
+    teacher_size = num_parameters(without_weights(checked.teacher_config, recipe)) if teacher_name else 0
     student = without_weights(checked.student_config, recipe, adapted=True)
     student_size, trainable = num_parameters(student), num_parameters(student, trainable_only=True)
     lengths = train["length"] if hasattr(train, "__len__") else None
@@ -73,7 +73,7 @@ def make_plan(recipe: Recipe) -> Plan:
         student=_student_name(recipe),
         student_parameters=student_size,
         trainable_parameters=trainable,
-        teacher=str(teacher_name),
+        teacher=str(teacher_name or "no teacher"),
         teacher_parameters=teacher_size,
         train_rows=None if lengths is None else len(lengths),
         train_tokens=None if lengths is None else sum(lengths),
@@ -94,7 +94,7 @@ def print_plan(plan: Plan) -> None:
     table = Table("", "plan", title=f"{plan.method}: {plan.teacher} → {plan.student}", show_header=False)
     unknown = "unknown (stream)"
     table.add_row("Student", f"{plan.student_parameters:,} parameters, {plan.trainable_parameters:,} trained")
-    table.add_row("Teacher", f"{plan.teacher_parameters:,} parameters, frozen")
+    table.add_row("Teacher", f"{plan.teacher_parameters:,} parameters, frozen" if plan.teacher_parameters else "none")
     table.add_row("Training rows", unknown if plan.train_rows is None else f"{plan.train_rows:,}")
     table.add_row("Training tokens per epoch", unknown if plan.train_tokens is None else f"{plan.train_tokens:,}")
     table.add_row("Evaluation rows", "none" if plan.eval_rows is None else f"{plan.eval_rows:,}")
@@ -153,7 +153,7 @@ def _memory(recipe: Recipe, checked: CheckedRecipe, student: int, trainable: int
     sizes = {
         "student weights": student * student_bytes,
         "gradients and Adam": trainable * (trained_bytes + 2 * max(trained_bytes, 4)),
-        "teacher weights": teacher * _weight_bytes(teacher_dtype, checked.teacher_config),
+        "teacher weights": teacher * _weight_bytes(teacher_dtype, checked.teacher_config) if teacher else 0.0,
         "activations at max_length": activations,
         "head: weight gradient and chunks": text.vocab_size * text.hidden_size * 4 + 6 * args.loss_chunk_bytes,
     }

@@ -58,7 +58,7 @@ def build_trainer(recipe: Recipe) -> Any:
     more = {} if checked.pretraining is None else {"pretraining_dataset": checked.pretraining}
     trainer = METHODS[settings.method][1](
         model=student,
-        teacher_model=settings.teacher_model_name_or_path,  # type: ignore[arg-type]
+        teacher_model=settings.teacher_model_name_or_path,
         args=args,
         train_dataset=checked.train,
         eval_dataset=checked.evaluation,

@@ -14,8 +14,10 @@ from ..signals import TokenLogits, TokenLogprobs, TokenSampled, TokenSignal
 AGREEMENT_TERMS = ("nll", "teacher_nll", "kl", "top1_agreement")
 
 
-def agreement_terms(student: TokenLogits, teacher: TokenSignal, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Per-token measures `[n]` at temperature 1.
+def agreement_terms(
+    student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Per-token measures `[n]` at temperature 1; without a teacher, `nll` alone.
 
     Returns:
         nll, teacher_nll: −log q(y) and −log p(y) of the given tokens, in nats; the latter not from a sparse teacher.
@@ -25,6 +27,8 @@ def agreement_terms(student: TokenLogits, teacher: TokenSignal, tokens: Mapping[
     """
     if isinstance(teacher, TokenLogprobs):
         return {"nll": -token_logps(student, tokens["labels"]), "teacher_nll": -teacher.values}
+    if teacher is None:
+        return {"nll": -token_logps(student, tokens["labels"])}
     if not isinstance(teacher, TokenLogits):
         logps = teacher.logps
         if isinstance(teacher, TokenSampled):

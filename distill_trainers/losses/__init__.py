@@ -16,6 +16,7 @@ from .divergences import (
 )
 from .fused_linear import fused_linear_divergence, fused_linear_terms
 from .fused_logps import fused_token_logps, signal_token_logps
+from .key_steps import wrong_step_loss
 from .per_token import check_sparse, token_divergence
 from .sparse import token_logps
 
@@ -39,4 +40,5 @@ __all__ = [
     "token_divergence",
     "token_logps",
     "total_variation",
+    "wrong_step_loss",
 ]

@@ -44,6 +44,8 @@ def why_not_decodable(model: Any) -> str | None:
 def why_not_scored(model: Any) -> str | None:
     """What keeps `decode_scored`, which can also keep step with other processes, from running `model`; or None."""
     causal_lm: Any = models.causal_lm_of(model)
+    if models.is_encoder_decoder(model):
+        return f"{type(causal_lm).__name__} is an encoder-decoder"
     if models.is_peft(model) and model.active_peft_config.is_prompt_learning:
         return "its adapter prepends virtual tokens"
     if type(causal_lm).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:

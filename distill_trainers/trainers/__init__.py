@@ -5,11 +5,14 @@ from .config import DistillConfig
 from .dpkd import DPKDConfig, DPKDTrainer
 from .gkd import GKDConfig, GKDTrainer
 from .minillm import MiniLLMConfig, MiniLLMTrainer
+from .rationale import RationaleTrainer
+from .rationale_config import RationaleConfig
 
 METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {
     "gkd": (GKDConfig, GKDTrainer),
     "minillm": (MiniLLMConfig, MiniLLMTrainer),
     "dpkd": (DPKDConfig, DPKDTrainer),
+    "rationale": (RationaleConfig, RationaleTrainer),
 }
 
 __all__ = [
@@ -22,4 +25,6 @@ __all__ = [
     "GKDTrainer",
     "MiniLLMConfig",
     "MiniLLMTrainer",
+    "RationaleConfig",
+    "RationaleTrainer",
 ]

@@ -24,15 +24,15 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from .. import models
 from ..data import DistillCollator, prepare_dataset, replace_completions
 from ..data.tokenization import Needs
-from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics, agreement_terms
+from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
-from ..losses.reduction import count_trained_tokens, sum_over_trained, sum_per_row, token_mean, trained_mask
+from ..losses.reduction import count_trained_tokens, sum_over_trained, token_mean
 from ..reporting.model_card import model_card
 from ..rollouts import build_engine, check_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
@@ -51,6 +51,7 @@ from .checkpoints import (
 )
 from .completions import fill_with_teacher_completions, sampling_settings
 from .config import DistillConfig, config_from_arguments
+from .evaluating import TeacherForcedEvaluation
 from .forward import head_can_be_fused, terms_of_batch
 from .metrics import RunningMetrics
 from .order import train_sampler
@@ -58,12 +59,12 @@ from .order import train_sampler
 Batch = dict[str, Any]
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(TeacherForcedEvaluation):
     """Base of all distillation trainers; use a method's own trainer.
 
     Args:
         model: the student: a folder or Hub id, a `PreTrainedModel`, or a `PeftModel`.
-        teacher_model: the teacher: a folder or Hub id, a model, or a `Teacher`.
+        teacher_model: the teacher: a folder or Hub id, a model, or a `Teacher`; None where the method needs none.
         args: the method's config; None takes its defaults, plain `TrainingArguments` are carried over.
         train_dataset: rows of any layout that `distill_trainers.data.formats` names; may be iterable.
         eval_dataset: likewise, or a dict of several. Evaluation is teacher-forced, so it compares between steps.
@@ -89,12 +90,13 @@ class DistillTrainer(Trainer):
     needs: ClassVar[frozenset[str]] = frozenset({"distribution"})
     accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
     has_row_terms: ClassVar[bool] = False  # whether `row_terms` is there to be called
+    accepts_encoder_decoders: ClassVar[bool] = False  # whether its batches have `encoder_ids` for such students
     loss_is_scaled_for_ga = True  # token_mean divides by the tokens of the whole accumulation window
 
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        teacher_model: str | PreTrainedModel | nn.Module | Teacher,
+        teacher_model: str | PreTrainedModel | nn.Module | Teacher | None = None,
         args: TrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -108,7 +110,7 @@ class DistillTrainer(Trainer):
     ):
         args = config_from_arguments(self.config_class, args)
         self.args = args
-        sources.check(model, teacher_model, args)
+        sources.check(model, teacher_model, args, self.needs, self.accepts_encoder_decoders)
         self.check_datasets(train_dataset, eval_dataset)
         caching.check(self, teacher_model, train_dataset)
         if self.samples_completions:
@@ -229,10 +231,6 @@ class DistillTrainer(Trainer):
         """What evaluation measures beside the method's own terms, per token."""
         return agreement_terms(student, teacher, tokens)
 
-    def samples_of(self, inputs: Batch) -> int:
-        """How many rows of a dataset a batch holds; its rows are those of the first, …, last, and over again."""
-        return len(inputs["input_ids"])
-
     def build_collator(self, tokenizer: PreTrainedTokenizerBase) -> DistillCollator:
         """What batches look like."""
         return DistillCollator(
@@ -270,7 +268,7 @@ class DistillTrainer(Trainer):
 
     def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
         """What the teacher says of the tokens that `predicts` marks (`Teacher.signal`); asked for each micro-batch."""
-        return self.teacher.signal({n: inputs[n] for n in ("input_ids", "attention_mask")}, predicts, self.vocab_size)
+        return self.teacher.signal(models.forward_inputs(inputs), predicts, self.vocab_size)
 
     def after_step(self, loss: float) -> None:
         """Called on every process after each optimiser step with its loss over all micro-batches and processes."""
@@ -371,7 +369,7 @@ class DistillTrainer(Trainer):
         for name in weights.keys() & self.loss_divisors.keys():
             own = self._count_of(name, counts)
             wide = own.float() if own.device.type == "mps" else own.double()  # MPS has no float64
-            weights[name] = weights[name] * counts[0] / wide.clamp(min=1)
+            weights[name] = weights[name] * (counts[0] / wide.clamp(min=1))
         return weights
 
     def _token_terms(
@@ -379,64 +377,8 @@ class DistillTrainer(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run both models on one micro-batch and `terms_fn` on its trained tokens, inside the student's wrapper."""
         if self._student_is_fused is None:
-            forward_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            self._student_is_fused = head_can_be_fused(self.model, model, forward_inputs)
+            self._student_is_fused = head_can_be_fused(self.model, model, models.forward_inputs(inputs))
         return terms_of_batch(self, model, inputs, terms_fn, weights, fused=self._student_is_fused)
-
-    # ---- Evaluation -------------------------------------------------------------------------------------------------
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Teacher-forced: loss, perplexity, KL to the teacher, top-1 agreement, as means over all tokens of the set."""
-        self._eval_rows = []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if not self._eval_rows:
-            raise DatasetError(f"The {description.lower()} set has no batches; got an empty dataset.")
-        totals = torch.cat(self._eval_rows).double().sum(0).tolist()
-        self._eval_rows = None
-        sums = dict(zip(self._eval_names, totals, strict=True))
-        tokens = sums.pop("tokens")
-        if tokens == 0:
-            raise DatasetError(
-                f"The {description.lower()} set has no tokens to score: no row has a completion that fits into "
-                f"max_length ({self.args.max_length}). Give its rows completions, or raise max_length."
-            )
-        divisors = {name: sums.get(f"/{entry}", tokens) for name, entry in self.loss_divisors.items()}
-        means = {name: sums[name] / max(divisors.get(name, tokens), 1) for name in sums if not name.startswith("/")}
-        metrics = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
-        metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
-        metrics |= agreement_metrics(means) | {"tokens": tokens}
-        scores = (output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.last_eval_metrics.update(scores)
-        return output._replace(metrics=scores)
-
-    @torch.no_grad()
-    def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None):
-        """Sums per row, so that rows which pad the last distributed batch can be dropped again."""
-
-        def terms_fn(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {**self.distill_terms(student, teacher, tokens), **self.agreement_terms(student, teacher, tokens)}
-
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            total, terms = self._token_terms(model, inputs, terms_fn, self.loss_weights)
-        predicts = trained_mask(inputs["labels"])
-        samples = self.samples_of(inputs)
-        rows = predicts.nonzero()[:, 0] % samples
-        entries = set(self.loss_divisors.values()) & inputs.keys()
-        terms |= {f"/{entry}": inputs[entry][:, 1:][predicts] for entry in entries}
-        terms.setdefault("tokens", torch.ones_like(terms["nll"]))
-        sums = torch.stack([sum_per_row(values.float(), rows, samples) for values in terms.values()], dim=1)
-        if self._eval_rows is not None:
-            self._eval_names = list(terms)
-            self._eval_rows.append(self.accelerator.gather_for_metrics(sums).cpu())
-        return token_mean(total, count_trained_tokens([inputs]).to(total.device)), None, None
 
     # ---- Logging ----------------------------------------------------------------------------------------------------
 

@@ -149,9 +149,6 @@ class DPKDTrainer(DistillTrainer):
             return dataset
         return with_student_responses(self, dataset, self.written_by)
 
-    def samples_of(self, inputs: Batch) -> int:
-        return len(inputs["input_ids"]) // 2
-
     # ---- One step ---------------------------------------------------------------------------------------------------
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:

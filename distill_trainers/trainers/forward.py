@@ -40,7 +40,7 @@ def terms_of_batch(
         fused: whether the head's product may be taken chunk by chunk.
     """
     labels, predicts = inputs["labels"], trained_mask(inputs["labels"])
-    forward_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    forward_inputs = models.forward_inputs(inputs)
     signal = trainer.teacher_signal(inputs, predicts)
     tokens = {"labels": labels[:, 1:][predicts]}
     tokens |= {k: v[:, 1:][predicts] for k, v in inputs.items() if k.startswith("token_")}

@@ -72,7 +72,9 @@ def assert_same_run(one, two, folder_one, folder_two, lora=False, norms=True):
         assert b["trained_tokens"] == a["trained_tokens"]
         if norms:
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3)
-    for name in ("eval_loss", "eval_kl", "eval_perplexity", "eval_top1_agreement", "eval_tokens"):
+    names = {"eval_loss", "eval_kl", "eval_perplexity", "eval_top1_agreement", "eval_tokens", "eval_accuracy"}
+    assert one["eval"].keys() & names == two["eval"].keys() & names and "eval_loss" in one["eval"]
+    for name in sorted(names & one["eval"].keys()):
         assert two["eval"][name] == pytest.approx(one["eval"][name], rel=1e-3), name
     left, right = weights(folder_one, lora), weights(folder_two, lora)
     assert left.keys() == right.keys()
@@ -142,6 +144,32 @@ def test_two_processes_equal_one_with_lora(tmp_path, config):
 def test_two_processes_share_the_teachers_completions(tmp_path, config):
     one, two = one_and_two(tmp_path, config, seq_kd=True)
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+
+
+RATIONALES = {"optim": "sgd", "max_steps": 4, "max_length": 48, "learning_rate": 0.5, "temperature": 0.0}
+
+
+@pytest.mark.parametrize(
+    "config", ["cpu_ddp.yaml", *(pytest.param(f"cpu_zero{n}.yaml", marks=pytest.mark.slow) for n in "23")]
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "step_by_step"},
+        pytest.param({"objective": "edit", "wrong_weight": 0.5}, marks=pytest.mark.slow),
+        pytest.param({"objective": "dual_chain", "innovation_samples": 1}, marks=pytest.mark.slow),
+    ],
+    ids=lambda settings: settings["objective"],
+)
+def test_two_processes_weigh_tasks_by_their_own_tokens(tmp_path, config, settings):
+    """Each term is a mean over its tokens on both processes, and questions are answered by both."""
+    settings = {**RATIONALES, **settings, "max_new_tokens": 20, "gradient_accumulation_steps": 2}
+    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4}, method="rationale")
+    two = launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2}, method="rationale")
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+    first, second = ([log for log in run["logs"] if "loss" in log] for run in (one, two))
+    for name in {"label", "rationale", "right_steps", "wrong_steps", "imitation", "answer"} & first[0].keys():
+        assert [log[name] for log in second] == pytest.approx([log[name] for log in first], rel=2e-4), name
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""One process of a distributed run: trains a tiny GKD student and writes what the test compares.
+"""One process of a distributed run: trains a tiny student and writes what the test compares.
 
 Usage: accelerate launch --config_file … worker.py '{"output": …, "args": {…}}'
 """
@@ -11,8 +11,14 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from distill_trainers import GKDConfig, GKDTrainer
-from distill_trainers.data.addition import addition_dataset, character_tokenizer, tiny_llama
+from distill_trainers.data.addition import (
+    RATIONALE_PROMPTS,
+    addition_dataset,
+    addition_rationales,
+    character_tokenizer,
+    tiny_llama,
+)
+from distill_trainers.trainers import METHODS
 
 
 class GradNorms(TrainerCallback):
@@ -35,9 +41,12 @@ def main(job):
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
         "disable_tqdm": True,
+        **(RATIONALE_PROMPTS if job.get("method") == "rationale" else {}),
         **job["args"],
     }
-    args = GKDConfig(output_dir=str(output / "run"), **settings)
+    config_class, trainer_class = METHODS[job.get("method", "gkd")]
+    rows = addition_rationales if job.get("method") == "rationale" else addition_dataset
+    args = config_class(output_dir=str(output / "run"), **settings)
     width = job.get("teacher_mlp", 128)
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
     student = tiny_llama(tokenizer, 32, 2, seed=1)
@@ -47,12 +56,12 @@ def main(job):
 
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     recorder = GradNorms()
-    trainer = GKDTrainer(
+    trainer = trainer_class(
         model=student,
-        teacher_model=teacher,
+        teacher_model=None if job.get("method") == "rationale" else teacher,
         args=args,
-        train_dataset=addition_dataset(48),
-        eval_dataset=addition_dataset(13, seed=7),  # does not divide by the batch: duplicates must not count
+        train_dataset=rows(48),
+        eval_dataset=rows(13, seed=7),  # does not divide by the batch: duplicates must not count
         processing_class=tokenizer,
         callbacks=[recorder],
         peft_config=peft_config,

@@ -7,7 +7,12 @@ import copy
 import pytest
 import torch
 
-from distill_trainers.losses.fused_logps import fused_row_terms, fused_token_logps, row_terms_of_logits, signal_token_logps
+from distill_trainers.losses.fused_logps import (
+    fused_row_terms,
+    fused_token_logps,
+    row_terms_of_logits,
+    signal_token_logps,
+)
 from distill_trainers.losses.reduction import sum_per_row
 from distill_trainers.signals import Head, HiddenStates, Logits
 
