@@ -28,6 +28,7 @@ class Plan:
     train_rows: int | None
     train_tokens: int | None
     eval_rows: int | None
+    text_rows: int | None
     steps: int
     tokens_per_step: float | None
     memory_mib: dict[str, float] = field(default_factory=dict)
@@ -63,6 +64,8 @@ def make_plan(recipe: Recipe) -> Plan:
             math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size))
             / args.gradient_accumulation_steps
         )
+        if getattr(args, "reuses_rollouts", False):  # whole steps only, each as often as there are inner epochs
+            per_epoch = len(lengths) // window * args.num_inner_epochs  # type: ignore[attr-defined]
         steps = math.ceil(per_epoch * args.num_train_epochs)
     mean_length = sum(lengths) / len(lengths) if lengths is not None else None
     existing = next(
@@ -78,6 +81,7 @@ def make_plan(recipe: Recipe) -> Plan:
         train_rows=None if lengths is None else len(lengths),
         train_tokens=None if lengths is None else sum(lengths),
         eval_rows=None if evaluation is None else len(evaluation),
+        text_rows=None if checked.pretraining is None else len(checked.pretraining),
         steps=steps,
         tokens_per_step=None if mean_length is None else mean_length * window,
         memory_mib=_memory(recipe, checked, student_size, trainable, 0 if without_teacher else teacher_size),
@@ -98,6 +102,8 @@ def print_plan(plan: Plan) -> None:
     table.add_row("Training rows", unknown if plan.train_rows is None else f"{plan.train_rows:,}")
     table.add_row("Training tokens per epoch", unknown if plan.train_tokens is None else f"{plan.train_tokens:,}")
     table.add_row("Evaluation rows", "none" if plan.eval_rows is None else f"{plan.eval_rows:,}")
+    if plan.text_rows is not None:
+        table.add_row("Rows of plain text", f"{plan.text_rows:,}")
     table.add_row("Optimiser steps", f"{plan.steps:,}")
     if plan.tokens_per_step is not None:
         table.add_row("Tokens per step", f"{plan.tokens_per_step:,.0f}")

@@ -225,13 +225,15 @@ def test_every_recipe_trains_tiny_models_and_goes_on(path, tmp_path, tokenizer, 
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     names = {"teacher_model_name_or_path": "large", "dataset": "rows.jsonl", "eval_dataset": "rows.jsonl"}
+    names |= {"pretraining_dataset": "rows.jsonl"} if "pretraining_dataset" in settings else {}
     names |= {"output_dir": "out"} | ({"model_name_or_path": "large"} if "model_name_or_path" in settings else {})
     options = [part for name, value in names.items() for part in (f"--{name}", str(tmp_path / value))]
     options += ["--config", str(path), "--use_cpu", "true", "--max_new_tokens", "4"]
 
     trainer = run(parse_recipe([*options, "--max_steps", "1"]))
     assert trainer.state.global_step == 1 and trainer.last_eval_metrics["eval_kl"] >= 0
-    assert trainer.args.divergence == settings["divergence"] and trainer.args.lmbda == settings["lmbda"]
+    for name in settings.keys() & {"divergence", "lmbda", "teacher_mix_alpha", "num_inner_epochs", "gamma"}:
+        assert getattr(trainer.args, name) == settings[name]
     assert AutoConfig.from_pretrained(tmp_path / "out").vocab_size == len(tokenizer)
     again = run(parse_recipe([*options, "--max_steps", "2", "--resume_from_checkpoint", "true"]))
     assert again.state.global_step == 2 and again.run_checkpoints[0].endswith("checkpoint-1")

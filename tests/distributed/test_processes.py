@@ -86,14 +86,10 @@ def assert_same_run(one, two, folder_one, folder_two, lora=False, norms=True):
 SETTINGS = {"max_steps": 4, "temperature": 0.0, "optim": "sgd", "lmbda": 0.0}
 
 
-def one_and_two(tmp_path, config, lora=False, **changes):
-    settings = {**SETTINGS, **changes}
-    one = launch(
-        tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, lora
-    )
-    two = launch(
-        tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, lora
-    )
+def one_and_two(tmp_path, config, lora=False, more=None, **changes):
+    settings, more = {**SETTINGS, "gradient_accumulation_steps": 2, **changes}, more or {}
+    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4}, lora, **more)
+    two = launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2}, lora, **more)
     return one, two
 
 
@@ -190,3 +186,32 @@ def test_two_processes_fill_and_read_a_teacher_cache(tmp_path, config, kind):
     one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4})
     two = launch(tmp_path / "two", config, {**settings, **cache, "per_device_train_batch_size": 2})
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+
+
+# Nearly greedy, which the weights of importance make up for: what is sampled does not depend on the process.
+MINILLM = {"lmbda": 1.0, "teacher_mix_alpha": 0.0, "temperature": 1e-6, "num_minibatches": 2, "num_inner_epochs": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml"])
+def test_two_processes_equal_one_in_minillm(tmp_path, config):
+    """Through two cycles of rollouts, each with a second inner epoch in an order of its own, and text beside them."""
+    more = {"method": "minillm", "text": True}
+    one, two = one_and_two(tmp_path, config, more=more, **MINILLM, max_steps=8, learning_rate=0.05)
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+    for a, b in zip(one["logs"], two["logs"], strict=True):
+        for name in {"reward", "sequence_kl", "advantage", "ratio", "clipped", "pretraining"} & a.keys():
+            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+def test_processes_mix_the_teacher_in_and_wait_for_each_other(tmp_path, config):
+    """Completions end at other tokens on each process, which under ZeRO-3 goes on until all of them have."""
+    settings = {**SETTINGS, "lmbda": 1.0, "temperature": 1.0, "max_new_tokens": 24, "max_length": 40, "max_steps": 6}
+    settings |= {"per_device_train_batch_size": 2, "learning_rate": 0.01, "num_inner_epochs": 2}
+    report = launch(tmp_path, config, settings, timeout=200, method="minillm")
+    logs = [log for log in report["logs"] if "loss" in log]
+    assert len(logs) == 6 and [log["rollouts"] for log in logs] == [4.0, 0.0] * 3, "of both processes"
+    for log in logs[::2]:
+        assert log["ratio"] == pytest.approx(1.0, abs=1e-4) and 0 < log["teacher_mix_share"] < 1

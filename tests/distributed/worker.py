@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from distill_trainers.data.addition import (
@@ -55,6 +56,9 @@ def main(job):
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    more = {}
+    if job.get("text"):
+        more["pretraining_dataset"] = Dataset.from_list([{"text": f"{n}+1={n + 1}"} for n in range(10, 21)])
     recorder = GradNorms()
     trainer = trainer_class(
         model=student,
@@ -65,6 +69,7 @@ def main(job):
         processing_class=tokenizer,
         callbacks=[recorder],
         peft_config=peft_config,
+        **more,
     )
     trainer.train()
     scores = trainer.evaluate()

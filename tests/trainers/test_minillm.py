@@ -27,17 +27,12 @@ def text_dataset(count=10):
 
 
 @pytest.fixture
-def make(make_trainer, monkeypatch):
+def make(make_trainer):
     """`make(pretraining=…, **settings)`: a MiniLLM trainer."""
 
     def build(student=None, *, pretraining=None, **settings):
         if pretraining is not None:
-            from distill_trainers.trainers import METHODS, MiniLLMConfig, MiniLLMTrainer
-
-            def with_text(*args, **kwargs):
-                return MiniLLMTrainer(*args, pretraining_dataset=pretraining, **kwargs)
-
-            monkeypatch.setitem(METHODS, "minillm", (MiniLLMConfig, with_text))
+            settings["pretraining_dataset"] = pretraining
         return make_trainer(student, method="minillm", **settings)
 
     return build
