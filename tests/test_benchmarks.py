@@ -46,3 +46,10 @@ def test_rollouts_of_every_engine_are_counted(tmp_path):
     assert all(run["tokens"] > 0 and run["tokens_per_second"] > 0 for runs in results.values() for run in runs)
     # Dropping finished rows does not change what is sampled.
     assert results["keep"][0]["tokens"] == results["decode"][0]["tokens"]
+
+
+@pytest.mark.slow
+def test_steps_of_minillm_are_timed_beside_gkd(tmp_path):
+    _run("minillm.py", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 5 and all(run["cpu_seconds"] > 0 for runs in results.values() for run in runs)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from distill_trainers import DistillConfig, GKDConfig, RationaleConfig
+from distill_trainers import DistillConfig, GKDConfig, MiniLLMConfig, RationaleConfig
 from distill_trainers.cli import COMMANDS
 from distill_trainers.cli.rationales import STAGES, PipelineArguments, parse_arguments
 from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
@@ -171,6 +171,7 @@ def _own_fields(config_class):
         ("## Keys of a run", RecipeArguments),
         ("## Keys of every method", DistillConfig),
         ("## Keys of GKD", GKDConfig),
+        ("## Keys of MiniLLM", MiniLLMConfig),
         ("## Keys of Rationale", RationaleConfig),
     ],
 )
