@@ -5,7 +5,7 @@
     python benchmarks/minillm.py --rounds 3 --json results.json
 
 Every contender trains in turn, in one process, on the same prompts. A step is the mean over whole cycles, since those
-that sample cost more than those that reuse. CPU seconds are those of the process: other work on the machine does not enter.
+that sample cost more than those that reuse. CPU seconds are those of the process alone.
 """
 
 from __future__ import annotations
