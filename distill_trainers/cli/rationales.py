@@ -236,7 +236,7 @@ def _inspect(args: PipelineArguments) -> int:
             console.print(line)
         console.print()
     page = args.path("dual.html")
-    page.write_text(html_page(rows, split), encoding="utf-8")
+    page.write_text(html_page(rows, split), encoding="utf-8", errors="replace")
     console.print(f"All {len(rows)} pairs: {page}", markup=False)
     return 0
 
@@ -305,6 +305,7 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
     from .. import models
     from ..rollouts import SamplingSettings
     from ..rollouts.text import LocalTextModel
+    from ..teachers import LocalTeacher
 
     accelerator = Accelerator(cpu=args.use_cpu)
     how = {"trust_remote_code": args.trust_remote_code}
@@ -318,12 +319,14 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
         eos_token_ids=models.eos_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
+    weights = LocalTeacher(model).fingerprint()
     local = LocalTextModel(
         models.prepare_frozen(model, accelerator),
         tokenizer,
         sampling,
         accelerator,
         name=args.teacher,
+        weights=weights,
         batch_size=args.batch_size,
         style=args.prompt_style,
         next_question=args.next_question,

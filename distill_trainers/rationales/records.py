@@ -87,12 +87,13 @@ class RecordStore:
         """
         with writing("rationales", self.folder, _REMEDY, keep_begun=True):
             self.folder.mkdir(parents=True, exist_ok=True)
-            torn = self._own.exists() and self._own.stat().st_size and not self._own.read_bytes()[-1:] == b"\n"
-            with self._own.open("a", encoding="utf-8") as out:
-                if torn:
-                    out.write("\n")
+            with self._own.open("a+b") as out:
+                if out.tell():
+                    out.seek(-1, os.SEEK_END)
+                    if out.read(1) != b"\n":  # the line that a killed writer left half-written
+                        out.write(b"\n")
                 for row in rows:
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    out.write((json.dumps(row) + "\n").encode())  # ASCII: half a surrogate pair is no UTF-8
                 out.flush()
                 os.fsync(out.fileno())
 
@@ -102,7 +103,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with writing("rationales", path.parent, _REMEDY, keep_begun=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         begun = path.with_suffix(".tmp")
-        begun.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        begun.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         begun.replace(path)
 
 
@@ -136,4 +137,6 @@ def dataset_of(rows: Sequence[Row]) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
     return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value

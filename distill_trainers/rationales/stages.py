@@ -21,6 +21,7 @@ from .verify import RIGHT, WRONG, majority_answer, verify_answer
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
+_FLUSHED_TOGETHER = 500  # verdicts that take no time
 _CARRIED = ("id", "question", "choices", "answer", "task")
 
 
@@ -149,6 +150,7 @@ def verify(
     _require_columns(rows, ("question", "rationale", "parsed_answer"), "parsed rows")
     voted = _votes([row for row in rows if row.get("answer") in (None, "")], kind, majority_share)
     known = store.load() if store else {}
+    new: list[Row] = []
     right, wrong, counts = [], [], Counter[str]()
     seen: set[tuple[str, ...]] = set()
     for row in progress(rows, len(rows), "verify"):
@@ -163,8 +165,10 @@ def verify(
         if key not in known:
             verdict = verify_answer(row["parsed_answer"], str(reference), kind, row.get("choices"))
             known[key] = {"key": key, "reason": verdict.reason, "how": verdict.how}
-            if store:
-                store.append([known[key]])
+            new.append(known[key])
+            if store and (len(new) >= _FLUSHED_TOGETHER or verdict.how == "math"):
+                store.append(new)
+                new = []
         reason = known[key]["reason"]
         same = (*_question_key(row), row["rationale"], str(row["parsed_answer"]))
         if reason in (RIGHT, WRONG) and (same in seen or not row["rationale"]):
@@ -181,6 +185,8 @@ def verify(
             right.append(judged)
         elif reason == WRONG:
             wrong.append(judged)
+    if store and new:
+        store.append(new)
     return Verified(right, wrong, counts)
 
 

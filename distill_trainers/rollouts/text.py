@@ -21,7 +21,8 @@ class LocalTextModel:
     Args:
         model: prepared for the launch (see `models.prepare_frozen`).
         accelerator: of the launch.
-        name: of the model, for keys and provenance.
+        name: of the model, for provenance.
+        weights: fingerprint of its weights, so that the answers of another model in the same folder are not taken.
         style: `chat`, `text`, or `auto`: chat where the tokenizer has a template.
         next_question: in style `text`, what begins a question that the model goes on with; nothing behind it counts.
         seed: of sampling; what a request gets depends on it, the model and the request's batch, not on when it is run.
@@ -35,6 +36,7 @@ class LocalTextModel:
         accelerator: Any,
         *,
         name: str,
+        weights: str = "",
         batch_size: int = 16,
         style: str = "auto",
         next_question: str | None = "Q:",
@@ -42,6 +44,7 @@ class LocalTextModel:
         engine: RolloutEngine | None = None,
     ):
         self.model, self.tokenizer, self.sampling, self.accelerator = model, tokenizer, sampling, accelerator
+        self.weights = weights
         self.name, self.batch_size, self.seed, self.next_question = name, batch_size, seed, next_question
         self.style = ("chat" if tokenizer.chat_template else "text") if style == "auto" else style
         self.engine = engine or DecodeEngine(tokenizer)
@@ -49,7 +52,13 @@ class LocalTextModel:
     def identity(self) -> dict[str, Any]:
         shown = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         sampling = {name: getattr(self.sampling, name) for name in shown}
-        return {"teacher": self.name, "style": self.style, "seed": self.seed, "sampling": sampling}
+        return {
+            "teacher": self.name,
+            "weights": self.weights,
+            "style": self.style,
+            "seed": self.seed,
+            "sampling": sampling,
+        }
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Response]:
         """This process's share of the answers; all processes run equally many batches."""

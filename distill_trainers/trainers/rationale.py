@@ -145,13 +145,15 @@ class RationaleTrainer(DistillTrainer):
             separate=self._decoder_start is not None,
             chat_settings=args.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
         )
+        # Evaluation scores the first sequence of every row; in training an example may have the other one alone.
+        either = self._with_others and name == "train"
         pairs_only = args.objective == "edit" and not args.imitation_weight
         with args.main_process_first(desc=f"{name} tokenisation"):
             return prepare_rationales(
                 dataset,
                 work,
                 column_mapping=args.column_mapping,  # type: ignore[arg-type]  # parsed by now
-                needs="other" if pairs_only else "any" if self._with_others else "first",
+                needs="other" if pairs_only else "any" if either else "first",
                 num_proc=args.dataset_num_proc,
                 name=name,
             )

@@ -169,10 +169,12 @@ def test_key_steps_are_marked_and_text_is_escaped():
 
 
 def test_rows_on_disk(tmp_path):
-    rows = [{"key": "a", "question": "é", "provenance": {"t": 1}}, {"key": "b", "question": "2", "extra": None}]
+    rows = [{"key": "a", "question": "é", "provenance": {"t": 1}}, {"key": "b", "question": "\ud800", "extra": None}]
     write_rows(tmp_path / "rows.jsonl", rows)
     assert read_rows(tmp_path / "rows.jsonl") == rows and not list(tmp_path.glob("*.tmp"))
     data = dataset_of(rows)
+    RecordStore(tmp_path / "store").append(rows)
+    assert RecordStore(tmp_path / "store").load() == {row["key"]: row for row in rows}
     assert json.loads(data[0]["provenance"]) == {"t": 1} and data["extra"] == [None, None]
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"b"')
     with pytest.raises(DatasetError, match="Line 2"):
