@@ -1,4 +1,4 @@
-"""One process of a distributed run: trains a tiny GKD student and writes what the test compares.
+"""One process of a distributed run: trains a tiny student (by GKD unless told otherwise) and writes what is compared.
 
 Usage: accelerate launch --config_file … worker.py '{"output": …, "args": {…}}'
 """
@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from distill_trainers import GKDConfig, GKDTrainer
-from distill_trainers.data.addition import addition_dataset, character_tokenizer, tiny_llama
+from datasets import Dataset
+from distill_trainers.data.addition import addition_dataset, addition_rows, character_tokenizer, tiny_llama
+from distill_trainers.trainers import METHODS
 
 
 class GradNorms(TrainerCallback):
@@ -21,6 +22,14 @@ class GradNorms(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs, step=state.global_step))
+
+
+def pairs(count):
+    """Right answers over wrong ones of one to three digits."""
+    rows = enumerate(addition_rows(count))
+    return Dataset.from_list(
+        [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "7" * (1 + i % 3)} for i, r in rows]
+    )
 
 
 def main(job):
@@ -37,7 +46,8 @@ def main(job):
         "disable_tqdm": True,
         **job["args"],
     }
-    args = GKDConfig(output_dir=str(output / "run"), **settings)
+    config_class, trainer_class = METHODS[job.get("method", "gkd")]
+    args = config_class(output_dir=str(output / "run"), **settings)
     width = job.get("teacher_mlp", 128)
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
     student = tiny_llama(tokenizer, 32, 2, seed=1)
@@ -47,11 +57,11 @@ def main(job):
 
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     recorder = GradNorms()
-    trainer = GKDTrainer(
+    trainer = trainer_class(
         model=student,
         teacher_model=teacher,
         args=args,
-        train_dataset=addition_dataset(48),
+        train_dataset=pairs(48) if job.get("pairs") else addition_dataset(48),
         eval_dataset=addition_dataset(13, seed=7),  # does not divide by the batch: duplicates must not count
         processing_class=tokenizer,
         callbacks=[recorder],
