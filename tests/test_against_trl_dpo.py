@@ -1,4 +1,4 @@
-"""TRL 1.16's `DPOTrainer` and ours on the same models and pairs: with `reference: student` and sums they are one method."""
+"""TRL 1.16's `DPOTrainer` and ours on the same pairs: with `reference: student` and sums they are one method."""
 
 from __future__ import annotations
 

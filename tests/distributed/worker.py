@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
-from datasets import Dataset
 from distill_trainers.data.addition import addition_dataset, addition_rows, character_tokenizer, tiny_llama
 from distill_trainers.trainers import METHODS
 
