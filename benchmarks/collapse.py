@@ -86,7 +86,7 @@ def descend(trainer: Any, steps: int, learning_rate: float, *, on_policy: bool, 
     """Train the output matrix; returns the student's distribution at each step.
 
     Args:
-        on_policy: rejected responses are `draws` samples of the student as it is; else always in proportion to START.
+        on_policy: rejected responses are `draws` samples of the student as it is; else they stay at START.
     """
     tokenizer, weight = trainer.processing_class, trainer.model.lm_head.weight
     optimizer, generator = torch.optim.Adam([weight], lr=learning_rate), torch.Generator().manual_seed(0)

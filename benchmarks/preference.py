@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300, help="of CPU time for training, for each")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=282, help="prompts to train on, of 282")
     parser.add_argument("--keep-layers", type=int, default=20)
     parser.add_argument("--strategy", default="importance", help="how the student's layers are chosen")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
@@ -141,7 +142,7 @@ def prompts(options: argparse.Namespace) -> tuple[Any, Any]:
     from distill_trainers.data import load_split
 
     train, held_out = (load_split(str(RECIPES / f"prompts_{part}.jsonl")) for part in ("train", "heldout"))
-    return (train.take(8), held_out.take(4)) if options.quick else (train, held_out)
+    return (train.take(8), held_out.take(4)) if options.quick else (train.take(options.prompts), held_out)
 
 
 def train(name: str, options: argparse.Namespace, start: Path, output: str) -> dict[str, float]:

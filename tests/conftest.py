@@ -72,7 +72,14 @@ def make_teacher(tokenizer):
 @pytest.fixture
 def make_trainer(tmp_path, tokenizer, make_student, make_teacher):
     """Factory of a trainer on CPU: constructor arguments by name, everything else goes into its config."""
-    constructor = {"data_collator", "callbacks", "optimizers", "peft_config", "quantization_config", "pretraining_dataset"}
+    constructor = {
+        "data_collator",
+        "callbacks",
+        "optimizers",
+        "peft_config",
+        "quantization_config",
+        "pretraining_dataset",
+    }
 
     def make(
         student=None, teacher="default", train="default", eval_dataset=None, method="gkd", tok=tokenizer, **settings

@@ -16,11 +16,13 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from distill_trainers import DistillConfig, GKDConfig, MiniLLMConfig, RationaleConfig
+from distill_trainers import DistillConfig, DPKDConfig, GKDConfig, MiniLLMConfig, RationaleConfig
 from distill_trainers.cli import COMMANDS
+from distill_trainers.cli.pairs import PairArguments
 from distill_trainers.cli.rationales import STAGES, PipelineArguments, parse_arguments
 from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
 from distill_trainers.data.formats import LAYOUTS, detect_dataset_type
+from distill_trainers.data.pairs import is_pair, split_pair
 from distill_trainers.losses import DIVERGENCES
 from distill_trainers.trainers import METHODS
 
@@ -114,14 +116,15 @@ def _check_cli(words, settings):
         stage, *options = options
         assert stage in STAGES and parse_arguments(options).folder
         return
-    if name not in ("train", "cache-teacher") or "--inspect" in options:
+    if name not in ("train", "cache-teacher", "pairs") or "--inspect" in options:
         return
     example = options[options.index("--config") + 1] == "recipe.yaml"  # the reader's own
     assert example or (ROOT / options[options.index("--config") + 1]).is_file()
     if example:
         options[options.index("--config") + 1] = str(ROOT / "recipes/smollm2-135m/gkd.yaml")
     on_gpus = settings is not None and not settings["use_cpu"]
-    recipe = parse_recipe([*options, *(["--use_cpu", "true"] if not torch.cuda.is_available() else [])])
+    cpu = ["--use_cpu", "true"] if not torch.cuda.is_available() else []
+    recipe = parse_recipe([*options, *cpu], PairArguments if name == "pairs" else None)
     written = yaml.safe_load(Path(options[options.index("--config") + 1]).read_text())
     assert not (on_gpus and written.get("use_cpu")), "a recipe for CPUs was given to a launch on GPUs"
     sharded = settings is not None and settings["distributed_type"] in ("DEEPSPEED", "FSDP")
@@ -173,6 +176,8 @@ def _own_fields(config_class):
         ("## Keys of GKD", GKDConfig),
         ("## Keys of MiniLLM", MiniLLMConfig),
         ("## Keys of Rationale", RationaleConfig),
+        ("## Keys of DPKD", DPKDConfig),
+        ("## Keys of `distill-trainers pairs`", PairArguments),
     ],
 )
 def test_key_tables_list_every_field_with_its_default(title, config_class):
@@ -225,6 +230,15 @@ def test_layout_examples_are_of_their_layout(layout):
     (block,) = [code for kind, code in FENCE.findall(_section(DOCS / "data.md", f"### `{layout}`")) if kind == "json"]
     for line in block.splitlines():
         assert detect_dataset_type(json.loads(line)) == layout
+
+
+def test_the_example_of_pairs_is_one():
+    (block,) = [
+        code for kind, code in FENCE.findall(_section(DOCS / "data.md", "### Preference pairs")) if kind == "json"
+    ]
+    rows = [json.loads(line) for line in block.splitlines()]
+    assert len(rows) == 3 and all(is_pair(row) for row in rows)
+    assert [bool(split_pair(row)[0]) for row in rows] == [True] * 3
 
 
 # ---- adding_a_method.md ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from distill_trainers.data.collator import IGNORED, DistillCollator
-from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation
+from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation, to_chatml
 from distill_trainers.data.rows import tokenize_row
 from distill_trainers.exceptions import DatasetError
 
@@ -149,8 +149,10 @@ def split_pair(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """
     from trl.data_utils import maybe_extract_prompt
 
-    sides = {side: [row[side]] if isinstance(row[side], Mapping) else row[side] for side in ("chosen", "rejected")}
-    prompt = next((row[column] for column in ("prompt", "messages", "conversations") if row.get(column)), None)
+    sides = {side: _as_chat(row[side]) for side in ("chosen", "rejected")}
+    prompt = next(
+        (_as_chat(row[column]) for column in ("prompt", "messages", "conversations") if row.get(column)), None
+    )
     if prompt is None and "prompt" in row and isinstance(row["prompt"], str | list):
         prompt = row["prompt"]
     if sides["chosen"] == sides["rejected"]:  # nothing tells where a common beginning ends
@@ -161,6 +163,12 @@ def split_pair(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         sides["prompt"] = prompt
     found = maybe_extract_prompt(sides)
     return found["prompt"], found["chosen"], found["rejected"]
+
+
+def _as_chat(value: Any) -> Any:
+    """Messages with the keys and roles of chat templates; anything else as it is."""
+    value = [value] if isinstance(value, Mapping) else value
+    return to_chatml(value) if is_conversation(value) else value
 
 
 def _bad_text(prompt: Any, chosen: Any, rejected: Any, foreign: Sequence[str]) -> str:
@@ -181,7 +189,7 @@ def _text_of(value: Any) -> str:
     if isinstance(value, str) or value is None:
         return value or ""
     if is_conversation(value):
-        parts = (each for message in value for key, each in message.items() if key not in ("role", "from") and each)
+        parts = (each for message in value for key, each in message.items() if key != "role" and each)
         return "\n".join(map(str, parts))
     return str(value)
 

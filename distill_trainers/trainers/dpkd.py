@@ -35,7 +35,7 @@ from .dpkd_config import CONTRASTIVE, DPKDConfig
 from .guard import CollapseGuard
 from .metrics import StepMeans
 from .references import ReferenceKeeper, reference_of, source_fingerprint
-from .rejections import StudentResponses, with_student_responses
+from .rejections import FirstResponses, StudentResponses, with_student_responses
 
 _ON_PAIRS: tuple[str, ...] = (
     "preference",
@@ -86,6 +86,7 @@ class DPKDTrainer(DistillTrainer):
         self.guard = CollapseGuard(args.guard, args.guard_limit)
         self.responses: StudentResponses | None = None
         self.add_callback(self.guard)
+        self.add_callback(FirstResponses(self))
         if self.references is not None:
             self.add_callback(ReferenceKeeper(self.references))
         if self.samples_completions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
+from transformers import TrainerCallback
 
 from .. import models
 from ..data import join_pairs
@@ -59,6 +60,18 @@ class StudentResponses:
 
     def _join(self, chosen: Batch, rejected: Batch) -> Batch:
         return join_pairs(chosen, rejected, self.trainer.sampling.pad_token_id)
+
+
+class FirstResponses(TrainerCallback):
+    """Has the student answer the evaluation prompts before its first step, or they would tell of another student."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        evaluated = self.trainer.eval_dataset
+        for name in evaluated if isinstance(evaluated, dict) else [None] if evaluated is not None else []:
+            self.trainer.get_eval_dataloader(name)
 
 
 def with_student_responses(trainer: DistillTrainer, dataset: Any, written_by: str) -> Any:

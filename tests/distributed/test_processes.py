@@ -88,6 +88,8 @@ SETTINGS = {"max_steps": 4, "temperature": 0.0, "optim": "sgd", "lmbda": 0.0}
 
 def one_and_two(tmp_path, config, lora=False, more=None, **changes):
     settings, more = {**SETTINGS, "gradient_accumulation_steps": 2, **changes}, more or {}
+    if more.get("method") in ("dpkd", "rationale"):
+        del settings["lmbda"]
     one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4}, lora, **more)
     two = launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2}, lora, **more)
     return one, two
@@ -126,6 +128,44 @@ def test_processes_whose_completions_end_at_different_steps_wait_for_each_other(
 def test_two_processes_equal_one_sharded(tmp_path, config):
     one, two = one_and_two(tmp_path, config)
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reference": "student"},
+        {"loss_type": "contrastive_skew"},
+        {"reference_logps_dir": "kept", "logprob_mse_weight": 0.5},
+    ],
+    ids=["student", "contrastive", "kept"],
+)
+def test_two_processes_equal_one_on_pairs(tmp_path, config, settings):
+    """Means over pairs, α of DistiLLM-2 among them, are those of all micro-batches and processes."""
+    one, two = one_and_two(tmp_path, config, more={"method": "dpkd", "pairs": True}, **settings)
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+    for name in ("reward_margin", "nll_chosen", "nll_rejected"):
+        logs = [[log[name] for log in run["logs"] if name in log] for run in (one, two)]
+        assert logs[0] == pytest.approx(logs[1], rel=2e-3, abs=2e-4)
+    assert two["eval"]["eval_reward_margin"] == pytest.approx(one["eval"]["eval_reward_margin"], rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+def test_two_processes_equal_one_on_pairs_of_both_models(tmp_path, config):
+    """The teacher's responses, shared, over the student's own, sampled greedily on whichever process."""
+    one, two = one_and_two(tmp_path, config, more={"method": "dpkd"})
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+def test_processes_take_the_same_steps_from_the_replay_buffer(tmp_path, config):
+    settings = {**SETTINGS, "temperature": 1.0, "refresh_steps": 2, "replay_buffer_size": 8, "max_steps": 4}
+    del settings["lmbda"]
+    report = launch(tmp_path, config, {**settings, "per_device_train_batch_size": 2}, method="dpkd", timeout=200)
+    assert [log["rollouts"] for log in report["logs"] if "loss" in log] == [4.0, 0.0, 4.0, 0.0]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""One process of a distributed run: trains a tiny student and writes what the test compares.
+"""One process of a distributed run: trains a tiny student (by GKD unless told otherwise) and writes what is compared.
 
 Usage: accelerate launch --config_file … worker.py '{"output": …, "args": {…}}'
 """
@@ -16,6 +16,7 @@ from distill_trainers.data.addition import (
     RATIONALE_PROMPTS,
     addition_dataset,
     addition_rationales,
+    addition_rows,
     character_tokenizer,
     tiny_llama,
 )
@@ -28,6 +29,14 @@ class GradNorms(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs, step=state.global_step))
+
+
+def pairs(count):
+    """Right answers over wrong ones of one to three digits."""
+    rows = enumerate(addition_rows(count))
+    return Dataset.from_list(
+        [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "7" * (1 + i % 3)} for i, r in rows]
+    )
 
 
 def main(job):
@@ -64,7 +73,7 @@ def main(job):
         model=student,
         teacher_model=None if job.get("method") == "rationale" else teacher,
         args=args,
-        train_dataset=rows(48),
+        train_dataset=pairs(48) if job.get("pairs") else rows(48),
         eval_dataset=rows(13, seed=7),  # does not divide by the batch: duplicates must not count
         processing_class=tokenizer,
         callbacks=[recorder],

@@ -335,6 +335,19 @@ def test_evaluation_keeps_its_pairs(make_trainer, tmp_path):
     assert [row["rejected_ids"] for row in resumed.get_eval_dataloader().dataset] == rows
 
 
+def test_evaluation_after_training_has_the_responses_of_before(make_trainer):
+    settings = {"method": "dpkd", "max_steps": 4, "learning_rate": 0.1, "eval_dataset": addition_dataset(6, seed=9)}
+    found = []
+    for evaluates_first in (True, False):
+        trainer = make_trainer(**settings)
+        trainer.args.completions_dir = f"{trainer.args.output_dir}/{evaluates_first}"
+        if evaluates_first:
+            trainer.evaluate()
+        trainer.train()
+        found.append([row["rejected_ids"] for row in trainer.get_eval_dataloader().dataset])
+    assert found[0] == found[1]
+
+
 def test_evaluation_is_of_the_chosen_responses(make_pair_trainer, dense):
     """KL, perplexity and agreement compare with other methods on the same answers; rejected ones play no part."""
     trainer = make_pair_trainer()

@@ -1,0 +1,140 @@
+"""The builder of pairs: what it writes, what it leaves out, how it goes on after a kill, what can be trained on it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from distill_trainers.cli import main
+from distill_trainers.data import load_split
+from distill_trainers.rollouts import CompletionStore
+
+
+@pytest.fixture
+def builder(recipe, tmp_path):
+    """`builder(**changes)` runs the command and returns its exit status; changes to the recipe by name."""
+
+    def run(*options, rows=None, **changes):
+        if rows is not None:
+            data = tmp_path / "prompts.jsonl"
+            data.write_text("\n".join(map(json.dumps, rows)))
+            changes["dataset"] = str(data)
+        config = recipe(**{"pairs_file": str(tmp_path / "pairs.jsonl"), **changes})
+        return main(["pairs", "--config", config, *options])
+
+    return run
+
+
+def read(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+
+
+def test_pairs_are_written_with_their_provenance(builder, tmp_path, saved, capsys):
+    rows = [{"prompt": f"{a}+{a}="} for a in range(9)] + [{"prompt": "1+1="}, {"prompt": "9" * 60}]
+    assert builder(rows=rows, method="dpkd", seed=3) == 0
+    found = read(tmp_path)
+    said = capsys.readouterr().out
+    assert (
+        f"{len(found)} pairs" in said and "1 prompts that came twice" in said and "1 prompts that are empty or" in said
+    )
+    assert 0 < len(found) <= 9 and len({row["prompt"] for row in found}) == len(found)
+    for row in found:
+        assert row["chosen"].strip() and row["rejected"].strip() and row["chosen"] != row["rejected"]
+        origin = row["provenance"]
+        assert (origin["teacher"], origin["student"], origin["seed"]) == (saved.teacher, saved.student, 3)
+        assert 0 < origin["chosen_tokens"] <= 4 and isinstance(origin["rejected_finished"], bool)
+
+
+def test_conversations_stay_conversations(builder, tmp_path, saved, monkeypatch, tokenizer):
+    import copy
+
+    from distill_trainers import models
+
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    monkeypatch.setattr(models, "load_tokenizer", lambda *a, **k: chat)
+    rows = [
+        {"messages": [{"role": "user", "content": f"{a}+1="}, {"role": "assistant", "content": "7"}]} for a in range(5)
+    ]
+    assert builder(rows=rows) == 0
+    for row in read(tmp_path):
+        assert [message["role"] for message in row["prompt"]] == ["user"]
+        assert [message["role"] for message in row["chosen"] + row["rejected"]] == ["assistant"] * 2
+
+
+def test_a_killed_builder_goes_on(builder, tmp_path, monkeypatch):
+    """What was answered is not asked again, and the file is that of an undisturbed run."""
+    rows = [{"prompt": f"{a}+{b}="} for a in range(6) for b in range(4)]
+    settings = {"rows": rows, "rollout_batch_size": 5}
+    assert builder(**settings, pairs_file=str(tmp_path / "whole.jsonl")) == 0
+    append, done = CompletionStore.append, []
+
+    def dies(self, completions):
+        if len(done) == 7:  # of five batches each: in the middle of the student's
+            raise KeyboardInterrupt
+        done.append(1)
+        append(self, completions)
+
+    monkeypatch.setattr(CompletionStore, "append", dies)
+    assert builder(**settings) == 130
+    assert not (tmp_path / "pairs.jsonl").exists()
+    again = []
+    monkeypatch.setattr(CompletionStore, "append", lambda self, pairs: (again.append(1), append(self, pairs)))
+    assert builder(**settings) == 0
+    assert len(again) == 10 - 7
+    assert (tmp_path / "pairs.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_a_wrong_answer_of_the_teacher_is_never_chosen(builder, tmp_path, capsys):
+    """The teacher's weights are random, so few answers are right; more attempts find more of them."""
+    found = {}
+    rows = [{"prompt": f"{a}+{b}=", "answer": f"{a}+{b} is so much\n#### {a + b}"} for a in range(5) for b in range(4)]
+    for attempts in (1, 30):
+        options = ["--verify", "final_number", "--attempts", str(attempts)]
+        status = builder(*options, rows=rows, pairs_file=str(tmp_path / "pairs.jsonl"))
+        found[attempts] = read(tmp_path) if status == 0 else []
+        for row in found[attempts]:
+            a, b = row["prompt"].rstrip("=").split("+")
+            digits = row["chosen"].replace("+", " ").replace("=", " ").split()
+            assert int(digits[-1]) == int(a) + int(b)
+            assert row["provenance"]["verified"] == "final_number"
+            assert isinstance(row["provenance"]["rejected_is_right"], bool)
+    assert len(found[30]) > len(found[1])
+
+
+def test_unfinished_responses_can_be_left_out(builder, tmp_path):
+    rows = [{"prompt": f"{a}+{b}="} for a in range(6) for b in range(6)]
+    assert builder(rows=rows) == 0
+    everything = read(tmp_path)
+    assert builder("--keep_unfinished", "false", rows=rows) == 0
+    finished = [r for r in everything if r["provenance"]["chosen_finished"] and r["provenance"]["rejected_finished"]]
+    assert read(tmp_path) == finished and 0 < len(finished) < len(everything)
+
+
+@pytest.mark.parametrize(
+    "options, rows, named",
+    [
+        (["--verify", "exact"], None, "verify: exact"),
+        (["--attempts", "3"], None, "attempts: 3"),
+        (["--verify", "final_number"], [{"prompt": "1+1="}], "no column 'answer'"),
+        (["--verify", "final_number"], [{"prompt": "1+1=", "answer": "two"}], "no number"),
+        ([], [{"text": "once upon a time"}], "text"),
+        (["--pair_file", "x"], None, "pairs_file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(builder, capsys, monkeypatch, options, rows, named):
+    from distill_trainers import models
+
+    monkeypatch.setattr(models, "load_causal_lm", None)
+    assert builder(*options, rows=rows) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_the_pairs_can_be_trained_on(builder, make_trainer, saved, tmp_path):
+    rows = [{"prompt": f"{a}+{b}="} for a in range(6) for b in range(4)]
+    assert builder(rows=rows) == 0
+    train = load_split(str(tmp_path / "pairs.jsonl"))
+    trainer = make_trainer(saved.student, saved.teacher, train, method="dpkd", max_steps=2)
+    assert trainer.given_pairs and len(trainer.train_dataset) == len(train)
+    trainer.train()

@@ -1,0 +1,104 @@
+"""TRL 1.16's `DPOTrainer` and ours on the same pairs: with `reference: student` and sums they are one method."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+
+from distill_trainers import DPKDConfig, DPKDTrainer
+from distill_trainers.data.addition import addition_rows, character_tokenizer, tiny_llama
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    trl = pytest.importorskip("trl")
+
+
+def pairs(count=16):
+    rows = addition_rows(count)
+    return Dataset.from_list(
+        [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "7" * (1 + i % 3)} for i, r in enumerate(rows)]
+    )
+
+
+@pytest.fixture
+def both(tmp_path):
+    """Trainers of both libraries whose students have left their reference, as in the middle of a run."""
+
+    def build(theirs, **ours):
+        tokenizer = character_tokenizer()
+        student = tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3)
+        settings = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "weight_decay": 0.0,
+            "lr_scheduler_type": "constant",
+            "max_length": 32,
+            "max_steps": 3,
+            "beta": 0.3,
+        }
+        args = trl.DPOConfig(**settings, loss_type=theirs, activation_checkpointing=False)
+        models = copy.deepcopy(student), copy.deepcopy(student)
+        their = trl.DPOTrainer(*models, args=args, train_dataset=pairs(), processing_class=tokenizer)
+        args = DPKDConfig(**settings, reference="student", lm_loss_weight=0.0, **ours)
+        teacher = tiny_llama(tokenizer, 48, 2, seed=2)
+        our = DPKDTrainer(copy.deepcopy(student), teacher, args, pairs(), processing_class=tokenizer)
+        for trainer in (their, our):
+            generator = torch.Generator().manual_seed(3)
+            with torch.no_grad():
+                for parameter in trainer.model.parameters():
+                    parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+        return their, our
+
+    return build
+
+
+CASES = [
+    ("sigmoid", {"loss_type": "sigmoid", "length_normalized": False}),
+    ("hinge", {"loss_type": "hinge", "length_normalized": False}),
+    ("ipo", {"loss_type": "ipo", "length_normalized": True}),
+    ("sigmoid_norm", {"loss_type": "sigmoid", "length_normalized": True}),
+]
+
+
+@pytest.mark.parametrize("theirs, ours", CASES, ids=[case[0] for case in CASES])
+def test_one_batch_has_the_same_loss_and_gradient(both, theirs, ours):
+    their, our = both(theirs, **ours)
+    rows = range(8)
+    batch = their.data_collator([their.train_dataset[i] for i in rows])
+    their.model.train()
+    expected = their.compute_loss(their.model, batch)
+    expected.backward()
+    our.model.train()
+    (batch,) = our.score([our.data_collator([our.train_dataset[i] for i in rows])])
+    loss = our.compute_loss(our.model, batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (name, p), q in zip(our.model.named_parameters(), their.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_rows_and_rewards_are_the_same(both):
+    their, our = both("sigmoid", loss_type="sigmoid", length_normalized=False)
+    for mine, theirs in zip(our.train_dataset, their.train_dataset, strict=True):
+        assert mine["input_ids"] == theirs["prompt_ids"] + theirs["chosen_ids"]
+        assert mine["rejected_ids"] == theirs["rejected_ids"]
+    our.train_dataset = our.train_dataset.select(range(4))
+    (batch,) = our.score([our.data_collator(list(our.train_dataset))])
+    our.model.train()
+    _, terms = our.compute_loss(our.model, batch, return_outputs=True)
+    their.model.train()
+    their.compute_loss(their.model, their.data_collator([their.train_dataset[i] for i in range(4)]))
+    metrics = their._metrics["train"]
+    for mine, theirs in (("reward_chosen", "rewards/chosen"), ("reward_margin", "rewards/margins")):
+        assert (terms[mine].sum() / 4).item() == pytest.approx(metrics[theirs][-1], rel=1e-4)
