@@ -424,7 +424,7 @@ class DistillTrainer(Trainer):
         predicts = trained_mask(inputs["labels"])
         samples = self.samples_of(inputs)
         rows = predicts.nonzero()[:, 0] % samples
-        entries = set(self.loss_divisors.values()) & inputs.keys()
+        entries = sorted(set(self.loss_divisors.values()) & inputs.keys())  # in one order on all processes
         terms |= {f"/{entry}": inputs[entry][:, 1:][predicts] for entry in entries}
         terms.setdefault("tokens", torch.ones_like(terms["nll"]))
         sums = torch.stack([sum_per_row(values.float(), rows, samples) for values in terms.values()], dim=1)
