@@ -188,7 +188,7 @@ def _row_terms(
     values = row_terms_fn(logps, teacher_logps, tokens)
     entries = {name: each.detach() for name, each in values.items() if name.startswith("token_")}
     total = logps.sum() * 0.0  # part of the graph whatever the weights
-    for name in weights.keys() & values.keys():
+    for name in (name for name in weights if name in values):
         total = total + weights[name] * values[name].sum()
     terms = {name: each.detach() for name, each in values.items() if name not in entries}
     own = {name: weight for name, weight in weights.items() if name not in values}

@@ -216,18 +216,15 @@ class DistillTrainer(TeacherForcedEvaluation):
         """Terms that depend on whole rows, for methods with `has_row_terms`: a pure function of log-probabilities.
 
         Args:
-            logps, teacher_logps: `[N]` of all trained tokens; the former receives gradients, the latter may be missing.
-            tokens: as in `distill_terms`, and `row` `[N]`, the row of the batch that each token belongs to.
-            num_rows: of the batch.
+            logps, teacher_logps: `[N]` of all trained tokens; the former receives gradients, the latter may be None.
+            tokens: as in `distill_terms`, and `row` `[N]`, which of the batch's `num_rows` each token belongs to.
 
         Returns:
             `[N]` values by name, those of a row on any one of its tokens; entries `token_*` are for `distill_terms`.
         """
-        raise NotImplementedError(f"{type(self).__name__} says that it has terms of rows, but defines none.")
+        raise NotImplementedError(f"{type(self).__name__} must define its terms of rows.")
 
-    def agreement_terms(
-        self, student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def agreement_terms(self, student: Any, teacher: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What evaluation measures beside the method's own terms, per token."""
         return agreement_terms(student, teacher, tokens)
 
