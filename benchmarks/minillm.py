@@ -11,14 +11,13 @@ that sample cost more than those that reuse. CPU seconds are those of the proces
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from compare_trl import conversations, llama, machine, word_tokenizer
+from compare_trl import conversations, llama, word_tokenizer
+from measuring import machine, medians, write_results
 
 SIZE = {"vocab": 49152, "hidden": 256, "layers": 4, "teacher_layers": 6, "batch": 4, "length": 64, "new_tokens": 32}
 SIZE |= {"steps": 16, "warmup": 0}
@@ -41,15 +40,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all measurements here")
     options = parser.parse_args()
     size = SIZE | (QUICK if options.quick else {})
-    print(machine(options.threads), size, sep="\n\n", end="\n\n")
+    described = f"{machine(options.threads)}\n\n{size}"
+    print(f"{described}\n")
     measure("gkd", {"lmbda": 1.0}, {**size, "steps": 2}, options.threads)  # imports and first touches are nobody's cost
     results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     for _ in range(options.rounds):
         for name, (method, settings) in CONTENDERS.items():
             results[name].append(measure(method, settings, size, options.threads))
     print(table(results))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(options.threads), "size": size, "results": results}))
+    write_results(options.json, described, results)
 
 
 def measure(method: str, settings: dict[str, Any], size: dict[str, int], threads: int) -> dict[str, float]:
@@ -95,10 +94,10 @@ def measure(method: str, settings: dict[str, Any], size: dict[str, int], threads
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Medians over the rounds, and ratios to GKD."""
-    medians = {name: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for name, runs in results.items()}
-    base = next(iter(medians.values()))
+    found = medians(results)
+    base = next(iter(found.values()))
     lines = ["| trainer | s per step | ratio | CPU s per step | ratio |", "|---|---|---|---|---|"]
-    for name, got in medians.items():
+    for name, got in found.items():
         cells = [f"{got[key]:.3f} | {got[key] / base[key]:.2f}" for key in ("seconds", "cpu_seconds")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
