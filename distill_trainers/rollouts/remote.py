@@ -145,8 +145,9 @@ class RemoteTextModel:
 
         s = self.settings
         how: Any = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_tokens}
+        how["messages"] = request.messages
         try:
-            found = self._client.chat.completions.create(model=s.model, messages=request.messages, **how)
+            found = self._client.chat.completions.create(model=s.model, **how)
             return self._read(request.key, found), 0.0
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise ConfigurationError(
