@@ -149,7 +149,7 @@ def test_a_run_killed_in_an_inner_epoch_goes_on_with_its_rollouts(make, make_stu
     settings = {**CYCLES, "teacher_mix_alpha": 0.2, "max_steps": 14, "save_strategy": "steps", "save_steps": 1}
     whole = make(output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
-    for step in (1, 2, 4, 6, 8, 13):
+    for step in (1, 4, 8, 13):
         folder = str(tmp_path / f"killed-{step}")
         with pytest.raises(die_at.error):
             make(output_dir=folder, callbacks=[die_at(step)], **settings).train()
