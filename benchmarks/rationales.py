@@ -1,10 +1,12 @@
-"""Do rationales help a small student on SVAMP? The same student, data, and number of updates, with them and without.
+"""Do rationales help a small student? The same student, data, and number of updates, with them and without.
 
-The chains of thought are PaLM-540B's, as published with Distilling Step-by-Step (arXiv 2305.02301). They are cut at the
-next question, parsed, and dropped where the answer is wrong. Students learn to write an arithmetic expression; the
-label task alone is scored, on questions that no run trains on.
+`--task addition`: two-digit sums with their steps, and a random student of 47,000 parameters. `--task svamp`: word
+problems with the chains of PaLM 540B that were published with Distilling Step-by-Step (arXiv 2305.02301), cut at the
+next question, parsed, and dropped where the answer is wrong; students write an arithmetic expression. In both the label
+task alone is scored, on questions that no run trains on.
 
-    python benchmarks/rationales.py --data ../shared/data/svamp_rationales --student FOLDER --layers 30 --out runs/svamp
+    python benchmarks/rationales.py --task addition --train 500 --steps 800 --batch-size 32 --learning-rate 3e-3
+    python benchmarks/rationales.py --task svamp --student FOLDER --steps 50 --batch-size 4
 """
 
 from __future__ import annotations
@@ -20,11 +22,19 @@ from typing import Any
 from datasets import Dataset
 
 from distill_trainers import RationaleConfig, RationaleTrainer
+from distill_trainers.data.addition import (
+    ADAM_BETA2,
+    RATIONALE_PROMPTS,
+    addition_rationales,
+    character_tokenizer,
+    tiny_llama,
+)
 from distill_trainers.models import load_causal_lm, load_tokenizer
 from distill_trainers.rationales import parse_response, verify_answer
 from distill_trainers.students import make_student
 
 SPLIT_SEED = 0
+ADDITION = {**RATIONALE_PROMPTS, "max_length": 40, "max_new_tokens": 5, "weight_decay": 0.1, "adam_beta2": ADAM_BETA2}
 
 
 def read_svamp(folder: Path) -> tuple[list[dict[str, Any]], Counter[str]]:
@@ -42,6 +52,12 @@ def read_svamp(folder: Path) -> tuple[list[dict[str, Any]], Counter[str]]:
     return rows, counts
 
 
+def read_addition(count: int) -> dict[str, Dataset]:
+    """`count` sums with their steps to learn from, and 1000 others."""
+    rows = addition_rationales(count + 1000, seed=5)
+    return {"train": rows.select(range(1000, count + 1000)), "test": rows.select(range(1000))}
+
+
 def train(rows: dict[str, Dataset], student: Any, tokenizer: Any, weight: float, seed: int, options: Any) -> dict:
     args = RationaleConfig(
         output_dir=str(options.out),
@@ -51,9 +67,6 @@ def train(rows: dict[str, Dataset], student: Any, tokenizer: Any, weight: float,
         per_device_eval_batch_size=16,
         learning_rate=options.learning_rate,
         warmup_steps=max(1, options.steps // 10),
-        max_length=256,
-        max_new_tokens=24,
-        prompt_style="text",
         answer_kind="number",
         logging_steps=10,
         save_strategy="no",
@@ -62,6 +75,11 @@ def train(rows: dict[str, Dataset], student: Any, tokenizer: Any, weight: float,
         use_cpu=True,
         bf16=options.bf16,
         disable_tqdm=True,
+        **(
+            ADDITION
+            if options.task == "addition"
+            else {"max_length": 256, "max_new_tokens": 24, "prompt_style": "text"}
+        ),
     )
     trainer = RationaleTrainer(student, None, args, rows["train"], rows["test"], processing_class=tokenizer)
     started = time.process_time()
@@ -76,10 +94,32 @@ def train(rows: dict[str, Dataset], student: Any, tokenizer: Any, weight: float,
     }
 
 
+def split_svamp(options: Any) -> dict[str, Dataset]:
+    if not options.data.is_dir():
+        raise SystemExit(f"There is no folder {options.data}; it should hold svamp_train.json and train_CoT_*.json.")
+    rows, counts = read_svamp(options.data)
+    print(f"{len(rows)} chains: {dict(counts)}", flush=True)
+    return dict(Dataset.from_list(rows).train_test_split(options.test, seed=SPLIT_SEED))
+
+
+def make_model(options: Any, seed: int) -> tuple[Any, Any]:
+    if options.task == "addition":
+        tokenizer = character_tokenizer()
+        return tiny_llama(tokenizer, 48, 2, seed=seed), tokenizer
+    if options.student is None:
+        raise SystemExit("Name the student of svamp with --student.")
+    student = load_causal_lm(options.student, dtype="float32")
+    if options.layers and options.layers < student.config.num_hidden_layers:
+        student = make_student(student, options.layers)
+    return student, load_tokenizer(options.student)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("addition", "svamp"), default="svamp")
+    parser.add_argument("--train", type=int, default=500, help="sums to learn from")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/svamp_rationales"))
-    parser.add_argument("--student", required=True, help="folder or Hub id of a causal LM")
+    parser.add_argument("--student", help="folder or Hub id of a causal LM, for svamp")
     parser.add_argument("--layers", type=int, default=None, help="keep so many of its layers, evenly spaced")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -90,21 +130,15 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/svamp"))
     options = parser.parse_args()
-    if not options.data.is_dir():
-        raise SystemExit(f"There is no folder {options.data}; it should hold svamp_train.json and train_CoT_*.json.")
-    rows, counts = read_svamp(options.data)
-    print(f"{len(rows)} chains: {dict(counts)}", flush=True)
-    halves = Dataset.from_list(rows).train_test_split(options.test, seed=SPLIT_SEED)
+    halves = read_addition(options.train) if options.task == "addition" else split_svamp(options)
     results = []
     options.out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for weight in options.weights:
-            student = load_causal_lm(options.student, dtype="float32")
-            if options.layers and options.layers < student.config.num_hidden_layers:
-                student = make_student(student, options.layers)
-            results.append(train(dict(halves), student, load_tokenizer(options.student), weight, seed, options))
+            student, tokenizer = make_model(options, seed)
+            results.append(train(halves, student, tokenizer, weight, seed, options))
             print(json.dumps(results[-1]), flush=True)
-            (options.out / "svamp.jsonl").open("a").write(json.dumps(results[-1]) + "\n")
+            (options.out / f"{options.task}.jsonl").open("a").write(json.dumps(results[-1]) + "\n")
     for weight in options.weights:
         found = [result["accuracy"] for result in results if result["rationale_weight"] == weight]
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
