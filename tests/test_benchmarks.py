@@ -53,3 +53,12 @@ def test_steps_of_minillm_are_timed_beside_gkd(tmp_path):
     _run("minillm.py", "--json", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert len(results) == 5 and all(run["cpu_seconds"] > 0 for runs in results.values() for run in runs)
+
+
+@pytest.mark.slow
+def test_students_with_and_without_rationales_are_scored_alike(tmp_path):
+    options = ["--task", "addition", "--train", "64", "--steps", "3", "--seeds", "1", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, str(BENCHMARKS / "rationales.py"), *options], check=True, capture_output=True)
+    results = [json.loads(line) for line in (tmp_path / "addition.jsonl").read_text().splitlines()]
+    assert [result["rationale_weight"] for result in results] == [0.0, 1.0]
+    assert all(0 <= result["accuracy"] <= 1 and result["label"] > 0 for result in results)

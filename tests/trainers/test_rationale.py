@@ -378,7 +378,7 @@ def test_early_stopping_can_watch_accuracy(make_trainer):
 
 @pytest.mark.slow
 def test_rationales_teach_more_than_labels_alone(make_trainer, tokenizer, tmp_path):
-    """The convergence gate: the same student, problems and number of updates (54 % against 89 % when it was written)."""
+    """The convergence gate: the same student, problems and number of updates (54 % against 89 % when written)."""
     from distill_trainers.data.addition import ADAM_BETA2, tiny_llama
 
     rows = addition_rationales(2500, seed=5)
