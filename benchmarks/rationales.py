@@ -53,9 +53,11 @@ def read_svamp(folder: Path) -> tuple[list[dict[str, Any]], Counter[str]]:
 
 
 def read_addition(count: int) -> dict[str, Dataset]:
-    """`count` sums with their steps to learn from, and 1000 others."""
-    rows = addition_rationales(count + 1000, seed=5)
-    return {"train": rows.select(range(1000, count + 1000)), "test": rows.select(range(1000))}
+    """`count` sums with their steps to learn from, and the same 1000 others for any count."""
+    rows = addition_rationales(2500, seed=5)
+    if not 1 <= count <= 1500:
+        raise SystemExit(f"Got --train {count}; expected 1 to 1500 sums.")
+    return {"train": rows.select(range(count)), "test": rows.select(range(1500, 2500))}
 
 
 def train(rows: dict[str, Dataset], student: Any, tokenizer: Any, weight: float, seed: int, options: Any) -> dict:

@@ -378,7 +378,10 @@ def test_early_stopping_can_watch_accuracy(make_trainer):
 
 @pytest.mark.slow
 def test_rationales_teach_more_than_labels_alone(make_trainer, tokenizer, tmp_path):
-    """The convergence gate: the same student, problems and number of updates (54 % against 89 % when written)."""
+    """The convergence gate: the same student, problems and updates; 6.7 % against 22.8 % when it was written.
+
+    Of 500 problems the labels are soon known by heart. Two more seeds, and where it does not help: docs/log.md.
+    """
     from distill_trainers.data.addition import ADAM_BETA2, tiny_llama
 
     rows = addition_rationales(2500, seed=5)
@@ -386,7 +389,7 @@ def test_rationales_teach_more_than_labels_alone(make_trainer, tokenizer, tmp_pa
     settings |= {"max_steps": 800, "warmup_steps": 80, "lr_scheduler_type": "cosine", "weight_decay": 0.1, "seed": 1}
     settings |= {
         "adam_beta2": ADAM_BETA2,
-        "train": rows.select(range(1500)),
+        "train": rows.select(range(500)),
         "eval_dataset": rows.select(range(1500, 2500)),
     }
     accuracy = {}
@@ -395,7 +398,7 @@ def test_rationales_teach_more_than_labels_alone(make_trainer, tokenizer, tmp_pa
         trainer = rationale_trainer(make_trainer, student=student, rationale_weight=weight, **settings)
         trainer.train()
         accuracy[weight] = trainer.evaluate()["eval_accuracy"]
-    assert accuracy[1.0] > accuracy[0.0] + 0.15
+    assert accuracy[1.0] > 1.4 * accuracy[0.0] > 0
 
 
 # ---- Encoder-decoders -----------------------------------------------------------------------------------------------
