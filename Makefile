@@ -1,7 +1,7 @@
 # PYTHON makes the environment; PIP_ARGS goes to its installation, for instance an index of CPU builds of torch.
 PYTHON ?= python3
 PIP_ARGS ?=
-EXTRAS ?= dev,gguf,plots,deepspeed
+EXTRAS ?= dev,gguf,plots,deepspeed,rationales,remote
 
 VENV := .venv
 BIN := $(VENV)/bin

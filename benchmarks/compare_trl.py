@@ -16,21 +16,19 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import random
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+from measuring import Meter, in_turns, machine, medians, write_results
 
 TRAINERS = {
     "ours": "ours: GKDTrainer",
     "ours_cached": "ours: GKDTrainer, teacher's answers from a cache",
     "ours_checkpointing": "ours: GKDTrainer, activation checkpointing",
+    "ours_generate": "ours: GKDTrainer, rollouts by transformers' generate",
     "trl": "TRL: GKDTrainer",
     "trl_distillation": "TRL: DistillationTrainer",
 }
@@ -49,7 +47,7 @@ MODES: dict[str, dict[str, Any]] = {
         "lora": True,
     },
     "on-policy": {"trainers": ALL, "lmbda": 1.0},
-    "on-policy, skewed lengths": {"size": LONG, "trainers": ALL, "lmbda": 1.0},
+    "on-policy, skewed lengths": {"size": LONG, "trainers": ["ours", "ours_generate", *ALL[1:]], "lmbda": 1.0},
     "on-policy, skewed lengths, TRL's default settings": {
         "size": LONG,
         "trainers": ["ours", "ours_checkpointing", "trl", "trl_distillation"],
@@ -69,47 +67,29 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="three of the modes, one round")
     parser.add_argument("--rounds", type=int, default=None, help="processes per trainer and mode (3; quick, short: 1)")
     parser.add_argument("--threads", type=int, default=1, help="of torch; 1 is the steadiest on a shared machine")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--modes", nargs="+", choices=list(MODES), help="by default all")
     parser.add_argument("--json", type=Path, help="write all measurements here")
     parser.add_argument("--only", nargs=2, metavar=("TRAINER", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(measure(*options.only, size_of(options.only[1], options.quick), options.threads)))
+        print(json.dumps(measure(*options.only, options)))
         return
     rounds = options.rounds or (1 if options.quick or options.short else 3)
-    described = f"{machine(options.threads)}\n\n{settings_line(rounds)}"
+    described = f"{machine(options.threads, options.device)}\n\n{settings_line(rounds)}"
     print(f"{described}\n")
     results = {}
     for mode in options.modes or (SHORT if options.short else MODES):
-        results[mode] = compare(mode, rounds, options.threads, options.quick)
+        results[mode] = in_turns(__file__, MODES[mode]["trainers"], rounds, [mode])
         print(table(mode, size_of(mode, options.quick), results[mode]), flush=True)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps({"machine": described, "results": results}, indent=2) + "\n")
+        write_results(options.json, described, results)
 
 
 def size_of(mode: str, quick: bool) -> dict[str, int]:
     return SIZE | MODES[mode].get("size", {}) | (QUICK if quick else {})
 
 
-def compare(mode: str, rounds: int, threads: int, quick: bool) -> dict[str, list[dict[str, float]]]:
-    """Results of every process, by trainer; the trainers take turns and each round starts with another one."""
-    names = MODES[mode]["trainers"]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            command = [sys.executable, __file__, "--threads", str(threads), "--only", name, mode]
-            command += ["--quick"] if quick else []
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{name}, {mode} failed:\n{done.stderr[-3000:]}")
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"  {mode} {name}: {results[name][-1]}", file=sys.stderr, flush=True)
-    return results
-
-
-def measure(name: str, mode: str, size: dict[str, int], threads: int) -> dict[str, float]:
+def measure(name: str, mode: str, options: argparse.Namespace) -> dict[str, float]:
     """Train in this process: median seconds per step on the clock and of this process, extra peak MiB, first loss.
 
     The extra memory is the peak over what was held when training began: models are not in it.
@@ -117,25 +97,25 @@ def measure(name: str, mode: str, size: dict[str, int], threads: int) -> dict[st
     import torch
     import transformers
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
+    size = size_of(mode, options.quick)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(name, MODES[mode], size, folder)
-        ends: list[tuple[float, float]] = []
+        trainer = build(name, MODES[mode], {**size, "on_gpu": options.device == "cuda"}, folder)
+        meter, ends = Meter(options.device), []
 
         class Clock(transformers.TrainerCallback):
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                ends.append((time.perf_counter(), time.process_time()))
+                ends.append(meter.now())
 
         trainer.add_callback(Clock())
-        held = resident_mib()
         trainer.train()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        extra = meter.extra_mib()
     # From end to end: rollouts happen before the step begins here, and inside it in TRL.
     pairs = list(zip(ends, ends[1:], strict=False))[size["warmup"] - 1 :]
     seconds, cpu_seconds = (statistics.median(after[i] - before[i] for before, after in pairs) for i in (0, 1))
     loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_mib": peak - held, "loss": loss, "steps": len(pairs)}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_mib": extra, "loss": loss, "steps": len(pairs)}
 
 
 def build(name: str, mode: dict[str, Any], size: dict[str, int], folder: str, filling: bool = False) -> Any:
@@ -153,7 +133,7 @@ def build(name: str, mode: dict[str, Any], size: dict[str, int], folder: str, fi
     checkpointing = mode.get("trl_checkpointing", False) if name.startswith("trl") else name == "ours_checkpointing"
     settings: dict[str, Any] = {
         "output_dir": folder,
-        "use_cpu": True,
+        "use_cpu": not size.get("on_gpu"),
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -183,6 +163,8 @@ def build(name: str, mode: dict[str, Any], size: dict[str, int], folder: str, fi
     from distill_trainers import CachedTeacher, GKDConfig, GKDTrainer
     from distill_trainers.trainers.caching import fill_cache
 
+    if name == "ours_generate":
+        settings["rollout_engine"] = "hf"
     cache = os.path.join(folder, "cache")
     if filling:
         settings["teacher_cache"] = cache
@@ -249,10 +231,6 @@ def llama(tokenizer: Any, size: dict[str, int], layers: int, seed: int) -> Any:
     return model
 
 
-def resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def table(mode: str, size: dict[str, int], results: dict[str, list[dict[str, float]]]) -> str:
     """Medians over the processes, the range of step times, and ratios to ours."""
     lines = [
@@ -260,12 +238,10 @@ def table(mode: str, size: dict[str, int], results: dict[str, list[dict[str, flo
         "| trainer | s per step (range) | ratio | CPU s per step | ratio | extra peak MiB | ratio | loss of step 1 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    medians = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
-    }
-    for name, got in medians.items():
+    middle = medians(results)
+    for name, got in middle.items():
         seconds = [run["seconds"] for run in results[name]]
-        ratios = {key: got[key] / medians["ours"][key] for key in ("seconds", "cpu_seconds", "extra_mib")}
+        ratios = {key: got[key] / middle["ours"][key] for key in ("seconds", "cpu_seconds", "extra_mib")}
         spread = f"{min(seconds):.3f}–{max(seconds):.3f}"
         lines.append(
             f"| {TRAINERS[name]} | {got['seconds']:.3f} ({spread}) | {ratios['seconds']:.2f} "
@@ -281,22 +257,6 @@ def size_line(size: dict[str, int]) -> str:
         f"Llama {size['hidden']} x {size['layers']}, teacher x {size['teacher_layers']}, {size['vocab']} tokens; "
         f"{size['batch']} rows of {size['length']} tokens, about half prompt; on-policy at most {size['new_tokens']} "
         f"new tokens{skewed}; median of {size['steps']} steps after {size['warmup']}"
-    )
-
-
-def machine(threads: int) -> str:
-    import torch
-    import transformers
-    import trl
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
-    load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
-    return (
-        f"{platform.platform()}, {cpu}, {os.cpu_count()} cores, {threads} thread(s), Python "
-        f"{platform.python_version()}, {versions}; load average at the start {load}."
     )
 
 

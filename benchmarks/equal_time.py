@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compare_trl import machine
+from measuring import machine, write_results
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "smollm2-135m" / "gkd.yaml"
@@ -51,12 +51,11 @@ def main() -> None:
         return
     if not (options.work / "student" / "config.json").is_file():
         run_alone("prepare")
-    print(f"{machine(options.threads)}\n\n{settings_line(options)}\n", flush=True)
+    described = f"{machine(options.threads)}\n\n{settings_line(options)}"
+    print(f"{described}\n", flush=True)
     results = {name: run_alone(name) for name in ["start", *options.trainers]}
     print(table(results))
-    if options.json:
-        described = f"{machine(options.threads)}\n\n{settings_line(options)}"
-        options.json.write_text(json.dumps({"machine": described, "results": results}, indent=2) + "\n")
+    write_results(options.json, described, results)
 
 
 def run_alone(name: str) -> dict[str, float]:

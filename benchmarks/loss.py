@@ -17,17 +17,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compare_trl import machine, resident_mib
+from measuring import Meter, in_turns, machine, medians, write_results
 
 LOSSES = {
     "bare": "matrix products alone",
@@ -49,6 +43,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int)
     parser.add_argument("--hidden", type=int, help="of student and teacher")
     parser.add_argument("--threads", type=int, default=1, help="of torch; 1 is the steadiest on a shared machine")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=None, help="processes per loss (3; quick: 1)")
     parser.add_argument("--masked-share", type=float, default=0.0, help="share of the tokens that are not trained")
     parser.add_argument("--chunk-mib", type=float, default=32.0, help="ours: MiB of one chunk of logits")
@@ -65,28 +60,16 @@ def main() -> None:
         return
     repeats = options.repeats or (1 if options.quick else 3)
     results = compare(options, repeats)
-    described = f"{machine(options.threads)}\n\n{settings_line(options, repeats)}"
+    described = f"{machine(options.threads, options.device)}\n\n{settings_line(options, repeats)}"
     print(f"{described}\n\n{table(results)}")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": described, "results": results}, indent=2) + "\n")
+    write_results(options.json, described, results)
 
 
 def compare(options: argparse.Namespace, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Results of every process, by loss; each round starts with another one."""
+    """Results of every process, by loss."""
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     names = [name for name in options.losses if name != "liger" or has_liger]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    environment = os.environ | (KEEP_PAGES if options.reuse_heap else {})
-    for turn in range(repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"  {name}: {results[name][-1]}", file=sys.stderr, flush=True)
-    return results
+    return in_turns(__file__, names, repeats, environment=KEEP_PAGES if options.reuse_heap else None)
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
@@ -95,15 +78,16 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
     torch.set_num_threads(options.threads)
     call, forget = prepare(name, operands(options), options)
-    held = resident_mib()
-    if options.reuse_heap:
+    meter = Meter(options.device)
+    if (
+        options.reuse_heap or meter.on_gpu
+    ):  # whose allocator keeps its pages, and whose kernels load at their first call
         call()
         forget()
-    clock, cpu = time.perf_counter(), time.process_time()
+    before = meter.now()
     loss = call()
-    seconds, cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_mib": peak - held, "loss": loss}
+    seconds, cpu_seconds = (end - start for start, end in zip(before, meter.now(), strict=True))
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_mib": meter.extra_mib(), "loss": loss}
 
 
 def operands(options: argparse.Namespace) -> dict[str, Any]:
@@ -120,10 +104,11 @@ def operands(options: argparse.Namespace) -> dict[str, Any]:
         "trained": torch.rand(tokens, generator=draw) >= options.masked_share,
     }
     made["labels"] = torch.where(made["trained"], torch.randint(vocab, (tokens,), generator=draw), -100)
+    made = {name: value.to(options.device) for name, value in made.items()}
     for name in ("student_hidden", "student_weight"):
         made[name].requires_grad_()
-    for each in (torch.randn(64, 64), torch.randn(64, 64)):
-        each @ each  # the library of matrix products sets itself up
+    some = torch.randn(64, 64, device=options.device)
+    some @ some  # the library of matrix products sets itself up
     return made
 
 
@@ -157,7 +142,7 @@ def bare(data: dict[str, Any], options: argparse.Namespace) -> Callable[[], None
     student, teacher = (data[f"{side}_hidden"].detach()[data["trained"]] for side in ("student", "teacher"))
     student_weight, teacher_weight = data["student_weight"].detach(), data["teacher_weight"]
     rows = 256
-    buffers = [torch.ones(rows, options.vocab) for _ in range(2)]
+    buffers = [torch.ones(rows, options.vocab, device=options.device) for _ in range(2)]
 
     def products() -> None:
         weight_gradient, hidden_gradient = torch.zeros_like(student_weight), torch.empty_like(student)
@@ -233,14 +218,12 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
         "| loss | s (range) | to the products | to ours | CPU s | to the products | extra peak MiB | to ours | JSD |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    medians = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
-    }
+    middle = medians(results)
 
     def ratio(name: str, key: str, to: str) -> str:
-        return f"{medians[name][key] / medians[to][key]:.2f}" if to in medians else ""
+        return f"{middle[name][key] / middle[to][key]:.2f}" if to in middle else ""
 
-    for name, got in medians.items():
+    for name, got in middle.items():
         seconds = [run["seconds"] for run in results[name]]
         memory = "" if name == "bare" else f"{got['extra_mib']:.0f}"  # its logits were there before
         lines.append(

@@ -16,15 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from compare_trl import machine, resident_mib
+from measuring import Meter, in_turns, machine, medians, write_results
 
 ENGINES = {"hf": "transformers: generate", "keep": "ours, finished rows kept", "decode": "ours"}
 FULL = {"vocab": 49152, "hidden": 256, "layers": 4, "rows": 32, "prompt": 128, "new_tokens": 128, "calls": 3}
@@ -53,21 +49,10 @@ def main() -> None:
         print(json.dumps(measure(options.only, options)))
         return
     rounds = options.rounds or (1 if options.quick else 3)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
-    names = list(ENGINES)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            done = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--only", name], capture_output=True, text=True
-            )
-            if done.returncode:
-                raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"  {name}: {results[name][-1]}", file=sys.stderr, flush=True)
-    described = f"{machine(options.threads)}\n\n{settings_line(options, rounds)}"
+    results = in_turns(__file__, list(ENGINES), rounds)
+    described = f"{machine(options.threads, options.device)}\n\n{settings_line(options, rounds)}"
     print(f"{described}\n\n{table(results)}")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": described, "results": results}, indent=2) + "\n")
+    write_results(options.json, described, results)
 
 
 def size_of(options: argparse.Namespace) -> dict[str, int]:
@@ -90,34 +75,23 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     model, ids, mask, sampling = workload(options, size)
     model, ids, mask = model.to(device).eval(), ids.to(device), mask.to(device)
     engine = HfEngine() if name == "hf" else DecodeEngine()
-    seconds, cpu, kept, longest = [], [], [], []
-    held = resident_mib()
+    meter, seconds, cpu, kept, longest = Meter(options.device), [], [], [], []
     for call in range(size["calls"] + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            if call == 1:
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated() / 2**20
-        start, cpu_start = time.perf_counter(), time.process_time()
+        before = meter.now()
         with rollout_rng(0, call, 0, device):
             lengths = [len(text) for text in engine.generate(model, ids, mask, sampling)]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - cpu_start)
+        after = meter.now()
+        seconds.append(after[0] - before[0])
+        cpu.append(after[1] - before[1])
         kept.append(sum(lengths))
         longest.append(max(lengths))
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "seconds": statistics.median(seconds[1:]),
         "tokens_per_second": sum(kept[1:]) / sum(seconds[1:]),
         "tokens_per_cpu_second": sum(kept[1:]) / sum(cpu[1:]),
         "tokens": statistics.median(kept[1:]),
         "longest": statistics.median(longest[1:]),
-        "extra_mib": peak - held,
+        "extra_mib": meter.extra_mib(),
     }
 
 
@@ -182,17 +156,15 @@ def real_prompts(tokenizer: Any, rows: int) -> list[list[int]]:
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Medians over the processes, the range of times, and ratios to `generate`."""
-    medians = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
-    }
+    middle = medians(results)
     lines = [
         "| engine | s per window (range) | kept tokens per s | × generate | per CPU s | × generate | extra peak MiB "
         "| kept tokens | longest |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, got in medians.items():
+    for name, got in middle.items():
         seconds = [run["seconds"] for run in results[name]]
-        ratios = {key: got[key] / medians["hf"][key] for key in ("tokens_per_second", "tokens_per_cpu_second")}
+        ratios = {key: got[key] / middle["hf"][key] for key in ("tokens_per_second", "tokens_per_cpu_second")}
         lines.append(
             f"| {ENGINES[name]} | {got['seconds']:.3f} ({min(seconds):.3f}–{max(seconds):.3f}) "
             f"| {got['tokens_per_second']:.0f} | {ratios['tokens_per_second']:.2f} "

@@ -3,7 +3,7 @@
 python benchmarks/run_all.py --out benchmarks/results/my-machine            # an hour or so on two cores
 python benchmarks/run_all.py --short --out runs/bench                       # `make bench`: some ten minutes
 python benchmarks/run_all.py --quick --out runs/bench                       # toys, for the tests
-python benchmarks/run_all.py --plot-only --out benchmarks/results/my-machine
+python benchmarks/run_all.py --only rollouts --out benchmarks/results/my-machine    # one of them anew
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
     parser.add_argument("--short", action="store_true", help="one process each, and fewer modes")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
-    parser.add_argument("--plot-only", action="store_true", help="draw what an earlier run measured")
+    parser.add_argument("--only", nargs="*", choices=list(TITLES), help="measure these; without a name just draw")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    if not options.plot_only:
-        tables = [measure(name, options) for name in TITLES]
-        (options.out / "README.md").write_text("\n".join(tables), encoding="utf-8")
+    for name in TITLES if options.only is None else options.only:
+        (options.out / f"{name}.md").write_text(measure(name, options), encoding="utf-8")
     measured = {name: json.loads((options.out / f"{name}.json").read_text())["results"] for name in TITLES}
     print(f"Written: {plot(measured, options.out / 'ratios.svg')} and tables beside it.")
 

@@ -14,8 +14,12 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GKDConfig": "trainers.gkd",
     "GKDTrainer": "trainers.gkd",
+    "MiniLLMConfig": "trainers.minillm",
+    "MiniLLMTrainer": "trainers.minillm",
     "DPKDConfig": "trainers.dpkd",
     "DPKDTrainer": "trainers.dpkd",
+    "RationaleConfig": "trainers.rationale_config",
+    "RationaleTrainer": "trainers.rationale",
     "DistillConfig": "trainers.config",
     "DistillTrainer": "trainers.base",
     "CachedTeacher": "teachers.cached",
@@ -37,6 +41,9 @@ if TYPE_CHECKING:
     from .trainers.config import DistillConfig
     from .trainers.dpkd import DPKDConfig, DPKDTrainer
     from .trainers.gkd import GKDConfig, GKDTrainer
+    from .trainers.minillm import MiniLLMConfig, MiniLLMTrainer
+    from .trainers.rationale import RationaleTrainer
+    from .trainers.rationale_config import RationaleConfig
 
 
 def __getattr__(name: str) -> Any:

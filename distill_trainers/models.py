@@ -89,13 +89,11 @@ def load_config(name: str, role: str, **kwargs: Any) -> Any:
 
 
 def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any = None, **init_kwargs: Any):
-    """Load a causal LM by folder or Hub id. `dtype` may be a string; no `device_map` is ever guessed.
+    """Load a causal LM (or encoder-decoder) by folder or Hub id. `dtype` may be a string; no `device_map` is guessed.
 
     Raises:
         ConfigurationError: unknown dtype, missing folder, or quantization named twice.
     """
-    from transformers import AutoModelForCausalLM
-
     check_model_source(name, role)
     dtype = init_kwargs.get("dtype", "auto")
     if isinstance(dtype, str):
@@ -109,7 +107,41 @@ def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any
                 "keep the argument."
             )
         init_kwargs["quantization_config"] = quantization_config
-    return AutoModelForCausalLM.from_pretrained(name, **init_kwargs)
+    known = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
+    return model_class(load_config(name, role, **known)).from_pretrained(name, **init_kwargs)
+
+
+def model_class(config: Any) -> Any:
+    """The auto class that loads a model of this configuration for generation."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads prompts with an encoder (T5 and its relatives)."""
+    return bool(getattr(getattr(causal_lm_of(model), "config", None), "is_encoder_decoder", False))
+
+
+def decoder_start(config: Any) -> int | None:
+    """The token that an encoder-decoder's decoder starts from; None for a causal LM."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    if config.decoder_start_token_id is None:
+        raise ConfigurationError(
+            f"The {config.model_type} is an encoder-decoder without `decoder_start_token_id` in its config; set it "
+            "(T5 has its padding token there)."
+        )
+    return int(config.decoder_start_token_id)
+
+
+def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What of a batch a model's forward takes; with `encoder_ids`, `input_ids` are the decoder's."""
+    if "encoder_ids" not in batch:
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    names = {"input_ids": "encoder_ids", "attention_mask": "encoder_mask"}
+    names |= {"decoder_input_ids": "input_ids", "decoder_attention_mask": "attention_mask"}
+    return {name: batch[entry] for name, entry in names.items()}
 
 
 @contextlib.contextmanager
@@ -342,7 +374,7 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
     theirs = model(**few).logits[0]
     model.train(was_training)
     ours, theirs = ours[:, : theirs.shape[-1]].double(), theirs.double()
-    keep = few["attention_mask"][0].bool()
+    keep = few.get("decoder_attention_mask", few["attention_mask"])[0].bool()
     error = (ours - theirs)[keep].norm() / theirs[keep].norm().clamp_min(1e-30)
     return bool(error < (1e-3 if full_precision else 0.05))  # bfloat16 rounding stays near 0.01
 

@@ -7,7 +7,7 @@ Shapes: N trained tokens, D hidden size, V vocabulary, K ids per token. A signal
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -228,6 +228,26 @@ class Sampled:
         return TokenSampled(self.ids[rows].long(), _wide(self.logps[rows]), _wide(self.weights[rows]))
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities `[N]` of the given tokens alone, at temperature 1: all that many remote teachers tell."""
+
+    values: Tensor
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def chunk(self, rows: slice) -> TokenLogprobs:
+        return TokenLogprobs(_wide(self.values[rows]))
+
+
+def padded(signal: TeacherSignal, count: int) -> TeacherSignal:
+    """The signal followed by zeros for tokens of which the teacher says nothing, to `count` tokens in all."""
+    more = count - len(signal)
+    own = {f.name: getattr(signal, f.name) for f in fields(signal) if f.name != "head"}
+    return replace(signal, **{k: F.pad(v, (0, 0) * (v.ndim - 1) + (0, more)) for k, v in own.items()})  # type: ignore
+
+
 def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -237,5 +257,5 @@ def _require_positive(name: str, value: int) -> None:
         raise ConfigurationError(f"Got {name}={value}; expected at least 1. It is the number of ids kept per token.")
 
 
-TokenSignal = TokenLogits | TokenTopK | TokenSampled
-TeacherSignal = HiddenStates | Logits | TopK | Sampled
+TokenSignal = TokenLogits | TokenTopK | TokenSampled | TokenLogprobs
+TeacherSignal = HiddenStates | Logits | TopK | Sampled | TokenLogprobs

@@ -22,13 +22,22 @@ from datasets import disable_progress_bars
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from distill_trainers.data.addition import addition_dataset, character_tokenizer, tiny_llama
+from distill_trainers.data.addition import (
+    RATIONALE_PROMPTS,
+    addition_dataset,
+    addition_rationales,
+    character_tokenizer,
+    tiny_llama,
+)
 from distill_trainers.trainers import METHODS
 
 torch.set_num_threads(1)
 disable_progress_bars()
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+# Rows that a method reads, where they are not prompts with completions, and what it takes to read them.
+METHOD_DATA = {"rationale": addition_rationales}
+METHOD_SETTINGS = {"rationale": {**RATIONALE_PROMPTS, "max_length": 40, "max_new_tokens": 20}}
 # The trainer collects garbage at every start; without this it would walk through all that torch imports, each time.
 gc.collect()
 gc.freeze()
@@ -63,9 +72,18 @@ def make_teacher(tokenizer):
 @pytest.fixture
 def make_trainer(tmp_path, tokenizer, make_student, make_teacher):
     """Factory of a trainer on CPU: constructor arguments by name, everything else goes into its config."""
-    constructor = {"data_collator", "callbacks", "optimizers", "peft_config", "quantization_config"}
+    constructor = {
+        "data_collator",
+        "callbacks",
+        "optimizers",
+        "peft_config",
+        "quantization_config",
+        "pretraining_dataset",
+    }
 
-    def make(student=None, teacher=None, train="default", eval_dataset=None, method="gkd", tok=tokenizer, **settings):
+    def make(
+        student=None, teacher="default", train="default", eval_dataset=None, method="gkd", tok=tokenizer, **settings
+    ):
         config_class, trainer_class = METHODS[method]
         kwargs = {name: settings.pop(name) for name in constructor & settings.keys()}
         if "teacher_processing_class" in settings:
@@ -82,14 +100,21 @@ def make_trainer(tmp_path, tokenizer, make_student, make_teacher):
             "report_to": "none",
             "use_cpu": True,
             "disable_tqdm": True,
+            **METHOD_SETTINGS.get(method, {}),
         }
+        if isinstance(teacher, str) and teacher in ("default", "double"):
+            # A method that needs no teacher gets none.
+            needs = trainer_class.__new__(trainer_class)
+            needs.args = config_class(**{**defaults, **settings})
+            dtype = torch.float64 if teacher == "double" else torch.float32
+            teacher = make_teacher().to(dtype) if needs.needs else None
         if not {"max_steps", "num_train_epochs"} & settings.keys():
             defaults["max_steps"] = 3
         trainer = trainer_class(
             student if student is not None else make_student(),
-            teacher if teacher is not None else make_teacher(),
+            teacher,
             config_class(**{**defaults, **settings}),
-            addition_dataset(24) if isinstance(train, str) else train,
+            METHOD_DATA.get(method, addition_dataset)(24) if isinstance(train, str) else train,
             eval_dataset,
             processing_class=tok,
             **kwargs,
@@ -98,6 +123,12 @@ def make_trainer(tmp_path, tokenizer, make_student, make_teacher):
         return trainer
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rows_for():
+    """`rows_for(method)(count, seed)`: a dataset of the layout that a method reads."""
+    return lambda method: METHOD_DATA.get(method, addition_dataset)
 
 
 @pytest.fixture

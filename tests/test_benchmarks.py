@@ -23,7 +23,7 @@ def _run(script: str, *options: str) -> str:
 def test_trainers_beside_trl_are_given_the_same_batches():
     lines = [line for line in _run("compare_trl.py").splitlines() if "Trainer" in line and line.startswith("|")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert len(rows) == 2 + 3 + 3 + 3 + 3 + 4 and all(len(row) == 8 and float(row[3]) > 0 for row in rows)
+    assert len(rows) == 2 + 3 + 3 + 3 + 4 + 4 and all(len(row) == 8 and float(row[3]) > 0 for row in rows)
     for mode in (rows[0:2], rows[2:5], rows[5:8]):  # off-policy; from the live teacher and from its cache; with LoRA
         losses = [float(row[-1]) for row in mode]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
@@ -46,3 +46,10 @@ def test_rollouts_of_every_engine_are_counted(tmp_path):
     assert all(run["tokens"] > 0 and run["tokens_per_second"] > 0 for runs in results.values() for run in runs)
     # Dropping finished rows does not change what is sampled.
     assert results["keep"][0]["tokens"] == results["decode"][0]["tokens"]
+
+
+@pytest.mark.slow
+def test_steps_of_minillm_are_timed_beside_gkd(tmp_path):
+    _run("minillm.py", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 5 and all(run["cpu_seconds"] > 0 for runs in results.values() for run in runs)

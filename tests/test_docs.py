@@ -16,9 +16,10 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from distill_trainers import DistillConfig, DPKDConfig, GKDConfig
+from distill_trainers import DistillConfig, DPKDConfig, GKDConfig, MiniLLMConfig, RationaleConfig
 from distill_trainers.cli import COMMANDS
 from distill_trainers.cli.pairs import PairArguments
+from distill_trainers.cli.rationales import STAGES, PipelineArguments, parse_arguments
 from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
 from distill_trainers.data.formats import LAYOUTS, detect_dataset_type
 from distill_trainers.data.pairs import is_pair, split_pair
@@ -111,6 +112,10 @@ def _check_cli(words, settings):
     """A command of ours: its options parse, and its recipe fits the launch configuration `settings`."""
     name, *options = words
     assert name in COMMANDS
+    if name == "rationales":
+        stage, *options = options
+        assert stage in STAGES and parse_arguments(options).folder
+        return
     if name not in ("train", "cache-teacher", "pairs") or "--inspect" in options:
         return
     example = options[options.index("--config") + 1] == "recipe.yaml"  # the reader's own
@@ -169,6 +174,8 @@ def _own_fields(config_class):
         ("## Keys of a run", RecipeArguments),
         ("## Keys of every method", DistillConfig),
         ("## Keys of GKD", GKDConfig),
+        ("## Keys of MiniLLM", MiniLLMConfig),
+        ("## Keys of Rationale", RationaleConfig),
         ("## Keys of DPKD", DPKDConfig),
         ("## Keys of `distill-trainers pairs`", PairArguments),
     ],
@@ -177,6 +184,12 @@ def test_key_tables_list_every_field_with_its_default(title, config_class):
     rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", _section(DOCS / "recipes.md", title), re.MULTILINE)
     documented = [(name, yaml.safe_load(default)) for name, default in rows]
     assert documented == list(_own_fields(config_class).items())
+
+
+def test_the_table_of_stages_lists_every_setting_with_its_default():
+    section = _section(DOCS / "rationales.md", "## Settings of the stages")
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", section, re.MULTILINE)
+    assert [(name, yaml.safe_load(default)) for name, default in rows] == list(_own_fields(PipelineArguments).items())
 
 
 @pytest.mark.parametrize("page, title", [("recipes.md", "## Keys of GKD"), ("maths.md", "## Divergences")])

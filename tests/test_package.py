@@ -28,10 +28,15 @@ def test_the_package_itself_imports_nothing_heavy():
     assert not heavy & _families(_loaded("import distill_trainers; dir(distill_trainers)"))
 
 
+def test_rationales_are_read_without_torch():
+    heavy = {"torch", "transformers", "datasets", "math_verify", "sympy", "openai"}
+    assert not heavy & _families(_loaded("import distill_trainers.rationales, distill_trainers.rationales.stages"))
+
+
 def test_the_trainer_imports_no_engine():
-    modules = _loaded("from distill_trainers import GKDConfig, GKDTrainer")
+    modules = _loaded("from distill_trainers import GKDConfig, GKDTrainer, RationaleTrainer")
     assert "torch" in modules, "else this test looks at nothing"
-    assert not {"deepspeed", "vllm", "bitsandbytes", "matplotlib", "gguf"} & _families(modules)
+    assert not {"deepspeed", "vllm", "bitsandbytes", "matplotlib", "gguf", "openai", "math_verify"} & _families(modules)
     assert not {name for name in modules if name.startswith("trl.trainer")}
 
 

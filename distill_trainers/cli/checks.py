@@ -20,10 +20,11 @@ class CheckedRecipe:
     student_config: Any
     tokenizer: Any
     teacher_tokenizer: Any
+    pretraining: Any = None
 
     def rows(self, recipe: Recipe) -> tuple[Any, Any]:
         """Training and evaluation rows as the recipe's trainer would tokenise, cut and refuse them."""
-        trainer = bare_trainer(recipe)
+        trainer = bare_trainer(recipe, self.pretraining)
         train = trainer.prepare_rows(self.train, self.tokenizer, "train")
         return train, trainer.prepare_rows(self.evaluation, self.tokenizer, "eval")
 
@@ -34,6 +35,7 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     Raises:
         ConfigurationError, DatasetError, VocabularyError: what has to be mended.
     """
+    from ..data import load_split
     from ..rollouts import check_engine
     from ..teachers import shared_vocabulary
     from ..trainers import caching, sources
@@ -42,32 +44,39 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     teacher_name: Any = settings.teacher_model_name_or_path
     student_name = recipe.model.model_name_or_path or teacher_name
     args.resume_from_checkpoint = checkpoint_to_resume(args)
-    teacher_config = _config(teacher_name, "teacher", recipe)
+    teacher_config = _config(teacher_name, "teacher", recipe) if teacher_name else None
     student_config = _config(student_name, "student", recipe)
     if settings.student_init:
         _cut_layers(student_config, settings.student_init["keep_layers"])  # type: ignore[index, arg-type]  # a dict
     if recipe.model.use_peft:
         without_weights(student_config, recipe, adapted=True)  # it must find the modules that it is for
+    pretraining = None
+    if settings.pretraining_dataset:
+        pretraining = load_split(settings.pretraining_dataset, split=settings.pretraining_split)
+    trainer = bare_trainer(recipe, pretraining)
+    sources.check(student_name, teacher_name, args, trainer.needs, trainer.accepts_encoder_decoders)
     train, evaluation = load_datasets(recipe)
-    trainer = bare_trainer(recipe)
     trainer.check_datasets(train, evaluation)
     caching.check(trainer, teacher_name, train)
     if trainer.samples_completions:
         check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
     tokenizer = sources.student_tokenizer(student_name, args)
     teacher_tokenizer = sources.teacher_tokenizer(teacher_name, tokenizer, args)
-    rows = (student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
-    shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
-    return CheckedRecipe(train, evaluation, teacher_config, student_config, tokenizer, teacher_tokenizer)
+    if teacher_config is not None:
+        rows = (student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
+        shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
+    return CheckedRecipe(train, evaluation, teacher_config, student_config, tokenizer, teacher_tokenizer, pretraining)
 
 
-def bare_trainer(recipe: Recipe) -> Any:
+def bare_trainer(recipe: Recipe, pretraining: Any = None) -> Any:
     """The recipe's trainer without models: what it asks of its datasets depends on its settings alone."""
     from ..trainers import METHODS
 
     trainer_class = METHODS[recipe.run.method][1]
-    trainer = trainer_class.__new__(trainer_class)
+    trainer: Any = trainer_class.__new__(trainer_class)
     trainer.args = recipe.args
+    if pretraining is not None:
+        trainer.pretraining_dataset = pretraining
     return trainer
 
 
@@ -137,12 +146,11 @@ def _cut_layers(config: Any, keep: int | list[int]) -> None:
 def without_weights(config: Any, recipe: Recipe, *, adapted: bool = False) -> Any:
     """The model that a config describes, on the meta device; `adapted`: with the recipe's adapter, if it has one."""
     import torch
-    from transformers import AutoModelForCausalLM
     from trl import get_peft_config
 
-    from ..models import add_adapter, whole_loading
+    from ..models import add_adapter, model_class, whole_loading
 
     with torch.device("meta"), whole_loading():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.args.trust_remote_code)
+        model = model_class(config).from_config(config, trust_remote_code=recipe.args.trust_remote_code)
         adapter = get_peft_config(recipe.model) if adapted else None
         return model if adapter is None else add_adapter(model, adapter)

@@ -28,6 +28,7 @@ class Plan:
     train_rows: int | None
     train_tokens: int | None
     eval_rows: int | None
+    text_rows: int | None
     steps: int
     tokens_per_step: float | None
     memory_mib: dict[str, float] = field(default_factory=dict)
@@ -52,7 +53,7 @@ def make_plan(recipe: Recipe) -> Plan:
     names = (teacher_name, student_name, checked.tokenizer, checked.teacher_tokenizer)
     cache, without_teacher = _teacher_cache(recipe, names, (train, evaluation))
 
-    teacher_size = num_parameters(without_weights(checked.teacher_config, recipe))
+    teacher_size = num_parameters(without_weights(checked.teacher_config, recipe)) if teacher_name else 0
     student = without_weights(checked.student_config, recipe, adapted=True)
     student_size, trainable = num_parameters(student), num_parameters(student, trainable_only=True)
     lengths = train["length"] if hasattr(train, "__len__") else None
@@ -63,6 +64,8 @@ def make_plan(recipe: Recipe) -> Plan:
             math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size))
             / args.gradient_accumulation_steps
         )
+        if getattr(args, "reuses_rollouts", False):  # whole steps only, each as often as there are inner epochs
+            per_epoch = len(lengths) // window * args.num_inner_epochs  # type: ignore[attr-defined]
         steps = math.ceil(per_epoch * args.num_train_epochs)
     mean_length = sum(lengths) / len(lengths) if lengths is not None else None
     existing = next(
@@ -73,11 +76,12 @@ def make_plan(recipe: Recipe) -> Plan:
         student=_student_name(recipe),
         student_parameters=student_size,
         trainable_parameters=trainable,
-        teacher=str(teacher_name),
+        teacher=str(teacher_name or "no teacher"),
         teacher_parameters=teacher_size,
         train_rows=None if lengths is None else len(lengths),
         train_tokens=None if lengths is None else sum(lengths),
         eval_rows=None if evaluation is None else len(evaluation),
+        text_rows=None if checked.pretraining is None else len(checked.pretraining),
         steps=steps,
         tokens_per_step=None if mean_length is None else mean_length * window,
         memory_mib=_memory(recipe, checked, student_size, trainable, 0 if without_teacher else teacher_size),
@@ -94,10 +98,12 @@ def print_plan(plan: Plan) -> None:
     table = Table("", "plan", title=f"{plan.method}: {plan.teacher} → {plan.student}", show_header=False)
     unknown = "unknown (stream)"
     table.add_row("Student", f"{plan.student_parameters:,} parameters, {plan.trainable_parameters:,} trained")
-    table.add_row("Teacher", f"{plan.teacher_parameters:,} parameters, frozen")
+    table.add_row("Teacher", f"{plan.teacher_parameters:,} parameters, frozen" if plan.teacher_parameters else "none")
     table.add_row("Training rows", unknown if plan.train_rows is None else f"{plan.train_rows:,}")
     table.add_row("Training tokens per epoch", unknown if plan.train_tokens is None else f"{plan.train_tokens:,}")
     table.add_row("Evaluation rows", "none" if plan.eval_rows is None else f"{plan.eval_rows:,}")
+    if plan.text_rows is not None:
+        table.add_row("Rows of plain text", f"{plan.text_rows:,}")
     table.add_row("Optimiser steps", f"{plan.steps:,}")
     if plan.tokens_per_step is not None:
         table.add_row("Tokens per step", f"{plan.tokens_per_step:,.0f}")
@@ -153,7 +159,7 @@ def _memory(recipe: Recipe, checked: CheckedRecipe, student: int, trainable: int
     sizes = {
         "student weights": student * student_bytes,
         "gradients and Adam": trainable * (trained_bytes + 2 * max(trained_bytes, 4)),
-        "teacher weights": teacher * _weight_bytes(teacher_dtype, checked.teacher_config),
+        "teacher weights": teacher * _weight_bytes(teacher_dtype, checked.teacher_config) if teacher else 0.0,
         "activations at max_length": activations,
         "head: weight gradient and chunks": text.vocab_size * text.hidden_size * 4 + 6 * args.loss_chunk_bytes,
     }

@@ -23,7 +23,9 @@ class RecipeArguments:
     """What a run needs beside the method's own config and TRL's `ModelConfig` (which names the student)."""
 
     method: str = field(default="gkd", metadata={"help": "Method of the recipe: one of the keys of METHODS."})
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher: a folder or Hub id."})
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher: a folder or Hub id; some methods need none."}
+    )
     student_init: dict | str | None = field(
         default=None,
         metadata={"help": "Make the student from the teacher, such as {from_teacher: true, keep_layers: 12} (JSON)."},
@@ -36,6 +38,11 @@ class RecipeArguments:
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Without `eval_dataset`: hold out this share (below 1) or number of rows."}
     )
+    pretraining_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Plain text for the language-model loss of minillm: a file, a folder or a Hub id."},
+    )
+    pretraining_split: str = field(default="train", metadata={"help": "Split of a Hub `pretraining_dataset`."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only the first rows of the training data."}
     )
@@ -69,7 +76,7 @@ def parse_recipe(argv: Sequence[str], extra: type | None = None) -> Recipe:
     from trl import ModelConfig
 
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    recipe = _read_yaml(argv)
+    recipe = read_yaml(argv)
     method = _method(recipe, argv)
     config_class = _methods()[method][0]
     classes: tuple[Any, ...] = (RecipeArguments, config_class, ModelConfig, *([] if extra is None else [extra]))
@@ -80,7 +87,7 @@ def parse_recipe(argv: Sequence[str], extra: type | None = None) -> Recipe:
     for cls in classes:
         check_value_types(recipe, cls, text_is_parsed=True)
     try:
-        parser = _parser(classes)
+        parser = make_parser(classes)
         run, args, model, *more = parser.parse_args_and_config(argv)
     except ConfigurationError:
         raise
@@ -91,16 +98,16 @@ def parse_recipe(argv: Sequence[str], extra: type | None = None) -> Recipe:
     return recipe_
 
 
-def _parser(classes: tuple[Any, ...]) -> Any:
+def make_parser(classes: tuple[Any, ...], command: str = "train") -> Any:
     """TRL's parser; it reads every mapping as JSON, and says in one line what it cannot read."""
     from trl import TrlParser
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
             reason = re.sub(r"^argument --(\w+)[^:]*", r"`\1`", message).rstrip(".")
-            raise ConfigurationError(f"{reason}. `distill-trainers train --help` lists every setting.")
+            raise ConfigurationError(f"{reason}. `distill-trainers {command} --help` lists every setting.")
 
-    parser = Parser(classes, prog="distill-trainers train", allow_abbrev=False)
+    parser = Parser(classes, prog=f"distill-trainers {command}", allow_abbrev=False)
     mappings = set().union(*map(names_of_mappings, classes))
     for action in parser._actions:
         if action.dest in mappings:
@@ -114,7 +121,7 @@ def _methods() -> dict[str, Any]:
     return METHODS
 
 
-def _read_yaml(argv: list[str]) -> dict[str, Any]:
+def read_yaml(argv: list[str]) -> dict[str, Any]:
     import yaml
 
     if "--config" not in argv:
@@ -152,7 +159,7 @@ def _method(recipe: dict[str, Any], argv: list[str]) -> str:
 def _refuse_contradictions(recipe: Recipe) -> None:
     """What cannot work together, by name, before anything is loaded."""
     run, args, model = recipe.run, recipe.args, recipe.model
-    if not run.teacher_model_name_or_path:
+    if not run.teacher_model_name_or_path and (run.student_init or _needs_teacher(recipe)):
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
     if run.student_init and model.model_name_or_path:
         raise ConfigurationError(
@@ -178,6 +185,12 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         value = getattr(run, name)
         if value is not None and value < 1:
             raise ConfigurationError(f"Got `{name}: {value}`; expected 1 or more, or leave it out.")
+    takes_text = hasattr(_methods()[run.method][1], "pretraining_dataset")
+    if run.pretraining_dataset and not takes_text:
+        raise ConfigurationError(
+            f"Got `pretraining_dataset: {run.pretraining_dataset}` with `method: {run.method}`, which has no loss on "
+            "plain text. Leave it out, or take `method: minillm`."
+        )
     if run.streaming and args.max_steps <= 0:
         raise ConfigurationError("`streaming: true` has no length, so set `max_steps` to a positive number.")
     has_eval = bool(run.eval_dataset or run.eval_fraction)
@@ -191,6 +204,12 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         check_value_types(run.student_init, StudentInit)  # type: ignore[arg-type]  # parsed by now
         StudentInit.from_dict(run.student_init)  # type: ignore[arg-type]
     _check_quantization(model)
+
+
+def _needs_teacher(recipe: Recipe) -> bool:
+    from .checks import bare_trainer
+
+    return bool(bare_trainer(recipe).needs)
 
 
 def _check_quantization(model: ModelConfig) -> None:

@@ -55,15 +55,17 @@ def build_trainer(recipe: Recipe) -> Any:
         args.metric_for_best_model = args.metric_for_best_model or "eval_perplexity"
         args.greater_is_better = bool(args.greater_is_better)  # None means that less is better
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
+    more = {} if checked.pretraining is None else {"pretraining_dataset": checked.pretraining}
     trainer = METHODS[settings.method][1](
         model=student,
-        teacher_model=settings.teacher_model_name_or_path,  # type: ignore[arg-type]
+        teacher_model=settings.teacher_model_name_or_path,
         args=args,
         train_dataset=checked.train,
         eval_dataset=checked.evaluation,
         callbacks=callbacks,
         peft_config=get_peft_config(recipe.model),
         quantization_config=get_quantization_config(recipe.model),
+        **more,
     )
     from transformers import PrinterCallback
 

@@ -67,6 +67,43 @@ def addition_rows(count: int | None = None, seed: int = 0) -> list[dict[str, str
     return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs[:count]]
 
 
+# How questions with written-out steps are put to a model that knows no letters.
+RATIONALE_PROMPTS: dict[str, Any] = {
+    "label_prompt": "={question}=",
+    "rationale_prompt": "+{question}=",
+    "chain_prompt": "{question}=",
+    "chain_completion": "{rationale}=={answer}",
+    "answer_formats": [r"regex:==(\d+)"],
+}
+
+
+def addition_rationales(count: int | None = None, seed: int = 0) -> Dataset:
+    """Problems with their steps, digit by digit, and with a slip in one of them: 7+8=15=3+5+1=9 for 37+58."""
+    from datasets import Dataset
+
+    return Dataset.from_list([_with_steps(row["prompt"].rstrip("=")) for row in addition_rows(count, seed)])
+
+
+def _with_steps(question: str) -> dict[str, str]:
+    (a, b), (c, d) = (divmod(int(number), 10) for number in question.split("+"))
+
+    def steps(units: int, carry: int) -> tuple[str, str]:
+        tens = a + c + carry
+        return f"{b}+{d}={units}={a}+{c}+{carry}={tens}", str(10 * tens + units % 10)
+
+    rationale, answer = steps(b + d, (b + d) // 10)
+    wrong_rationale, wrong_answer = steps(b + d, 1 - (b + d) // 10)
+    task = "carry" if b + d > 9 else "plain"
+    return {
+        "question": question,
+        "answer": answer,
+        "rationale": rationale,
+        "wrong_rationale": wrong_rationale,
+        "wrong_answer": wrong_answer,
+        "task": task,
+    }
+
+
 def addition_dataset(count: int | None = None, seed: int = 0) -> Dataset:
     """`addition_rows` as a prompt-completion dataset."""
     from datasets import Dataset

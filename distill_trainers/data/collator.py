@@ -53,7 +53,7 @@ class DistillCollator:
         batch = _training_tensors(ids, trained, self.pad_token_id, self.pad_to_multiple_of)
         if self.with_prompts:
             prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-            batch["prompt_ids"] = _pad(prompts, self.pad_token_id, self.pad_to_multiple_of, left=True)
+            batch["prompt_ids"] = pad_rows(prompts, self.pad_token_id, self.pad_to_multiple_of, left=True)
             batch["prompt_mask"] = _lengths_mask(prompts, self.pad_to_multiple_of, left=True)
         return batch
 
@@ -111,17 +111,18 @@ def _training_tensors(
         for row, mask in zip(ids, trained, strict=True)
     ]
     return {
-        "input_ids": _pad(ids, pad_token_id, multiple),
+        "input_ids": pad_rows(ids, pad_token_id, multiple),
         "attention_mask": _lengths_mask(ids, multiple),
-        "labels": _pad(labels, IGNORED, multiple),
+        "labels": pad_rows(labels, IGNORED, multiple),
     }
 
 
 def _lengths_mask(rows: Sequence[Sequence[int]], multiple: int | None, *, left: bool = False) -> Tensor:
-    return _pad([[1] * len(row) for row in rows], 0, multiple, left=left)
+    return pad_rows([[1] * len(row) for row in rows], 0, multiple, left=left)
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int, multiple: int | None, *, left: bool = False) -> Tensor:
+def pad_rows(rows: Sequence[Sequence[int]], value: int, multiple: int | None, *, left: bool = False) -> Tensor:
+    """Lists of ids as one int64 tensor, as wide as the longest (rounded up to `multiple`)."""
     width = max(map(len, rows))
     if multiple:
         width = -(-width // multiple) * multiple

@@ -10,7 +10,7 @@ from distill_trainers.exceptions import DatasetError
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-DatasetType = Literal["tokenized", "preference", "prompt_completion", "messages", "prompt", "text"]
+DatasetType = Literal["tokenized", "preference", "prompt_completion", "messages", "prompt", "text", "rationale"]
 Message = dict[str, Any]
 
 LAYOUTS: dict[str, str] = {
@@ -19,6 +19,7 @@ LAYOUTS: dict[str, str] = {
     "messages": "messages (list of {role, content}) or conversations (ShareGPT: list of {from, value})",
     "prompt": "prompt alone (string or list of messages), for on-policy training",
     "text": "text (string), every token trained",
+    "rationale": "question + answer + rationale, optionally choices, wrong_rationale and task, for method rationale",
 }
 
 # ShareGPT and its relatives name the speakers differently from the roles that chat templates know.
@@ -58,6 +59,8 @@ def detect_dataset_type(row: Mapping[str, Any], *, name: str = "train") -> Datas
         return "prompt"
     if "text" in row:
         return "text"
+    if {"question", "answer", "rationale"} <= row.keys():
+        return "rationale"
     layouts = "\n".join(f"  - {text}" for text in LAYOUTS.values())
     raise DatasetError(
         f"Dataset {name!r} has the columns {sorted(row)}, which fit none of the accepted layouts:\n{layouts}\n"

@@ -301,7 +301,8 @@ def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad
 
     Returns:
         the three `[2B, T]`, and `[2B, T]` entries that are 1 on all trained tokens of chosen rows (`token_chosen`) and
-        of rejected rows (`token_rejected`), and on the first one of each chosen row (`token_pair`).
+        of rejected rows (`token_rejected`), and on the first one of each chosen row (`token_pair`). `examples` `[2B]`
+        tells the pair of each row.
     """
     width = max(chosen["input_ids"].shape[1], rejected["input_ids"].shape[1])
     joined = {}
@@ -317,7 +318,8 @@ def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad
         "token_rejected": trained & ~is_chosen,
         "token_pair": trained & is_chosen & (trained.cumsum(1) == 1),
     }
-    return {**chosen, **joined, **{name: entry.float() for name, entry in entries.items()}}
+    pairs = torch.arange(len(chosen["input_ids"]), device=trained.device).repeat(2)
+    return {**chosen, **joined, **{name: entry.float() for name, entry in entries.items()}, "examples": pairs}
 
 
 def chosen_rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

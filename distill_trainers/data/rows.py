@@ -48,7 +48,7 @@ def tokenize_row(
     if dataset_type == "text":
         return _from_text(as_text(row["text"], column="text"), tokenizer)
     if dataset_type == "prompt" and not is_conversation(row["prompt"]):
-        return _joined(_prompt_ids(as_text(row["prompt"], column="prompt"), tokenizer), [])
+        return _joined(prompt_ids_of(as_text(row["prompt"], column="prompt"), tokenizer), [])
     if dataset_type == "prompt_completion" and not (
         is_conversation(row["prompt"]) or is_conversation(row["completion"])
     ):
@@ -97,15 +97,15 @@ def truncate(
 def _from_text(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
     if not text.strip():
         return _joined([], [])
-    return _joined([], _with_eos(tokenizer(text)["input_ids"], tokenizer))
+    return _joined([], with_eos(tokenizer(text)["input_ids"], tokenizer))
 
 
 def _from_strings(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
-    prompt = _prompt_ids(as_text(row["prompt"], column="prompt"), tokenizer)
+    prompt = prompt_ids_of(as_text(row["prompt"], column="prompt"), tokenizer)
     completion = as_text(row["completion"], column="completion")
     if not completion.strip():
         return _joined(prompt, [])
-    return _joined(prompt, _with_eos(tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer))
+    return _joined(prompt, with_eos(tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer))
 
 
 def _from_prompt(messages: list[Message], chat: Chat) -> TokenizedRow:
@@ -192,7 +192,8 @@ def _joined(prompt_ids: list[int], completion_ids: list[int]) -> TokenizedRow:
     }
 
 
-def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt, with the special tokens that begin a text but none that ends it."""
     ids = tokenizer(text)["input_ids"]
     eos = tokenizer.eos_token_id
     # Some tokenizers end everything with EOS: a prompt is not at its end. (A BOS that is the EOS, as in GPT-2, stays.)
@@ -201,7 +202,8 @@ def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end in the tokenizer's EOS, if it has one."""
     eos = tokenizer.eos_token_id
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 

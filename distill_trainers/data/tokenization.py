@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 Needs = Literal["completion", "prompt", "either", "both"]
 
+_CODE = ("formats.py", "chat.py", "rows.py", "tokenization.py", "rationales.py", "../rationales/edit_distance.py")
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
 _EMPTY_COMPLETION = "empty completion"
 _UNTRAINED = "no trained token (none marked, or all lost to truncation)"
@@ -83,7 +84,7 @@ def prepare_dataset(
         needs=needs,
         strict=strict,
         name=name,
-        code=_code_fingerprint(),
+        code=code_fingerprint(),
     )
     how: dict[str, Any] = {"with_indices": True, "remove_columns": list(row), "features": _features()}
     if isinstance(dataset, Dataset):
@@ -210,6 +211,11 @@ def _check_is_dataset(dataset: Any, name: str) -> None:
 
 
 def _check_type_serves(dataset_type: DatasetType, needs: Needs, assistant_only_loss: bool, name: str) -> None:
+    if dataset_type == "rationale":
+        raise DatasetError(
+            f"Dataset {name!r} holds questions with rationales, which only the method `rationale` reads. Use it, or "
+            "map columns to a layout of this method, such as column_mapping={question: prompt, rationale: completion}."
+        )
     if dataset_type == "prompt" and needs in ("completion", "both"):
         raise DatasetError(
             f"Dataset {name!r} has prompts alone, but training on given completions was asked for. Add a completion "
@@ -228,9 +234,10 @@ def _check_type_serves(dataset_type: DatasetType, needs: Needs, assistant_only_l
 
 
 @cache
-def _code_fingerprint() -> str:
+def code_fingerprint() -> str:
+    """Identifies the code that tokenises."""
     # datasets caches results of `map` under the arguments of the function, but not its code: a new release of this
     # package must not read rows that an older one tokenised.
     here = Path(__file__).parent
-    code = b"".join((here / file).read_bytes() for file in ("formats.py", "chat.py", "rows.py", "tokenization.py"))
+    code = b"".join((here / file).read_bytes() for file in _CODE)
     return hashlib.sha256(code).hexdigest()

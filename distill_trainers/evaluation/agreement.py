@@ -9,19 +9,26 @@ from torch import Tensor
 
 from ..losses import token_divergence, token_logps
 from ..losses.divergences import forward_kl
-from ..signals import TokenLogits, TokenSampled, TokenSignal
+from ..signals import TokenLogits, TokenLogprobs, TokenSampled, TokenSignal
 
 AGREEMENT_TERMS = ("nll", "teacher_nll", "kl", "top1_agreement")
 
 
-def agreement_terms(student: TokenLogits, teacher: TokenSignal, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Per-token measures `[n]` at temperature 1.
+def agreement_terms(
+    student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Per-token measures `[n]` at temperature 1; without a teacher, `nll` alone.
 
     Returns:
         nll, teacher_nll: −log q(y) and −log p(y) of the given tokens, in nats; the latter not from a sparse teacher.
+            From a teacher that gives only log-probabilities of these tokens, nothing else.
         kl: forward KL(p‖q) in nats; from a top k its lower bound, from draws its unbiased estimate.
         top1_agreement: 1 where both models would take the same token; from draws, the likeliest that was drawn.
     """
+    if isinstance(teacher, TokenLogprobs):
+        return {"nll": -token_logps(student, tokens["labels"]), "teacher_nll": -teacher.values}
+    if teacher is None:
+        return {"nll": -token_logps(student, tokens["labels"])}
     if not isinstance(teacher, TokenLogits):
         logps = teacher.logps
         if isinstance(teacher, TokenSampled):
@@ -48,7 +55,7 @@ def agreement_metrics(means: Mapping[str, float]) -> dict[str, float]:
     metrics = {"perplexity": _exp(means["nll"])}
     if "teacher_nll" in means:
         metrics["teacher_perplexity"] = _exp(means["teacher_nll"])
-    return metrics | {"kl": means["kl"], "top1_agreement": means["top1_agreement"]}
+    return metrics | {name: means[name] for name in ("kl", "top1_agreement") if name in means}
 
 
 def _exp(nll: float) -> float:

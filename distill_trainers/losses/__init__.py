@@ -15,6 +15,8 @@ from .divergences import (
     total_variation,
 )
 from .fused_linear import fused_linear_divergence, fused_linear_terms
+from .fused_logps import fused_token_logps, signal_token_logps
+from .key_steps import wrong_step_loss
 from .per_token import check_sparse, token_divergence
 from .sparse import token_logps
 
@@ -26,14 +28,17 @@ __all__ = [
     "forward_kl",
     "fused_linear_divergence",
     "fused_linear_terms",
+    "fused_token_logps",
     "jsd",
     "logit_mse",
     "resolve_divergence",
     "reverse_kl",
+    "signal_token_logps",
     "skew_forward_kl",
     "skew_reverse_kl",
     "taid",
     "token_divergence",
     "token_logps",
     "total_variation",
+    "wrong_step_loss",
 ]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..signals import Head, HiddenStates, Logits, TeacherSignal, TokenLogits
+from ..exceptions import ConfigurationError
+from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenLogprobs
 from .fused_linear import DEFAULT_CHUNK_BYTES, TermsFn, _chunks, _Gradients, _Projection, fused_linear_terms
 from .sparse import token_logps
 from .workspace import Workspace, row_blocks
@@ -104,12 +105,23 @@ def fused_token_logps(hidden: Tensor, head: Head, ids: Tensor, *, chunk_bytes: i
 
 
 @torch.no_grad()
-def signal_logps(signal: TeacherSignal, ids: Tensor, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Tensor:
-    """A teacher's log-probabilities `[N]` of given tokens `[N]`, from a signal that holds its whole distributions."""
+def signal_token_logps(signal: TeacherSignal, ids: Tensor, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Tensor:
+    """A teacher's log-probabilities `[N]` of given tokens `[N]` at temperature 1, its logits never held whole.
+
+    Raises:
+        ConfigurationError: a sparse signal, which holds some ids only.
+    """
     if isinstance(signal, HiddenStates):
         return fused_token_logps(signal.hidden, signal.head, ids, chunk_bytes=chunk_bytes)
-    assert isinstance(signal, Logits), "a sparse signal does not know every token"
-    return token_logps(TokenLogits(signal.chunk(slice(None)).logits), ids)
+    said = signal.chunk(slice(None))
+    if isinstance(said, TokenLogprobs):
+        return said.values
+    if not isinstance(said, TokenLogits):
+        raise ConfigurationError(
+            f"Got a teacher's {type(signal).__name__}; expected distributions or log-probabilities of the tokens. "
+            "Use a live teacher."
+        )
+    return token_logps(said, ids)
 
 
 def fused_row_terms(
@@ -136,7 +148,7 @@ def fused_row_terms(
         the scalar total and the detached terms `[N]` by name.
     """
     logps = fused_token_logps(student_hidden, student_head, tokens["labels"], chunk_bytes=chunk_bytes)
-    known = None if teacher is None else signal_logps(teacher, tokens["labels"], chunk_bytes=chunk_bytes)
+    known = None if teacher is None else signal_token_logps(teacher, tokens["labels"], chunk_bytes=chunk_bytes)
     total, terms, tokens, own = _row_terms(logps, known, row_terms_fn, tokens, weights)
     if teacher is not None and (own or not torch.is_grad_enabled()):
         chunked, others = fused_linear_terms(
@@ -156,7 +168,7 @@ def row_terms_of_logits(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`fused_row_terms` from the student's own logits `[N, V]`, for heads that cannot be fused."""
     logps = token_logps(TokenLogits(logits), tokens["labels"])
-    known = None if teacher is None else signal_logps(teacher, tokens["labels"])
+    known = None if teacher is None else signal_token_logps(teacher, tokens["labels"])
     total, terms, tokens, own = _row_terms(logps, known, row_terms_fn, tokens, weights)
     if teacher is not None:
         values = terms_fn(TokenLogits(logits), teacher.chunk(slice(None)), dict(tokens))

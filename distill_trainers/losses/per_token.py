@@ -7,7 +7,7 @@ import functools
 from torch import Tensor
 
 from ..exceptions import ConfigurationError, VocabularyError
-from ..signals import Sampled, TokenLogits, TokenSampled, TokenSignal, TokenTopK, TopK
+from ..signals import Sampled, TokenLogits, TokenLogprobs, TokenSampled, TokenSignal, TokenTopK, TopK
 from .closed_form import closed_form, closed_form_divergence
 from .divergences import DIVERGENCES, Divergence, forward_kl, logit_mse, resolve_divergence
 from .sparse import sampled_forward_kl, top_k_divergence
@@ -36,6 +36,11 @@ def token_divergence(
         VocabularyError: the logits of both sides differ in their number of ids.
     """
     function = resolve_divergence(divergence) if isinstance(divergence, str) else divergence
+    if isinstance(teacher, TokenLogprobs):
+        raise ConfigurationError(
+            "The teacher gives log-probabilities of the given tokens alone (TokenLogprobs); a divergence is a sum over "
+            "the vocabulary. Use a teacher with a distribution, or MiniLLM with `estimator: sampled`."
+        )
     if not isinstance(teacher, TokenLogits):
         check_sparse(function, type(teacher), temperature)
         if isinstance(teacher, TokenTopK):

@@ -44,6 +44,18 @@ def sum_per_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return values.new_zeros(num_rows).index_add(0, rows, values)
 
 
+def sum_per_example(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Sums values `[N]` of a batch's trained tokens by example: `[B]`.
+
+    A row is an example, unless the batch has an entry `examples` that tells the example of each of its rows.
+    """
+    rows = trained_mask(batch["labels"]).nonzero()[:, 0]
+    examples = batch.get("examples")
+    if examples is None:
+        return sum_per_row(values, rows, len(batch["labels"]))
+    return sum_per_row(values, examples[rows], int(examples.max()) + 1)
+
+
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of `values` where the bool `mask` of the same shape is True, over `dim` or over everything.
 

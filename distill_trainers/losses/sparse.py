@@ -95,6 +95,16 @@ def token_logps(student: TokenLogits, ids: Tensor) -> Tensor:
     return _GatheredLogps.apply(student.logits, several, student.workspace).view(ids.shape)
 
 
+def other_logps(student: TokenLogits, ids: Tensor) -> Tensor:
+    """log(1 − q) of given ids `[n]`, summed over all others, so that value and gradient are exact where q is nearly 1.
+
+    Returns:
+        values `[n]`.
+    """
+    others = student.logits.scatter(-1, ids[:, None], -math.inf)
+    return others.logsumexp(-1) - student.logits.logsumexp(-1)
+
+
 def top_k_divergence(divergence: Divergence, student: TokenLogits, teacher: TokenTopK) -> Tensor:
     """The divergence between K + 1 buckets: K ids of the teacher's choice, and everything else.
 

@@ -15,6 +15,7 @@ _SCORES = {
     "loss": "Loss",
     "kl": "Forward KL to the teacher (nats/token)",
     "top1_agreement": "Top-1 agreement with the teacher",
+    "accuracy": "Accuracy",
     "perplexity": "Perplexity",
     "teacher_perplexity": "Perplexity of the teacher",
 }
@@ -40,11 +41,11 @@ def model_card(trainer: DistillTrainer) -> str:
         "",
         f"# {trainer.args.hub_model_id or 'A distilled student'}",
         "",
-        f"This model was distilled from `{_shown(trainer.teacher.name)}` into `{student}` with "
+        f"This model was distilled from {_source(trainer)} into `{student}` with "
         f"{trainer.method_name}, using [distill_trainers](https://pypi.org/project/distill-trainers/) "
         f"{_version('distill-trainers')}.",
         "",
-        "## Agreement with the teacher on the evaluation set",
+        "## Scores on the evaluation set",
         "",
         *_score_table(trainer.last_eval_metrics),
         "",
@@ -65,6 +66,14 @@ def model_card(trainer: DistillTrainer) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _source(trainer: DistillTrainer) -> str:
+    from ..teachers import NoTeacher
+
+    if isinstance(trainer.teacher, NoTeacher):
+        return "the text of its training data"
+    return f"`{_shown(trainer.teacher.name)}`"
+
+
 def _shown(name: str) -> str:
     """A model's Hub id, or the name of its folder: where that lies is nobody's business."""
     from ..models import looks_like_path
@@ -73,8 +82,8 @@ def _shown(name: str) -> str:
 
 
 def _score_table(metrics: dict[str, float]) -> list[str]:
-    """One column per evaluation set: `eval_kl` of the only one, `eval_<set>_kl` of several."""
-    sets = [key.removesuffix("_top1_agreement") for key in metrics if key.endswith("_top1_agreement")]
+    """One column per evaluation set: `eval_loss` of the only one, `eval_<set>_loss` of several."""
+    sets = [key.removesuffix("_tokens") for key in metrics if key.endswith("_tokens")]
     if not sets:
         return ["No evaluation was run."]
     heads = ["Value" if key == "eval" else key.removeprefix("eval_") for key in sets]

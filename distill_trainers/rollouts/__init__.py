@@ -1,6 +1,6 @@
 """Rollouts: completions sampled from a model, and when to use them."""
 
-from .decode import decode_completions
+from .decode import Mixture, Scored, decode_completions, decode_scored, why_not_scored
 from .engines import (
     ENGINES,
     DecodeEngine,
@@ -23,15 +23,19 @@ __all__ = [
     "CompletionStore",
     "DecodeEngine",
     "HfEngine",
+    "Mixture",
     "ReplayBuffer",
     "RolloutEngine",
     "SamplingSettings",
+    "Scored",
     "VllmEngine",
     "build_engine",
     "check_engine",
     "decode_completions",
+    "decode_scored",
     "draws_on_policy",
     "generate_completions",
     "local_engine",
     "rollout_rng",
+    "why_not_scored",
 ]

@@ -37,6 +37,7 @@ def generate_completions(
         that an EOS which also serves as padding stays.
     """
     config = sampling.generation_config(vocab_rows=model.get_output_embeddings().weight.shape[0])
+    config.decoder_start_token_id = models.decoder_start(models.causal_lm_of(model).config)
     stops = stop_function(sampling, tokenizer)
     synced = models.must_stay_in_step(model)  # by itself, generate does not see FSDP2 as accelerate sets it up
     completions: list[list[int]] = []
@@ -44,7 +45,8 @@ def generate_completions(
         for start in range(0, len(prompt_ids), batch_size or max(1, len(prompt_ids))):
             rows = slice(start, start + (batch_size or len(prompt_ids)))
             ids, mask = trim_left(prompt_ids[rows], prompt_mask[rows])
-            ends = _Ends(stops, ids)
+            begin = 1 if models.is_encoder_decoder(model) else ids.shape[1]  # behind the decoder's start, or the prompt
+            ends = _Ends(stops, ids, begin)
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -52,7 +54,7 @@ def generate_completions(
                 stopping_criteria=StoppingCriteriaList([ends] if stops else []),
                 synced_gpus=synced,
             )
-            new = output[:, ids.shape[1] :].tolist()
+            new = output[:, begin:].tolist()
             cut = [row[:end] for row, end in zip(new, ends.lengths.tolist(), strict=True)]
             completions += [up_to_eos(row, sampling.eos_token_ids) for row in cut]
     return completions
@@ -61,9 +63,9 @@ def generate_completions(
 class _Ends(StoppingCriteria):
     """Stops rows at a stop string, and remembers where each one ended: the padding that follows does not tell."""
 
-    def __init__(self, stops: Stops | None, prompt_ids: Tensor):
+    def __init__(self, stops: Stops | None, prompt_ids: Tensor, prompt_width: int):
         self.stops = stops
-        self.prompt_width = prompt_ids.shape[1]
+        self.prompt_width = prompt_width
         self.lengths = prompt_ids.new_full((len(prompt_ids),), torch.iinfo(torch.int64).max)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -154,6 +154,14 @@ def trim_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     used = mask.any(dim=0).nonzero()
     first = int(used[0]) if len(used) else 0
     return ids[:, first:], mask[:, first:]
+
+
+def join_prompts(prompts: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Join left-padded (ids, mask) pairs `[B, P]` of several batches into one."""
+    width = max(ids.shape[1] for ids, _ in prompts)
+    ids = [torch.nn.functional.pad(ids, (width - ids.shape[1], 0), value=pad_token_id) for ids, _ in prompts]
+    masks = [torch.nn.functional.pad(mask, (width - mask.shape[1], 0), value=0) for _, mask in prompts]
+    return torch.cat(ids), torch.cat(masks)
 
 
 def up_to_eos(ids: list[int], eos_token_ids: list[int]) -> list[int]:

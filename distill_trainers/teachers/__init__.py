@@ -4,6 +4,7 @@ from .base import Teacher
 from .cached import CachedTeacher
 from .deferred import DeferredTeacher
 from .local import LocalTeacher
+from .none import NoTeacher
 from .vocabulary import shared_vocabulary
 
-__all__ = ["CachedTeacher", "DeferredTeacher", "LocalTeacher", "Teacher", "shared_vocabulary"]
+__all__ = ["CachedTeacher", "DeferredTeacher", "LocalTeacher", "NoTeacher", "Teacher", "shared_vocabulary"]

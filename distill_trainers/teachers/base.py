@@ -21,8 +21,9 @@ class Teacher(ABC):
 
     Attributes:
         name: for logs, caches and the model card.
-        provides: kinds of signal it can give: `"distribution"` (the whole vocabulary) and `"completions"` (it
-            generates). A method states what it `needs`; what is missing is refused at construction.
+        provides: kinds of signal it can give: `"distribution"` (the whole vocabulary), `"token_logprobs"` (of the given
+            tokens, which a distribution tells too) and `"completions"` (it generates). A method states what it
+            `needs`; what is missing is refused at construction.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset()
@@ -31,6 +32,8 @@ class Teacher(ABC):
     def check(self, needs: frozenset[str], method: str) -> None:
         """Raises ConfigurationError if this teacher cannot serve `method`."""
         missing = needs - self.provides
+        if "distribution" in self.provides:
+            missing -= {"token_logprobs"}
         if missing:
             raise ConfigurationError(
                 f"{method} needs {sorted(missing)} of its teacher, but {type(self).__name__} provides only "

@@ -4,10 +4,27 @@ from .base import DistillTrainer
 from .config import DistillConfig
 from .dpkd import DPKDConfig, DPKDTrainer
 from .gkd import GKDConfig, GKDTrainer
+from .minillm import MiniLLMConfig, MiniLLMTrainer
+from .rationale import RationaleTrainer
+from .rationale_config import RationaleConfig
 
 METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {
     "gkd": (GKDConfig, GKDTrainer),
+    "minillm": (MiniLLMConfig, MiniLLMTrainer),
     "dpkd": (DPKDConfig, DPKDTrainer),
+    "rationale": (RationaleConfig, RationaleTrainer),
 }
 
-__all__ = ["METHODS", "DPKDConfig", "DPKDTrainer", "DistillConfig", "DistillTrainer", "GKDConfig", "GKDTrainer"]
+__all__ = [
+    "METHODS",
+    "DPKDConfig",
+    "DPKDTrainer",
+    "DistillConfig",
+    "DistillTrainer",
+    "GKDConfig",
+    "GKDTrainer",
+    "MiniLLMConfig",
+    "MiniLLMTrainer",
+    "RationaleConfig",
+    "RationaleTrainer",
+]

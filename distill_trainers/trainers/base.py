@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,18 +24,19 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from .. import models
 from ..data import DistillCollator, prepare_dataset, replace_completions
 from ..data.tokenization import Needs
-from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics, agreement_terms
+from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
-from ..losses.reduction import count_trained_tokens, sum_over_trained, sum_per_row, token_mean, trained_mask
+from ..losses.reduction import count_trained_tokens, sum_over_trained, token_mean
 from ..reporting.model_card import model_card
 from ..rollouts import build_engine, check_engine, rollout_rng
-from ..signals import TokenLogits
+from ..rollouts.sampling import join_prompts
+from ..signals import TeacherSignal, TokenLogits
 from ..teachers import CachedTeacher, Teacher
 from . import caching, sources
 from .callbacks import StepLoss, divergence_error
@@ -50,6 +51,7 @@ from .checkpoints import (
 )
 from .completions import fill_with_teacher_completions, sampling_settings
 from .config import DistillConfig, config_from_arguments
+from .evaluating import TeacherForcedEvaluation
 from .forward import head_can_be_fused, terms_of_batch
 from .metrics import RunningMetrics
 from .order import train_sampler
@@ -57,12 +59,12 @@ from .order import train_sampler
 Batch = dict[str, Any]
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(TeacherForcedEvaluation):
     """Base of all distillation trainers; use a method's own trainer.
 
     Args:
         model: the student: a folder or Hub id, a `PreTrainedModel`, or a `PeftModel`.
-        teacher_model: the teacher: a folder or Hub id, a model, or a `Teacher`.
+        teacher_model: the teacher: a folder or Hub id, a model, or a `Teacher`; None where the method needs none.
         args: the method's config; None takes its defaults, plain `TrainingArguments` are carried over.
         train_dataset: rows of any layout that `distill_trainers.data.formats` names; may be iterable.
         eval_dataset: likewise, or a dict of several. Evaluation is teacher-forced, so it compares between steps.
@@ -88,12 +90,13 @@ class DistillTrainer(Trainer):
     needs: ClassVar[frozenset[str]] = frozenset({"distribution"})
     accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
     has_row_terms: ClassVar[bool] = False  # whether `row_terms` is there to be called
+    accepts_encoder_decoders: ClassVar[bool] = False  # whether its batches have `encoder_ids` for such students
     loss_is_scaled_for_ga = True  # token_mean divides by the tokens of the whole accumulation window
 
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        teacher_model: str | PreTrainedModel | nn.Module | Teacher,
+        teacher_model: str | PreTrainedModel | nn.Module | Teacher | None = None,
         args: TrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -107,7 +110,7 @@ class DistillTrainer(Trainer):
     ):
         args = config_from_arguments(self.config_class, args)
         self.args = args
-        sources.check(model, teacher_model, args)
+        sources.check(model, teacher_model, args, self.needs, self.accepts_encoder_decoders)
         self.check_datasets(train_dataset, eval_dataset)
         caching.check(self, teacher_model, train_dataset)
         if self.samples_completions:
@@ -221,17 +224,9 @@ class DistillTrainer(Trainer):
         """
         raise NotImplementedError(f"{type(self).__name__} must define its terms of rows.")
 
-    def asks_teacher(self, inputs: Batch) -> bool:
-        """Whether a batch needs the teacher's signal; the same on all processes."""
-        return True
-
     def agreement_terms(self, student: Any, teacher: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What evaluation measures beside the method's own terms, per token."""
         return agreement_terms(student, teacher, tokens)
-
-    def samples_of(self, inputs: Batch) -> int:
-        """How many rows of a dataset a batch holds; its rows are those of the first, …, last, and over again."""
-        return len(inputs["input_ids"])
 
     def build_collator(self, tokenizer: PreTrainedTokenizerBase) -> DistillCollator:
         """What batches look like."""
@@ -264,6 +259,14 @@ class DistillTrainer(Trainer):
         """Add per-token entries `token_*`; the identity by default."""
         return batches
 
+    def next_batches(self, epoch_iterator: Iterator, num_batches: int) -> list[Batch]:
+        """What an optimiser step starts from."""
+        return list(itertools.islice(epoch_iterator, num_batches))
+
+    def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
+        """What the teacher says of the tokens that `predicts` marks (`Teacher.signal`); asked for each micro-batch."""
+        return self.teacher.signal(models.forward_inputs(inputs), predicts, self.vocab_size)
+
     def after_step(self, loss: float) -> None:
         """Called on every process after each optimiser step with its loss over all micro-batches and processes."""
 
@@ -278,7 +281,7 @@ class DistillTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimiser step, after rollouts, and what their terms are divided by (see `_counts`)."""
-        batches: list[Batch] = list(itertools.islice(epoch_iterator, num_batches))
+        batches = self.next_batches(epoch_iterator, num_batches)
         if len(batches) < num_batches:
             # Only the end of a stream comes unannounced: no optimiser step would follow, and the gradient of these
             # batches would be added to the next epoch's first.
@@ -287,14 +290,14 @@ class DistillTrainer(Trainer):
             batches = self.score(self.rollout(batches))
         return batches, self.accelerator.reduce(self._counts(batches).to(device), reduction="sum")
 
-    def sample_completions(self, batches: list[Batch]) -> list[Batch]:
-        """Student rollouts for all prompts of the window in one call; each batch is trimmed to its own longest row."""
+    def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
+        """Rollouts for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
         if not all("prompt_ids" in batch for batch in batches):
             raise DatasetError(
                 "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
                 f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
             )
-        prompts = _pad_left([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
+        prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
         rank, step, seed = self.accelerator.process_index, self.state.global_step, self.args.seed
         ready = (
             models.generating(self.model_wrapped, self.accelerator)
@@ -303,7 +306,7 @@ class DistillTrainer(Trainer):
         )
         try:
             with rollout_rng(seed, step, rank, self.args.device), ready as model:
-                completions = self.engine.generate(model, *prompts, self.sampling)
+                completions = (generate or self.engine.generate)(model, *prompts, self.sampling)
         except RuntimeError as error:
             if "probability tensor" not in str(error):  # torch.multinomial's words for NaN
                 raise
@@ -314,8 +317,8 @@ class DistillTrainer(Trainer):
         for batch in batches:
             rows = completions[start : start + len(batch["prompt_ids"])]
             start += len(rows)
-            multiple = self.args.pad_to_multiple_of
-            sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id, pad_to_multiple_of=multiple))
+            padding = {"pad_to_multiple_of": self.args.pad_to_multiple_of}
+            sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id, **padding))
         return sampled
 
     def compute_loss(
@@ -363,7 +366,7 @@ class DistillTrainer(Trainer):
         for name in weights.keys() & self.loss_divisors.keys():
             own = self._count_of(name, counts)
             wide = own.float() if own.device.type == "mps" else own.double()  # MPS has no float64
-            weights[name] = weights[name] * counts[0] / wide.clamp(min=1)
+            weights[name] = weights[name] * (counts[0] / wide.clamp(min=1))
         return weights
 
     def _token_terms(
@@ -371,64 +374,8 @@ class DistillTrainer(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run both models on one micro-batch and `terms_fn` on its trained tokens, inside the student's wrapper."""
         if self._student_is_fused is None:
-            forward_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            self._student_is_fused = head_can_be_fused(self.model, model, forward_inputs)
+            self._student_is_fused = head_can_be_fused(self.model, model, models.forward_inputs(inputs))
         return terms_of_batch(self, model, inputs, terms_fn, weights, fused=self._student_is_fused)
-
-    # ---- Evaluation -------------------------------------------------------------------------------------------------
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Teacher-forced: loss, perplexity, KL to the teacher, top-1 agreement, as means over all tokens of the set."""
-        self._eval_rows = []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if not self._eval_rows:
-            raise DatasetError(f"The {description.lower()} set has no batches; got an empty dataset.")
-        totals = torch.cat(self._eval_rows).double().sum(0).tolist()
-        self._eval_rows = None
-        sums = dict(zip(self._eval_names, totals, strict=True))
-        tokens = sums.pop("tokens")
-        if tokens == 0:
-            raise DatasetError(
-                f"The {description.lower()} set has no tokens to score: no row has a completion that fits into "
-                f"max_length ({self.args.max_length}). Give its rows completions, or raise max_length."
-            )
-        divisors = {name: sums.get(f"/{entry}", tokens) for name, entry in self.loss_divisors.items()}
-        means = {name: sums[name] / max(divisors.get(name, tokens), 1) for name in sums if not name.startswith("/")}
-        metrics = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
-        metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
-        metrics |= agreement_metrics(means) | {"tokens": tokens}
-        scores = (output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.last_eval_metrics.update(scores)
-        return output._replace(metrics=scores)
-
-    @torch.no_grad()
-    def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None):
-        """Sums per row, so that rows which pad the last distributed batch can be dropped again."""
-
-        def terms_fn(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {**self.distill_terms(student, teacher, tokens), **self.agreement_terms(student, teacher, tokens)}
-
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            total, terms = self._token_terms(model, inputs, terms_fn, self.loss_weights)
-        predicts = trained_mask(inputs["labels"])
-        samples = self.samples_of(inputs)
-        rows = predicts.nonzero()[:, 0] % samples
-        entries = sorted(set(self.loss_divisors.values()) & inputs.keys())  # in one order on all processes
-        terms |= {f"/{entry}": inputs[entry][:, 1:][predicts] for entry in entries}
-        terms.setdefault("tokens", torch.ones_like(terms["nll"]))
-        sums = torch.stack([sum_per_row(values.float(), rows, samples) for values in terms.values()], dim=1)
-        if self._eval_rows is not None:
-            self._eval_names = list(terms)
-            self._eval_rows.append(self.accelerator.gather_for_metrics(sums).cpu())
-        return token_mean(total, count_trained_tokens([inputs]).to(total.device)), None, None
 
     # ---- Logging ----------------------------------------------------------------------------------------------------
 
@@ -590,11 +537,3 @@ class DistillTrainer(Trainer):
         """Write README.md into the output directory: method, paper, models, settings and scores."""
         if self.is_world_process_zero():
             (Path(self.args.output_dir) / "README.md").write_text(model_card(self), encoding="utf-8")
-
-
-def _pad_left(prompts: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Join left-padded (ids, mask) pairs of several batches into one."""
-    width = max(ids.shape[1] for ids, _ in prompts)
-    ids = [nn.functional.pad(ids, (width - ids.shape[1], 0), value=pad_token_id) for ids, _ in prompts]
-    masks = [nn.functional.pad(mask, (width - mask.shape[1], 0), value=0) for _, mask in prompts]
-    return torch.cat(ids), torch.cat(masks)

@@ -125,7 +125,7 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
 
 
 @contextlib.contextmanager
-def _generating(teacher: LocalTeacher | CachedTeacher, accelerator: Any) -> Iterator[Any]:
+def teacher_generating(teacher: LocalTeacher | CachedTeacher, accelerator: Any) -> Iterator[Any]:
     """The teacher's body, ready to generate; behind a cache it is loaded only now."""
     local = teacher.live() if isinstance(teacher, CachedTeacher) else teacher
     with models.generating(local.model, accelerator) as model:
@@ -156,7 +156,7 @@ def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, repl
         prompts,
         store,
         sampling,
-        _generating(teacher, accelerator),
+        teacher_generating(teacher, accelerator),
         seed=args.seed,
         device=accelerator.device,
         batch_size=args.rollout_batch_size,

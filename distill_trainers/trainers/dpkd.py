@@ -28,7 +28,7 @@ from ..losses.preference import (
     logprob_mse,
 )
 from ..losses.reduction import sum_per_row
-from ..signals import TokenLogits
+from ..signals import TeacherSignal, TokenLogits
 from ..teachers.local import weights_fingerprint
 from .base import Batch, DistillTrainer
 from .dpkd_config import CONTRASTIVE, DPKDConfig
@@ -150,9 +150,6 @@ class DPKDTrainer(DistillTrainer):
             return dataset
         return with_student_responses(self, dataset, self.written_by)
 
-    def samples_of(self, inputs: Batch) -> int:
-        return len(inputs["input_ids"]) // 2
-
     # ---- One step ---------------------------------------------------------------------------------------------------
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
@@ -170,7 +167,10 @@ class DPKDTrainer(DistillTrainer):
         inputs = self._with_reference(self._prepare_inputs(inputs))
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def asks_teacher(self, inputs: Batch) -> bool:
+    def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
+        return super().teacher_signal(inputs, predicts) if self._asks_teacher(inputs) else None
+
+    def _asks_teacher(self, inputs: Batch) -> bool:
         if not self.model.training or self.args.loss_type == CONTRASTIVE:
             return True
         if "token_reference" in inputs:

@@ -40,9 +40,8 @@ def terms_of_batch(
         fused: whether the head's product may be taken chunk by chunk.
     """
     labels, predicts = inputs["labels"], trained_mask(inputs["labels"])
-    forward_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    asked = trainer.asks_teacher(inputs)
-    signal = trainer.teacher.signal(forward_inputs, predicts, trainer.vocab_size) if asked else None
+    forward_inputs = models.forward_inputs(inputs)
+    signal = trainer.teacher_signal(inputs, predicts)
     tokens = {"labels": labels[:, 1:][predicts]}
     tokens |= {k: v[:, 1:][predicts] for k, v in inputs.items() if k.startswith("token_")}
     row_fn = functools.partial(trainer.row_terms, num_rows=len(labels)) if trainer.has_row_terms else None

@@ -18,7 +18,7 @@ from .. import models
 from ..data import DistillCollator
 from ..data.pairs import rejected_row
 from ..exceptions import ConfigurationError
-from ..losses.fused_logps import signal_logps
+from ..losses.fused_logps import signal_token_logps
 from ..losses.reduction import trained_mask
 from ..teachers import CachedTeacher, DeferredTeacher, LocalTeacher, Teacher
 from ..teachers.cache_files import TeacherCache
@@ -94,7 +94,7 @@ class ReferenceLogps:
             signal = self.model.signal(inputs, predicts, trainer.vocab_size)
             with self.model.whole_head(signal) as whole:
                 ids = batch["labels"][:, 1:][predicts]
-                logps = signal_logps(whole, ids, chunk_bytes=trainer.args.loss_chunk_bytes)
+                logps = signal_token_logps(whole, ids, chunk_bytes=trainer.args.loss_chunk_bytes)
         return torch.zeros(predicts.shape, dtype=logps.dtype, device=logps.device).masked_scatter(predicts, logps)
 
     # ---- On disk ----------------------------------------------------------------------------------------------------

@@ -11,14 +11,24 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import models
 from ..exceptions import ConfigurationError
-from ..teachers import CachedTeacher, DeferredTeacher, LocalTeacher, Teacher, shared_vocabulary
+from ..teachers import CachedTeacher, DeferredTeacher, LocalTeacher, NoTeacher, Teacher, shared_vocabulary
 from .config import DistillConfig
 
 logger = logging.getLogger(__name__)
 
 
-def check(student: Any, teacher: Any, args: DistillConfig) -> None:
+def check(
+    student: Any,
+    teacher: Any,
+    args: DistillConfig,
+    needs: frozenset[str] = frozenset({"distribution"}),
+    encoder_decoders: bool = False,
+) -> None:
     """Refuse models and parallel modes that cannot work, before anything is loaded.
+
+    Args:
+        needs: what the method needs of a teacher; with nothing, there may be none.
+        encoder_decoders: whether the method trains such students.
 
     Raises:
         ConfigurationError: a model is missing, is both student and teacher, or the launch would split rows of tokens.
@@ -30,10 +40,13 @@ def check(student: Any, teacher: Any, args: DistillConfig) -> None:
             "(DDP, ZeRO, FSDP2): the loss needs whole rows of tokens."
         )
     for source, role in ((student, "student"), (teacher, "teacher")):
+        if source is None and role == "teacher" and not needs:
+            continue
         if source is None:
             raise ConfigurationError(f"Got no {role} model; expected a folder, a Hub id or a model.")
         if isinstance(source, str):
             models.check_model_source(source, role)
+    _check_architecture(student, teacher, args, encoder_decoders)
     frozen = teacher.model if isinstance(teacher, LocalTeacher) else teacher
     if isinstance(student, nn.Module) and isinstance(frozen, nn.Module):
         shared = {id(p) for p in student.parameters()} & {id(p) for p in frozen.parameters()}
@@ -43,6 +56,29 @@ def check(student: Any, teacher: Any, args: DistillConfig) -> None:
                 "and the base it was put on do), and the teacher's are frozen. Pass a copy as `teacher_model` "
                 "(`copy.deepcopy(model)`, before it gets an adapter), or its name."
             )
+
+
+def _check_architecture(student: Any, teacher: Any, args: DistillConfig, encoder_decoders: bool) -> None:
+    config = student_config(student, args)
+    if not getattr(config, "is_encoder_decoder", False):
+        return
+    if not encoder_decoders:
+        raise ConfigurationError(
+            f"The student is an encoder-decoder ({config.model_type}), which this method cannot train; expected a "
+            "causal LM. Encoder-decoders are for `method: rationale` with `objective: step_by_step`."
+        )
+    if teacher is not None:
+        raise ConfigurationError(
+            f"The student is an encoder-decoder ({config.model_type}) and there is a teacher: their tokens do not lie "
+            "in the same places. Leave the teacher out (`distill_weight: 0`), or take a causal LM as student."
+        )
+
+
+def student_config(student: Any, args: DistillConfig) -> Any:
+    """The student's configuration, read from its folder or the Hub if it is given by name."""
+    if isinstance(student, str):
+        return models.load_config(student, "student", trust_remote_code=args.trust_remote_code)
+    return getattr(models.causal_lm_of(student), "config", None)
 
 
 def student_tokenizer(student: Any, args: DistillConfig) -> PreTrainedTokenizerBase:
@@ -128,7 +164,9 @@ def load_student(student: Any, args: DistillConfig, peft_config: Any, quantizati
 
 
 def load_teacher(teacher: Any, args: DistillConfig) -> Teacher:
-    """The teacher, loaded by name if need be."""
+    """The teacher, loaded by name if need be; a `NoTeacher` where none was given."""
+    if teacher is None:
+        return NoTeacher()
     if isinstance(teacher, Teacher):
         return teacher
     if isinstance(teacher, str):

@@ -20,6 +20,7 @@ from distill_trainers.cli.checks import check_recipe
 from distill_trainers.cli.plan import make_plan
 from distill_trainers.cli.recipe import parse_recipe
 from distill_trainers.cli.train import build_trainer, run
+from distill_trainers.data.addition import RATIONALE_PROMPTS
 from distill_trainers.exceptions import CheckpointError, TrainingDivergedError
 from distill_trainers.rollouts import CompletionStore
 from distill_trainers.trainers import GKDTrainer
@@ -210,29 +211,42 @@ def test_a_run_and_a_dry_run_go_through_the_same_checks(recipe, monkeypatch):
     assert main(["train", "--config", path, "--max_steps", "1"]) == 0 and len(seen) == 2
 
 
+OWN_SETTINGS = {"divergence", "lmbda", "teacher_mix_alpha", "num_inner_epochs", "gamma", "loss_type", "beta"}
+OWN_SETTINGS |= {"refresh_steps", "objective", "rationale_weight"}
+
+
 # ---- Recipes that are shipped ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
 )
-def test_every_recipe_trains_tiny_models_and_goes_on(path, tmp_path, tokenizer, make_teacher, monkeypatch):
+def test_every_recipe_trains_tiny_models_and_goes_on(path, tmp_path, tokenizer, make_teacher, rows_for, monkeypatch):
     """Names, data and the device are the test's; every other setting is the recipe's."""
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load(path.read_text())
     make_teacher(num_hidden_layers=24).save_pretrained(tmp_path / "large")
     tokenizer.save_pretrained(tmp_path / "large")
-    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(8)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    names = {"teacher_model_name_or_path": "large", "dataset": "rows.jsonl", "eval_dataset": "rows.jsonl"}
-    names |= {"output_dir": "out"} | ({"model_name_or_path": "large"} if "model_name_or_path" in settings else {})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows_for(settings["method"])(48))))
+    names = {"dataset": "rows.jsonl", "output_dir": "out"}
+    names |= {} if "eval_fraction" in settings else {"eval_dataset": "rows.jsonl"}
+    names |= {"pretraining_dataset": "rows.jsonl"} if "pretraining_dataset" in settings else {}
+    has_teacher = "teacher_model_name_or_path" in settings
+    names |= {n: "large" for n in ("teacher_model_name_or_path", "model_name_or_path") if n in settings}
     options = [part for name, value in names.items() for part in (f"--{name}", str(tmp_path / value))]
     options += ["--config", str(path), "--use_cpu", "true", "--max_new_tokens", "4"]
+    splits = settings.keys() & {"dataset_split", "eval_split", "pretraining_split"}
+    options += [part for name in splits for part in (f"--{name}", "train")]  # a hundredth of these rows would be none
+    options += ["--eval_fraction", "8"] if "eval_fraction" in settings else []
+    if settings["method"] == "rationale":  # in the tokenizer's alphabet
+        prompts = {name: text for name, text in RATIONALE_PROMPTS.items() if isinstance(text, str)}
+        options += [part for name, text in prompts.items() for part in (f"--{name}", text)]
 
     trainer = run(parse_recipe([*options, "--max_steps", "1"]))
-    assert trainer.state.global_step == 1 and trainer.last_eval_metrics["eval_kl"] >= 0
-    own = [name for name in ("divergence", "lmbda", "loss_type", "beta", "refresh_steps") if name in settings]
+    assert trainer.state.global_step == 1 and trainer.last_eval_metrics["eval_kl" if has_teacher else "eval_loss"] >= 0
+    own = settings.keys() & OWN_SETTINGS
     assert own and all(getattr(trainer.args, name) == settings[name] for name in own)
-    assert AutoConfig.from_pretrained(tmp_path / "out").vocab_size == len(tokenizer)
+    if not settings.get("use_peft"):
+        assert AutoConfig.from_pretrained(tmp_path / "out").vocab_size == len(tokenizer)
     again = run(parse_recipe([*options, "--max_steps", "2", "--resume_from_checkpoint", "true"]))
     assert again.state.global_step == 2 and again.run_checkpoints[0].endswith("checkpoint-1")

@@ -72,7 +72,9 @@ def assert_same_run(one, two, folder_one, folder_two, lora=False, norms=True):
         assert b["trained_tokens"] == a["trained_tokens"]
         if norms:
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3)
-    for name in ("eval_loss", "eval_kl", "eval_perplexity", "eval_top1_agreement", "eval_tokens"):
+    names = {"eval_loss", "eval_kl", "eval_perplexity", "eval_top1_agreement", "eval_tokens", "eval_accuracy"}
+    assert one["eval"].keys() & names == two["eval"].keys() & names and "eval_loss" in one["eval"]
+    for name in sorted(names & one["eval"].keys()):
         assert two["eval"][name] == pytest.approx(one["eval"][name], rel=1e-3), name
     left, right = weights(folder_one, lora), weights(folder_two, lora)
     assert left.keys() == right.keys()
@@ -84,15 +86,13 @@ def assert_same_run(one, two, folder_one, folder_two, lora=False, norms=True):
 SETTINGS = {"max_steps": 4, "temperature": 0.0, "optim": "sgd", "lmbda": 0.0}
 
 
-def one_and_two(tmp_path, config, lora=False, job=None, **changes):
-    settings, job = {**SETTINGS, **changes}, job or {}
-    if job.get("method", "gkd") != "gkd":
+def one_and_two(tmp_path, config, lora=False, more=None, **changes):
+    settings, more = {**SETTINGS, "gradient_accumulation_steps": 2, **changes}, more or {}
+    if more.get("method") in ("dpkd", "rationale"):
         del settings["lmbda"]
-    found = []
-    for name, launcher, size in (("one", None, 4), ("two", config, 2)):
-        own = {**settings, "per_device_train_batch_size": size, "gradient_accumulation_steps": 2}
-        found.append(launch(tmp_path / name, launcher, own, lora, **job))
-    return found
+    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4}, lora, **more)
+    two = launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2}, lora, **more)
+    return one, two
 
 
 @pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
@@ -143,7 +143,7 @@ def test_two_processes_equal_one_sharded(tmp_path, config):
 )
 def test_two_processes_equal_one_on_pairs(tmp_path, config, settings):
     """Means over pairs, α of DistiLLM-2 among them, are those of all micro-batches and processes."""
-    one, two = one_and_two(tmp_path, config, job={"method": "dpkd", "pairs": True}, **settings)
+    one, two = one_and_two(tmp_path, config, more={"method": "dpkd", "pairs": True}, **settings)
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
     for name in ("reward_margin", "nll_chosen", "nll_rejected"):
         logs = [[log[name] for log in run["logs"] if name in log] for run in (one, two)]
@@ -155,7 +155,7 @@ def test_two_processes_equal_one_on_pairs(tmp_path, config, settings):
 @pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
 def test_two_processes_equal_one_on_pairs_of_both_models(tmp_path, config):
     """The teacher's responses, shared, over the student's own, sampled greedily on whichever process."""
-    one, two = one_and_two(tmp_path, config, job={"method": "dpkd"})
+    one, two = one_and_two(tmp_path, config, more={"method": "dpkd"})
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
 
 
@@ -182,6 +182,32 @@ def test_two_processes_share_the_teachers_completions(tmp_path, config):
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
 
 
+RATIONALES = {"optim": "sgd", "max_steps": 4, "max_length": 48, "learning_rate": 0.5, "temperature": 0.0}
+
+
+@pytest.mark.parametrize(
+    "config", ["cpu_ddp.yaml", *(pytest.param(f"cpu_zero{n}.yaml", marks=pytest.mark.slow) for n in "23")]
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "step_by_step"},
+        pytest.param({"objective": "edit", "wrong_weight": 0.5}, marks=pytest.mark.slow),
+        pytest.param({"objective": "dual_chain", "innovation_samples": 1}, marks=pytest.mark.slow),
+    ],
+    ids=lambda settings: settings["objective"],
+)
+def test_two_processes_weigh_tasks_by_their_own_tokens(tmp_path, config, settings):
+    """Each term is a mean over its tokens on both processes, and questions are answered by both."""
+    settings = {**RATIONALES, **settings, "max_new_tokens": 20, "gradient_accumulation_steps": 2}
+    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4}, method="rationale")
+    two = launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2}, method="rationale")
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+    first, second = ([log for log in run["logs"] if "loss" in log] for run in (one, two))
+    for name in {"label", "rationale", "right_steps", "wrong_steps", "imitation", "answer"} & first[0].keys():
+        assert [log[name] for log in second] == pytest.approx([log[name] for log in first], rel=2e-4), name
+
+
 @pytest.mark.slow
 def test_zero3_teacher_is_sharded(tmp_path):
     """Left out of the engine, its weights would stay whole on every process."""
@@ -200,3 +226,32 @@ def test_two_processes_fill_and_read_a_teacher_cache(tmp_path, config, kind):
     one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4})
     two = launch(tmp_path / "two", config, {**settings, **cache, "per_device_train_batch_size": 2})
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+
+
+# Nearly greedy, which the weights of importance make up for: what is sampled does not depend on the process.
+MINILLM = {"lmbda": 1.0, "teacher_mix_alpha": 0.0, "temperature": 1e-6, "num_minibatches": 2, "num_inner_epochs": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml"])
+def test_two_processes_equal_one_in_minillm(tmp_path, config):
+    """Through two cycles of rollouts, each with a second inner epoch in an order of its own, and text beside them."""
+    more = {"method": "minillm", "text": True}
+    one, two = one_and_two(tmp_path, config, more=more, **MINILLM, max_steps=8, learning_rate=0.05)
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+    for a, b in zip(one["logs"], two["logs"], strict=True):
+        for name in {"reward", "sequence_kl", "advantage", "ratio", "clipped", "pretraining"} & a.keys():
+            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+def test_processes_mix_the_teacher_in_and_wait_for_each_other(tmp_path, config):
+    """Completions end at other tokens on each process, which under ZeRO-3 goes on until all of them have."""
+    settings = {**SETTINGS, "lmbda": 1.0, "temperature": 1.0, "max_new_tokens": 24, "max_length": 40, "max_steps": 6}
+    settings |= {"per_device_train_batch_size": 2, "learning_rate": 0.01, "num_inner_epochs": 2}
+    report = launch(tmp_path, config, settings, timeout=200, method="minillm")
+    logs = [log for log in report["logs"] if "loss" in log]
+    assert len(logs) == 6 and [log["rollouts"] for log in logs] == [4.0, 0.0] * 3, "of both processes"
+    for log in logs[::2]:
+        assert log["ratio"] == pytest.approx(1.0, abs=1e-4) and 0 < log["teacher_mix_share"] < 1

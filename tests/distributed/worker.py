@@ -12,7 +12,14 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from distill_trainers.data.addition import addition_dataset, addition_rows, character_tokenizer, tiny_llama
+from distill_trainers.data.addition import (
+    RATIONALE_PROMPTS,
+    addition_dataset,
+    addition_rationales,
+    addition_rows,
+    character_tokenizer,
+    tiny_llama,
+)
 from distill_trainers.trainers import METHODS
 
 
@@ -44,9 +51,11 @@ def main(job):
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
         "disable_tqdm": True,
+        **(RATIONALE_PROMPTS if job.get("method") == "rationale" else {}),
         **job["args"],
     }
     config_class, trainer_class = METHODS[job.get("method", "gkd")]
+    rows = addition_rationales if job.get("method") == "rationale" else addition_dataset
     args = config_class(output_dir=str(output / "run"), **settings)
     width = job.get("teacher_mlp", 128)
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
@@ -56,16 +65,20 @@ def main(job):
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    more = {}
+    if job.get("text"):
+        more["pretraining_dataset"] = Dataset.from_list([{"text": f"{n}+1={n + 1}"} for n in range(10, 21)])
     recorder = GradNorms()
     trainer = trainer_class(
         model=student,
-        teacher_model=teacher,
+        teacher_model=None if job.get("method") == "rationale" else teacher,
         args=args,
-        train_dataset=pairs(48) if job.get("pairs") else addition_dataset(48),
-        eval_dataset=addition_dataset(13, seed=7),  # does not divide by the batch: duplicates must not count
+        train_dataset=pairs(48) if job.get("pairs") else rows(48),
+        eval_dataset=rows(13, seed=7),  # does not divide by the batch: duplicates must not count
         processing_class=tokenizer,
         callbacks=[recorder],
         peft_config=peft_config,
+        **more,
     )
     trainer.train()
     scores = trainer.evaluate()

@@ -7,7 +7,12 @@ import copy
 import pytest
 import torch
 
-from distill_trainers.losses.fused_logps import fused_row_terms, fused_token_logps, row_terms_of_logits, signal_logps
+from distill_trainers.losses.fused_logps import (
+    fused_row_terms,
+    fused_token_logps,
+    row_terms_of_logits,
+    signal_token_logps,
+)
 from distill_trainers.losses.reduction import sum_per_row
 from distill_trainers.signals import Head, HiddenStates, Logits
 
@@ -88,7 +93,7 @@ def test_a_teachers_log_probabilities(kind):
     hidden, head = _operands()
     ids = torch.arange(N) % V
     signal = HiddenStates(hidden.detach(), head) if kind == "hidden" else Logits(head.logits(hidden).detach())
-    found = signal_logps(signal, ids)
+    found = signal_token_logps(signal, ids)
     assert torch.allclose(found, _dense(hidden, head, ids), atol=1e-12) and not found.requires_grad
 
 

@@ -1,0 +1,394 @@
+"""Chains of thought from a teacher, stage by stage: extract, parse, verify, dual.
+
+distill-trainers rationales STAGE --config rationales.yaml
+accelerate launch [--config_file …] -m distill_trainers.cli.rationales extract --config rationales.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..exceptions import ConfigurationError, refuse_unknown_keys
+from . import report_errors
+from .recipe import make_parser, read_yaml
+from .value_types import check_value_types
+
+if TYPE_CHECKING:
+    from ..rationales.records import TextModel
+    from ..rationales.stages import Asked
+
+STAGES = ("extract", "parse", "verify", "dual")
+
+_USAGE = """usage: distill-trainers rationales STAGE --config FILE [--KEY VALUE]
+
+  extract   ask a teacher for chains of thought              questions          -> FOLDER/responses.jsonl
+  parse     take responses apart into rationale and answer   responses.jsonl    -> FOLDER/parsed.jsonl
+  verify    keep right answers, and say what was dropped     parsed.jsonl       -> FOLDER/verified.jsonl, wrong.jsonl
+  dual      pair right with wrong chains                     verified, wrong    -> FOLDER/dual.jsonl, sft.jsonl
+
+Each stage goes on where it was stopped. `dual --inspect` shows the pairs with their key steps. The settings are in
+docs/rationales.md."""
+
+
+@dataclass
+class PipelineArguments:
+    """Settings of all stages; each reads the ones it has a use for."""
+
+    folder: str = field(default="", metadata={"help": "Where all stages keep their files. Required."})
+    input: str | None = field(default=None, metadata={"help": "A JSONL file in place of the previous stage's."})
+    questions: str | None = field(default=None, metadata={"help": "Data with `question`: a file, a folder, a Hub id."})
+    questions_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    questions_split: str = field(default="train", metadata={"help": "Split of it."})
+    column_mapping: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Rename columns, such as {input: question, label: answer} (JSON)."}
+    )
+    reference_format: str | None = field(
+        default=None, metadata={"help": "Format in which the data's `answer` holds its answer; hash for GSM8K."}
+    )
+    max_questions: int | None = field(default=None, metadata={"help": "Only the first so many."})
+
+    teacher: str | None = field(default=None, metadata={"help": "A folder or Hub id; with base_url, the served name."})
+    base_url: str | None = field(default=None, metadata={"help": "OpenAI-compatible endpoint; `openai` is OpenAI's."})
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
+    teacher_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For from_pretrained of a local teacher (JSON)."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a local teacher's own."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run a local teacher on the CPU."})
+    prompt_style: str = field(default="auto", metadata={"help": "text, chat or auto, for a local teacher."})
+    exemplars: str = field(default="arithmetic", metadata={"help": "Built-in set (arithmetic, choice), or a file."})
+    shots: int = field(default=4, metadata={"help": "Exemplars in a prompt."})
+
+    samples: int = field(default=1, metadata={"help": "Chains per question."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus filter."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest chain, in tokens."})
+    seed: int = field(default=0, metadata={"help": "Of a local teacher's sampling."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts a local teacher works on together."})
+
+    concurrency: int = field(default=8, metadata={"help": "Requests in flight at once."})
+    requests_per_minute: float | None = field(default=None, metadata={"help": "At most so many."})
+    timeout: float = field(default=120.0, metadata={"help": "Seconds for one attempt."})
+    max_retries: int = field(default=5, metadata={"help": "Further attempts after errors that may pass."})
+    first_wait: float = field(default=1.0, metadata={"help": "Seconds before the first of them, then doubled."})
+    price_in: float = field(default=0.0, metadata={"help": "Price of a million prompt tokens."})
+    price_out: float = field(default=0.0, metadata={"help": "Price of a million completion tokens."})
+    max_cost: float | None = field(default=None, metadata={"help": "Ask nothing more once so much was spent."})
+
+    answer_formats: list[str] | None = field(
+        default=None, metadata={"help": "hash, boxed, answer_is, choice, or regex:PATTERN; the first that fits."}
+    )
+    next_question: str = field(default="Q:", metadata={"help": "Begins a question that a model goes on with."})
+    answer_kind: str = field(default="auto", metadata={"help": "auto, number, math, exact or choice."})
+    majority_share: float = field(default=0.5, metadata={"help": "Without references: more than this share agrees."})
+    ask_for_pairs: bool = field(default=True, metadata={"help": "dual asks the teacher for missing halves of pairs."})
+
+    save_as: str = field(default="jsonl", metadata={"help": "jsonl, or dataset: a `datasets` folder as well."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Upload the stage's rows as this dataset."})
+    inspect: bool = field(default=False, metadata={"help": "dual: show pairs that are there, with their key steps."})
+    inspect_rows: int = field(default=5, metadata={"help": "So many of them on the terminal; the page has all."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Mark this tokenizer's tokens instead of words."})
+
+    def check(self) -> None:
+        """Refuse what cannot work, by name."""
+        from ..rationales.formats import find_format
+        from ..rationales.verify import check_kind
+
+        if not self.folder:
+            raise ConfigurationError("No folder was named; set `folder` to where the stages keep their files.")
+        for name in ("samples", "max_new_tokens", "batch_size", "concurrency", "shots", "inspect_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"Got `{name}: {getattr(self, name)}`; expected 1 or more.")
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigurationError(
+                f"Got `samples: {self.samples}` at `temperature: 0`, which gives the same chain each time. Raise one, "
+                "or set samples to 1."
+            )
+        if self.save_as not in ("jsonl", "dataset"):
+            raise ConfigurationError(f"Got `save_as: {self.save_as}`; expected jsonl or dataset.")
+        if not 0 <= self.majority_share < 1:
+            raise ConfigurationError(f"Got `majority_share: {self.majority_share}`; expected a share in [0, 1).")
+        for name in [*(self.answer_formats or []), *([self.reference_format] if self.reference_format else [])]:
+            find_format(name)
+        check_kind(self.answer_kind)
+
+    def path(self, name: str) -> Path:
+        return Path(self.folder).expanduser() / name
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one stage; exit status 1 if some requests failed, which another run asks again."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    argv = list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    stage, options = argv[0], argv[1:]
+    if stage not in STAGES:
+        raise ConfigurationError(f"Got the stage {stage!r}; expected one of {', '.join(STAGES)}.")
+    args = parse_arguments(options)
+    return {"extract": _extract, "parse": _parse, "verify": _verify, "dual": _dual}[stage](args)
+
+
+def parse_arguments(argv: Sequence[str]) -> PipelineArguments:
+    """Settings from `--config` and the command line.
+
+    Raises:
+        ConfigurationError: unknown keys, values of the wrong type, or settings that cannot work.
+    """
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    given = read_yaml(argv)
+    known = {f.name for f in fields(PipelineArguments)} | {"env"}
+    refuse_unknown_keys(given, known, "the file of settings")
+    named = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
+    refuse_unknown_keys([o for o in named if not o.startswith("no_")], known | {"config", "help"}, "the command line")
+    check_value_types(given, PipelineArguments, text_is_parsed=True)
+    try:
+        (args,) = make_parser((PipelineArguments,), "rationales").parse_args_and_config(argv)
+    except ConfigurationError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"The settings could not be read: {error}") from error
+    args.check()
+    return args
+
+
+# ---- Stages ---------------------------------------------------------------------------------------------------------
+
+
+def _extract(args: PipelineArguments) -> int:
+    from ..rationales.records import RecordStore
+    from ..rationales.stages import extract
+
+    questions = _questions(args)
+    model, rank = _teacher(args)
+    store = RecordStore(args.path("responses"), rank)
+    how = {"samples": args.samples, "exemplars": _exemplars(args), "progress": _progress(rank)}
+    rows, asked = extract(questions, model, store, **how)
+    if rank == 0:
+        _export(args, "responses", rows)
+    return _report(args, "extract", {"cot": asked}, model, rank)
+
+
+def _parse(args: PipelineArguments) -> int:
+    from ..rationales.records import read_rows
+    from ..rationales.stages import parse
+
+    rows = read_rows(args.input or args.path("responses.jsonl"))
+    parsed = parse(rows, args.answer_formats or (), args.next_question)
+    _export(args, "parsed", parsed)
+    counts = Counter(row["answer_format"] or "no answer" for row in parsed)
+    _print_counts(f"{len(parsed)} responses", counts)
+    return 0
+
+
+def _verify(args: PipelineArguments) -> int:
+    from ..rationales.records import RecordStore, read_rows, write_rows
+    from ..rationales.stages import verify
+
+    rows = read_rows(args.input or args.path("parsed.jsonl"))
+    store = RecordStore(args.path("verdicts"))
+    how = {"kind": args.answer_kind, "majority_share": args.majority_share, "progress": _progress(0)}
+    found = verify(rows, store=store, **how)
+    _export(args, "verified", found.right)
+    write_rows(args.path("wrong.jsonl"), found.wrong)
+    _write_report(args, "verify", {"rows": len(rows), **found.counts})
+    _print_counts(f"{len(rows)} responses", found.counts)
+    return 0
+
+
+def _dual(args: PipelineArguments) -> int:
+    from ..rationales.records import RecordStore, read_rows, write_rows
+    from ..rationales.stages import dual
+
+    if args.inspect:
+        return _inspect(args)
+    right, wrong = read_rows(args.path("verified.jsonl")), read_rows(args.path("wrong.jsonl"))
+    model, rank = _teacher(args) if args.ask_for_pairs else (None, 0)
+    how: dict[str, Any] = {"exemplars": _exemplars(args), "formats": args.answer_formats or ()}
+    how |= {"kind": args.answer_kind, "next_question": args.next_question, "progress": _progress(rank)}
+    found = dual(right, wrong, model, RecordStore(args.path("dual"), rank), **how)
+    if rank == 0:
+        _export(args, "dual", found.pairs)
+        write_rows(args.path("sft.jsonl"), found.right)
+        _print_counts(f"{len(right)} right and {len(wrong)} wrong chains", found.counts)
+    return _report(args, "dual", found.asked, model, rank)
+
+
+def _inspect(args: PipelineArguments) -> int:
+    from rich.console import Console
+
+    from ..rationales.records import read_rows
+    from ..rationales.show import html_page, terminal_lines, words
+
+    rows = read_rows(args.input or args.path("dual.jsonl"))
+    split = words if args.tokenizer is None else _token_split(args.tokenizer)
+    console = Console(highlight=False, soft_wrap=True)
+    for row in rows[: args.inspect_rows]:
+        for line in terminal_lines(row, split):
+            console.print(line)
+        console.print()
+    page = args.path("dual.html")
+    page.write_text(html_page(rows, split), encoding="utf-8", errors="replace")
+    console.print(f"All {len(rows)} pairs: {page}", markup=False)
+    return 0
+
+
+def _token_split(name: str) -> Any:
+    from ..models import load_tokenizer
+
+    tokenizer = load_tokenizer(name)
+
+    def split(text: str) -> list[str]:
+        ends = [end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping]
+        return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True) if b > a]
+
+    return split
+
+
+# ---- What stages share ----------------------------------------------------------------------------------------------
+
+
+def _questions(args: PipelineArguments) -> list[dict[str, Any]]:
+    from ..data import load_split
+    from ..rationales.formats import find_format
+
+    if not args.questions:
+        raise ConfigurationError("No questions were named; set `questions` to a file, a folder or a Hub id.")
+    data = load_split(
+        args.questions,
+        name=args.questions_config,
+        split=args.questions_split,
+        column_mapping=args.column_mapping,  # type: ignore[arg-type]  # parsed by now
+    )
+    rows = [dict(row) for row in (data if args.max_questions is None else data.take(args.max_questions))]
+    if args.reference_format:
+        find = find_format(args.reference_format)
+        for row in rows:
+            found = find(str(row.get("answer") or ""))
+            row["answer"] = found[1] if found else None
+    return rows
+
+
+def _exemplars(args: PipelineArguments) -> list[dict[str, Any]]:
+    from ..data import load_split
+    from ..rationales.exemplars import EXEMPLARS
+    from ..rationales.prompts import exemplars_of
+
+    given = args.exemplars if args.exemplars in EXEMPLARS else [dict(row) for row in load_split(args.exemplars)]
+    return exemplars_of(given, args.shots)
+
+
+def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
+    """The teacher, and the number of this process; an endpoint is asked by the first one alone."""
+    if not args.teacher:
+        raise ConfigurationError(
+            "No teacher was named; set `teacher` to a folder or Hub id, or, with `base_url`, to the name of a served "
+            "model. (`dual` pairs what is there with `ask_for_pairs: false`.)"
+        )
+    if args.base_url:
+        from ..rollouts.remote import RemoteSettings, RemoteTextModel
+
+        shared = {f.name for f in fields(RemoteSettings)} & {f.name for f in fields(args)}
+        how = {name: getattr(args, name) for name in shared} | {"max_tokens": args.max_new_tokens}
+        how["base_url"] = None if args.base_url == "openai" else args.base_url
+        return RemoteTextModel(RemoteSettings(args.teacher, **how)), 0
+    from accelerate import Accelerator
+
+    from .. import models
+    from ..rollouts import SamplingSettings
+    from ..rollouts.text import LocalTextModel
+    from ..teachers import LocalTeacher
+
+    accelerator = Accelerator(cpu=args.use_cpu)
+    how = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = models.load_tokenizer(args.teacher, **how)
+    how |= args.teacher_init_kwargs or {}  # type: ignore[arg-type]  # parsed by now
+    model = models.load_causal_lm(args.teacher, role="teacher", **how)
+    sampling = SamplingSettings(
+        args.max_new_tokens,
+        args.temperature,
+        args.top_p,
+        eos_token_ids=models.eos_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    weights = LocalTeacher(model).fingerprint()
+    local = LocalTextModel(
+        models.prepare_frozen(model, accelerator),
+        tokenizer,
+        sampling,
+        accelerator,
+        name=args.teacher,
+        weights=weights,
+        batch_size=args.batch_size,
+        style=args.prompt_style,
+        next_question=args.next_question,
+        seed=args.seed,
+    )
+    return local, accelerator.process_index
+
+
+def _progress(rank: int) -> Any:
+    from tqdm.auto import tqdm
+
+    def show(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+        return tqdm(items, total=total, desc=what, disable=rank != 0 or total == 0)
+
+    return show
+
+
+def _export(args: PipelineArguments, name: str, rows: list[dict[str, Any]]) -> None:
+    from ..rationales.records import dataset_of, write_rows
+
+    write_rows(args.path(f"{name}.jsonl"), rows)
+    if not rows or (args.save_as == "jsonl" and not args.push_to_hub):
+        return
+    data = dataset_of(rows)
+    if args.save_as == "dataset":
+        data.save_to_disk(str(args.path(f"{name}_dataset")))
+    if args.push_to_hub:
+        data.push_to_hub(args.push_to_hub)
+
+
+def _report(args: PipelineArguments, stage: str, asked: dict[str, Asked], model: Any, rank: int) -> int:
+    """What was asked, answered, spent, and why requests failed: printed, and kept beside the rows."""
+    from accelerate.utils import gather_object
+
+    several = not args.base_url and model is not None and model.accelerator.num_processes > 1
+    shares = gather_object([asked]) if several else [asked]
+    failed = sum((each.failed for share in shares for each in share.values()), Counter[str]())
+    totals: dict[str, Any] = {
+        name: sum(getattr(each, name) for share in shares for each in share.values())
+        for name in ("done", "prompt_tokens", "completion_tokens")
+    }
+    totals["known"] = sum(each.known for each in asked.values())
+    cost = (totals["prompt_tokens"] * args.price_in + totals["completion_tokens"] * args.price_out) / 1e6
+    if rank == 0 and model is not None:
+        _write_report(args, stage, {**totals, "cost": cost, "failed": dict(failed)})
+        print(
+            f"{totals['done']:,} answered now, {totals['known']:,} before, {failed.total():,} failed; "
+            f"{totals['prompt_tokens']:,} prompt and {totals['completion_tokens']:,} completion tokens"
+            + (f", cost {cost:.4f}" if args.price_in or args.price_out else "")
+        )
+        if failed:
+            _print_counts("Failed, and asked again by another run", failed)
+    return 1 if failed else 0
+
+
+def _write_report(args: PipelineArguments, stage: str, report: dict[str, Any]) -> None:
+    args.path(f"{stage}-report.json").write_text(json.dumps(report, indent=2, sort_keys=True))
+
+
+def _print_counts(what: str, counts: Counter[str]) -> None:
+    print(f"{what}: " + ", ".join(f"{count:,} {name}" for name, count in counts.most_common()))
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main, sys.argv[1:]))

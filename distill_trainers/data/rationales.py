@@ -1,0 +1,388 @@
+"""Questions with rationales to token ids: the one or two sequences of each example, and their batches.
+
+Three objectives read the same rows in different ways (`first` and `other` sequence of an example):
+
+    step_by_step   label prompt -> answer                 rationale prompt -> rationale
+    edit           chain prompt -> right chain            chain prompt -> wrong chain
+    dual_chain     chain prompt -> rationale and answer   (none)
+
+Shapes: B examples, R rows of a batch (B or 2 B), T tokens of the longest row, P of the longest prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..exceptions import DatasetError
+from ..rationales import key_tokens
+from ..rationales.prompts import question_text
+from .chat import Chat, split_conversation
+from .collator import IGNORED, DistillCollator, pad_rows
+from .formats import apply_column_mapping, detect_dataset_type, first_row
+from .rows import TokenizedRow, prompt_ids_of, truncate, with_eos
+from .tokenization import code_fingerprint
+
+if TYPE_CHECKING:
+    from datasets import Features
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+OBJECTIVES = ("step_by_step", "edit", "dual_chain")
+
+_DEFAULTS = {
+    "text": {
+        "label_prompt": "predict: {question}\n",
+        "rationale_prompt": "explain: {question}\n",
+        "chain_prompt": "{question}\n",
+    },
+    "chat": {
+        "label_prompt": "{question}\n\nGive the final answer only.",
+        "rationale_prompt": "{question}\n\nExplain step by step how the answer is found.",
+        "chain_prompt": "{question}\n\nThink step by step, then give the answer.",
+    },
+}
+_CHAIN = "{rationale}\nThe answer is {answer}."
+
+
+@dataclass(frozen=True)
+class RationaleTemplates:
+    """What prompts and completions look like; the placeholders are `{question}`, `{rationale}` and `{answer}`.
+
+    Args:
+        style: `text` joins prompt and completion as they are; `chat` makes them turns of a conversation.
+        label_prompt, rationale_prompt, chain_prompt: what asks for the answer, for its explanation, for both.
+        chain_completion: rationale and answer as one text.
+    """
+
+    style: str
+    label_prompt: str
+    rationale_prompt: str
+    chain_prompt: str
+    chain_completion: str = _CHAIN
+
+    @classmethod
+    def of(cls, style: str, tokenizer: PreTrainedTokenizerBase, **given: str | None) -> RationaleTemplates:
+        """The defaults of a style with what is given in their place; `auto` is chat where there is a template."""
+        if style == "auto":
+            style = "chat" if getattr(tokenizer, "chat_template", None) else "text"
+        chosen = {**_DEFAULTS[style], **{name: text for name, text in given.items() if text is not None}}
+        return cls(style, **chosen)
+
+    def chain(self, rationale: str, answer: str) -> tuple[str, str]:
+        """The completion that holds both, cut in two where the rationale ends."""
+        before, after = self.chain_completion.split("{rationale}", 1)
+        return before + rationale, after.replace("{answer}", answer)
+
+
+@dataclass(frozen=True)
+class RationaleTokenizer:
+    """Tokenises examples for one objective.
+
+    Args:
+        separate: prompt and completion go to an encoder and a decoder, so a prompt keeps its end-of-text token.
+        chat_settings: variables for the chat template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    templates: RationaleTemplates
+    objective: str
+    max_length: int | None = None
+    reserve: int = 0
+    separate: bool = False
+    chat_settings: Mapping[str, Any] | None = None
+
+    def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """One row as `first` and `other` sequence; `other` is None where the row has none.
+
+        Raises:
+            DatasetError: a value that is no text or number, or a conversation that the template cannot split.
+        """
+        question = question_text(_text(row, "question"), row.get("choices"))
+        answer, rationale = _text(row, "answer"), _text(row, "rationale")
+        wrong = _text(row, "wrong_rationale")
+        if self.objective == "step_by_step":
+            first = self._sequence(self.templates.label_prompt, question, answer)
+            other = self._sequence(self.templates.rationale_prompt, question, rationale) if rationale else None
+        else:
+            first = self._chain(question, rationale, answer) if rationale else self._sequence(self._ask, question, "")
+            other = None
+            if self.objective == "edit":
+                other = self._chain(question, wrong, _text(row, "wrong_answer")) if wrong and rationale else None
+                self._mark_key_steps(first, other)
+        return {"first": self._cut(first), "other": None if other is None else self._cut(other)}
+
+    @property
+    def _ask(self) -> str:
+        return self.templates.chain_prompt
+
+    def _chain(self, question: str, rationale: str, answer: str) -> TokenizedRow:
+        """A whole chain; marked is what follows the rationale, its end of text included."""
+        begin, end = self.templates.chain(rationale, answer)
+        if not answer:  # of a wrong chain nobody has to know the answer
+            end = ""
+        sequence = self._sequence(self._ask, question, begin + end)
+        start, ids = sequence["prompt_length"], sequence["input_ids"]
+        alone = self.tokenizer(begin, add_special_tokens=False)["input_ids"]
+        shared = next((k for k, (a, b) in enumerate(zip(alone, ids[start:], strict=False)) if a != b), len(alone))
+        sequence["marks"] = [0] * (start + shared) + [1] * (len(ids) - start - shared)
+        return sequence
+
+    def _mark_key_steps(self, right: TokenizedRow, wrong: TokenizedRow | None) -> None:
+        right["marks"] = [0] * len(right["input_ids"])
+        if wrong is None:
+            return
+        starts = right["prompt_length"], wrong["prompt_length"]
+        marks = key_tokens(right["input_ids"][starts[0] :], wrong["input_ids"][starts[1] :])
+        for sequence, start, key in zip((right, wrong), starts, marks, strict=True):
+            sequence["marks"] = [0] * start + key
+        wrong["loss_mask"] = list(wrong["marks"])  # nothing else of a wrong chain is looked at
+
+    def _sequence(self, template: str, question: str, completion: str) -> TokenizedRow:
+        prompt, tokenizer = template.replace("{question}", question), self.tokenizer
+        if self.templates.style == "chat":
+            chat = Chat(tokenizer, settings=dict(self.chat_settings or {}))
+            asked = [{"role": "user", "content": prompt}]
+            if completion:
+                told = [{"role": "assistant", "content": completion}]
+                prompt_ids, completion_ids = split_conversation(chat, asked, told)
+            else:
+                prompt_ids, completion_ids = chat.ids(chat.prompt(asked)), []
+        else:
+            prompt_ids = tokenizer(prompt)["input_ids"] if self.separate else prompt_ids_of(prompt, tokenizer)
+            completion_ids = (
+                with_eos(tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer) if completion else []
+            )
+        ids = [*prompt_ids, *completion_ids]
+        trained = [0] * len(prompt_ids) + [1] * len(completion_ids)
+        return {"input_ids": ids, "loss_mask": trained, "marks": [0] * len(ids), "prompt_length": len(prompt_ids)}
+
+    def _cut(self, sequence: TokenizedRow) -> TokenizedRow:
+        """Cut to `max_length` as all rows are; marks go with their tokens."""
+        ids = sequence["input_ids"]
+        places = {**sequence, "input_ids": list(range(len(ids)))}
+        bos = 0 if ids[:1] == [self.tokenizer.bos_token_id] else None
+        kept = truncate(places, self.max_length, self.reserve, bos_token_id=bos)
+        cut = {name: [sequence[name][i] for i in kept["input_ids"]] for name in ("input_ids", "loss_mask", "marks")}
+        return {**cut, "prompt_length": kept["prompt_length"]}
+
+
+def prepare_rationales(
+    dataset: Any,
+    work: RationaleTokenizer,
+    *,
+    column_mapping: Mapping[str, str] | None = None,
+    needs: str = "first",
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Any:
+    """A dataset of the layout `rationale` as tokenised examples; rows that cannot train are dropped and counted.
+
+    Args:
+        needs: what a row must have trained tokens in: `first`, `other`, or `any`; `none` keeps every row that has a
+            question.
+
+    Raises:
+        DatasetError: another layout, a row that cannot be tokenised, or none left.
+    """
+    from datasets import Dataset
+
+    dataset = apply_column_mapping(dataset, column_mapping, name=name)
+    row = first_row(dataset, name=name)
+    if detect_dataset_type({"rationale": "", **row} if name != "train" else row, name=name) != "rationale":
+        raise DatasetError(
+            f"Dataset {name!r} has the columns {sorted(row)}; expected question, answer and rationale (and, if you "
+            "like, choices, wrong_rationale, wrong_answer, task). Rename columns with column_mapping."
+        )
+    run = partial(_prepare_example, work=work, needs=needs, name=name, code=code_fingerprint())
+    how: dict[str, Any] = {"with_indices": True, "remove_columns": list(row), "features": _features()}
+    if not isinstance(dataset, Dataset):
+        return dataset.map(run, **how).filter(_is_kept).remove_columns("dropped")
+    prepared = dataset.map(run, num_proc=num_proc, desc=f"Tokenizing {name}", **how)
+    reasons = Counter(reason for reason in prepared["dropped"] if reason)
+    told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    if reasons.total() == len(prepared):
+        raise DatasetError(f"None of the {len(prepared)} rows of dataset {name!r} can be trained on: {told}.")
+    if reasons:
+        logger.warning("Dataset %r, %d rows: %d dropped (%s).", name, len(prepared), reasons.total(), told)
+    kept = [i for i, reason in enumerate(prepared["dropped"]) if not reason]
+    return prepared.select(kept).remove_columns("dropped")
+
+
+def _prepare_example(
+    row: Mapping[str, Any], index: int, *, work: RationaleTokenizer, needs: str, name: str, code: str
+) -> dict[str, Any]:
+    try:
+        found = work.example(row)
+    except DatasetError as error:
+        raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
+    first, other = found["first"], found["other"] or {"input_ids": [], "loss_mask": [], "marks": [], "prompt_length": 0}
+    return {
+        **first,
+        **{f"other_{name}": value for name, value in other.items()},
+        "length": len(first["input_ids"]) + len(other["input_ids"]),
+        "reference": _text(row, "answer"),
+        "choices": list(row.get("choices") or []),
+        "task": _text(row, "task"),
+        "dropped": _reason_to_drop(first, other, needs, work.objective),
+    }
+
+
+def _reason_to_drop(first: TokenizedRow, other: TokenizedRow, needs: str, objective: str) -> str:
+    if not first["prompt_length"]:
+        return "empty question"
+    trains = {"first": any(first["loss_mask"][1:]), "other": any(other["loss_mask"][1:])}
+    trains |= {"any": any(trains.values()), "none": True}
+    if trains[needs]:
+        return ""
+    if needs == "other" and objective == "edit":
+        return "without a wrong rationale that differs"
+    return "without answer" if objective == "step_by_step" else "without rationale"
+
+
+def _is_kept(row: Mapping[str, Any]) -> bool:
+    return not row["dropped"]
+
+
+def _features() -> Features:
+    from datasets import Features, List, Value
+
+    ids, flags, number, text = List(Value("int32")), List(Value("int8")), Value("int32"), Value("string")
+    sequence = {"input_ids": ids, "loss_mask": flags, "marks": flags, "prompt_length": number}
+    others = {f"other_{name}": kind for name, kind in sequence.items()}
+    rest = {"length": number, "reference": text, "choices": List(text), "task": text, "dropped": text}
+    return Features({**sequence, **others, **rest})
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        return ""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value).strip()
+    raise DatasetError(f"Column {column!r} holds {type(value).__name__} ({value!r:.80}), expected text or a number.")
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RationaleCollator:
+    """Examples to one batch: the first sequences of all, and below them their others; row r is of example r % B.
+
+    Beside `input_ids`, `attention_mask` and `labels` `[R, T]` a batch has `examples` `[R]`, and float entries `[R, T]`
+    that say which term a token belongs to: `token_label`, `token_rationale`; `token_right`, `token_right_key`,
+    `token_wrong_key`, `token_key`; `token_rationale`, `token_answer`, `token_innovation`; and `token_given`, the tokens
+    that a teacher may be asked about. Here R = B, or 2 B with others.
+
+    Args:
+        objective: one of `OBJECTIVES`.
+        with_others: whether the other sequences are of any use; an example without one then gets an untrained row.
+        with_prompts: add `prompt_ids`, `prompt_mask` `[B, P]`, and `references`, for rollouts.
+        decoder_start: first token of an encoder-decoder's decoder, which makes `encoder_ids` and `encoder_mask` of
+            the prompts; None for a causal LM.
+    """
+
+    pad_token_id: int
+    objective: str
+    with_others: bool = True
+    with_prompts: bool = False
+    pad_to_multiple_of: int | None = None
+    decoder_start: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        firsts = [{name: row[name] for name in _SEQUENCE} for row in rows]
+        others = [{name: row[f"other_{name}"] for name in _SEQUENCE} for row in rows] if self.with_others else []
+        sequences = firsts + [other if other["input_ids"] else self._nothing() for other in others]
+        split = self.decoder_start is not None
+        batch: dict[str, Any] = self._plain()([self._decoder_side(each) for each in sequences] if split else sequences)
+        if split:
+            prompts = [each["input_ids"][: each["prompt_length"]] for each in sequences]
+            batch["encoder_ids"] = pad_rows(prompts, self.pad_token_id, self.pad_to_multiple_of)
+            batch["encoder_mask"] = pad_rows([[1] * len(p) for p in prompts], 0, self.pad_to_multiple_of)
+        batch["examples"] = torch.arange(len(sequences)) % len(rows)
+        batch |= self._entries(batch, sequences, len(rows))
+        if self.with_prompts:
+            asked = DistillCollator(self.pad_token_id, self.pad_to_multiple_of, with_prompts=True)(firsts)
+            batch |= {name: asked[name] for name in ("prompt_ids", "prompt_mask")}
+            batch["references"] = [(row["reference"], list(row["choices"])) for row in rows]
+        return batch
+
+    def _plain(self) -> DistillCollator:
+        return DistillCollator(self.pad_token_id, self.pad_to_multiple_of)
+
+    def _nothing(self) -> TokenizedRow:
+        return {"input_ids": [self.pad_token_id], "loss_mask": [0], "marks": [0], "prompt_length": 1}
+
+    def _decoder_side(self, sequence: TokenizedRow) -> TokenizedRow:
+        """The completion after the decoder's start: as labels are unshifted, position t predicts t + 1."""
+        start = sequence["prompt_length"]
+        cut = {name: sequence[name][start:] for name in ("input_ids", "loss_mask")}
+        return {
+            "input_ids": [self.decoder_start, *cut["input_ids"]],
+            "loss_mask": [0, *cut["loss_mask"]],
+            "prompt_length": 1,
+        }
+
+    def _entries(self, batch: Mapping[str, Tensor], sequences: list[TokenizedRow], examples: int) -> dict[str, Tensor]:
+        split = self.decoder_start is not None
+        marks = [[0, *each["marks"][each["prompt_length"] :]] if split else each["marks"] for each in sequences]
+        trained = (batch["labels"] != IGNORED).float()
+        marked = pad_rows(marks, 0, self.pad_to_multiple_of).float() * trained
+        is_first = (torch.arange(len(sequences)) < examples).float()[:, None]
+        if self.objective == "step_by_step":
+            entries = {"label": trained * is_first, "rationale": trained * (1 - is_first), "given": trained}
+        elif self.objective == "edit":
+            right, wrong = marked * is_first, marked * (1 - is_first)
+            entries = {"right": trained * is_first, "given": trained * is_first, "key": marked}
+            entries |= {"right_key": right, "wrong_key": wrong}
+        else:
+            entries = {"rationale": trained - marked, "answer": marked, "given": trained}
+            entries["innovation"] = torch.zeros_like(trained)
+        return {f"token_{name}": value for name, value in entries.items()}
+
+
+_SEQUENCE = ("input_ids", "loss_mask", "marks", "prompt_length")
+
+
+def with_innovations(
+    batch: Mapping[str, Any], rows: Sequence[tuple[Sequence[int], int]], pad_token_id: int, multiple: int | None = None
+) -> dict[str, Any]:
+    """The batch of `dual_chain` with further rows: prompt and completion, whose `token_innovation` is 1.
+
+    Args:
+        rows: ids of prompt and completion, and the length of the prompt.
+    """
+    kept = {name: value for name, value in batch.items() if name not in ("prompt_ids", "prompt_mask", "references")}
+    if not rows:
+        return kept
+    sequences = [{"input_ids": ids, "loss_mask": [0] * n + [1] * (len(ids) - n), "prompt_length": n} for ids, n in rows]
+    added = DistillCollator(pad_token_id, multiple)(sequences)
+    trained = (added["labels"] != IGNORED).float()
+    none = torch.zeros_like(trained)
+    added |= {name: none for name in kept if name.startswith("token_")}
+    added |= {"token_innovation": trained, "token_given": trained}
+    width = max(kept["labels"].shape[1], added["labels"].shape[1])
+    fill = {"input_ids": pad_token_id, "labels": IGNORED}
+    joined = {
+        name: torch.cat([_widened(part[name], width, fill.get(name, 0)) for part in (_to(kept, added), added)])
+        for name in added
+    }
+    device = kept["labels"].device
+    return {**kept, **{name: value.to(device) for name, value in joined.items()}, "examples": kept["examples"]}
+
+
+def _to(batch: Mapping[str, Any], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name].cpu() for name in like}
+
+
+def _widened(rows: Tensor, width: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=value)

@@ -1,0 +1,71 @@
+"""Dual chains of thought: a right and a wrong chain for one question that differ in key steps (EDIT, arXiv 2405.19737).
+
+D+ and D− are the teacher's right and wrong chains; D−+ are right chains for the questions of D−, written with the
+answer as a hint; D+− are wrong versions of the chains of D+.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .edit_distance import edits
+from .prompts import chain_text
+from .records import Row
+
+
+@dataclass(frozen=True)
+class Chains:
+    """The chains of one question, by how they were judged."""
+
+    question: Row
+    right: list[Row]
+    wrong: list[Row]
+
+
+def by_question(right: Sequence[Row], wrong: Sequence[Row]) -> list[Chains]:
+    """Chains grouped by question (its text and its choices), in order of appearance."""
+    found: dict[tuple[str, ...], Chains] = {}
+    for rows, name in ((right, "right"), (wrong, "wrong")):
+        for row in rows:
+            key = (row["question"], *(row.get("choices") or ()))
+            getattr(found.setdefault(key, Chains(row, [], [])), name).append(row)
+    return list(found.values())
+
+
+def pair(right: Mapping[str, Any], wrong: Mapping[str, Any], source: str) -> Row:
+    """A row of the layout `rationale` with its wrong twin.
+
+    Args:
+        right, wrong: rows with `rationale` and `parsed_answer`.
+        source: where both come from, such as `D+/D-`.
+    """
+    kept = {name: right[name] for name in ("question", "choices", "answer", "task", "id") if right.get(name)}
+    row = kept | {
+        "rationale": right["rationale"],
+        "wrong_rationale": wrong["rationale"],
+        "wrong_answer": wrong.get("parsed_answer") or "",
+        "source": source,
+    }
+    row["word_edits"] = edits(*(_ids(row["rationale"], row["wrong_rationale"]))).distance
+    row["provenance"] = {"right": right.get("provenance"), "wrong": wrong.get("provenance")}
+    return row
+
+
+def closest(rights: Sequence[Row], wrong: Row) -> Row:
+    """The right chain that takes the fewest word edits: the fewer differ, the more each of them is a key step."""
+    return min(rights, key=lambda row: edits(*_ids(row["rationale"], wrong["rationale"])).distance)
+
+
+def as_exemplar(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A pair as `contrastive_prompt` shows it."""
+    shown = {"question": row["question"], "choices": row.get("choices")}
+    shown["right"] = chain_text(row["rationale"], row["answer"])
+    return shown | {"wrong": chain_text(row["wrong_rationale"], row["wrong_answer"])}
+
+
+def _ids(first: str, second: str) -> tuple[list[int], list[int]]:
+    numbers: dict[str, int] = {}
+    one, two = ([numbers.setdefault(word, len(numbers)) for word in text.split()] for text in (first, second))
+    return one, two

@@ -1,0 +1,116 @@
+"""Prompts that make a teacher write chains of thought: few-shot, with the answer as a hint, and contrastive.
+
+A prompt is a list of chat messages; `as_text` writes the same for a base model. `VERSION` goes into the provenance of
+every response: a changed wording never passes for the old one.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..exceptions import DatasetError
+from .exemplars import EXEMPLARS, Exemplar
+
+VERSION = "1"
+
+Message = dict[str, str]
+
+_COT = "Solve the problem step by step. End with a sentence of the form: The answer is X."
+_HINT = (
+    "You are given a problem and its answer. Explain step by step how the answer is reached. End with: The answer is X."
+)
+_CONTRAST = (
+    "You are given a problem and a correct solution. Write a solution in the same style that goes wrong in one key "
+    "step and so reaches another answer. End with: The answer is X."
+)
+
+
+def question_text(question: str, choices: Sequence[str] | None = None) -> str:
+    """A question with its choices below it, lettered."""
+    letters = zip(string.ascii_uppercase, choices or (), strict=False)
+    return "\n".join([question, *(f"({letter}) {choice}" for letter, choice in letters)])
+
+
+def exemplars_of(given: str | Sequence[Mapping[str, Any]] | None, count: int) -> list[Exemplar]:
+    """The first `count` of a built-in set (by name), or of given ones.
+
+    Raises:
+        DatasetError: an unknown name, or an exemplar without question, rationale or answer.
+    """
+    if given is None or isinstance(given, str):
+        if (given or "arithmetic") not in EXEMPLARS:
+            raise DatasetError(
+                f"Got exemplars {given!r}; expected one of {', '.join(EXEMPLARS)}, or a file of rows with question, "
+                "rationale and answer."
+            )
+        return EXEMPLARS[given or "arithmetic"][:count]
+    for number, row in enumerate(given):
+        missing = [name for name in ("question", "rationale", "answer") if not row.get(name)]
+        if missing:
+            raise DatasetError(f"Exemplar {number} has no {' and no '.join(missing)}; every one needs all three.")
+    return [dict(row) for row in given][:count]
+
+
+def chain_text(rationale: str, answer: Any) -> str:
+    """A chain of thought as prompts show it and models are asked to write it."""
+    return f"{rationale.strip()} The answer is {answer}."
+
+
+def cot_prompt(item: Mapping[str, Any], exemplars: Sequence[Exemplar]) -> list[Message]:
+    """Few-shot chain of thought (Wei et al., arXiv 2201.11903)."""
+    shots = [(_asked(each), chain_text(each["rationale"], each["answer"])) for each in exemplars]
+    return _conversation(_COT, shots, _asked(item))
+
+
+def hint_prompt(item: Mapping[str, Any], exemplars: Sequence[Exemplar]) -> list[Message]:
+    """The same exemplars with the answer first (EDIT, arXiv 2405.19737): how D− becomes D−+."""
+    shots = [(_hinted(each), chain_text(each["rationale"], each["answer"])) for each in exemplars]
+    return _conversation(_HINT, shots, _hinted(item))
+
+
+def contrastive_prompt(
+    item: Mapping[str, Any], rationale: str, pairs: Sequence[Mapping[str, Any]], exemplars: Sequence[Exemplar]
+) -> list[Message]:
+    """Asks for a wrong version of a right chain (EDIT, arXiv 2405.19737): how D+ becomes D+−.
+
+    Args:
+        rationale: the right chain, its answer included.
+        pairs: dual chains of the data itself (right and wrong text, each with its answer), which come first; they show
+            the mistakes that this teacher makes.
+        exemplars: fill up to their own number.
+    """
+    shots = [(_shown(each, each["right"]), each["wrong"]) for each in pairs[: len(exemplars)]]
+    for each in [row for row in exemplars if row.get("wrong_rationale")][: len(exemplars) - len(shots)]:
+        right = chain_text(each["rationale"], each["answer"])
+        shots.append((_shown(each, right), chain_text(each["wrong_rationale"], each["wrong_answer"])))
+    return _conversation(_CONTRAST, shots, _shown(item, rationale))
+
+
+def as_text(messages: Sequence[Message]) -> str:
+    """A prompt for a model without a chat template: `Q:` and `A:` in turn, ending where an answer begins."""
+    parts = []
+    for message in messages:
+        mark = {"user": "Q: ", "assistant": "A: "}.get(message["role"], "")
+        parts.append(mark + message["content"])
+    return "\n\n".join(parts).replace("\n\nA: ", "\nA: ") + "\nA:"
+
+
+def _conversation(task: str, shots: Sequence[tuple[str, str]], question: str) -> list[Message]:
+    messages = [{"role": "system", "content": task}]
+    for asked, told in shots:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    return [*messages, {"role": "user", "content": question}]
+
+
+def _asked(item: Mapping[str, Any]) -> str:
+    return question_text(item["question"], item.get("choices"))
+
+
+def _hinted(item: Mapping[str, Any]) -> str:
+    return f"{_asked(item)}\nHint: the answer is {item['answer']}."
+
+
+def _shown(item: Mapping[str, Any], right: str) -> str:
+    return f"{_asked(item)}\nCorrect solution: {right}"

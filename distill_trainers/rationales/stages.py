@@ -1,0 +1,289 @@
+"""The stages from questions to training rows, each a function of rows that goes on where it was stopped.
+
+extract: questions -> responses     parse: responses -> chains and answers
+verify: -> right rows, wrong rows, and why rows were dropped     dual: right and wrong rows -> pairs
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..exceptions import DatasetError
+from . import prompts
+from .dual import as_exemplar, by_question, closest, pair
+from .formats import parse_response
+from .records import RecordStore, Request, Response, Row, TextModel, content_key
+from .verify import RIGHT, WRONG, majority_answer, verify_answer
+
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+_FLUSHED_TOGETHER = 500  # verdicts that take no time
+_CARRIED = ("id", "question", "choices", "answer", "task")
+
+
+@dataclass
+class Asked:
+    """What became of the requests of a stage."""
+
+    done: int = 0
+    known: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def _quiet(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    return items
+
+
+def ask(
+    model: TextModel,
+    prompts_of: Sequence[tuple[Row, list[dict[str, str]], int]],
+    store: RecordStore,
+    kind: str,
+    progress: Progress = _quiet,
+) -> tuple[list[Row], Asked]:
+    """Ask a teacher for what the store lacks, and keep each answer as it comes.
+
+    Args:
+        prompts_of: for each request what is carried to its row, the messages, and the number of the sample.
+        kind: of prompt, for the provenance.
+
+    Returns:
+        the rows of all requests that have been answered, by now or earlier, in the order of the requests; and counts.
+    """
+    identity = model.identity()
+    requests: dict[str, tuple[Row, Request]] = {}
+    for row, messages, sample in prompts_of:
+        key = content_key(identity, messages, sample)
+        requests.setdefault(key, (row, Request(key, messages, sample)))
+    known = store.load()
+    todo = [request for key, (_, request) in requests.items() if key not in known]
+    asked = Asked(known=len(requests) - len(todo))
+    for response in progress(model.complete(todo), len(todo), kind):
+        asked.prompt_tokens += response.prompt_tokens
+        asked.completion_tokens += response.completion_tokens
+        if response.error is not None:
+            asked.failed[response.error] += 1
+            continue
+        row, request = requests[response.key]
+        known[response.key] = _answered(row, request, response, identity, kind)
+        store.append([known[response.key]])
+        asked.done += 1
+    known |= store.load()  # of other processes, which have answered their share
+    return [known[key] for key in requests if key in known], asked
+
+
+def _answered(row: Row, request: Request, response: Response, identity: Mapping[str, Any], kind: str) -> Row:
+    carried = {name: row[name] for name in row if name in _CARRIED and row[name] is not None}
+    provenance = {
+        **identity,
+        "prompt": f"{kind} {prompts.VERSION}",
+        "sample": request.sample,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return {
+        "key": request.key,
+        **carried,
+        "response": response.text,
+        "finish": response.finish,
+        "completion_tokens": response.completion_tokens,
+        "provenance": provenance,
+    }
+
+
+def extract(
+    questions: Sequence[Row],
+    model: TextModel,
+    store: RecordStore,
+    *,
+    samples: int = 1,
+    exemplars: Sequence[Mapping[str, Any]] = (),
+    progress: Progress = _quiet,
+) -> tuple[list[Row], Asked]:
+    """`samples` few-shot chains of thought for every question."""
+    _require_columns(questions, ("question",), "questions")
+    shots = [dict(each) for each in exemplars]
+    wanted = [(row, prompts.cot_prompt(row, shots), sample) for row in questions for sample in range(samples)]
+    return ask(model, wanted, store, "cot", progress)
+
+
+def parse(rows: Sequence[Row], formats: Sequence[str] = (), next_question: str | None = "Q:") -> list[Row]:
+    """Rows with `response` taken apart into `rationale`, `parsed_answer` and `answer_format`."""
+    _require_columns(rows, ("response",), "responses")
+    found = []
+    for row in rows:
+        chosen = formats or (("choice", "hash", "boxed", "answer_is") if row.get("choices") else ())
+        parsed = parse_response(str(row["response"] or ""), chosen, next_question=next_question)
+        rest = {"rationale": parsed.rationale, "parsed_answer": parsed.answer, "answer_format": parsed.format}
+        found.append({**row, **rest})
+    return found
+
+
+@dataclass
+class Verified:
+    """Rows by verdict, and counts: of every verdict, and of why right rows were dropped."""
+
+    right: list[Row]
+    wrong: list[Row]
+    counts: Counter[str]
+
+
+def verify(
+    rows: Sequence[Row],
+    *,
+    kind: str = "auto",
+    majority_share: float = 0.5,
+    store: RecordStore | None = None,
+    progress: Progress = _quiet,
+) -> Verified:
+    """Judge parsed rows by their reference, or by the majority of their question's samples where there is none.
+
+    Args:
+        majority_share: of all samples of a question that must agree, more than this.
+        store: keeps verdicts, so that a run goes on where it was stopped.
+    """
+    _require_columns(rows, ("question", "rationale", "parsed_answer"), "parsed rows")
+    voted = _votes([row for row in rows if row.get("answer") in (None, "")], kind, majority_share)
+    known = store.load() if store else {}
+    new: list[Row] = []
+    right, wrong, counts = [], [], Counter[str]()
+    seen: set[tuple[str, ...]] = set()
+    for row in progress(rows, len(rows), "verify"):
+        reference = row.get("answer")
+        by_vote = reference in (None, "")
+        if by_vote:
+            reference = voted.get(_question_key(row))
+            if reference is None:
+                counts["no majority"] += 1
+                continue
+        key = content_key(row["parsed_answer"], reference, kind, row.get("choices"))
+        if key not in known:
+            verdict = verify_answer(row["parsed_answer"], str(reference), kind, row.get("choices"))
+            known[key] = {"key": key, "reason": verdict.reason, "how": verdict.how}
+            new.append(known[key])
+            if store and (len(new) >= _FLUSHED_TOGETHER or verdict.how == "math"):
+                store.append(new)
+                new = []
+        reason = known[key]["reason"]
+        same = (*_question_key(row), row["rationale"], str(row["parsed_answer"]))
+        if reason in (RIGHT, WRONG) and (same in seen or not row["rationale"]):
+            reason = "duplicate" if same in seen else "no rationale"
+        seen.add(same)
+        counts[reason] += 1
+        judged = {
+            **row,
+            "answer": str(reference),
+            "verdict": reason,
+            "verified_by": "vote" if by_vote else known[key]["how"],
+        }
+        if reason == RIGHT:
+            right.append(judged)
+        elif reason == WRONG:
+            wrong.append(judged)
+    if store and new:
+        store.append(new)
+    return Verified(right, wrong, counts)
+
+
+def _votes(rows: Sequence[Row], kind: str, share: float) -> dict[tuple[str, ...], str]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_question_key(row), []).append(row)
+    found = {}
+    for key, group in groups.items():
+        answer, agreeing = majority_answer([row["parsed_answer"] for row in group], kind, group[0].get("choices"))
+        if answer is not None and agreeing > share:
+            found[key] = answer
+    return found
+
+
+def _question_key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (str(row["question"]), *(row.get("choices") or ()))
+
+
+@dataclass
+class Dual:
+    """Pairs for key-step learning, right rows for fine-tuning before it (D+ and D−+), and counts."""
+
+    pairs: list[Row]
+    right: list[Row]
+    counts: Counter[str]
+    asked: dict[str, Asked]
+
+
+def dual(
+    right: Sequence[Row],
+    wrong: Sequence[Row],
+    model: TextModel | None,
+    store: RecordStore,
+    *,
+    exemplars: Sequence[Mapping[str, Any]] = (),
+    formats: Sequence[str] = (),
+    kind: str = "auto",
+    next_question: str | None = "Q:",
+    progress: Progress = _quiet,
+) -> Dual:
+    """Right and wrong chains in pairs; a teacher writes the missing halves, which are verified like all others.
+
+    Args:
+        right, wrong: rows as `verify` judged them.
+        model: writes D−+ (answer as a hint) and D+− (contrastive); None only pairs what is there.
+    """
+    shots = [dict(each) for each in exemplars]
+    groups = by_question(right, wrong)
+    found = Dual([], list(right), Counter(), {})
+    for group in groups:
+        if group.right and group.wrong:
+            found.pairs += [pair(closest(group.right, each), each, "D+/D-") for each in group.wrong]
+    judge: dict[str, Any] = {"formats": formats, "kind": kind, "next_question": next_question}
+    alone = [group for group in groups if not group.right]
+    if model is not None and alone:
+        wanted = [(group.question, prompts.hint_prompt(group.question, shots), 0) for group in alone]
+        rows, found.asked["hint"] = ask(model, wanted, store, "hint", progress)
+        hinted = _judged(rows, found.counts, "hint", RIGHT, **judge)
+        for group in alone:
+            for helped in hinted.get(_question_key(group.question), []):
+                found.pairs += [pair(helped, each, "D-+/D-") for each in group.wrong]
+                found.right.append(helped)
+    alone = [group for group in groups if not group.wrong]
+    if model is not None and alone:
+        shown = [as_exemplar(row) for row in found.pairs[: len(shots)]]
+        wanted = []
+        for group in alone:
+            text = prompts.chain_text(group.right[0]["rationale"], group.right[0]["answer"])
+            wanted.append((group.question, prompts.contrastive_prompt(group.question, text, shown, shots), 0))
+        rows, found.asked["contrast"] = ask(model, wanted, store, "contrast", progress)
+        spoiled = _judged(rows, found.counts, "contrast", WRONG, **judge)
+        for group in alone:
+            for each in spoiled.get(_question_key(group.question), []):
+                found.pairs.append(pair(group.right[0], each, "D+/D+-"))
+    found.counts.update(f"pair {row['source']}" for row in found.pairs)
+    return found
+
+
+def _judged(
+    rows: Sequence[Row], counts: Counter[str], prompt: str, wanted: str, *, formats: Any, kind: str, next_question: Any
+) -> dict[tuple[str, ...], list[Row]]:
+    """Rows with the wanted verdict by question; the others are counted."""
+    result = verify(parse(rows, formats, next_question), kind=kind) if rows else Verified([], [], Counter())
+    counts.update({f"{prompt}: {reason}": count for reason, count in result.counts.items()})
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in result.right if wanted == RIGHT else result.wrong:
+        found.setdefault(_question_key(row), []).append(row)
+    return found
+
+
+def _require_columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str], what: str) -> None:
+    if not rows:
+        raise DatasetError(f"Got no {what}; expected at least one row.")
+    missing = [name for name in names if name not in rows[0]]
+    if missing:
+        raise DatasetError(
+            f"The {what} have the columns {sorted(rows[0])}, but no {' and no '.join(missing)}. Rename columns with "
+            "column_mapping, or run the stage before this one."
+        )

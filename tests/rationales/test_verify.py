@@ -1,0 +1,135 @@
+"""Right or wrong: numbers, expressions, choices, text, votes."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from distill_trainers.exceptions import ConfigurationError
+from distill_trainers.rationales import majority_answer, verify_answer
+from distill_trainers.rationales.symbolic import SymbolicEquality, is_available
+
+needs_math_verify = pytest.mark.skipif(not is_available(), reason="math-verify is not installed")
+
+
+@pytest.mark.parametrize(
+    "answer, reference, right",
+    [
+        ("1,024", "1024", True),
+        ("1024.0", "1024", True),
+        ("$18", "18", True),
+        ("18 dollars per day", "18", True),
+        ("x = 18", "18", True),
+        ("50%", "50", True),
+        ("(84 / 2)", "( 84.0 / 2.0 )", True),
+        ("(16 * 17) * 4", "( ( 4.0 * 17.0 ) * 16.0 )", True),
+        ("-(3 - 5)", "2", True),
+        ("1/3", "0.3333333", True),
+        ("0.1 + 0.2", "0.3", True),
+        ("４２", "42", True),
+        ("٤٢", "42", True),
+        ("−7", "-7", True),
+        ("1e3", "1000", True),
+        ("3,4", "34", False),
+        ("-5", "5", False),
+        ("5x", "5", False),
+        ("2 or 3", "2", False),
+        ("1/3", "0.33", False),
+        ("9**9**9", "9", False),
+        ("7 // 2", "3", False),
+        ("1/0", "0", False),
+        ("100000000000000000000000001", "100000000000000000000000000", True),  # within a millionth
+        ("9" * 400, "9" * 400, True),  # as text
+        ("9" * 400, "9" * 399 + "8", False),
+    ],
+)
+def test_numbers(answer, reference, right):
+    assert verify_answer(answer, reference, "number").right is right
+
+
+@pytest.mark.parametrize(
+    "answer, reference, right",
+    [("The River-bank!", "river bank", False), ("the Bank.", "Bank", True), ("a", "a", True), ("!", "?", False)],
+)
+def test_text(answer, reference, right):
+    assert verify_answer(answer, reference, "exact").right is right
+
+
+@pytest.mark.parametrize(
+    "answer, reference, right",
+    [
+        ("B", "bank", True),
+        ("(b)", "B", True),
+        ("B) bank", "b", True),
+        ("bank", "(B)", True),
+        ("river", "B", False),
+        ("Z", "B", False),
+        ("somewhere", "bank", False),
+    ],
+)
+def test_choices(answer, reference, right):
+    found = verify_answer(answer, reference, choices=["river", "bank", "sea"])
+    assert found.right is right and found.how == "choice"
+
+
+def test_no_answer_is_its_own_reason():
+    assert verify_answer(None, "1").reason == "no answer" == verify_answer("  ", "1").reason
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    "answer, reference, right",
+    [
+        (r"\frac{1}{2}", "0.5", True),
+        ("x+1", "1+x", True),
+        (r"2\sqrt{2}", r"\sqrt{8}", True),
+        (r"\{1, 2\}", r"\{2, 1\}", True),
+        (r"\frac{1}{3}", "0.5", False),
+        ("x+1", "x+2", False),
+    ],
+)
+def test_expressions(answer, reference, right):
+    found = verify_answer(answer, reference, "math")
+    assert found.right is right
+
+
+@needs_math_verify
+def test_an_endless_expression_costs_its_time_limit_and_nothing_else():
+    symbolic = SymbolicEquality(seconds=1.0)
+    assert symbolic("x+1", "1+x") is True
+    started = time.monotonic()
+    found = verify_answer("9^{9^{9^{9}}}", "1", "math", symbolic=symbolic)
+    assert found.reason == "undecided" and not found.right
+    assert time.monotonic() - started < 10 and symbolic.timeouts == 1
+    assert symbolic("x+1", "1+x") is True
+    symbolic.close()
+
+
+@needs_math_verify
+def test_any_thread_may_compare():
+    """math-verify's own time limit is a signal, which only a main thread may set."""
+    symbolic, found = SymbolicEquality(), []
+    threads = [threading.Thread(target=lambda: found.append(symbolic("x*2", "2*x"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    symbolic.close()
+    assert found == [True] * 3
+
+
+def test_kinds_are_checked(monkeypatch):
+    with pytest.raises(ConfigurationError, match="auto, number"):
+        verify_answer("1", "1", "numbr")
+    monkeypatch.setattr("distill_trainers.rationales.symbolic.is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="rationales"):
+        verify_answer("x", "y", "math")
+
+
+def test_majority():
+    assert majority_answer(["4", "5", "4.0", None]) == ("4", 0.5)
+    assert majority_answer(["4", "5"]) == (None, 0.0)
+    assert majority_answer([None, None]) == (None, 0.0)
+    assert majority_answer(["(a)", "river", "B"], choices=["river", "bank"]) == ("(a)", 2 / 3)
