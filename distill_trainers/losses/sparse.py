@@ -73,10 +73,14 @@ class _Buckets(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, ids, normaliser, logps = ctx.saved_tensors
-        total, tail = upstream.sum(-1, keepdim=True), upstream[:, -1:]
-        # A bucket passes its gradient on to its ids in proportion to their share of it.
-        share = torch.where(logps[:, -1:] == -math.inf, 0.0, tail * torch.exp(-logps[:, -1:]))
-        gradient = _scaled_softmax(logits, normaliser, (share - total).squeeze(-1), ctx.workspace)
+        total, tail, tail_logps = upstream.sum(-1, keepdim=True), upstream[:, -1:], logps[:, -1:]
+        # A bucket passes its gradient on to its ids in proportion to their share of it. Of a tail so small that its
+        # inverse overflows, the shares come from its own normaliser, beside which `total` times its mass is nothing.
+        none, small = tail_logps == -math.inf, tail_logps < -60
+        share = torch.where(small, 0.0, tail * torch.exp(-tail_logps.clamp(min=-60)))
+        factor = torch.where(small & ~none, tail, share - total).squeeze(-1)
+        shift = torch.where(small & ~none, tail_logps, 0.0).squeeze(-1)
+        gradient = _scaled_softmax(logits, normaliser + shift, factor, ctx.workspace)
         kept = upstream[:, :-1] - total * logps[:, :-1].exp()
         return gradient.scatter_(-1, ids, kept), None, None
 

@@ -160,6 +160,28 @@ def test_a_small_tail_keeps_its_digits_in_float32():
     )
 
 
+@pytest.mark.parametrize("gap", [30.0, 59.0, 61.0, 120.0])
+def test_a_tail_too_small_for_its_inverse_has_a_finite_gradient(gap):
+    """1/tail overflows in float32 from e^88 on, and 0 times infinity is no number."""
+    teacher = TokenLogits(rand(3, V, seed=2)).top_k(2)
+    base = rand(3, V, seed=1)
+    base = base.scatter_add(-1, teacher.ids, torch.full((3, 2), gap, dtype=base.dtype))
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        logits = base.detach().to(dtype, copy=True).requires_grad_()
+        token_divergence("forward_kl", TokenLogits(logits), teacher).sum().backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    exact = gradient(torch.float64)
+    logits = base.clone().requires_grad_()
+    others = torch.logsumexp(logits.scatter(-1, teacher.ids, -math.inf), -1, keepdim=True)
+    buckets = F.log_softmax(torch.cat([logits.gather(-1, teacher.ids), others], -1), -1)
+    forward_kl(buckets, teacher.buckets()).sum().backward()
+    assert torch.allclose(exact, logits.grad, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(gradient(torch.float32).double(), exact, rtol=1e-4, atol=1e-5)
+
+
 def test_stored_probabilities_that_were_rounded_are_normalised_anew():
     student, teacher = pair()
     exact = TokenLogits(teacher).top_k(6)
