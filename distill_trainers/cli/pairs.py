@@ -172,7 +172,7 @@ def _written_prompt(row: Mapping[str, Any], kind: str) -> Any:
 
 
 def _right_answer(row: Mapping[str, Any], number: int, own: PairArguments) -> str:
-    from ..data.answers import final_number
+    from ..rationales.verify import final_number
 
     if own.verify == "none":
         return ""
@@ -187,18 +187,23 @@ def _right_answer(row: Mapping[str, Any], number: int, own: PairArguments) -> st
     return answer
 
 
+def _is_right(response: str, answer: str) -> bool:
+    from ..rationales.verify import final_number, same_number
+
+    said, right = final_number(response), final_number(answer)
+    return said is not None and right is not None and same_number(said, right)
+
+
 def _teacher_answers(
     teacher: str, prompts: dict[str, Prompt], recipe: Recipe, own: PairArguments, tokenizer: Any, target: Path
 ) -> dict[str, Any]:
     """The teacher's first response to each prompt that stands the check."""
-    from ..data.answers import same_final_number
-
     writer = _Writer(teacher, "teacher", recipe, tokenizer, target)
     found: dict[str, Any] = {}
     for attempt in range(own.attempts):
         asked = {key: prompt for key, prompt in prompts.items() if key not in found}
         for key, response in writer.answer(asked, attempt).items():
-            if own.verify == "none" or same_final_number(response["text"], prompts[key].answer):
+            if own.verify == "none" or _is_right(response["text"], prompts[key].answer):
                 found[key] = {**response, "attempt": attempt}
     return found
 
@@ -275,8 +280,6 @@ def _pair(
     prompt: Prompt, chosen: dict[str, Any], rejected: dict[str, Any], own: PairArguments, source: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
     """One line of the file, or why there is none."""
-    from ..data.answers import same_final_number
-
     if chosen["text"].strip() == rejected["text"].strip():
         return {}, "pairs of equal responses"
     if not chosen["text"].strip() or not rejected["text"].strip():
@@ -288,7 +291,7 @@ def _pair(
         provenance |= {f"{side}_tokens": response["tokens"], f"{side}_finished": response["finished"]}
     if own.verify != "none":
         provenance["verified"] = own.verify
-        provenance["rejected_is_right"] = same_final_number(rejected["text"], prompt.answer)
+        provenance["rejected_is_right"] = _is_right(rejected["text"], prompt.answer)
     is_text = isinstance(prompt.written, str)
     sides = {
         side: response["text"] if is_text else [{"role": "assistant", "content": response["text"]}]

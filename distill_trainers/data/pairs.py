@@ -320,9 +320,3 @@ def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad
     }
     pairs = torch.arange(len(chosen["input_ids"]), device=trained.device).repeat(2)
     return {**chosen, **joined, **{name: entry.float() for name, entry in entries.items()}, "examples": pairs}
-
-
-def chosen_rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The chosen half of a batch that `join_pairs` made."""
-    half = len(batch["input_ids"]) // 2
-    return {name: batch[name][:half] for name in ("input_ids", "attention_mask", "labels")}

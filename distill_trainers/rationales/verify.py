@@ -6,8 +6,10 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from ..exceptions import ConfigurationError
+from .formats import DEFAULT_FORMATS, parse_response
 from .numbers import as_number, normalised, same_number
 from .symbolic import SymbolicEquality, is_available, require_math_verify
 
@@ -17,6 +19,10 @@ RIGHT, WRONG, NO_ANSWER, UNDECIDED = "right", "wrong", "no answer", "undecided"
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
+# Whole numbers, decimals and fractions, but no part of a term, a version or a power.
+_LAST_NUMBER = (
+    r"regex:(?<![\w.^])(?<!\d[-−+*/]\s?)[-−]?\s?\$?\d[\d,]*+(?:\.\d++)?+(?:/\d++)?+(?!\.?\w|\s?[-−+*/^]\s?\d)"
+)
 _MATHS = re.compile(r"[\\^=√π]|[A-Za-z]\s*[+*/-]|\d[A-Za-z(]")
 
 
@@ -95,6 +101,12 @@ def verify_answer(
         equal = (symbolic or _symbolic())(answer, reference)
         return Verdict(UNDECIDED, "math") if equal is None else _verdict(equal, "math")
     return Verdict(WRONG, "exact")
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number of an answer in one of the default formats; without such an answer, the last number of the text."""
+    answer = parse_response(text, (*DEFAULT_FORMATS, _LAST_NUMBER)).answer
+    return None if answer is None else as_number(answer)
 
 
 def same_text(one: str, other: str) -> bool:

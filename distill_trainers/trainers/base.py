@@ -321,6 +321,10 @@ class DistillTrainer(TeacherForcedEvaluation):
             sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id, **padding))
         return sampled
 
+    def _prepare_input(self, data: Any) -> Any:
+        # Not in the dtype of DeepSpeed's engine: models read integers, and log-probabilities would lose their digits.
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def compute_loss(
         self,
         model: nn.Module,

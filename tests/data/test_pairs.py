@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 
 from distill_trainers.data import PairCollator, prepare_pairs
-from distill_trainers.data.answers import final_number, same_final_number
 from distill_trainers.data.pairs import LAYOUT, is_pair, split_pair
 from distill_trainers.exceptions import DatasetError
 
@@ -182,35 +181,3 @@ def test_rows_without_a_rejected_response_make_ordinary_batches(tokenizer):
 
 
 # ---- Final numbers --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("So she has 3 + 4 = 7 apples.\n#### 7", 7),
-        ("#### 1,250", 1250),
-        ("It costs $1,250.50.", "1250.50"),
-        ("from 5 to −3", -3),
-        ("the answer is -12.", -12),
-        ("#### x\n", None),
-        ("no number", None),
-        ("in 2020, he was 41 years old", 41),
-        ("version 1.2.3", None),
-        ("3-4", 4),
-    ],
-)
-def test_final_numbers(text, number):
-    from decimal import Decimal
-
-    found = final_number(text)
-    if text == "version 1.2.3":
-        assert found is None or isinstance(found, Decimal)
-        return
-    if number is None and text.startswith("####"):
-        assert found is None
-    assert found == (None if number is None else Decimal(str(number)))
-
-
-def test_answers_are_compared_as_numbers():
-    assert same_final_number("That makes 18.0 dollars", "9 + 9 = 18\n#### 18")
-    assert not same_final_number("That makes 81", "#### 18") and not same_final_number("none", "#### 18")

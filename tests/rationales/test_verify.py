@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from fractions import Fraction
 
 import pytest
 
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.rationales import majority_answer, verify_answer
 from distill_trainers.rationales.symbolic import SymbolicEquality, is_available
+from distill_trainers.rationales.verify import final_number
 
 needs_math_verify = pytest.mark.skipif(not is_available(), reason="math-verify is not installed")
 
@@ -133,3 +135,26 @@ def test_majority():
     assert majority_answer(["4", "5"]) == (None, 0.0)
     assert majority_answer([None, None]) == (None, 0.0)
     assert majority_answer(["(a)", "river", "B"], choices=["river", "bank"]) == ("(a)", 2 / 3)
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("So she has 3 + 4 = 7 apples.\n#### 7", 7),
+        ("#### 1,250", 1250),
+        ("It costs $1,250.50.", Fraction("1250.5")),
+        ("from 5 to −3", -3),
+        ("the answer is -12.", -12),
+        ("#### x\n", None),
+        ("no number", None),
+        ("in 2020, he was 41 years old", 41),
+        ("#### 1/2", Fraction(1, 2)),
+        ("that makes 1/3", Fraction(1, 3)),
+        ("version 1.2.3", None),
+        ("it is 2^10", None),
+        ("5-3", None),
+    ],
+)
+def test_final_numbers(text, number):
+    """Part of a term is no answer: 5-3 does not say 3, nor 2^10 ten."""
+    assert final_number(text) == number
