@@ -274,11 +274,27 @@ def install_token_forward(model: nn.Module) -> nn.Module:
             return self._distill_original_forward(*args, **kwargs)
         # PEFT passes labels, return_dict and the like along as None.
         inputs = {k: v for k, v in kwargs.items() if v is not None and k not in ("labels", "return_dict")}
-        hidden = self.base_model(*args, **inputs, use_cache=False).last_hidden_state
+        hidden = self.base_model(*args, **{"use_cache": False, **inputs}).last_hidden_state
         return _inside_head(self, hidden, on_hidden)
 
     causal_lm.forward = MethodType(forward, causal_lm)  # a bound method, so that deepcopy binds it to the copy
     return model
+
+
+def gives_hidden_states(model: nn.Module) -> bool:
+    """Whether `on_hidden` is installed, and the head is one product whose logits this package knows how to rebuild.
+
+    What a model that is not known here does to its logits is found out by `head_reproduces_logits`; it is remembered
+    with the model, since it takes two forwards.
+    """
+    causal_lm: Any = causal_lm_of(model)
+    if "_distill_original_forward" not in causal_lm.__dict__ or not head_is_fusable(model):
+        return False
+    if "_distill_head_is_known" not in causal_lm.__dict__:
+        some = torch.arange(4, device=next(causal_lm.parameters()).device).unsqueeze(0)
+        inputs = {"input_ids": some, "attention_mask": torch.ones_like(some)}
+        causal_lm._distill_head_is_known = head_reproduces_logits(model, inputs)
+    return causal_lm._distill_head_is_known
 
 
 def _inside_head(causal_lm: PreTrainedModel, hidden: Tensor, on_hidden: OnHidden) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from .. import models
+from ..signals import Head
 from .cache import can_join, droppable_cache, join, keep_rows
 from .sampling import SamplingSettings, Stops, draw_tokens, logits_processors, stop_function, trim_left
 
@@ -241,7 +242,7 @@ def _decode(
     """One completion for each of `rows`."""
     voices = [model] if mixture is None else [model, mixture.model]
     in_step = scored and any(map(models.must_stay_in_step, voices))
-    processors, runs = logits_processors(sampling), [_runner(voice) for voice in voices]
+    processors, runs = logits_processors(sampling), [_runner(voice, exact=scored) for voice in voices]
     eos = torch.tensor(sampling.eos_token_ids, dtype=torch.int64, device=rows.ids.device)
     ended: dict[int, Scored] = {}
     read = [_read_prompts(voice, rows, run, whole=in_step) for voice, run in zip(voices, runs, strict=True)]
@@ -311,18 +312,31 @@ def _read_prompts(model: Any, rows: _Rows, run: Run, whole: bool = False) -> tup
     return torch.cat(logits), caches[0] if len(caches) == 1 else join(caches)
 
 
-def _runner(model: Any) -> Run:
-    """`run(ids, mask, positions, cache)`: logits `[n, V]` of the last position, at least float32 (`generate`'s)."""
+def _runner(model: Any, exact: bool = False) -> Run:
+    """`run(ids, mask, positions, cache)`: logits `[n, V]` of the last position, at least float32 (`generate`'s).
+
+    `exact`: with the head's product in float32, as losses take it, where the model itself would round its logits to
+    bfloat16: a ratio of the student to itself is then 1 but for what rounding does to its hidden states.
+    """
     accepted = _parameters(models.causal_lm_of(model))
+    exact = exact and models.gives_hidden_states(model)
 
     def run(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
-        some = {"position_ids": positions, "logits_to_keep": 1}
+        some: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
         some = {name: value for name, value in some.items() if name in accepted}
+        if exact:
+            some = {**some, "on_hidden": _wide_logits}
+            some.pop("logits_to_keep", None)
         output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **some)
-        logits = output.logits[:, -1]
+        logits = output if exact else output.logits[:, -1]
         return logits.to(device=ids.device, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     return run
+
+
+def _wide_logits(hidden: Tensor, head: Head) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head.logits(hidden[:, -1])
 
 
 def _parameters(causal_lm: Any) -> set[str]:

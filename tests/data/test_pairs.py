@@ -85,7 +85,7 @@ def test_published_pairs_of_another_library(tokenizer):
         pytest.skip("the shared data is not here")
     rows = json.loads(file.read_text())[:40]
     found = prepared(
-        [{k: r[k] for k in ("conversations", "chosen", "rejected")} for r in rows], tokenizer, max_length=4000
+        [{k: r[k] for k in ("conversations", "chosen", "rejected")} for r in rows], tokenizer, max_length=40000
     )
     assert len(found) == 40
     for row, given in zip(found, rows, strict=True):

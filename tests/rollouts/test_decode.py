@@ -16,6 +16,7 @@ from distill_trainers.rollouts import (
     SamplingSettings,
     decode,
     decode_completions,
+    decode_scored,
     generate_completions,
     rollout_rng,
 )
@@ -410,3 +411,22 @@ def test_a_tokenizer_that_cannot_match_strings_is_named(make_model, tokenizer, p
 def test_stop_strings_without_a_tokenizer_are_refused(make_model, pad_left):
     with pytest.raises(ConfigurationError, match="tokenizer"):
         decode_completions(make_model(), *pad_left([[4]]), SamplingSettings(3, stop_strings=["x"]))
+
+
+def test_log_probabilities_of_draws_are_not_rounded_like_bfloat16_logits(make_student):
+    """All logits lie near −100, where bfloat16 has steps of a half; the softmax does not see that, nor may a ratio."""
+    model = models.install_token_forward(make_student(initializer_range=0.25, tie_word_embeddings=False)).bfloat16()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1.0)
+        model.model.embed_tokens.weight[:, 0] = 30.0  # so that the last hidden state always holds it
+        model.lm_head.weight[:, 0] = -20.0
+    ids = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
+    sampling = SamplingSettings(6, pad_token_id=0)
+    torch.manual_seed(0)
+    for prompt, row in zip(ids.tolist(), decode_scored(model, ids, torch.ones_like(ids), sampling), strict=True):
+        whole = torch.tensor([prompt + row.ids])
+        hidden = model.model(whole).last_hidden_state[0, 3:-1].float()
+        logits = hidden @ model.lm_head.weight.float().T
+        assert logits.mean() < -80
+        exact = logits.log_softmax(-1).gather(-1, torch.tensor(row.ids)[:, None]).squeeze(-1)
+        assert (row.logps[:, 0] - exact).abs().max() < 0.1
