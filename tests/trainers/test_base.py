@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from distill_trainers import GKDConfig, GKDTrainer
 from distill_trainers.data.addition import addition_dataset, addition_rows, character_tokenizer
@@ -415,3 +415,14 @@ def test_terms_may_have_divisors_of_their_own(make_trainer, dense, by_step, monk
     assert by_step(trainer, "rows")[1] == pytest.approx(nll.sum().item() / 6, rel=1e-5)
     assert by_step(trainer, "plain")[1] == pytest.approx(nll.mean().item(), rel=1e-5)
     assert by_step(trainer)[1] == pytest.approx(odd + 0.5 * nll.sum().item() / 6, rel=1e-5)
+
+
+def test_entries_keep_their_digits_under_deepspeed(make_trainer, batch_of, monkeypatch):
+    """transformers casts every float of a batch to the dtype of DeepSpeed's engine."""
+    trainer = make_trainer()
+    engine = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", engine)
+    batch = {**batch_of(trainer, range(4)), "token_logps": torch.tensor([[-7.01, -3.003]])}
+    assert Trainer._prepare_input(trainer, batch["token_logps"]).dtype == torch.bfloat16
+    assert torch.equal(trainer._prepare_inputs(batch)["token_logps"], batch["token_logps"])
