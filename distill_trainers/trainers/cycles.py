@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 LOGPS = "sampled_logps"  # the batch entry `[B, T, K]` that travels with sampled rows
+ROWS_PER_STEP = "rows per optimiser step"
+WITHOUT_CYCLES = {"num_minibatches": 1, "num_inner_epochs": 1}
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class RolloutCycles:
         Raises:
             DatasetError: there are fewer rows than one optimiser step takes.
         """
-        rows = self._step_batches * self._batch_rows * self._world
+        rows = self._step_rows
         if len(order) < rows:
             raise DatasetError(
                 f"Got {len(order)} training rows, but one optimiser step takes {rows} (all devices and accumulated "
@@ -123,8 +125,7 @@ class RolloutCycles:
         if self.start != step - position:
             raise CheckpointError(
                 f"Optimiser step {step + 1} goes on with rollouts of step {step - position + 1}, which the checkpoint "
-                "does not hold: it was written with other settings. Resume with the `num_minibatches`, "
-                "`num_inner_epochs`, batch size and data that it was written with."
+                "does not hold: it was written with other data. Resume with the rows that it was written with."
             )
         epoch, minibatch = divmod(position, steps)
         order = list(range(len(self.rows)))
@@ -142,8 +143,18 @@ class RolloutCycles:
         return self.trainer.args.train_batch_size
 
     @property
-    def _step_batches(self) -> int:
-        return self.trainer.args.gradient_accumulation_steps
+    def _step_rows(self) -> int:
+        """Rows of one optimiser step over all processes."""
+        return self.trainer.args.gradient_accumulation_steps * self._batch_rows * self._world
+
+    @property
+    def _settings(self) -> dict[str, int]:
+        """What says which rows an optimiser step takes; with another of them a run cannot go on."""
+        return {
+            "num_minibatches": self.minibatches,
+            "num_inner_epochs": self.inner_epochs,
+            ROWS_PER_STEP: self._step_rows,
+        }
 
     def _gathered(self, batches: list[Batch], count: int) -> list[Row]:
         """The rows of all processes, in the order of the data: batches are dealt to the processes in turn."""
@@ -167,12 +178,13 @@ class RolloutCycles:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The running cycle: ids and log-probabilities of all rows one after the other, and `[N, 2]` lengths."""
+        """The settings, and the running cycle: ids and log-probabilities of all rows in turn, and `[N, 2]` lengths."""
         if not self.rows:
-            return {}
+            return {"settings": self._settings}
         ids = [token for row in self.rows for token in (*row.prompt, *row.completion)]
         lengths = [(len(row.prompt), len(row.completion)) for row in self.rows]
         return {
+            "settings": self._settings,
             "start": self.start,
             "ids": torch.tensor(ids, dtype=torch.int32),
             "lengths": torch.tensor(lengths, dtype=torch.int32),
@@ -180,14 +192,31 @@ class RolloutCycles:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up `state_dict` again."""
-        if not state:
+        """Take up `state_dict` again; an empty one is that of a run without cycles.
+
+        Raises:
+            CheckpointError: it was written with other settings than the run's.
+        """
+        self._check(state.get("settings", WITHOUT_CYCLES))
+        if "start" not in state:
             return
         self.start, lengths = state["start"], state["lengths"].tolist()
         parts = iter(state["ids"].split([each for pair in lengths for each in pair]))
         logps = state["logps"].split([completion for _, completion in lengths])
         pairs = zip(parts, parts, logps, strict=True)
         self.rows = [Row(prompt.tolist(), completion.tolist(), kept.clone()) for prompt, completion, kept in pairs]
+
+    def _check(self, written: Mapping[str, int]) -> None:
+        own = self._settings
+        names = [name for name in written if written[name] != own[name]]
+        if names:
+            got = ", ".join(f"{name}: {own[name]}" for name in names)
+            expected = ", ".join(f"{name}: {written[name]}" for name in names)
+            raise CheckpointError(
+                f"Got `{got}`; expected `{expected}`, with which the checkpoint was written: its place in the data and "
+                f"in its rollouts is counted in them. Resume with those ({ROWS_PER_STEP}: per_device_train_batch_size "
+                "× gradient_accumulation_steps × processes), or start a new run from its weights."
+            )
 
 
 def rows_of(batches: Sequence[Batch]) -> list[Row]:
