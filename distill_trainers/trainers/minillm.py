@@ -98,6 +98,11 @@ class MiniLLMConfig(DistillConfig):
         """Whether one rollout batch serves several optimiser steps."""
         return self.num_minibatches * self.num_inner_epochs > 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        split = self.accelerator_config.split_batches  # type: ignore[union-attr]  # parsed by now
+        require(not self.reuses_rollouts or not split, "accelerator_config.split_batches", split, COUNTED)
+
     def _check(self) -> None:
         super()._check()
         for name, choices in CHOICES.items():
@@ -128,10 +133,13 @@ class MiniLLMConfig(DistillConfig):
             require(value is None or value > 0, name, value, "a number above 0, or null")
         for name in ("num_minibatches", "num_inner_epochs", "pretraining_batch_size"):
             value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
+            optional = value is None and name == "pretraining_batch_size"
+            require(optional or (type(value) is int and value >= 1), name, value, "a whole number, at least 1")
         reused = "1 with objective token and estimator exact, which has no ratio that tells how old a rollout is"
         for name in ("num_minibatches", "num_inner_epochs"):
             require(scored or getattr(self, name) == 1, name, getattr(self, name), reused)
+        for name in ("ignore_data_skip", "auto_find_batch_size"):
+            require(not self.reuses_rollouts or not getattr(self, name), name, getattr(self, name), COUNTED)
         require(self.lm_loss_weight >= 0, "lm_loss_weight", self.lm_loss_weight, "0 or a positive number")
         given = "0 where no step trains on given completions (lmbda is 1). Pass a pretraining dataset instead"
         require(self.lm_loss_weight == 0 or self.lmbda < 1, "lm_loss_weight", self.lm_loss_weight, given)
@@ -141,6 +149,7 @@ class MiniLLMConfig(DistillConfig):
         require(fits, "max_new_tokens", self.max_new_tokens, room)
 
 
+COUNTED = "false with num_minibatches or num_inner_epochs above 1: rollouts are reused by a fixed count of rows a step"
 CHOICES = {
     "objective": ("sequence", "token"),
     "estimator": ("exact", "sampled"),

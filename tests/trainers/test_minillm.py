@@ -373,7 +373,14 @@ def test_settings_that_the_token_objective_leaves_out(make, by_step):
         ({"clip_range": -0.2}, "clip_range: -0.2"),
         ({"num_minibatches": 0}, "num_minibatches: 0"),
         ({"num_inner_epochs": 0}, "num_inner_epochs: 0"),
+        ({"num_minibatches": 1.5}, "num_minibatches: 1.5"),
+        ({"num_minibatches": None}, "num_minibatches: None"),
+        ({"num_inner_epochs": 2.0}, "num_inner_epochs: 2.0"),
+        ({"pretraining_batch_size": 1.5}, "pretraining_batch_size: 1.5"),
         ({"num_inner_epochs": 2, "objective": "token"}, "num_inner_epochs: 2"),
+        ({"num_inner_epochs": 2, "ignore_data_skip": True}, "ignore_data_skip: True"),
+        ({"num_minibatches": 2, "auto_find_batch_size": True}, "auto_find_batch_size: True"),
+        ({"num_minibatches": 2, "accelerator_config": {"split_batches": True}}, "split_batches: True"),
         ({"lm_loss_weight": 0.5}, "lm_loss_weight: 0.5"),
         ({"pretraining_weight": -1.0}, "pretraining_weight: -1.0"),
         ({"pretraining_batch_size": 0}, "pretraining_batch_size: 0"),
@@ -385,3 +392,8 @@ def test_settings_that_cannot_work_are_refused_by_name(tmp_path, settings, named
     with pytest.raises(ConfigurationError, match=named.replace(".", r"\.")) as caught:
         MiniLLMConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     assert "expected" in str(caught.value)
+
+
+def test_without_cycles_the_data_may_be_counted_otherwise(tmp_path):
+    others = {"ignore_data_skip": True, "auto_find_batch_size": True, "accelerator_config": {"split_batches": True}}
+    assert MiniLLMConfig(output_dir=str(tmp_path), use_cpu=True, **others).accelerator_config.split_batches
