@@ -7,7 +7,7 @@ MiniLLM (Gu et al., arXiv 2306.08543). With r_t = log p(y_t) - log q(y_t), R_t =
 
 Everything here is `[B, T]` with a bool mask of the tokens that were sampled. What lies outside the mask never enters a
 result, so that padding may hold anything, and is 0 in what comes back. Values are at least float32. All of them are
-constants: a gradient comes in by `clipped_surrogate` alone.
+constants: a gradient comes in by the ratio of `clipped_surrogate` alone.
 """
 
 from __future__ import annotations
@@ -109,9 +109,15 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float | Non
         advantages: of the same shape, constants.
         clip_range: c; None does not clip.
     """
+    return clipped_ratio(ratio, advantages, clip_range) * advantages
+
+
+def clipped_ratio(ratio: Tensor, advantages: Tensor, clip_range: float | None) -> Tensor:
+    """The ratio that `clipped_surrogate` multiplies the advantages by: by parts of them, its value falls into parts."""
     if clip_range is None:
-        return ratio * advantages
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+        return ratio
+    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.where(is_clipped(ratio, advantages, clip_range) > 0, bounded, ratio)
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_range: float | None) -> Tensor:

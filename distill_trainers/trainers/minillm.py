@@ -239,14 +239,19 @@ class MiniLLMTrainer(DistillTrainer):
         return terms
 
     def _surrogates(self, logps: Tensor, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Terms whose gradient is that of the sampled tokens' log-probabilities."""
+        """Terms whose gradient is that of the sampled tokens' log-probabilities.
+
+        Where both are there, it is the sum of their advantages that is clipped: they are parts of one surrogate.
+        """
         ratio = policy_gradient.probability_ratio(logps, tokens["token_logps"])
         advantages = {"long": tokens["token_long"]} if self.args.objective == "sequence" else {}
         if self.args.estimator == "sampled":
             advantages["single"] = tokens["token_single"]
         clip = self.args.clip_range
-        terms = {name: -policy_gradient.clipped_surrogate(ratio, each, clip) for name, each in advantages.items()}
-        clipped = policy_gradient.is_clipped(ratio, next(iter(advantages.values())), clip)
+        total = torch.stack(list(advantages.values())).sum(0)
+        bounded = policy_gradient.clipped_ratio(ratio, total, clip)
+        terms = {name: -bounded * each for name, each in advantages.items()}
+        clipped = policy_gradient.is_clipped(ratio, total, clip)
         return terms | {"ratio": tokens["token_own"] * ratio.detach(), "clipped": tokens["token_own"] * clipped}
 
     def _exact_single(self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]) -> Tensor:

@@ -150,20 +150,48 @@ def test_without_long_it_is_another_objective(trainer_of):
     assert (expected_gradient(sampled, 0.0) - found).abs().max() < 1e-9
 
 
+def moved_by_e(trainer, rewards):
+    """Loss and what it is made of, on a row whose tokens have become e times as likely as when they were sampled."""
+    ids = (2, 2, 1)
+    old = token_logps(trainer.model, ids).detach() - 1.0
+    batch = replace_completions(trainer.data_collator([trainer.train_dataset[0]]), [list(ids)], 0)
+    told = old + torch.tensor(rewards, dtype=old.dtype)
+    (batch,) = trainer.score([with_logps(batch, torch.stack([old, old, told], dim=1))])
+    trainer.model.train()
+    return trainer.compute_loss(trainer.model, batch, return_outputs=True)
+
+
 def test_the_gradient_is_clipped_where_the_student_has_moved(trainer_of):
     """A token that has become much likelier than when it was sampled gets no more credit, but still blame."""
-    ids = (2, 2, 1)
     trainer = trainer_of(teacher_mix_alpha=0.0, estimator="sampled", clip_range=0.2)
-    q = token_logps(trainer.model, ids).detach()
     for reward, moves in ((0.5, False), (-0.5, True)):
-        batch = replace_completions(trainer.data_collator([trainer.train_dataset[0]]), [list(ids)], 0)
-        old = q - 1.0
-        (batch,) = trainer.score([with_logps(batch, torch.stack([old, old, old + reward], dim=1))])
-        trainer.model.train()
-        loss, found = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        loss, found = moved_by_e(trainer, [reward] * 3)
         assert (gradient_of(trainer, loss).abs().max() > 0) == moves
         torch.testing.assert_close(found["ratio"], torch.full((3,), math.e, dtype=torch.float64))
-        assert found["clipped"].tolist() == ([0, 0, 0] if moves else [1, 1, 0]), "nothing follows the last"
+        assert found["clipped"].tolist() == ([0, 0, 0] if moves else [1, 1, 1])
+
+
+def test_with_the_exact_single_it_is_long_that_is_clipped(trainer_of):
+    trainer = trainer_of(teacher_mix_alpha=0.0, clip_range=0.2)
+    _, found = moved_by_e(trainer, [0.5, 0.5, 0.5])
+    assert found["clipped"].tolist() == [1, 1, 0], "nothing follows the last"
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_single_and_long_of_sampled_tokens_are_clipped_as_one(trainer_of, sign):
+    """Their signs differ at the first token; its return, their sum, has Long's."""
+    trainer = trainer_of(teacher_mix_alpha=0.0, estimator="sampled", clip_range=0.2)
+    rewards, long = [sign * r for r in (-0.2, 0.5, 0.5)], [sign * r for r in (1.0, 0.5, 0.0)]
+    loss, found = moved_by_e(trainer, rewards)
+    ratio = 1.2 if sign > 0 else math.e
+    assert found["clipped"].tolist() == [float(sign > 0)] * 3
+    assert found["single"].tolist() == pytest.approx([-ratio * r for r in rewards])
+    assert found["long"].tolist() == pytest.approx([-ratio * r for r in long])
+    assert loss.item() == pytest.approx(-ratio * (sum(rewards) + sum(long)))
+    gradient = gradient_of(trainer, loss)
+    returns = torch.tensor(rewards, dtype=torch.float64) + torch.tensor(long, dtype=torch.float64)
+    expected = gradient_of(trainer, -math.e * (returns * token_logps(trainer.model, (2, 2, 1))).sum())
+    torch.testing.assert_close(gradient, torch.zeros_like(expected) if sign > 0 else expected)
 
 
 # ---- Sampling from the mixture --------------------------------------------------------------------------------------
