@@ -57,8 +57,16 @@ class MiniLLMConfig(DistillConfig):
         default=True, metadata={"help": "Long takes the mean of the rewards that follow a token, not their sum."}
     )
     gamma: float = field(default=1.0, metadata={"help": "γ: discount of rewards by their distance from the token."})
-    reward_scale: float = field(default=1.0, metadata={"help": "Factor on every reward log p − log q."})
-    reward_clip: float | None = field(default=None, metadata={"help": "Bound on the size of a scaled reward."})
+    reward_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor on the rewards log p − log q: those of Long alone with estimator exact, whose Single has "
+            "none, and of both with sampled."
+        },
+    )
+    reward_clip: float | None = field(
+        default=None, metadata={"help": "Bound on the size of a scaled reward, in Long or in both as reward_scale."}
+    )
     clip_range: float | None = field(
         default=0.2, metadata={"help": "PPO: bound on how far q now / q at sampling may leave 1; null does not clip."}
     )
@@ -76,7 +84,7 @@ class MiniLLMConfig(DistillConfig):
         default=0.0, metadata={"help": "With objective token: weight of −log q(y) of given completions."}
     )
     pretraining_weight: float = field(
-        default=1.0, metadata={"help": "Weight of −log q of the pretraining dataset's text, if there is one."}
+        default=1.0, metadata={"help": "Weight of −log q of the pretraining dataset's text; at 0 it is not read."}
     )
     pretraining_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of text beside each micro-batch; by default as many as it has."}
@@ -182,7 +190,7 @@ class MiniLLMTrainer(DistillTrainer):
         super().__init__(*args, **kwargs)
         self.cycles = RolloutCycles(self, self.args.num_minibatches, self.args.num_inner_epochs)
         self.text: PlainText | None = None
-        if self.pretraining_dataset is not None:
+        if self.reads_text:
             collator = DistillCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
             rows = self.args.pretraining_batch_size or self.args.per_device_train_batch_size
             self.text = PlainText(self.pretraining_dataset, rows, collator, self.args.seed)
@@ -214,6 +222,11 @@ class MiniLLMTrainer(DistillTrainer):
         divisors = dict.fromkeys(("single", "long", "lm_loss"), "token_unit")
         divisors |= {"ratio": "token_own", "clipped": "token_own"}
         return divisors if self.text is None else {**divisors, "pretraining": "token_text"}
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is text with a weight."""
+        return self.pretraining_dataset is not None and self.args.pretraining_weight > 0
 
     @property
     def has_entries(self) -> bool:
@@ -361,12 +374,11 @@ class MiniLLMTrainer(DistillTrainer):
                 f"{self.args.num_inner_epochs}`; expected a `datasets.Dataset`, or 1 for both, since rollout "
                 "batches of a stream cannot be counted."
             )
-        text = self.pretraining_dataset
-        if text is not None and not hasattr(text, "__len__"):
+        if self.reads_text and not hasattr(self.pretraining_dataset, "__len__"):
             raise DatasetError("Got a stream as `pretraining_dataset`; expected a `datasets.Dataset`.")
 
     def prepare_rows(self, dataset: Any, tokenizer: Any, name: str) -> Any:
-        if name == "train" and self.pretraining_dataset is not None:
+        if name == "train" and self.reads_text:
             with self.args.main_process_first(desc="pretraining tokenisation"):
                 self.pretraining_dataset = prepare_dataset(
                     self.pretraining_dataset,

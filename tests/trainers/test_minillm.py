@@ -258,6 +258,22 @@ def test_the_teacher_does_not_read_the_text(make, monkeypatch, settings):
     assert asked and all(shape[0] == 4 and shape[1] < 20 and mask == (4, shape[1] - 1) for shape, mask in asked)
 
 
+def test_text_without_a_weight_is_not_read(make, by_step):
+    settings = {"max_steps": 2, "teacher_mix_alpha": 0.0}
+    plain, trainer = make(**settings), make(pretraining=text_dataset(), pretraining_weight=0.0, **settings)
+    asked, inner = [], trainer._token_terms
+
+    def spy(model, inputs, *args):
+        asked.append(len(inputs["labels"]))
+        return inner(model, inputs, *args)
+
+    trainer._token_terms = spy
+    plain.train()
+    trainer.train()
+    assert set(asked) == {4}
+    assert by_step(trainer) == by_step(plain) and not by_step(trainer, "pretraining")
+
+
 def test_text_has_an_order_of_its_own():
     """Processes and micro-batches share it out; each pass serves every row once; it follows from seed and step."""
 
@@ -397,3 +413,19 @@ def test_settings_that_cannot_work_are_refused_by_name(tmp_path, settings, named
 def test_without_cycles_the_data_may_be_counted_otherwise(tmp_path):
     others = {"ignore_data_skip": True, "auto_find_batch_size": True, "accelerator_config": {"split_batches": True}}
     assert MiniLLMConfig(output_dir=str(tmp_path), use_cpu=True, **others).accelerator_config.split_batches
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+def test_rewards_are_scaled_in_long_and_in_the_sampled_single(make, batch_of, estimator):
+    """As the help says: the exact Single has no rewards."""
+    found = []
+    for scale in (1.0, 0.5):
+        trainer = make(teacher_mix_alpha=0.0, estimator=estimator, reward_scale=scale)
+        trainer.model.eval()
+        (batch,) = trainer.score(trainer.rollout([batch_of(trainer, range(4))]))
+        found.append(batch)
+    whole, half = found
+    torch.testing.assert_close(half["token_long"], 0.5 * whole["token_long"])
+    factor = 1.0 if estimator == "exact" else 0.5
+    torch.testing.assert_close(half["token_single"], factor * whole["token_single"])
+    assert whole["token_long"].any() and whole["token_single"].any()
