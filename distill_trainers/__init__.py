@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GKDConfig": "trainers.gkd",
     "GKDTrainer": "trainers.gkd",
-    "MiniLLMConfig": "trainers.minillm",
+    "MiniLLMConfig": "trainers.minillm_config",
     "MiniLLMTrainer": "trainers.minillm",
     "DPKDConfig": "trainers.dpkd",
     "DPKDTrainer": "trainers.dpkd",
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from .trainers.config import DistillConfig
     from .trainers.dpkd import DPKDConfig, DPKDTrainer
     from .trainers.gkd import GKDConfig, GKDTrainer
-    from .trainers.minillm import MiniLLMConfig, MiniLLMTrainer
+    from .trainers.minillm import MiniLLMTrainer
+    from .trainers.minillm_config import MiniLLMConfig
     from .trainers.rationale import RationaleTrainer
     from .trainers.rationale_config import RationaleConfig
 

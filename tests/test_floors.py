@@ -32,7 +32,7 @@ STRANGERS = [{"teachers", "rollouts"}]
 COMMON = {"base", "caching", "callbacks", "checkpoints", "completions", "config", "cycles", "evaluating"}
 COMMON |= {"forward", "guard", "metrics", "order", "pretraining", "references", "rejections", "scoring", "sources"}
 # Settings that fill a file of their own, beside the method's.
-OWN_CONFIGS = {"dpkd": "dpkd_config", "rationale": "rationale_config"}
+OWN_CONFIGS = {"dpkd": "dpkd_config", "minillm": "minillm_config", "rationale": "rationale_config"}
 FILES = sorted(ROOT.rglob("*.py"))
 by_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 

@@ -4,7 +4,8 @@ from .base import DistillTrainer
 from .config import DistillConfig
 from .dpkd import DPKDConfig, DPKDTrainer
 from .gkd import GKDConfig, GKDTrainer
-from .minillm import MiniLLMConfig, MiniLLMTrainer
+from .minillm import MiniLLMTrainer
+from .minillm_config import MiniLLMConfig
 from .rationale import RationaleTrainer
 from .rationale_config import RationaleConfig
 
