@@ -59,7 +59,7 @@ def plot(measured: dict[str, Any], path: Path) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "ratios"  # the same measurements give the same file
+    matplotlib.rcParams |= {"svg.hashsalt": "ratios", "svg.fonttype": "none"}  # the same figures, the same small file
     import matplotlib.pyplot as plt
 
     groups = {TITLES["loss"]: measured["loss"], **measured["compare_trl"], TITLES["rollouts"]: measured["rollouts"]}
@@ -72,7 +72,8 @@ def plot(measured: dict[str, Any], path: Path) -> Path:
         place, ticks = 0.0, []
         for group, results in groups.items():
             own = median(results["ours" if "ours" in results else "decode"], key)
-            axis.text(0, place, f" {group}", fontsize=8, va="center", weight="bold")
+            if axis is axes[0]:
+                axis.text(0, place, f" {group}", fontsize=8, va="center", weight="bold")
             for name, runs in results.items():
                 place -= 1
                 if name == "bare" and key == "extra_mib":
