@@ -1,7 +1,7 @@
 # PYTHON makes the environment; PIP_ARGS goes to its installation, for instance an index of CPU builds of torch.
 PYTHON ?= python3
 PIP_ARGS ?=
-EXTRAS ?= dev,gguf,plots,deepspeed,rationales,remote
+EXTRAS ?= dev,gguf,plots,deepspeed,rationales,remote,serve,evaluation
 
 VENV := .venv
 BIN := $(VENV)/bin
