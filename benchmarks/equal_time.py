@@ -25,9 +25,11 @@ from measuring import machine, write_results
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "smollm2-135m" / "gkd.yaml"
+WARMUP = 3  # steps
 CONTENDERS = {
     "ours": "ours: GKDTrainer, live teacher",
     "ours_cached": "ours: GKDTrainer, teacher's answers kept as they are met",
+    "ours_cached_prompts": "the same, trained on the prompts' tokens too",
     "trl": "TRL: GKDTrainer, off-policy",
     "trl_distillation": "TRL: DistillationTrainer, on-policy",
 }
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="of training, for each")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--decay", action="store_true", help="let the learning rate fall to 0 as the time runs out")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--keep-layers", type=int, default=20)
     parser.add_argument("--trainers", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
@@ -136,6 +139,12 @@ def train(name: str, options: argparse.Namespace) -> dict[str, float]:
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             self.ends = [started]
 
+        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            if options.decay and state.global_step >= WARMUP:  # steps differ between trainers, so by the clock
+                left = max(0.0, 1 - (time.perf_counter() - started) / options.seconds)
+                for group in optimizer.param_groups:
+                    group["lr"] = options.learning_rate * left
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             self.ends.append(time.perf_counter())
             longest = max(after - before for before, after in zip(self.ends, self.ends[1:], strict=False))
@@ -174,7 +183,7 @@ def build(name: str, options: argparse.Namespace) -> Any:
         "per_device_train_batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 3,
+        "warmup_steps": WARMUP,
         "weight_decay": 0.0,
         "activation_checkpointing": False,
         "seed": 0,
@@ -195,8 +204,11 @@ def build(name: str, options: argparse.Namespace) -> Any:
     from distill_trainers import GKDConfig, GKDTrainer
 
     settings |= {"divergence": "forward_kl", "train_sampling_strategy": "group_by_length"}
-    if name == "ours_cached":
-        cache = options.work / "cache"
+    if name == "ours_cached_prompts":
+        rows = rows.map(lambda row: {"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)})
+        rows = rows.remove_columns(["messages"])
+    if name.startswith("ours_cached"):
+        cache = options.work / f"{name}_cache"
         shutil.rmtree(cache, ignore_errors=True)
         settings["teacher_cache"] = str(cache)
         models["teacher_model"] = options.teacher  # kept only until all answers are
@@ -244,7 +256,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def settings_line(options: argparse.Namespace) -> str:
     return (
         f"{Path(options.teacher).name}: {options.keep_layers} of its layers as the student; {options.seconds:.0f} s "
-        f"each; batch {options.batch_size}, forward KL, learning rate {options.learning_rate:g}, bfloat16 autocast."
+        f"each; batch {options.batch_size}, forward KL, learning rate {options.learning_rate:g}"
+        f"{' falling to 0 with the time' if options.decay else ''}, bfloat16 autocast."
     )
 
 

@@ -53,9 +53,14 @@ class Head:
 
     def project(self, hidden: Tensor) -> Tensor:
         """The matrix product alone: `[n, D]` to `[n, V]`, at least float32."""
+        hidden, weight = self.operands(hidden)
+        return hidden @ weight.T
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The two sides of that product, hidden states and weight, in the dtype that it is taken in."""
         weight = self.weight[: self.num_ids]
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-        return hidden.to(dtype) @ weight.to(dtype).T
+        return hidden.to(dtype), weight.to(dtype)
 
     def finish(self, raw: Tensor) -> Tensor:
         """What the model does after the product: bias, scale, soft cap."""

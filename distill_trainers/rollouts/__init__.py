@@ -1,6 +1,6 @@
 """Rollouts: completions sampled from a model, and when to use them."""
 
-from .decode import Mixture, Scored, decode_completions, decode_scored, why_not_scored
+from .decode import decode_completions, decode_scored, why_not_scored
 from .engines import (
     ENGINES,
     DecodeEngine,
@@ -13,7 +13,9 @@ from .engines import (
 )
 from .hf import generate_completions
 from .mixing import draws_on_policy, rollout_rng
+from .mixture import Mixture
 from .replay import AdaptiveProbability, ReplayBuffer
+from .rows import Scored
 from .sampling import SamplingSettings
 from .store import CompletionStore
 

@@ -57,8 +57,11 @@ class LocalTeacher(Teacher):
             logits = self.model(**inputs).logits[:, :-1][predicts]
             return Logits(logits[:, :vocab_size])
         hidden = self.model(**inputs, on_hidden=lambda hidden, head: hidden[:, :-1][predicts])
-        head = models.read_head(models.causal_lm_of(self.model))
-        return HiddenStates(hidden, head.cut_to(vocab_size))
+        return self.signal_of(hidden, vocab_size)
+
+    def signal_of(self, hidden: Tensor, vocab_size: int | None) -> HiddenStates:
+        """What it says where its last hidden states are `hidden` `[N, D]`."""
+        return HiddenStates(hidden, models.read_head(models.causal_lm_of(self.model)).cut_to(vocab_size))
 
     @contextlib.contextmanager
     def whole_head(self, signal: TeacherSignal) -> Iterator[TeacherSignal]:

@@ -36,14 +36,17 @@ def check_mixture(trainer: DistillTrainer) -> None:
             f"Got `teacher_mix_alpha` above 0, but {type(teacher).__name__} cannot write tokens together with the "
             "student. Set `teacher_mix_alpha: 0`, or give a local teacher."
         )
-    live = teacher.live() if isinstance(teacher, CachedTeacher) else teacher
-    for role, model in (("student", trainer.model), ("teacher", live.model)):
+    for role, model in (("student", trainer.model), ("teacher", _live(teacher).model)):
         reason = why_not_scored(model)
         if reason:
             raise ConfigurationError(
                 f"Got `teacher_mix_alpha` above 0, which takes both models into one decode loop, but it cannot run the "
                 f"{role}: {reason}. Set `teacher_mix_alpha: 0`."
             )
+
+
+def _live(teacher: Any) -> LocalTeacher:
+    return teacher.live() if isinstance(teacher, CachedTeacher) else teacher
 
 
 def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, keep_signal: bool) -> list[Batch]:
@@ -63,7 +66,7 @@ def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, k
         if alpha:
             teacher = teacher_generating(trainer.teacher, trainer.accelerator)  # type: ignore[arg-type]  # checked
         with teacher as other:
-            mixture = Mixture(other, alpha) if alpha else None
+            mixture = Mixture(other, alpha, keeps_hidden=keep_signal) if alpha else None
             how: dict[str, Any] = {"tokenizer": trainer.processing_class, "mixture": mixture}
             scored.extend(decode_scored(model, ids, mask, sampling, args.rollout_batch_size, **how))
         return [each.ids for each in scored]
@@ -76,6 +79,9 @@ def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, k
         rows = scored[start : start + len(batch["labels"])]
         start += len(rows)
         logps = torch.cat([each.logps for each in rows if each.logps is not None]).to(batch["labels"].device)
+        if alpha and keep_signal and rows and rows[0].hidden is not None:
+            hidden = torch.cat([each.hidden for each in rows if each.hidden is not None])
+            batch = {**batch, SIGNAL: _live(trainer.teacher).signal_of(hidden, trainer.vocab_size)}
         if not alpha:
             teacher_logps, signal = _teacher_logps(trainer, batch)
             logps = torch.cat([logps, teacher_logps.unsqueeze(1).to(logps.device)], dim=1)

@@ -44,6 +44,8 @@ report["found"] = [engine.generate(sharded, prompts, mask, sampling) for _ in ra
 report["expected"] = decode_completions(whole, prompts, mask, sampling)
 report["mixed"] = []
 for student, teacher in ((sharded, shard(other)), (whole, other)):
+    torch.manual_seed(5)
+    sampling = SamplingSettings(20, eos_token_ids=sampling.eos_token_ids)
     found = decode_scored(student, prompts, mask, sampling, mixture=Mixture(teacher, 0.4))
     report["mixed"].append([[each.ids for each in found], [each.logps.tolist() for each in found]])
 dist.barrier()  # nobody is left waiting in a forward

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, MambaConfig
 from distill_trainers import MiniLLMConfig
 from distill_trainers.data.addition import addition_dataset
 from distill_trainers.exceptions import CheckpointError, ConfigurationError, DatasetError
+from distill_trainers.rollouts import Mixture
 from distill_trainers.signals import TokenLogprobs
 from distill_trainers.teachers import LocalTeacher, Teacher
+from distill_trainers.trainers import scoring
 from distill_trainers.trainers.cycles import LOGPS
 from distill_trainers.trainers.pretraining import PlainText
 
@@ -92,17 +94,27 @@ def test_the_first_step_on_a_rollout_has_ratio_1_and_reports(make, by_step):
 
 
 def test_a_teacher_is_not_asked_twice(make, monkeypatch):
-    """On-policy its hidden states serve rewards and loss; mixed in, its rewards come from generation."""
+    """On-policy its hidden states serve rewards and loss; mixed in, they are those of generation."""
     calls = []
     signal = LocalTeacher.signal
     monkeypatch.setattr(LocalTeacher, "signal", lambda *args: calls.append(1) or signal(*args))
-    for alpha in (0.0, 0.2):
-        calls.clear()
-        make(teacher_mix_alpha=alpha, max_steps=2, gradient_accumulation_steps=2).train()
-        assert len(calls) == 4, "once for each micro-batch"
+    make(teacher_mix_alpha=0.0, max_steps=2, gradient_accumulation_steps=2).train()
+    assert len(calls) == 4, "once for each micro-batch"
     calls.clear()
-    make(teacher_mix_alpha=0.2, estimator="sampled", max_steps=2).train()
+    for estimator in ("exact", "sampled"):
+        make(teacher_mix_alpha=0.2, estimator=estimator, max_steps=2, gradient_accumulation_steps=2).train()
     assert not calls
+
+
+def test_states_kept_from_generation_give_the_loss_of_a_teacher_that_is_asked(make, monkeypatch, by_step):
+    losses = []
+    for keeps in (True, False):
+        if not keeps:
+            monkeypatch.setattr(scoring, "Mixture", lambda model, alpha, keeps_hidden: Mixture(model, alpha))
+        trainer = make(teacher_mix_alpha=0.2, max_steps=3, logging_steps=1)
+        trainer.train()
+        losses.append(by_step(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # ---- Cycles ---------------------------------------------------------------------------------------------------------
@@ -241,7 +253,7 @@ def test_text_adds_its_own_mean(make, dense, by_step, accumulation):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"teacher_mix_alpha": 0.0}, {"teacher_mix_alpha": 0.2}, {"objective": "token"}], ids=str
+    "settings", [{"teacher_mix_alpha": 0.0}, {**CYCLES, "teacher_mix_alpha": 0.2}, {"objective": "token"}], ids=str
 )
 def test_the_teacher_does_not_read_the_text(make, monkeypatch, settings):
     asked = []

@@ -1,0 +1,87 @@
+"""The other model of a mixture: it is asked only now and then, and misses nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill_trainers import models
+from distill_trainers.data.addition import character_tokenizer, tiny_llama
+from distill_trainers.rollouts import Mixture, SamplingSettings, decode_scored, rollout_rng
+from distill_trainers.rollouts.mixture import Partner
+from distill_trainers.rollouts.thin_products import linear, thin_products
+
+PROMPTS = [[3, 4, 12], [7, 12, 7, 13, 2, 5], [2, 2, 9, 9, 4], [5], [8, 8], [3, 4, 12, 5, 13, 6, 7]]
+ENDS = [1, 5, 9]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    made = (tiny_llama(character_tokenizer(), size, 2, seed=size, initializer_range=0.25) for size in (32, 48))
+    return [models.install_token_forward(model.eval()) for model in made]
+
+
+def padded():
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in PROMPTS])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in PROMPTS])
+
+
+def mixed(pair, alpha, **how):
+    sampling = SamplingSettings(24, eos_token_ids=ENDS, suppress_from=14)
+    with rollout_rng(4, 0, 0):
+        return decode_scored(pair[0], *padded(), sampling, mixture=Mixture(pair[1], alpha, **how))
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("gives_hidden", [True, False])
+def test_what_it_tells_is_what_one_forward_over_everything_tells(pair, alpha, gives_hidden, monkeypatch):
+    """Ragged prompts, and rows that leave one by one."""
+    if not gives_hidden:
+        monkeypatch.setattr(models, "gives_hidden_states", lambda model: False)
+    found = mixed(pair, alpha, keeps_hidden=True)
+    assert len({len(each.ids) for each in found}) > 2, "ragged, or this tests little"
+    for prompt, each in zip(PROMPTS, found, strict=True):
+        whole, start = torch.tensor([prompt + each.ids]), len(prompt) - 1
+        of_tokens = []
+        for model in pair:
+            logps = model(input_ids=whole).logits[0, start:-1, :14].log_softmax(-1)
+            of_tokens.append(logps.gather(1, torch.tensor(each.ids)[:, None])[:, 0].detach())
+        q, p = of_tokens
+        drawn = (alpha * p.exp() + (1 - alpha) * q.exp()).log()
+        torch.testing.assert_close(each.logps, torch.stack([q, drawn, p], dim=1), atol=1e-5, rtol=1e-5)
+        if gives_hidden:
+            states = pair[1](input_ids=whole, on_hidden=lambda hidden, head: hidden[0])
+            torch.testing.assert_close(each.hidden, states[start:-1].detach(), atol=1e-5, rtol=1e-5)
+        else:
+            assert each.hidden is None
+
+
+def test_it_is_asked_when_its_coin_comes_up_and_when_rows_leave(pair, monkeypatch):
+    calls, forward = [], Partner._forward
+    monkeypatch.setattr(Partner, "_forward", lambda *args: calls.append(args[1].shape[1]) or forward(*args))
+    few = len(calls) if mixed(pair, 0.05) else 0
+    calls.clear()
+    found = mixed(pair, 0.95)
+    longest = max(len(each.ids) for each in found)
+    assert few < len(calls) <= longest + len(PROMPTS), (few, len(calls))
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0.7}, {"top_k": 3}, {"temperature": 0.0}])
+def test_filters_are_refused(pair, setting):
+    with pytest.raises(ValueError, match="temperature 1 and no filters"):
+        decode_scored(pair[0], *padded(), SamplingSettings(4, **setting), mixture=Mixture(pair[1], 0.5))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+@pytest.mark.parametrize("biased", [True, False])
+def test_thin_products_are_the_same_products(count, biased):
+    layer = torch.nn.Linear(7, 5, bias=biased)
+    model, rows = torch.nn.Sequential(layer), torch.randn(count, 1, 7)
+    expected = layer(rows)
+    with torch.no_grad(), thin_products(model):
+        torch.testing.assert_close(model(rows), expected)
+    assert "forward" not in layer.__dict__
+    with thin_products(model):  # a graph is kept where one is wanted
+        assert model(rows).requires_grad
+    torch.testing.assert_close(linear(rows.double(), layer.weight.double()), rows.double() @ layer.weight.double().T)
