@@ -26,10 +26,10 @@ from measuring import machine, write_results
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "smollm2-135m" / "gkd.yaml"
 WARMUP = 3  # steps
+HELD_OUT = 64  # of a file of prompts
 CONTENDERS = {
     "ours": "ours: GKDTrainer, live teacher",
     "ours_cached": "ours: GKDTrainer, teacher's answers kept as they are met",
-    "ours_cached_prompts": "the same, trained on the prompts' tokens too",
     "trl": "TRL: GKDTrainer, off-policy",
     "trl_distillation": "TRL: DistillationTrainer, on-policy",
 }
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--keep-layers", type=int, default=20)
     parser.add_argument("--trainers", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--prompts", type=Path, help=f"JSON lines with a prompt each; the last {HELD_OUT} are held out")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -95,14 +96,22 @@ def prepare(options: argparse.Namespace) -> None:
     from distill_trainers.cli.train import build_trainer
 
     init = {"from_teacher": True, "keep_layers": options.keep_layers, "strategy": "importance", "measure": "kl"}
+    files = {part: RECIPE.parent / f"prompts_{part}.jsonl" for part in ("train", "heldout")}
+    if options.prompts:
+        lines = options.prompts.read_text(encoding="utf-8").splitlines()
+        files = {part: options.work / f"prompts_{part}.jsonl" for part in files}
+        options.work.mkdir(parents=True, exist_ok=True)
+        files["train"].write_text("\n".join(lines[:-HELD_OUT]) + "\n", encoding="utf-8")
+        files["heldout"].write_text("\n".join(lines[-HELD_OUT:]) + "\n", encoding="utf-8")
     arguments = ["--config", str(RECIPE), "--teacher_model_name_or_path", options.teacher]
+    arguments += ["--dataset", str(files["train"]), "--eval_dataset", str(files["heldout"])]
     arguments += ["--output_dir", str(options.work), "--student_init", json.dumps({**init, "importance_batches": 1})]
     trainer = build_trainer(parse_recipe(arguments))
     trainer.get_train_dataloader()
     trainer.get_eval_dataloader()
     (_, held_out), *_ = trainer._eval_is_filled.values()
     for part, rows in (("train", trainer.train_dataset), ("heldout", held_out)):
-        prompts = (ROOT / "recipes" / "smollm2-135m" / f"prompts_{part}.jsonl").read_text(encoding="utf-8").splitlines()
+        prompts = files[part].read_text(encoding="utf-8").splitlines()
         with open(options.work / f"{part}.jsonl", "w", encoding="utf-8") as file:
             for line, row in zip(prompts, rows, strict=True):
                 prompt = json.loads(line)["prompt"]
@@ -204,11 +213,8 @@ def build(name: str, options: argparse.Namespace) -> Any:
     from distill_trainers import GKDConfig, GKDTrainer
 
     settings |= {"divergence": "forward_kl", "train_sampling_strategy": "group_by_length"}
-    if name == "ours_cached_prompts":
-        rows = rows.map(lambda row: {"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)})
-        rows = rows.remove_columns(["messages"])
-    if name.startswith("ours_cached"):
-        cache = options.work / f"{name}_cache"
+    if name == "ours_cached":
+        cache = options.work / "cache"
         shutil.rmtree(cache, ignore_errors=True)
         settings["teacher_cache"] = str(cache)
         models["teacher_model"] = options.teacher  # kept only until all answers are
