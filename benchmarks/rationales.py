@@ -6,7 +6,7 @@ next question, parsed, and dropped where the answer is wrong; students write an 
 task alone is scored, on questions that no run trains on.
 
     python benchmarks/rationales.py --task addition --train 500 --steps 800 --batch-size 32 --learning-rate 3e-3
-    python benchmarks/rationales.py --task svamp --student FOLDER --steps 50 --batch-size 4
+    python benchmarks/rationales.py --task svamp --student FOLDER --train 200 --steps 100 --bf16
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ def split_svamp(options: Any) -> dict[str, Dataset]:
         raise SystemExit(f"There is no folder {options.data}; it should hold svamp_train.json and train_CoT_*.json.")
     rows, counts = read_svamp(options.data)
     print(f"{len(rows)} chains: {dict(counts)}", flush=True)
-    return dict(Dataset.from_list(rows).train_test_split(options.test, seed=SPLIT_SEED))
+    halves = dict(Dataset.from_list(rows).train_test_split(options.test, seed=SPLIT_SEED))
+    if options.train:
+        halves["train"] = halves["train"].select(range(options.train))
+    return halves
 
 
 def make_model(options: Any, seed: int) -> tuple[Any, Any]:
@@ -119,7 +122,7 @@ def make_model(options: Any, seed: int) -> tuple[Any, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("addition", "svamp"), default="svamp")
-    parser.add_argument("--train", type=int, default=500, help="sums to learn from")
+    parser.add_argument("--train", type=int, help="questions to learn from; by default 500 sums, or all of svamp")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/svamp_rationales"))
     parser.add_argument("--student", help="folder or Hub id of a causal LM, for svamp")
     parser.add_argument("--layers", type=int, default=None, help="keep so many of its layers, evenly spaced")
@@ -132,7 +135,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/svamp"))
     options = parser.parse_args()
-    halves = read_addition(options.train) if options.task == "addition" else split_svamp(options)
+    halves = read_addition(options.train or 500) if options.task == "addition" else split_svamp(options)
     results = []
     options.out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
