@@ -53,8 +53,10 @@ def as_number(text: str) -> Fraction | None:
 
 
 def same_number(one: Fraction, other: Fraction) -> bool:
-    """Equality up to a relative 1e-6, so that 33.3333333 is 100/3."""
-    return abs(one - other) <= max(Fraction(1), abs(other)) / 10**6
+    """Equality: of whole numbers exact, else up to a relative 1e-6 and half a hundredth, so that 33.3333333 is 100/3."""
+    if one.denominator == other.denominator == 1:
+        return one == other
+    return abs(one - other) <= min(abs(other) / 10**6, Fraction(1, 200))
 
 
 def _fraction(text: str) -> Fraction | None:
