@@ -226,6 +226,7 @@ class _Writer:
         from ..models import eos_ids
         from ..rollouts import CompletionStore, local_engine
         from ..rollouts.mixing import mix
+        from ..teachers.cache_files import write_atomically
         from ..teachers.cache_identity import describe_source, hashed
         from ..trainers.completions import complete_prompts, sampling_settings
 
@@ -240,8 +241,10 @@ class _Writer:
             "stop_strings": args.stop_strings,
         }
         store = CompletionStore(self.root, json.loads(json.dumps(identity, default=str)))
-        if any(key not in store.load() for key in prompts):
+        ends_file = store.folder / "ends.json"
+        if not (prompts.keys() <= store.load().keys() and ends_file.is_file()):
             model = self._load()
+            write_atomically(ends_file, json.dumps(eos_ids(model, self.tokenizer)).encode())
             sampling = sampling_settings(args, model, self.tokenizer, len(self.tokenizer))
             complete_prompts(
                 {key: prompt.ids for key, prompt in prompts.items()},
@@ -254,9 +257,7 @@ class _Writer:
                 engine=local_engine(args.rollout_engine, self.tokenizer),
                 title=f"{self.role.capitalize()} responses",
             )
-            (self.root / f"{self.role}-ends.json").write_text(json.dumps(eos_ids(model, self.tokenizer)))
-        ends = json.loads((self.root / f"{self.role}-ends.json").read_text())
-        written = store.load()
+        ends, written = json.loads(ends_file.read_text()), store.load()
         return {key: self._response(written[key], ends) for key in prompts}
 
     def _response(self, ids: list[int], ends: list[int]) -> dict[str, Any]:
