@@ -235,7 +235,8 @@ class DPKDTrainer(DistillTrainer):
             )
         elif args.contrastive_schedules and self.model.training:
             assert teacher_logps is not None
-            terms |= self._skews(sums.detach() / lengths, per_row(teacher_logps) / lengths, row, at_pair)
+            counts = lengths.clamp(min=1)  # a sampler may answer with nothing
+            terms |= self._skews(sums.detach() / counts, per_row(teacher_logps) / counts, row, at_pair)
         if args.logprob_mse_weight:
             known = tokens["token_reference"] if teacher_logps is None else teacher_logps
             errors = logprob_mse(sums, per_row(known.to(logps.dtype)), lengths)

@@ -570,3 +570,13 @@ def test_contrastive_skew_adapts_and_remembers(make_trainer, die_at, tmp_path):
     trainer.model.eval()
     assert trainer.contrastive_share() == 0.75
     assert trainer.method_state()["gaps"] == trainer.skew_gaps
+
+
+def test_a_sampler_that_answers_with_nothing_spoils_no_mean(make_trainer, by_step):
+    """One empty response made the mean gap, and with it α of all responses to come, NaN."""
+    trainer = make_trainer(method="dpkd", loss_type="contrastive_skew", max_steps=3)
+    generate = trainer.engine.generate
+    trainer.engine.generate = lambda *args: [[], *generate(*args)[1:]]
+    trainer.train()
+    assert all(math.isfinite(value) for value in trainer.skew_gaps.values())
+    assert all(math.isfinite(loss) for loss in by_step(trainer).values())
