@@ -29,6 +29,7 @@ from ..losses.preference import (
 )
 from ..losses.reduction import sum_per_row
 from ..signals import TeacherSignal, TokenLogits
+from ..teachers.initial import reference_fingerprint
 from ..teachers.local import weights_fingerprint
 from .base import Batch, DistillTrainer
 from .dpkd_config import CONTRASTIVE, DPKDConfig
@@ -81,6 +82,7 @@ class DPKDTrainer(DistillTrainer):
         self.metrics = StepMeans(args.device, ("gap_chosen", "gap_rejected"))
         self.skew_gaps = {"gap_chosen": 0.0, "gap_rejected": 0.0}  # m of DistiLLM-2, of the step before
         self.written_by = weights_fingerprint(self.model)  # the student whose responses evaluation takes
+        self.began_as = reference_fingerprint(self.model) if args.reference == "student" else None
         quantization = kwargs.get("quantization_config")
         self.references = reference_of(self, model, teacher_model, fingerprint, quantization)
         self.guard = CollapseGuard(args.guard, args.guard_limit)
@@ -278,6 +280,7 @@ class DPKDTrainer(DistillTrainer):
 
     def method_state(self) -> dict[str, Any]:
         state = {"guard": self.guard.state_dict(), "gaps": self.skew_gaps, "written_by": self.written_by}
+        state["reference"] = self.began_as
         if self.responses is not None and self.args.refresh_steps > 1:
             state["replay"] = self.responses.kept.state_dict()
         return state
@@ -285,6 +288,12 @@ class DPKDTrainer(DistillTrainer):
     def load_method_state(self, state: dict[str, Any]) -> None:
         if "guard" not in state:
             return
+        if None not in (state.get("reference"), self.began_as) and state["reference"] != self.began_as:
+            raise ConfigurationError(
+                "Got another student than the run to be resumed began with, which is its reference (`reference: "
+                "student`); expected the same one as `model`. A checkpoint of the run is not it: its weights are "
+                "loaded from `resume_from_checkpoint` all the same."
+            )
         self.guard.load_state_dict(state["guard"])
         self.skew_gaps, self.written_by = dict(state["gaps"]), state["written_by"]
         if self.responses is not None and "replay" in state:

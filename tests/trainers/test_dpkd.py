@@ -410,6 +410,24 @@ def test_an_adapter_that_has_been_trained_is_part_of_the_reference(make_pair_tra
     assert loss_and_terms(trainer, batch_of(trainer))[0].item() == pytest.approx(math.log(2), abs=1e-9)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_goes_on_with_the_reference_that_it_began_with(
+    make_trainer, make_student, by_step, die_at, tmp_path, adapter
+):
+    peft = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapter else None
+    settings = {"method": "dpkd", "train": pairs(), "reference": "student", "max_steps": 6, "peft_config": peft}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    with pytest.raises(die_at.error):
+        make_trainer(callbacks=[die_at(5)], **settings).train()
+    with pytest.raises(ConfigurationError, match="another student than the run to be resumed began with"):
+        make_trainer(make_student(seed=99), **settings).train(resume_from_checkpoint=True)
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert by_step(resumed) == by_step(whole)
+
+
 def logged(by_step, trainer):
     return [by_step(trainer, name) for name in ("loss", "reward_margin", "grad_norm")]
 
