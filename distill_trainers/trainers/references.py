@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 
 from .. import models
 from ..data import DistillCollator
-from ..data.pairs import rejected_row
+from ..data.pairs import rows_of_pair
 from ..exceptions import ConfigurationError
 from ..losses.fused_logps import signal_token_logps
 from ..losses.reduction import trained_mask
@@ -147,7 +148,7 @@ class ReferenceLogps:
         accelerator.wait_for_everyone()
         self.store.refresh()
         todo: dict[bytes, dict[str, Any]] = {}
-        for row in _rows_of_pairs(pairs):
+        for row in itertools.chain.from_iterable(map(rows_of_pair, pairs)):
             key, count = dataset_row_key(row)
             if count and key not in self.store:
                 todo[key] = row
@@ -181,12 +182,6 @@ class ReferenceKeeper(TrainerCallback):
 
     on_epoch_end = on_save = on_train_end = _flush
     on_train_begin = on_evaluate = _flush_and_release
-
-
-def _rows_of_pairs(pairs: Any) -> Iterator[dict[str, Any]]:
-    for pair in pairs:
-        yield {name: pair[name] for name in ("input_ids", "loss_mask", "prompt_length")}
-        yield rejected_row(pair)
 
 
 # ---- Which model is the reference -----------------------------------------------------------------------------------

@@ -488,6 +488,28 @@ def test_log_probabilities_of_prompts_cannot_be_kept(make_trainer, tmp_path):
         make_trainer(method="dpkd", reference_logps_dir=str(tmp_path / "kept"))
 
 
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_teacher_cache_holds_both_rows_of_a_pair(make_trainer, saved, tmp_path, by_step, monkeypatch, filled):
+    """Rejected responses of a dataset come again in every epoch, as chosen ones do."""
+    from distill_trainers.trainers.caching import fill_cache
+
+    settings = {"method": "dpkd", "train": pairs(), "max_steps": 6}
+    live = make_trainer(saved.student, saved.teacher, **settings)
+    live.train()
+    settings["teacher_cache"] = str(tmp_path / "cache")
+    first = make_trainer(saved.student, saved.teacher, **settings)
+    if filled:
+        done = fill_cache(first)
+        assert done["rows"] == done["computed"] == 24 and fill_cache(first)["computed"] == 0
+    else:
+        first.train()
+        assert by_step(first) == pytest.approx(by_step(live), rel=1e-5)
+    again = make_trainer(saved.student, saved.teacher, **settings)
+    monkeypatch.setattr(type(again.teacher), "live", lambda self: pytest.fail("asked again"))
+    again.train()
+    assert by_step(again) == pytest.approx(by_step(live), rel=1e-5)
+
+
 # ---- The guard ------------------------------------------------------------------------------------------------------
 
 
