@@ -142,6 +142,9 @@ class DPKDTrainer(DistillTrainer):
     def replaces_completions(self) -> bool:
         return self.samples_completions and self.args.chosen == "teacher"
 
+    def answers_prompts(self, name: str) -> bool:
+        return name != "train" or super().answers_prompts(name)  # the student answers those of evaluation in any case
+
     def get_train_dataloader(self) -> Any:
         if self.references is not None:
             self.references.fill(self.train_dataset)

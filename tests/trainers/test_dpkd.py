@@ -335,6 +335,25 @@ def test_evaluation_keeps_its_pairs(make_trainer, tmp_path):
     assert [row["rejected_ids"] for row in resumed.get_eval_dataloader().dataset] == rows
 
 
+@pytest.mark.parametrize("train", ["default", "pairs"])
+def test_prompts_of_evaluation_leave_room_for_the_students_responses(make_trainer, train):
+    long = Dataset.from_list([{"prompt": "1+" * 11 + "1="}] * 3)
+    trainer = make_trainer(method="dpkd", train=pairs() if train == "pairs" else train, eval_dataset=long)
+    assert all(batch["input_ids"].shape[1] <= trainer.args.max_length for batch in trainer.get_eval_dataloader())
+
+
+def test_a_stream_of_pairs(make_trainer, by_step):
+    """Processes read batches of their own: those of different lengths cannot be split."""
+    settings = {"method": "dpkd", "max_steps": 4, "train_sampling_strategy": "sequential"}
+    runs = []
+    for train in (pairs(), pairs().to_iterable_dataset()):
+        trainer = make_trainer(train=train, **settings)
+        trainer.train()
+        runs.append(by_step(trainer))
+    assert trainer.args.accelerator_config.dispatch_batches is False
+    assert runs[0] == runs[1]
+
+
 def test_evaluation_after_training_has_the_responses_of_before(make_trainer):
     settings = {"method": "dpkd", "max_steps": 4, "learning_rate": 0.1, "eval_dataset": addition_dataset(6, seed=9)}
     found = []

@@ -163,6 +163,17 @@ def test_a_teacher_that_the_loss_does_not_need_is_asked_in_evaluation_only(make_
     assert trainer.evaluate()["eval_kl"] > 0 and not any(asked)
 
 
+def test_a_stream_of_questions(make_trainer, by_step):
+    settings = {"max_steps": 4, "train_sampling_strategy": "sequential"}
+    runs = []
+    for train in (addition_rationales(24), addition_rationales(24).to_iterable_dataset()):
+        trainer = rationale_trainer(make_trainer, train=train, **settings)
+        trainer.train()
+        runs.append(by_step(trainer))
+    assert trainer.args.accelerator_config.dispatch_batches is False
+    assert runs[0] == runs[1]
+
+
 # ---- Key steps ------------------------------------------------------------------------------------------------------
 
 
