@@ -10,6 +10,7 @@ Three objectives, each a sum of per-token cross-entropies with a token mean of i
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -39,6 +40,8 @@ from . import sources
 from .base import Batch, DistillTrainer
 from .config import config_from_arguments
 from .rationale_config import RationaleConfig
+
+logger = logging.getLogger(__name__)
 
 
 class RationaleTrainer(DistillTrainer):
@@ -230,6 +233,9 @@ class RationaleTrainer(DistillTrainer):
             for row in dataset
             if row["reference"]
         ][: args.eval_accuracy_samples]
+        if not questions:
+            logger.warning("No row of the evaluation set has an answer, so there is no accuracy.")
+            return {}
         labels_only = args.objective == "step_by_step"
         rank, world = accelerator.process_index, accelerator.num_processes
         with models.generating(self.model_wrapped, accelerator) as model:

@@ -378,6 +378,13 @@ def test_accuracy_counts_right_answers_by_task(make_trainer, tokenizer, monkeypa
     assert scores["eval_tokens_per_answer"] == sum(lengths) / 20
 
 
+def test_without_answers_there_is_no_accuracy(make_trainer, caplog):
+    """Chains without answers can be trained and scored on; the evaluation failed at its end."""
+    rows = addition_rationales(4, seed=9).map(lambda row: {"answer": ""})
+    scores = rationale_trainer(make_trainer, eval_dataset=rows, objective="edit").evaluate()
+    assert scores["eval_loss"] and "eval_accuracy" not in scores and "no accuracy" in caplog.text
+
+
 def test_early_stopping_can_watch_accuracy(make_trainer):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy"}
