@@ -55,6 +55,14 @@ def test_majority_where_nobody_knows():
     assert found.counts == {"right": 2, "wrong": 1, "no majority": 2}
 
 
+def test_one_sample_is_no_vote():
+    """It agrees with itself, whatever it says."""
+    found = verify(parse(responses(BAD, answer=None)))
+    assert not found.right and found.counts == {"no majority": 1}
+    found = verify(parse(responses(BAD, "Hm.", answer=None)), majority_share=0.4)
+    assert not found.right and found.counts == {"no majority": 2}
+
+
 def test_verdicts_are_kept(tmp_path, monkeypatch):
     rows = parse(responses(GOOD, BAD))
     first = verify(rows, store=RecordStore(tmp_path))
