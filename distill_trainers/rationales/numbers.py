@@ -54,7 +54,7 @@ def as_number(text: str) -> Fraction | None:
 
 
 def same_number(one: Fraction, other: Fraction) -> bool:
-    """Equality: of whole numbers exact, else up to a relative 1e-6 and half a hundredth, so that 33.3333333 is 100/3."""
+    """Equality: of whole numbers exact, else up to a relative 1e-6 and 1/200, so that 33.3333333 is 100/3."""
     if one.denominator == other.denominator == 1:
         return one == other
     return abs(one - other) <= min(abs(other) / 10**6, Fraction(1, 200))
