@@ -379,6 +379,8 @@ def _report(args: PipelineArguments, stage: str, asked: dict[str, Asked], model:
         )
         if failed:
             _print_counts("Failed, and asked again by another run", failed)
+    if several:
+        model.accelerator.wait_for_everyone()  # the first process to leave with status 1 has the others ended
     return 1 if failed else 0
 
 
