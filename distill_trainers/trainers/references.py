@@ -19,7 +19,6 @@ from .. import models
 from ..data import DistillCollator
 from ..data.pairs import rows_of_pair
 from ..exceptions import ConfigurationError
-from ..losses.fused_logps import signal_token_logps
 from ..losses.reduction import trained_mask
 from ..teachers import CachedTeacher, DeferredTeacher, LocalTeacher, Teacher
 from ..teachers.cache_files import TeacherCache
@@ -36,6 +35,7 @@ from ..teachers.cache_identity import (
 from ..teachers.cached import batch_keys, dataset_row_key
 from ..teachers.initial import AdapterOff, adapter_is_neutral, base_fingerprint
 from . import sources
+from .forward import frozen_logps
 
 if TYPE_CHECKING:
     from .base import DistillTrainer
@@ -90,12 +90,7 @@ class ReferenceLogps:
         return torch.nn.functional.pad(values, (1, 0))
 
     def _ask(self, batch: Mapping[str, Tensor], predicts: Tensor) -> Tensor:
-        trainer, inputs = self.trainer, {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with trainer.compute_loss_context_manager():
-            signal = self.model.signal(inputs, predicts, trainer.vocab_size)
-            with self.model.whole_head(signal) as whole:
-                ids = batch["labels"][:, 1:][predicts]
-                logps = signal_token_logps(whole, ids, chunk_bytes=trainer.args.loss_chunk_bytes)
+        logps, _ = frozen_logps(self.trainer, self.model, batch)
         return torch.zeros(predicts.shape, dtype=logps.dtype, device=logps.device).masked_scatter(predicts, logps)
 
     # ---- On disk ----------------------------------------------------------------------------------------------------
