@@ -15,10 +15,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..exceptions import ConfigurationError
 from . import report_errors
-from .recipe import make_parser, read_yaml
-from .value_types import check_value_types
+from .recipe import parse_settings
 
 if TYPE_CHECKING:
     from ..rationales.records import TextModel
@@ -143,19 +142,8 @@ def parse_arguments(argv: Sequence[str]) -> PipelineArguments:
     Raises:
         ConfigurationError: unknown keys, values of the wrong type, or settings that cannot work.
     """
-    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    given = read_yaml(argv)
-    known = {f.name for f in fields(PipelineArguments)} | {"env"}
-    refuse_unknown_keys(given, known, "the file of settings")
-    named = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
-    refuse_unknown_keys([o for o in named if not o.startswith("no_")], known | {"config", "help"}, "the command line")
-    check_value_types(given, PipelineArguments, text_is_parsed=True)
-    try:
-        (args,) = make_parser((PipelineArguments,), "rationales").parse_args_and_config(argv)
-    except ConfigurationError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"The settings could not be read: {error}") from error
+    how = {"what": "the file of settings", "command": "rationales"}
+    (args,) = parse_settings(argv, lambda *_: (PipelineArguments,), **how)
     args.check()
     return args
 
