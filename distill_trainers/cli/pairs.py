@@ -89,7 +89,7 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
     from .checks import check_recipe
     from .train import make_initial_student
 
-    _check(own)
+    _check(own, recipe.args.temperature)
     checked = check_recipe(recipe)
     counts: Counter[str] = Counter()
     prompts = _prompts(checked, recipe, own, counts)
@@ -123,12 +123,17 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
     return {"pairs": len(lines), **counts}
 
 
-def _check(own: PairArguments) -> None:
+def _check(own: PairArguments, temperature: float) -> None:
     if own.verify not in VERIFICATIONS:
         raise ConfigurationError(f"Got `verify: {own.verify}`; expected one of {', '.join(VERIFICATIONS)}.")
     if own.attempts < 1 or (own.attempts > 1 and own.verify == "none"):
         raise ConfigurationError(
             f"Got `attempts: {own.attempts}`; expected 1, or more with `verify`, which says what a right answer is."
+        )
+    if own.attempts > 1 and temperature == 0:
+        raise ConfigurationError(
+            f"Got `attempts: {own.attempts}` at `temperature: 0`, where every attempt gives the same answer. Raise the "
+            "temperature, or set attempts to 1."
         )
 
 

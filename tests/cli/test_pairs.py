@@ -154,6 +154,7 @@ def test_unfinished_responses_can_be_left_out(builder, tmp_path):
     [
         (["--verify", "exact"], None, "verify: exact"),
         (["--attempts", "3"], None, "attempts: 3"),
+        (["--attempts", "3", "--verify", "final_number", "--temperature", "0"], None, "same answer"),
         (["--verify", "final_number"], [{"prompt": "1+1="}], "no column 'answer'"),
         (["--verify", "final_number"], [{"prompt": "1+1=", "answer": "two"}], "no number"),
         ([], [{"text": "once upon a time"}], "text"),
