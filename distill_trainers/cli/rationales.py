@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -296,6 +297,11 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
     from ..teachers import LocalTeacher
 
     accelerator = Accelerator(cpu=args.use_cpu)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and models.zero_stage(accelerator) is None:
+        raise ConfigurationError(
+            "Got a launch configuration with DeepSpeed and `use_cpu: true`, beside which accelerate turns DeepSpeed "
+            "off: the teacher would be whole on every process. Launch with accelerate_configs/cpu_ddp.yaml."
+        )
     how = {"trust_remote_code": args.trust_remote_code}
     tokenizer = models.load_tokenizer(args.teacher, **how)
     how |= args.teacher_init_kwargs or {}  # type: ignore[arg-type]  # parsed by now
