@@ -95,13 +95,14 @@ def test_extract_from_a_local_model(settings, saved, tmp_path, capsys):
     assert json.loads((tmp_path / "work" / "extract-report.json").read_text())["known"] == len(rows)
 
 
-def test_deepspeed_is_not_dropped_without_a_word(settings, saved, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_a_launch_that_would_shard_the_teacher_is_refused(settings, saved, tmp_path, capsys, monkeypatch, kind):
     source = tmp_path / "questions.jsonl"
     write_rows(source, [{"question": "1+1"}])
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     config = settings(questions=str(source), teacher=saved.teacher, use_cpu=True)
     assert main(["rationales", "extract", "--config", config]) == 2
-    assert "turns DeepSpeed off" in capsys.readouterr().err
+    assert "device_map: auto" in capsys.readouterr().err
 
 
 def test_push(settings, tmp_path, monkeypatch):

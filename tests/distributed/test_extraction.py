@@ -1,4 +1,4 @@
-"""Two real processes (gloo) share the questions of an extraction, before and after a kill; also a sharded teacher."""
+"""Two real processes (gloo) share the questions of an extraction, before and after a kill."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ WORKER = """
 import json, os, sys
 import torch.distributed as dist
 from accelerate import Accelerator
-from distill_trainers import models
 from distill_trainers.data.addition import character_tokenizer, tiny_llama
 from distill_trainers.rationales.records import RecordStore
 from distill_trainers.rationales.stages import extract
@@ -28,16 +27,12 @@ from distill_trainers.rollouts.text import LocalTextModel
 accelerator, tokenizer = Accelerator(cpu=True), character_tokenizer()
 rank = accelerator.process_index
 sampling = SamplingSettings(6, 1.0, eos_token_ids=[1], pad_token_id=0)
-model = tiny_llama(tokenizer, 32, 2, seed=7, initializer_range=0.25, intermediate_size=4096)
-model = models.prepare_frozen(model, accelerator)
-kept_whole = sum(p.numel() for n, p in models.unwrapped(model).named_parameters() if "mlp" in n)
+model = tiny_llama(tokenizer, 32, 2, seed=7, initializer_range=0.25).eval()
 teacher = LocalTextModel(model, tokenizer, sampling, accelerator, name="t", batch_size=3, style="text")
 questions = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 60, 5)]
 rows, asked = extract(questions, teacher, RecordStore(sys.argv[1] + "/store", rank))
 report = {"rows": [row["key"] for row in rows], "done": asked.done, "known": asked.known}
 report |= {"failed": asked.failed.total(), "processes": accelerator.num_processes}
-report["responses"] = {row["question"]: row["response"] for row in rows}
-report["kept_whole"] = kept_whole
 with open(f"{sys.argv[1]}/{rank}.json", "w") as out:
     json.dump(report, out)
 dist.barrier()
@@ -45,16 +40,14 @@ os._exit(0)
 """
 
 
-def launch(folder, config="cpu_ddp.yaml"):
-    folder.mkdir(exist_ok=True)
+def launch(folder):
     worker = folder / "worker.py"
     worker.write_text(WORKER)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "accelerate_configs" / config)]
-    extensions = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_ddp.yaml")]
     done = subprocess.run(
         [*command, str(worker), str(folder)],
-        env={**os.environ, **extensions, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -76,12 +69,3 @@ def test_processes_share_questions(tmp_path):
     again = launch(tmp_path)
     assert all(report["known"] == reports[0]["done"] + 1 for report in again)
     assert set(again[0]["rows"]) >= set(keys)
-
-
-def test_a_sharded_teacher_writes_what_a_whole_one_does(tmp_path):
-    """Under ZeRO-3 its weights are in parts, and all processes generate as often as the one that has most to do."""
-    whole, parts = launch(tmp_path / "whole"), launch(tmp_path / "parts", "cpu_zero3.yaml")
-    assert all(report["kept_whole"] == 0 for report in parts) and whole[0]["kept_whole"] > 0
-    assert [report["done"] for report in parts] == [report["done"] for report in whole]
-    assert len(whole[0]["responses"]) > 6
-    assert parts[0]["responses"] == parts[1]["responses"] == whole[0]["responses"]
