@@ -214,6 +214,24 @@ def jsd_mean():
     return value
 
 
+@pytest.fixture
+def settings_of_both(tmp_path):
+    """`settings_of_both(**changes)`: what TRL's configs and ours are given alike, for a short plain run on the CPU."""
+    plain = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "constant",
+    }
+    return lambda **changes: {**plain, **changes}
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory, tokenizer, make_student, make_teacher):
     """Folders of a saved student and teacher, each with the tokenizer beside it."""

@@ -36,6 +36,9 @@ TEMPLATE = (
 # TRL's `beta` and what it is called here.
 DIVERGENCES = [(0.0, "forward_kl"), (0.2, "jsd"), (0.5, "jsd"), (1.0, "reverse_kl")]
 
+GKD_SETTINGS = {"max_length": 48, "max_new_tokens": 12, "activation_checkpointing": False}
+GKD_SETTINGS |= {"lmbda": 0.0, "temperature": 1.0}
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -47,14 +50,14 @@ def tokenizer():
 
 
 @pytest.fixture
-def both(tokenizer, tmp_path):
+def both(tokenizer, settings_of_both):
     """A function that builds TRL's trainer and ours from one set of settings, each with its own copy of the models."""
 
     def build(beta=0.5, divergence="jsd", student=None, teacher=None, dataset=None, ours=None, theirs=None, **settings):
         # Sharp distributions, so that divergences are far from zero and from each other.
         student = student or tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3)
         teacher = teacher or tiny_llama(tokenizer, 48, 2, seed=2, initializer_range=0.3)
-        settings = _settings(tmp_path, settings)
+        settings = settings_of_both(**{**GKD_SETTINGS, **settings})
         own = {"divergence": divergence, **({"beta": beta} if divergence == "jsd" else {}), **(ours or {})}
         dataset = messages_dataset() if dataset is None else dataset
         made = []
@@ -67,27 +70,6 @@ def both(tokenizer, tmp_path):
         return made
 
     return build
-
-
-def _settings(folder, settings):
-    base = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.0,
-        "lr_scheduler_type": "constant",
-        "max_length": 48,
-        "max_new_tokens": 12,
-        "activation_checkpointing": False,
-        "lmbda": 0.0,
-        "temperature": 1.0,
-    }
-    return {**base, **settings}
 
 
 def messages_dataset(count=32):
@@ -438,7 +420,7 @@ def test_a_template_without_eos_trains_eos_only_here(both, tokenizer, monkeypatc
         assert int((first_batch(trainer)["labels"] == tokenizer.eos_token_id).sum()) == expected
 
 
-def test_padded_vocabularies_work_only_here(both, tokenizer, tmp_path):
+def test_padded_vocabularies_work_only_here(both, tokenizer, settings_of_both):
     """151936 and 152064 rows of one tokenizer, in small: TRL refuses, here padding ids leave both softmaxes."""
     student = tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3)
     teacher = tiny_llama(tokenizer, 48, 2, seed=2, initializer_range=0.3, vocab_size=len(tokenizer) + 5)
@@ -449,7 +431,7 @@ def test_padded_vocabularies_work_only_here(both, tokenizer, tmp_path):
     ours = GKDTrainer(
         copy.deepcopy(student),
         teacher,
-        args=GKDConfig(**_settings(tmp_path, {})),
+        args=GKDConfig(**settings_of_both(**GKD_SETTINGS)),
         train_dataset=messages_dataset(),
         processing_class=tokenizer,
         teacher_processing_class=tokenizer,

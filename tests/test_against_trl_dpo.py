@@ -25,28 +25,13 @@ def pairs(count=16):
 
 
 @pytest.fixture
-def both(tmp_path):
+def both(settings_of_both):
     """Trainers of both libraries whose students have left their reference, as in the middle of a run."""
 
     def build(theirs, **ours):
         tokenizer = character_tokenizer()
         student = tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3)
-        settings = {
-            "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": [],
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "weight_decay": 0.0,
-            "lr_scheduler_type": "constant",
-            "max_length": 32,
-            "max_steps": 3,
-            "beta": 0.3,
-        }
+        settings = settings_of_both(bf16=False, max_length=32, max_steps=3, beta=0.3)
         args = trl.DPOConfig(**settings, loss_type=theirs, activation_checkpointing=False)
         models = copy.deepcopy(student), copy.deepcopy(student)
         their = trl.DPOTrainer(*models, args=args, train_dataset=pairs(), processing_class=tokenizer)

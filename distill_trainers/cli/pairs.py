@@ -89,7 +89,7 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
     from .checks import check_recipe
     from .train import make_initial_student
 
-    _check(own)
+    _check(own, recipe.args.temperature)
     checked = check_recipe(recipe)
     counts: Counter[str] = Counter()
     prompts = _prompts(checked, recipe, own, counts)
@@ -123,12 +123,17 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
     return {"pairs": len(lines), **counts}
 
 
-def _check(own: PairArguments) -> None:
+def _check(own: PairArguments, temperature: float) -> None:
     if own.verify not in VERIFICATIONS:
         raise ConfigurationError(f"Got `verify: {own.verify}`; expected one of {', '.join(VERIFICATIONS)}.")
     if own.attempts < 1 or (own.attempts > 1 and own.verify == "none"):
         raise ConfigurationError(
             f"Got `attempts: {own.attempts}`; expected 1, or more with `verify`, which says what a right answer is."
+        )
+    if own.attempts > 1 and temperature == 0:
+        raise ConfigurationError(
+            f"Got `attempts: {own.attempts}` at `temperature: 0`, where every attempt gives the same answer. Raise the "
+            "temperature, or set attempts to 1."
         )
 
 
@@ -226,6 +231,7 @@ class _Writer:
         from ..models import eos_ids
         from ..rollouts import CompletionStore, local_engine
         from ..rollouts.mixing import mix
+        from ..teachers.cache_files import write_atomically
         from ..teachers.cache_identity import describe_source, hashed
         from ..trainers.completions import complete_prompts, sampling_settings
 
@@ -240,8 +246,10 @@ class _Writer:
             "stop_strings": args.stop_strings,
         }
         store = CompletionStore(self.root, json.loads(json.dumps(identity, default=str)))
-        if any(key not in store.load() for key in prompts):
+        ends_file = store.folder / "ends.json"
+        if not (prompts.keys() <= store.load().keys() and ends_file.is_file()):
             model = self._load()
+            write_atomically(ends_file, json.dumps(eos_ids(model, self.tokenizer)).encode())
             sampling = sampling_settings(args, model, self.tokenizer, len(self.tokenizer))
             complete_prompts(
                 {key: prompt.ids for key, prompt in prompts.items()},
@@ -254,9 +262,7 @@ class _Writer:
                 engine=local_engine(args.rollout_engine, self.tokenizer),
                 title=f"{self.role.capitalize()} responses",
             )
-            (self.root / f"{self.role}-ends.json").write_text(json.dumps(eos_ids(model, self.tokenizer)))
-        ends = json.loads((self.root / f"{self.role}-ends.json").read_text())
-        written = store.load()
+        ends, written = json.loads(ends_file.read_text()), store.load()
         return {key: self._response(written[key], ends) for key in prompts}
 
     def _response(self, ids: list[int], ends: list[int]) -> dict[str, Any]:

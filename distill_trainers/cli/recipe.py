@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -75,27 +75,47 @@ def parse_recipe(argv: Sequence[str], extra: type | None = None) -> Recipe:
     """
     from trl import ModelConfig
 
+    def classes(given: dict[str, Any], argv: list[str]) -> tuple[Any, ...]:
+        config_class = _methods()[_method(given, argv)][0]
+        return (RecipeArguments, config_class, ModelConfig, *([] if extra is None else [extra]))
+
+    recipe = Recipe(*parse_settings(argv, classes, what="the recipe"))
+    _refuse_contradictions(recipe)
+    return recipe
+
+
+def parse_settings(
+    argv: Sequence[str],
+    classes: Callable[[dict[str, Any], list[str]], tuple[Any, ...]],
+    *,
+    what: str,
+    command: str = "train",
+) -> list[Any]:
+    """Instances of some dataclasses, from `--config FILE` and from options of the command line, which come first.
+
+    Args:
+        classes: gives them for what the file says and for the command line.
+        what: the file is called in errors.
+        command: whose `--help` lists the settings.
+
+    Raises:
+        ConfigurationError: no such file, not a mapping, unknown keys, values of the wrong type.
+    """
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    recipe = read_yaml(argv)
-    method = _method(recipe, argv)
-    config_class = _methods()[method][0]
-    classes: tuple[Any, ...] = (RecipeArguments, config_class, ModelConfig, *([] if extra is None else [extra]))
-    known = {f.name for cls in classes for f in fields(cls) if f.init} | {"env"}
-    refuse_unknown_keys(recipe, known, "the recipe")
+    given = read_yaml(argv)
+    wanted = classes(given, argv)
+    known = {f.name for cls in wanted for f in fields(cls) if f.init} | {"env"}
+    refuse_unknown_keys(given, known, what)
     options = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
     refuse_unknown_keys([o for o in options if not o.startswith("no_")], known | {"config", "help"}, "the command line")
-    for cls in classes:
-        check_value_types(recipe, cls, text_is_parsed=True)
+    for cls in wanted:
+        check_value_types(given, cls, text_is_parsed=True)
     try:
-        parser = make_parser(classes)
-        run, args, model, *more = parser.parse_args_and_config(argv)
+        return list(make_parser(wanted, command).parse_args_and_config(argv))
     except ConfigurationError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"The recipe could not be read: {error}") from error
-    recipe_ = Recipe(run, args, model, *more)
-    _refuse_contradictions(recipe_)
-    return recipe_
+        raise ConfigurationError(f"{what[0].upper()}{what[1:]} could not be read: {error}") from error
 
 
 def make_parser(classes: tuple[Any, ...], command: str = "train") -> Any:

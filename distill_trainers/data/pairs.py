@@ -292,6 +292,11 @@ def rejected_row(pair: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def rows_of_pair(pair: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The chosen and the rejected row of a tokenised pair."""
+    return [{name: pair[name] for name in ("input_ids", "loss_mask", "prompt_length")}, rejected_row(pair)]
+
+
 def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
     """One batch of two, whose rows of the same number follow the same prompt.
 

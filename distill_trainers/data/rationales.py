@@ -130,10 +130,11 @@ class RationaleTokenizer:
         if not answer:  # of a wrong chain nobody has to know the answer
             end = ""
         sequence = self._sequence(self._ask, question, begin + end)
-        start, ids = sequence["prompt_length"], sequence["input_ids"]
-        alone = self.tokenizer(begin, add_special_tokens=False)["input_ids"]
-        shared = next((k for k, (a, b) in enumerate(zip(alone, ids[start:], strict=False)) if a != b), len(alone))
-        sequence["marks"] = [0] * (start + shared) + [1] * (len(ids) - start - shared)
+        ids = sequence["input_ids"]
+        # Rendered alike: a template may put something before the text, which makes other tokens of its beginning.
+        alone = self._sequence(self._ask, question, begin)["input_ids"] if end else ids
+        ends = next((k for k, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone))
+        sequence["marks"] = [0] * ends + [1] * (len(ids) - ends)
         return sequence
 
     def _mark_key_steps(self, right: TokenizedRow, wrong: TokenizedRow | None) -> None:

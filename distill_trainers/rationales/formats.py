@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..exceptions import ConfigurationError
+from .numbers import as_number
 
 Found = tuple[int, str]  # where the statement of the answer begins, and the answer
 
@@ -90,12 +91,13 @@ def find_format(name: str) -> Callable[[str], Found | None]:
 
 
 def _hash(text: str) -> Found | None:
-    """`#### 42`, as in GSM8K: the rest of the line after the last one."""
+    """`#### 42`, as in GSM8K: the rest of the line after the last one, unless that is a heading of what follows."""
     start = text.rfind("####")
     if start < 0:
         return None
-    line = text[start:].lstrip("#").split("\n", 1)[0]
-    return start, clean(line)
+    line, _, rest = text[start:].lstrip("#").partition("\n")
+    answer = clean(line)
+    return None if rest.strip() and as_number(answer) is None else (start, answer)
 
 
 def _answer_is(text: str) -> Found | None:

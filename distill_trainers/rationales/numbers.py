@@ -14,7 +14,8 @@ _LONGEST = 200  # characters of anything that is read as a number
 _NUMBER = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,2})?"
 _PLAIN = re.compile(_NUMBER)
 _RATIO = re.compile(r"([+-]?\d+) ?/ ?(\d+)")
-_WITH_WORDS = re.compile(r"(?:[A-Za-z]+ = )?[$€£¥]?(" + _NUMBER + r") ?%?(?: [A-Za-z]{2,}\.?)*")
+_CHANGES_IT = r"(?i:hundreds?|thousands?|[mbtr]+illions?|dozens?|half|halves|thirds?|squared|cubed)\b"  # no units
+_WITH_WORDS = re.compile(r"(?:[A-Za-z]+ = )?[$€£¥]?(" + _NUMBER + r") ?%?(?: (?!" + _CHANGES_IT + r")[A-Za-z]{2,}\.?)*")
 _ARITHMETIC = re.compile(r"[\d\s.+\-*/()]+")
 _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -53,8 +54,10 @@ def as_number(text: str) -> Fraction | None:
 
 
 def same_number(one: Fraction, other: Fraction) -> bool:
-    """Equality up to a relative 1e-6, so that 33.3333333 is 100/3."""
-    return abs(one - other) <= max(Fraction(1), abs(other)) / 10**6
+    """Equality: of whole numbers exact, else up to a relative 1e-6 and 1/200, so that 33.3333333 is 100/3."""
+    if one.denominator == other.denominator == 1:
+        return one == other
+    return abs(one - other) <= min(abs(other) / 10**6, Fraction(1, 200))
 
 
 def _fraction(text: str) -> Fraction | None:

@@ -116,8 +116,12 @@ def read_rows(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise DatasetError(f"There is no file {str(path)!r}. Run the stage before this one, or name a file as `input`.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{str(path)!r} is not in UTF-8: {error}. Convert it first.") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines also splits at U+2028 within a text
         try:
             row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError as error:

@@ -144,7 +144,7 @@ def verify(
     """Judge parsed rows by their reference, or by the majority of their question's samples where there is none.
 
     Args:
-        majority_share: of all samples of a question that must agree, more than this.
+        majority_share: of all samples of a question that must agree, more than this; and two at least.
         store: keeps verdicts, so that a run goes on where it was stopped.
     """
     _require_columns(rows, ("question", "rationale", "parsed_answer"), "parsed rows")
@@ -197,7 +197,7 @@ def _votes(rows: Sequence[Row], kind: str, share: float) -> dict[tuple[str, ...]
     found = {}
     for key, group in groups.items():
         answer, agreeing = majority_answer([row["parsed_answer"] for row in group], kind, group[0].get("choices"))
-        if answer is not None and agreeing > share:
+        if answer is not None and agreeing > share and round(agreeing * len(group)) > 1:  # one sample is no vote
             found[key] = answer
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -64,9 +65,10 @@ class CompletionStore:
         return writing("the teacher's completions", self.folder, _REMEDY, keep_begun=True)
 
     def _append(self, completions: Iterable[tuple[str, list[int]]]) -> None:
-        torn = self._own.exists() and self._own.stat().st_size and not self._own.read_bytes().endswith(b"\n")
-        with self._own.open("a") as out:
-            if torn:
-                out.write("\n")
+        with self._own.open("a+b") as out:
+            if out.tell():
+                out.seek(-1, os.SEEK_END)
+                if out.read(1) != b"\n":  # the line that a killed writer left half-written
+                    out.write(b"\n")
             for key, completion in completions:
-                out.write(json.dumps({"prompt": key, "completion": completion}) + "\n")
+                out.write((json.dumps({"prompt": key, "completion": completion}) + "\n").encode())

@@ -64,9 +64,14 @@ class LocalTextModel:
         """This process's share of the answers; all processes run equally many batches."""
         self.accelerator.wait_for_everyone()  # all have seen what is missing before anybody adds to it
         prompts = {request.key: self._ids(request) for request in requests}
+        too_long = [key for key, ids in prompts.items() if len(ids) > self._room]
+        for key in too_long:
+            del prompts[key]
         keys = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
         batches = [keys[i : i + self.batch_size] for i in range(0, len(keys), self.batch_size)]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        for key in too_long[rank::world]:
+            yield Response(key, error="prompt too long", attempts=0)
         for turn in range(-(-len(batches) // world)):
             place = turn * world + rank
             batch = batches[min(place, len(batches) - 1)]
@@ -75,6 +80,15 @@ class LocalTextModel:
                 for key, ids in zip(batch, completions, strict=True):
                     yield self._response(key, len(prompts[key]), ids)
         self.accelerator.wait_for_everyone()
+
+    @property
+    def _room(self) -> float:
+        """Tokens that a prompt may have: where a model has learnt a vector for each position, there is none beyond."""
+        causal_lm = models.causal_lm_of(self.model)
+        positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        tables = [m for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)]
+        learnt = any(m.num_embeddings == positions for m in tables if m is not causal_lm.get_input_embeddings())
+        return positions - self.sampling.max_new_tokens if learnt else float("inf")
 
     def _ids(self, request: Request) -> list[int]:
         if self.style == "chat":

@@ -51,9 +51,15 @@ def _without_adapter(wrapped: nn.Module) -> Iterator[None]:
         wrapped.train(training)
 
 
-def base_fingerprint(student: nn.Module) -> str:
+def base_fingerprint(student: nn.Module, **how: Any) -> str:
     """`weights_fingerprint` without adapters, whose weights start at random."""
-    return weights_fingerprint(student, leave_out=("lora_",) if models.is_peft(student) else ())
+    return weights_fingerprint(student, leave_out=("lora_",) if models.is_peft(student) else (), **how)
+
+
+def reference_fingerprint(student: nn.Module) -> str:
+    """What tells the weights that a student, not yet trained, is the reference by: an adapter's if they do anything."""
+    known_by = base_fingerprint if adapter_is_neutral(student) else weights_fingerprint
+    return known_by(student, with_config=False)
 
 
 def adapter_is_neutral(student: nn.Module) -> bool:

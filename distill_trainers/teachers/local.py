@@ -82,12 +82,15 @@ class LocalTeacher(Teacher):
         return models.eos_ids(self.model, tokenizer)
 
 
-def weights_fingerprint(model: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
+def weights_fingerprint(model: nn.Module, leave_out: tuple[str, ...] = (), *, with_config: bool = True) -> str:
     """A hash of the configuration and of a few values of every parameter: milliseconds, yet any training changes it.
 
-    Parameters whose name holds one of `leave_out` do not count.
+    Parameters whose name holds one of `leave_out` do not count, nor, unless `with_config`, does the configuration,
+    which changes with the version of transformers.
     """
-    digest = hashlib.sha256(models.causal_lm_of(model).config.to_json_string(use_diff=False).encode())
+    digest = hashlib.sha256()
+    if with_config:
+        digest.update(models.causal_lm_of(model).config.to_json_string(use_diff=False).encode())
     for name, parameter in model.named_parameters():
         if any(part in name for part in leave_out):
             continue

@@ -123,6 +123,9 @@ class DistillTrainer(TeacherForcedEvaluation):
         sources.compare_vocabularies(model, teacher_model, tokenizer, teacher_tokenizer, args)
         train_dataset = self.prepare_rows(train_dataset, tokenizer, "train")
         eval_dataset = self._prepare_eval(eval_dataset, tokenizer)
+        if isinstance(train_dataset, IterableDataset):
+            # Batches of different lengths cannot be split from one process to the others.
+            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
 
         teacher_model = caching.with_cache(teacher_model, model, tokenizer, teacher_tokenizer, args)
 
@@ -250,6 +253,10 @@ class DistillTrainer(TeacherForcedEvaluation):
     def replaces_completions(self) -> bool:
         """Whether the teacher's own completions take the place of the dataset's."""
         return False
+
+    def answers_prompts(self, name: str) -> bool:
+        """Whether prompts of the dataset `name` must leave room for completions that are sampled."""
+        return self.samples_completions or self.replaces_completions
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
         """Replace completions of the accumulation window; the identity by default."""
@@ -411,21 +418,17 @@ class DistillTrainer(TeacherForcedEvaluation):
             needs: Needs = "both" if self.needs_completions else "prompt"
         else:
             needs = "completion" if training and self.needs_completions else "either"
-        if training and isinstance(dataset, IterableDataset):
-            # Batches of different lengths cannot be split from one process to the others.
-            self.args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
-            if self.replaces_completions:
-                raise ConfigurationError(
-                    "The teacher's completions are generated once for a whole dataset, but `train_dataset` is "
-                    "iterable. Pass a `datasets.Dataset`."
-                )
-        generates = self.samples_completions or self.replaces_completions
+        if training and isinstance(dataset, IterableDataset) and self.replaces_completions:
+            raise ConfigurationError(
+                "The teacher's completions are generated once for a whole dataset, but `train_dataset` is "
+                "iterable. Pass a `datasets.Dataset`."
+            )
         with self.args.main_process_first(desc=f"{name} tokenisation"):
             return prepare_dataset(
                 dataset,
                 tokenizer,
                 max_length=self.args.max_length,
-                max_new_tokens=self.args.max_new_tokens if generates else None,
+                max_new_tokens=self.args.max_new_tokens if self.answers_prompts(name) else None,
                 column_mapping=self.args.column_mapping,  # type: ignore[arg-type]  # parsed by now
                 assistant_only_loss=self.args.assistant_only_loss,
                 chat_template_kwargs=self.args.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .. import models
+from ..data.pairs import rows_of_pair
 from ..exceptions import ConfigurationError
 from ..losses import check_sparse
 from ..losses.reduction import trained_mask
@@ -235,8 +237,15 @@ def expect_all(trainer: DistillTrainer, train_dataset: Any, eval_dataset: Any) -
             expect_rows(trainer, dataset, name)
 
 
+def _examples(dataset: Any) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each example: one, or the two of a pair."""
+    if "rejected_ids" in dataset.column_names:
+        return map(rows_of_pair, dataset)
+    return ([row] for row in dataset.select_columns(["input_ids", "loss_mask"]))
+
+
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    return iter(dataset.select_columns(["input_ids", "loss_mask"]))
+    return itertools.chain.from_iterable(_examples(dataset))
 
 
 class CacheKeeper(TrainerCallback):
@@ -278,24 +287,26 @@ def fill_cache(trainer: DistillTrainer, batch_size: int | None = None) -> dict[s
         )
     accelerator.wait_for_everyone()
     teacher.cache.refresh()
-    todo: dict[bytes, tuple[int, Any, int]] = {}
+    todo: list[tuple[int, Any, int]] = []
     needed: set[bytes] = set()
+    missing: set[bytes] = set()
     for dataset in datasets:
-        for number, row in enumerate(_rows(dataset)):
-            key, count = dataset_row_key(row)
-            if count:
-                needed.add(key)
-                if key not in teacher.cache:
-                    todo[key] = (len(row["input_ids"]), dataset, number)
+        for number, rows in enumerate(_examples(dataset)):
+            keys = {key for key, count in map(dataset_row_key, rows) if count}
+            new = {key for key in keys - missing if key not in teacher.cache}
+            if new:
+                todo.append((max(len(row["input_ids"]) for row in rows), dataset, number))
+            needed |= keys
+            missing |= new
     accelerator.wait_for_everyone()  # nobody writes before all know what is missing
     size = batch_size or trainer.args.per_device_eval_batch_size
-    longest_first = sorted(todo.values(), key=lambda each: -each[0])
+    longest_first = sorted(todo, key=lambda each: -each[0])
     batches = [longest_first[i : i + size] for i in range(0, len(longest_first), size)]
     _ask_for(trainer, teacher, batches)
     teacher.flush()
     accelerator.wait_for_everyone()
     teacher.cache.refresh()
-    return {"rows": len(needed), "computed": len(todo), "tokens": teacher.cache.num_tokens}
+    return {"rows": len(needed), "computed": len(missing), "tokens": teacher.cache.num_tokens}
 
 
 def _ask_for(trainer: DistillTrainer, teacher: CachedTeacher, batches: list[Any]) -> None:

@@ -125,6 +125,7 @@ def unpublished_files(args: DistillConfig) -> list[str]:
     output = Path(args.output_dir).resolve()
     names = [COMPLETIONS_NAME, STUDENT_INIT_NAME]
     folders = [*(output / name for name in names), args.completions_dir, args.teacher_cache]
+    folders.append(getattr(args, "reference_logps_dir", None))
     inside = [path for folder in folders if folder and (path := Path(folder).resolve()).is_relative_to(output)]
     return [f"{path.relative_to(output).as_posix()}/*" for path in inside if path != output]
 

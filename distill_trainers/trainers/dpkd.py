@@ -29,6 +29,7 @@ from ..losses.preference import (
 )
 from ..losses.reduction import sum_per_row
 from ..signals import TeacherSignal, TokenLogits
+from ..teachers.initial import reference_fingerprint
 from ..teachers.local import weights_fingerprint
 from .base import Batch, DistillTrainer
 from .dpkd_config import CONTRASTIVE, DPKDConfig
@@ -81,6 +82,7 @@ class DPKDTrainer(DistillTrainer):
         self.metrics = StepMeans(args.device, ("gap_chosen", "gap_rejected"))
         self.skew_gaps = {"gap_chosen": 0.0, "gap_rejected": 0.0}  # m of DistiLLM-2, of the step before
         self.written_by = weights_fingerprint(self.model)  # the student whose responses evaluation takes
+        self.began_as = reference_fingerprint(self.model) if args.reference == "student" else None
         quantization = kwargs.get("quantization_config")
         self.references = reference_of(self, model, teacher_model, fingerprint, quantization)
         self.guard = CollapseGuard(args.guard, args.guard_limit)
@@ -139,6 +141,9 @@ class DPKDTrainer(DistillTrainer):
     @property
     def replaces_completions(self) -> bool:
         return self.samples_completions and self.args.chosen == "teacher"
+
+    def answers_prompts(self, name: str) -> bool:
+        return name != "train" or super().answers_prompts(name)  # the student answers those of evaluation in any case
 
     def get_train_dataloader(self) -> Any:
         if self.references is not None:
@@ -235,7 +240,8 @@ class DPKDTrainer(DistillTrainer):
             )
         elif args.contrastive_schedules and self.model.training:
             assert teacher_logps is not None
-            terms |= self._skews(sums.detach() / lengths, per_row(teacher_logps) / lengths, row, at_pair)
+            counts = lengths.clamp(min=1)  # a sampler may answer with nothing
+            terms |= self._skews(sums.detach() / counts, per_row(teacher_logps) / counts, row, at_pair)
         if args.logprob_mse_weight:
             known = tokens["token_reference"] if teacher_logps is None else teacher_logps
             errors = logprob_mse(sums, per_row(known.to(logps.dtype)), lengths)
@@ -277,6 +283,7 @@ class DPKDTrainer(DistillTrainer):
 
     def method_state(self) -> dict[str, Any]:
         state = {"guard": self.guard.state_dict(), "gaps": self.skew_gaps, "written_by": self.written_by}
+        state["reference"] = self.began_as
         if self.responses is not None and self.args.refresh_steps > 1:
             state["replay"] = self.responses.kept.state_dict()
         return state
@@ -284,6 +291,12 @@ class DPKDTrainer(DistillTrainer):
     def load_method_state(self, state: dict[str, Any]) -> None:
         if "guard" not in state:
             return
+        if None not in (state.get("reference"), self.began_as) and state["reference"] != self.began_as:
+            raise ConfigurationError(
+                "Got another student than the run to be resumed began with, which is its reference (`reference: "
+                "student`); expected the same one as `model`. A checkpoint of the run is not it: its weights are "
+                "loaded from `resume_from_checkpoint` all the same."
+            )
         self.guard.load_state_dict(state["guard"])
         self.skew_gaps, self.written_by = dict(state["gaps"]), state["written_by"]
         if self.responses is not None and "replay" in state:

@@ -8,13 +8,15 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import models
 from ..losses.fused_linear import fused_linear_terms
-from ..losses.fused_logps import fused_row_terms, row_terms_of_logits
+from ..losses.fused_logps import fused_row_terms, row_terms_of_logits, signal_token_logps
 from ..losses.reduction import trained_mask
 from ..signals import TokenLogits
+from ..teachers import Teacher
 
 if TYPE_CHECKING:
     from .base import DistillTrainer
@@ -65,6 +67,17 @@ def terms_of_batch(
         terms = terms_fn(TokenLogits(logits), None if signal is None else signal.chunk(slice(None)), tokens)
         total = sum((w * terms[name].sum() for name, w in weights.items()), start=logits.sum() * 0.0)
         return total, {name: value.detach() for name, value in terms.items()}
+
+
+@torch.no_grad()
+def frozen_logps(trainer: DistillTrainer, teacher: Teacher, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+    """A frozen model's log-probabilities `[N]` of the trained tokens of a batch, and the signal they come from."""
+    predicts = trained_mask(batch["labels"])
+    labels = batch["labels"][:, 1:][predicts]
+    with trainer.compute_loss_context_manager():
+        signal = teacher.signal(models.forward_inputs(batch), predicts, trainer.vocab_size)
+        with teacher.whole_head(signal) as whole:
+            return signal_token_logps(whole, labels, chunk_bytes=trainer.args.loss_chunk_bytes), signal
 
 
 def head_can_be_fused(student: nn.Module, wrapped: nn.Module, inputs: Mapping[str, Tensor]) -> bool:

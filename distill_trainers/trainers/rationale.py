@@ -10,6 +10,7 @@ Three objectives, each a sum of per-token cross-entropies with a token mean of i
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -20,25 +21,24 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from .. import models
-from ..data import unpadded_prompts
-from ..data.collator import IGNORED
 from ..data.rationales import (
     RationaleCollator,
     RationaleTemplates,
     RationaleTokenizer,
     prepare_rationales,
-    with_innovations,
 )
 from ..evaluation import Question, accuracy_metrics, accuracy_sums, answer_questions
 from ..evaluation.accuracy import stated_answer, whole_text
 from ..losses import resolve_divergence, token_divergence, token_logps, wrong_step_loss
-from ..rationales import parse_response, verify_answer
 from ..rollouts import local_engine
 from ..signals import TeacherSignal, TokenLogits, TokenSignal
 from . import sources
 from .base import Batch, DistillTrainer
 from .config import config_from_arguments
+from .innovations import with_students_chains
 from .rationale_config import RationaleConfig
+
+logger = logging.getLogger(__name__)
 
 
 class RationaleTrainer(DistillTrainer):
@@ -168,38 +168,9 @@ class RationaleTrainer(DistillTrainer):
             decoder_start=self._decoder_start,
         )
 
-    # ---- Innovation -------------------------------------------------------------------------------------------------
-
     def rollout(self, batches: list[Batch]) -> list[Batch]:
         """Adds the student's own chains that reach the right answer in fewer tokens than the teacher's."""
-        if not self.samples_completions:
-            return batches
-        each, names = self.args.innovation_samples, ("prompt_ids", "prompt_mask")
-        asked = [{n: batch[n].repeat_interleave(each, dim=0) for n in names if n in batch} for batch in batches]
-        pad, multiple = self.sampling.pad_token_id, self.args.pad_to_multiple_of
-        sampled = self.sample_completions(asked)
-        found = [self._innovations(*pair) for pair in zip(batches, sampled, strict=True)]
-        self.metrics.add_sums(innovations=sum(map(len, found)))
-        return [with_innovations(batch, rows, pad, multiple) for batch, rows in zip(batches, found, strict=True)]
-
-    def _innovations(self, batch: Batch, sampled: Batch) -> list[tuple[list[int], int]]:
-        """Ids of prompt and chain, and the prompt's length, of chains that ended, are right, shorter, and new."""
-        lengths = (batch["labels"] != IGNORED).sum(1).tolist()
-        kept: dict[tuple[int, ...], tuple[list[int], int]] = {}
-        for place, (prompt, labels) in enumerate(
-            zip(unpadded_prompts(sampled), sampled["labels"].tolist(), strict=True)
-        ):
-            row = place // self.args.innovation_samples
-            ids = [token for token in labels if token != IGNORED]
-            if not ids or ids[-1] not in self.sampling.eos_token_ids or len(ids) >= lengths[row]:
-                continue
-            text = str(self.processing_class.decode(ids, skip_special_tokens=True))
-            parsed = parse_response(text, self.args.answer_formats or ())
-            reference, choices = batch["references"][row]
-            verdict = verify_answer(parsed.answer, reference, self.args.answer_kind, choices or None)
-            if parsed.rationale and verdict.right:
-                kept[row, *ids] = ([*prompt, *ids], len(prompt))
-        return list(kept.values())
+        return with_students_chains(self, batches) if self.samples_completions else batches
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 
@@ -230,6 +201,9 @@ class RationaleTrainer(DistillTrainer):
             for row in dataset
             if row["reference"]
         ][: args.eval_accuracy_samples]
+        if not questions:
+            logger.warning("No row of the evaluation set has an answer, so there is no accuracy.")
+            return {}
         labels_only = args.objective == "step_by_step"
         rank, world = accelerator.process_index, accelerator.num_processes
         with models.generating(self.model_wrapped, accelerator) as model:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,8 @@ from transformers import TrainerCallback
 
 from .. import models
 from ..data import DistillCollator
-from ..data.pairs import rejected_row
+from ..data.pairs import rows_of_pair
 from ..exceptions import ConfigurationError
-from ..losses.fused_logps import signal_token_logps
 from ..losses.reduction import trained_mask
 from ..teachers import CachedTeacher, DeferredTeacher, LocalTeacher, Teacher
 from ..teachers.cache_files import TeacherCache
@@ -35,6 +35,7 @@ from ..teachers.cache_identity import (
 from ..teachers.cached import batch_keys, dataset_row_key
 from ..teachers.initial import AdapterOff, adapter_is_neutral, base_fingerprint
 from . import sources
+from .forward import frozen_logps
 
 if TYPE_CHECKING:
     from .base import DistillTrainer
@@ -89,12 +90,7 @@ class ReferenceLogps:
         return torch.nn.functional.pad(values, (1, 0))
 
     def _ask(self, batch: Mapping[str, Tensor], predicts: Tensor) -> Tensor:
-        trainer, inputs = self.trainer, {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with trainer.compute_loss_context_manager():
-            signal = self.model.signal(inputs, predicts, trainer.vocab_size)
-            with self.model.whole_head(signal) as whole:
-                ids = batch["labels"][:, 1:][predicts]
-                logps = signal_token_logps(whole, ids, chunk_bytes=trainer.args.loss_chunk_bytes)
+        logps, _ = frozen_logps(self.trainer, self.model, batch)
         return torch.zeros(predicts.shape, dtype=logps.dtype, device=logps.device).masked_scatter(predicts, logps)
 
     # ---- On disk ----------------------------------------------------------------------------------------------------
@@ -147,7 +143,7 @@ class ReferenceLogps:
         accelerator.wait_for_everyone()
         self.store.refresh()
         todo: dict[bytes, dict[str, Any]] = {}
-        for row in _rows_of_pairs(pairs):
+        for row in itertools.chain.from_iterable(map(rows_of_pair, pairs)):
             key, count = dataset_row_key(row)
             if count and key not in self.store:
                 todo[key] = row
@@ -181,12 +177,6 @@ class ReferenceKeeper(TrainerCallback):
 
     on_epoch_end = on_save = on_train_end = _flush
     on_train_begin = on_evaluate = _flush_and_release
-
-
-def _rows_of_pairs(pairs: Any) -> Iterator[dict[str, Any]]:
-    for pair in pairs:
-        yield {name: pair[name] for name in ("input_ids", "loss_mask", "prompt_length")}
-        yield rejected_row(pair)
 
 
 # ---- Which model is the reference -----------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..exceptions import ConfigurationError
-from ..losses import signal_token_logps, token_logps
-from ..losses.reduction import trained_mask
+from ..losses import token_logps
 from ..rollouts import Mixture, Scored, decode_scored, why_not_scored
 from ..signals import HiddenStates, TokenLogits, TokenSignal
 from ..teachers import CachedTeacher, LocalTeacher
 from .completions import teacher_generating
 from .cycles import with_logps
+from .forward import frozen_logps
 
 if TYPE_CHECKING:
     from .base import DistillTrainer
@@ -83,24 +83,12 @@ def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, k
             hidden = torch.cat([each.hidden for each in rows if each.hidden is not None])
             batch = {**batch, SIGNAL: _live(trainer.teacher).signal_of(hidden, trainer.vocab_size)}
         if not alpha:
-            teacher_logps, signal = _teacher_logps(trainer, batch)
+            teacher_logps, signal = frozen_logps(trainer, trainer.teacher, batch)
             logps = torch.cat([logps, teacher_logps.unsqueeze(1).to(logps.device)], dim=1)
             if keep_signal and isinstance(signal, HiddenStates):  # anything else may be as large as logits
                 batch = {**batch, SIGNAL: signal}
         found.append(with_logps(batch, logps))
     return found
-
-
-@torch.no_grad()
-def _teacher_logps(trainer: DistillTrainer, batch: Batch) -> tuple[Tensor, Any]:
-    """The teacher's log-probabilities `[N]` of the batch's trained tokens, and the signal that they come from."""
-    predicts = trained_mask(batch["labels"])
-    labels = batch["labels"][:, 1:][predicts]
-    with trainer.compute_loss_context_manager():
-        signal: Any = trainer.teacher_signal(batch, predicts)
-        with trainer.teacher.whole_head(signal) as whole:
-            budget = trainer.args.loss_chunk_bytes
-            return signal_token_logps(whole, labels, chunk_bytes=budget), signal
 
 
 @torch.no_grad()

@@ -86,6 +86,43 @@ def test_a_killed_builder_goes_on(builder, tmp_path, monkeypatch):
     assert (tmp_path / "pairs.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
+def test_a_builder_killed_after_the_last_answer_goes_on(builder, tmp_path, monkeypatch):
+    """All answers were there, but not what tells whether they are finished: the same command failed ever after."""
+    rows = [{"prompt": f"{a}+{b}="} for a in range(3) for b in range(3)]
+    append = CompletionStore.append
+
+    def dies(self, completions):
+        append(self, completions)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CompletionStore, "append", dies)
+    assert builder(rows=rows, rollout_batch_size=9) == 130  # the teacher's are there
+    assert builder(rows=rows, rollout_batch_size=9) == 130  # the student's too
+    loads = []
+    load = CompletionStore.load
+    monkeypatch.setattr(CompletionStore, "load", lambda self: loads.append(1) or load(self))
+    assert builder(rows=rows, rollout_batch_size=9) == 0 and read(tmp_path)
+    assert len(loads) <= 4, "the files of all answers are read once or twice, not once per prompt"
+
+
+def test_whether_a_response_is_finished_is_told_by_the_model_that_wrote_it(builder, tmp_path, saved, make_student):
+    """Another student in between, which ends by another token, must not pass for the first one."""
+    from transformers import AutoTokenizer
+
+    other = make_student(seed=3)
+    other.generation_config.eos_token_id = [1, 5]
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(saved.student).save_pretrained(tmp_path / "other")
+    rows = [{"prompt": f"{a}+{b}="} for a in range(4) for b in range(4)]
+    assert builder(rows=rows) == 0
+    first = read(tmp_path)
+    assert builder(rows=rows, model_name_or_path=str(tmp_path / "other")) == 0
+    ends = {file.read_text() for file in (tmp_path / "pairs.jsonl.parts").glob("*/ends.json")}
+    assert "[1, 5]" in ends and len(ends) > 1
+    assert builder(rows=rows) == 0
+    assert read(tmp_path) == first
+
+
 def test_a_wrong_answer_of_the_teacher_is_never_chosen(builder, tmp_path, capsys):
     """The teacher's weights are random, so few answers are right; more attempts find more of them."""
     found = {}
@@ -117,6 +154,7 @@ def test_unfinished_responses_can_be_left_out(builder, tmp_path):
     [
         (["--verify", "exact"], None, "verify: exact"),
         (["--attempts", "3"], None, "attempts: 3"),
+        (["--attempts", "3", "--verify", "final_number", "--temperature", "0"], None, "same answer"),
         (["--verify", "final_number"], [{"prompt": "1+1="}], "no column 'answer'"),
         (["--verify", "final_number"], [{"prompt": "1+1=", "answer": "two"}], "no number"),
         ([], [{"text": "once upon a time"}], "text"),

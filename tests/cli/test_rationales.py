@@ -95,6 +95,16 @@ def test_extract_from_a_local_model(settings, saved, tmp_path, capsys):
     assert json.loads((tmp_path / "work" / "extract-report.json").read_text())["known"] == len(rows)
 
 
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_a_launch_that_would_shard_the_teacher_is_refused(settings, saved, tmp_path, capsys, monkeypatch, kind):
+    source = tmp_path / "questions.jsonl"
+    write_rows(source, [{"question": "1+1"}])
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    config = settings(questions=str(source), teacher=saved.teacher, use_cpu=True)
+    assert main(["rationales", "extract", "--config", config]) == 2
+    assert "device_map: auto" in capsys.readouterr().err
+
+
 def test_push(settings, tmp_path, monkeypatch):
     pushed = {}
     monkeypatch.setattr("datasets.Dataset.push_to_hub", lambda self, name: pushed.update({name: self.num_rows}))

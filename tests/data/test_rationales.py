@@ -79,6 +79,19 @@ def test_choices_stand_below_the_question(make_tokenizer):
     assert prompt(tokenizer, work(tokenizer).example(row)["first"]) == "predict: Where?\n(A) shelf\n(B) fridge\n"
 
 
+def test_a_template_may_put_something_before_a_chain(make_tokenizer):
+    """As Llama 2's does (a space, which makes another token of the first word): all of the chain passed for answer."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + ('~' if m['role'] == 'assistant' else '') }}"
+        "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    found = work(tokenizer, "dual_chain", "chat").example(ROW)["first"]
+    assert told(tokenizer, found, "marks") == "\nThe answer is 5.<|im_end|>"
+    assert told(tokenizer, found).startswith("~2 + 3")
+
+
 def test_marks_are_cut_with_their_tokens(make_tokenizer):
     tokenizer = make_tokenizer(template=None, bos=True)
     whole = work(tokenizer, "dual_chain").example(ROW)["first"]

@@ -28,6 +28,8 @@ CASES = [
     ("The answer is ４２.", (), "", "４２"),
     ("no statement here, only 5", (), "no statement here, only 5", None),
     ("cut off: the answer is", (), "cut off: the answer is", None),
+    ("#### Step 1\nAdd.\n#### Step 2\nSo \\boxed{5}", (), "#### Step 1\nAdd.\n#### Step 2\nSo", "5"),  # headings
+    ("#### 42\n\nI hope this helps!", (), "", "42"),
     ("", (), "", None),
     ("####", (), "####", None),
 ]

@@ -55,6 +55,14 @@ def test_majority_where_nobody_knows():
     assert found.counts == {"right": 2, "wrong": 1, "no majority": 2}
 
 
+def test_one_sample_is_no_vote():
+    """It agrees with itself, whatever it says."""
+    found = verify(parse(responses(BAD, answer=None)))
+    assert not found.right and found.counts == {"no majority": 1}
+    found = verify(parse(responses(BAD, "Hm.", answer=None)), majority_share=0.4)
+    assert not found.right and found.counts == {"no majority": 2}
+
+
 def test_verdicts_are_kept(tmp_path, monkeypatch):
     rows = parse(responses(GOOD, BAD))
     first = verify(rows, store=RecordStore(tmp_path))
@@ -176,6 +184,12 @@ def test_rows_on_disk(tmp_path):
     RecordStore(tmp_path / "store").append(rows)
     assert RecordStore(tmp_path / "store").load() == {row["key"]: row for row in rows}
     assert json.loads(data[0]["provenance"]) == {"t": 1} and data["extra"] == [None, None]
+    hostile = {"question": "a\u2028b\u0085c\x0bd"}  # each of them a line of its own to str.splitlines
+    (tmp_path / "mine.jsonl").write_text("\ufeff" + json.dumps(hostile, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert read_rows(tmp_path / "mine.jsonl") == [hostile]
+    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9"}\n')
+    with pytest.raises(DatasetError, match="not in UTF-8"):
+        read_rows(tmp_path / "latin.jsonl")
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"b"')
     with pytest.raises(DatasetError, match="Line 2"):
         read_rows(tmp_path / "rows.jsonl")

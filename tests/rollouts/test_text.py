@@ -13,6 +13,7 @@ import urllib.request
 
 import pytest
 from accelerate import Accelerator
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from distill_trainers.rationales.records import RecordStore, Request
 from distill_trainers.rationales.stages import extract
@@ -50,6 +51,15 @@ def test_batches_of_like_length_and_every_request_answered(make_teacher, tokeniz
     for n in range(12):
         assert answers[str(n)].text == str(answers[str(n)].prompt_tokens % 10)
         assert answers[str(n)].finish == "stop" and answers[str(n)].completion_tokens == 2
+
+
+def test_a_prompt_beyond_the_models_positions_costs_itself_alone(tokenizer):
+    """A model with learnt positions failed in the midst of its batch."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=20, n_embd=16, n_layer=1, n_head=2))
+    teacher = local(model.eval, tokenizer, batch_size=5, style="text")
+    requests = [Request(str(n), [{"role": "user", "content": "1" * n}]) for n in (3, 40, 4)]
+    answers = {answer.key: answer for answer in teacher.complete(requests)}
+    assert [answers[key].error == "prompt too long" for key in ("3", "40", "4")] == [False, True, False]
 
 
 def test_it_goes_on_where_it_was_stopped_with_the_same_answers(make_teacher, tokenizer, tmp_path):

@@ -335,6 +335,25 @@ def test_evaluation_keeps_its_pairs(make_trainer, tmp_path):
     assert [row["rejected_ids"] for row in resumed.get_eval_dataloader().dataset] == rows
 
 
+@pytest.mark.parametrize("train", ["default", "pairs"])
+def test_prompts_of_evaluation_leave_room_for_the_students_responses(make_trainer, train):
+    long = Dataset.from_list([{"prompt": "1+" * 11 + "1="}] * 3)
+    trainer = make_trainer(method="dpkd", train=pairs() if train == "pairs" else train, eval_dataset=long)
+    assert all(batch["input_ids"].shape[1] <= trainer.args.max_length for batch in trainer.get_eval_dataloader())
+
+
+def test_a_stream_of_pairs(make_trainer, by_step):
+    """Processes read batches of their own: those of different lengths cannot be split."""
+    settings = {"method": "dpkd", "max_steps": 4, "train_sampling_strategy": "sequential"}
+    runs = []
+    for train in (pairs(), pairs().to_iterable_dataset()):
+        trainer = make_trainer(train=train, **settings)
+        trainer.train()
+        runs.append(by_step(trainer))
+    assert trainer.args.accelerator_config.dispatch_batches is False
+    assert runs[0] == runs[1]
+
+
 def test_evaluation_after_training_has_the_responses_of_before(make_trainer):
     settings = {"method": "dpkd", "max_steps": 4, "learning_rate": 0.1, "eval_dataset": addition_dataset(6, seed=9)}
     found = []
@@ -410,6 +429,24 @@ def test_an_adapter_that_has_been_trained_is_part_of_the_reference(make_pair_tra
     assert loss_and_terms(trainer, batch_of(trainer))[0].item() == pytest.approx(math.log(2), abs=1e-9)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_goes_on_with_the_reference_that_it_began_with(
+    make_trainer, make_student, by_step, die_at, tmp_path, adapter
+):
+    peft = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapter else None
+    settings = {"method": "dpkd", "train": pairs(), "reference": "student", "max_steps": 6, "peft_config": peft}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    with pytest.raises(die_at.error):
+        make_trainer(callbacks=[die_at(5)], **settings).train()
+    with pytest.raises(ConfigurationError, match="another student than the run to be resumed began with"):
+        make_trainer(make_student(seed=99), **settings).train(resume_from_checkpoint=True)
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert by_step(resumed) == by_step(whole)
+
+
 def logged(by_step, trainer):
     return [by_step(trainer, name) for name in ("loss", "reward_margin", "grad_norm")]
 
@@ -468,6 +505,28 @@ def test_kept_log_probabilities_of_another_teacher_are_refused(make_trainer, sav
 def test_log_probabilities_of_prompts_cannot_be_kept(make_trainer, tmp_path):
     with pytest.raises(ConfigurationError, match="new at every step"):
         make_trainer(method="dpkd", reference_logps_dir=str(tmp_path / "kept"))
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_teacher_cache_holds_both_rows_of_a_pair(make_trainer, saved, tmp_path, by_step, monkeypatch, filled):
+    """Rejected responses of a dataset come again in every epoch, as chosen ones do."""
+    from distill_trainers.trainers.caching import fill_cache
+
+    settings = {"method": "dpkd", "train": pairs(), "max_steps": 6}
+    live = make_trainer(saved.student, saved.teacher, **settings)
+    live.train()
+    settings["teacher_cache"] = str(tmp_path / "cache")
+    first = make_trainer(saved.student, saved.teacher, **settings)
+    if filled:
+        done = fill_cache(first)
+        assert done["rows"] == done["computed"] == 24 and fill_cache(first)["computed"] == 0
+    else:
+        first.train()
+        assert by_step(first) == pytest.approx(by_step(live), rel=1e-5)
+    again = make_trainer(saved.student, saved.teacher, **settings)
+    monkeypatch.setattr(type(again.teacher), "live", lambda self: pytest.fail("asked again"))
+    again.train()
+    assert by_step(again) == pytest.approx(by_step(live), rel=1e-5)
 
 
 # ---- The guard ------------------------------------------------------------------------------------------------------
@@ -570,3 +629,13 @@ def test_contrastive_skew_adapts_and_remembers(make_trainer, die_at, tmp_path):
     trainer.model.eval()
     assert trainer.contrastive_share() == 0.75
     assert trainer.method_state()["gaps"] == trainer.skew_gaps
+
+
+def test_a_sampler_that_answers_with_nothing_spoils_no_mean(make_trainer, by_step):
+    """One empty response made the mean gap, and with it α of all responses to come, NaN."""
+    trainer = make_trainer(method="dpkd", loss_type="contrastive_skew", max_steps=3)
+    generate = trainer.engine.generate
+    trainer.engine.generate = lambda *args: [[], *generate(*args)[1:]]
+    trainer.train()
+    assert all(math.isfinite(value) for value in trainer.skew_gaps.values())
+    assert all(math.isfinite(loss) for loss in by_step(trainer).values())

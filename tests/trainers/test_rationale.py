@@ -163,6 +163,17 @@ def test_a_teacher_that_the_loss_does_not_need_is_asked_in_evaluation_only(make_
     assert trainer.evaluate()["eval_kl"] > 0 and not any(asked)
 
 
+def test_a_stream_of_questions(make_trainer, by_step):
+    settings = {"max_steps": 4, "train_sampling_strategy": "sequential"}
+    runs = []
+    for train in (addition_rationales(24), addition_rationales(24).to_iterable_dataset()):
+        trainer = rationale_trainer(make_trainer, train=train, **settings)
+        trainer.train()
+        runs.append(by_step(trainer))
+    assert trainer.args.accelerator_config.dispatch_batches is False
+    assert runs[0] == runs[1]
+
+
 # ---- Key steps ------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +376,13 @@ def test_accuracy_counts_right_answers_by_task(make_trainer, tokenizer, monkeypa
     assert (scores["eval_accuracy_carry"], scores["eval_accuracy_plain"], scores["eval_answered"]) == (1.0, 0.0, 1.0)
     lengths = [len(answer) + 1 for answer in answers.values()]
     assert scores["eval_tokens_per_answer"] == sum(lengths) / 20
+
+
+def test_without_answers_there_is_no_accuracy(make_trainer, caplog):
+    """Chains without answers can be trained and scored on; the evaluation failed at its end."""
+    rows = addition_rationales(4, seed=9).map(lambda row: {"answer": ""})
+    scores = rationale_trainer(make_trainer, eval_dataset=rows, objective="edit").evaluate()
+    assert scores["eval_loss"] and "eval_accuracy" not in scores and "no accuracy" in caplog.text
 
 
 def test_early_stopping_can_watch_accuracy(make_trainer):
