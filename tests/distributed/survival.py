@@ -26,7 +26,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 150.0
-STEPS = 120
+STEPS = 300
 VICTIMS = ("rank", "launcher", "preemption")
 SETTINGS = {
     "method": "gkd",
@@ -143,7 +143,7 @@ def strike(launch: Launch, victim: str, chance: random.Random) -> tuple[str, flo
     while launch.process.poll() is None and not launch.trains.wait(0.2):
         if chance.random() < 0.004:
             break  # some die before the first step
-    time.sleep(chance.uniform(0, 4))
+    time.sleep(chance.uniform(0, 8))
     workers = launch.workers()
     if launch.process.poll() is not None or not workers:
         return "nobody", launch.wait(workers)
