@@ -16,6 +16,7 @@ from typing import Any
 from ..exceptions import DatasetError, writing
 from . import report_errors
 from .checks import check_recipe
+from .orphans import end_with_launcher
 from .recipe import Recipe, parse_recipe
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> int:
     """Parse, check, train, evaluate, save."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    end_with_launcher()
     recipe = parse_recipe(argv)
     if recipe.run.dry_run:
         from .plan import make_plan, print_plan

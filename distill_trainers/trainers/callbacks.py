@@ -69,23 +69,30 @@ def _weights_are_finite(trainer: DistillTrainer) -> bool | None:
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C ends the running step, saves a checkpoint and stops; a second one stops at once."""
+    """Ctrl-C and SIGTERM end the running step, save a checkpoint and stop; a second Ctrl-C stops at once.
+
+    SIGTERM is what schedulers send before they take a machine away, and launchers when another process has died.
+    """
 
     def __init__(self, trainer: DistillTrainer | None = None):
         self.trainer = trainer
         self.asked = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.asked = False
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.asked:
+            print(
+                "\nInterrupted: finishing this step and saving a checkpoint (Ctrl-C again stops at once).", flush=True
+            )
         self.asked = True
-        print("\nInterrupted: finishing this step and saving a checkpoint (Ctrl-C again stops at once).", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         asked = self.asked
@@ -100,6 +107,6 @@ class InterruptCallback(TrainerCallback):
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous = {}
