@@ -88,7 +88,7 @@ class LocalTextModel:
         positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
         tables = [m for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)]
         learnt = any(m.num_embeddings == positions for m in tables if m is not causal_lm.get_input_embeddings())
-        return positions - self.sampling.max_new_tokens if learnt else float("inf")
+        return positions - self.sampling.max_new_tokens if learnt and positions is not None else float("inf")
 
     def _ids(self, request: Request) -> list[int]:
         if self.style == "chat":

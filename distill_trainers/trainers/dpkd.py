@@ -282,8 +282,8 @@ class DPKDTrainer(DistillTrainer):
     # ---- Checkpoints ------------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
-        state = {"guard": self.guard.state_dict(), "gaps": self.skew_gaps, "written_by": self.written_by}
-        state["reference"] = self.began_as
+        state: dict[str, Any] = {"guard": self.guard.state_dict(), "gaps": self.skew_gaps}
+        state |= {"written_by": self.written_by, "reference": self.began_as}
         if self.responses is not None and self.args.refresh_steps > 1:
             state["replay"] = self.responses.kept.state_dict()
         return state
