@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -109,6 +110,15 @@ def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any
         init_kwargs["quantization_config"] = quantization_config
     known = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
     return model_class(load_config(name, role, **known)).from_pretrained(name, **init_kwargs)
+
+
+def load_merged_adapter(name: str, *, role: str = "student", **init_kwargs: Any) -> Any:
+    """The base model of a folder that holds a PEFT adapter alone, with the adapter merged into it."""
+    from peft import PeftModel
+
+    base = json.loads((Path(name).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+    model = load_causal_lm(base["base_model_name_or_path"], role=role, **init_kwargs)
+    return PeftModel.from_pretrained(model, name).merge_and_unload()
 
 
 def model_class(config: Any) -> Any:

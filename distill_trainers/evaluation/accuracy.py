@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 
 from ..exceptions import DatasetError
 from ..rationales import parse_response, verify_answer
-from ..rationales.formats import clean
+from ..rationales.formats import clean, find_format
 from ..rollouts import DecodeEngine, RolloutEngine, SamplingSettings
+from .intervals import Sums
 
 Parse = Callable[[str], str | None]
+FIRST_LINE = "first_line"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,20 @@ def whole_text(text: str) -> str | None:
 def stated_answer(formats: Sequence[str] = ()) -> Parse:
     """The answer that a chain of thought ends in, in one of the given formats."""
     return lambda text: parse_response(text, formats).answer
+
+
+def answer_parser(formats: Sequence[str] = ()) -> Parse:
+    """The answer in one of `formats`; behind or without others, `first_line` takes the first line of the text.
+
+    Raises:
+        ConfigurationError: an unknown format.
+    """
+    named = [name for name in formats if name != FIRST_LINE]
+    for name in named:
+        find_format(name)
+    if len(named) == len(formats):
+        return stated_answer(named)
+    return lambda text: (stated_answer(named)(text) if named else None) or whole_text(text)
 
 
 def answer_questions(
@@ -92,7 +108,7 @@ def answer_questions(
         completions = engine.generate(model, ids, mask, sampling)
         if turn < len(batches):
             for place, completion in zip(places, completions, strict=True):
-                found[place] = _judge(questions[place], completion, tokenizer, parse, kind)
+                found[place] = judge(questions[place], completion, tokenizer, parse, kind)
     return [found[place] for place in mine]
 
 
@@ -121,7 +137,18 @@ def accuracy_metrics(sums: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _judge(question: Question, completion: list[int], tokenizer: Any, parse: Parse, kind: str) -> Answer:
+def accuracy_by_question(answers: Sequence[Answer]) -> dict[str, Sums]:
+    """`accuracy`, `answered` and `tokens_per_answer` as scores over questions."""
+    ones = [1.0] * len(answers)
+    return {
+        "accuracy": Sums.of_means([float(answer.reason == "right") for answer in answers], ones),
+        "answered": Sums.of_means([float(answer.answer is not None) for answer in answers], ones),
+        "tokens_per_answer": Sums.of_means([float(answer.tokens) for answer in answers], ones),
+    }
+
+
+def judge(question: Question, completion: list[int], tokenizer: Any, parse: Parse, kind: str) -> Answer:
+    """What `completion` answers to `question`, and whether that is right."""
     text = tokenizer.decode(completion, skip_special_tokens=True)
     answer = parse(text)
     verdict = verify_answer(answer, question.reference, kind, question.choices or None)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ..losses import token_divergence, token_logps
-from ..losses.divergences import forward_kl
+from ..losses.divergences import forward_kl, jsd, reverse_kl
 from ..signals import TokenLogits, TokenLogprobs, TokenSampled, TokenSignal
 
 AGREEMENT_TERMS = ("nll", "teacher_nll", "kl", "top1_agreement")
@@ -48,6 +49,37 @@ def agreement_terms(
         "kl": forward_kl(student_logps, teacher_logps),
         "top1_agreement": same.to(student_logps.dtype),
     }
+
+
+@torch.no_grad()
+def comparison_terms(
+    student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """All per-token measures of a report `[n]`, at temperature 1; what the teacher cannot tell is left out.
+
+    Returns:
+        nll, confidence (the student's probability of its likeliest token), correct (1 where that is the given one);
+            with a teacher also kl, reverse_kl, jsd (β = ½) in nats and top1_agreement.
+    """
+    logps = student.logps()
+    best = logps.max(-1)
+    terms = {
+        "nll": -logps.gather(-1, tokens["labels"].unsqueeze(-1)).squeeze(-1),
+        "confidence": best.values.exp(),
+        "correct": (best.indices == tokens["labels"]).to(logps.dtype),
+    }
+    if teacher is None or isinstance(teacher, TokenLogprobs):
+        return terms
+    if isinstance(teacher, TokenLogits):
+        teacher_logps = teacher.logps()
+        terms |= {"kl": forward_kl(logps, teacher_logps), "reverse_kl": reverse_kl(logps, teacher_logps)}
+        terms |= {"jsd": jsd(logps, teacher_logps)}
+        return terms | {"top1_agreement": (best.indices == teacher_logps.argmax(-1)).to(logps.dtype)}
+    if not isinstance(teacher, TokenSampled):
+        terms |= {"reverse_kl": token_divergence("reverse_kl", student, teacher)}
+        terms |= {"jsd": token_divergence("jsd", student, teacher)}
+    known = agreement_terms(student, teacher, tokens)
+    return terms | {name: known[name] for name in ("kl", "top1_agreement")}
 
 
 def agreement_metrics(means: Mapping[str, float]) -> dict[str, float]:

@@ -61,10 +61,14 @@ class TextModel(Protocol):
 
 
 class RecordStore:
-    """A folder of JSON lines. Each process appends to a file of its own; killed at any moment, it keeps whole lines."""
+    """A folder of JSON lines. Each process appends to a file of its own; killed at any moment, it keeps whole lines.
 
-    def __init__(self, folder: str | Path, rank: int = 0):
-        self.folder = Path(folder)
+    Args:
+        what: the rows, in the message of a disk that is full.
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0, *, what: str = "rationales"):
+        self.folder, self._what = Path(folder), what
         self._own = self.folder / f"part-{rank:05d}.jsonl"
 
     def load(self) -> dict[str, Row]:
@@ -85,7 +89,7 @@ class RecordStore:
         Raises:
             CheckpointError: there is no room for them.
         """
-        with writing("rationales", self.folder, _REMEDY, keep_begun=True):
+        with writing(self._what, self.folder, _REMEDY, keep_begun=True):
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._own.open("a+b") as out:
                 if out.tell():

@@ -118,16 +118,13 @@ def same_text(one: str, other: str) -> bool:
     return a == b if a or b else one == other
 
 
-def majority_answer(
+def group_answers(
     answers: Sequence[str | None],
     kind: str = "auto",
     choices: Sequence[str] | None = None,
     symbolic: SymbolicEquality | None = None,
-) -> tuple[str | None, float]:
-    """The answer that most samples agree on (self-consistency, arXiv 2203.11171), and their share of all samples.
-
-    A tie, or no answer at all, gives None.
-    """
+) -> list[list[str]]:
+    """Answers that mean the same, together; the largest group first. None is no answer, and in no group."""
     groups: list[list[str]] = []
     for answer in answers:
         if answer is None:
@@ -138,7 +135,20 @@ def majority_answer(
                 break
         else:
             groups.append([answer])
-    groups.sort(key=len, reverse=True)
+    return sorted(groups, key=len, reverse=True)
+
+
+def majority_answer(
+    answers: Sequence[str | None],
+    kind: str = "auto",
+    choices: Sequence[str] | None = None,
+    symbolic: SymbolicEquality | None = None,
+) -> tuple[str | None, float]:
+    """The answer that most samples agree on (self-consistency, arXiv 2203.11171), and their share of all samples.
+
+    A tie, or no answer at all, gives None.
+    """
+    groups = group_answers(answers, kind, choices, symbolic)
     if not groups or (len(groups) > 1 and len(groups[0]) == len(groups[1])):
         return None, 0.0
     return groups[0][0], len(groups[0]) / len(answers)

@@ -1,5 +1,6 @@
 """Rollouts: completions sampled from a model, and when to use them."""
 
+from .completing import InMemory, complete_prompts
 from .decode import decode_completions, decode_scored, why_not_scored
 from .engines import (
     ENGINES,
@@ -25,6 +26,7 @@ __all__ = [
     "CompletionStore",
     "DecodeEngine",
     "HfEngine",
+    "InMemory",
     "Mixture",
     "ReplayBuffer",
     "RolloutEngine",
@@ -33,6 +35,7 @@ __all__ = [
     "VllmEngine",
     "build_engine",
     "check_engine",
+    "complete_prompts",
     "decode_completions",
     "decode_scored",
     "draws_on_policy",

@@ -29,6 +29,7 @@ class SamplingSettings:
         repetition_penalty: divides positive and multiplies negative logits of all tokens that the prompt or the
             completion already holds (CTRL, arXiv 1909.05858); 1.0 is off.
         stop_strings: a completion also ends with the token that completes one of them; the token is kept.
+        no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and completion; 0 is off. Not for vLLM.
     """
 
     max_new_tokens: int
@@ -41,9 +42,14 @@ class SamplingSettings:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop_strings: list[str] = field(default_factory=list)
+    no_repeat_ngram_size: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All settings; one that came later is left out where it is off, so that what was kept before is found."""
+        settings = asdict(self)
+        if not self.no_repeat_ngram_size:
+            del settings["no_repeat_ngram_size"]
+        return settings
 
     def generation_config(self, vocab_rows: int):
         """The equivalent `GenerationConfig`, but for stop strings (see `stop_function`)."""
@@ -63,6 +69,7 @@ class SamplingSettings:
             eos_token_id=self.eos_token_ids or None,
             pad_token_id=self.pad_token_id,
             repetition_penalty=float(self.repetition_penalty),
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
             **settings,
         )
 
@@ -77,6 +84,7 @@ def logits_processors(sampling: SamplingSettings):
     from transformers import (
         LogitsProcessorList,
         MinPLogitsWarper,
+        NoRepeatNGramLogitsProcessor,
         RepetitionPenaltyLogitsProcessor,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
@@ -86,6 +94,8 @@ def logits_processors(sampling: SamplingSettings):
     found = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         found.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.no_repeat_ngram_size:
+        found.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram_size))
     if sampling.temperature == 0:
         return found
     if sampling.temperature != 1:

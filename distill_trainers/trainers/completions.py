@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm.auto import tqdm
-
 from .. import models
 from ..exceptions import ConfigurationError
-from ..rollouts import CompletionStore, DecodeEngine, RolloutEngine, SamplingSettings, local_engine, rollout_rng
+from ..rollouts import CompletionStore, SamplingSettings, local_engine
+from ..rollouts.completing import Prompts, complete_prompts
 from ..rollouts.store import prompt_key
 from ..teachers import CachedTeacher, LocalTeacher, Teacher
 from .checkpoints import COMPLETIONS_NAME
@@ -23,12 +19,6 @@ from .config import DistillConfig
 
 if TYPE_CHECKING:
     from .base import DistillTrainer
-
-logger = logging.getLogger(__name__)
-
-_DEFAULT_BATCH = 16
-
-Prompts = dict[str, list[int]]
 
 
 def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_size: int | None) -> SamplingSettings:
@@ -68,46 +58,6 @@ def prompts_to_complete(rows: Iterable[Mapping[str, Any]], *, replace: bool) -> 
             ids = row["input_ids"][: row["prompt_length"]]
             prompts.setdefault(prompt_key(ids), ids)
     return prompts
-
-
-def complete_prompts(
-    prompts: Prompts,
-    store: CompletionStore,
-    sampling: SamplingSettings,
-    generating: AbstractContextManager[Any],
-    *,
-    seed: int,
-    device: torch.device,
-    batch_size: int | None = None,
-    world: int = 1,
-    rank: int = 0,
-    engine: RolloutEngine | None = None,
-    title: str = "Teacher completions",
-) -> None:
-    """Generate what the store lacks, in batches of similar prompt length, and keep each batch as it is done.
-
-    All processes run equally many batches, because a sharded teacher generates only when all processes do.
-    """
-    done = store.load()
-    keys = sorted((k for k in prompts if k not in done), key=lambda k: (-len(prompts[k]), k))
-    size = batch_size or _DEFAULT_BATCH
-    engine = engine or DecodeEngine()
-    batches = [keys[i : i + size] for i in range(0, len(keys), size)]
-    if not batches:
-        return
-    logger.info("%s: generating %d (kept in %s).", title, len(keys), store.folder)
-    pad = sampling.pad_token_id
-    with generating as model:
-        for index in tqdm(range(-(-len(batches) // world)), desc=title, disable=rank != 0):
-            mine = index * world + rank
-            batch = batches[min(mine, len(batches) - 1)]
-            width = max(len(prompts[k]) for k in batch)
-            ids = torch.tensor([[pad] * (width - len(prompts[k])) + prompts[k] for k in batch], device=device)
-            mask = torch.tensor([[0] * (width - len(prompts[k])) + [1] * len(prompts[k]) for k in batch], device=device)
-            with rollout_rng(seed, int(batch[0][:12], 16), 0, device):  # the seed follows from the prompts
-                completions = engine.generate(model, ids, mask, sampling)
-            if mine < len(batches):
-                store.append(zip(batch, completions, strict=True))
 
 
 def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, replace: bool) -> Any:

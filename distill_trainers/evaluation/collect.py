@@ -1,0 +1,262 @@
+"""What the models of an evaluation write, and how they and their teacher read it: the part that costs time.
+
+All of it is kept on disk as it is done, by the model's fingerprint, the text and the settings: a second evaluation runs
+no model, one that was stopped goes on, and another metric only adds what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..rationales.records import RecordStore, content_key
+from ..rollouts import CompletionStore, DecodeEngine, InMemory, SamplingSettings, complete_prompts
+from ..rollouts.store import prompt_key
+from ..signals import TokenTopK
+from .accuracy import Answer, answer_parser, judge
+from .cost import measure_cost
+from .examples import Example, ExampleSet
+from .forced import Text, TokenValues, force, pair_runner
+from .measures import NEED_SAMPLES
+from .results import Cost, TokenComparison, TopToken
+from .settings import EvaluationSettings
+from .subjects import Subject
+
+
+@dataclass
+class Collected:
+    """Of one model; lists are in the order of the examples that they belong to (see `ExampleSet`).
+
+    Attributes:
+        samples: by seed, completions of the prompts.
+        greedy: completions of the questions.
+        answers: what those answer.
+        sampled_answers: by question, the answers of all seeds.
+        reference: measures of the reference texts.
+        own_text, teacher_text: measures of the first seed's completions, by the model itself and by the teacher.
+    """
+
+    end_ids: list[int] = field(default_factory=list)
+    samples: list[list[list[int]]] = field(default_factory=list)
+    greedy: list[list[int]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    sampled_answers: list[list[str | None]] = field(default_factory=list)
+    reference: list[TokenValues] = field(default_factory=list)
+    own_text: list[TokenValues] = field(default_factory=list)
+    teacher_text: list[TokenValues] = field(default_factory=list)
+    cost: Cost | None = None
+
+
+@dataclass
+class Workshop:
+    """What all work on the models of one evaluation shares.
+
+    Args:
+        metrics: what is wanted.
+        cache: folder of everything that is kept; None keeps nothing.
+        vocab_size: ids in the softmax of all models, or None for all rows.
+    """
+
+    settings: EvaluationSettings
+    metrics: Sequence[str]
+    tokenizer: Any
+    vocab_size: int | None
+    cache: Path | None = None
+    chunk_bytes: int = 64 * 2**20
+    progress: bool = True
+
+    # ---- Text -------------------------------------------------------------------------------------------------------
+
+    def samples(self, subject: Subject, examples: ExampleSet) -> list[list[list[int]]]:
+        """Completions by seed; the first seed's alone where no metric looks at several."""
+        if not set(self.metrics) & NEED_SAMPLES:
+            return []
+        seeds = self.settings.sampled_seeds
+        if not set(self.metrics) & {"rouge_l", "diversity", "consistency"}:
+            seeds = seeds[:1]
+        sampling = self._sampling(subject)
+        return [
+            self._completions(subject, examples.prompted, sampling, seed, f"{subject.name}: sampling, seed {seed}")
+            for seed in seeds
+        ]
+
+    def first_samples(self, subject: Subject, examples: ExampleSet) -> list[list[int]]:
+        """Completions of the first seed, whatever the metrics."""
+        seed = self.settings.sampled_seeds[0]
+        title = f"{subject.name}: sampling, seed {seed}"
+        return self._completions(subject, examples.prompted, self._sampling(subject), seed, title)
+
+    def greedy(self, subject: Subject, questions: list[Example]) -> list[list[int]]:
+        """The likeliest completion of each question."""
+        sampling = self._sampling(subject, greedy=True)
+        return self._completions(subject, questions, sampling, 0, f"{subject.name}: answering")
+
+    def _sampling(self, subject: Subject, *, greedy: bool = False) -> SamplingSettings:
+        tokenizer = self.tokenizer
+        ends = subject.end_ids(tokenizer)
+        return self.settings.sampling(ends, tokenizer.pad_token_id, self.vocab_size, greedy=greedy)
+
+    def _completions(
+        self, subject: Subject, examples: list[Example], sampling: SamplingSettings, seed: int, title: str
+    ) -> list[list[int]]:
+        prompts = {prompt_key(each.prompt_ids): each.prompt_ids for each in examples}
+        identity = {"model": subject.facts.fingerprint, "seed": seed, **sampling.as_dict()}
+        store = InMemory() if self.cache is None else CompletionStore(self.cache / "completions", identity)
+        complete_prompts(
+            prompts,
+            store,
+            sampling,
+            subject.generating(),
+            seed=seed,
+            device=subject.device,
+            batch_size=self.settings.batch_size,
+            engine=DecodeEngine(self.tokenizer),
+            title=title,
+            progress=self.progress,
+        )
+        done = store.load()
+        return [done[prompt_key(each.prompt_ids)] for each in examples]
+
+    # ---- Reading ----------------------------------------------------------------------------------------------------
+
+    def read(self, subject: Subject, teacher: Subject | None, texts: Sequence[Text], what: str) -> list[TokenValues]:
+        """Per-token measures of the completions under a model and, if there is one, its teacher."""
+        identity = [subject.facts.fingerprint, teacher.facts.fingerprint if teacher else None, self.vocab_size]
+        store = self._store("tokens", identity, "measures of tokens")
+
+        def run(batch: Any) -> Any:  # the models are loaded when a batch comes, and not before
+            local = None if teacher is None else teacher.model
+            return pair_runner(subject.model, local, self.vocab_size, self.chunk_bytes)(batch)
+
+        return force(
+            texts,
+            run,
+            pad_token_id=self.tokenizer.pad_token_id,
+            device=subject.device,
+            batch_size=self.settings.batch_size,
+            store=store,
+            title=f"{subject.name}: reading {what}",
+            progress=self.progress,
+        )
+
+    def _store(self, kind: str, identity: Any, what: str) -> RecordStore | None:
+        return None if self.cache is None else RecordStore(self.cache / kind / content_key(identity), what=what)
+
+    # ---- All of one model -------------------------------------------------------------------------------------------
+
+    def collect(self, subject: Subject, teacher: Subject | None, examples: ExampleSet, given: Collected) -> Collected:
+        """Everything that the metrics need of `subject`.
+
+        Args:
+            teacher: None for the teacher itself, which has no distance from itself.
+            given: the teacher's own, whose text is read too; a model's `samples` may be there already.
+        """
+        wanted, found = set(self.metrics), Collected(end_ids=subject.end_ids(self.tokenizer))
+        found.samples = self.samples(subject, examples)
+        prompts = [each.prompt_ids for each in examples.prompted]
+        if wanted & {"accuracy", "consistency"}:
+            self._answers(subject, examples.questions, prompts, found)
+        if wanted & {"perplexity", "calibration"} or (teacher and "agreement" in wanted):
+            texts = [(each.prompt_ids, each.completion_ids) for each in examples.with_text]
+            found.reference = self.read(subject, teacher, texts, "references")
+        if teacher and wanted & {"agreement", "exposure_bias"} and found.samples:
+            own = list(zip(prompts, found.samples[0], strict=True))
+            found.own_text = self.read(subject, teacher, own, "its own text")
+        if teacher and "exposure_bias" in wanted:
+            theirs = list(zip(prompts, given.samples[0], strict=True))
+            found.teacher_text = self.read(subject, teacher, theirs, "the teacher's text")
+        if "speed" in wanted:
+            found.cost = self._cost(subject, prompts)
+        return found
+
+    def _answers(self, subject: Subject, questions: list[Example], prompts: list[list[int]], found: Collected) -> None:
+        parse, kind = answer_parser(self.settings.answer_formats or ()), self.settings.answer_kind
+        if "accuracy" in self.metrics:
+            found.greedy = self.greedy(subject, questions)
+            pairs = zip(questions, found.greedy, strict=True)
+            found.answers = [judge(q.question, ids, self.tokenizer, parse, kind) for q, ids in pairs]
+        if "consistency" in self.metrics:
+            places = {prompt_key(ids): place for place, ids in enumerate(prompts)}
+            for question in questions:
+                texts = [seed[places[prompt_key(question.prompt_ids)]] for seed in found.samples]
+                decoded = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in texts]
+                found.sampled_answers.append([parse(text) for text in decoded])
+
+    def _cost(self, subject: Subject, prompts: list[list[int]]) -> Cost | None:
+        settings = self.settings
+        prompts = sorted(prompts, key=len)[: settings.speed_prompts]
+        if not prompts:
+            return None
+        sampling = replace(self._sampling(subject, greedy=True), max_new_tokens=settings.speed_tokens)
+        sampling = replace(sampling, eos_token_ids=[], stop_strings=[])
+        device = subject.device
+        place = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}/{torch.get_num_threads()}"
+        )
+        identity = [subject.facts.fingerprint, place, sampling.as_dict(), prompts]
+        store, key = self._store("cost", identity, "measured costs"), "cost"
+        kept = {} if store is None else store.load()
+        if key in kept:
+            return Cost(**kept[key]["cost"])
+        with subject.generating() as model:
+            cost = measure_cost(model, DecodeEngine(self.tokenizer), prompts, sampling, device)
+        if store is not None:
+            store.append([{"key": key, "cost": asdict(cost)}])
+        return cost
+
+    # ---- Token by token ---------------------------------------------------------------------------------------------
+
+    def compare_tokens(
+        self, subject: Subject, teacher: Subject, text: Text, values: TokenValues, *, kind: str, example: int
+    ) -> TokenComparison:
+        """One completion as both models see it, with their likeliest tokens at each place."""
+        prompt, completion = text
+        identity = [subject.facts.fingerprint, teacher.facts.fingerprint, self.vocab_size, self.settings.top_tokens]
+        store, key = self._store("top_tokens", identity, "likeliest tokens"), content_key(*text)
+        kept = {} if store is None else store.load()
+        if key not in kept:
+            seen = {name: self._top(each, text) for name, each in (("student", subject), ("teacher", teacher))}
+            kept[key] = {"key": key, **seen}
+            if store is not None:
+                store.append([kept[key]])
+        tops, given = kept[key], completion if prompt else completion[1:]
+        return TokenComparison(
+            model=subject.name,
+            text=kind,
+            example=example,
+            prompt=self.tokenizer.decode(prompt, skip_special_tokens=True),
+            tokens=[self.tokenizer.decode([token]) for token in given],
+            kl=values["kl"],
+            reverse_kl=values["reverse_kl"],
+            jsd=values["jsd"],
+            student_probability=tops["student"]["given"],
+            teacher_probability=tops["teacher"]["given"],
+            student_top=self._named(tops["student"]["top"]),
+            teacher_top=self._named(tops["teacher"]["top"]),
+        )
+
+    def _named(self, top: list[list[list[float]]]) -> list[list[TopToken]]:
+        return [[TopToken(self.tokenizer.decode([int(token)]), p) for token, p in place] for place in top]
+
+    @torch.no_grad()
+    def _top(self, subject: Subject, text: Text) -> dict[str, Any]:
+        """Probabilities of the given tokens, and ids and probabilities of the likeliest, a few positions at a time."""
+        ids = torch.tensor([[*text[0], *text[1]]], device=subject.device)
+        predicts = torch.arange(1, ids.shape[1], device=ids.device).unsqueeze(0) >= len(text[0])
+        labels = ids[:, 1:][predicts]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        signal = subject.model.signal(inputs, predicts, self.vocab_size)
+        given: list[float] = []
+        top: list[list[list[float]]] = []
+        for start in range(0, len(labels), 32):
+            said = signal.chunk(slice(start, start + 32))
+            best: TokenTopK = said.top_k(self.settings.top_tokens)  # type: ignore[union-attr]  # logits, of a local model
+            chunk = said.logps().gather(-1, labels[start : start + 32, None])  # type: ignore[union-attr]
+            given += [round(p, 6) for p in chunk.squeeze(-1).exp().tolist()]
+            rows = zip(best.ids.tolist(), best.logps.exp().tolist(), strict=True)
+            top += [[[token, round(p, 6)] for token, p in zip(*row, strict=True)] for row in rows]
+        return {"given": given, "top": top}

@@ -1,0 +1,40 @@
+"""How far k sampled answers to one question agree, and whether the most frequent of them is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..rationales import majority_answer, verify_answer
+from ..rationales.verify import group_answers
+from .intervals import Sums
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """Of one question: the share of samples that give its most frequent answer, and whether the majority is right."""
+
+    share: float
+    right: bool
+
+
+def agree(answers: Sequence[str | None], reference: str, kind: str = "auto", choices: Sequence[str] = ()) -> Agreed:
+    """Samples without an answer agree with nothing; a tie has a share, but no majority (Wang et al., 2203.11171).
+
+    Args:
+        answers: parsed from k samples, None where one gives none.
+        kind: how answers are compared, see `verify_answer`.
+    """
+    groups = group_answers(answers, kind, choices or None)
+    majority, _ = majority_answer(answers, kind, choices or None)
+    right = verify_answer(majority, reference, kind, choices or None).right
+    return Agreed(len(groups[0]) / len(answers) if groups else 0.0, right)
+
+
+def consistency_sums(found: Sequence[Agreed]) -> dict[str, Sums]:
+    """Means over questions."""
+    ones = [1.0] * len(found)
+    return {
+        "consistency": Sums.of_means([each.share for each in found], ones),
+        "majority_accuracy": Sums.of_means([float(each.right) for each in found], ones),
+    }

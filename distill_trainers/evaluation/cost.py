@@ -1,0 +1,54 @@
+"""What a model costs to run: tokens per second and memory, on the same greedy work for all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import num_parameters
+from ..rollouts import RolloutEngine, SamplingSettings
+from .results import Cost
+
+
+def weights_mib(model: nn.Module) -> float:
+    """Size of parameters and buffers; those that are shared count once."""
+    tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    return sum(each.numel() * each.element_size() for each in tensors.values()) / 2**20
+
+
+def measure_cost(
+    model: Any, engine: RolloutEngine, prompts: Sequence[list[int]], sampling: SamplingSettings, device: torch.device
+) -> Cost:
+    """Decode all prompts together, each to `sampling.max_new_tokens` tokens, once to warm up and once by the clock.
+
+    Args:
+        model: ready to generate.
+        sampling: greedy and without EOS, so that all models write equally much.
+    """
+    width, pad = max(map(len, prompts)), sampling.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    on_cuda = device.type == "cuda"
+    engine.generate(model, ids, mask, sampling)
+    if on_cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    written = sum(map(len, engine.generate(model, ids, mask, sampling)))
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    return Cost(
+        parameters=num_parameters(model),
+        weights_mib=weights_mib(model),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(device) if on_cuda else device.type,
+        tokens_per_second=written / seconds,
+        batch_size=len(prompts),
+        new_tokens=sampling.max_new_tokens,
+        peak_mib=torch.cuda.max_memory_allocated(device) / 2**20 if on_cuda else None,
+    )

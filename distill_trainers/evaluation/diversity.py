@@ -1,0 +1,68 @@
+"""How much sampled completions differ: distinct-n over all of them, self-BLEU among those of one prompt.
+
+Distillation that seeks modes (reverse KL) may close in on its teacher's likeliest answers and lose the others; scores
+of quality do not show it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from .intervals import Sums
+from .rouge import require_library
+
+
+def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """All n-grams of a completion's tokens, in order."""
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+
+
+def distinct_sums(by_seed: Sequence[Sequence[Sequence[int]]], n: int = 4) -> Sums:
+    """distinct-n (Li et al., arXiv 1510.03055): different n-grams over n-grams, of each seed's completions together.
+
+    An n-gram that occurs c times counts 1/c at each of them, so that the prompts' sums add up to the number of
+    different ones. A bootstrap keeps c as it is: drawing a prompt twice must not pass for repetition.
+
+    Args:
+        by_seed: `[S][P]` completions as token ids, without the token that ends them.
+    """
+    totals, counts = [0.0] * len(by_seed[0]), [0.0] * len(by_seed[0])
+    for completions in by_seed:
+        grams = [ngrams(ids, n) for ids in completions]
+        times = Counter(gram for each in grams for gram in each)
+        for prompt, each in enumerate(grams):
+            totals[prompt] += sum(1 / times[gram] for gram in each)
+            counts[prompt] += len(each)
+    return Sums.of_means(totals, counts)
+
+
+def self_bleu(texts: Sequence[str]) -> float:
+    """Mean BLEU (0 to 100) of each text against all others (Zhu et al., arXiv 1802.01886); 100 where all are alike."""
+    require_library("sacrebleu", "sacrebleu", "diversity")
+    from sacrebleu.metrics import BLEU
+
+    bleu = BLEU(effective_order=True)  # shorter texts than 4 words are scored by the n-grams they have
+    others = [[*texts[:i], *texts[i + 1 :]] for i in range(len(texts))]
+    return sum(bleu.sentence_score(text, rest).score for text, rest in zip(texts, others, strict=True)) / len(texts)
+
+
+def self_bleu_sums(by_seed: Sequence[Sequence[str]]) -> Sums:
+    """Self-BLEU among the samples of each prompt, averaged over prompts; `[S][P]` texts with S ≥ 2."""
+    return Sums.of_means([self_bleu(samples) for samples in zip(*by_seed, strict=True)], [1.0] * len(by_seed[0]))
+
+
+def length_sums(by_seed: Sequence[Sequence[Sequence[int]]]) -> Sums:
+    """Mean tokens per completion, the token that ends it included."""
+    return Sums.of_means(
+        [sum(map(len, each)) / len(each) for each in zip(*by_seed, strict=True)], [1] * len(by_seed[0])
+    )
+
+
+def ended_sums(by_seed: Sequence[Sequence[Sequence[int]]], eos_token_ids: Sequence[int]) -> Sums:
+    """Share of completions whose last token ends them, and not `max_new_tokens`."""
+
+    def share(samples: Sequence[Sequence[int]]) -> float:
+        return sum(bool(ids) and ids[-1] in eos_token_ids for ids in samples) / len(samples)
+
+    return Sums.of_means([share(each) for each in zip(*by_seed, strict=True)], [1] * len(by_seed[0]))

@@ -1,0 +1,179 @@
+"""What models are evaluated on: prompts with references and answers, from rows of any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from ..data.formats import detect_dataset_type
+from ..data.rationales import RationaleTemplates
+from ..data.rows import tokenize_row, truncate
+from ..exceptions import DatasetError
+from ..rationales.prompts import question_text
+from .accuracy import Parse, Question, answer_parser
+from .settings import EvaluationSettings
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as token ids, cut to length, and what is known about its right completion.
+
+    Attributes:
+        prompt_ids: empty for plain text.
+        completion_ids: the reference text, with the token that ends it; empty where the row has none.
+        references: texts that count as right completions; the first is that of `completion_ids`.
+        answer: of a question; None where nobody knows.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
+    answer: str | None = None
+    choices: list[str] = field(default_factory=list)
+    task: str = ""
+
+    @property
+    def question(self) -> Question:
+        return Question(self.prompt_ids, self.answer or "", self.task, self.choices)
+
+
+def read_examples(
+    dataset: Iterable[Mapping[str, Any]], tokenizer: Any, settings: EvaluationSettings, *, name: str = "evaluation"
+) -> list[Example]:
+    """Rows of `dataset` as examples: at most `max_samples`, those without prompt and text left out.
+
+    Beside the layouts of training, rows may have `references` (a list of texts), `answer` and `choices`; and `question`
+    with `answer` is asked by `question_prompt`.
+
+    Raises:
+        DatasetError: no layout fits, a row cannot be tokenised, or none is left.
+    """
+    parse = answer_parser(settings.answer_formats or ())
+    read = _Reader(tokenizer, settings, parse)
+    found: list[Example] = []
+    seen = 0
+    for index, row in enumerate(dataset):
+        seen += 1
+        try:
+            example = read(row, name)
+        except DatasetError as error:
+            raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
+        if example is not None:
+            found.append(example)
+        if settings.max_samples is not None and len(found) >= settings.max_samples:
+            break
+    if not found:
+        raise DatasetError(
+            f"None of the {seen} rows of dataset {name!r} can be evaluated: they are empty, or their references have "
+            f"fewer than min_reference_words={settings.min_reference_words} words. Check the columns (column_mapping)."
+        )
+    return found
+
+
+class _Reader:
+    def __init__(self, tokenizer: Any, settings: EvaluationSettings, parse: Parse):
+        self.tokenizer, self.settings, self.parse = tokenizer, settings, parse
+        self.templates = RationaleTemplates.of("auto", tokenizer, label_prompt=settings.question_prompt)
+
+    def __call__(self, row: Mapping[str, Any], name: str) -> Example | None:
+        choices = [str(each) for each in row.get("choices") or []]
+        asked = self._as_prompt(row, choices) if self._is_question(row) else row
+        row_type = detect_dataset_type(asked, name=name)
+        kwargs: Any = self.settings.chat_template_kwargs or None
+        tokens = tokenize_row(asked, self.tokenizer, dataset_type=row_type, chat_template_kwargs=kwargs)
+        ids, start = tokens["input_ids"], tokens["prompt_length"]
+        if not ids:
+            return None
+        references = self._references(row, ids[start:])
+        if references and max(len(text.split()) for text in references) < self.settings.min_reference_words:
+            return None
+        cut = truncate(
+            tokens,
+            self.settings.max_length,
+            self.settings.max_new_tokens if start else 0,
+            bos_token_id=self.tokenizer.bos_token_id,
+        )
+        start = cut["prompt_length"]
+        return Example(
+            cut["input_ids"][:start],
+            cut["input_ids"][start:],
+            references if start else [],
+            self._answer(row, references),
+            choices,
+            str(row.get("task") or ""),
+        )
+
+    def _is_question(self, row: Mapping[str, Any]) -> bool:
+        others = {"input_ids", "prompt", "messages", "conversations"}
+        return "question" in row and not others & row.keys()
+
+    def _as_prompt(self, row: Mapping[str, Any], choices: list[str]) -> dict[str, Any]:
+        text = self.templates.label_prompt.replace("{question}", question_text(str(row["question"]), choices))
+        chat = self.templates.style == "chat"
+        prompt: Any = [{"role": "user", "content": text}] if chat else text
+        answer = "" if row.get("answer") is None else str(row["answer"])
+        completion: Any = [{"role": "assistant", "content": answer}] if chat and answer else answer
+        return {"prompt": prompt, "completion": completion} if answer else {"prompt": prompt}
+
+    def _references(self, row: Mapping[str, Any], completion_ids: Sequence[int]) -> list[str]:
+        given = row.get("references")
+        if given is not None and not (isinstance(given, list) and all(isinstance(text, str) for text in given)):
+            raise DatasetError(f"Column 'references' holds {given!r:.80}, expected a list of texts.")
+        if given:
+            return list(given)
+        return [self.tokenizer.decode(completion_ids, skip_special_tokens=True)] if completion_ids else []
+
+    def _answer(self, row: Mapping[str, Any], references: list[str]) -> str | None:
+        given = row.get("answer")
+        if isinstance(given, str | int | float) and str(given).strip():
+            return self.parse(str(given)) or str(given)
+        return self.parse(references[0]) if references else None
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Examples by what can be measured on them; each list keeps the order of the data.
+
+    Attributes:
+        reference: what the forced text is: `the data`, or `the teacher` where the data has none.
+    """
+
+    examples: list[Example]
+    reference: str = "the data"
+
+    @cached_property
+    def subsets(self) -> dict[str, list[int]]:
+        """Which examples a score is over, by the name that `Measure.over` has: places in `examples`."""
+        every = list(enumerate(self.examples))
+        return {
+            # The first token of a text without a prompt has nothing that predicts it.
+            "texts": [i for i, each in every if len(each.completion_ids) > (0 if each.prompt_ids else 1)],
+            "prompts": [i for i, each in every if each.prompt_ids],
+            "references": [i for i, each in every if each.prompt_ids and each.references],
+            "questions": [i for i, each in every if each.prompt_ids and each.answer is not None],
+        }
+
+    def of(self, subset: str) -> list[Example]:
+        return [self.examples[i] for i in self.subsets[subset]]
+
+    @property
+    def prompted(self) -> list[Example]:
+        """Those that can be completed."""
+        return self.of("prompts")
+
+    @property
+    def with_text(self) -> list[Example]:
+        """Those with a reference text that can be forced."""
+        return self.of("texts")
+
+    @property
+    def questions(self) -> list[Example]:
+        return self.of("questions")
+
+    def with_texts_of(self, completions: Sequence[list[int]]) -> ExampleSet:
+        """With a teacher's completions of `prompted` in place of the references that the data lacks."""
+        written = iter(completions)
+        changed = [replace(each, completion_ids=next(written)) if each.prompt_ids else each for each in self.examples]
+        return ExampleSet(changed, "the teacher")

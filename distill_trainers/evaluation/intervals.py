@@ -1,0 +1,125 @@
+"""Scores with confidence intervals: every score is a function of sums over prompts, so a bootstrap only adds up anew.
+
+P prompts, K columns of sums, R resamples. A resample draws P prompts with replacement (Efron & Tibshirani 1993, ch. 13:
+percentile intervals); it is a row of counts, and the sums of all resamples are one product `[R, P] @ [P, K]`. Models
+are compared under the same counts: the interval of a difference is that of paired prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..exceptions import ConfigurationError
+from .results import GapClosed, Score
+
+Array = NDArray[np.float64]
+Finish = Callable[[Array], Array]
+
+
+def ratio(sums: Array) -> Array:
+    """Column 0 over column 1: a mean; NaN of nothing."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(sums[..., 1] != 0, sums[..., 0] / sums[..., 1], np.nan)
+
+
+def exp_ratio(sums: Array) -> Array:
+    """exp of a mean: perplexity from a sum of NLL and a number of tokens."""
+    with np.errstate(over="ignore"):
+        return np.exp(ratio(sums))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a score needs of each prompt.
+
+    Args:
+        columns: `[P, K]`.
+        finish: sums `[..., K]` to scores `[...]`.
+        has_prompt_values: whether the score of a single prompt means something.
+    """
+
+    columns: Array
+    finish: Finish = ratio
+    has_prompt_values: bool = True
+
+    @classmethod
+    def of_means(cls, totals: Sequence[float], counts: Sequence[float], finish: Finish = ratio) -> Sums:
+        """Totals and counts by prompt, of which the score is the overall mean."""
+        return cls(np.stack([np.asarray(totals, float), np.asarray(counts, float)], axis=1), finish)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @property
+    def value(self) -> float:
+        return float(self.finish(self.columns.sum(0)))
+
+    def per_prompt(self) -> list[float | None]:
+        """The score of each prompt alone; empty where that means nothing."""
+        return [_finite(value) for value in self.finish(self.columns)] if self.has_prompt_values else []
+
+    def resampled(self, counts: Array) -> Array:
+        """Scores `[R]` under counts `[R, P]`."""
+        return self.finish(counts @ self.columns)
+
+
+def bootstrap_counts(prompts: int, resamples: int, seed: int) -> Array:
+    """How often each of P prompts is drawn in each of R resamples, `[R, P]`; the same for the same arguments."""
+    draw = np.random.default_rng([seed, prompts])
+    return draw.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples).astype(float)
+
+
+def score(sums: Sums, counts: Array, confidence: float) -> Score:
+    """The score over all prompts and its interval."""
+    return _score(sums.value, sums.resampled(counts), confidence)
+
+
+def difference(one: Sums, other: Sums, counts: Array, confidence: float) -> Score:
+    """`one` − `other` on the same prompts, with the interval of paired prompts."""
+    _require_same_prompts(one, other)
+    return _score(one.value - other.value, one.resampled(counts) - other.resampled(counts), confidence)
+
+
+def gap_closed(after: Sums, before: Sums, teacher: Sums, counts: Array, confidence: float) -> GapClosed:
+    """(after − before) / (teacher − before): 1 where the student has reached its teacher, 0 where it stands as before.
+
+    Returns:
+        no value where teacher and student scored alike to begin with; `decided` tells whether the interval of the gap
+        itself leaves out 0, without which a share of it says little.
+    """
+    _require_same_prompts(after, before, teacher)
+
+    def share(after: Array, before: Array, teacher: Array) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(teacher != before, (after - before) / (teacher - before), np.nan)
+
+    values = [np.asarray(each.value) for each in (after, before, teacher)]
+    resampled = [each.resampled(counts) for each in (after, before, teacher)]
+    found = _score(float(share(*values)), share(*resampled), confidence)
+    gap = _score(0.0, resampled[2] - resampled[1], confidence)
+    decided = gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
+    return GapClosed(found.value, found.low, found.high, decided and found.value is not None)
+
+
+def _score(value: float, resampled: Array, confidence: float) -> Score:
+    kept = resampled[np.isfinite(resampled)]
+    if not len(kept) or not np.isfinite(value):
+        return Score(_finite(value))
+    low, high = np.quantile(kept, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Score(_finite(value), float(low), float(high))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _require_same_prompts(*sums: Sums) -> None:
+    if len({len(each) for each in sums}) > 1:
+        raise ConfigurationError(
+            f"Got scores over {[len(each) for each in sums]} prompts; expected the same prompts for all models. "
+            "Evaluate them together."
+        )

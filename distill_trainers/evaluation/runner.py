@@ -1,0 +1,381 @@
+"""Several students, their baseline and their teacher on the same examples, in one set of results."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..exceptions import ConfigurationError, DatasetError
+from .calibration import calibration_bins
+from .collect import Collected, Workshop
+from .examples import ExampleSet, read_examples
+from .exposure import by_position, covered_length, exposure_curve
+from .forced import TokenValues
+from .intervals import Array, Sums, bootstrap_counts, difference, gap_closed, ratio, score
+from .measures import AGREEMENT, MEASURES, METRICS, NEED_A_TEACHER, NEED_SAMPLES
+from .results import (
+    EvaluationResults,
+    Histogram,
+    MeasureInfo,
+    MeasureScore,
+    ModelResults,
+    PositionCurve,
+    Sample,
+    TokenComparison,
+)
+from .scores import scores_of
+from .settings import EvaluationSettings
+from .subjects import KnownModels, Subject, one_process_only, reference_tokenizer
+
+BOOTSTRAP_SEED = 0
+
+
+def evaluate_models(
+    students: Mapping[str, str | nn.Module],
+    dataset: Any,
+    *,
+    teacher: str | nn.Module | None = None,
+    baseline: str | nn.Module | None = None,
+    settings: EvaluationSettings | None = None,
+    tokenizer: Any = None,
+    cache_dir: str | Path | None = None,
+    model_init_kwargs: Mapping[str, Any] | None = None,
+    teacher_model_init_kwargs: Mapping[str, Any] | None = None,
+    use_cpu: bool = False,
+    data_name: str = "the data",
+    progress: bool = True,
+) -> EvaluationResults:
+    """Evaluate students beside their teacher and what they were before training.
+
+    Args:
+        students: folders (also of adapters), Hub ids or models, by the name that tables give them.
+        dataset: rows of any layout (see `read_examples`).
+        baseline: the student before training; with it and a teacher every score tells how much of the gap was closed.
+        tokenizer: of all models; by default the one that lies beside the first of them.
+        cache_dir: where completions and measures of tokens are kept; None keeps nothing.
+        model_init_kwargs, teacher_model_init_kwargs: of `from_pretrained`; the dtype is that of the checkpoint.
+
+    Raises:
+        ConfigurationError, DatasetError, VocabularyError: before any weights are loaded.
+    """
+    settings = settings or EvaluationSettings()
+    settings.check()
+    one_process_only()
+    subjects = make_subjects(
+        students,
+        teacher,
+        baseline,
+        cache=None if cache_dir is None else Path(cache_dir),
+        kwargs=model_init_kwargs,
+        teacher_kwargs=teacher_model_init_kwargs,
+        device=torch.device("cpu") if use_cpu else default_device(),
+    )
+    tokenizer, vocab_size = reference_tokenizer(subjects, tokenizer)
+    examples = ExampleSet(read_examples(dataset, tokenizer, settings, name=data_name))
+    metrics, notes = choose_metrics(settings, examples, has_teacher=teacher is not None)
+    cache = None if cache_dir is None else Path(cache_dir)
+    workshop = Workshop(settings, metrics, tokenizer, vocab_size, cache, progress=progress)
+    return Evaluation(workshop, subjects, examples, notes, data_name).run()
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine, or its CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def make_subjects(
+    students: Mapping[str, str | nn.Module],
+    teacher: str | nn.Module | None,
+    baseline: str | nn.Module | None,
+    *,
+    cache: Path | None,
+    kwargs: Mapping[str, Any] | None,
+    teacher_kwargs: Mapping[str, Any] | None,
+    device: torch.device,
+) -> list[Subject]:
+    """Teacher, baseline, students, in this order; nothing is loaded.
+
+    Raises:
+        ConfigurationError: no model at all, a name that is taken, or a model that is not there.
+    """
+    taken = [name for name in students if name in ("teacher", "baseline") or not str(name).strip()]
+    if taken:
+        raise ConfigurationError(f"A student is called {taken[0]!r}; expected another name than teacher and baseline.")
+    known = KnownModels(cache)
+    given: list[tuple[str, str, str | nn.Module | None, Mapping[str, Any] | None]] = [
+        ("teacher", "teacher", teacher, kwargs if teacher_kwargs is None else teacher_kwargs),
+        ("baseline", "baseline", baseline, kwargs),
+        *((str(name), "student", source, kwargs) for name, source in students.items()),
+    ]
+    found = [
+        Subject(name, role, source, init_kwargs=how, device=device, known=known)
+        for name, role, source, how in given
+        if source is not None
+    ]
+    if not found:
+        raise ConfigurationError("Got no model to evaluate; expected `students`, a `teacher` or a `baseline`.")
+    return found
+
+
+def choose_metrics(
+    settings: EvaluationSettings, examples: ExampleSet, *, has_teacher: bool
+) -> tuple[list[str], list[str]]:
+    """The metrics that models and data allow, and why others were left out.
+
+    Raises:
+        ConfigurationError, DatasetError: a metric that was asked for by name cannot be measured.
+    """
+    reasons: dict[str, str] = {}
+    has_text = bool(examples.subsets["texts"]) or (has_teacher and bool(examples.subsets["prompts"]))
+    for metric in METRICS:
+        if metric in NEED_A_TEACHER and not has_teacher:
+            reasons[metric] = "there is no teacher"
+        elif (
+            metric in NEED_SAMPLES | {"accuracy", "speed"} and not examples.subsets["prompts"] and metric != "agreement"
+        ):
+            reasons[metric] = "the data has no prompts"
+        elif metric == "rouge_l" and not examples.subsets["references"]:
+            reasons[metric] = "the data has no references (a completion, or a column `references`)"
+        elif metric in ("accuracy", "consistency") and not examples.subsets["questions"]:
+            reasons[metric] = (
+                "no row has an answer (a column `answer`, or one that answer_formats find in its reference)"
+            )
+        elif metric == "consistency" and len(settings.sampled_seeds) < 2:
+            reasons[metric] = "it compares samples of several seeds at a temperature above 0"
+        elif metric in ("perplexity", "calibration") and not has_text:
+            reasons[metric] = "the data has no completions, and there is no teacher to write them"
+    if settings.metrics is None:
+        chosen = [metric for metric in METRICS if metric not in reasons]
+        return chosen, [f"{metric} was left out: {reason}." for metric, reason in reasons.items()]
+    for metric in settings.metrics:
+        if metric in reasons:
+            error = ConfigurationError if metric in NEED_A_TEACHER and not has_teacher else DatasetError
+            raise error(f"Got the metric {metric}, but {reasons[metric]}. Leave it out, or give what it needs.")
+    return [metric for metric in METRICS if metric in settings.metrics], []
+
+
+class Evaluation:
+    """One evaluation: collects what each model says, then turns it into results.
+
+    Args:
+        workshop: settings, metrics, tokenizer and cache.
+        subjects: teacher, baseline, students, as far as there are any.
+    """
+
+    def __init__(
+        self, workshop: Workshop, subjects: Sequence[Subject], examples: ExampleSet, notes: list[str], data_name: str
+    ):
+        self.workshop, self.subjects, self.examples = workshop, subjects, examples
+        self.settings, self.notes, self.data_name = workshop.settings, notes, data_name
+        self.teacher = next((each for each in subjects if each.role == "teacher"), None)
+        self._counts: dict[int, Array] = {}
+
+    def run(self) -> EvaluationResults:
+        """All results; models are loaded one beside the teacher, and only where something is missing."""
+        collected: dict[str, Collected] = {}
+        tokens: list[TokenComparison] = []
+        given = Collected()
+        if self.teacher is not None and not self.examples.subsets["texts"]:
+            written = self.workshop.first_samples(self.teacher, self.examples)
+            self.examples = self.examples.with_texts_of(written)
+        for subject in self.subjects:
+            teacher = self.teacher if subject is not self.teacher else None
+            collected[subject.name] = self.workshop.collect(subject, teacher, self.examples, given)
+            if subject is self.teacher:
+                given = collected[subject.name]
+            elif self.teacher is not None and "agreement" in self.workshop.metrics:
+                tokens += self._compare_tokens(subject, collected[subject.name])
+            if subject is not self.teacher:
+                subject.release()
+        if self.teacher is not None:
+            self.teacher.release()
+        return self._results(collected, tokens)
+
+    # ---- Results ----------------------------------------------------------------------------------------------------
+
+    def _results(self, collected: dict[str, Collected], tokens: list[TokenComparison]) -> EvaluationResults:
+        length = self._exposure_length(collected)
+        sums: dict[str, dict[str, Sums]] = {}
+        by_seed: dict[str, dict[str, list[Sums]]] = {}
+        for subject in self.subjects:
+            sums[subject.name], by_seed[subject.name] = scores_of(
+                collected[subject.name],
+                self.examples,
+                self.settings,
+                self.workshop.metrics,
+                self.workshop.tokenizer,
+                is_teacher=subject is self.teacher,
+                exposure_length=length,
+            )
+        models = [
+            self._model(subject, collected[subject.name], sums, by_seed[subject.name]) for subject in self.subjects
+        ]
+        if self.teacher is not None and (base := models[0].cost) is not None:
+            for model in models:
+                if model.cost is not None:
+                    model.cost.speedup = model.cost.tokens_per_second / base.tokens_per_second
+        occurring = [name for name in MEASURES if any(name in each for each in sums.values())]
+        return EvaluationResults(
+            models=models,
+            measures={name: _info(name) for name in occurring},
+            settings={**asdict(self.settings), "metrics": list(self.workshop.metrics)},
+            data={
+                "name": self.data_name,
+                "rows": len(self.examples.examples),
+                "reference_text": self.examples.reference,
+            },
+            subsets=self.examples.subsets,
+            samples=self._samples(collected),
+            tokens=tokens,
+            notes=self.notes,
+            environment=environment(self.subjects[0].device),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+
+    def _exposure_length(self, collected: dict[str, Collected]) -> int | None:
+        """How far the completions of all models reach, so that their scores are at the same length."""
+        texts = [each.samples[0] for each in collected.values() if each.samples]
+        return covered_length(texts) if texts and "exposure_bias" in self.workshop.metrics else None  # type: ignore[arg-type]
+
+    def counts(self, prompts: int) -> Array:
+        """Resamples of so many prompts, the same for all models and measures."""
+        if prompts not in self._counts:
+            self._counts[prompts] = bootstrap_counts(prompts, self.settings.bootstrap_samples, BOOTSTRAP_SEED)
+        return self._counts[prompts]
+
+    def _model(
+        self, subject: Subject, found: Collected, sums: dict[str, dict[str, Sums]], by_seed: dict[str, list[Sums]]
+    ) -> ModelResults:
+        texts = {"reference": found.reference, "student": found.own_text} if subject is not self.teacher else {}
+        reference = found.reference if "calibration" in self.workshop.metrics else []
+        columns = [[row[name] for row in reference] for name in ("confidence", "correct")]
+        exposure = sums[subject.name].get("exposure_error")
+        return ModelResults(
+            name=subject.name,
+            role=subject.role,
+            source=subject.source,
+            fingerprint=subject.facts.fingerprint,
+            scores={name: self._score(name, subject, sums, by_seed.get(name, [])) for name in sums[subject.name]},
+            positions=[curve for text, values in texts.items() for curve in self._curves(text, values)],
+            lengths=_histogram(found.samples, self.settings.max_new_tokens) if found.samples else None,
+            calibration=calibration_bins(*columns, self.settings.calibration_bins) if reference else [],
+            exposure=exposure_curve(exposure) if exposure is not None and subject is not self.teacher else [],
+            cost=found.cost,
+        )
+
+    def _score(
+        self, name: str, subject: Subject, sums: dict[str, dict[str, Sums]], by_seed: list[Sums]
+    ) -> MeasureScore:
+        own, confidence = sums[subject.name][name], self.settings.confidence
+        counts = self.counts(len(own))
+        value = score(own, counts, confidence)
+        found = MeasureScore(
+            value.value,
+            value.low,
+            value.high,
+            over=MEASURES[name].over,
+            per_prompt=own.per_prompt(),
+            per_seed=[score(each, counts[:1], confidence).value for each in by_seed],
+        )
+        before = sums.get("baseline", {}).get(name)
+        if subject.role == "student" and before is not None:
+            found.difference = difference(own, before, counts, confidence)
+            reached = sums.get("teacher", {}).get(name)
+            if reached is not None:
+                found.gap_closed = gap_closed(own, before, reached, counts, confidence)
+        return found
+
+    def _curves(self, text: str, values: Sequence[TokenValues]) -> list[PositionCurve]:
+        """Means by position with their intervals, as far as any completion goes."""
+        curves = []
+        for name in AGREEMENT:
+            if not values or name not in values[0]:
+                continue
+            rows = [row[name] for row in values]
+            totals, there = by_position(rows, max(map(len, rows)))
+            counts = self.counts(len(rows))
+            resampled = ratio(np.stack([counts @ totals, counts @ there], axis=-1))
+            alpha = (1 - self.settings.confidence) / 2
+            low, high = ([_quantile(column, q) for column in resampled.T] for q in (alpha, 1 - alpha))
+            mean = (totals.sum(0) / np.maximum(there.sum(0), 1)).tolist()
+            curves.append(PositionCurve(name, text, mean, low, high, [int(n) for n in there.sum(0)]))
+        return curves
+
+    def _samples(self, collected: dict[str, Collected]) -> list[Sample]:
+        decode = self.workshop.tokenizer.decode
+        examples, shown = self.examples, self.examples.subsets["prompts"][: self.settings.shown_samples]
+        questions = {place: i for i, place in enumerate(examples.subsets["questions"])}
+        samples = []
+        for i, place in enumerate(shown):
+            example = examples.examples[place]
+            prompt = decode(example.prompt_ids, skip_special_tokens=True)
+            sample = Sample(place, prompt, example.references, example.answer)
+            for name, found in collected.items():
+                if found.samples:
+                    sample.completions[name] = decode(found.samples[0][i], skip_special_tokens=True)
+                if found.answers and place in questions:
+                    sample.greedy[name] = found.answers[questions[place]].text
+                    sample.verdicts[name] = found.answers[questions[place]].reason
+            samples.append(sample)
+        return samples
+
+    def _compare_tokens(self, subject: Subject, found: Collected) -> list[TokenComparison]:
+        """A few completions token by token: references, and what the model wrote itself."""
+        assert self.teacher is not None
+        wanted, compared = self.settings.token_samples, []
+        examples = self.examples.examples
+        texts = {
+            "reference": [
+                (place, (examples[place].prompt_ids, examples[place].completion_ids), values)
+                for place, values in zip(self.examples.subsets["texts"], found.reference, strict=False)
+            ],
+            "student": [
+                (place, (examples[place].prompt_ids, found.samples[0][i]), found.own_text[i])
+                for i, place in enumerate(self.examples.subsets["prompts"][: len(found.own_text)])
+            ],
+        }
+        for kind, rows in texts.items():
+            for place, text, values in rows[:wanted]:
+                compared.append(
+                    self.workshop.compare_tokens(subject, self.teacher, text, values, kind=kind, example=place)
+                )
+        return compared
+
+
+def _info(name: str) -> MeasureInfo:
+    measure = MEASURES[name]
+    return MeasureInfo(measure.title, measure.unit, measure.higher_is_better, measure.paper)
+
+
+def _quantile(values: Array, q: float) -> float | None:
+    kept = values[np.isfinite(values)]
+    return float(np.quantile(kept, q)) if len(kept) else None
+
+
+def _histogram(samples: Sequence[Sequence[Sequence[int]]], longest: int, bins: int = 20) -> Histogram:
+    lengths = [len(ids) for completions in samples for ids in completions]
+    edges = np.linspace(0, longest, min(bins, longest) + 1)
+    counts, _ = np.histogram(lengths, edges)
+    return Histogram(edges.tolist(), counts.tolist())
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and machine, without names of it."""
+    found = {"python": platform.python_version(), "device": device.type}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+    for package in ("distill-trainers", "torch", "transformers", "rouge-score", "sacrebleu"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
