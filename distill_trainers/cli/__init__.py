@@ -14,6 +14,7 @@ COMMANDS = {
     "cache-teacher": ("cache_teacher", "keep a teacher's answers to a recipe's rows on disk; --inspect looks at them"),
     "pairs": ("pairs", "make preference pairs from a recipe's teacher, student and prompts"),
     "rationales": ("rationales", "chains of thought from a teacher: extract, parse, verify, dual"),
+    "evaluate": ("evaluate", "score students beside their teacher, with intervals and the gap that was closed"),
     "import-gguf": ("import_gguf", "turn a GGUF checkpoint into an ordinary Hugging Face folder"),
     "demo": ("demo", "distil a real 135M teacher into a smaller student, and show how much nearer it came"),
     "proof": ("proof", "a three-minute proof: every method on a tiny task learnt from scratch"),

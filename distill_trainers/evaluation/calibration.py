@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from .intervals import Array, Sums
 from .results import CalibrationBin
 
 
-def _bins_of(confidence: Sequence[float], bins: int) -> Array:
+def _bins_of(confidence: ArrayLike, bins: int) -> NDArray[np.int64]:
     """Bin of each token: m covers ((m − 1)/bins, m/bins]."""
     return np.clip(np.ceil(np.asarray(confidence, float) * bins) - 1, 0, bins - 1).astype(int)
 

@@ -16,7 +16,7 @@ import torch
 from ..rationales.records import RecordStore, content_key
 from ..rollouts import CompletionStore, DecodeEngine, InMemory, SamplingSettings, complete_prompts
 from ..rollouts.store import prompt_key
-from ..signals import TokenTopK
+from ..signals import TokenLogits
 from .accuracy import Answer, answer_parser, judge
 from .cost import measure_cost
 from .examples import Example, ExampleSet
@@ -254,9 +254,10 @@ class Workshop:
         top: list[list[list[float]]] = []
         for start in range(0, len(labels), 32):
             said = signal.chunk(slice(start, start + 32))
-            best: TokenTopK = said.top_k(self.settings.top_tokens)  # type: ignore[union-attr]  # logits, of a local model
-            chunk = said.logps().gather(-1, labels[start : start + 32, None])  # type: ignore[union-attr]
-            given += [round(p, 6) for p in chunk.squeeze(-1).exp().tolist()]
+            assert isinstance(said, TokenLogits)  # a model of this process gives nothing else
+            best = said.top_k(self.settings.top_tokens)
+            chunk = said.logps().gather(-1, labels[start : start + 32, None]).squeeze(-1)
+            given += [round(p, 6) for p in chunk.exp().tolist()]
             rows = zip(best.ids.tolist(), best.logps.exp().tolist(), strict=True)
             top += [[[token, round(p, 6)] for token, p in zip(*row, strict=True)] for row in rows]
         return {"given": given, "top": top}

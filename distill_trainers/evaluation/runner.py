@@ -20,6 +20,7 @@ from .collect import Collected, Workshop
 from .examples import ExampleSet, read_examples
 from .exposure import by_position, covered_length, exposure_curve
 from .forced import TokenValues
+from .harness import add_harness_scores, check_tasks
 from .intervals import Array, Sums, bootstrap_counts, difference, gap_closed, ratio, score
 from .measures import AGREEMENT, MEASURES, METRICS, NEED_A_TEACHER, NEED_SAMPLES
 from .results import (
@@ -67,8 +68,41 @@ def evaluate_models(
     Raises:
         ConfigurationError, DatasetError, VocabularyError: before any weights are loaded.
     """
-    settings = settings or EvaluationSettings()
+    prepared = prepare(
+        students,
+        dataset,
+        teacher=teacher,
+        baseline=baseline,
+        settings=settings or EvaluationSettings(),
+        tokenizer=tokenizer,
+        cache_dir=cache_dir,
+        model_init_kwargs=model_init_kwargs,
+        teacher_model_init_kwargs=teacher_model_init_kwargs,
+        use_cpu=use_cpu,
+        data_name=data_name,
+        progress=progress,
+    )
+    return prepared.run()
+
+
+def prepare(
+    students: Mapping[str, str | nn.Module],
+    dataset: Any,
+    *,
+    settings: EvaluationSettings,
+    teacher: str | nn.Module | None = None,
+    baseline: str | nn.Module | None = None,
+    tokenizer: Any = None,
+    cache_dir: str | Path | None = None,
+    model_init_kwargs: Mapping[str, Any] | None = None,
+    teacher_model_init_kwargs: Mapping[str, Any] | None = None,
+    use_cpu: bool = False,
+    data_name: str = "the data",
+    progress: bool = True,
+) -> Evaluation:
+    """An evaluation that has passed every check, with no weights loaded; arguments are those of `evaluate_models`."""
     settings.check()
+    check_tasks(settings)
     one_process_only()
     subjects = make_subjects(
         students,
@@ -84,7 +118,7 @@ def evaluate_models(
     metrics, notes = choose_metrics(settings, examples, has_teacher=teacher is not None)
     cache = None if cache_dir is None else Path(cache_dir)
     workshop = Workshop(settings, metrics, tokenizer, vocab_size, cache, progress=progress)
-    return Evaluation(workshop, subjects, examples, notes, data_name).run()
+    return Evaluation(workshop, subjects, examples, notes, data_name)
 
 
 def default_device() -> torch.device:
@@ -198,7 +232,9 @@ class Evaluation:
                 subject.release()
         if self.teacher is not None:
             self.teacher.release()
-        return self._results(collected, tokens)
+        results = self._results(collected, tokens)
+        add_harness_scores(results, self.subjects, self.workshop.tokenizer, self.settings, self.workshop.cache)
+        return results
 
     # ---- Results ----------------------------------------------------------------------------------------------------
 
@@ -244,7 +280,7 @@ class Evaluation:
     def _exposure_length(self, collected: dict[str, Collected]) -> int | None:
         """How far the completions of all models reach, so that their scores are at the same length."""
         texts = [each.samples[0] for each in collected.values() if each.samples]
-        return covered_length(texts) if texts and "exposure_bias" in self.workshop.metrics else None  # type: ignore[arg-type]
+        return covered_length(texts) if texts and "exposure_bias" in self.workshop.metrics else None
 
     def counts(self, prompts: int) -> Array:
         """Resamples of so many prompts, the same for all models and measures."""
@@ -257,7 +293,7 @@ class Evaluation:
     ) -> ModelResults:
         texts = {"reference": found.reference, "student": found.own_text} if subject is not self.teacher else {}
         reference = found.reference if "calibration" in self.workshop.metrics else []
-        columns = [[row[name] for row in reference] for name in ("confidence", "correct")]
+        sure, right = ([row[name] for row in reference] for name in ("confidence", "correct"))
         exposure = sums[subject.name].get("exposure_error")
         return ModelResults(
             name=subject.name,
@@ -267,7 +303,7 @@ class Evaluation:
             scores={name: self._score(name, subject, sums, by_seed.get(name, [])) for name in sums[subject.name]},
             positions=[curve for text, values in texts.items() for curve in self._curves(text, values)],
             lengths=_histogram(found.samples, self.settings.max_new_tokens) if found.samples else None,
-            calibration=calibration_bins(*columns, self.settings.calibration_bins) if reference else [],
+            calibration=calibration_bins(sure, right, self.settings.calibration_bins) if reference else [],
             exposure=exposure_curve(exposure) if exposure is not None and subject is not self.teacher else [],
             cost=found.cost,
         )

@@ -43,8 +43,8 @@ def scores_of(
     if "agreement" in metrics:
         sums |= _agreement(found, examples, is_teacher)
     if found.reference and "calibration" in metrics:
-        columns = [[row[name] for row in found.reference] for name in ("confidence", "correct")]
-        sums["ece"] = calibration_sums(*columns, settings.calibration_bins)
+        sure, right = ([row[name] for row in found.reference] for name in ("confidence", "correct"))
+        sums["ece"] = calibration_sums(sure, right, settings.calibration_bins)
     if "exposure_bias" in metrics and exposure_length is not None:
         texts = _zeros(found.samples[0]) if is_teacher else [row["kl"] for row in found.own_text]
         given = texts if is_teacher else [row["kl"] for row in found.teacher_text]

@@ -58,6 +58,11 @@ class EvaluationSettings:
     top_tokens: int = field(default=5, metadata={"help": "Likeliest tokens kept at each of their places."})
     speed_prompts: int = field(default=8, metadata={"help": "Prompts decoded together for tokens per second."})
     speed_tokens: int = field(default=32, metadata={"help": "Tokens decoded for each of them."})
+    lm_eval_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks of lm-eval to run as well; needs `pip install lm-eval`."}
+    )
+    lm_eval_limit: int | None = field(default=None, metadata={"help": "Only the first so many rows of each task."})
+    lm_eval_include_path: str | None = field(default=None, metadata={"help": "A folder with tasks of your own."})
 
     def check(self) -> None:
         """Refuse what cannot work.

@@ -1,0 +1,189 @@
+"""Evaluate students beside their teacher and what they were before training.
+
+distill-trainers evaluate --config evaluation.yaml
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..exceptions import ConfigurationError, refuse_unknown_keys, writing
+from . import report_errors
+from .recipe import make_parser, read_yaml
+from .value_types import check_value_types
+
+if TYPE_CHECKING:
+    from ..evaluation import EvaluationResults, EvaluationSettings
+    from ..evaluation.runner import Evaluation
+
+_USAGE = """usage: distill-trainers evaluate --config FILE [--KEY VALUE]
+       distill-trainers evaluate --student RUN --teacher MODEL --baseline RUN/student_init --dataset FILE
+
+Scores several students, what they were before training and their teacher on the same prompts, with intervals, and
+tells how much of the gap each student has closed. Writes evaluation.json and evaluation.md into `output_dir`. What
+models wrote and how they read it is kept in `cache_dir`: a second evaluation runs no model, one that was stopped goes
+on. The settings are in docs/evaluation.md."""
+
+
+@dataclass
+class EvaluateArguments:
+    """Models and data; how they are evaluated is in `EvaluationSettings`."""
+
+    student: str | None = field(default=None, metadata={"help": "The model to evaluate: a folder or Hub id."})
+    students: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Several of them, by the name that tables give them (JSON)."}
+    )
+    teacher: str | None = field(default=None, metadata={"help": "Their teacher."})
+    baseline: str | None = field(
+        default=None, metadata={"help": "The student before training, from which the gap is counted."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For from_pretrained of all models, such as {dtype: bfloat16} (JSON)."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For from_pretrained of the teacher, in place of those (JSON)."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models that bring code of their own."})
+    dataset: str | None = field(default=None, metadata={"help": "Data: a file, a folder or a Hub id. Required."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="test", metadata={"help": "Split of a folder or Hub dataset."})
+    column_mapping: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Rename columns, such as {instruction: prompt, output: completion} (JSON)."}
+    )
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where the results go."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where completions are kept; by default `<output_dir>/cache`."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
+    dry_run: bool = field(default=False, metadata={"help": "Check everything and load no weights."})
+
+    def named_students(self) -> dict[str, str]:
+        """The students by name.
+
+        Raises:
+            ConfigurationError: `student` and `students` at once, or a name without a model.
+        """
+        if self.student and self.students:
+            raise ConfigurationError("The settings name both `student` and `students`. Keep one of them.")
+        if self.student:
+            return {"student": self.student}
+        students = self.students or {}
+        assert isinstance(students, dict)  # parsed by now
+        wrong = [name for name, source in students.items() if not isinstance(source, str) or not source]
+        if wrong:
+            raise ConfigurationError(
+                f"Got `students: {{{wrong[0]}: {students[wrong[0]]!r}}}`; expected a folder or Hub id for each name."
+            )
+        return dict(students)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, check, evaluate, save and print."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    argv = list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    args, settings = parse_arguments(argv)
+    evaluation = prepare_evaluation(args, settings)
+    if args.dry_run:
+        print(f"{', '.join(evaluation.workshop.metrics)} on {len(evaluation.examples.examples)} rows.")
+        print("Everything that can be checked without weights is in order; nothing was evaluated.")
+        return 0
+    results = evaluation.run()
+    file = results.save(args.output_dir)
+    with writing("the tables", Path(args.output_dir), "Free some space and start again: what was measured is kept."):
+        from ..evaluation.tables import markdown
+
+        file.with_suffix(".md").write_text(markdown(results), encoding="utf-8", errors="replace")
+    print_results(results)
+    print(f"Saved to {file} and {file.with_suffix('.md').name}.")
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[EvaluateArguments, EvaluationSettings]:
+    """Settings from `--config` and the command line.
+
+    Raises:
+        ConfigurationError: unknown keys, values of the wrong type, or settings that cannot work.
+    """
+    from ..evaluation.settings import EvaluationSettings
+
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    given = read_yaml(argv)
+    classes = (EvaluateArguments, EvaluationSettings)
+    known = {f.name for cls in classes for f in fields(cls)} | {"env"}
+    refuse_unknown_keys(given, known, "the file of settings")
+    named = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
+    refuse_unknown_keys([o for o in named if not o.startswith("no_")], known | {"config", "help"}, "the command line")
+    for cls in classes:
+        check_value_types(given, cls, text_is_parsed=True)
+    try:
+        args, settings = make_parser(classes, "evaluate").parse_args_and_config(argv)
+    except ConfigurationError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"The settings could not be read: {error}") from error
+    settings.check()
+    return args, settings
+
+
+def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) -> Evaluation:
+    """Read configs, tokenizers and data, and see that all of it fits together. No weights are loaded.
+
+    Raises:
+        ConfigurationError, DatasetError, VocabularyError: what has to be mended.
+    """
+    from ..data import load_split
+    from ..evaluation.runner import prepare
+
+    students = args.named_students()
+    if not (students or args.teacher or args.baseline):
+        raise ConfigurationError("The settings name no model; set `student`, `students`, `teacher` or `baseline`.")
+    if not args.dataset:
+        raise ConfigurationError("The settings name no data; set `dataset` to a file, a folder or a Hub id.")
+    mapping: Any = args.column_mapping
+    data = load_split(args.dataset, name=args.dataset_config, split=args.dataset_split, column_mapping=mapping)
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    kwargs: Any = args.model_init_kwargs
+    teacher_kwargs: Any = args.teacher_model_init_kwargs
+    return prepare(
+        students,
+        data,
+        settings=settings,
+        teacher=args.teacher,
+        baseline=args.baseline,
+        cache_dir=args.cache_dir or str(Path(args.output_dir) / "cache"),
+        model_init_kwargs={**trusted, **(kwargs or {})},
+        teacher_model_init_kwargs=None if teacher_kwargs is None else {**trusted, **teacher_kwargs},
+        use_cpu=args.use_cpu,
+        data_name=Path(args.dataset).name if Path(args.dataset).exists() else args.dataset,
+    )
+
+
+def print_results(results: EvaluationResults) -> None:
+    """The tables on a terminal, and what was left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..evaluation.tables import tables_of
+
+    console = Console()
+    for each in tables_of(results):
+        table = Table(title=each.title)
+        for place, heading in enumerate(each.headings):
+            table.add_column(heading, justify="right" if place else "left")
+        for row in each.rows:
+            table.add_row(*row)
+        console.print(table)
+    for note in results.notes:
+        console.print(note, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main, sys.argv[1:]))
