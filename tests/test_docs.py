@@ -18,11 +18,14 @@ from accelerate.commands.launch import launch_command_parser
 
 from distill_trainers import DistillConfig, DPKDConfig, GKDConfig, MiniLLMConfig, RationaleConfig
 from distill_trainers.cli import COMMANDS
+from distill_trainers.cli.evaluate import EvaluateArguments
+from distill_trainers.cli.evaluate import parse_arguments as parse_evaluation
 from distill_trainers.cli.pairs import PairArguments
 from distill_trainers.cli.rationales import STAGES, PipelineArguments, parse_arguments
 from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
 from distill_trainers.data.formats import LAYOUTS, detect_dataset_type
 from distill_trainers.data.pairs import is_pair, split_pair
+from distill_trainers.evaluation import MEASURES, METRICS, EvaluationSettings
 from distill_trainers.losses import DIVERGENCES
 from distill_trainers.trainers import METHODS
 
@@ -116,6 +119,9 @@ def _check_cli(words, settings):
         stage, *options = options
         assert stage in STAGES and parse_arguments(options).folder
         return
+    if name == "evaluate":
+        parse_evaluation(options if "--config" not in options else [])
+        return
     if name not in ("train", "cache-teacher", "pairs") or "--inspect" in options:
         return
     example = options[options.index("--config") + 1] == "recipe.yaml"  # the reader's own
@@ -190,6 +196,29 @@ def test_the_table_of_stages_lists_every_setting_with_its_default():
     section = _section(DOCS / "rationales.md", "## Settings of the stages")
     rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", section, re.MULTILINE)
     assert [(name, yaml.safe_load(default)) for name, default in rows] == list(_own_fields(PipelineArguments).items())
+
+
+@pytest.mark.parametrize("config_class", [EvaluationSettings, EvaluateArguments])
+def test_the_tables_of_evaluation_list_every_setting_with_its_default(config_class):
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", _section(DOCS / "evaluation.md", "## Settings"), re.MULTILINE)
+    settings = config_class()
+    own = {name: getattr(settings, name) for name in inspect.get_annotations(config_class)}
+    found = {name: yaml.safe_load(default) for name, default in rows}
+    assert {name: found.get(name, "missing") for name in own} == own
+    assert len(rows) == sum(len(inspect.get_annotations(each)) for each in (EvaluationSettings, EvaluateArguments))
+
+
+def test_every_measure_and_metric_is_explained():
+    section = _section(DOCS / "evaluation.md", "## What is measured")
+    names = {name for name in MEASURES if not name.startswith("student_text_")} | set(METRICS)
+    assert not [name for name in names if f"`{name}`" not in section]
+
+
+def test_the_settings_of_the_page_are_read(tmp_path):
+    (code,) = [code for code in _blocks(DOCS / "evaluation.md", "yaml") if "students:" in code]
+    (tmp_path / "evaluation.yaml").write_text(code, encoding="utf-8")
+    args, settings = parse_evaluation(["--config", str(tmp_path / "evaluation.yaml")])
+    assert args.named_students() == {"gkd": "runs/gkd", "minillm": "runs/minillm"} and settings.max_new_tokens == 256
 
 
 @pytest.mark.parametrize("page, title", [("recipes.md", "## Keys of GKD"), ("maths.md", "## Divergences")])

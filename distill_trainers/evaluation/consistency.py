@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..rationales import majority_answer, verify_answer
-from ..rationales.verify import group_answers
+from ..rationales import verify_answer
+from ..rationales.verify import group_answers, majority_of
 from .intervals import Sums
 
 
@@ -26,8 +26,7 @@ def agree(answers: Sequence[str | None], reference: str, kind: str = "auto", cho
         kind: how answers are compared, see `verify_answer`.
     """
     groups = group_answers(answers, kind, choices or None)
-    majority, _ = majority_answer(answers, kind, choices or None)
-    right = verify_answer(majority, reference, kind, choices or None).right
+    right = verify_answer(majority_of(groups), reference, kind, choices or None).right
     return Agreed(len(groups[0]) / len(answers) if groups else 0.0, right)
 
 

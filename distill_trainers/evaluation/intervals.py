@@ -64,7 +64,8 @@ class Sums:
 
     def resampled(self, counts: Array) -> Array:
         """Scores `[R]` under counts `[R, P]`."""
-        return self.finish(counts @ self.columns)
+        with np.errstate(invalid="ignore"):  # an infinite sum times a prompt that was not drawn
+            return self.finish(counts @ self.columns)
 
 
 def bootstrap_counts(prompts: int, resamples: int, seed: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -38,6 +39,7 @@ from .settings import EvaluationSettings
 from .subjects import KnownModels, Subject, one_process_only, reference_tokenizer
 
 BOOTSTRAP_SEED = 0
+_LIBRARIES = {"rouge_l": "rouge_score", "diversity": "sacrebleu"}
 
 
 def evaluate_models(
@@ -177,6 +179,8 @@ def choose_metrics(
             metric in NEED_SAMPLES | {"accuracy", "speed"} and not examples.subsets["prompts"] and metric != "agreement"
         ):
             reasons[metric] = "the data has no prompts"
+        elif metric in _LIBRARIES and importlib.util.find_spec(_LIBRARIES[metric]) is None:
+            reasons[metric] = "its library is not installed (`pip install 'distill-trainers[evaluation]'`)"
         elif metric == "rouge_l" and not examples.subsets["references"]:
             reasons[metric] = "the data has no references (a completion, or a column `references`)"
         elif metric in ("accuracy", "consistency") and not examples.subsets["questions"]:

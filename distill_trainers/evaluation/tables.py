@@ -32,18 +32,18 @@ def with_interval(score: Score, unit: str = "") -> str:
     shown = number(score.value, unit)
     if score.low is None or score.high is None:
         return shown
-    return f"{shown} [{number(score.low, unit)}, {number(score.high, unit)}]"
+    low, high = (number(each, unit).removesuffix(" %") for each in (score.low, score.high))
+    return f"{shown} [{low}, {high}]"
 
 
 def share_of_gap(gap: GapClosed | None) -> str:
     """Per cent of the gap with its interval; in brackets where the gap itself is not more than noise."""
     if gap is None or gap.value is None:
         return "–"
+    value, low, high = (None if each is None else round(100 * each) for each in (gap.value, gap.low, gap.high))
     if not gap.decided:
-        return f"({100 * gap.value:.0f} %)"
-    if gap.low is None or gap.high is None:
-        return f"{100 * gap.value:.0f} %"
-    return f"{100 * gap.value:.0f} % [{100 * gap.low:.0f}, {100 * gap.high:.0f}]"
+        return f"({value} %)"
+    return f"{value} %" if low is None or high is None else f"{value} % [{low}, {high}]"
 
 
 def tables_of(results: EvaluationResults) -> list[TextTable]:

@@ -149,9 +149,14 @@ def majority_answer(
     A tie, or no answer at all, gives None.
     """
     groups = group_answers(answers, kind, choices, symbolic)
-    if not groups or (len(groups) > 1 and len(groups[0]) == len(groups[1])):
-        return None, 0.0
-    return groups[0][0], len(groups[0]) / len(answers)
+    majority = majority_of(groups)
+    return majority, 0.0 if majority is None else len(groups[0]) / len(answers)
+
+
+def majority_of(groups: Sequence[Sequence[str]]) -> str | None:
+    """The answer of the largest of `group_answers`; None where there is none, or two are as large."""
+    tie = len(groups) > 1 and len(groups[0]) == len(groups[1])
+    return None if tie or not groups else groups[0][0]
 
 
 def _verdict(equal: bool, how: str) -> Verdict:
