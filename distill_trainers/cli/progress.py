@@ -11,6 +11,9 @@ from transformers import TrainerCallback
 _SHOWN = ("loss", "divergence", "lm_loss", "grad_norm", "learning_rate", "rollouts", "completion_length")
 
 
+_MEASURED = ("rouge_l", "accuracy", "student_text_kl", "exposure_error", "distinct_4", "consistency", "ece")
+
+
 class ProgressReport(TrainerCallback):
     """Shows steps, loss terms and evaluation scores on the main process only."""
 
@@ -46,7 +49,7 @@ class ProgressReport(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         evaluated = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
-        names = ("loss", "perplexity", "kl", "top1_agreement") if evaluated else _SHOWN
+        names = ("loss", "perplexity", "kl", "top1_agreement", *_MEASURED) if evaluated else _SHOWN
         values = evaluated or logs
         shown = [f"{name} {_short(values[name])}" for name in names if name in values]
         if not shown:

@@ -38,7 +38,7 @@ from ..rollouts import build_engine, check_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import CachedTeacher, Teacher
-from . import caching, sources
+from . import caching, held_out, sources
 from .callbacks import StepLoss, divergence_error
 from .checkpoints import (
     check_resumable,
@@ -53,6 +53,7 @@ from .completions import fill_with_teacher_completions, sampling_settings
 from .config import DistillConfig, config_from_arguments
 from .evaluating import TeacherForcedEvaluation
 from .forward import head_can_be_fused, terms_of_batch
+from .held_out import HeldOutMeasures
 from .metrics import RunningMetrics
 from .order import train_sampler
 
@@ -170,6 +171,8 @@ class DistillTrainer(TeacherForcedEvaluation):
                 vllm_options=args.vllm_kwargs,  # type: ignore[arg-type]  # parsed by now
             )
         self.add_callback(StepLoss(self))
+        if args.eval_measures:
+            self.add_callback(HeldOutMeasures(self))
         if isinstance(self.teacher, CachedTeacher):
             self.add_callback(caching.CacheKeeper(self.teacher))
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
@@ -408,6 +411,7 @@ class DistillTrainer(TeacherForcedEvaluation):
             raise DatasetError(
                 f"Got `eval_strategy: {self.args.eval_strategy}` but no `eval_dataset`; pass one or set 'no'."
             )
+        held_out.check(self.args, eval_dataset)
 
     def prepare_rows(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
         """Tokenised rows of a raw dataset; `name` "train" must serve the method, any other only evaluation."""

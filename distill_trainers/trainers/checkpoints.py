@@ -25,6 +25,7 @@ METHOD_STATE_NAME = "distill_state.json"
 METHOD_TENSORS_NAME = "distill_state.safetensors"
 STUDENT_INIT_NAME = "student_init"
 COMPLETIONS_NAME = "completions"
+SAMPLES_NAME = "samples.jsonl"  # completions of held-out prompts, by evaluation
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
@@ -120,14 +121,14 @@ def written_whole(folder: Path, accelerator: Accelerator, should_save: bool) -> 
 def unpublished_files(args: DistillConfig) -> list[str]:
     """Patterns of files in the output directory that no upload takes along.
 
-    They are the teacher's answers to the user's prompts, its cache, and the student as it was before training.
+    They are the models' answers to the user's prompts, the teacher's cache, and the student as it was before training.
     """
     output = Path(args.output_dir).resolve()
     names = [COMPLETIONS_NAME, STUDENT_INIT_NAME]
     folders = [*(output / name for name in names), args.completions_dir, args.teacher_cache]
     folders.append(getattr(args, "reference_logps_dir", None))
     inside = [path for folder in folders if folder and (path := Path(folder).resolve()).is_relative_to(output)]
-    return [f"{path.relative_to(output).as_posix()}/*" for path in inside if path != output]
+    return [*(f"{path.relative_to(output).as_posix()}/*" for path in inside if path != output), SAMPLES_NAME]
 
 
 def write_method_state(folder: Path, state: dict[str, Any]) -> None:

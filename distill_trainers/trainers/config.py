@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from ..evaluation.measures import METRICS, higher_is_better
 from ..exceptions import ConfigurationError
 from ..rollouts import ENGINES
 from ..teachers.cache_kinds import KINDS
@@ -128,6 +129,22 @@ class DistillConfig(TrainingArguments):
         metadata={"help": "Of what is kept; by default hidden states as the teacher gives them, else float32."},
     )
 
+    # Evaluation
+    eval_measures: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Measured as well at each evaluation, on held-out prompts: agreement, rouge_l, accuracy, "
+            "diversity, consistency, exposure_bias, calibration."
+        },
+    )
+    eval_measures_rows: int = field(
+        default=16, metadata={"help": "They are taken on so many of the first rows of the evaluation set."}
+    )
+    eval_measures_seeds: int = field(default=1, metadata={"help": "Samples of each of these prompts."})
+    eval_measures_shown: int = field(
+        default=3, metadata={"help": "Prompts whose completions by student and teacher are logged side by side."}
+    )
+
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
         "model_init_kwargs",
         "teacher_model_init_kwargs",
@@ -143,8 +160,7 @@ class DistillConfig(TrainingArguments):
         if self.load_best_model_at_end and not self.metric_for_best_model:
             self.metric_for_best_model = "eval_perplexity"
         if self.metric_for_best_model and self.greater_is_better is None:
-            smaller_is_better = ("loss", "nll", "perplexity", "kl", "divergence")
-            self.greater_is_better = not self.metric_for_best_model.endswith(smaller_is_better)
+            self.greater_is_better = higher_is_better(self.metric_for_best_model)
         super().__post_init__()
 
     @property
@@ -176,6 +192,7 @@ class DistillConfig(TrainingArguments):
             "a positive number of MiB",
         )
         self._check_teacher_cache()
+        self._check_eval_measures()
         require(not self.remove_unused_columns, "remove_unused_columns", True, "False: the collator needs the columns")
         require(
             self.label_smoothing_factor == 0,
@@ -189,6 +206,13 @@ class DistillConfig(TrainingArguments):
             True,
             "False: its fused cross-entropy replaces the forward that the distillation loss runs in",
         )
+
+    def _check_eval_measures(self) -> None:
+        known = [name for name in METRICS if name not in ("perplexity", "speed")]
+        unknown = [name for name in self.eval_measures or [] if name not in known]
+        require(not unknown, "eval_measures", unknown[:1], f"any of {', '.join(known)}")
+        for name, least in (("eval_measures_rows", 1), ("eval_measures_seeds", 1), ("eval_measures_shown", 0)):
+            require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
 
     def _check_teacher_cache(self) -> None:
         kind = self.teacher_cache_kind

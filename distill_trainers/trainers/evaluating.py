@@ -14,6 +14,7 @@ from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics
 from ..exceptions import DatasetError
 from ..losses.reduction import count_trained_tokens, sum_per_example, token_mean, trained_mask
 from ..signals import TokenLogits
+from .held_out import HeldOutMeasures
 
 Batch = dict[str, Any]
 
@@ -64,6 +65,10 @@ class TeacherForcedEvaluation(Trainer):
         metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
         metrics |= agreement_metrics(means) | {"tokens": tokens}
         scores = (output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, HeldOutMeasures):
+                own = metric_key_prefix.partition("_")[0]  # not that of one of several evaluation sets
+                scores = {f"{own}_{name}": value for name, value in callback.take(dataloader.dataset).items()} | scores
         self.last_eval_metrics.update(scores)
         return output._replace(metrics=scores)
 
