@@ -215,7 +215,9 @@ def test_every_measure_and_metric_is_explained():
 
 
 def test_the_settings_of_the_page_are_read(tmp_path):
-    (code,) = [code for code in _blocks(DOCS / "evaluation.md", "yaml") if "students:" in code]
+    code, in_training = _blocks(DOCS / "evaluation.md", "yaml")
+    recipe = yaml.safe_load(_blocks(DOCS / "recipes.md", "yaml")[0]) | yaml.safe_load(in_training)
+    assert _parse(yaml.safe_dump({**recipe, "report_to": "none"}), tmp_path).args.greater_is_better is True
     (tmp_path / "evaluation.yaml").write_text(code, encoding="utf-8")
     args, settings = parse_evaluation(["--config", str(tmp_path / "evaluation.yaml")])
     assert args.named_students() == {"gkd": "runs/gkd", "minillm": "runs/minillm"} and settings.max_new_tokens == 256

@@ -182,6 +182,25 @@ def test_two_processes_share_the_teachers_completions(tmp_path, config):
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+def test_two_processes_share_the_measures_on_held_out_prompts(tmp_path, config):
+    """Texts of both are read and written once; under ZeRO-3 another engine samples, so only given text compares."""
+    measures = {"eval_measures": ["agreement", "rouge_l", "diversity", "exposure_bias", "calibration"]}
+    measures |= {"eval_measures_rows": 11, "eval_measures_seeds": 2, "per_device_eval_batch_size": 2}
+    one, two = one_and_two(tmp_path, config, **measures, learning_rate=0.05)
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+    names = {"eval_reverse_kl", "eval_jsd", "eval_ece"}
+    if "ddp" in config:
+        names |= {"eval_rouge_l", "eval_distinct_4", "eval_student_text_kl", "eval_exposure_error"}
+        names |= {"eval_teacher_rouge_l", "eval_gap_closed_reverse_kl"}
+    for name in names:
+        assert two["eval"][name] == pytest.approx(one["eval"][name], rel=1e-3, abs=1e-5), name
+    assert 0 < two["eval"]["eval_completion_tokens"] <= 4
+    samples = [(tmp_path / run / "run" / "samples.jsonl").read_text().count("\n") for run in ("one", "two")]
+    assert samples[0] == samples[1] == 3 * 2, "before training and at its end, by the main process alone"
+
+
 RATIONALES = {"optim": "sgd", "max_steps": 4, "max_length": 48, "learning_rate": 0.5, "temperature": 0.0}
 
 
