@@ -175,14 +175,14 @@ class HeldOutMeasures(TrainerCallback):
     # ---- What -------------------------------------------------------------------------------------------------------
 
     def _examples(self, rows: Any) -> list[Example]:
-        decode, room = self.trainer.processing_class.decode, self.settings.max_length - self.settings.max_new_tokens
+        room = self.settings.max_length - self.settings.max_new_tokens
         found: list[Example] = []
         for row in rows:
             ids, start = list(row["input_ids"]), row["prompt_length"]
             if start == 0:
                 continue
             completion = ids[start:]
-            reference = decode(completion, skip_special_tokens=True) if completion else ""
+            reference = self._text(completion) if completion else ""
             answer = row.get("reference") or (self._parse(reference) if reference else None)
             references = [reference] if reference else []
             choices, task = list(row.get("choices") or []), row.get("task") or ""
@@ -233,9 +233,7 @@ class HeldOutMeasures(TrainerCallback):
             places = {prompt_key(each.prompt_ids): i for i, each in enumerate(self.examples.prompted)}
             for question in questions:
                 texts = [seed[places[prompt_key(question.prompt_ids)]] for seed in found.samples]
-                found.sampled_answers.append(
-                    [self._parse(tokenizer.decode(t, skip_special_tokens=True)) for t in texts]
-                )
+                found.sampled_answers.append([self._parse(self._text(ids)) for ids in texts])
 
     def _take_teacher(self) -> None:
         """The teacher's own completions and scores, once."""
@@ -250,7 +248,7 @@ class HeldOutMeasures(TrainerCallback):
 
         found.samples = self._sample(generating, found.end_ids, teacher.fingerprint())
         if "accuracy" in self.metrics:
-            how = {"greedy": True, "fingerprint": teacher.fingerprint()}
+            how: dict[str, Any] = {"greedy": True, "fingerprint": teacher.fingerprint()}
             found.greedy = self._complete(self.examples.questions, generating(), found.end_ids, **how)
         self._answer(found)
         self._teacher = found
@@ -262,7 +260,7 @@ class HeldOutMeasures(TrainerCallback):
         assert self.examples is not None
         length = None
         if "exposure_bias" in self.metrics and self._teacher is not None:
-            length = covered_length([found.samples[0], self._teacher.samples[0]])  # type: ignore[list-item]  # lengths
+            length = covered_length([found.samples[0], self._teacher.samples[0]])
         metrics = self.metrics if metrics is None else metrics
         tokenizer = self.trainer.processing_class
         how: dict[str, Any] = {"is_teacher": is_teacher, "exposure_length": length}
@@ -294,18 +292,21 @@ class HeldOutMeasures(TrainerCallback):
 
     def _side_by_side(self, found: Collected) -> list[SideBySide]:
         assert self.examples is not None
-        decode, samples = self.trainer.processing_class.decode, []
+        samples = []
         for i, example in enumerate(self.examples.prompted[: self.trainer.args.eval_measures_shown]):
             texts = {"student": found, "teacher": self._teacher}
             written = {
-                name: decode(each.samples[0][i], skip_special_tokens=True)
+                name: self._text(each.samples[0][i])
                 for name, each in texts.items()
                 if each is not None and each.samples
             }
             if written:
-                prompt = decode(example.prompt_ids, skip_special_tokens=True)
-                samples.append(SideBySide(prompt, next(iter(example.references), ""), **written))
+                reference = next(iter(example.references), "")
+                samples.append(SideBySide(self._text(example.prompt_ids), reference, **written))
         return samples
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.trainer.processing_class.decode(ids, skip_special_tokens=True))
 
     # ---- How --------------------------------------------------------------------------------------------------------
 
@@ -334,7 +335,7 @@ class HeldOutMeasures(TrainerCallback):
         trainer, accelerator = self.trainer, self.trainer.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         pad = trainer.processing_class.pad_token_id
-        sampling = self.settings.sampling(end_ids, pad, trainer.vocab_size, greedy=greedy)  # type: ignore[arg-type]
+        sampling = self.settings.sampling(end_ids, pad, trainer.vocab_size, greedy=greedy)
         store: Any = InMemory()
         if fingerprint is not None:
             identity = {"teacher": fingerprint, "seed": seed, **sampling.as_dict()}
@@ -354,7 +355,7 @@ class HeldOutMeasures(TrainerCallback):
             progress=False,
         )
         accelerator.wait_for_everyone()
-        done = {}
+        done: dict[str, list[int]] = {}
         for part in gather_object([store.load()]):
             done |= part
         return [done[prompt_key(each.prompt_ids)] for each in examples]
@@ -387,7 +388,7 @@ class HeldOutMeasures(TrainerCallback):
         mine = force(
             texts,
             run,
-            pad_token_id=trainer.processing_class.pad_token_id,  # type: ignore[arg-type]
+            pad_token_id=trainer.processing_class.pad_token_id,
             device=trainer.accelerator.device,
             batch_size=self.settings.batch_size,
             progress=False,

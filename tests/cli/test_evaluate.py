@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_trainers import models
 from distill_trainers.cli import main
@@ -161,7 +162,7 @@ def test_the_gap_of_a_task(monkeypatch):
     assert results.measures["lm_eval/sums/acc"].title == "sums acc (lm-eval)"
 
 
-def test_a_task_of_ones_own_through_lm_eval(config, tmp_path):
+def test_a_task_of_ones_own_through_lm_eval(config, saved, tmp_path):
     """With lm-eval installed: a multiple-choice task from a local file, scored for every model."""
     lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     assert isinstance(lm_eval, ModuleType)
@@ -184,7 +185,13 @@ def test_a_task_of_ones_own_through_lm_eval(config, tmp_path):
     settings = {"lm_eval_tasks": ["tiny_sums"], "lm_eval_include_path": str(folder), "metrics": ["perplexity"]}
     assert main(["evaluate", "--config", config(**settings)]) == 0
     results = EvaluationResults.load(tmp_path / "out")
-    scores = [model.scores["lm_eval/tiny_sums/acc"] for model in results.models]
-    assert all(0 <= score.value <= 1 and score.low < score.high for score in scores)
-    assert scores[0].value == scores[2].value, "a copy of the teacher"
+    tokenizer = AutoTokenizer.from_pretrained(saved.teacher)
+    for name, folder in (("teacher", saved.teacher), ("baseline", saved.student), ("after", saved.teacher)):
+        model, right = AutoModelForCausalLM.from_pretrained(folder), 0
+        for row in rows:
+            logits = model(**tokenizer(row["question"], return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
+            choices = logits[tokenizer.convert_tokens_to_ids(["3", "5"])]
+            right += int(choices.argmax()) == row["label"]
+        score = results.model(name).scores["lm_eval/tiny_sums/acc"]
+        assert score.value == pytest.approx(right / len(rows)) and score.low <= score.value <= score.high
     assert main(["evaluate", "--config", config(**{**settings, "lm_eval_tasks": ["tiny_smus"]})]) == 2

@@ -275,3 +275,21 @@ def test_recipes_name_engine_and_filters(tmp_path):
         ["--config", str(file), "--stop_strings", "x", "y", "--vllm_kwargs", '{"mode": "colocate"}']
     ).args
     assert args.stop_strings == ["x", "y"] and args.vllm_kwargs == {"mode": "colocate"}
+
+
+def test_no_ngram_occurs_twice_where_that_is_asked_for(make_model, prompts, pad_left):
+    """By both local engines alike; a setting that is off leaves no trace in what identifies kept completions."""
+    model, (ids, mask) = make_model(), pad_left([prompt for prompt in prompts if len(set(prompt)) == len(prompt)][:6])
+    plain = SamplingSettings(16, 0.0, pad_token_id=3)
+    strict = SamplingSettings(16, 0.0, pad_token_id=3, no_repeat_ngram_size=2)
+    texts = {}
+    for settings in (plain, strict):
+        for engine in (DecodeEngine(), HfEngine()):
+            texts[settings.no_repeat_ngram_size, type(engine)] = engine.generate(model, ids, mask, settings)
+    assert texts[2, DecodeEngine] == texts[2, HfEngine]
+
+    def repeats(rows):
+        return [len(pairs) - len(set(pairs)) for pairs in (list(zip(row, row[1:], strict=False)) for row in rows)]
+
+    assert not any(repeats(texts[2, DecodeEngine])) and any(repeats(texts[0, DecodeEngine]))
+    assert "no_repeat_ngram_size" not in plain.as_dict() and strict.as_dict()["no_repeat_ngram_size"] == 2
