@@ -11,7 +11,7 @@ from distill_trainers.cli import main
 from distill_trainers.doctor import room, teacher
 from distill_trainers.teachers import LocalTeacher
 
-CHAT = "{% for m in messages %}{{ '*' if m['role'] == 'user' else '' }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+CHAT = "{% for m in messages %}{{ '=' if m['role'] == 'user' else '' }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 OTHER_CHAT = (
     "{% for m in messages %}{{ '+' if m['role'] == 'user' else '' }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 )
@@ -23,6 +23,7 @@ def diagnose(capsys):
     """`diagnose(path, *options)`: exit status and the JSON that the doctor prints."""
 
     def run(path, *options):
+        capsys.readouterr()
         status = main(["doctor", "--config", path, "--quick", "--json", *options])
         printed = capsys.readouterr()
         assert printed.out, printed.err
@@ -33,7 +34,7 @@ def diagnose(capsys):
 
 @pytest.fixture
 def pair(tmp_path, make_student, make_teacher, tokenizer):
-    """`pair(student={...}, teacher={...})` saves two models; `template` and `eos` change a tokenizer, the rest a config."""
+    """`pair(student={...}, teacher={...})` saves two models; `template`, `eos` and `stops` are of the tokenizer."""
 
     def save(**roles):
         saved = {}
@@ -95,7 +96,7 @@ def test_padding_of_one_vocabulary_is_healthy(recipe, pair, diagnose):
             {"student": {"template": CHAT}, "teacher": {"template": OTHER_CHAT}},
             True,
             "warning",
-            ["chat templates differ", "from token 0 on", "'*'", "'+'"],
+            ["chat templates differ", "from token 0 on", "'='", "'+'"],
         ),
         ({"student": {"template": CHAT}}, True, "warning", ["no chat template"]),
         (
