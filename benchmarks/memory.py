@@ -4,8 +4,8 @@
     python benchmarks/memory.py --runs ddp zero3         # some of them
     python benchmarks/memory.py --quick --json out.json  # the same code on a toy, for the tests
 
-Each run is a process (or a launch of two) of its own: GKD on random tokens, three optimiser steps. Measured is the
-highest resident memory of a rank from the second step on, when the optimiser's states are there, less what the process
+Each run is a process (or a launch of two) of its own: GKD on random tokens, two optimiser steps. Measured is the
+highest resident memory of a rank in the second step, when the optimiser's states are there, less what the process
 had before it made its models (imports). glibc is told to give large blocks back, as else freed ones would count.
 Seconds are of the last step, beside what the doctor makes of it; they say little on a machine that does other work.
 """
@@ -25,7 +25,7 @@ from typing import Any
 from measuring import in_turns, machine, medians, write_results
 
 ROOT = Path(__file__).parents[1]
-FULL = {"hidden": 512, "layers": 8, "teacher_hidden": 768, "teacher_layers": 12, "vocab": 32000, "length": 256}
+FULL = {"hidden": 512, "layers": 8, "teacher_hidden": 768, "teacher_layers": 12, "vocab": 32000, "length": 128}
 QUICK = {"hidden": 64, "layers": 2, "teacher_hidden": 96, "teacher_layers": 2, "vocab": 512, "length": 32}
 # Name: launch configuration (None: this process alone), settings of the trainer, and what else is different.
 RUNS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
@@ -110,7 +110,7 @@ def work(options: argparse.Namespace) -> None:
     size = {"vocab_size": sizes["vocab"], "max_position_embeddings": 2 * sizes["length"]}
     args = GKDConfig(
         output_dir=str(options.worker / "out"),
-        **{"max_steps": 3, "per_device_train_batch_size": options.rows, "lmbda": 0.0, "max_length": sizes["length"]}
+        **{"max_steps": 2, "per_device_train_batch_size": options.rows, "lmbda": 0.0, "max_length": sizes["length"]}
         | {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
         | ({"max_new_tokens": min(32, sizes["length"] // 4)} if options.quick else {})
         | settings

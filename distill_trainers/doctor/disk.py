@@ -14,7 +14,9 @@ _TIGHT = 0.8
 
 
 def check_disk(case: Case) -> Iterator[Finding]:
-    """What a run writes, by file system, against what is free there."""
+    """What a run writes, by file system, against what is free there; nothing for hardware that is not here."""
+    if case.gpus is not None:
+        return
     needs: dict[int, tuple[Path, dict[str, float]]] = {}
     for folder, what, size in _written(case):
         place = _existing(folder)
