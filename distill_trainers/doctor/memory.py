@@ -27,9 +27,12 @@ their product: 4 f w (without a gate: input and output of GELU, and three steps 
 the 6 D numbers, in float32 all have 4 bytes, 24 D; under autocast the residual stream is float32, and each of the five
 linear layers that read it casts it for itself, 26 D; in pure 16 bits the norms compute in float32, 16 D. Norms of
 queries and keys (Qwen3) add 2 (a + k) numbers, one of them in float32 everywhere. The mask of B L^2 numbers is kept by
-each layer. Without checkpointing that is all, times the layers. With it, each layer keeps its input (4 D, or 2 D in
-pure 16 bits), and one layer at a time is computed again. Under autocast the 16-bit copies of the trained weights are
-kept as well, 2 P_t. Beside what is saved, a layer at work holds about 2 D + 3 f numbers per token.
+each layer.
+
+Without checkpointing that is all, times the layers. With it, each layer keeps its input (4 D, or 2 D in pure 16 bits),
+and one layer at a time is computed again. Under autocast the 16-bit copies of the weights are kept as well, 2 P; with
+checkpointing those of the trained ones, 2 P_t. Beside what is saved, a layer at work holds about 2 D + 3 f numbers per
+token.
 
 **Head and loss** (`losses/fused_linear.py`): at most three chunks of logits, min(4 n V, `loss_chunk_mib`) each: the
 student's, the teacher's, the gradient; both models' last hidden states; in float32 the gradients of the student's,
@@ -289,7 +292,8 @@ class _Student:
         work, shape = self.work, self.shape
         layer = layer_bytes(shape, work, self.compute)
         busy = at_work(shape, work.tokens, self.width)
-        copies = 2 * shape.trainable if self.compute == "autocast" else 0
+        copied = shape.trainable if work.checkpointing else shape.parameters
+        copies = 2 * copied if self.compute == "autocast" else 0
         if not work.checkpointing:
             return shape.layers * layer + busy + copies
         stream = 2 if self.compute == "16 bits" else 4

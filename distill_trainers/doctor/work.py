@@ -9,8 +9,6 @@ from .launch import Launch
 from .memory import Workload
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-# Rows that the collator makes of one row of the data: both responses of a pair, label and rationale of a question.
-_ROWS_OF_ONE = {"dpkd": 2, "rationale": 2}
 # Bytes of state per parameter with 4-byte weights; all others keep two moments.
 _STATES = {"sgd": 0.0, "adafactor": 0.0, "lion_32bit": 4.0, "adagrad": 4.0, "rmsprop": 4.0}
 
@@ -32,14 +30,14 @@ def workload(
         samples: whether steps sample the student's completions.
     """
     rows = args.per_device_train_batch_size
-    window = rows * args.gradient_accumulation_steps
+    window = rows * args.gradient_accumulation_steps * getattr(args, "innovation_samples", 1)
     text = 0
     if method == "minillm" and args.pretraining_weight:
         text = args.pretraining_batch_size or 0
     mib = args.loss_chunk_mib or (32 if launch.on_cpu else 256)
     sampled = (args.rollout_batch_size or window * getattr(args, "num_minibatches", 1)) if samples else 0
     return Workload(
-        rows=rows * _ROWS_OF_ONE.get(method, 1) + text,
+        rows=rows * _rows_of_one(args, method) + text,
         length=args.max_length,
         accumulation=args.gradient_accumulation_steps,
         checkpointing=models.recomputes_activations(args),
@@ -55,6 +53,18 @@ def workload(
         teacher_samples=method == "minillm" and args.alpha > 0,
         teacher_sparse=args.teacher_cache is not None and args.teacher_cache_kind != "hidden",
     )
+
+
+def _rows_of_one(args: Any, method: str) -> int:
+    """Rows that the collator makes of one row of the data, at the most."""
+    if method == "dpkd":
+        return 2  # both responses of a pair
+    if method != "rationale":
+        return 1
+    if args.objective == "dual_chain":  # all that the student samples may be kept
+        return 1 + args.innovation_samples * bool(args.innovation_weight)
+    wrong = args.objective == "edit" and (args.right_weight or args.wrong_weight)
+    return 2 if wrong or args.objective == "step_by_step" else 1
 
 
 def _state_bytes(optimiser: str) -> float:

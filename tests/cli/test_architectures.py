@@ -32,6 +32,8 @@ PARAMETERS = {
     "Qwen/Qwen3-1.7B": 1_720_574_976,
     "Qwen/Qwen3-8B": 8_190_735_360,
 }
+# Said to be tight in their own README: the student is gathered whole for its rollouts.
+TIGHT = {"llama-2-13b/gkd", "llama-2-13b/dpkd"}
 ON_PAPER = [
     path
     for path in sorted(ROOT.glob("recipes/*/*.yaml"))
@@ -93,7 +95,8 @@ def test_weights_of_the_mission(student, weight):
 def test_a_recipe_fits_the_gpus_that_it_is_for(path, capsys):
     """Nothing is downloaded or loaded; the doctor has no more to say than that it judged on paper."""
     status, report = plan(path, capsys, "--tflops", "400")
-    assert (status, {f["severity"] for f in report["findings"]}) == (0, {"note"}), report["findings"]
+    expected = {"note", "warning"} if f"{path.parent.name}/{path.stem}" in TIGHT else {"note"}
+    assert (status, {f["severity"] for f in report["findings"]}) == (0, expected), report["findings"]
     assert 0 < report["memory"]["peak"] < report["available"] and report["operations_per_step"] > 1e12
     name = yaml.safe_load(path.read_text()).get("teacher_model_name_or_path")
     assert report["parameters"]["teacher"] == PARAMETERS.get(name)
