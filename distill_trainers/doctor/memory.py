@@ -49,10 +49,12 @@ them with a wide result.
 Between forward and backward activations fall as gradients grow, so that the most is at one end.
 
 **Gathered.** ZeRO-3 holds up to 10^9 parameters whole while it computes (DeepSpeed's `max_live_parameters`, also its
-distance of reuse, so that models below that stay whole through a step), and a bucket of 5 * 10^8 gradients, as ZeRO-2
-does. FSDP2 holds two layers whole, and from forward to backward the embedding and the head.
+distance of reuse, so that smaller models stay whole through a step). A teacher's forward gathers ahead, and copies what
+it gathers together: 5 * 10^7 parameters more (`stage3_prefetch_bucket_size`). Its bucket of 5 * 10^8 gradients is made
+once and for all; that of ZeRO-2 at each backward. FSDP2 holds two layers whole, and from forward to backward the
+embedding and the head.
 
-**Teacher**, by placement: `replicate` b P; `zero3`, `fsdp2` b P / N, and two layers and the head gathered;
+**Teacher**, by placement: `replicate` b P; `zero3`, `fsdp2` b P / N and what is gathered, for FSDP2 two layers and head;
 `zero3_offload` the same with the shares on the host; `device_map` b P / GPUs of the machine; `quantized-8bit` and
 `quantized-4bit` 1 and 0.52 bytes for the weights of linear layers, 2 for the rest; `adapter_off` nothing of its own;
 `cached` and `remote` the head, or nothing where the answers are sparse.
@@ -81,8 +83,7 @@ PLACEMENTS = (
     "remote",
 )
 RESERVED = 1.5 * 2**30  # of a GPU: context, NCCL, workspaces of matrix products
-_LIVE = 1e9
-_BUCKET = 5e8
+_LIVE, _AHEAD, _BUCKET = 1e9, 5e7, 5e8  # parameters; DeepSpeed's defaults, which accelerate leaves as they are
 _QUANTIZED = {"quantized-8bit": 1.0, "quantized-4bit": 0.52}
 
 Parts = dict[str, float]
@@ -252,6 +253,7 @@ class _Student:
             optimiser["float32 weights"] = 4 * trained / ranks
             if launch.strategy == "zero3":
                 here["gradients' shares"] = self.bytes * trained / ranks
+                here["bucket of gradients"] = min(_BUCKET, trained) * self.bytes
         if launch.strategy == "ddp":
             here["buckets"] = self.bytes * trained
         host: Parts = {}
@@ -268,13 +270,10 @@ class _Student:
 
     def gathered(self) -> Parts:
         launch, shape = self.launch, self.shape
-        bucket = min(_BUCKET, shape.trainable) * self.bytes
-        if launch.on_cpu and launch.by_deepspeed:
-            bucket = min(bucket, shape.trainable * self.bytes)
         if launch.strategy == "zero3":
-            return {"gathered": min(shape.parameters, _LIVE) * self.width, "bucket of gradients": bucket}
+            return {"gathered": min(shape.parameters, _LIVE) * self.width}
         if launch.by_deepspeed:
-            return {"bucket of gradients": bucket}
+            return {"bucket of gradients": min(_BUCKET, shape.trainable) * self.bytes}
         if launch.strategy == "fsdp2":
             whole = 2 * shape.layer + shape.head + shape.embedding
             return {
@@ -368,8 +367,10 @@ class _Teacher:
             "a layer at work": at_work(shape, work.tokens, max(2.0, work.teacher_bytes)),
             "last hidden states": work.tokens * shape.hidden * work.teacher_bytes,
         }
-        if self.sharded:
-            live = min(shape.parameters, 2 * shape.layer + shape.head)
+        if self.placement == "fsdp2":
+            parts["gathered"] = min(shape.parameters, 2 * shape.layer + shape.head) * work.teacher_bytes
+        elif self.sharded:
+            live = min(shape.parameters, max(_LIVE, shape.layer)) + min(shape.parameters, _AHEAD)
             parts["gathered"] = live * work.teacher_bytes
         return parts
 

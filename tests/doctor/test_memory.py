@@ -96,6 +96,7 @@ def test_what_is_held_follows_the_table(shapes):
     assert (zero2["weights"], zero2["optimiser"], zero2["float32 weights"]) == (2 * p, 8 * p / n, 4 * p / n)
     zero3 = held(shapes, Launch(n, strategy="zero3"), "zero3", mixed=True)
     assert (zero3["weights"], zero3["gradients' shares"]) == (2 * p / n, 2 * p / n)
+    assert zero3["bucket of gradients"] == 2 * p
     assert zero3["teacher"] == 2 * shapes[1].parameters / n
     fsdp = held(shapes, Launch(n, strategy="fsdp2"), "fsdp2", mixed=True)
     assert (fsdp["weights"], fsdp["optimiser"]) == (4 * p / n, 8 * p / n)
