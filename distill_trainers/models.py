@@ -526,17 +526,6 @@ def generation_eos_ids(model: nn.Module) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def stop_ids(name: str, config: Any) -> list[int]:
-    """As `generation_eos_ids` of a model that is not loaded: from its generation config, else from its config."""
-    from transformers import GenerationConfig
-
-    try:
-        ids = GenerationConfig.from_pretrained(name).eos_token_id
-    except (OSError, ValueError):
-        ids = getattr(config.get_text_config(), "eos_token_id", None)
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of the model to zero: modules, and the probabilities that attention layers pass to kernels."""
     for module in model.modules():

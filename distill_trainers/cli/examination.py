@@ -41,7 +41,7 @@ def case_of(
     on_paper = {name for name in (student, teacher) if name and _paper(name, architectures) is not None}
     findings: list[Finding] = []
     if checked is None and not on_paper:
-        checked = _attempt(findings, "recipe", lambda: check_recipe(recipe))
+        checked = _attempt(findings, "recipe", lambda: check_recipe(recipe), told=VocabularyError)
     case = Case(recipe.args, launch, student, teacher, gpus=gpus, peft=recipe.model.use_peft)
     if checked is not None:
         case.student_config, case.teacher_config = checked.student_config, checked.teacher_config
@@ -49,8 +49,6 @@ def case_of(
         train = checked.train
     else:
         train = _read_apart(recipe, case, architectures, on_paper, findings)
-    if findings and case.tokenizer is not None and case.teacher_tokenizer is not None:
-        findings = [each for each in findings if "different tokenizers" not in each.what]  # told by the tokens' check
     trainer = bare_trainer(recipe)
     case.samples = bool(trainer.samples_completions)
     if train is not None and case.tokenizer is not None:
@@ -68,9 +66,14 @@ def case_of(
     return case, findings
 
 
-def _attempt(findings: list[Finding], concern: str, call: Callable[[], Any]) -> Any:
+def _attempt(
+    findings: list[Finding], concern: str, call: Callable[[], Any], told: type[Exception] | tuple[()] = ()
+) -> Any:
+    """What `call` returns, or None and a finding; errors of the kind `told` are another check's to tell."""
     try:
         return call()
+    except told:
+        return None
     except _MENDABLE as error:
         findings.append(Finding.of_error(concern, error))
         return None
@@ -125,7 +128,7 @@ def _look_at_rows(recipe: Recipe, case: Case, trainer: Any, train: Any) -> None:
     from .plan import optimiser_steps
 
     case.num_rows = len(train) if hasattr(train, "__len__") else None
-    case.steps = optimiser_steps(recipe.args, case.num_rows)
+    case.steps = optimiser_steps(recipe.args, case.num_rows, case.launch.processes)
     try:
         few = train.take(_SAMPLE)
         mapping: Any = recipe.args.column_mapping
@@ -165,7 +168,7 @@ def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:
         samples=case.samples,
     )
     if case.student_config is not None:
-        case.stops = models.stop_ids(case.student, case.student_config)
+        case.stops = _stop_ids(case.student, case.student_config)
     complete = False
     if args.teacher_cache is not None and case.tokenizer is not None and case.teacher is not None:
         complete = _cache(case)
@@ -192,6 +195,17 @@ def _shape(recipe: Recipe, config: Any, findings: list[Finding], *, adapted: boo
         return None
     built = _attempt(findings, "recipe", lambda: without_weights(config, recipe, adapted=adapted))
     return None if built is None else shape_of(built)
+
+
+def _stop_ids(name: str, config: Any) -> list[int]:
+    """Tokens that end a completion by the model's generation config, or else by its config."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(name).eos_token_id
+    except (OSError, ValueError):
+        ids = getattr(config.get_text_config(), "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _dtype(asked: Any, config: Any, default: str) -> str:

@@ -79,12 +79,17 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def optimiser_steps(args: Any, rows: int | None) -> int:
-    """Optimiser steps of a run over so many rows (None: a stream, which needs max_steps)."""
+def optimiser_steps(args: Any, rows: int | None, processes: int | None = None) -> int:
+    """Optimiser steps of a run over so many rows (None: a stream, which needs max_steps).
+
+    Args:
+        processes: of the run; by default those of this launch.
+    """
+    world = processes or args.world_size
     if args.max_steps > 0 or rows is None:
         return max(0, args.max_steps)
-    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
+    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+    batches = math.ceil(rows / (args.per_device_train_batch_size * world))
     per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     if getattr(args, "reuses_rollouts", False):  # whole steps only, each as often as there are inner epochs
         per_epoch = rows // window * args.num_inner_epochs
@@ -110,7 +115,8 @@ def print_plan(plan: Plan) -> None:
         table.add_row("Tokens per step", f"{plan.tokens_per_step:,.0f}")
     for name, size in plan.memory_mib.items():
         table.add_row(f"Memory: {name}", f"{size:,.0f} MiB")
-    table.add_row("Memory: peak of one process, unsharded", f"{sum(plan.memory_mib.values()):,.0f} MiB")
+    if plan.memory_mib:
+        table.add_row("Memory: peak of one process, unsharded", f"{sum(plan.memory_mib.values()):,.0f} MiB")
     table.add_row("Free disk for output_dir", f"{plan.disk_free_mib:,.0f} MiB")
     if plan.teacher_cache:
         table.add_row("Teacher cache", plan.teacher_cache)

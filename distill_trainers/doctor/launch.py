@@ -143,5 +143,5 @@ def launch_here(environment: Mapping[str, str] | None = None, *, on_cpu: bool = 
         offloads_parameters=env.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE") in _OFFLOADED,
         on_cpu=on_cpu,
         mixed_precision=env.get("ACCELERATE_MIXED_PRECISION", "no"),
-        name=strategy,
+        name=strategy if "ACCELERATE_MIXED_PRECISION" in env else "",  # started without a configuration
     )

@@ -54,7 +54,7 @@ it gathers together: 5 * 10^7 parameters more (`stage3_prefetch_bucket_size`). I
 once and for all; that of ZeRO-2 at each backward. FSDP2 holds two layers whole, and from forward to backward the
 embedding and the head.
 
-**Teacher**, by placement: `replicate` b P; `zero3`, `fsdp2` b P / N and what is gathered, for FSDP2 two layers and head;
+**Teacher**, by placement: `replicate` b P; `zero3`, `fsdp2` b P / N and what is gathered (FSDP2: two layers, the head);
 `zero3_offload` the same with the shares on the host; `device_map` b P / GPUs of the machine; `quantized-8bit` and
 `quantized-4bit` 1 and 0.52 bytes for the weights of linear layers, 2 for the rest; `adapter_off` nothing of its own;
 `cached` and `remote` the head, or nothing where the answers are sparse.

@@ -27,6 +27,10 @@ def check_tokens(case: Case) -> Iterator[Finding]:
     if case.tokenizer is None:
         return
     yield from _special_tokens(case)
+    refused = list(_vocabulary(case))
+    yield from refused
+    if refused:
+        return  # everything else would differ, too
     if case.teacher_tokenizer is None:
         if case.teacher and not case.teacher.startswith("http"):
             yield note(
@@ -36,10 +40,6 @@ def check_tokens(case: Case) -> Iterator[Finding]:
                 "Save the teacher's tokenizer beside it.",
             )
         return
-    refused = list(_vocabulary(case))
-    yield from refused
-    if refused:
-        return  # everything else would differ, too
     different = list(_text(case))
     yield from different
     yield from _templates(case, already=bool(different))

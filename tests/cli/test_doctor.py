@@ -120,6 +120,7 @@ def test_a_planted_fault_of_the_models_is_found(recipe, pair, diagnose, conversa
     status, report = diagnose(recipe(**pair(**roles), **more))
     (found, *_) = [f for f in serious(report) if all(word in f["what"] for word in words)]
     assert found["severity"] == severity and found["remedy"]
+    assert len({f["what"] for f in report["findings"]}) == len(report["findings"]), "each is told once"
     assert status == (2 if severity == "error" else 0)
     if severity == "warning":
         assert {f["severity"] for f in serious(report)} == {"warning"}

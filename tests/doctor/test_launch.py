@@ -19,7 +19,7 @@ def test_every_configuration_is_read(path):
 
 
 def test_the_environment_of_a_launched_process():
-    assert launch_here({}) == Launch(name="single")
+    assert launch_here({}) == Launch()
     ddp = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "ACCELERATE_MIXED_PRECISION": "bf16"}
     launch = launch_here(ddp)
     assert (launch.strategy, launch.machines, launch.per_machine, launch.mixed_precision) == ("ddp", 2, 8, "bf16")
