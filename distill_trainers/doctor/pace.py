@@ -7,8 +7,7 @@ Products of n tokens of mean length T, in operations (a multiplication and an ad
 - rollouts, on the share λ of steps: a forward of prompts and samples, and for each new token one reading of
   all weights.
 
-Nothing else is counted: no data loading, no communication, no element-wise work, so that real steps take longer;
-docs/doctor.md has measured ratios.
+Nothing else is counted: no data loading, no communication, no element-wise work, so that real steps take longer.
 """
 
 from __future__ import annotations

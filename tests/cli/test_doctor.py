@@ -8,7 +8,9 @@ import pytest
 
 from distill_trainers import models
 from distill_trainers.cli import main
-from distill_trainers.doctor import room, teacher
+from distill_trainers.cli.examination import case_of
+from distill_trainers.cli.recipe import parse_recipe
+from distill_trainers.doctor import Launch, room, teacher
 from distill_trainers.teachers import LocalTeacher
 
 CHAT = "{% for m in messages %}{{ '=' if m['role'] == 'user' else '' }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -187,6 +189,14 @@ def test_a_cache_is_compared_with_the_live_teacher(recipe, pair, tmp_path, capsy
     monkeypatch.setattr(teacher.sources, "load_teacher", lambda *a: LocalTeacher(make_teacher(seed=8)))
     assert main(["doctor", "--config", path]) == 2
     assert "nats per token apart" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_remote_teacher_is_compared_with_the_local_one(recipe, pair, make_teacher):
+    case, found = case_of(parse_recipe(["--config", recipe(**pair())]), Launch(on_cpu=True))
+    assert not found
+    for seed, count in ((7, 0), (8, 1)):
+        served = LocalTeacher(make_teacher(seed=seed), name="http://127.0.0.1:8000")
+        assert len(list(teacher.check_answers(case, served))) == count
 
 
 def _sparse(kind):
