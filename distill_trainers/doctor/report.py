@@ -16,6 +16,8 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file has no width of its own
     console.print(_plan(diagnosis))
     if diagnosis.placements:
         console.print(_placements(diagnosis))

@@ -99,7 +99,13 @@ def _remedy(case: Case, room: Room) -> str:
                 placement = "zero3" if strategy == "zero3" and case.placement == "replicate" else case.placement
                 other = _by(launch, strategy)
                 tried.append((f"a {strategy} launch", memory_of(case, work=small, launch=other, placement=placement)))
-    if case.placement in ("replicate", "zero3") and case.teacher_shape is not None:
+    if work.rollout_rows > 1:
+        few = replace(small, rollout_rows=1)
+        tried.append(("`rollout_batch_size: 1` with all of that", memory_of(case, work=few)))
+    if launch.strategy == "zero3" and not launch.offloads_optimizer:
+        offloaded = replace(launch, offloads_optimizer=True, offloads_parameters=True)
+        tried.append(("offloading the student to the host (ZeRO-3)", memory_of(case, launch=offloaded)))
+    if case.placement in ("replicate", "zero3") and case.teacher_shape is not None and not case.samples:
         tried.append(("`teacher_cache`, filled ahead", memory_of(case, work=small, placement="cached")))
     fits = [f"{how} ({need.peak / 2**30:,.1f} GiB)" for how, need in tried if need and need.peak <= room.bytes * _TIGHT]
     if fits:
