@@ -62,3 +62,12 @@ def test_students_with_and_without_rationales_are_scored_alike(tmp_path):
     results = [json.loads(line) for line in (tmp_path / "addition.jsonl").read_text().splitlines()]
     assert [result["rationale_weight"] for result in results] == [0.0, 1.0]
     assert all(0 <= result["accuracy"] <= 1 and result["label"] > 0 for result in results)
+
+
+@pytest.mark.slow
+def test_the_memory_formula_stands_beside_measured_peaks(tmp_path):
+    """At toy size what the libraries take outweighs the models, so that only the order of things is looked at."""
+    _run("memory.py", "--runs", "single", "ddp", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert set(results) == {"single", "ddp"}
+    assert all(0 < run["predicted_mib"] < run["measured_mib"] for runs in results.values() for run in runs)

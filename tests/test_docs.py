@@ -20,6 +20,7 @@ from distill_trainers import DistillConfig, DPKDConfig, GKDConfig, MiniLLMConfig
 from distill_trainers.cli import COMMANDS
 from distill_trainers.cli.evaluate import EvaluateArguments
 from distill_trainers.cli.evaluate import parse_arguments as parse_evaluation
+from distill_trainers.cli.doctor import DoctorArguments
 from distill_trainers.cli.pairs import PairArguments
 from distill_trainers.cli.rationales import STAGES, PipelineArguments, parse_arguments
 from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
@@ -122,7 +123,7 @@ def _check_cli(words, settings):
     if name == "evaluate":
         parse_evaluation(options if "--config" not in options else [])
         return
-    if name not in ("train", "cache-teacher", "pairs") or "--inspect" in options:
+    if name not in ("train", "cache-teacher", "pairs", "doctor") or "--inspect" in options:
         return
     example = options[options.index("--config") + 1] == "recipe.yaml"  # the reader's own
     assert example or (ROOT / options[options.index("--config") + 1]).is_file()
@@ -130,7 +131,7 @@ def _check_cli(words, settings):
         options[options.index("--config") + 1] = str(ROOT / "recipes/smollm2-135m/gkd.yaml")
     on_gpus = settings is not None and not settings["use_cpu"]
     cpu = ["--use_cpu", "true"] if not torch.cuda.is_available() else []
-    recipe = parse_recipe([*options, *cpu], PairArguments if name == "pairs" else None)
+    recipe = parse_recipe([*options, *cpu], {"pairs": PairArguments, "doctor": DoctorArguments}.get(name))
     written = yaml.safe_load(Path(options[options.index("--config") + 1]).read_text())
     assert not (on_gpus and written.get("use_cpu")), "a recipe for CPUs was given to a launch on GPUs"
     sharded = settings is not None and settings["distributed_type"] in ("DEEPSPEED", "FSDP")
@@ -190,6 +191,11 @@ def test_key_tables_list_every_field_with_its_default(title, config_class):
     rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", _section(DOCS / "recipes.md", title), re.MULTILINE)
     documented = [(name, yaml.safe_load(default)) for name, default in rows]
     assert documented == list(_own_fields(config_class).items())
+
+
+def test_the_doctors_options_are_listed():
+    section = _section(DOCS / "doctor.md", "## Options")
+    assert set(re.findall(r"`--(\w+)", section)) == set(_own_fields(DoctorArguments))
 
 
 def test_the_table_of_stages_lists_every_setting_with_its_default():

@@ -24,6 +24,7 @@ FLOORS = {
     "evaluation": 2,
     "trainers": 3,
     "reporting": 3,
+    "doctor": 3,
     "cli": 4,
 }
 # Packages of one floor may use each other, but for these pairs.

@@ -41,8 +41,8 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     from ..trainers import caching, sources
 
     settings, args = recipe.run, recipe.args
-    teacher_name: Any = settings.teacher_model_name_or_path
-    student_name = recipe.model.model_name_or_path or teacher_name
+    names: Any = student_and_teacher(recipe)
+    student_name, teacher_name = names
     args.resume_from_checkpoint = checkpoint_to_resume(args)
     teacher_config = _config(teacher_name, "teacher", recipe) if teacher_name else None
     student_config = _config(student_name, "student", recipe)
@@ -66,6 +66,12 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
         rows = (student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
         shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
     return CheckedRecipe(train, evaluation, teacher_config, student_config, tokenizer, teacher_tokenizer, pretraining)
+
+
+def student_and_teacher(recipe: Recipe) -> tuple[str, str | None]:
+    """Names of both models; a student that is made from its teacher goes by the teacher's."""
+    teacher = recipe.run.teacher_model_name_or_path
+    return recipe.model.model_name_or_path or str(teacher), teacher
 
 
 def bare_trainer(recipe: Recipe, pretraining: Any = None) -> Any:

@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checks import CheckedRecipe, bare_trainer, check_recipe, without_weights
+from .checks import CheckedRecipe, bare_trainer, check_recipe, student_and_teacher, without_weights
 from .recipe import Recipe
-
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
 
 @dataclass
@@ -45,8 +43,7 @@ def make_plan(recipe: Recipe) -> Plan:
     from ..models import num_parameters
 
     settings, args = recipe.run, recipe.args
-    teacher_name = settings.teacher_model_name_or_path
-    student_name = recipe.model.model_name_or_path or teacher_name
+    student_name, teacher_name = student_and_teacher(recipe)
     checked = check_recipe(recipe)
     train, evaluation = checked.rows(recipe)
 
@@ -58,15 +55,7 @@ def make_plan(recipe: Recipe) -> Plan:
     student_size, trainable = num_parameters(student), num_parameters(student, trainable_only=True)
     lengths = train["length"] if hasattr(train, "__len__") else None
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps
-    if steps <= 0 and lengths is not None:
-        per_epoch = math.ceil(
-            math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size))
-            / args.gradient_accumulation_steps
-        )
-        if getattr(args, "reuses_rollouts", False):  # whole steps only, each as often as there are inner epochs
-            per_epoch = len(lengths) // window * args.num_inner_epochs  # type: ignore[attr-defined]
-        steps = math.ceil(per_epoch * args.num_train_epochs)
+    steps = optimiser_steps(args, None if lengths is None else len(lengths))
     mean_length = sum(lengths) / len(lengths) if lengths is not None else None
     existing = next(
         p for p in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents) if p.exists()
@@ -84,10 +73,27 @@ def make_plan(recipe: Recipe) -> Plan:
         text_rows=None if checked.pretraining is None else len(checked.pretraining),
         steps=steps,
         tokens_per_step=None if mean_length is None else mean_length * window,
-        memory_mib=_memory(recipe, checked, student_size, trainable, 0 if without_teacher else teacher_size),
+        memory_mib=_memory(recipe, checked, cached=without_teacher),
         disk_free_mib=shutil.disk_usage(existing).free / 2**20,
         teacher_cache=cache,
     )
+
+
+def optimiser_steps(args: Any, rows: int | None, processes: int | None = None) -> int:
+    """Optimiser steps of a run over so many rows (None: a stream, which needs max_steps).
+
+    Args:
+        processes: of the run; by default those of this launch.
+    """
+    world = processes or args.world_size
+    if args.max_steps > 0 or rows is None:
+        return max(0, args.max_steps)
+    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+    batches = math.ceil(rows / (args.per_device_train_batch_size * world))
+    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    if getattr(args, "reuses_rollouts", False):  # whole steps only, each as often as there are inner epochs
+        per_epoch = rows // window * args.num_inner_epochs
+    return math.ceil(per_epoch * args.num_train_epochs)
 
 
 def print_plan(plan: Plan) -> None:
@@ -109,7 +115,8 @@ def print_plan(plan: Plan) -> None:
         table.add_row("Tokens per step", f"{plan.tokens_per_step:,.0f}")
     for name, size in plan.memory_mib.items():
         table.add_row(f"Memory: {name}", f"{size:,.0f} MiB")
-    table.add_row("Memory: sum, one process, unsharded", f"{sum(plan.memory_mib.values()):,.0f} MiB")
+    if plan.memory_mib:
+        table.add_row("Memory: peak of one process, unsharded", f"{sum(plan.memory_mib.values()):,.0f} MiB")
     table.add_row("Free disk for output_dir", f"{plan.disk_free_mib:,.0f} MiB")
     if plan.teacher_cache:
         table.add_row("Teacher cache", plan.teacher_cache)
@@ -134,36 +141,19 @@ def _teacher_cache(recipe: Recipe, models: Sequence[Any], datasets: Any) -> tupl
     return f"{rows:,} rows with {tokens:,} tokens to come, about {size / 2**20:,.0f} MiB in {args.teacher_cache}", False
 
 
-def _weight_bytes(dtype: Any, config: Any) -> float:
-    """Bytes per weight of a model that is loaded as `dtype`; "auto" takes what its checkpoint has."""
-    chosen = getattr(config, "dtype", None) or "float32" if dtype in (None, "auto") else dtype
-    return _BYTES.get(str(chosen).removeprefix("torch."), 4.0)
+def _memory(recipe: Recipe, checked: CheckedRecipe, *, cached: bool) -> dict[str, float]:
+    """The parts of one process's peak in MiB, unsharded (see `doctor.memory`)."""
+    from ..doctor import Launch
+    from ..doctor.room import memory_of
+    from .examination import case_of
 
-
-def _memory(recipe: Recipe, checked: CheckedRecipe, student: int, trainable: int, teacher: int) -> dict[str, float]:
-    """A rough estimate per process in MiB: exact for weights, gradients and Adam; activations from the usual rule."""
-    from ..models import recomputes_activations
-
-    args, text = recipe.args, checked.student_config.get_text_config()
-    teacher_dtype = (args.teacher_model_init_kwargs or {}).get("dtype", "auto")  # type: ignore[union-attr]
-    student_dtype = (args.model_init_kwargs or {}).get("dtype", recipe.model.dtype)  # type: ignore[union-attr]
-    trained_bytes = student_bytes = _weight_bytes(student_dtype, checked.student_config)
-    if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
-        student_bytes = 0.5 if recipe.model.load_in_4bit else 1.0
-    tokens = args.per_device_train_batch_size * args.max_length
-    # A layer keeps about 34 bytes per token and hidden unit in 16 bits (arXiv 2205.05198, eq. 1); its input alone, 2,
-    # under checkpointing.
-    kept = 2 if recomputes_activations(args) else 34
-    width = 1 if args.bf16 or args.fp16 else 2
-    activations = tokens * text.hidden_size * text.num_hidden_layers * kept * width
-    sizes = {
-        "student weights": student * student_bytes,
-        "gradients and Adam": trainable * (trained_bytes + 2 * max(trained_bytes, 4)),
-        "teacher weights": teacher * _weight_bytes(teacher_dtype, checked.teacher_config) if teacher else 0.0,
-        "activations at max_length": activations,
-        "head: weight gradient and chunks": text.vocab_size * text.hidden_size * 4 + 6 * args.loss_chunk_bytes,
-    }
-    return {name: size / 2**20 for name, size in sizes.items()}
+    launch = Launch(on_cpu=recipe.args.device.type == "cpu")
+    case, _ = case_of(recipe, launch, checked=checked)
+    need = memory_of(case, placement="cached" if cached else "replicate")
+    if need is None:
+        return {}
+    parts = {**need.held, **{f"{name} ({need.highest})": size for name, size in need.moments[need.highest].items()}}
+    return {name: size / 2**20 for name, size in parts.items()}
 
 
 def _student_name(recipe: Recipe) -> str:

@@ -50,6 +50,9 @@ class RecipeArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
     )
+    doctor: bool = field(
+        default=True, metadata={"help": "Before runs of 100 steps and more, look for what would go wrong."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, load no weights."})
 
 

@@ -9,13 +9,14 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..exceptions import DatasetError, writing
 from . import report_errors
 from .checks import check_recipe
+from .doctor import look_before
 from .orphans import end_with_launcher
 from .recipe import Recipe, parse_recipe
 
@@ -36,8 +37,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def build_trainer(recipe: Recipe) -> Any:
-    """The recipe's trainer, ready to train. What can be refused without weights is refused before any are loaded."""
+def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = None) -> Any:
+    """The recipe's trainer, ready to train. What can be refused without weights is refused before any are loaded.
+
+    Args:
+        look: called with what the checks have read, before anything is loaded.
+    """
     from transformers import EarlyStoppingCallback
     from trl import get_peft_config, get_quantization_config
 
@@ -47,6 +52,8 @@ def build_trainer(recipe: Recipe) -> Any:
 
     settings, args = recipe.run, recipe.args
     checked = check_recipe(recipe)
+    if look is not None:
+        look(recipe, checked)
     student = recipe.model.model_name_or_path
     if student is None:
         student = str(make_initial_student(recipe, checked.rows(recipe)[0]))
@@ -80,7 +87,7 @@ def run(recipe: Recipe) -> Any:
     """Train, evaluate, save and upload the recipe's student; returns the trainer."""
     from .progress import stop_progress
 
-    trainer = build_trainer(recipe)
+    trainer = build_trainer(recipe, look_before if recipe.run.doctor else None)
     try:
         result = trainer.train(resume_from_checkpoint=recipe.args.resume_from_checkpoint)
         interrupted = any(getattr(c, "asked", False) for c in trainer.callback_handler.callbacks)

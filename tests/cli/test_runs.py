@@ -187,8 +187,8 @@ def test_memory_of_the_teacher_follows_its_checkpoint(recipe, saved, make_teache
     tokenizer.save_pretrained(folder)
     kwargs = {"teacher_model_init_kwargs": {"dtype": dtype}} if dtype else {}
     plan = make_plan(parse_recipe(["--config", recipe(teacher_model_name_or_path=str(folder), **kwargs)]))
-    assert plan.memory_mib["teacher weights"] == plan.teacher_parameters * width / 2**20
-    assert plan.memory_mib["student weights"] == plan.student_parameters * 4 / 2**20
+    assert plan.memory_mib["teacher"] == plan.teacher_parameters * width / 2**20
+    assert plan.memory_mib["weights"] == plan.student_parameters * 4 / 2**20
 
 
 def test_plan_and_run_agree_on_the_student(recipe, tmp_path):

@@ -1,0 +1,64 @@
+"""What the doctor looks at: one run before it starts. Whatever could not be read is None, and is not judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .launch import Gpus, Launch
+from .memory import Workload
+from .shapes import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..trainers import DistillConfig
+
+
+@dataclass
+class Case:
+    """A run on paper.
+
+    Attributes:
+        args: the method's config.
+        student, teacher: folders or Hub ids; the teacher's may be an address (http…), or None.
+        tokenizer, teacher_tokenizer: None where there is none to be read.
+        stops: ids that end a completion by the student's generation config.
+        prepared: some training rows as they are trained on, tokenised.
+        cache_bytes: that a teacher cache is still going to take.
+        sample: some training rows as they are in the dataset, columns named as layouts want them.
+        lengths: tokens of those rows before they are cut, and prompt_lengths likewise.
+        num_rows: of the training data; None for a stream.
+        steps: optimiser steps of the run, 0 if unknown.
+        samples: whether training samples the student's own completions.
+        trainable_dtype, teacher_dtype: as text, such as `float32`.
+        placement: of the teacher, one of `memory.PLACEMENTS`.
+        gpus: hardware that need not be here; None: this machine's.
+    """
+
+    args: DistillConfig
+    launch: Launch
+    student: str
+    teacher: str | None
+    student_config: Any = None
+    teacher_config: Any = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    stops: list[int] = field(default_factory=list)
+    sample: Sequence[dict[str, Any]] = ()
+    lengths: Sequence[int] = ()
+    prompt_lengths: Sequence[int] = ()
+    prepared: Any = None
+    cache_bytes: float = 0.0
+    num_rows: int | None = None
+    steps: int = 0
+    samples: bool = False
+    peft: bool = False
+    student_dtype: str = "float32"
+    teacher_dtype: str = "float32"
+    student_shape: ModelShape | None = None
+    teacher_shape: ModelShape | None = None
+    work: Workload | None = None
+    placement: str = "replicate"
+    gpus: Gpus | None = None

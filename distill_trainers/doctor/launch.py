@@ -1,0 +1,147 @@
+"""How a run is going to be started: how many processes, what is sharded over them, where it runs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..exceptions import ConfigurationError
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+SHARDED = ("zero3", "fsdp2")
+_OFFLOADED = ("cpu", "nvme")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What accelerate's configuration says.
+
+    Attributes:
+        strategy: of the student: one of STRATEGIES.
+        offloads_optimizer, offloads_parameters: DeepSpeed keeps them in the host's memory.
+        on_cpu: processes share the machine's memory, and there is no GPU.
+        mixed_precision: what the file says: `no`, `bf16` or `fp16`.
+        name: for tables.
+    """
+
+    processes: int = 1
+    machines: int = 1
+    strategy: str = "single"
+    offloads_optimizer: bool = False
+    offloads_parameters: bool = False
+    on_cpu: bool = False
+    mixed_precision: str = "no"
+    name: str = ""
+
+    @property
+    def by_deepspeed(self) -> bool:
+        return self.strategy.startswith("zero")
+
+    @property
+    def per_machine(self) -> int:
+        """Processes that share one machine."""
+        return max(1, self.processes // self.machines)
+
+    def on(self, gpus: Gpus) -> Launch:
+        """The same on other hardware; one process alone becomes DDP on several GPUs."""
+        strategy = "ddp" if self.strategy == "single" and gpus.count > 1 else self.strategy
+        return replace(self, processes=gpus.count, machines=gpus.machines, strategy=strategy, on_cpu=False)
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """Hardware that need not be here: `8x80` is 8 GPUs of 80 GB, `2x8x80` two machines of those."""
+
+    count: int
+    gigabytes: float
+    machines: int = 1
+
+    @property
+    def bytes(self) -> float:
+        """Of one GPU; a GB is 10⁹ bytes, which is less than makers put on."""
+        return self.gigabytes * 1e9
+
+    @classmethod
+    def parse(cls, text: str) -> Gpus:
+        """Raises ConfigurationError unless `text` is like `8x80` or `2x8x80`."""
+        found = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)(?:gb)?", text.strip().lower())
+        if not found or 0 in (int(found[1] or 1), int(found[2])) or float(found[3]) == 0:
+            raise ConfigurationError(
+                f"Got `gpus: {text}`; expected GPUs and gigabytes such as 8x80, or machines, GPUs and gigabytes such "
+                "as 2x8x80."
+            )
+        machines = int(found[1] or 1)
+        return cls(machines * int(found[2]), float(found[3]), machines)
+
+
+def read_launch(path: str | Path) -> Launch:
+    """A launch configuration of accelerate.
+
+    Raises:
+        ConfigurationError: it is not there, or not one.
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        near = sorted(p.name for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+        raise ConfigurationError(
+            f"There is no launch configuration {str(path)!r}. That folder holds: {near or 'none'}."
+        )
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"The launch configuration {str(path)!r} is not valid YAML: {error}.") from error
+    if not isinstance(content, dict) or "distributed_type" not in content:
+        raise ConfigurationError(
+            f"{str(path)!r} is not a launch configuration: it has no `distributed_type`. Write one with `accelerate "
+            "config`, or take one of accelerate_configs/."
+        )
+    return _from_content(content, file.stem)
+
+
+def _from_content(content: Mapping[str, Any], name: str) -> Launch:
+    kind, processes = str(content["distributed_type"]), int(content.get("num_processes") or 1)
+    deepspeed, fsdp = content.get("deepspeed_config") or {}, content.get("fsdp_config") or {}
+    strategy = "ddp" if processes > 1 else "single"
+    if kind == "DEEPSPEED":
+        stage = int(deepspeed.get("zero_stage", 2))
+        strategy = f"zero{stage}" if stage else strategy
+    elif kind == "FSDP":
+        strategy = "fsdp2"
+    return Launch(
+        processes=processes,
+        machines=int(content.get("num_machines") or 1),
+        strategy=strategy,
+        offloads_optimizer=str(deepspeed.get("offload_optimizer_device")) in _OFFLOADED,
+        offloads_parameters=str(deepspeed.get("offload_param_device")) in _OFFLOADED
+        or bool(fsdp.get("fsdp_offload_params")),
+        on_cpu=bool(content.get("use_cpu")),
+        mixed_precision=str(content.get("mixed_precision") or "no"),
+        name=name,
+    )
+
+
+def launch_here(environment: Mapping[str, str] | None = None, *, on_cpu: bool = False) -> Launch:
+    """The launch that this process is part of, from what `accelerate launch` leaves in the environment."""
+    env = os.environ if environment is None else environment
+    processes = int(env.get("WORLD_SIZE", "1"))
+    strategy = "ddp" if processes > 1 else "single"
+    if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        strategy = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    elif env.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        strategy = "fsdp2"
+    return Launch(
+        processes=processes,
+        machines=max(1, processes // int(env.get("LOCAL_WORLD_SIZE", processes))),
+        strategy=strategy,
+        offloads_optimizer=env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") in _OFFLOADED,
+        offloads_parameters=env.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE") in _OFFLOADED,
+        on_cpu=on_cpu,
+        mixed_precision=env.get("ACCELERATE_MIXED_PRECISION", "no"),
+        name=strategy if "ACCELERATE_MIXED_PRECISION" in env else "",  # started without a configuration
+    )

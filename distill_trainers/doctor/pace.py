@@ -1,0 +1,112 @@
+"""About how long a step takes: its matrix products at the rate that this device multiplies with.
+
+Products of n tokens of mean length T, in operations (a multiplication and an addition are two):
+- student forward F = 2 n (P − embedding) + 2 n T a layers (causal attention, half of the pairs);
+- backward 2 F, or F where only an adapter is trained; gradient checkpointing recomputes F without the head;
+- teacher forward likewise, unless its answers are cached or come from elsewhere;
+- rollouts, on the share λ of steps: a forward of prompts and samples, and for each new token one reading of
+  all weights.
+
+Nothing else is counted: no data loading, no communication, no element-wise work, so that real steps take longer.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .case import Case
+from .shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations and bytes per second of one rank."""
+
+    operations: float
+    bytes: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Pace:
+    """One optimiser step of one rank.
+
+    Attributes:
+        operations: of its matrix products.
+        seconds: expected at least; None without rates.
+        rates: what it was worked out with.
+    """
+
+    operations: float
+    seconds: float | None
+    rates: Rates | None
+
+
+def pace_of(case: Case, rates: Rates | None) -> Pace | None:
+    """Work and least time of one step."""
+    student, work = case.student_shape, case.work
+    if student is None or work is None:
+        return None
+    limit = case.args.max_length
+    mean = sum(min(length, limit) for length in case.lengths) / len(case.lengths) if case.lengths else limit
+    tokens = work.rows * work.accumulation * mean
+    forward = _forward(student, tokens, mean)
+    passes = 3.0 if student.trainable == student.parameters else 2.0
+    operations = passes * forward + (_forward(student, tokens, mean) - 2 * tokens * student.head) * work.checkpointing
+    asks = case.teacher_shape is not None and case.placement not in ("cached", "remote")
+    if asks:
+        assert case.teacher_shape is not None
+        operations += _forward(case.teacher_shape, tokens, mean)
+    read = 0.0
+    if work.rollout_rows:
+        share = float(getattr(case.args, "lmbda", 1.0))
+        sampled = work.rollout_rows * (work.prompt + work.new_tokens)
+        calls = max(1.0, work.rows * work.accumulation / work.rollout_rows)
+        operations += share * calls * _forward(student, sampled, mean)
+        read = share * calls * work.new_tokens * student.parameters * (2 if work.mixed else work.weight_bytes)
+    seconds = None if rates is None else operations / rates.operations + read / rates.bytes
+    return Pace(operations, seconds, rates)
+
+
+def _forward(shape: ModelShape, tokens: float, length: float) -> float:
+    body = shape.parameters - shape.embedding  # a tied head is used once as an embedding, which multiplies nothing
+    return 2 * tokens * body + 2 * tokens * length * shape.attended * shape.layers
+
+
+def measured_rates(device: Any, dtype: torch.dtype, processes: int = 1) -> Rates:
+    """What this device does now: the best of a few products of square matrices, and of a few copies.
+
+    Args:
+        processes: ranks that share it.
+    """
+    device = torch.device(device)
+    size, repeats = (8192, 10) if device.type == "cuda" else (1536, 3)
+    left = torch.randn(size, size, device=device).to(dtype)
+    block = torch.empty(64 * 2**20 if device.type == "cuda" else 16 * 2**20, device=device)
+    product = _best(lambda: left @ left, repeats, device)
+    copied = _best(lambda: block.clone(), repeats, device)
+    return Rates(
+        operations=2 * size**3 / product / processes,
+        bytes=2 * block.numel() * 4 / copied / processes,
+        source=f"measured here: {str(dtype).removeprefix('torch.')} products on {device.type}",
+    )
+
+
+def _best(call: Any, repeats: int, device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one sets things up
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

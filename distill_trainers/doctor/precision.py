@@ -1,0 +1,53 @@
+"""Is the precision what the user thinks it is?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .case import Case
+from .findings import Finding, error, warning
+
+
+def check_precision(case: Case) -> Iterator[Finding]:
+    """dtypes of both models against the launch and the trainer's own setting."""
+    args, launch = case.args, case.launch
+    asked = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if launch.name and launch.mixed_precision != asked and not (launch.mixed_precision == "no" and launch.on_cpu):
+        yield warning(
+            "precision",
+            f"The recipe trains with mixed precision {asked!r}, the launch configuration {launch.name!r} says "
+            f"{launch.mixed_precision!r}.",
+            f"Say the same in both: `{launch.mixed_precision}: true` in the recipe, or `mixed_precision: {asked}` in "
+            "the launch configuration."
+            if launch.mixed_precision != "no"
+            else f"Say the same in both: `mixed_precision: {asked}` in the launch configuration.",
+        )
+    elif asked == "no" and not launch.on_cpu and case.student_dtype == "float32":
+        yield warning(
+            "precision",
+            "The student is trained in float32 on GPUs: twice the memory of activations, and several times slower.",
+            "Set `bf16: true` (`fp16: true` on GPUs older than Ampere).",
+        )
+    full = not case.peft
+    if full and case.student_dtype == "float16" and not launch.by_deepspeed:
+        yield error(
+            "precision",
+            "The student's weights are loaded in float16 and all of them are trained: the gradient scaler refuses "
+            "float16 gradients.",
+            "Set `dtype: float32` and `fp16: true`, which keeps float32 weights.",
+        )
+    elif full and case.student_dtype == "bfloat16" and not launch.by_deepspeed:
+        yield warning(
+            "precision",
+            f"The student's weights are bfloat16 and are trained as such: steps of {args.learning_rate:g} are mostly "
+            "below the 8 bits of a weight and are rounded away.",
+            "Leave `dtype` out (float32 weights with `bf16: true`), use a DeepSpeed launch, which keeps float32 "
+            "weights, or train an adapter.",
+        )
+    if case.teacher_dtype == "float32" and case.teacher_shape is not None and asked != "no" and not launch.on_cpu:
+        yield warning(
+            "precision",
+            f"The teacher is loaded in float32 ({case.teacher_shape.parameters * 4 / 1e9:,.1f} GB) although the run "
+            f"computes in {asked}.",
+            "Set `teacher_model_init_kwargs: {dtype: bfloat16}`.",
+        )

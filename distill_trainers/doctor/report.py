@@ -1,0 +1,104 @@
+"""The diagnosis for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .disk import checkpoint_bytes, num_checkpoints
+from .examine import Diagnosis
+from .findings import Severity
+
+_COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
+
+
+def print_diagnosis(diagnosis: Diagnosis) -> None:
+    """Plan and cost, placements where hardware was named, findings with the worst first."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file has no width of its own
+    console.print(_plan(diagnosis))
+    if diagnosis.placements:
+        console.print(_placements(diagnosis))
+    print_findings(diagnosis, console)
+    errors, warnings = diagnosis.count(Severity.ERROR), diagnosis.count(Severity.WARNING)
+    if errors or warnings:
+        console.print(f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}.")
+    else:
+        console.print("Nothing wrong was found.")
+
+
+def print_findings(diagnosis: Diagnosis, console: Any) -> None:
+    """One paragraph each: what, and its remedy."""
+    from rich.text import Text
+
+    for finding in diagnosis.findings:
+        line = Text(f"{finding.severity.value} ({finding.concern}): ", style=_COLOURS[finding.severity])
+        line.append(finding.what, style="default not bold")
+        line.append(f"\n    {finding.remedy}", style="dim")
+        console.print(line, soft_wrap=True)
+
+
+def _plan(diagnosis: Diagnosis) -> Any:
+    from rich.table import Table
+
+    case, need, pace, room = diagnosis.case, diagnosis.memory, diagnosis.pace, diagnosis.room
+    table = Table("", "", title=f"{case.teacher or 'no teacher'} → {case.student}", show_header=False)
+    if case.student_shape is not None:
+        shape = case.student_shape
+        table.add_row("Student", f"{shape.parameters:,} parameters, {shape.trainable:,} trained, {case.student_dtype}")
+    if case.teacher_shape is not None:
+        table.add_row(
+            "Teacher", f"{case.teacher_shape.parameters:,} parameters, {case.teacher_dtype}, {case.placement}"
+        )
+    launch = case.launch
+    table.add_row("Launch", f"{launch.strategy}, {launch.processes} process{'es' * (launch.processes != 1)}")
+    if case.steps:
+        table.add_row("Optimiser steps", f"{case.steps:,}")
+    if need is not None:
+        for name, size in need.held.items():
+            table.add_row(f"Held: {name}", gib(size))
+        for name, size in need.moments[need.highest].items():
+            table.add_row(f"At {need.highest}: {name}", gib(size))
+        table.add_row("Peak of a process", f"{gib(need.peak)} of {gib(room.bytes)} ({room.what})" if room else "")
+        if need.host:
+            table.add_row("Offloaded, all processes", gib(sum(need.host.values()) * launch.per_machine))
+    if checkpoint_bytes(case):
+        table.add_row("Checkpoints", f"{num_checkpoints(case)} at once, {gib(checkpoint_bytes(case))} each")
+    if pace is not None:
+        work = f"{pace.operations / 1e12:,.2f} · 10¹² operations"
+        seconds = f", at least {pace.seconds:,.2f} s ({pace.rates.source})" if pace.seconds and pace.rates else ""
+        table.add_row("A step of a process", work + seconds)
+        if pace.seconds and case.steps:
+            table.add_row("All steps", f"at least {pace.seconds * case.steps / 3600:,.2f} h")
+    return table
+
+
+def _placements(diagnosis: Diagnosis) -> Any:
+    """One row for each placement of the teacher, one column for each launch of the student."""
+    from rich.table import Table
+
+    students = list(dict.fromkeys(p.student for p in diagnosis.placements))
+    gpus, room = diagnosis.case.gpus, diagnosis.room
+    assert gpus is not None and room is not None
+    title = f"GiB per GPU, {gpus.count} of {gpus.gigabytes:g} GB ({room.bytes / 2**30:,.1f} GiB to use; + on the host)"
+    table = Table("teacher \\ student", *students, title=title)
+    for teacher in dict.fromkeys(p.teacher for p in diagnosis.placements):
+        cells = []
+        for student in students:
+            each = next((p for p in diagnosis.placements if (p.student, p.teacher) == (student, teacher)), None)
+            cells.append("" if each is None else _cell(each))
+        table.add_row(teacher, *cells)
+    return table
+
+
+def _cell(placement: Any) -> str:
+    host = f" + {placement.host / 2**30:,.0f}" if placement.host else ""
+    text = f"{placement.need.peak / 2**30:,.1f}{host}"
+    return text if placement.fits else f"[red]({text})[/red]"
+
+
+def gib(size: float) -> str:
+    """Bytes as text."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

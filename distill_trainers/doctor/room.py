@@ -1,0 +1,119 @@
+"""Is there as much memory as a step is going to take, and if not, what would fit?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .case import Case
+from .findings import Finding, error, warning
+from .launch import Launch
+from .memory import RESERVED, MemoryEstimate, estimate
+
+# The formula is within these of measured peaks (docs/doctor.md), so that only what lies beyond is called an error.
+_SURELY_TOO_MUCH, _TIGHT = 1.2, 0.9
+_IMPORTS = 0.7 * 2**30  # what torch, transformers and the rest take of a process on a CPU
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that one rank may use, and of what."""
+
+    bytes: float
+    what: str
+
+
+def room_for(case: Case) -> Room:
+    """What one rank finds: a GPU, or its part of this machine's memory."""
+    import torch
+
+    if case.gpus is not None:
+        return Room(case.gpus.bytes - RESERVED, f"a GPU of {case.gpus.gigabytes:g} GB")
+    if not case.launch.on_cpu and torch.cuda.is_available():
+        total = min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+        return Room(total - RESERVED, f"free on {torch.cuda.get_device_name(0)}")
+    each = host_memory() / case.launch.per_machine - _IMPORTS
+    shared = f", for each of {case.launch.per_machine} processes" if case.launch.per_machine > 1 else ""
+    return Room(each, f"free memory of this machine{shared}")
+
+
+def host_memory() -> float:
+    """Bytes of this machine's memory that are free, within what its container may use."""
+    import psutil
+
+    free = float(psutil.virtual_memory().available)
+    limit = _CGROUP.read_text().strip() if _CGROUP.is_file() else "max"
+    return min(free, float(limit)) if limit.isdigit() else free
+
+
+def memory_of(case: Case, **changes: object) -> MemoryEstimate | None:
+    """The estimate for a case, or for the same with another `work`, `launch` or `placement`."""
+    changed = replace(case, **changes)  # type: ignore[arg-type]
+    if changed.student_shape is None or changed.work is None:
+        return None
+    return estimate(changed.student_shape, changed.teacher_shape, changed.work, changed.launch, changed.placement)
+
+
+def check_memory(case: Case) -> Iterator[Finding]:
+    """The peak of one rank against what it finds, and what is offloaded against the host's memory."""
+    need = memory_of(case)
+    if need is None:
+        return
+    room = room_for(case)
+    if need.peak > _TIGHT * room.bytes:
+        largest = sorted({**need.held, **need.moments[need.highest]}.items(), key=lambda part: -part[1])[:3]
+        parts = ", ".join(f"{name} {size / 2**30:,.1f}" for name, size in largest)
+        tell = error if need.peak > _SURELY_TOO_MUCH * room.bytes else warning
+        yield tell(
+            "memory",
+            f"A step takes about {need.peak / 2**30:,.1f} GiB per process at {need.highest}, and there are "
+            f"{max(0.0, room.bytes) / 2**30:,.1f} GiB ({room.what}). The largest parts, in GiB: {parts}.",
+            _remedy(case, room),
+        )
+    host = sum(need.host.values()) * case.launch.per_machine
+    if host and case.gpus is None and host > _TIGHT * host_memory():
+        yield error(
+            "memory",
+            f"{host / 2**30:,.1f} GiB are offloaded to this machine's memory, of which "
+            f"{host_memory() / 2**30:,.1f} GiB are free.",
+            "Offload less (`offload_param_device: none` for the student), use more machines, or train an adapter.",
+        )
+
+
+def _remedy(case: Case, room: Room) -> str:
+    """What would fit, by the same estimate; the least change first."""
+    tried: list[tuple[str, MemoryEstimate | None]] = []
+    assert case.work is not None
+    work, launch, rows = case.work, case.launch, case.work.rows
+    if not work.checkpointing:
+        tried.append(("`gradient_checkpointing: true`", memory_of(case, work=replace(work, checkpointing=True))))
+    small = replace(work, checkpointing=True, rows=1, accumulation=work.accumulation * rows)
+    if rows > 1:
+        also = f"`per_device_train_batch_size: 1` with `gradient_accumulation_steps: {small.accumulation}`"
+        tried.append((f"{also} and gradient checkpointing", memory_of(case, work=small)))
+    if launch.processes > 1 and not launch.on_cpu:
+        for strategy in ("zero2", "zero3"):
+            if strategy > launch.strategy or launch.strategy == "ddp":
+                placement = "zero3" if strategy == "zero3" and case.placement == "replicate" else case.placement
+                other = _by(launch, strategy)
+                tried.append((f"a {strategy} launch", memory_of(case, work=small, launch=other, placement=placement)))
+    if work.rollout_rows > 1:
+        few = replace(small, rollout_rows=1)
+        tried.append(("`rollout_batch_size: 1` with all of that", memory_of(case, work=few)))
+    if launch.strategy == "zero3" and not launch.offloads_optimizer:
+        offloaded = replace(launch, offloads_optimizer=True, offloads_parameters=True)
+        tried.append(("offloading the student to the host (ZeRO-3)", memory_of(case, launch=offloaded)))
+    if case.placement in ("replicate", "zero3") and case.teacher_shape is not None and not case.samples:
+        tried.append(("`teacher_cache`, filled ahead", memory_of(case, work=small, placement="cached")))
+    fits = [f"{how} ({need.peak / 2**30:,.1f} GiB)" for how, need in tried if need and need.peak <= room.bytes * _TIGHT]
+    if fits:
+        return "By the same estimate these fit: " + "; ".join(fits[:3]) + "."
+    best = min((need.peak for _, need in tried if need), default=0.0)
+    still = f" (checkpointing, small batches and sharding leave {best / 2**30:,.1f} GiB)" if best else ""
+    return f"Nothing that keeps these models fits{still}: train an adapter (`use_peft: true`), or use more GPUs."
+
+
+def _by(launch: Launch, strategy: str) -> Launch:
+    return replace(launch, strategy=strategy)

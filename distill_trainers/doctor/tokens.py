@@ -1,0 +1,245 @@
+"""Do teacher and student read the same text as the same tokens, and does the student know where to stop?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..data.chat import Chat, close_turn
+from ..data.formats import as_messages, detect_dataset_type, is_conversation
+from ..data.rows import tokenize_row
+from ..exceptions import DatasetError, VocabularyError
+from ..teachers.vocabulary import PROBE, shared_vocabulary
+from .case import Case
+from .findings import Finding, error, note, warning
+
+_ROWS = 50  # of the data that are tokenised twice
+_CONVERSATION = (
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "It is 4."},
+    {"role": "user", "content": "And 3 + 3?"},
+    {"role": "assistant", "content": "That is 6."},
+)
+
+
+def check_tokens(case: Case) -> Iterator[Finding]:
+    """Vocabularies, text, chat templates and special tokens of a pair."""
+    if case.tokenizer is None:
+        return
+    yield from _special_tokens(case)
+    refused = list(_vocabulary(case))
+    yield from refused
+    if refused:
+        return  # everything else would differ, too
+    if case.teacher_tokenizer is None:
+        if case.teacher and not case.teacher.startswith("http"):
+            yield note(
+                "tokens",
+                f"No tokenizer could be read for the teacher {case.teacher!r}, so it was not compared with the "
+                "student's.",
+                "Save the teacher's tokenizer beside it.",
+            )
+        return
+    different = list(_text(case))
+    yield from different
+    yield from _templates(case, already=bool(different))
+
+
+def _vocabulary(case: Case) -> Iterator[Finding]:
+    assert case.tokenizer is not None
+    if case.student_config is None or case.teacher_config is None:
+        return
+    rows = [config.get_text_config().vocab_size for config in (case.student_config, case.teacher_config)]
+    try:
+        shared_vocabulary(case.tokenizer, case.teacher_tokenizer, *rows)
+    except VocabularyError as found:
+        yield Finding.of_error("tokens", found)
+
+
+# ---- Text -----------------------------------------------------------------------------------------------------------
+
+
+def _text(case: Case) -> Iterator[Finding]:
+    """The first row (or else a probe of numbers, spaces and scripts) that the two split differently."""
+    own, other = case.tokenizer, case.teacher_tokenizer
+    assert own is not None and other is not None
+    ours, theirs = own.encode(PROBE), other.encode(PROBE)
+    what = "a probe of numbers, white space and scripts"
+    if ours == theirs:
+        for number, row in enumerate(case.sample[:_ROWS]):
+            if _is_chat(row):
+                continue  # templates are compared by themselves
+            pair = [_row_ids(row, tokenizer, case) for tokenizer in (own, other)]
+            if None not in pair and pair[0] != pair[1]:
+                (ours, theirs), what = pair, f"row {number} of the training data"
+                break
+        else:
+            return
+    yield warning(
+        "tokens",
+        f"Student and teacher share their vocabulary but read {what} as different tokens: "
+        f"{first_difference(ours, theirs, own)}.",
+        "The teacher is given the student's tokens and judges text in a form it rarely saw: use the teacher's "
+        "tokenizer files for both (copy them beside the student), or a teacher of the student's family.",
+    )
+
+
+def _row_ids(row: dict[str, Any], tokenizer: Any, case: Case) -> list[int] | None:
+    try:
+        kind = detect_dataset_type(row)
+        how: Any = case.args.chat_template_kwargs
+        return list(tokenize_row(row, tokenizer, dataset_type=kind, chat_template_kwargs=how)["input_ids"])
+    except (DatasetError, KeyError):
+        return None  # the recipe's own check tells
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int], tokenizer: Any, other: Any = None) -> str:
+    """Where two sequences of ids part: position, the text before it, and the next tokens of both."""
+    at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+    at = min(len(ours), len(theirs)) if at is None else at
+    before = tokenizer.decode(list(ours[max(0, at - 8) : at]))
+
+    def shown(ids: Sequence[int], who: Any) -> str:
+        return ", ".join(f"{i} {who.convert_ids_to_tokens(int(i))!r}" for i in ids[at : at + 4]) or "nothing more"
+
+    after = f" after {before!r}" if at else ""
+    return f"from token {at} on{after}, the student has [{shown(ours, tokenizer)}], the teacher [" + (
+        f"{shown(theirs, other or tokenizer)}]"
+    )
+
+
+# ---- Chat templates -------------------------------------------------------------------------------------------------
+
+
+def _is_chat(row: dict[str, Any]) -> bool:
+    return any(is_conversation(row.get(name)) for name in ("messages", "conversations", "prompt", "completion"))
+
+
+def _conversations(case: Case) -> list[list[dict[str, Any]]]:
+    found = []
+    for row in case.sample[:_ROWS]:
+        if not _is_chat(row):
+            continue
+        if is_conversation(row.get("prompt")) or is_conversation(row.get("completion")):
+            messages = as_messages(row["prompt"], role="user")
+            messages = messages + as_messages(row.get("completion") or [], role="assistant")
+        else:
+            messages = as_messages(row.get("messages") or row.get("conversations"), role="user")
+        found.append(messages)
+    return found
+
+
+def _templates(case: Case, already: bool) -> Iterator[Finding]:
+    """Whether both render a conversation alike: the data's own, or an invented one where the data is none."""
+    own, other = case.tokenizer, case.teacher_tokenizer
+    assert own is not None and other is not None
+    rows = _conversations(case)
+    if not rows:
+        return  # templates are not used
+    if other.chat_template is None and own.chat_template is not None:
+        yield warning(
+            "tokens",
+            f"The data are conversations, but the teacher {case.teacher!r} has no chat template: it is a base model, "
+            "which never saw the student's turns and their end.",
+            "Take the instruction-tuned teacher of that family, or give prompt and completion as strings.",
+        )
+        return
+    if own.chat_template is None or already:
+        return
+    settings: Any = case.args.chat_template_kwargs or {}
+    for number, messages in enumerate(rows):
+        ours, theirs = (_rendered(tokenizer, messages, settings) for tokenizer in (own, other))
+        if ours is None or theirs is None or ours == theirs:
+            continue
+        at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        at = min(len(ours), len(theirs)) if at is None else at
+        ids = [Chat(tokenizer).ids(text) for tokenizer, text in ((own, ours), (other, theirs))]
+        yield warning(
+            "tokens",
+            f"The chat templates differ: conversation {number} of the data is {ours[max(0, at - 20) : at + 40]!r} to "
+            f"the student and {theirs[max(0, at - 20) : at + 40]!r} to the teacher; "
+            f"{first_difference(ids[0], ids[1], own, other)}.",
+            "The student's template is used for both, so the teacher judges turns in a form it was not trained on: "
+            "copy the teacher's template to the student (`tokenizer.chat_template = teacher_tokenizer.chat_template`), "
+            "or set `chat_template_kwargs` with which both agree.",
+        )
+        return
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]], settings: dict[str, Any]) -> str | None:
+    try:
+        return Chat(tokenizer, settings=settings).conversation(messages)
+    except DatasetError:
+        return None  # the recipe's own check tells, for the student; a teacher's template is not needed
+
+
+# ---- Special tokens -------------------------------------------------------------------------------------------------
+
+
+def _special_tokens(case: Case) -> Iterator[Finding]:
+    own, other = case.tokenizer, case.teacher_tokenizer
+    assert own is not None
+    yield from _stops(case)
+    if other is not None and own.eos_token_id != other.eos_token_id:
+        yield warning(
+            "tokens",
+            f"The end of text is {_named(own, own.eos_token_id)} to the student and "
+            f"{_named(other, other.eos_token_id)} to the teacher.",
+            "A completion ends in the student's, which the teacher never expects there: set `tokenizer.eos_token` of "
+            "the student to the teacher's and save it.",
+        )
+    if own.bos_token_id is not None and other is not None and other.bos_token_id != own.bos_token_id:
+        yield warning(
+            "tokens",
+            f"Text begins with {_named(own, own.bos_token_id)} to the student and with "
+            f"{_named(other, other.bos_token_id)} to the teacher.",
+            "Set `tokenizer.bos_token` of the student to the teacher's and save it.",
+        )
+
+
+def _stops(case: Case) -> Iterator[Finding]:
+    """Completions must end where sampling stops, and nothing else may stop it."""
+    own = case.tokenizer
+    assert own is not None
+    rows = case.student_config.get_text_config().vocab_size if case.student_config is not None else None
+    if own.eos_token_id is None:
+        yield error(
+            "tokens", "The student's tokenizer has no EOS token, so completions never end.", "Set and save one."
+        )
+        return
+    stops = [own.eos_token_id, *case.stops]
+    for stop in dict.fromkeys(case.stops):
+        if rows is not None and stop >= rows:
+            what = f"id {stop}, for which the student has no row ({rows} rows)"
+        elif not _is_special(own, stop):
+            what = f"{_named(own, stop)}, which is no special token of its tokenizer"
+        else:
+            continue
+        yield warning(
+            "tokens",
+            f"By its generation config the student's completions end at {what}.",
+            "Set `eos_token_id` in the student's generation_config.json to the tokens that end a turn.",
+        )
+    conversations = _conversations(case)
+    if not conversations or own.chat_template is None:
+        return
+    text = _rendered(own, list(_CONVERSATION), case.args.chat_template_kwargs or {})  # type: ignore[arg-type]
+    if text is None:
+        return
+    end = close_turn(own, Chat(own).ids(text))[-1]
+    if end not in stops:
+        yield warning(
+            "tokens",
+            f"The chat template ends an answer with {_named(own, end)}, but sampling stops at "
+            f"{', '.join(_named(own, i) for i in dict.fromkeys(stops))} only: rollouts would run on to max_new_tokens.",
+            "Add it to `eos_token_id` in the student's generation_config.json, or make it the tokenizer's `eos_token`.",
+        )
+
+
+def _is_special(tokenizer: Any, token: int) -> bool:
+    added = tokenizer.added_tokens_decoder.get(token)
+    return token in tokenizer.all_special_ids or (added is not None and added.special)
+
+
+def _named(tokenizer: Any, token: int | None) -> str:
+    return "nothing" if token is None else f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})"

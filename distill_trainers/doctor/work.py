@@ -1,0 +1,96 @@
+"""What a step computes on one rank, read from a method's settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import models
+from .launch import Launch
+from .memory import Workload
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+# Bytes of state per parameter with 4-byte weights; all others keep two moments.
+_STATES = {"sgd": 0.0, "adafactor": 0.0, "lion_32bit": 4.0, "adagrad": 4.0, "rmsprop": 4.0}
+
+
+def workload(
+    args: Any,
+    method: str,
+    launch: Launch,
+    *,
+    student_dtype: str = "float32",
+    frozen_bytes: float | None = None,
+    teacher_dtype: str = "float32",
+    samples: bool = False,
+) -> Workload:
+    """The workload of a run.
+
+    Args:
+        args: the method's config.
+        samples: whether steps sample the student's completions.
+    """
+    rows = args.per_device_train_batch_size
+    window = rows * args.gradient_accumulation_steps * getattr(args, "innovation_samples", 1)
+    text = 0
+    if method == "minillm" and args.pretraining_weight:
+        text = args.pretraining_batch_size or 0
+    mib = args.loss_chunk_mib or (32 if launch.on_cpu else 256)
+    sampled = (args.rollout_batch_size or window * getattr(args, "num_minibatches", 1)) if samples else 0
+    return Workload(
+        rows=rows * _rows_of_one(args, method) + text,
+        length=args.max_length,
+        accumulation=args.gradient_accumulation_steps,
+        checkpointing=models.recomputes_activations(args),
+        weight_bytes=BYTES.get(student_dtype, 4.0),
+        frozen_bytes=frozen_bytes,
+        teacher_bytes=BYTES.get(teacher_dtype, 4.0),
+        mixed=bool(args.bf16 or args.fp16) or launch.mixed_precision != "no",
+        state_bytes=_state_bytes(str(getattr(args.optim, "value", args.optim))),
+        chunk_bytes=mib * 2**20,
+        rollout_rows=sampled,
+        prompt=max(1, args.max_length - args.max_new_tokens) if samples else 0,
+        new_tokens=args.max_new_tokens if samples else 0,
+        teacher_samples=method == "minillm" and args.alpha > 0,
+        teacher_sparse=args.teacher_cache is not None and args.teacher_cache_kind != "hidden",
+    )
+
+
+def _rows_of_one(args: Any, method: str) -> int:
+    """Rows that the collator makes of one row of the data, at the most."""
+    if method == "dpkd":
+        return 2  # both responses of a pair
+    if method != "rationale":
+        return 1
+    if args.objective == "dual_chain":  # all that the student samples may be kept
+        return 1 + args.innovation_samples * bool(args.innovation_weight)
+    wrong = args.objective == "edit" and (args.right_weight or args.wrong_weight)
+    return 2 if wrong or args.objective == "step_by_step" else 1
+
+
+def _state_bytes(optimiser: str) -> float:
+    if "8bit" in optimiser or "bnb_8" in optimiser:
+        return 2.0
+    return _STATES.get(optimiser, 8.0)
+
+
+def placement_of(args: Any, teacher: str | None, launch: Launch, *, cached: bool) -> str:
+    """Where the teacher is: what `teacher_placement` says, or what follows from the launch.
+
+    Args:
+        cached: whether all that a run asks of its teacher is in its cache.
+    """
+    said = getattr(args, "teacher_placement", None) or "auto"
+    if said != "auto":
+        return str(said)
+    if teacher is not None and teacher.startswith(("http://", "https://")):
+        return "remote"
+    if cached:
+        return "cached"
+    kwargs = args.teacher_model_init_kwargs or {}
+    quantised = kwargs.get("quantization_config") or kwargs
+    for name, placement in (("load_in_4bit", "quantized-4bit"), ("load_in_8bit", "quantized-8bit")):
+        if isinstance(quantised, dict) and quantised.get(name):
+            return placement
+    if kwargs.get("device_map"):
+        return "device_map"
+    return launch.strategy if launch.strategy in ("zero3", "fsdp2") else "replicate"

@@ -1,0 +1,286 @@
+"""The doctor finds what was planted, says nothing of a healthy recipe, and refuses long runs that would fail."""
+
+import copy
+import json
+from collections import namedtuple
+
+import pytest
+
+from distill_trainers import models
+from distill_trainers.cli import main
+from distill_trainers.cli.examination import case_of
+from distill_trainers.cli.recipe import parse_recipe
+from distill_trainers.doctor import Launch, room, teacher
+from distill_trainers.teachers import LocalTeacher
+
+CHAT = "{% for m in messages %}{{ '=' if m['role'] == 'user' else '' }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+OTHER_CHAT = (
+    "{% for m in messages %}{{ '+' if m['role'] == 'user' else '' }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+)
+NO_END = "{% for m in messages %}{{ m['content'] }}{{ '<pad>' }}{% endfor %}"
+
+
+@pytest.fixture
+def diagnose(capsys):
+    """`diagnose(path, *options)`: exit status and the JSON that the doctor prints."""
+
+    def run(path, *options):
+        capsys.readouterr()
+        status = main(["doctor", "--config", path, "--quick", "--json", *options])
+        printed = capsys.readouterr()
+        assert printed.out, printed.err
+        return status, json.loads(printed.out)
+
+    return run
+
+
+@pytest.fixture
+def pair(tmp_path, make_student, make_teacher, tokenizer):
+    """`pair(student={...}, teacher={...})` saves two models; `template`, `eos` and `stops` are of the tokenizer."""
+
+    def save(**roles):
+        saved = {}
+        for role, make in (("student", make_student), ("teacher", make_teacher)):
+            changes = dict(roles.get(role, {}))
+            tok = copy.deepcopy(tokenizer)
+            tok.chat_template = changes.pop("template", None)
+            tok.eos_token = changes.pop("eos", tok.eos_token)
+            stops = changes.pop("stops", tok.eos_token_id)
+            model = make(**changes)
+            model.generation_config.eos_token_id = stops
+            model.save_pretrained(tmp_path / role)
+            tok.save_pretrained(tmp_path / role)
+            saved["model_name_or_path" if role == "student" else "teacher_model_name_or_path"] = str(tmp_path / role)
+        return saved
+
+    return save
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    file = tmp_path / "chat.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"{a}+{b}="}, {"role": "assistant", "content": str(a + b)}]}
+        for a in range(4)
+        for b in range(4)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+def serious(report):
+    return [f for f in report["findings"] if f["severity"] != "note"]
+
+
+@pytest.mark.parametrize("method", ["gkd", "dpkd", "minillm"])
+def test_a_healthy_recipe_is_not_remarked_upon(recipe, pair, diagnose, method):
+    status, report = diagnose(recipe(method=method, **pair()), "--strict")
+    assert (status, report["findings"]) == (0, [])
+    assert report["memory"]["peak"] > 0 and report["steps"] == 3 and report["operations_per_step"] > 0
+
+
+def test_a_healthy_recipe_of_conversations(recipe, pair, diagnose, conversations):
+    both = {"template": CHAT}
+    path = recipe(**pair(student=both, teacher=both), dataset=conversations)
+    status, report = diagnose(path, "--strict")
+    assert (status, report["findings"]) == (0, [])
+
+
+def test_padding_of_one_vocabulary_is_healthy(recipe, pair, diagnose):
+    status, report = diagnose(recipe(**pair(teacher={"vocab_size": 32})), "--strict")
+    assert (status, report["findings"]) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("roles", "chat", "severity", "words"),
+    [
+        (
+            {"student": {"template": CHAT}, "teacher": {"template": OTHER_CHAT}},
+            True,
+            "warning",
+            ["chat templates differ", "from token 0 on", "'='", "'+'"],
+        ),
+        ({"student": {"template": CHAT}}, True, "warning", ["no chat template"]),
+        (
+            {"student": {"template": NO_END}, "teacher": {"template": NO_END}},
+            True,
+            "warning",
+            ["ends an answer with '<pad>'", "stops at"],
+        ),
+        ({"student": {"vocab_size": 10}}, False, "error", ["for which a model has no row", "student has 10"]),
+        ({"teacher": {"vocab_size": 10}}, False, "error", ["for which a model has no row", "teacher 10"]),
+        ({"student": {"stops": 5}}, False, "warning", ["end at", "no special token"]),
+        ({"student": {"stops": 999}}, False, "warning", ["id 999", "no row"]),
+        ({"student": {"eos": "<pad>"}}, False, "warning", ["'<pad>'", "to the student", "to the teacher"]),
+        ({"student": {"max_position_embeddings": 16}}, False, "error", ["24 tokens", "student was made for 16"]),
+        ({"teacher": {"max_position_embeddings": 16}}, False, "error", ["teacher was made for 16"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_a_planted_fault_of_the_models_is_found(recipe, pair, diagnose, conversations, roles, chat, severity, words):
+    more = {"dataset": conversations} if chat else {}
+    status, report = diagnose(recipe(**pair(**roles), **more))
+    (found, *_) = [f for f in serious(report) if all(word in f["what"] for word in words)]
+    assert found["severity"] == severity and found["remedy"]
+    assert len({f["what"] for f in report["findings"]}) == len(report["findings"]), "each is told once"
+    assert status == (2 if severity == "error" else 0)
+    if severity == "warning":
+        assert {f["severity"] for f in serious(report)} == {"warning"}
+        assert diagnose(recipe(**pair(**roles), **more), "--strict")[0] == 1
+
+
+def test_another_vocabulary_is_shown_token_by_token(recipe, pair, tmp_path, tokenizer, diagnose):
+    changed = pair()
+    file = tmp_path / "teacher" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["3"], vocabulary["4"] = vocabulary["4"], vocabulary["3"]
+    file.write_text(json.dumps(content))
+    status, report = diagnose(recipe(**changed))
+    (found,) = [f for f in serious(report) if "different tokenizers" in f["what"]]
+    assert status == 2 and "'3' / '4'" in found["what"]
+
+
+def test_a_teacher_that_splits_text_differently_is_shown_at_the_first_token(recipe, pair, tmp_path, diagnose):
+    changed = pair()
+    file = tmp_path / "teacher" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "="}, "content": "+"}
+    file.write_text(json.dumps(content))
+    status, report = diagnose(recipe(**changed))
+    (found,) = serious(report)
+    assert "row 0" in found["what"] or "probe" in found["what"]
+    assert "'='" in found["what"] and "'+'" in found["what"]
+
+
+def test_rows_that_are_cut_are_counted(recipe, diagnose, pair):
+    status, report = diagnose(recipe(**pair(), max_length=5, max_new_tokens=2, lmbda=0.0))
+    assert any("lose their end" in f["what"] and "max_length: 5" in f["what"] for f in serious(report))
+
+
+def test_too_little_memory_is_an_error_that_names_what_fits(recipe, pair, diagnose, monkeypatch):
+    path = recipe(**pair(), per_device_train_batch_size=24)
+    _, report = diagnose(path)
+    need = report["memory"]["peak"]
+    monkeypatch.setattr(room, "host_memory", lambda: room._IMPORTS + need / 1.5)
+    status, report = diagnose(path)
+    (found,) = serious(report)
+    assert status == 2 and found["concern"] == "memory" and "per_device_train_batch_size: 1" in found["remedy"]
+    monkeypatch.setattr(room, "host_memory", lambda: room._IMPORTS + need / 1.05)
+    assert diagnose(path)[0] == 0, "tight, but it may go well"
+    assert diagnose(path, "--strict")[0] == 1
+
+
+def test_a_full_disk_is_an_error(recipe, pair, diagnose, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 10**12 - 10**5, 10**5))
+    status, report = diagnose(recipe(**pair(), save_strategy="steps", save_steps=1))
+    (found,) = serious(report)
+    assert status == 2 and found["concern"] == "disk" and "3 checkpoints" in found["what"]
+    assert "save_total_limit" in found["remedy"]
+
+
+@pytest.mark.parametrize("kind", ["hidden", "topk", "sampled"])
+def test_a_cache_is_compared_with_the_live_teacher(recipe, pair, tmp_path, capsys, monkeypatch, make_teacher, kind):
+    path = recipe(**pair(), lmbda=0.0, teacher_cache=str(tmp_path / "cache"), teacher_cache_kind=kind, **_sparse(kind))
+    assert main(["cache-teacher", "--config", path]) == 0
+    assert main(["doctor", "--config", path, "--strict"]) == 0
+    assert "Nothing wrong" in capsys.readouterr().out
+    monkeypatch.setattr(teacher.sources, "load_teacher", lambda *a: LocalTeacher(make_teacher(seed=8)))
+    assert main(["doctor", "--config", path]) == 2
+    assert "nats per token apart" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_remote_teacher_is_compared_with_the_local_one(recipe, pair, make_teacher):
+    case, found = case_of(parse_recipe(["--config", recipe(**pair())]), Launch(on_cpu=True))
+    assert not found
+    for seed, count in ((7, 0), (8, 1)):
+        served = LocalTeacher(make_teacher(seed=seed), name="http://127.0.0.1:8000")
+        assert len(list(teacher.check_answers(case, served))) == count
+
+
+def _sparse(kind):
+    return {} if kind == "hidden" else {"divergence": "forward_kl"}
+
+
+def test_a_stale_cache_is_found_without_loading_anything(recipe, pair, tmp_path, diagnose, make_teacher, monkeypatch):
+    path = recipe(**pair(), lmbda=0.0, teacher_cache=str(tmp_path / "cache"))
+    assert main(["cache-teacher", "--config", path]) == 0
+    make_teacher(seed=9).save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr(models, "load_causal_lm", lambda *a, **k: pytest.fail("weights were loaded"))
+    status, report = diagnose(path)
+    found = [f for f in serious(report) if f["concern"] == "teacher"]
+    assert status == 2 and "model.safetensors has changed" in found[0]["what"] and "teacher_cache" in found[0]["remedy"]
+
+
+def test_everything_that_is_wrong_is_found_at_once(recipe, pair, diagnose):
+    roles = {"student": {"vocab_size": 10, "max_position_embeddings": 16}, "teacher": {"max_position_embeddings": 16}}
+    status, report = diagnose(recipe(**pair(**roles), dataset="no/such/file.jsonl"))
+    assert status == 2 and {"tokens", "lengths", "recipe"} <= {f["concern"] for f in serious(report)}
+    assert [f["severity"] for f in report["findings"]] == sorted(f["severity"] for f in report["findings"])
+    assert len({f["what"] for f in report["findings"]}) == len(report["findings"]), "each is told once"
+
+
+# ---- Launches and hardware ------------------------------------------------------------------------------------------
+
+
+def test_memory_on_gpus_that_are_not_here(recipe, pair, capsys):
+    path = recipe(**pair(), bf16=True)
+    assert main(["doctor", "--config", path, "--gpus", "8x80", "--tflops", "400"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 of 80 GB" in printed and "quantized-4bit" in printed and "400 · 10¹²/s" in printed
+
+
+def test_the_launch_is_read(recipe, pair, diagnose):
+    path = recipe(**pair())
+    _, one = diagnose(path)
+    _, two = diagnose(path, "--launch", "accelerate_configs/cpu_zero3.yaml")
+    assert two["launch"]["strategy"] == two["placement"] == "zero3" and two["launch"]["processes"] == 2
+    assert two["memory"]["held"]["teacher"] == one["memory"]["held"]["teacher"] / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpus", "eight"], "8x80"),
+        (["--gpus", "0x80"], "8x80"),
+        (["--tflops", "400"], "without `gpus`"),
+        (["--launch", "accelerate_configs/zero4.yaml"], "zero3.yaml"),
+        (["--launch", "pyproject.toml"], "launch configuration"),
+        (["--architectures", "no/such/folder"], "owner--name.json"),
+    ],
+)
+def test_bad_options_are_refused(recipe, pair, capsys, options, words):
+    assert main(["doctor", "--config", recipe(**pair()), *options]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in line
+
+
+def test_a_launch_in_another_precision_is_remarked_upon(recipe, pair, diagnose):
+    _, report = diagnose(recipe(**pair()), "--launch", "accelerate_configs/ddp.yaml")
+    assert any("mixed precision 'no'" in f["what"] and "bf16" in f["what"] for f in serious(report))
+
+
+# ---- Before a run ---------------------------------------------------------------------------------------------------
+
+
+class Loaded(BaseException):
+    pass
+
+
+def test_a_long_run_is_looked_at_before_it_loads_anything(recipe, pair, capsys, monkeypatch):
+    def load(*args, **kwargs):
+        raise Loaded
+
+    monkeypatch.setattr(models, "load_causal_lm", load)
+    changed = pair(student={"max_position_embeddings": 16})
+    path = recipe(**changed, max_steps=100)
+    assert main(["train", "--config", path]) == 2
+    printed = capsys.readouterr().err
+    assert "made for 16 positions" in printed and "--no_doctor" in printed and "max_length: 16" in printed
+    for options in (["--no_doctor"], ["--doctor", "false"], ["--max_steps", "3"]):
+        with pytest.raises(Loaded):
+            main(["train", "--config", path, *options])
+    with pytest.raises(Loaded):
+        main(["train", "--config", recipe(**pair(), max_steps=100)])
+    assert "error" not in capsys.readouterr().err
