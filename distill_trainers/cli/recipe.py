@@ -178,9 +178,16 @@ def _method(recipe: dict[str, Any], argv: list[str]) -> str:
 
 def _refuse_contradictions(recipe: Recipe) -> None:
     """What cannot work together, by name, before anything is loaded."""
+    from ..teachers.endpoints import is_remote
+
     run, args, model = recipe.run, recipe.args, recipe.model
     if not run.teacher_model_name_or_path and (run.student_init or _needs_teacher(recipe)):
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
+    if run.student_init and is_remote(run.teacher_model_name_or_path):
+        raise ConfigurationError(
+            "The recipe makes the student from the teacher's layers (`student_init`), but the teacher is behind HTTP "
+            "and its weights are not here. Set `model_name_or_path`."
+        )
     if run.student_init and model.model_name_or_path:
         raise ConfigurationError(
             "The recipe sets both `model_name_or_path` and `student_init`: the student is either loaded or made. "

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PROBE = "It costs $1234.50 in 2024!\n\n2. naïve  café — \tdef f(x): return x**2  # ünïcode 你好 😀"
+PROBE = "It costs $1234.50 in 2024!\n\n2. naïve  café — \tdef f(x): return x**2  # ünïcode 你好 😀"
 
 
 def shared_vocabulary(
@@ -89,7 +89,7 @@ def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
             only,
             len(shared),
         )
-    if student.encode(_PROBE) != teacher.encode(_PROBE):
+    if student.encode(PROBE) != teacher.encode(PROBE):
         logger.warning(
             "Student and teacher share their vocabulary but split text differently, so the teacher will read the "
             "student's tokens in a form it rarely saw. Use the teacher's tokenizer for both if you can."
