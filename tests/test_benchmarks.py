@@ -62,3 +62,11 @@ def test_students_with_and_without_rationales_are_scored_alike(tmp_path):
     results = [json.loads(line) for line in (tmp_path / "addition.jsonl").read_text().splitlines()]
     assert [result["rationale_weight"] for result in results] == [0.0, 1.0]
     assert all(0 <= result["accuracy"] <= 1 and result["label"] > 0 for result in results)
+
+
+@pytest.mark.slow
+def test_a_served_teacher_is_timed_beside_a_local_one(tmp_path):
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+    _run("remote.py", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 7 and all(run["tokens_per_second"] > 0 for runs in results.values() for run in runs)

@@ -21,6 +21,7 @@ from distill_trainers.cli import COMMANDS
 from distill_trainers.cli.pairs import PairArguments
 from distill_trainers.cli.rationales import STAGES, PipelineArguments, parse_arguments
 from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
+from distill_trainers.cli.serve_teacher import make_parser
 from distill_trainers.data.formats import LAYOUTS, detect_dataset_type
 from distill_trainers.data.pairs import is_pair, split_pair
 from distill_trainers.losses import DIVERGENCES
@@ -115,6 +116,9 @@ def _check_cli(words, settings):
     if name == "rationales":
         stage, *options = options
         assert stage in STAGES and parse_arguments(options).folder
+        return
+    if name == "serve-teacher":
+        assert make_parser().parse_args(options).model
         return
     if name not in ("train", "cache-teacher", "pairs") or "--inspect" in options:
         return

@@ -24,7 +24,8 @@ class RecipeArguments:
 
     method: str = field(default="gkd", metadata={"help": "Method of the recipe: one of the keys of METHODS."})
     teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Teacher: a folder or Hub id; some methods need none."}
+        default=None,
+        metadata={"help": "Teacher: a folder, a Hub id, or http://… of its servers; some methods need none."},
     )
     student_init: dict | str | None = field(
         default=None,

@@ -28,7 +28,7 @@ class Served:
         self.server = build_server(self.service, token)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
-        wait_until(lambda: self.server.started)
+        _wait_until(lambda: self.server.started)
 
     def stop(self):
         self.server.should_exit = True
@@ -36,11 +36,17 @@ class Served:
         assert not self.thread.is_alive()
 
 
-def wait_until(condition, seconds=20.0):
+def _wait_until(condition, seconds=20.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    """`wait_until(condition)` gives a condition 20 s to come about."""
+    return _wait_until
 
 
 @pytest.fixture
