@@ -74,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
         )
     with bind(options.host, options.port) as bound:  # before minutes of loading
         service = load_service(options, limits)
+        bound.listen(1024)  # whoever reads the line below may connect at once
         host, port = bound.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         print(f"Serving {service.info['teacher']} at http://{address}:{port}", flush=True)

@@ -58,6 +58,7 @@ class OpenAIDialect(Dialect):
             "weights": f"served as {name}",
             "tokenizer": None,
             "vocab_rows": None,
+            "dtype": None,
             "kinds": ["topk", "token_logprobs"],
             "hidden_size": None,
             "head_sha256": None,

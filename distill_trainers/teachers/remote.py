@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOKEN_ENV = "DISTILL_TEACHER_TOKEN"
+_DESCRIPTION = ("teacher", "weights", "tokenizer", "vocab_rows", "dtype", "kinds", "hidden_size", "head_sha256")
+_LIMITS = ("max_rows", "max_tokens", "max_row_tokens", "max_answer_bytes")
 
 
 def token_from_environment() -> str | None:
@@ -79,8 +81,7 @@ class Dialect(ABC):
     """How a kind of server is spoken to.
 
     Attributes:
-        info: what the server says of itself: teacher, weights, tokenizer, vocab_rows, kinds, hidden_size, head_sha256
-            and its limits, as `TeacherService` has them; None for what it does not say.
+        info: what the server says of itself, `_DESCRIPTION` and `_LIMITS`; None for what it does not say.
     """
 
     info: dict[str, Any]
@@ -101,12 +102,17 @@ class Dialect(ABC):
 class OwnDialect(Dialect):
     """The protocol of `serve-teacher`."""
 
-    def __init__(self, info: dict[str, Any], url: str):
+    def __init__(self, info: Any, url: str):
+        if not isinstance(info, dict):
+            raise ConfigurationError(f"{url} is no teacher's server: its /v1/info is not a mapping. Check the address.")
         if info.get("protocol") != PROTOCOL:
             raise ConfigurationError(
                 f"The teacher's server {url} has version {info.get('version')} and speaks protocol "
                 f"{info.get('protocol')}, expected {PROTOCOL}. Install the same version there and here."
             )
+        missing = [name for name in (*_DESCRIPTION, *_LIMITS) if name not in info]
+        if missing:
+            raise ConfigurationError(f"The server {url} does not tell its {', '.join(missing)}. Check the address.")
         self.info = info
 
     def compare_tokenizer(self, endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:

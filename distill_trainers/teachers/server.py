@@ -97,10 +97,11 @@ def build_app(service: TeacherService, token: str | None = None) -> FastAPI:
 async def _answer(service: TeacherService, question: Question, request: Request) -> Response:
     """The answer, unless it takes too long or nobody waits for it any more."""
     seconds = service.limits.request_timeout
-    waiting = asyncio.wrap_future(service.submit(question))
-    gone = asyncio.ensure_future(_disconnected(request))
+    waiting: asyncio.Future[bytes] = asyncio.wrap_future(service.submit(question))
+    gone: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
+    both: set[asyncio.Future[Any]] = {waiting, gone}
     try:
-        done, _ = await asyncio.wait({waiting, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if waiting in done:
             return _in_pieces(waiting.result())
         if gone in done:

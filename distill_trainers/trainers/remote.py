@@ -76,8 +76,9 @@ def connected(teacher: Any, tokenizer: Any, args: DistillConfig) -> Any:
         ConfigurationError: a server is not there, or does not fit the student's tokenizer or the settings.
     """
     if is_remote(teacher):
-        own = {field.name: getattr(args, _PREFIX + field.name, None) for field in dataclasses.fields(RemoteSettings)}
-        teacher = RemoteTeacher(teacher, RemoteSettings(**{**own, "seed": args.seed}), token_from_environment())
+        names = (field.name for field in dataclasses.fields(RemoteSettings) if field.name != "seed")
+        own: dict[str, Any] = {name: getattr(args, _PREFIX + name) for name in names}
+        teacher = RemoteTeacher(teacher, RemoteSettings(**own, seed=args.seed), token_from_environment())
     if isinstance(teacher, RemoteTeacher):
         teacher.meet(tokenizer, args.max_length)
     return teacher

@@ -269,6 +269,12 @@ def test_another_protocol_is_refused(fake):
         RemoteTeacher(server.url)
 
 
+@pytest.mark.parametrize("info", [[], {}, {"protocol": PROTOCOL}, {"protocol": PROTOCOL, "teacher": "t"}])
+def test_a_server_that_does_not_describe_itself_is_refused(fake, info):
+    with pytest.raises(ConfigurationError):
+        RemoteTeacher(fake({"/v1/info": lambda body: (200, info)}).url)
+
+
 @pytest.mark.parametrize("answer", [b"not json", b"[]", b'{"data": 5}', b'{"data": [{}]}', b'{"data": []}'])
 def test_a_server_of_another_kind_is_refused(fake, answer):
     with pytest.raises(ConfigurationError):
