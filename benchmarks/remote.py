@@ -81,6 +81,7 @@ def measure(options: Any) -> dict[str, list[dict[str, float]]]:
             contenders |= {kind: (teacher, False), f"{kind}, ahead": (teacher, True)}
         results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
         for turn in range(options.rounds + 1):
+            print(f"round {turn} of {options.rounds}", file=sys.stderr, flush=True)
             names = list(contenders)
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 before = time.process_time() + cpu_seconds(pid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import ipaddress
 import logging
@@ -79,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
         address = f"[{host}]" if ":" in host else host
         print(f"Serving {service.info['teacher']} at http://{address}:{port}", flush=True)
         serve(service, bound, token)
-    print("Stopped.", flush=True)
+    with contextlib.suppress(BrokenPipeError):  # whoever started it may be gone
+        print("Stopped.", flush=True)
     return 0
 
 
