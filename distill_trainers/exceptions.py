@@ -29,6 +29,18 @@ class CheckpointError(OSError):
     """A checkpoint could not be written or read; checkpoints written earlier are left as they were."""
 
 
+class TeacherServerError(OSError):
+    """A teacher behind HTTP does not answer any more, or answers what it should not.
+
+    Args:
+        status: of HTTP, where a server refused.
+    """
+
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
+
+
 class CacheError(OSError):
     """A teacher cache could not be written or read; what was written earlier is left as it was."""
 

@@ -71,3 +71,11 @@ def test_the_memory_formula_stands_beside_measured_peaks(tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert set(results) == {"single", "ddp"}
     assert all(0 < run["predicted_mib"] < run["measured_mib"] for runs in results.values() for run in runs)
+
+
+@pytest.mark.slow
+def test_a_served_teacher_is_timed_beside_a_local_one(tmp_path):
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+    _run("remote.py", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 7 and all(run["tokens_per_second"] > 0 for runs in results.values() for run in runs)

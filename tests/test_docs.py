@@ -18,12 +18,13 @@ from accelerate.commands.launch import launch_command_parser
 
 from distill_trainers import DistillConfig, DPKDConfig, GKDConfig, MiniLLMConfig, RationaleConfig
 from distill_trainers.cli import COMMANDS
+from distill_trainers.cli.doctor import DoctorArguments
 from distill_trainers.cli.evaluate import EvaluateArguments
 from distill_trainers.cli.evaluate import parse_arguments as parse_evaluation
-from distill_trainers.cli.doctor import DoctorArguments
 from distill_trainers.cli.pairs import PairArguments
 from distill_trainers.cli.rationales import STAGES, PipelineArguments, parse_arguments
 from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
+from distill_trainers.cli.serve_teacher import make_parser
 from distill_trainers.data.formats import LAYOUTS, detect_dataset_type
 from distill_trainers.data.pairs import is_pair, split_pair
 from distill_trainers.evaluation import MEASURES, METRICS, EvaluationSettings
@@ -122,6 +123,9 @@ def _check_cli(words, settings):
         return
     if name == "evaluate":
         parse_evaluation(options if "--config" not in options else [])
+        return
+    if name == "serve-teacher":
+        assert make_parser().parse_args(options).model
         return
     if name not in ("train", "cache-teacher", "pairs", "doctor") or "--inspect" in options:
         return

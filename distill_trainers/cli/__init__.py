@@ -16,6 +16,7 @@ COMMANDS = {
     "pairs": ("pairs", "make preference pairs from a recipe's teacher, student and prompts"),
     "rationales": ("rationales", "chains of thought from a teacher: extract, parse, verify, dual"),
     "evaluate": ("evaluate", "score students beside their teacher, with intervals and the gap that was closed"),
+    "serve-teacher": ("serve_teacher", "answer the questions of trainers elsewhere about their tokens, over HTTP"),
     "import-gguf": ("import_gguf", "turn a GGUF checkpoint into an ordinary Hugging Face folder"),
     "demo": ("demo", "distil a real 135M teacher into a smaller student, and show how much nearer it came"),
     "proof": ("proof", "a three-minute proof: every method on a tiny task learnt from scratch"),
@@ -45,6 +46,7 @@ def report_errors(command, argv: Sequence[str]) -> int:
         CheckpointError,
         ConfigurationError,
         DatasetError,
+        TeacherServerError,
         TrainingDivergedError,
         VocabularyError,
     )
@@ -54,7 +56,7 @@ def report_errors(command, argv: Sequence[str]) -> int:
     except (ConfigurationError, DatasetError, VocabularyError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except (CacheError, CheckpointError, TrainingDivergedError) as error:
+    except (CacheError, CheckpointError, TeacherServerError, TrainingDivergedError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -38,13 +38,15 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     from ..data import load_split
     from ..rollouts import check_engine
     from ..teachers import shared_vocabulary
-    from ..trainers import caching, sources
+    from ..teachers.endpoints import is_remote
+    from ..trainers import caching, remote, sources
 
     settings, args = recipe.run, recipe.args
     names: Any = student_and_teacher(recipe)
     student_name, teacher_name = names
     args.resume_from_checkpoint = checkpoint_to_resume(args)
-    teacher_config = _config(teacher_name, "teacher", recipe) if teacher_name else None
+    remote_teacher = is_remote(teacher_name)
+    teacher_config = _config(teacher_name, "teacher", recipe) if teacher_name and not remote_teacher else None
     student_config = _config(student_name, "student", recipe)
     if settings.student_init:
         _cut_layers(student_config, settings.student_init["keep_layers"])  # type: ignore[index, arg-type]  # a dict
@@ -58,6 +60,7 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     train, evaluation = load_datasets(recipe)
     trainer.check_datasets(train, evaluation)
     caching.check(trainer, teacher_name, train)
+    remote.check(trainer, teacher_name)
     if trainer.samples_completions:
         check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
     tokenizer = sources.student_tokenizer(student_name, args)
@@ -65,6 +68,10 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     if teacher_config is not None:
         rows = (student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
         shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
+    if remote_teacher:
+        teacher = remote.connected(teacher_name, tokenizer, args)
+        sources.ids_shared_with_server(teacher, tokenizer, student_config.get_text_config().vocab_size)
+        teacher.close()
     return CheckedRecipe(train, evaluation, teacher_config, student_config, tokenizer, teacher_tokenizer, pretraining)
 
 

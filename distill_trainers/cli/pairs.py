@@ -86,10 +86,16 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
         CheckpointError, CacheError: responses or pairs could not be written; those before are kept.
     """
     from ..teachers.cache_files import write_atomically
+    from ..teachers.endpoints import is_remote
     from .checks import check_recipe
     from .train import make_initial_student
 
     _check(own, recipe.args.temperature)
+    if is_remote(recipe.run.teacher_model_name_or_path):
+        raise ConfigurationError(
+            f"The teacher {recipe.run.teacher_model_name_or_path} is behind HTTP and writes no responses; pairs need a "
+            "teacher's folder or Hub id."
+        )
     checked = check_recipe(recipe)
     counts: Counter[str] = Counter()
     prompts = _prompts(checked, recipe, own, counts)

@@ -50,7 +50,9 @@ def make_plan(recipe: Recipe) -> Plan:
     names = (teacher_name, student_name, checked.tokenizer, checked.teacher_tokenizer)
     cache, without_teacher = _teacher_cache(recipe, names, (train, evaluation))
 
-    teacher_size = num_parameters(without_weights(checked.teacher_config, recipe)) if teacher_name else 0
+    teacher_size = 0
+    if checked.teacher_config is not None:
+        teacher_size = num_parameters(without_weights(checked.teacher_config, recipe))
     student = without_weights(checked.student_config, recipe, adapted=True)
     student_size, trainable = num_parameters(student), num_parameters(student, trainable_only=True)
     lengths = train["length"] if hasattr(train, "__len__") else None
@@ -101,10 +103,13 @@ def print_plan(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..teachers.endpoints import is_remote
+
     table = Table("", "plan", title=f"{plan.method}: {plan.teacher} → {plan.student}", show_header=False)
     unknown = "unknown (stream)"
     table.add_row("Student", f"{plan.student_parameters:,} parameters, {plan.trainable_parameters:,} trained")
-    table.add_row("Teacher", f"{plan.teacher_parameters:,} parameters, frozen" if plan.teacher_parameters else "none")
+    served = "behind HTTP; it answers and fits" if is_remote(plan.teacher) else "none"
+    table.add_row("Teacher", f"{plan.teacher_parameters:,} parameters, frozen" if plan.teacher_parameters else served)
     table.add_row("Training rows", unknown if plan.train_rows is None else f"{plan.train_rows:,}")
     table.add_row("Training tokens per epoch", unknown if plan.train_tokens is None else f"{plan.train_tokens:,}")
     table.add_row("Evaluation rows", "none" if plan.eval_rows is None else f"{plan.eval_rows:,}")

@@ -24,7 +24,8 @@ class RecipeArguments:
 
     method: str = field(default="gkd", metadata={"help": "Method of the recipe: one of the keys of METHODS."})
     teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Teacher: a folder or Hub id; some methods need none."}
+        default=None,
+        metadata={"help": "Teacher: a folder, a Hub id, or http://… of its servers; some methods need none."},
     )
     student_init: dict | str | None = field(
         default=None,
@@ -181,9 +182,16 @@ def _method(recipe: dict[str, Any], argv: list[str]) -> str:
 
 def _refuse_contradictions(recipe: Recipe) -> None:
     """What cannot work together, by name, before anything is loaded."""
+    from ..teachers.endpoints import is_remote
+
     run, args, model = recipe.run, recipe.args, recipe.model
     if not run.teacher_model_name_or_path and (run.student_init or _needs_teacher(recipe)):
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
+    if run.student_init and is_remote(run.teacher_model_name_or_path):
+        raise ConfigurationError(
+            "The recipe makes the student from the teacher's layers (`student_init`), but the teacher is behind HTTP "
+            "and its weights are not here. Set `model_name_or_path`."
+        )
     if run.student_init and model.model_name_or_path:
         raise ConfigurationError(
             "The recipe sets both `model_name_or_path` and `student_init`: the student is either loaded or made. "

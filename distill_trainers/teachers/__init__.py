@@ -5,6 +5,15 @@ from .cached import CachedTeacher
 from .deferred import DeferredTeacher
 from .local import LocalTeacher
 from .none import NoTeacher
+from .remote import RemoteTeacher
 from .vocabulary import shared_vocabulary
 
-__all__ = ["CachedTeacher", "DeferredTeacher", "LocalTeacher", "NoTeacher", "Teacher", "shared_vocabulary"]
+__all__ = [
+    "CachedTeacher",
+    "DeferredTeacher",
+    "LocalTeacher",
+    "NoTeacher",
+    "RemoteTeacher",
+    "Teacher",
+    "shared_vocabulary",
+]

@@ -62,6 +62,11 @@ class Teacher(ABC):
         """Within it, the weights that `signal` refers to are whole on every process."""
         yield signal
 
+    @contextlib.contextmanager
+    def asking_ahead(self) -> Iterator[bool]:
+        """Within it, `signal` only asks an answer from afar to set out; yields whether that is of any use."""
+        yield False
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Identifies weights and configuration, for anything kept on disk."""

@@ -277,14 +277,15 @@ class CachedTeacher(Teacher):
             )
 
 
+def unpadded_rows(inputs: Mapping[str, Tensor], predicts: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each row of a padded batch as its ids `[T]` and the positions that predict a trained token."""
+    ids, mask, asked = (t.cpu().numpy() for t in (inputs["input_ids"], inputs["attention_mask"].bool(), predicts))
+    return [(row[real], (real.cumsum() - 1)[:-1][where]) for row, real, where in zip(ids, mask, asked, strict=True)]
+
+
 def batch_keys(inputs: Mapping[str, Tensor], predicts: Tensor) -> list[bytes | None]:
     """The key of each row of a padded batch; None for rows without trained tokens."""
-    ids, mask, asked = (t.cpu().numpy() for t in (inputs["input_ids"], inputs["attention_mask"].bool(), predicts))
-    keys: list[bytes | None] = []
-    for row, real, where in zip(ids, mask, asked, strict=True):
-        positions = (real.cumsum() - 1)[:-1][where]
-        keys.append(row_key(row[real], positions) if len(positions) else None)
-    return keys
+    return [row_key(*row) if len(row[1]) else None for row in unpadded_rows(inputs, predicts)]
 
 
 def dataset_row_key(row: Mapping[str, Any]) -> tuple[bytes, int]:
@@ -293,13 +294,29 @@ def dataset_row_key(row: Mapping[str, Any]) -> tuple[bytes, int]:
     return row_key(row["input_ids"], positions), len(positions)
 
 
-def write_head(path: Path, head: Head) -> None:
-    """Save a whole head with all that belongs to it."""
+def head_parts(head: Head) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A whole head as tensors on the CPU, and what the model does to its logits, as text."""
     tensors = {"weight": head.weight.detach().to("cpu").contiguous()}
     if head.bias is not None:
         tensors["bias"] = head.bias.detach().to("cpu").contiguous()
-    metadata = {"scale": repr(head.scale), "soft_cap": repr(head.soft_cap), "checksum": str(row_checksum(b"", tensors))}
-    write_atomically(path, save(tensors, metadata))
+    return tensors, {"scale": repr(head.scale), "soft_cap": repr(head.soft_cap)}
+
+
+def head_of(tensors: Mapping[str, Tensor], said: Mapping[str, str], device: torch.device) -> Head:
+    """The head that `head_parts` took apart.
+
+    Raises:
+        KeyError, ValueError, TypeError: these are no parts of a head.
+    """
+    weight, bias = tensors["weight"].to(device), tensors.get("bias")
+    soft_cap = None if said["soft_cap"] == "None" else float(said["soft_cap"])
+    return Head(weight, None if bias is None else bias.to(device), float(said["scale"]), soft_cap)
+
+
+def write_head(path: Path, head: Head) -> None:
+    """Save a whole head with all that belongs to it."""
+    tensors, said = head_parts(head)
+    write_atomically(path, save(tensors, {**said, "checksum": str(row_checksum(b"", tensors))}))
 
 
 def read_head_file(path: Path, device: torch.device) -> Head:
@@ -314,9 +331,7 @@ def read_head_file(path: Path, device: torch.device) -> Head:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if said["checksum"] != str(row_checksum(b"", tensors)):
             raise ValueError("its bytes do not have the checksum they were written with")
-        weight, bias = tensors["weight"].to(device), tensors.get("bias")
-        soft_cap = None if said["soft_cap"] == "None" else float(said["soft_cap"])
-        return Head(weight, None if bias is None else bias.to(device), float(said["scale"]), soft_cap)
+        return head_of(tensors, said, device)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CacheError(
             f"The teacher's head {path} cannot be read: {error}. Delete this file and run `distill-trainers "

@@ -38,7 +38,7 @@ from ..rollouts import build_engine, check_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import CachedTeacher, Teacher
-from . import caching, held_out, sources
+from . import caching, held_out, remote, sources
 from .callbacks import StepLoss, divergence_error
 from .checkpoints import (
     check_resumable,
@@ -52,7 +52,7 @@ from .checkpoints import (
 from .completions import fill_with_teacher_completions, sampling_settings
 from .config import DistillConfig, config_from_arguments
 from .evaluating import TeacherForcedEvaluation
-from .forward import head_can_be_fused, terms_of_batch
+from .forward import ask_ahead, head_can_be_fused, terms_of_batch
 from .held_out import HeldOutMeasures
 from .metrics import RunningMetrics
 from .order import train_sampler
@@ -114,6 +114,7 @@ class DistillTrainer(TeacherForcedEvaluation):
         sources.check(model, teacher_model, args, self.needs, self.accepts_encoder_decoders)
         self.check_datasets(train_dataset, eval_dataset)
         caching.check(self, teacher_model, train_dataset)
+        remote.check(self, teacher_model)
         if self.samples_completions:
             check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
 
@@ -128,6 +129,7 @@ class DistillTrainer(TeacherForcedEvaluation):
             # Batches of different lengths cannot be split from one process to the others.
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
 
+        teacher_model = remote.connected(teacher_model, tokenizer, args)
         teacher_model = caching.with_cache(teacher_model, model, tokenizer, teacher_tokenizer, args)
 
         set_seed(args.seed)  # adapters start at random
@@ -298,6 +300,7 @@ class DistillTrainer(TeacherForcedEvaluation):
             batches = []
         if batches:
             batches = self.score(self.rollout(batches))
+            ask_ahead(self, batches)
         return batches, self.accelerator.reduce(self._counts(batches).to(device), reduction="sum")
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:

@@ -59,8 +59,7 @@ def check(trainer: DistillTrainer, teacher: Any, train_dataset: Any) -> None:
             "as `teacher_model` beside it. Leave one of them out."
         )
     kind = teacher.identity.kind if cached else args.teacher_cache_kind
-    if kind in _SPARSE:
-        _check_sparse(trainer, kind)
+    check_kind(trainer, kind, "teacher_cache_kind")
     if not trainer.samples_completions:
         return
     if cached and not teacher.can_load:
@@ -80,12 +79,15 @@ def check(trainer: DistillTrainer, teacher: Any, train_dataset: Any) -> None:
         )
 
 
-def _check_sparse(trainer: DistillTrainer, kind: str) -> None:
+def check_kind(trainer: DistillTrainer, kind: str, setting: str) -> None:
+    """Refuse a sparse kind of answers, cached or from afar, where the loss cannot be had from it."""
     args: Any = trainer.args
+    if kind not in _SPARSE:
+        return
     if not trainer.accepts_sparse_teachers:
         raise ConfigurationError(
-            f"{type(trainer).__name__} needs the teacher's whole distribution, but a cache of kind {kind!r} holds "
-            "a few ids of each token. Use `teacher_cache_kind: hidden`."
+            f"{type(trainer).__name__} needs the teacher's whole distribution, but `{setting}: {kind}` tells of "
+            f"a few ids of each token. Use `{setting}: hidden`."
         )
     check_sparse(getattr(args, "divergence", "forward_kl"), _SPARSE[kind], args.kd_temperature)
 

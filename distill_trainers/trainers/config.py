@@ -12,6 +12,8 @@ from ..evaluation.measures import METRICS, higher_is_better
 from ..exceptions import ConfigurationError
 from ..rollouts import ENGINES
 from ..teachers.cache_kinds import KINDS
+from ..teachers.serving import NUMBER_DTYPES
+from ..teachers.wire import KINDS as SERVER_KINDS
 
 
 @dataclass
@@ -145,6 +147,31 @@ class DistillConfig(TrainingArguments):
         default=3, metadata={"help": "Prompts whose completions by student and teacher are logged side by side."}
     )
 
+    # Teacher behind HTTP
+    teacher_server_kind: str = field(
+        default="hidden",
+        metadata={"help": f"What a teacher's server is asked for: one of {', '.join(SERVER_KINDS)}; hidden is exact."},
+    )
+    teacher_server_top_k: int = field(default=64, metadata={"help": "Ids per token of the kind topk."})
+    teacher_server_draws: int = field(default=50, metadata={"help": "Draws per token of the kind sampled."})
+    teacher_server_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Of what is sent; by default hidden states as the teacher gives them, else float32."},
+    )
+    teacher_server_model: str | None = field(
+        default=None,
+        metadata={"help": "The teacher as an OpenAI-compatible server names it; by default the only one it serves."},
+    )
+    teacher_server_concurrency: int = field(
+        default=8, metadata={"help": "Questions to teacher servers in flight at once, in each process."}
+    )
+    teacher_server_timeout: float = field(
+        default=120.0, metadata={"help": "Seconds without an answer after which an attempt has failed."}
+    )
+    teacher_server_patience: float = field(
+        default=300.0, metadata={"help": "Seconds for which a teacher server that is away is waited for."}
+    )
+
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
         "model_init_kwargs",
         "teacher_model_init_kwargs",
@@ -193,6 +220,7 @@ class DistillConfig(TrainingArguments):
         )
         self._check_teacher_cache()
         self._check_eval_measures()
+        self._check_teacher_server()
         require(not self.remove_unused_columns, "remove_unused_columns", True, "False: the collator needs the columns")
         require(
             self.label_smoothing_factor == 0,
@@ -213,6 +241,21 @@ class DistillConfig(TrainingArguments):
         require(not unknown, "eval_measures", unknown[:1], f"any of {', '.join(known)}")
         for name, least in (("eval_measures_rows", 1), ("eval_measures_seeds", 1), ("eval_measures_shown", 0)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
+
+    def _check_teacher_server(self) -> None:
+        kind = self.teacher_server_kind
+        require(kind in SERVER_KINDS, "teacher_server_kind", kind, f"one of {', '.join(SERVER_KINDS)}")
+        draws = self.teacher_server_draws
+        require(1 <= draws <= 32767, "teacher_server_draws", draws, "1 to 32767 draws")
+        for name in ("teacher_server_top_k", "teacher_server_concurrency"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("teacher_server_timeout", "teacher_server_patience"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a number of seconds above 0")
+        dtypes = NUMBER_DTYPES[kind]
+        expected = f"one of {', '.join(dtypes)} for {kind}"
+        require(
+            self.teacher_server_dtype in (None, *dtypes), "teacher_server_dtype", self.teacher_server_dtype, expected
+        )
 
     def _check_teacher_cache(self) -> None:
         kind = self.teacher_cache_kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +78,13 @@ def frozen_logps(trainer: DistillTrainer, teacher: Teacher, batch: Mapping[str, 
         signal = teacher.signal(models.forward_inputs(batch), predicts, trainer.vocab_size)
         with teacher.whole_head(signal) as whole:
             return signal_token_logps(whole, labels, chunk_bytes=trainer.args.loss_chunk_bytes), signal
+
+
+def ask_ahead(trainer: DistillTrainer, batches: Sequence[Mapping[str, Any]]) -> None:
+    """Tell a teacher that answers from afar what it is going to be asked, so that it works while the student does."""
+    with trainer.teacher.asking_ahead() as useful:
+        for batch in batches if useful else ():
+            trainer.teacher_signal(dict(batch), trained_mask(batch["labels"]))
 
 
 def head_can_be_fused(student: nn.Module, wrapped: nn.Module, inputs: Mapping[str, Tensor]) -> bool:

@@ -15,7 +15,7 @@ from ..signals import HiddenStates, TokenLogits, TokenSignal
 from ..teachers import CachedTeacher, LocalTeacher
 from .completions import teacher_generating
 from .cycles import with_logps
-from .forward import frozen_logps
+from .forward import ask_ahead, frozen_logps
 
 if TYPE_CHECKING:
     from .base import DistillTrainer
@@ -75,6 +75,8 @@ def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, k
     if not decodes:
         return [with_logps(batch, _logps_of_both(trainer, batch)) for batch in batches]
     found, start = [], 0
+    if not alpha:
+        ask_ahead(trainer, batches)
     for batch in batches:
         rows = scored[start : start + len(batch["labels"])]
         start += len(rows)

@@ -11,7 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import models
 from ..exceptions import ConfigurationError
-from ..teachers import CachedTeacher, DeferredTeacher, LocalTeacher, NoTeacher, Teacher, shared_vocabulary
+from ..teachers import (
+    CachedTeacher,
+    DeferredTeacher,
+    LocalTeacher,
+    NoTeacher,
+    RemoteTeacher,
+    Teacher,
+    shared_vocabulary,
+)
+from ..teachers.endpoints import is_remote
 from .config import DistillConfig
 
 logger = logging.getLogger(__name__)
@@ -44,7 +53,7 @@ def check(
             continue
         if source is None:
             raise ConfigurationError(f"Got no {role} model; expected a folder, a Hub id or a model.")
-        if isinstance(source, str):
+        if isinstance(source, str) and not (role == "teacher" and is_remote(source)):
             models.check_model_source(source, role)
     _check_architecture(student, teacher, args, encoder_decoders)
     frozen = teacher.model if isinstance(teacher, LocalTeacher) else teacher
@@ -101,6 +110,8 @@ def teacher_tokenizer(
     teacher: Any, own: PreTrainedTokenizerBase, args: DistillConfig
 ) -> PreTrainedTokenizerBase | None:
     """The teacher's tokenizer where it has a source that holds one; else None, and only sizes can be compared."""
+    if is_remote(teacher) or isinstance(teacher, RemoteTeacher):
+        return own  # its servers compare it with theirs
     name = teacher if isinstance(teacher, str) else None
     model = teacher.model if isinstance(teacher, LocalTeacher) else teacher
     if isinstance(model, nn.Module):
@@ -123,7 +134,7 @@ def teacher_tokenizer(
 
 def compare_vocabularies(student: Any, teacher: Any, own: Any, other: Any, args: DistillConfig) -> None:
     """The vocabulary check from configs alone, for models given by name: before weights are loaded."""
-    if isinstance(student, str) and isinstance(teacher, str):
+    if isinstance(student, str) and isinstance(teacher, str) and not is_remote(teacher):
         roles = {"student": student, "teacher": teacher}
         configs = [models.load_config(n, role, trust_remote_code=args.trust_remote_code) for role, n in roles.items()]
         rows = [config.get_text_config().vocab_size for config in configs]
@@ -135,10 +146,19 @@ def common_vocabulary(student: Any, teacher: Teacher, own: Any, other: Any) -> i
     rows = models.causal_lm_of(student).config.get_text_config().vocab_size
     if isinstance(teacher, CachedTeacher):  # its rows were made with the student's tokenizer
         return shared_vocabulary(own, other or own, rows, teacher.identity.teacher_rows)
+    if isinstance(teacher, RemoteTeacher):
+        return ids_shared_with_server(teacher, own, rows)
     if not isinstance(teacher, LocalTeacher):
         return None
     teacher_rows = teacher.config.get_text_config().vocab_size
     return shared_vocabulary(own, other, rows, teacher_rows)
+
+
+def ids_shared_with_server(teacher: RemoteTeacher, own: Any, student_rows: int) -> int | None:
+    """As `shared_vocabulary`; None from a server that does not tell its number of ids."""
+    teacher.limit_ids(student_rows)
+    told = teacher.info["vocab_rows"]
+    return None if told is None else shared_vocabulary(own, own, student_rows, told)
 
 
 def load_student(student: Any, args: DistillConfig, peft_config: Any, quantization_config: Any) -> Any:

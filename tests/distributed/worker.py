@@ -59,6 +59,7 @@ def main(job):
     args = config_class(output_dir=str(output / "run"), **settings)
     width = job.get("teacher_mlp", 128)
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
+    teacher = job.get("teacher", teacher)  # the address of a server that has the same one
     student = tiny_llama(tokenizer, 32, 2, seed=1)
     peft_config = None
     if job.get("lora"):
@@ -85,7 +86,8 @@ def main(job):
     trainer.save_model(str(output / "student"))
     if trainer.is_world_process_zero():
         body = getattr(trainer.teacher, "model", teacher)
-        kept_whole = sum(p.numel() for n, p in body.named_parameters() if "mlp" in n)
+        weights = () if isinstance(body, str) else body.named_parameters()
+        kept_whole = sum(p.numel() for n, p in weights if "mlp" in n)
         report = {"logs": recorder.logs, "eval": scores, "teacher_mlp_kept_whole": kept_whole}
         (output / "report.json").write_text(json.dumps(report, default=float))
     if torch.distributed.is_initialized():

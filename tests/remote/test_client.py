@@ -1,0 +1,524 @@
+"""A trainer whose teacher is behind HTTP: who is refused, who is waited for, and what is left behind."""
+
+import gc
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from distill_trainers.cli import main
+from distill_trainers.cli.recipe import parse_recipe
+from distill_trainers.data.addition import CHARACTERS
+from distill_trainers.exceptions import ConfigurationError, TeacherServerError
+from distill_trainers.teachers import LocalTeacher, RemoteTeacher
+from distill_trainers.teachers.endpoints import parse_servers
+from distill_trainers.teachers.remote import RemoteSettings
+from distill_trainers.teachers.wire import PROTOCOL
+from distill_trainers.trainers import sources
+
+RUN = {"lmbda": 0.0, "max_steps": 5, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture
+def no_student(monkeypatch):
+    """Whoever loads a student fails the test."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("the student was loaded before the teacher was refused")
+
+    monkeypatch.setattr(sources, "load_student", load)
+
+
+@pytest.fixture
+def other_tokenizer(tokenizer):
+    """As large as the other, with two characters exchanged."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<eos>", *CHARACTERS[1], CHARACTERS[0], *CHARACTERS[2:]]
+    backend = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+def inputs(rows=3, tokens=8):
+    ids = torch.arange(rows * tokens).view(rows, tokens) % 12 + 2
+    predicts = torch.ones(rows, tokens - 1, dtype=torch.bool)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, predicts
+
+
+# ---- Who is refused, before a student is loaded ---------------------------------------------------------------------
+
+
+def test_a_server_with_another_tokenizer(make_trainer, serve, other_tokenizer, no_student):
+    with pytest.raises(ConfigurationError, match="same ids stand for other tokens"):
+        make_trainer(teacher=serve(tok=other_tokenizer).url, **RUN)
+
+
+def test_a_server_that_is_not_there(make_trainer, no_student):
+    with pytest.raises(ConfigurationError, match=r"http://127.0.0.1:9 does not answer .*serve-teacher"):
+        make_trainer(teacher="http://127.0.0.1:9", **RUN)
+
+
+def test_the_token_comes_from_the_environment(make_trainer, serve, monkeypatch, no_student):
+    served = serve(token="s3cret")
+    with pytest.raises(ConfigurationError, match="401 .*DISTILL_TEACHER_TOKEN"):
+        make_trainer(teacher=served.url, **RUN)
+    monkeypatch.setenv("DISTILL_TEACHER_TOKEN", "two words")
+    with pytest.raises(ConfigurationError, match="has spaces"):
+        make_trainer(teacher=served.url, **RUN)
+    monkeypatch.setenv("DISTILL_TEACHER_TOKEN", "s3cret")
+    with pytest.raises(AssertionError, match="student was loaded"):
+        make_trainer(teacher=served.url, **RUN)
+
+
+def test_servers_of_different_teachers(serve, make_teacher):
+    with pytest.raises(ConfigurationError, match="serve different teachers"):
+        RemoteTeacher([serve().url, serve(make_teacher(seed=8)).url])
+
+
+def test_rows_longer_than_the_server_takes(make_trainer, serve, no_student):
+    with pytest.raises(ConfigurationError, match=r"max_length: 65`.*rows of 64 tokens"):
+        make_trainer(teacher=serve().url, max_length=65, **RUN)
+
+
+def test_a_vocabulary_that_ends_before_the_student_s(make_trainer, serve, make_student):
+    from distill_trainers.exceptions import VocabularyError
+
+    with pytest.raises(VocabularyError, match="for which a model has no row"):
+        make_trainer(make_student(vocab_size=20), teacher=serve(tiny_vocabulary()).url, **RUN)
+
+
+def tiny_vocabulary():
+    from distill_trainers.data.addition import character_tokenizer, tiny_llama
+
+    return tiny_llama(character_tokenizer(), 48, 2, vocab_size=10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seq_kd": True, "lmbda": 0.0}, "completions"),
+        ({"method": "minillm"}, "completions"),
+        ({"method": "minillm", "teacher_mix_alpha": 0.0, "teacher_server_kind": "topk"}, "teacher_server_kind: topk"),
+        ({"method": "minillm", "teacher_mix_alpha": 0.0, "teacher_server_kind": "token_logprobs"}, "distribution"),
+        ({"teacher_server_kind": "token_logprobs"}, "distribution"),
+        ({"teacher_server_kind": "topk", "kd_temperature": 2.0}, "temperature"),
+        ({"teacher_server_kind": "sampled", "divergence": "reverse_kl"}, "forward_kl"),
+        ({"teacher_server_kind": "logits"}, "one of hidden, topk, sampled, token_logprobs"),
+        ({"teacher_server_kind": "topk", "teacher_server_dtype": "bfloat16"}, "float32, float16 for topk"),
+        ({"teacher_server_top_k": 0}, "at least 1"),
+        ({"teacher_server_draws": 40000}, "32767"),
+        ({"teacher_server_timeout": 0.0}, "above 0"),
+        ({"teacher_cache": "somewhere"}, "teacher_cache"),
+        ({"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, "teacher_model_init_kwargs"),
+        ({"method": "dpkd", "reference_logps_dir": "somewhere"}, "reference_logps_dir"),
+        ({"teacher": "http://a:1,ftp://b"}, "'ftp://b'"),
+        ({"teacher": "http://"}, "expected `http://host:port`"),
+        ({"teacher": "http://a:1/x?token=5"}, "expected `http://host:port`"),
+        ({"teacher": "http://me:secret@a:1"}, "DISTILL_TEACHER_TOKEN"),
+        ({"teacher": "http://a:1,http://a:1/v1/"}, "named twice"),
+        ({"teacher": "default", "teacher_server_kind": "topk"}, "teacher_server_kind: topk`; expected"),
+        ({"teacher": "default", "teacher_server_patience": 5.0}, "teacher_server_patience"),
+    ],
+)
+def test_settings_that_cannot_work(make_trainer, no_student, settings, words):
+    with pytest.raises(ConfigurationError) as caught:
+        make_trainer(**{"teacher": "http://127.0.0.1:9", **settings})
+    assert words in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_addresses():
+    assert parse_servers(" http://a:1/v1/ ,https://b.example/teacher") == ["http://a:1", "https://b.example/teacher"]
+
+
+# ---- Who is waited for ----------------------------------------------------------------------------------------------
+
+
+class At(TrainerCallback):
+    """Calls `act` when optimiser step `step` begins."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.act()
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_a_server_that_restarts_changes_nothing(make_trainer, serve, by_step, make_teacher, lmbda):
+    settings = {**RUN, "lmbda": lmbda}
+    whole = make_trainer(teacher=make_teacher(), **settings)
+    whole.train()
+    served, again = serve(), []
+
+    def restart():
+        served.stop()
+        threading.Timer(0.5, lambda: again.append(serve(port=served.port))).start()
+
+    trainer = make_trainer(teacher=served.url, callbacks=[At(2, restart)], **settings)
+    trainer.train()
+    assert again and again[0].service.load["questions"] > 0
+    assert by_step(trainer) == pytest.approx(by_step(whole), rel=1e-5)
+
+
+def test_a_server_that_comes_back_as_another_teacher_ends_the_run(make_trainer, serve, make_teacher):
+    served = serve()
+
+    def restart():
+        served.stop()
+        serve(make_teacher(seed=8), port=served.port)
+
+    trainer = make_trainer(teacher=served.url, callbacks=[At(1, restart)], **RUN)
+    with pytest.raises(TeacherServerError, match="serves other weights"):
+        trainer.train()
+    assert trainer.state.global_step in (1, 2)  # the window in progress had been asked for ahead
+
+
+def test_a_server_that_stays_away_ends_the_run(make_trainer, serve):
+    served = serve()
+    trainer = make_trainer(teacher=served.url, callbacks=[At(1, served.stop)], teacher_server_patience=0.5, **RUN)
+    with pytest.raises(TeacherServerError, match="No teacher's server gave an answer .*resume_from_checkpoint"):
+        trainer.train()
+
+
+def test_one_of_two_servers_is_enough(make_trainer, serve, by_step, make_teacher):
+    whole = make_trainer(teacher=make_teacher(), **RUN)
+    whole.train()
+    first, second = serve(), serve()
+    trainer = make_trainer(teacher=f"{first.url},{second.url}", callbacks=[At(2, first.stop)], **RUN)
+    trainer.train()
+    assert by_step(trainer) == pytest.approx(by_step(whole), rel=1e-5)
+    both = [server.service.counted["questions"] for server in (first, second)]
+    assert 0 < both[0] < both[1]
+
+
+def test_nothing_is_left_behind(make_trainer, serve, wait_until):
+    served = serve()
+    gc.collect()
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    trainer = make_trainer(teacher=served.url, **RUN)
+    trainer.train()
+    load = served.service.load
+    assert load["waiting"] == load["running"] == 0 and load["questions"] == 10
+    trainer.teacher.close()
+    wait_until(lambda: not served.server.server_state.connections)
+    wait_until(lambda: threading.active_count() <= threads)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
+
+
+# ---- A fake server, ours or OpenAI's --------------------------------------------------------------------------------
+
+
+class Fake:
+    """Answers `paths[path](body)` (status, JSON or bytes, headers) over real HTTP."""
+
+    def __init__(self, paths):
+        self.asked = []
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def _serve(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                fake.asked.append((self.path, dict(self.headers), body))
+                found = paths.get(self.path)
+                status, said, *more = found(body) if found else (404, {"error": "no such path"})
+                data = said if isinstance(said, bytes) else json.dumps(said).encode()
+                self.send_response(status)
+                for name, value in (more[0] if more else {}).items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = _serve
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+
+@pytest.fixture
+def fake():
+    fakes = []
+
+    def start(paths):
+        fakes.append(Fake(paths))
+        return fakes[-1]
+
+    yield start
+    for each in fakes:
+        each.http.shutdown()
+        each.http.server_close()
+
+
+def test_another_protocol_is_refused(fake):
+    server = fake({"/v1/info": lambda body: (200, {"protocol": PROTOCOL + 1, "version": "9.9"})})
+    with pytest.raises(ConfigurationError, match=r"version 9.9 and speaks protocol 2, expected 1"):
+        RemoteTeacher(server.url)
+
+
+@pytest.mark.parametrize("info", [[], {}, {"protocol": PROTOCOL}, {"protocol": PROTOCOL, "teacher": "t"}])
+def test_a_server_that_does_not_describe_itself_is_refused(fake, info):
+    with pytest.raises(ConfigurationError):
+        RemoteTeacher(fake({"/v1/info": lambda body: (200, info)}).url)
+
+
+@pytest.mark.parametrize("answer", [b"not json", b"[]", b'{"data": 5}', b'{"data": [{}]}', b'{"data": []}'])
+def test_a_server_of_another_kind_is_refused(fake, answer):
+    with pytest.raises(ConfigurationError):
+        RemoteTeacher(fake({"/v1/models": lambda body: (200, answer)}).url, RemoteSettings("topk"))
+
+
+def proxied(served, spoil):
+    """The paths of a real server, whose answers to questions pass through `spoil(number, status, body)`."""
+    import urllib3
+
+    pool, count = urllib3.PoolManager(), iter(range(10**6))
+
+    def get(path):
+        return lambda body: (200, pool.request("GET", served.url + path).data)
+
+    def ask(body):
+        real = pool.request("POST", served.url + "/v1/signal", body=body)
+        return spoil(next(count), real.status, real.data)
+
+    return {"/v1/info": get("/v1/info"), "/v1/head": get("/v1/head"), "/v1/signal": ask}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda status, body: (503, {"error": "busy"}, {"Retry-After": "0.05"}),
+        lambda status, body: (500, {"error": "out of memory"}),
+        lambda status, body: (429, b""),
+        lambda status, body: (200, b"<html>proxy</html>"),
+        lambda status, body: (200, body[: len(body) // 2]),
+        lambda status, body: (502, b"\xff\xfe"),
+    ],
+)
+def test_a_fault_that_passes_is_got_over(serve, fake, make_teacher, fault):
+    served = serve()
+    server = fake(proxied(served, lambda number, *real: fault(*real) if number < 2 else real))
+    teacher = RemoteTeacher(server.url, RemoteSettings(patience=20.0))
+    expected = LocalTeacher(make_teacher()).signal(*inputs(), None)
+    torch.testing.assert_close(teacher.signal(*inputs(), None).hidden, expected.hidden)
+    teacher.close()
+
+
+def test_nonsense_without_end_is_not_asked_for_forever(serve, fake):
+    server = fake(proxied(serve(), lambda number, status, body: (200, b"nonsense")))
+    teacher = RemoteTeacher(server.url)
+    with pytest.raises(TeacherServerError, match="answers nonsense"):
+        teacher.signal(*inputs(), None)
+    assert len(server.asked) < 10
+    teacher.close()
+
+
+def test_a_refusal_is_told_at_once(serve, fake):
+    server = fake(proxied(serve(), lambda number, status, body: (409, {"error": "other tokenizer"})))
+    teacher = RemoteTeacher(server.url)
+    with pytest.raises(TeacherServerError, match="refuses: 409 other tokenizer"):
+        teacher.signal(*inputs(), None)
+    teacher.close()
+
+
+def test_a_head_with_another_hash_is_refused(serve, fake):
+    paths = proxied(serve(), lambda number, *real: real)
+    whole = paths["/v1/head"](b"")[1]
+    paths["/v1/head"] = lambda body: (200, whole[:-1] + bytes([whole[-1] ^ 1]))
+    teacher = RemoteTeacher(fake(paths).url)
+    with pytest.raises(TeacherServerError, match="has not the hash"):
+        teacher.signal(*inputs(), None)
+    teacher.close()
+
+
+def test_redirects_do_not_carry_the_token_away(serve, fake):
+    thief = fake({"/v1/info": lambda body: (200, {})})
+    server = fake({"/v1/info": lambda body: (302, b"", {"Location": thief.url + "/v1/info"})})
+    with pytest.raises(ConfigurationError, match="302"):
+        RemoteTeacher(server.url, token="s3cret")
+    assert server.asked[0][1]["Authorization"] == "Bearer s3cret" and not thief.asked
+
+
+# ---- OpenAI-compatible servers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vllm(fake, make_teacher, tokenizer):
+    """`vllm(max_logprobs=…)`: a fake that answers as vLLM does, with the tiny teacher's log-probabilities."""
+    model = make_teacher()
+
+    def start(max_logprobs=20, told=True, tok=tokenizer, model_len=None, more=()):
+        @torch.no_grad()
+        def complete(body):
+            asked = json.loads(body)
+            k = asked["prompt_logprobs"]
+            if k > max_logprobs:
+                words = f"Requested prompt logprobs of {k}, which is greater than max allowed: {max_logprobs}"
+                return 400, {"error": {"message": words, "type": "BadRequestError", "code": 400}}
+            choices = []
+            for index, prompt in enumerate(asked["prompt"]):
+                logps = model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+                places: list = [None]
+                for number, token in enumerate(prompt[1:]):
+                    ids = list(dict.fromkeys([token, *logps[number].topk(k).indices.tolist()]))
+                    ranks = (logps[number] > logps[number][:, None]).sum(-1) + 1
+                    places.append(
+                        {
+                            str(i): {"logprob": float(logps[number, i]), "rank": int(ranks[i]), "decoded_token": "?"}
+                            for i in ids
+                        }
+                    )
+                choice = {"index": index, "text": "x", "logprobs": None, "finish_reason": "length"}
+                choices.append({**choice, "prompt_logprobs": places if told else None})
+            return 200, {"id": "cmpl-1", "object": "text_completion", "choices": choices[::-1], "usage": {}}
+
+        def tokenize(body):
+            ids = tok.encode(json.loads(body)["prompt"], add_special_tokens=False)
+            return 200, {"count": len(ids), "max_model_len": 64, "tokens": ids}
+
+        models = [{"id": name, "object": "model", "max_model_len": model_len} for name in ("tiny", *more)]
+        paths = {"/v1/models": lambda body: (200, {"object": "list", "data": models}), "/v1/completions": complete}
+        return fake(paths | ({"/tokenize": tokenize} if tok else {}))
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "told"),
+    [
+        ("gkd", {"lmbda": 0.5}, {"teacher_server_kind": "topk", "teacher_server_top_k": 14}),
+        ("minillm", {"objective": "token", "estimator": "sampled"}, {"teacher_server_kind": "token_logprobs"}),
+    ],
+)
+def test_a_run_on_prompt_logprobs_is_that_of_the_local_teacher(
+    make_trainer, vllm, by_step, make_teacher, method, settings, told
+):
+    run = {"max_steps": 4, "gradient_accumulation_steps": 2, "method": method, **settings}
+    local = make_trainer(teacher=make_teacher(), **run)
+    local.train()
+    remote = make_trainer(teacher=vllm().url + "/v1", **run, **told)
+    remote.train()
+    assert by_step(remote) == pytest.approx(by_step(local), rel=1e-5)
+
+
+def test_few_ids_are_those_of_our_own_server(vllm, serve):
+    found = [RemoteTeacher(url, RemoteSettings("topk", top_k=4)) for url in (vllm().url, serve().url)]
+    theirs, ours = (teacher.signal(*inputs(), None) for teacher in found)
+    assert torch.equal(theirs.ids, ours.ids)
+    torch.testing.assert_close(theirs.logps, ours.logps)
+    torch.testing.assert_close(theirs.tail_logps.exp(), ours.tail_logps.exp(), atol=1e-6, rtol=0)
+    for teacher in found:
+        teacher.close()
+
+
+@pytest.mark.parametrize(
+    ("server", "settings", "words"),
+    [
+        ({}, {"kind": "hidden"}, "tells only topk, token_logprobs"),
+        ({}, {"kind": "topk", "top_k": 21}, "--max-logprobs"),
+        ({"told": False}, {"kind": "topk", "top_k": 5}, "no `prompt_logprobs`"),
+        ({"more": ["other"]}, {"kind": "topk", "top_k": 5}, "serves tiny, other"),
+        ({}, {"kind": "topk", "top_k": 5, "model": "large"}, "large"),
+    ],
+)
+def test_openai_servers_that_cannot_serve(vllm, server, settings, words):
+    with pytest.raises(ConfigurationError) as caught:
+        RemoteTeacher(vllm(**server).url, RemoteSettings(**settings))
+    assert words in str(caught.value)
+
+
+def test_an_openai_server_with_another_tokenizer(make_trainer, vllm, other_tokenizer, no_student):
+    told = {"teacher_server_kind": "topk", "teacher_server_top_k": 5}
+    with pytest.raises(ConfigurationError, match="splits text into other ids"):
+        make_trainer(teacher=vllm(tok=other_tokenizer).url, **RUN, **told)
+    with pytest.raises(ConfigurationError, match="takes rows of 20 tokens"):
+        make_trainer(teacher=vllm(model_len=21).url, **RUN, **told)
+
+
+# ---- Recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote_recipe(tmp_path, saved):
+    """`remote_recipe(teacher=…)`: options of `train` for the tiny student."""
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(4)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def options(teacher, **changes):
+        settings = {
+            "model_name_or_path": saved.student,
+            "teacher_model_name_or_path": teacher,
+            "dataset": tmp_path / "train.jsonl",
+            "output_dir": tmp_path / "out",
+            "max_steps": 2,
+            "max_length": 24,
+            "max_new_tokens": 4,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": "true",
+            **changes,
+        }
+        return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+    return options
+
+
+def test_a_recipe_names_the_server(remote_recipe, serve, tmp_path, capsys):
+    served = serve()
+    assert main(["train", *remote_recipe(served.url), "--dry_run", "true"]) == 0
+    assert "behind HTTP" in capsys.readouterr().out and served.service.counted["questions"] == 0
+    assert main(["train", *remote_recipe(served.url)]) == 0
+    assert "`tiny`" in (tmp_path / "out" / "README.md").read_text()
+    assert parse_recipe(remote_recipe(served.url)).args.teacher_server_kind == "hidden"
+
+
+@pytest.mark.parametrize("dry", ["true", "false"])
+def test_bad_recipes_are_refused_in_a_line(remote_recipe, serve, other_tokenizer, capsys, monkeypatch, dry):
+    from distill_trainers import models
+
+    monkeypatch.setattr(models, "load_causal_lm", lambda *a, **k: pytest.fail("weights were loaded"))
+    made = {"student_init": '{"from_teacher": true, "keep_layers": 1}'}
+    for teacher, changes, words in (
+        ("http://127.0.0.1:9", {}, "http://127.0.0.1:9 does not answer"),
+        (serve(tok=other_tokenizer).url, {}, "same ids stand for other tokens"),
+        ("http://127.0.0.1:9", {"seq_kd": "true", "lmbda": "0"}, "completions"),
+        ("http://127.0.0.1:9", {"teacher_server_kind": "all"}, "teacher_server_kind"),
+    ):
+        assert main(["train", *remote_recipe(teacher, **changes), "--dry_run", dry]) == 2
+        assert words in capsys.readouterr().err
+    options = remote_recipe("http://127.0.0.1:9", **made)
+    del options[:2]  # no student
+    assert main(["train", *options, "--dry_run", dry]) == 2
+    assert "its weights are not here" in capsys.readouterr().err
+
+
+def test_pairs_want_a_teacher_that_writes(remote_recipe, capsys):
+    assert main(["pairs", *remote_recipe("http://127.0.0.1:9", method="dpkd"), "--pairs_file", "p.jsonl"]) == 2
+    assert "writes no responses" in capsys.readouterr().err
+
+
+def test_a_server_open_to_others_wants_a_token(saved, capsys, monkeypatch):
+    monkeypatch.delenv("DISTILL_TEACHER_TOKEN", raising=False)
+    for options, words in (
+        (["--host", "0.0.0.0"], "DISTILL_TEACHER_TOKEN"),
+        (["--max-queue", "0"], "max_queue"),
+        (["--port", "70000"], "--port"),
+        (["--dtype", "int3", "--port", "0"], "dtype 'int3'"),
+    ):
+        assert main(["serve-teacher", "--model", saved.teacher, *options]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["serve-teacher", "--model", "./no/such/folder", "--port", "0"]) == 2
+    assert "not a folder" in capsys.readouterr().err
