@@ -179,7 +179,8 @@ def _method(recipe: dict[str, Any], argv: list[str]) -> str:
 def _refuse_contradictions(recipe: Recipe) -> None:
     """What cannot work together, by name, before anything is loaded."""
     run, args, model = recipe.run, recipe.args, recipe.model
-    if not run.teacher_model_name_or_path and (run.student_init or _needs_teacher(recipe)):
+    without = args.teacher_placement in ("adapter_off", "cached")
+    if not run.teacher_model_name_or_path and (run.student_init or (_needs_teacher(recipe) and not without)):
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
     if run.student_init and model.model_name_or_path:
         raise ConfigurationError(

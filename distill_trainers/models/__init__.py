@@ -6,8 +6,10 @@ wrapper* (`install_token_forward`), its output `Head`, and the context in which 
 
 from .adapters import (
     add_adapter,
+    answering_with,
     causal_lm_of,
     is_peft,
+    load_adapter,
     unwrapped,
 )
 from .forward import (
@@ -31,6 +33,7 @@ from .hub import (
 from .loading import (
     check_model_source,
     decoder_start,
+    dtype_of,
     is_encoder_decoder,
     load_causal_lm,
     load_config,
@@ -42,10 +45,10 @@ from .loading import (
     source_of,
     with_pad_token,
 )
+from .placing import loading_placed, placement_of_launch, prepare_frozen
 from .sharding import (
     fsdp_version,
     must_stay_in_step,
-    prepare_frozen,
     whole,
     whole_loading,
     whole_parameters,
@@ -55,10 +58,12 @@ from .sharding import (
 __all__ = [
     "OnHidden",
     "add_adapter",
+    "answering_with",
     "causal_lm_of",
     "check_model_source",
     "decoder_start",
     "disable_dropout",
+    "dtype_of",
     "eos_ids",
     "forward_inputs",
     "fsdp_version",
@@ -70,13 +75,16 @@ __all__ = [
     "install_token_forward",
     "is_encoder_decoder",
     "is_peft",
+    "load_adapter",
     "load_causal_lm",
     "load_config",
     "load_tokenizer",
+    "loading_placed",
     "looks_like_path",
     "model_class",
     "must_stay_in_step",
     "num_parameters",
+    "placement_of_launch",
     "prepare_frozen",
     "read_head",
     "recomputes_activations",

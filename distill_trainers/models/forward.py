@@ -90,6 +90,8 @@ def _head_module(causal_lm: PreTrainedModel) -> nn.Module:
     if module is None:
         raise ConfigurationError(f"{type(causal_lm).__name__} has no output embeddings; a causal LM was expected.")
     # PEFT's modules_to_save keeps a trained copy beside the frozen original.
+    if hasattr(module, "modules_to_save") and getattr(module, "disable_adapters", False):
+        return module.original_module
     active = getattr(module, "active_adapters", None)
     if hasattr(module, "modules_to_save") and active:
         return module.modules_to_save[active[0]]

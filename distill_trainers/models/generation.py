@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def generating(model: nn.Module, accelerator: Accelerator) -> Iterator[Any]:
-    """Yield the unwrapped model, ready to generate: eval mode, whole weights, KV cache on also under checkpointing."""
+def generating(model: nn.Module, accelerator: Accelerator, gather: bool = True) -> Iterator[Any]:
+    """Yield the unwrapped model, ready to generate: eval mode, KV cache on also under checkpointing.
+
+    Args:
+        gather: make weights whole for it in a ZeRO-3 launch; else they are gathered layer by layer at each token.
+    """
     from trl.models.utils import unwrap_model_for_generation
 
     was_training = model.training
@@ -28,7 +32,7 @@ def generating(model: nn.Module, accelerator: Accelerator) -> Iterator[Any]:
     try:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
-        with torch.no_grad(), unwrap_model_for_generation(model, accelerator) as unwrapped:
+        with torch.no_grad(), unwrap_model_for_generation(model, accelerator, gather) as unwrapped:
             yield unwrapped
     finally:
         for module in checkpointed:

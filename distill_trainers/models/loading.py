@@ -93,6 +93,13 @@ def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any
     return model_class(load_config(name, role, **known)).from_pretrained(name, **init_kwargs)
 
 
+def dtype_of(dtype: Any, config: Any) -> torch.dtype:
+    """The dtype that `from_pretrained(dtype=…)` gives a model of this configuration; None and "auto" keep its own."""
+    if dtype in (None, "auto"):
+        dtype = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
 def model_class(config: Any) -> Any:
     """The auto class that loads a model of this configuration for generation."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM

@@ -38,36 +38,6 @@ def whole_loading() -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = reference
 
 
-def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Freeze `model`, put it in eval mode and prepare it for the launch it finds.
-
-    ZeRO-3: its own inference engine, so that parameters are gathered layer by layer. FSDP2: sharded layer by layer.
-    Otherwise: whole on every process.
-    """
-    model.requires_grad_(False)
-    model.eval()
-    if zero_stage(accelerator) == 3:
-        from trl.models.utils import prepare_deepspeed
-
-        return prepare_deepspeed(model, accelerator)
-    if fsdp_version(accelerator) == 2:
-        return _shard_frozen(model, accelerator)
-    if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
-        model.to(accelerator.device)
-    return model
-
-
-def _shard_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
-    model.to(accelerator.device)
-    for layers in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
-        for layer in layers:
-            fully_shard(layer)
-    fully_shard(model)
-    return model
-
-
 @contextlib.contextmanager
 def whole_parameters(*parameters: Tensor | None) -> Iterator[None]:
     """Within it, the given parameters are whole on every process. Free of cost where they already are."""

@@ -110,7 +110,8 @@ class DistillTrainer(TeacherForcedEvaluation):
     ):
         args = config_from_arguments(self.config_class, args)
         self.args = args
-        sources.check(model, teacher_model, args, self.needs, self.accepts_encoder_decoders)
+        adapted = peft_config is not None
+        sources.check(model, teacher_model, args, self.needs, self.accepts_encoder_decoders, adapted)
         self.check_datasets(train_dataset, eval_dataset)
         caching.check(self, teacher_model, train_dataset)
         if self.samples_completions:
@@ -128,14 +129,16 @@ class DistillTrainer(TeacherForcedEvaluation):
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
 
         teacher_model = caching.with_cache(teacher_model, model, tokenizer, teacher_tokenizer, args)
+        caching.expect_all_of(self, teacher_model, train_dataset, eval_dataset)
 
         set_seed(args.seed)  # adapters start at random
         student = sources.load_student(model, args, peft_config, quantization_config)
         models.install_token_forward(student)
 
-        self.teacher = sources.load_teacher(teacher_model, args)
+        self.teacher = sources.load_teacher(teacher_model, args, lambda: getattr(self, "model_wrapped", student))
         self.teacher.check(self.needs, type(self).__name__)
-        caching.expect_all(self, train_dataset, eval_dataset)
+        if self.teacher is not teacher_model:
+            caching.expect_all(self, train_dataset, eval_dataset)
         self.vocab_size = sources.common_vocabulary(student, self.teacher, tokenizer, teacher_tokenizer)
         self.sampling = sampling_settings(args, student, tokenizer, self.vocab_size)
 
