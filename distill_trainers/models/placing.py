@@ -91,8 +91,18 @@ def _whole_kwargs(name: str, placement: str, device: torch.device, kwargs: Mappi
 
 
 def partitions(placement: str) -> bool:
-    """Whether a placement splits or moves weights here: with one process, only offloading does."""
+    """Whether a placement splits or moves weights here: in one process, only offloading does.
+
+    Raises:
+        ConfigurationError: there is no process group, which DeepSpeed needs also in one process.
+    """
     if placement == "zero3_offload":
+        if not torch.distributed.is_initialized():
+            raise ConfigurationError(
+                "Got `teacher_placement: zero3_offload` in a process that no launcher has started, as DeepSpeed needs. "
+                "Start it with `accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes "
+                "1`, or take `device_map` with `max_memory`."
+            )
         return True
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
@@ -156,7 +166,7 @@ def _zero3_loading(settings: dict[str, Any]) -> Iterator[None]:
     """Within it, transformers partitions what it loads by `settings`, whether or not the launch is DeepSpeed's."""
     from transformers.integrations import deepspeed as integration
 
-    _ready_for_deepspeed()
+    _choose_deepspeed_accelerator()
     reference = integration._hf_deepspeed_config_weak_ref
     held = integration.HfDeepSpeedConfig(settings)  # known to transformers by a weak reference
     try:
@@ -167,23 +177,19 @@ def _zero3_loading(settings: dict[str, Any]) -> Iterator[None]:
 
 
 def _zero3_engine(model: nn.Module, placement: str) -> nn.Module:
-    _ready_for_deepspeed()
+    causal_lm = causal_lm_of(model)
+    settings = _zero3_settings(causal_lm.config, causal_lm.dtype, placement)
+    _choose_deepspeed_accelerator()
     import deepspeed
 
-    causal_lm = causal_lm_of(model)
-    engine, *_ = deepspeed.initialize(model=model, config=_zero3_settings(causal_lm.config, causal_lm.dtype, placement))
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
     engine.eval()
     return engine
 
 
-def _ready_for_deepspeed() -> None:
-    """A process group, which a single process has not, and DeepSpeed on the CPU where there is nothing else."""
+def _choose_deepspeed_accelerator() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if not torch.distributed.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ class DistillTrainer(TeacherForcedEvaluation):
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
 
         teacher_model = caching.with_cache(teacher_model, model, tokenizer, teacher_tokenizer, args)
-        caching.expect_all_of(self, teacher_model, train_dataset, eval_dataset)
+        caching.expect_all(self, teacher_model, train_dataset, eval_dataset, before_loading=True)
 
         set_seed(args.seed)  # adapters start at random
         student = sources.load_student(model, args, peft_config, quantization_config)
@@ -137,8 +137,7 @@ class DistillTrainer(TeacherForcedEvaluation):
 
         self.teacher = sources.load_teacher(teacher_model, args, lambda: getattr(self, "model_wrapped", student))
         self.teacher.check(self.needs, type(self).__name__)
-        if self.teacher is not teacher_model:
-            caching.expect_all(self, train_dataset, eval_dataset)
+        caching.expect_all(self, self.teacher, train_dataset, eval_dataset)
         self.vocab_size = sources.common_vocabulary(student, self.teacher, tokenizer, teacher_tokenizer)
         self.sampling = sampling_settings(args, student, tokenizer, self.vocab_size)
 

@@ -249,17 +249,17 @@ def expect_rows(trainer: DistillTrainer, dataset: Any, name: str) -> None:
             trainer.teacher.keep_live()
 
 
-def expect_all_of(trainer: DistillTrainer, teacher: Any, train_dataset: Any, eval_dataset: Any) -> None:
-    """`expect_all` for a cache without a teacher behind it: what it lacks is told before a student is loaded."""
-    if isinstance(teacher, CachedTeacher) and not teacher.can_load:
-        trainer.teacher = teacher
-        expect_all(trainer, train_dataset, eval_dataset)
+def expect_all(
+    trainer: DistillTrainer, teacher: Any, train_dataset: Any, eval_dataset: Any, *, before_loading: bool = False
+) -> None:
+    """What is known of rows when a trainer is built, and whether a live teacher must stay at hand.
 
-
-def expect_all(trainer: DistillTrainer, train_dataset: Any, eval_dataset: Any) -> None:
-    """What is known of rows when a trainer is built, and whether a live teacher must stay at hand."""
-    if not isinstance(trainer.teacher, CachedTeacher):
+    Called before models are loaded for a cache without a teacher behind it, so that what it lacks is told then, and
+    after for others, since those load their teacher.
+    """
+    if not isinstance(teacher, CachedTeacher) or teacher.can_load == before_loading:
         return
+    trainer.teacher = teacher
     if trainer.samples_completions:
         logger.warning("The live teacher is loaded beside its cache: it judges the student's own completions.")
         trainer.teacher.keep_live()

@@ -131,6 +131,12 @@ def test_a_partitioned_teacher_is_not_taken_for_a_whole_one(make_trainer, make_t
         models.prepare_frozen(teacher, make_trainer().accelerator, "replicate")
 
 
+def test_offloading_needs_a_launcher(make_trainer, saved):
+    pytest.importorskip("deepspeed")
+    with pytest.raises(ConfigurationError, match="--num_processes 1"):
+        make_trainer(teacher=saved.teacher, teacher_placement="zero3_offload")
+
+
 def test_which_placements_answer_only_together():
     together = {name for name in PLACEMENTS if is_collective(name, None, None)}
     assert together == {"zero3", "zero3_offload", "fsdp2"}
