@@ -131,23 +131,25 @@ def run(launch: str, folder: Path, options: Any) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     if not options.gpu:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [*command, str(Path(__file__)), "--worker", json.dumps(job)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=options.timeout)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    if process.returncode:
-        print(f"{shown} failed; what it had done is kept:\n{output[-4000:]}", file=sys.stderr)
-    return found
+    log = folder / f"{launch}.log"
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            [*command, str(Path(__file__)), "--worker", json.dumps(job)],
+            env=environment,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status: int | str = process.wait(timeout=options.timeout)
+        except subprocess.TimeoutExpired:
+            status = f"no end after {options.timeout} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the workers too, which outlive their launcher
+    if status:
+        print(f"{shown} failed ({status}); what it had done is kept:\n{log.read_text()[-4000:]}", file=sys.stderr)
+    return json.loads(out.read_text()) if out.exists() else {}
 
 
 # ---- One process of a launch ----------------------------------------------------------------------------------------
@@ -311,8 +313,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"| student | teacher | {' | '.join(methods)} |", "|---" * (len(methods) + 2) + "|"]
     for launch, teachers in found.items():
         for teacher, cells in teachers.items():
-            shown = [show(found, launch, teacher, method) for method in methods if method in cells]
-            if any(text != "—" for text in shown):
+            shown = [show(found, launch, teacher, method) if method in cells else "" for method in methods]
+            if any(text not in ("", "—") for text in shown):
                 lines.append(f"| {LAUNCHES[launch][1]} | {teacher} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
