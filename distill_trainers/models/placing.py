@@ -200,8 +200,9 @@ def _fully_sharded(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    if isinstance(causal_lm_of(model), FSDPModule):  # as it was loaded
-        causal_lm_of(model).set_reshard_after_forward(True)
+    causal_lm = causal_lm_of(model)
+    if isinstance(causal_lm, FSDPModule):  # as it was loaded
+        causal_lm.set_reshard_after_forward(True)
         return model
     model.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
