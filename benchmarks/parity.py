@@ -108,9 +108,9 @@ def make_models(folder: Path) -> None:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for name in ("lora", "dora"):
+        torch.manual_seed(3)
         config = LoraConfig(r=4, target_modules="all-linear", use_dora=name == "dora", task_type="CAUSAL_LM")
         student = get_peft_model(tiny_llama(tokenizer, 32, 2, seed=1), config)
-        torch.manual_seed(3)
         for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.2 * torch.randn_like(parameter)
