@@ -47,6 +47,8 @@ def fill(argv: Sequence[str]) -> int:
         raise ConfigurationError(
             "The recipe names no folder for the cache; set `teacher_cache` in it, or add `--teacher_cache FOLDER`."
         )
+    if recipe.args.teacher_placement == "cached":
+        recipe.args.teacher_placement = "auto"  # what is to be read alone is filled from a live one
     trainer = build_trainer(recipe)
     cache = trainer.teacher.cache
     if trainer.is_world_process_zero():

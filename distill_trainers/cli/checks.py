@@ -56,7 +56,8 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     if settings.pretraining_dataset:
         pretraining = load_split(settings.pretraining_dataset, split=settings.pretraining_split)
     trainer = bare_trainer(recipe, pretraining)
-    sources.check(student_name, teacher_name, args, trainer.needs, trainer.accepts_encoder_decoders)
+    adapted = recipe.model.use_peft
+    sources.check(student_name, teacher_name, args, trainer.needs, trainer.accepts_encoder_decoders, adapted)
     train, evaluation = load_datasets(recipe)
     trainer.check_datasets(train, evaluation)
     caching.check(trainer, teacher_name, train)

@@ -185,7 +185,8 @@ def _refuse_contradictions(recipe: Recipe) -> None:
     from ..teachers.endpoints import is_remote
 
     run, args, model = recipe.run, recipe.args, recipe.model
-    if not run.teacher_model_name_or_path and (run.student_init or _needs_teacher(recipe)):
+    without = args.teacher_placement in ("adapter_off", "cached")
+    if not run.teacher_model_name_or_path and (run.student_init or (_needs_teacher(recipe) and not without)):
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
     if run.student_init and is_remote(run.teacher_model_name_or_path):
         raise ConfigurationError(

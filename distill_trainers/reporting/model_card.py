@@ -102,6 +102,7 @@ def _settings(trainer: DistillTrainer) -> dict[str, Any]:
     shared = ["learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "weight_decay"]
     shared += ["per_device_train_batch_size", "gradient_accumulation_steps", "kd_temperature", "temperature", "seed"]
     shared += ["teacher_cache_kind"] if args.teacher_cache else []
+    shared += ["teacher_placement"] if args.teacher_placement != "auto" else []
     chosen = {name: getattr(args, name) for name in own + shared}
     return {name: getattr(value, "value", value) for name, value in chosen.items() if value is not None}
 

@@ -44,6 +44,7 @@ class CachedTeacher(Teacher):
         folder: of a cache that exists; `distill-trainers cache-teacher` or the setting `teacher_cache` makes one.
         load: gives the live teacher; called when it is needed and not before. None: misses are errors.
         hidden_size, dtype: of the teacher, to estimate sizes.
+        collective: whether the live teacher answers only when all processes ask.
 
     Raises:
         ConfigurationError: there is no cache in the folder.
@@ -59,6 +60,7 @@ class CachedTeacher(Teacher):
         *,
         hidden_size: int = 0,
         dtype: torch.dtype = torch.float32,
+        collective: Callable[[Accelerator], bool] = lambda accelerator: False,
     ):
         identity = read_identity(folder)
         if identity is None:
@@ -73,6 +75,7 @@ class CachedTeacher(Teacher):
         self.token_bytes = self.kind.token_bytes(hidden_size, dtype)
         self.head_bytes = identity.teacher_rows * hidden_size * dtype.itemsize if identity.kind == "hidden" else 0
         self._load = load
+        self._asks_together = collective
         self._live: LocalTeacher | None = None
         self._head: Head | None = None
         self._accelerator: Accelerator | None = None
@@ -140,8 +143,8 @@ class CachedTeacher(Teacher):
             raise ConfigurationError(
                 f"{len(missing)} of {len(tokens)} different rows in {why} are not in the teacher cache "
                 f"{str(self.cache.folder)!r} (other data, tokenizer, max_length or chat template?), and there is no "
-                "live teacher to ask. Set `teacher_cache` beside a `teacher_model` instead of passing the cache alone, "
-                "or run `distill-trainers cache-teacher` first."
+                "live teacher to ask. Set `teacher_cache` beside a `teacher_model` instead of giving the cache alone "
+                "(`teacher_placement: cached`), or run `distill-trainers cache-teacher` first."
             )
         self._check_room(len(missing), sum(missing))
         self.live()
@@ -199,7 +202,7 @@ class CachedTeacher(Teacher):
         accelerator = self._accelerator
         if accelerator is None or accelerator.num_processes == 1:
             return False
-        return models.zero_stage(accelerator) == 3 or models.fsdp_version(accelerator) == 2
+        return self._asks_together(accelerator)
 
     # ---- Inside -----------------------------------------------------------------------------------------------------
 

@@ -23,10 +23,12 @@ class DeferredTeacher(LocalTeacher):
         load: gives the model; called at the first question, and again after `release`.
         config: of the model, known without its weights.
         name: for logs and the model card.
+        placement: as of `LocalTeacher`.
     """
 
-    def __init__(self, load: Callable[[], nn.Module], config: Any, name: str):
+    def __init__(self, load: Callable[[], nn.Module], config: Any, name: str, placement: str = "auto"):
         self.name = name
+        self.placement = placement
         self._config = config
         self._load = load
         self._live: LocalTeacher | None = None
@@ -49,7 +51,7 @@ class DeferredTeacher(LocalTeacher):
     def _whole(self) -> LocalTeacher:
         if self._live is None:
             logger.info("Loading the teacher %s.", self.name)
-            self._live = LocalTeacher(self._load(), self.name)
+            self._live = LocalTeacher(self._load(), self.name, self.placement)
             if self._accelerator is not None:
                 self._live.prepare(self._accelerator)
         return self._live

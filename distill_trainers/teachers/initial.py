@@ -1,4 +1,4 @@
-"""The student as it was before training, as a reference: a frozen model of its own, or itself without its adapter."""
+"""The student's own base as a teacher: itself without its adapter, or with another one, and no second copy of it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from .local import LocalTeacher, weights_fingerprint
 
 
 class AdapterOff(LocalTeacher):
-    """A PEFT student with its adapter switched off: the base model, without a second copy of it.
+    """A PEFT student with its adapter switched off: the base model, or with another adapter on it.
 
     Args:
         student: gives the student in its wrappers as they are now.
+        adapter: of the student's adapters, the one to answer with; None for the base alone.
     """
 
-    def __init__(self, student: Callable[[], nn.Module]):
-        self.name = "the student without its adapter"
+    def __init__(self, student: Callable[[], nn.Module], adapter: str | None = None):
+        self.name = f"the student with the adapter {adapter}" if adapter else "the student without its adapter"
+        self.adapter = adapter
+        self.placement = "adapter_off"
         self._student = student
-        self._fingerprint = base_fingerprint(student())
+        self._fingerprint = base_fingerprint(student(), adapter)
         self._fused: bool | None = None
 
     @property
@@ -36,24 +39,26 @@ class AdapterOff(LocalTeacher):
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
-        with _without_adapter(self.model):
+        with self.answering():
             return super().signal(inputs, predicts, vocab_size)
 
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        wrapped = self.model
+        training = wrapped.training
+        try:
+            with models.answering_with(wrapped, self.adapter):
+                yield
+        finally:
+            wrapped.train(training)
 
-@contextlib.contextmanager
-def _without_adapter(wrapped: nn.Module) -> Iterator[None]:
-    peft: Any = models.unwrapped(wrapped)
-    training = wrapped.training
-    try:
-        with peft.disable_adapter():
-            yield
-    finally:
-        wrapped.train(training)
 
-
-def base_fingerprint(student: nn.Module, **how: Any) -> str:
-    """`weights_fingerprint` without adapters, whose weights start at random."""
-    return weights_fingerprint(student, leave_out=("lora_",) if models.is_peft(student) else (), **how)
+def base_fingerprint(student: nn.Module, adapter: str | None = None, **how: Any) -> str:
+    """`weights_fingerprint` without adapters, whose weights start at random, but for `adapter`."""
+    if not models.is_peft(student):
+        return weights_fingerprint(student, **how)
+    adapters: Any = models.unwrapped(student).peft_config
+    return weights_fingerprint(student, leave_out=frozenset(adapters) - {adapter}, **how)
 
 
 def reference_fingerprint(student: nn.Module) -> str:

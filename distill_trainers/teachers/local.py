@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,13 +26,19 @@ class LocalTeacher(Teacher):
 
     It answers with last hidden states and its head: exact, and `V / D` times smaller than logits. A model whose
     logits cannot be rebuilt from those (found out on the first batch) answers with logits instead.
+
+    Args:
+        model: whole, or partitioned as it was loaded.
+        name: for logs and the model card.
+        placement: where `prepare` puts its weights: a key of `placement.PLACEMENTS` for teachers with a body.
     """
 
     provides = frozenset({"distribution", "completions"})
 
-    def __init__(self, model: nn.Module, name: str | None = None):
+    def __init__(self, model: nn.Module, name: str | None = None, placement: str = "auto"):
         if models.causal_lm_of(model).config.is_encoder_decoder:
             raise ConfigurationError(f"The teacher {type(model).__name__} is an encoder-decoder; expected a causal LM.")
+        self.placement = placement
         self.name = name or models.source_of(model) or type(model).__name__
         self._fingerprint = weights_fingerprint(model)  # while the weights are whole
         self.model = models.install_token_forward(model)
@@ -46,7 +52,12 @@ class LocalTeacher(Teacher):
         return models.causal_lm_of(self.model).config
 
     def prepare(self, accelerator: Accelerator) -> None:
-        self.model = models.prepare_frozen(self.model, accelerator)
+        self.model = models.prepare_frozen(self.model, accelerator, self.placement)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Within it, its body says what the teacher says."""
+        yield
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
@@ -82,22 +93,22 @@ class LocalTeacher(Teacher):
         return models.eos_ids(self.model, tokenizer)
 
 
-def weights_fingerprint(model: nn.Module, leave_out: tuple[str, ...] = (), *, with_config: bool = True) -> str:
+def weights_fingerprint(model: nn.Module, leave_out: Collection[str] = (), *, with_config: bool = True) -> str:
     """A hash of the configuration and of a few values of every parameter: milliseconds, yet any training changes it.
 
-    Parameters whose name holds one of `leave_out` do not count, nor, unless `with_config`, does the configuration,
-    which changes with the version of transformers.
+    Parameters that have one of `leave_out` between the dots of their name do not count, nor, unless `with_config`, does
+    the configuration, which changes with the version of transformers.
     """
     digest = hashlib.sha256()
     if with_config:
         digest.update(models.causal_lm_of(model).config.to_json_string(use_diff=False).encode())
     for name, parameter in model.named_parameters():
-        if any(part in name for part in leave_out):
+        if any(part in leave_out for part in name.split(".")):
             continue
         digest.update(f"{name}{tuple(getattr(parameter, 'ds_shape', parameter.shape))}".encode())
-        with models.whole_parameters(parameter):  # ZeRO-3 partitions a model as it is loaded
+        with models.whole_parameters(parameter):  # ZeRO-3 and FSDP2 partition a model as it is loaded
             if parameter.numel() and parameter.device.type != "meta":
-                flat = parameter.detach().reshape(-1)
+                flat = models.whole(parameter.detach()).reshape(-1)
                 some = flat[:: max(1, flat.numel() // 64)][:64]
                 digest.update(some.to(torch.float32).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

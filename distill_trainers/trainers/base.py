@@ -111,7 +111,8 @@ class DistillTrainer(TeacherForcedEvaluation):
     ):
         args = config_from_arguments(self.config_class, args)
         self.args = args
-        sources.check(model, teacher_model, args, self.needs, self.accepts_encoder_decoders)
+        adapted = peft_config is not None
+        sources.check(model, teacher_model, args, self.needs, self.accepts_encoder_decoders, adapted)
         self.check_datasets(train_dataset, eval_dataset)
         caching.check(self, teacher_model, train_dataset)
         remote.check(self, teacher_model)
@@ -131,14 +132,15 @@ class DistillTrainer(TeacherForcedEvaluation):
 
         teacher_model = remote.connected(teacher_model, tokenizer, args)
         teacher_model = caching.with_cache(teacher_model, model, tokenizer, teacher_tokenizer, args)
+        caching.expect_all(self, teacher_model, train_dataset, eval_dataset, before_loading=True)
 
         set_seed(args.seed)  # adapters start at random
         student = sources.load_student(model, args, peft_config, quantization_config)
         models.install_token_forward(student)
 
-        self.teacher = sources.load_teacher(teacher_model, args)
+        self.teacher = sources.load_teacher(teacher_model, args, lambda: getattr(self, "model_wrapped", student))
         self.teacher.check(self.needs, type(self).__name__)
-        caching.expect_all(self, train_dataset, eval_dataset)
+        caching.expect_all(self, self.teacher, train_dataset, eval_dataset)
         self.vocab_size = sources.common_vocabulary(student, self.teacher, tokenizer, teacher_tokenizer)
         self.sampling = sampling_settings(args, student, tokenizer, self.vocab_size)
 

@@ -32,10 +32,13 @@ from ..teachers.cache_identity import (
 )
 from ..teachers.cache_kinds import KINDS
 from ..teachers.cached import dataset_row_key
+from ..teachers.placement import is_collective
 from . import sources
 from .config import DistillConfig
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from .base import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -53,16 +56,23 @@ def check(trainer: DistillTrainer, teacher: Any, train_dataset: Any) -> None:
     cached = isinstance(teacher, CachedTeacher)
     if args.teacher_cache is None and not cached:
         return
+    alone = _opened_alone(args) if args.teacher_placement == "cached" and not cached else teacher
     if args.teacher_cache is not None and isinstance(teacher, Teacher) and not isinstance(teacher, LocalTeacher):
         raise ConfigurationError(
             f"Got `teacher_cache: {args.teacher_cache}` and a {type(teacher).__name__}; expected a model or its name "
             "as `teacher_model` beside it. Leave one of them out."
         )
-    kind = teacher.identity.kind if cached else args.teacher_cache_kind
+    kind = alone.identity.kind if isinstance(alone, CachedTeacher) else args.teacher_cache_kind
     check_kind(trainer, kind, "teacher_cache_kind")
+    no_body = isinstance(alone, CachedTeacher) and not alone.can_load
+    if no_body and trainer.replaces_completions:
+        raise ConfigurationError(
+            "The teacher's completions are to take the place of the dataset's, but a teacher cache alone cannot write "
+            "any. Give the dataset completions and leave that setting out, or give a live `teacher_model`."
+        )
     if not trainer.samples_completions:
         return
-    if cached and not teacher.can_load:
+    if no_body:
         raise ConfigurationError(
             "The student's own completions are new at every step, so a teacher cache alone cannot judge them. Set "
             "`lmbda: 0`, or give a live `teacher_model` (with `teacher_cache` for the dataset's rows)."
@@ -108,6 +118,12 @@ def with_cache(teacher: Any, student: Any, own: PreTrainedTokenizerBase, other: 
         return teacher
     if args.teacher_cache is None:
         return teacher
+    if args.teacher_placement == "cached":
+        alone = _opened_alone(args)
+        if teacher is not None:
+            refuse_differences(args.teacher_cache, alone.identity, _identity(teacher, student, own, other, args))
+        _check_vocabulary(alone.identity, own, _rows_of(student, args))
+        return alone
     source = teacher.model if isinstance(teacher, LocalTeacher) else teacher
     identity = _identity(source, student, own, other, args)
     with args.main_process_first(desc="opening the teacher cache"):
@@ -126,9 +142,18 @@ def with_cache(teacher: Any, student: Any, own: PreTrainedTokenizerBase, other: 
         return live
 
     size, dtype = config.get_text_config().hidden_size, _dtype_of(source, config, args)
-    cached = CachedTeacher(args.teacher_cache, load, hidden_size=size, dtype=dtype)
+
+    def collective(accelerator: Accelerator) -> bool:
+        return is_collective(args.teacher_placement, models.zero_stage(accelerator), models.fsdp_version(accelerator))
+
+    cached = CachedTeacher(args.teacher_cache, load, hidden_size=size, dtype=dtype, collective=collective)
     cached.name = identity.teacher  # the folder may have moved
     return cached
+
+
+def _opened_alone(args: DistillConfig) -> CachedTeacher:
+    assert args.teacher_cache is not None
+    return CachedTeacher(args.teacher_cache)
 
 
 def missing_from_cache(
@@ -160,7 +185,9 @@ def _identity(source: Any, student: Any, own: Any, other: Any, args: DistillConf
     teacher_rows = _rows_of(source, args)
     shared = shared_vocabulary(own, other, _rows_of(student, args), teacher_rows)
     by_name = isinstance(source, str)
-    settings: Any = args.teacher_model_init_kwargs or {}
+    settings: Any = dict(args.teacher_model_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+    if args.teacher_placement.startswith("quantized"):  # it answers otherwise than the whole one
+        settings["placement"] = args.teacher_placement
     return CacheIdentity(
         kind=kind,
         dtype=args.teacher_cache_dtype,
@@ -205,10 +232,9 @@ def _rows_of(source: Any, args: DistillConfig) -> int:
 def _dtype_of(source: Any, config: Any, args: DistillConfig) -> torch.dtype:
     """The dtype that the teacher has or is going to have."""
     settings: Any = args.teacher_model_init_kwargs or {}
-    dtype = settings.get("dtype", "auto") if isinstance(source, str) else models.causal_lm_of(source).dtype
-    if dtype == "auto":
-        dtype = config.dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return models.dtype_of(
+        settings.get("dtype") if isinstance(source, str) else models.causal_lm_of(source).dtype, config
+    )
 
 
 # ---- Which rows are recorded ----------------------------------------------------------------------------------------
@@ -225,10 +251,17 @@ def expect_rows(trainer: DistillTrainer, dataset: Any, name: str) -> None:
             trainer.teacher.keep_live()
 
 
-def expect_all(trainer: DistillTrainer, train_dataset: Any, eval_dataset: Any) -> None:
-    """What is known of rows when a trainer is built, and whether a live teacher must stay at hand."""
-    if not isinstance(trainer.teacher, CachedTeacher):
+def expect_all(
+    trainer: DistillTrainer, teacher: Any, train_dataset: Any, eval_dataset: Any, *, before_loading: bool = False
+) -> None:
+    """What is known of rows when a trainer is built, and whether a live teacher must stay at hand.
+
+    Called before models are loaded for a cache without a teacher behind it, so that what it lacks is told then, and
+    after for others, since those load their teacher.
+    """
+    if not isinstance(teacher, CachedTeacher) or teacher.can_load == before_loading:
         return
+    trainer.teacher = teacher
     if trainer.samples_completions:
         logger.warning("The live teacher is loaded beside its cache: it judges the student's own completions.")
         trainer.teacher.keep_live()

@@ -78,7 +78,8 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
 def teacher_generating(teacher: LocalTeacher | CachedTeacher, accelerator: Any) -> Iterator[Any]:
     """The teacher's body, ready to generate; behind a cache it is loaded only now."""
     local = teacher.live() if isinstance(teacher, CachedTeacher) else teacher
-    with models.generating(local.model, accelerator) as model:
+    layer_by_layer = local.placement in ("zero3", "zero3_offload")  # asked for by name: it is never whole
+    with local.answering(), models.generating(local.model, accelerator, gather=not layer_by_layer) as model:
         yield model
 
 

@@ -12,6 +12,7 @@ from ..evaluation.measures import METRICS, higher_is_better
 from ..exceptions import ConfigurationError
 from ..rollouts import ENGINES
 from ..teachers.cache_kinds import KINDS
+from ..teachers.placement import PLACEMENTS, check_settings
 from ..teachers.serving import NUMBER_DTYPES
 from ..teachers.wire import KINDS as SERVER_KINDS
 
@@ -50,6 +51,16 @@ class DistillConfig(TrainingArguments):
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for a teacher given by name (JSON)."}
+    )
+    teacher_placement: str = field(
+        default="auto",
+        metadata={"help": f"Where the teacher's weights are, whatever the student's: one of {', '.join(PLACEMENTS)}."},
+    )
+    teacher_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "With adapter_off: the teacher is this adapter on the student's base (name, folder, Hub id)."
+        },
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow models and tokenizers with code of their own."}
@@ -221,6 +232,7 @@ class DistillConfig(TrainingArguments):
         self._check_teacher_cache()
         self._check_eval_measures()
         self._check_teacher_server()
+        check_settings(self)
         require(not self.remove_unused_columns, "remove_unused_columns", True, "False: the collator needs the columns")
         require(
             self.label_smoothing_factor == 0,

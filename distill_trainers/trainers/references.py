@@ -271,11 +271,12 @@ def reference_of(
     if args.reference == "teacher" and args.reference_logps_dir is None:
         return None
     if args.reference == "teacher":
-        if isinstance(teacher, CachedTeacher):
+        if isinstance(teacher, CachedTeacher) or args.teacher_placement == "cached":
             raise ConfigurationError(
                 "Got `reference_logps_dir` with a CachedTeacher; expected a model or its name. Leave one of them out."
             )
         source = teacher.model if isinstance(teacher, LocalTeacher) else teacher
+        source = trainer.model if args.teacher_placement == "adapter_off" else source
         weights = None if isinstance(source, str) else trainer.teacher.fingerprint()
         load: Callable[[], Teacher] = partial(getattr, trainer, "teacher")
     else:

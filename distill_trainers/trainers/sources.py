@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,8 @@ from ..teachers import (
     shared_vocabulary,
 )
 from ..teachers.endpoints import is_remote
+from ..teachers.initial import AdapterOff
+from ..teachers.placement import check_teacher
 from .config import DistillConfig
 
 logger = logging.getLogger(__name__)
@@ -32,12 +35,14 @@ def check(
     args: DistillConfig,
     needs: frozenset[str] = frozenset({"distribution"}),
     encoder_decoders: bool = False,
+    adapted: bool = False,
 ) -> None:
     """Refuse models and parallel modes that cannot work, before anything is loaded.
 
     Args:
         needs: what the method needs of a teacher; with nothing, there may be none.
         encoder_decoders: whether the method trains such students.
+        adapted: whether the student gets an adapter.
 
     Raises:
         ConfigurationError: a model is missing, is both student and teacher, or the launch would split rows of tokens.
@@ -48,8 +53,10 @@ def check(
             "Got a parallelism_config with tensor, context or sequence parallelism; expected data parallelism only "
             "(DDP, ZeRO, FSDP2): the loss needs whole rows of tokens."
         )
+    adapted = adapted or (isinstance(student, nn.Module) and models.is_peft(student))
+    check_teacher(args, teacher, adapted=adapted, needs=needs, world_size=args.world_size)
     for source, role in ((student, "student"), (teacher, "teacher")):
-        if source is None and role == "teacher" and not needs:
+        if source is None and role == "teacher" and (not needs or args.teacher_placement in ("adapter_off", "cached")):
             continue
         if source is None:
             raise ConfigurationError(f"Got no {role} model; expected a folder, a Hub id or a model.")
@@ -183,23 +190,38 @@ def load_student(student: Any, args: DistillConfig, peft_config: Any, quantizati
     return student
 
 
-def load_teacher(teacher: Any, args: DistillConfig) -> Teacher:
-    """The teacher, loaded by name if need be; a `NoTeacher` where none was given."""
+def load_teacher(teacher: Any, args: DistillConfig, student: Callable[[], nn.Module] | None = None) -> Teacher:
+    """The teacher, loaded by name if need be; a `NoTeacher` where none was given.
+
+    Args:
+        student: gives the student in its wrappers as they are now, for a teacher that shares its base.
+    """
+    if args.teacher_placement == "adapter_off":
+        assert student is not None
+        adapter = args.teacher_adapter and models.load_adapter(student(), args.teacher_adapter)
+        return AdapterOff(student, adapter)
     if teacher is None:
         return NoTeacher()
     if isinstance(teacher, Teacher):
+        if isinstance(teacher, LocalTeacher) and args.teacher_placement != "auto":
+            teacher.placement = args.teacher_placement
         return teacher
     if isinstance(teacher, str):
         kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
         kwargs |= args.teacher_model_init_kwargs or {}  # type: ignore[arg-type]
-        load = functools.partial(models.load_causal_lm, teacher, role="teacher", **kwargs)
+        load = functools.partial(_load_placed, teacher, args, kwargs)
         if args.defers_teacher:
             config = models.load_config(teacher, "teacher", trust_remote_code=args.trust_remote_code)
-            return DeferredTeacher(load, config, teacher)
-        return LocalTeacher(load(), name=teacher)
+            return DeferredTeacher(load, config, teacher, args.teacher_placement)
+        return LocalTeacher(load(), teacher, args.teacher_placement)
     if args.teacher_model_init_kwargs:
         raise ConfigurationError(
             "`teacher_model_init_kwargs` act while a teacher is loaded by name, but `teacher_model` is already a "
             f"{type(teacher).__name__}. Pass its name, or leave them out."
         )
-    return LocalTeacher(teacher)
+    return LocalTeacher(teacher, placement=args.teacher_placement)
+
+
+def _load_placed(name: str, args: DistillConfig, kwargs: dict[str, Any]) -> nn.Module:
+    with models.loading_placed(name, args.teacher_placement, args.device, kwargs) as placed:
+        return models.load_causal_lm(name, role="teacher", **placed)

@@ -42,10 +42,10 @@ def loads(monkeypatch):
     names = []
     load = sources.load_teacher
 
-    def counted(teacher, args):
+    def counted(teacher, args, student=None):
         if not isinstance(teacher, CachedTeacher):
             names.append(teacher if isinstance(teacher, str) else "a model")
-        return load(teacher, args)
+        return load(teacher, args, student)
 
     monkeypatch.setattr(sources, "load_teacher", counted)
     return names

@@ -1,0 +1,101 @@
+"""The one place that touches fast-moving or private parts of transformers, PEFT, TRL, DeepSpeed and FSDP.
+
+Everything above it sees three ideas only: a causal LM that can be run up to its last hidden states *through its
+wrapper* (`install_token_forward`), its output `Head`, and the context in which it can generate.
+"""
+
+from .adapters import (
+    add_adapter,
+    answering_with,
+    causal_lm_of,
+    is_peft,
+    load_adapter,
+    unwrapped,
+)
+from .forward import (
+    OnHidden,
+    disable_dropout,
+    forward_inputs,
+    gives_hidden_states,
+    head_is_fusable,
+    head_reproduces_logits,
+    install_token_forward,
+    read_head,
+)
+from .generation import (
+    eos_ids,
+    generating,
+    generation_eos_ids,
+)
+from .hub import (
+    uploading_without,
+)
+from .loading import (
+    check_model_source,
+    decoder_start,
+    dtype_of,
+    is_encoder_decoder,
+    load_causal_lm,
+    load_config,
+    load_merged_adapter,
+    load_tokenizer,
+    looks_like_path,
+    model_class,
+    num_parameters,
+    recomputes_activations,
+    source_of,
+    with_pad_token,
+)
+from .placing import loading_placed, placement_of_launch, prepare_frozen
+from .sharding import (
+    fsdp_version,
+    must_stay_in_step,
+    whole,
+    whole_loading,
+    whole_parameters,
+    zero_stage,
+)
+
+__all__ = [
+    "OnHidden",
+    "add_adapter",
+    "answering_with",
+    "causal_lm_of",
+    "check_model_source",
+    "decoder_start",
+    "disable_dropout",
+    "dtype_of",
+    "eos_ids",
+    "forward_inputs",
+    "fsdp_version",
+    "generating",
+    "generation_eos_ids",
+    "gives_hidden_states",
+    "head_is_fusable",
+    "head_reproduces_logits",
+    "install_token_forward",
+    "is_encoder_decoder",
+    "is_peft",
+    "load_adapter",
+    "load_causal_lm",
+    "load_config",
+    "load_merged_adapter",
+    "load_tokenizer",
+    "loading_placed",
+    "looks_like_path",
+    "model_class",
+    "must_stay_in_step",
+    "num_parameters",
+    "placement_of_launch",
+    "prepare_frozen",
+    "read_head",
+    "recomputes_activations",
+    "source_of",
+    "unwrapped",
+    "uploading_without",
+    "whole",
+    "whole_loading",
+    "whole_parameters",
+    "with_pad_token",
+    "zero_stage",
+]

@@ -1,0 +1,125 @@
+"""PEFT adapters, and what is inside a stack of wrappers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def is_peft(model: nn.Module) -> bool:
+    from transformers.utils import is_peft_available
+
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing: bool = False) -> nn.Module:
+    """Wrap `model` with a new PEFT adapter (k-bit models are prepared first).
+
+    Raises:
+        ConfigurationError: the model already has an adapter, the method trains virtual tokens, or the adapter names
+            modules that the model does not have.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if is_peft(model):
+        raise ConfigurationError(
+            "Got a PeftModel together with `peft_config`. Pass the PeftModel alone to go on training its adapter, "
+            "or `model.merge_and_unload()` first to start a new one."
+        )
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ConfigurationError(
+            f"{type(peft_config).__name__} trains virtual prompt tokens, which shift every position of the student "
+            "against its teacher's. Use LoRA or another adapter of the weights."
+        )
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"The adapter does not fit {type(model).__name__}: {error} Set `lora_target_modules` to names of its "
+            "linear layers, or to `all-linear`."
+        ) from error
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside any stack of DDP, FSDP and DeepSpeed wrappers; a PeftModel stays one."""
+    # Wrappers pass attribute look-ups on, so ask for their own submodules.
+    while (inner := model._modules.get("module")) is not None and not is_peft(model):
+        model = inner
+    return model
+
+
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+    """The causal LM inside any stack of PEFT, DDP, FSDP and DeepSpeed wrappers."""
+    model = unwrapped(model)
+    return model.get_base_model() if is_peft(model) else model  # type: ignore[return-value, operator]
+
+
+@contextlib.contextmanager
+def answering_with(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Within it, a PEFT model answers with `adapter` alone, or with none: its base, without a second copy of it.
+
+    PEFT's own `disable_adapter` and `set_adapter` also switch `requires_grad` of the adapters, and leave all of them
+    trainable, which wrappers and optimisers must not see.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    try:
+        for layer in layers:
+            # A copy that `modules_to_save` trains belongs to one adapter; others use the original.
+            absent = isinstance(layer, AuxiliaryTrainingWrapper) and adapter not in layer._adapters
+            layer._disable_adapters = adapter is None or absent
+            layer._active_adapter = [adapter] if adapter is not None and not absent else layer._active_adapter
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def load_adapter(model: nn.Module, source: str) -> str:
+    """The name of a frozen adapter of a PEFT model: one it has by that name, or one loaded from a folder or the Hub.
+
+    Raises:
+        ConfigurationError: it is the adapter that trains, cannot be loaded, or does not fit.
+    """
+    peft: Any = unwrapped(model)
+    if source == peft.active_adapter:
+        raise ConfigurationError(
+            f"Got `teacher_adapter: {source}`, which is the adapter that trains; expected another one of the student's "
+            f"({', '.join(n for n in peft.peft_config if n != source) or 'it has none'}), or a folder or Hub id."
+        )
+    name = source
+    if source not in peft.peft_config:
+        name = next(n for n in ("teacher", "teacher_adapter") if n not in peft.peft_config)
+        try:
+            peft.load_adapter(source, adapter_name=name, is_trainable=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigurationError(
+                f"Got `teacher_adapter: {source}`; expected one of the student's adapters "
+                f"({', '.join(peft.peft_config)}), or a folder or Hub id of an adapter on the same base: {reason}"
+            ) from error
+    for parameter in adapter_parameters(peft, name):
+        parameter.requires_grad_(False)
+    return name
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """The parameters that a PEFT model has for one of its adapters."""
+    return [parameter for name, parameter in model.named_parameters() if adapter in name.split(".")]

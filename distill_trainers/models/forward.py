@@ -1,0 +1,181 @@
+"""Running a model up to its last hidden states inside its wrapper, and its output head."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..exceptions import ConfigurationError
+from ..signals import Head
+from .adapters import causal_lm_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OnHidden = Callable[[Tensor, Head], Any]
+
+
+def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What of a batch a model's forward takes; with `encoder_ids`, `input_ids` are the decoder's."""
+    if "encoder_ids" not in batch:
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    names = {"input_ids": "encoder_ids", "attention_mask": "encoder_mask"}
+    names |= {"decoder_input_ids": "input_ids", "decoder_attention_mask": "attention_mask"}
+    return {name: batch[entry] for name, entry in names.items()}
+
+
+def install_token_forward(model: nn.Module) -> nn.Module:
+    """Teach the causal LM inside `model` the keyword `on_hidden`.
+
+    `wrapper(input_ids=…, on_hidden=f)` runs the backbone and returns `f(last_hidden_state, head)`; without the keyword
+    nothing changes. Since `f` runs inside the forward of the *wrapped* model, autocast applies to the backbone, DDP
+    and FSDP see the graph, and under ZeRO-3 the head's weight is whole (`f` runs inside the head module's own call).
+    Must be called before the model is wrapped, because accelerate wraps the forward it finds.
+    """
+    causal_lm: Any = causal_lm_of(model)  # it gets attributes of ours
+    if "_distill_original_forward" in causal_lm.__dict__:
+        return model
+    causal_lm._distill_original_forward = causal_lm.forward
+
+    @functools.wraps(type(causal_lm).forward)  # keeps the signature that `generate` and PEFT inspect
+    def forward(self, *args: Any, on_hidden: OnHidden | None = None, **kwargs: Any) -> Any:
+        if on_hidden is None:
+            return self._distill_original_forward(*args, **kwargs)
+        # PEFT passes labels, return_dict and the like along as None.
+        inputs = {k: v for k, v in kwargs.items() if v is not None and k not in ("labels", "return_dict")}
+        hidden = self.base_model(*args, **{"use_cache": False, **inputs}).last_hidden_state
+        return _inside_head(self, hidden, on_hidden)
+
+    causal_lm.forward = MethodType(forward, causal_lm)  # a bound method, so that deepcopy binds it to the copy
+    return model
+
+
+def gives_hidden_states(model: nn.Module) -> bool:
+    """Whether `on_hidden` is installed, and the head is one product whose logits this package knows how to rebuild.
+
+    What a model that is not known here does to its logits is found out by `head_reproduces_logits`; it is remembered
+    with the model, since it takes two forwards.
+    """
+    causal_lm: Any = causal_lm_of(model)
+    if "_distill_original_forward" not in causal_lm.__dict__ or not head_is_fusable(model):
+        return False
+    if "_distill_head_is_known" not in causal_lm.__dict__:
+        some = torch.arange(4, device=next(causal_lm.parameters()).device).unsqueeze(0)
+        inputs = {"input_ids": some, "attention_mask": torch.ones_like(some)}
+        causal_lm._distill_head_is_known = head_reproduces_logits(model, inputs)
+    return causal_lm._distill_head_is_known
+
+
+def _inside_head(causal_lm: PreTrainedModel, hidden: Tensor, on_hidden: OnHidden) -> Any:
+    """Call `on_hidden` as if it were the forward of the head module, so that ZeRO-3 gathers the head's weight."""
+    module = _head_module(causal_lm)
+    own = module.__dict__.get("forward")
+    module.forward = lambda hidden: on_hidden(hidden, read_head(causal_lm))
+    try:
+        return module(hidden)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _head_module(causal_lm: PreTrainedModel) -> nn.Module:
+    module = causal_lm.get_output_embeddings()
+    if module is None:
+        raise ConfigurationError(f"{type(causal_lm).__name__} has no output embeddings; a causal LM was expected.")
+    # PEFT's modules_to_save keeps a trained copy beside the frozen original.
+    if hasattr(module, "modules_to_save") and getattr(module, "disable_adapters", False):
+        return module.original_module
+    active = getattr(module, "active_adapters", None)
+    if hasattr(module, "modules_to_save") and active:
+        return module.modules_to_save[active[0]]
+    return module
+
+
+def read_head(causal_lm: PreTrainedModel) -> Head:
+    """The output head with all that the model does to its logits. The weight must be whole (see `_inside_head`)."""
+    module = _head_module(causal_lm)
+    config = causal_lm.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if scale is None and getattr(config, "logits_scaling", None):  # Granite
+        scale = 1.0 / config.logits_scaling
+    if scale is None:
+        scale = getattr(config, "lm_head_multiplier", None)  # Falcon-H1
+    return Head(
+        weight=_head_weight(module),
+        bias=getattr(getattr(module, "base_layer", module), "bias", None),
+        scale=float(scale) if scale is not None else 1.0,
+        soft_cap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
+    )
+
+
+def _head_weight(module: nn.Module) -> Tensor:
+    """The head's effective weight; a LoRA on the head is added to it, so that it is trained and not ignored."""
+    base = getattr(module, "base_layer", None)
+    if base is None:
+        return module.weight  # type: ignore[return-value]
+    weight = base.weight
+    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+        return weight
+    for adapter in module.active_adapters:  # type: ignore[union-attr]
+        if adapter in module.lora_A:  # type: ignore[operator]
+            weight = weight + module.get_delta_weight(adapter).to(weight.dtype)  # type: ignore[operator]
+    return weight
+
+
+def head_is_fusable(model: nn.Module) -> bool:
+    """Whether the head is one matrix product: a Linear, or a plain LoRA on one (no dropout, no DoRA)."""
+    module: Any = _head_module(causal_lm_of(model))
+    if isinstance(module, nn.Linear) and not hasattr(module, "base_layer"):
+        return True
+    base = getattr(module, "base_layer", None)
+    if not isinstance(base, nn.Linear) or not hasattr(module, "lora_A") or hasattr(base.weight, "ds_id"):
+        return False
+    dropout = any(not isinstance(layer, nn.Identity) for layer in module.lora_dropout.values())
+    variants = bool(getattr(module, "lora_variant", None)) or any(getattr(module, "use_dora", {}).values())
+    return not dropout and not variants
+
+
+@torch.no_grad()
+def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether hidden states and `Head` give the model's own logits on `inputs`: guards against unknown logit changes.
+
+    Runs `model` (wrapped or not) twice on a few tokens. Collective under ZeRO-3 and FSDP.
+    """
+    causal_lm = causal_lm_of(model)
+    if causal_lm.base_model is causal_lm:  # its backbone goes by a name that its class does not tell
+        return False
+    few = {name: value[:1, :16] for name, value in inputs.items()}
+    was_training = model.training
+    model.eval()
+    full_precision = True
+
+    def rebuild(hidden: Tensor, head: Head) -> Tensor:
+        nonlocal full_precision
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        full_precision = not autocast and {hidden.dtype, head.weight.dtype} <= {torch.float32, torch.float64}
+        return head.logits(hidden[0])
+
+    ours = model(**few, on_hidden=rebuild)
+    theirs = model(**few).logits[0]
+    model.train(was_training)
+    ours, theirs = ours[:, : theirs.shape[-1]].double(), theirs.double()
+    keep = few.get("decoder_attention_mask", few["attention_mask"])[0].bool()
+    error = (ours - theirs)[keep].norm() / theirs[keep].norm().clamp_min(1e-30)
+    return bool(error < (1e-3 if full_precision else 0.05))  # bfloat16 rounding stays near 0.01
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to zero: modules, and the probabilities that attention layers pass to kernels."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

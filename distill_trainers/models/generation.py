@@ -1,0 +1,52 @@
+"""The context in which a model generates, and where it ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .adapters import causal_lm_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def generating(model: nn.Module, accelerator: Accelerator, gather: bool = True) -> Iterator[Any]:
+    """Yield the unwrapped model, ready to generate: eval mode, KV cache on also under checkpointing.
+
+    Args:
+        gather: make weights whole for it in a ZeRO-3 launch; else they are gathered layer by layer at each token.
+    """
+    from trl.models.utils import unwrap_model_for_generation
+
+    was_training = model.training
+    # Left on, TRL would switch checkpointing off and on again, and forget its settings.
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    model.eval()
+    try:
+        for module in checkpointed:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        with torch.no_grad(), unwrap_model_for_generation(model, accelerator, gather) as unwrapped:
+            yield unwrapped
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+        model.train(was_training)
+
+
+def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation config."""
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys(own + generation_eos_ids(model)))
+
+
+def generation_eos_ids(model: nn.Module) -> list[int]:
+    """Tokens that end a completion by the model's generation config."""
+    ids = getattr(getattr(causal_lm_of(model), "generation_config", None), "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -1,0 +1,168 @@
+"""Models and tokenizers by folder or Hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..exceptions import ConfigurationError
+from .adapters import causal_lm_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether `name` is meant as a local folder: it or its parent exists, or it could not be a Hub id."""
+    inside = "/" in name and Path(name).parent.is_dir()
+    return Path(name).exists() or inside or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_model_source(name: str, role: str) -> None:
+    """Refuse a local model folder that is missing or empty, before anything is loaded.
+
+    Raises:
+        ConfigurationError: the folder, or its `config.json`, is not there, or it holds an adapter alone.
+    """
+    if not looks_like_path(name):
+        return
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigurationError(
+            f"The {role} model {name!r} is not a folder on this machine and not a Hub id (`owner/name`). "
+            "Check the path, or import a GGUF file first with `distill-trainers import-gguf`."
+        )
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigurationError(
+            f"The {role} model folder {name!r} holds a PEFT adapter, not a whole model. Merge it into its base first "
+            "(`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(…)`), or load it in "
+            "Python and pass the model."
+        )
+    raise ConfigurationError(
+        f"The {role} model folder {name!r} holds no `config.json`, so it is not a saved Hugging Face model. "
+        f"It holds: {sorted(p.name for p in folder.iterdir())[:8]}. Point to the folder `save_pretrained` wrote."
+    )
+
+
+def load_config(name: str, role: str, **kwargs: Any) -> Any:
+    """The configuration of a model given by folder or Hub id.
+
+    Raises:
+        ConfigurationError: it is not there, cannot be fetched, or is of a kind that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    check_model_source(name, role)
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigurationError(
+            f"The configuration of the {role} model {name!r} cannot be read: {reason}. Check the path or Hub id, and "
+            "that this machine reaches the Hub (`hf auth login` for private models)."
+        ) from error
+
+
+def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any = None, **init_kwargs: Any):
+    """Load a causal LM (or encoder-decoder) by folder or Hub id. `dtype` may be a string; no `device_map` is guessed.
+
+    Raises:
+        ConfigurationError: unknown dtype, missing folder, or quantization named twice.
+    """
+    check_model_source(name, role)
+    dtype = init_kwargs.get("dtype", "auto")
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise ConfigurationError(f"Got dtype {dtype!r} for the {role}; expected one of {', '.join(_DTYPES)}.")
+        init_kwargs["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    if quantization_config is not None:
+        if "quantization_config" in init_kwargs:
+            raise ConfigurationError(
+                f"`quantization_config` was given for the {role} both as an argument and in its init kwargs; "
+                "keep the argument."
+            )
+        init_kwargs["quantization_config"] = quantization_config
+    known = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
+    return model_class(load_config(name, role, **known)).from_pretrained(name, **init_kwargs)
+
+
+def load_merged_adapter(name: str, *, role: str = "student", **init_kwargs: Any) -> Any:
+    """The base model of a folder that holds a PEFT adapter alone, with the adapter merged into it."""
+    from peft import PeftModel
+
+    base = json.loads((Path(name).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+    model = load_causal_lm(base["base_model_name_or_path"], role=role, **init_kwargs)
+    return PeftModel.from_pretrained(model, name).merge_and_unload()
+
+
+def dtype_of(dtype: Any, config: Any) -> torch.dtype:
+    """The dtype that `from_pretrained(dtype=…)` gives a model of this configuration; None and "auto" keep its own."""
+    if dtype in (None, "auto"):
+        dtype = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def model_class(config: Any) -> Any:
+    """The auto class that loads a model of this configuration for generation."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads prompts with an encoder (T5 and its relatives)."""
+    return bool(getattr(getattr(causal_lm_of(model), "config", None), "is_encoder_decoder", False))
+
+
+def decoder_start(config: Any) -> int | None:
+    """The token that an encoder-decoder's decoder starts from; None for a causal LM."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    if config.decoder_start_token_id is None:
+        raise ConfigurationError(
+            f"The {config.model_type} is an encoder-decoder without `decoder_start_token_id` in its config; set it "
+            "(T5 has its padding token there)."
+        )
+    return int(config.decoder_start_token_id)
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id, with a pad token (EOS where none is defined)."""
+    from transformers import AutoTokenizer
+
+    return with_pad_token(AutoTokenizer.from_pretrained(name, **kwargs))
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give the tokenizer a pad token. Padding is always found by mask, so EOS serves."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ConfigurationError(
+                "The tokenizer has neither a pad nor an EOS token. Set one: `tokenizer.eos_token = '…'`."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def source_of(model: nn.Module) -> str | None:
+    """The folder or Hub id a model came from, if it says."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def num_parameters(model: nn.Module, trainable_only: bool = False) -> int:
+    """Parameters of the model, counting ZeRO-3 partitions in full."""
+    counted = (p for p in model.parameters() if p.requires_grad or not trainable_only)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in counted)
+
+
+def recomputes_activations(args: Any) -> bool:
+    """Whether a config asks for activation checkpointing, by its present name or that of transformers 5.19."""
+    return any(getattr(args, name, None) for name in ("activation_checkpointing", "gradient_checkpointing"))

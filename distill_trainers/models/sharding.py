@@ -1,0 +1,66 @@
+"""What is whole and what is sharded: ZeRO-3 and FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def zero_stage(accelerator: Accelerator) -> int | None:
+    """DeepSpeed's ZeRO stage, or None without DeepSpeed."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return None if plugin is None else plugin.zero_stage
+
+
+def fsdp_version(accelerator: Accelerator) -> int | None:
+    """FSDP's version, or None without FSDP."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return None if plugin is None else getattr(plugin, "fsdp_version", 1)
+
+
+@contextlib.contextmanager
+def whole_loading() -> Iterator[None]:
+    """Within it, `from_pretrained` loads whole weights on this process also when ZeRO-3 is configured."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = reference
+
+
+@contextlib.contextmanager
+def whole_parameters(*parameters: Tensor | None) -> Iterator[None]:
+    """Within it, the given parameters are whole on every process. Free of cost where they already are."""
+    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of an FSDP2 shard (collective); any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def must_stay_in_step(model: nn.Module) -> bool:
+    """Whether a forward of `model` may wait for other processes (ZeRO-3, FSDP2), so that all must run equally many."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return False
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return partitioned or any(isinstance(module, FSDPModule) for module in model.modules())

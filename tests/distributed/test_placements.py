@@ -1,0 +1,68 @@
+"""Two real processes: a teacher placed otherwise than the student gives the single process's loss and gradient."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("extensions"))}
+
+
+@pytest.mark.parametrize(
+    ("launch", "teachers"),
+    [
+        ("ddp", ["replicated", "zero3", "zero3_offload", "fsdp2", "LoRA, adapter off"]),
+        ("zero2", ["replicated", "zero3", "DoRA, adapter off"]),
+        ("zero3", ["replicated", "zero3", "fsdp2", "cached hidden", "LoRA, adapter off", "DoRA, adapter off"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_placement_gives_the_same_step(tmp_path, environment, launch, teachers):
+    methods = ["GKD off-policy", "GKD on-policy"]
+    references = ["replicated", "LoRA, teacher a copy", "DoRA, teacher a copy"]
+    report = tmp_path / "parity.json"
+    for launched, chosen in (("single", references), (launch, teachers)):
+        command = [sys.executable, str(BENCHMARKS / "parity.py"), "--launches", launched, "--teachers", *chosen]
+        command += ["--methods", *methods, "--json", str(report), "--timeout", "900"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        from parity import differences, reference_of
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    found = json.loads(report.read_text())["results"]
+    assert list(found[launch]) == teachers
+    for teacher, cells in found[launch].items():
+        for method, cell in cells.items():
+            if teacher.startswith("cached") and method == "GKD on-policy":
+                assert "never seen twice" in cell["refused"]
+                continue
+            assert len(cell["loss"]) == 2 and all(loss > 1e-3 for loss in cell["loss"])
+            expected = found["single"][reference_of(teacher)][method]
+            assert max(differences(expected, cell)) < 1e-5, (teacher, method, cell, expected)
+
+
+def test_a_partitioned_teacher_takes_half_and_is_never_whole(tmp_path, environment):
+    """Of a teacher of 318 MiB: what a process holds, and what it holds at the peak of loading and of a forward."""
+    command = [sys.executable, str(BENCHMARKS / "teacher_memory.py"), "--placements", "zero3", "fsdp2"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for placement, found in json.loads((tmp_path / "out.json").read_text())["results"].items():
+        held = found["private, afterwards"] + (found["mapped files, afterwards"] if placement == "fsdp2" else 0)
+        assert held < 0.85 * 318, placement  # a half, and what DeepSpeed and the first forward leave behind
+        assert found["private, more at the peak of a forward"] < 0.35 * 318, placement
+        assert found["private, peak while loading"] < 0.9 * 318, placement
