@@ -179,6 +179,7 @@ def test_a_task_of_ones_own_through_lm_eval(config, saved, tmp_path):
         "doc_to_text": "{{question}}",
         "doc_to_target": "{{label}}",
         "doc_to_choice": ["3", "5"],
+        "target_delimiter": "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(task))
