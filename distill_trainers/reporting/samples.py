@@ -1,0 +1,90 @@
+"""What the models wrote for the same prompts, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..evaluation.results import EvaluationResults, Sample
+from .markup import Html, el, missing, section, shortened
+from .runs import Run
+from .scores import heading, how_to_evaluate, in_order
+
+_LONGEST = 4000  # characters of a text
+_SIGNS = {"right": "✓", "wrong": "✗"}
+
+
+def samples(runs: Sequence[Run]) -> Html:
+    """A card for each prompt."""
+    cards: list[Any] = []
+    for run in runs:
+        if run.evaluation is not None and run.evaluation.samples:
+            found = [_card(each, run.evaluation, i) for i, each in enumerate(run.evaluation.samples, 1)]
+        elif isinstance(run.metrics.get("samples"), list):
+            found = [_demo_card(each, i) for i, each in enumerate(run.metrics["samples"], 1) if isinstance(each, dict)]
+        else:
+            continue
+        cards += [el("h3", run.name) if len(runs) > 1 else None, *found]
+    if not cards:
+        return section("samples", "Samples", missing("Samples need an evaluation with prompts, and ",
+                       el("code", "shown_samples"), " above 0. ", how_to_evaluate()))  # fmt: skip
+    return section("samples", "Samples", _filter(), el("div", cards, class_="cards", id="cards"))
+
+
+def _filter() -> Html:
+    """Asks which cards are shown; of use with the page's script only, so hidden without it."""
+    verdicts = [el("option", each, value=each) for each in ("right", "wrong", "no answer", "undecided")]
+    return el(
+        "form",
+        el("label", "Only those with the text ", el("input", type="search", id="wanted-text")),
+        el(
+            "label",
+            "Answered by any model ",
+            el("select", el("option", "as it may be", value=""), verdicts, id="verdict"),
+        ),
+        el("output", id="shown-cards", for_="wanted-text verdict"),
+        class_="filter",
+        role="search",
+        aria_label="Samples",
+        hidden=True,
+    )
+
+
+def _card(sample: Sample, results: EvaluationResults, number: int) -> Html:
+    models = in_order(results)
+    written = [
+        _text(heading(model), sample.completions[model.name]) for model in models if model.name in sample.completions
+    ]
+    greedy = [
+        _text(f"{heading(model)}, greedy", sample.greedy[model.name], sample.verdicts.get(model.name))
+        for model in models
+        if model.name in sample.greedy
+    ]
+    references = [_text("Reference", each) for each in sample.references[:3]]
+    answer = _text("Right answer", sample.answer) if sample.answer is not None else None
+    return el(
+        "article",
+        el("h4", f"Row {sample.index}", id=f"sample-{number}-{sample.index}"),
+        el("div", _text("Prompt", sample.prompt), answer, references, class_="given"),
+        el("div", written, class_="side"),
+        el("div", greedy, class_="side") if greedy else None,
+        class_="card",
+        data_verdicts=" ".join(sorted({verdict.replace(" ", "-") for verdict in sample.verdicts.values()})),
+    )
+
+
+def _demo_card(sample: dict[str, Any], number: int) -> Html:
+    """An entry of `samples` of metrics.json: the prompt, and text by model."""
+    texts = [_text(name, text) for name, text in sample.items() if name != "prompt" and isinstance(text, str)]
+    prompt = el("div", _text("Prompt", str(sample.get("prompt", ""))), class_="given")
+    return el("article", el("h4", f"Prompt {number}"), prompt, el("div", texts, class_="side"), class_="card")
+
+
+def _text(title: str, text: str, verdict: str | None = None) -> Html:
+    said = (
+        el("small", f"{_SIGNS.get(verdict, '–')} {verdict}", class_=f"verdict {verdict.split()[0]}")
+        if verdict
+        else None
+    )
+    shown = shortened(text, _LONGEST) if text else Html("<i>empty</i>")
+    return el("div", el("h5", title, " ", said), el("p", shown, class_="text", dir="auto"))
