@@ -15,7 +15,7 @@ from .axes import Scale, nice_ticks, short, spread
 from .markup import Html, el, join
 
 WIDTH, HEIGHT = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 12, 46
 _MAX_POINTS = 400
 STYLES = 8
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 4", "6 2 1 2 1 2")
@@ -85,18 +85,19 @@ def _axes(x: Scale, y: Scale, x_ticks: list[float], y_ticks: list[float], x_labe
     parts.append(_line(x.start, y.start, x.end, y.start, class_="axis"))
     parts.append(_text((x.start + x.end) / 2, y.start + 36, x_label, class_="middle label"))
     middle = (y.start + y.end) / 2
-    parts.append(_text(11, middle, y_label, class_="middle label", transform=f"rotate(-90 11 {middle:g})"))
+    parts.append(_text(12, middle, y_label, class_="middle label", transform=f"rotate(-90 12 {middle:g})"))
     return parts
 
 
 def _scales(
-    xs: tuple[float, float], ys: tuple[float, float], height: float = HEIGHT
+    xs: tuple[float, float], ys: tuple[float, float], height: float = HEIGHT, *, whole: bool = False
 ) -> tuple[Scale, Scale, list[float], list[float]]:
     y_ticks, x_ticks = nice_ticks(*ys), nice_ticks(*xs, wanted=6)
     y = Scale(y_ticks[0], y_ticks[-1], height - _BOTTOM, _TOP)
     low, high = (xs[0], xs[1]) if xs[1] > xs[0] else (x_ticks[0], x_ticks[-1])
     x = Scale(low, high, _LEFT, WIDTH - _RIGHT)
-    return x, y, [value for value in x_ticks if low <= value <= high], y_ticks
+    shown = [value for value in x_ticks if low <= value <= high and (value == int(value) or not whole)]
+    return x, y, shown, y_ticks
 
 
 def marker(style: int, x: float, y: float, size: float = 4.0) -> Html:
@@ -135,7 +136,8 @@ def line_chart(
     ys = spread([y for s in drawn for _, y in s.points] + [v for s in drawn for _, *b in s.band for v in b], zero=zero)
     if limits is not None:
         xs, ys = limits
-    x, y, x_ticks, y_ticks = _scales(xs, ys)
+    whole = all(x == int(x) for s in drawn for x, _ in s.points)  # steps and tokens have no halves
+    x, y, x_ticks, y_ticks = _scales(xs, ys, whole=whole and limits is None)
     parts: list[Any] = _axes(x, y, x_ticks, y_ticks, x_label, y_label)
     if diagonal:
         parts.append(_line(x(xs[0]), y(xs[0]), x(xs[1]), y(xs[1]), class_="reference"))

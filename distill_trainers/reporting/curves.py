@@ -83,7 +83,8 @@ def _unit(name: str) -> str:
         return "share"
     if stem.endswith(("kl", "jsd", "divergence", "loss", "nll")):
         return "nats per token"
-    return {"completion_length": "tokens", "grad_norm": "norm", "learning_rate": "rate"}.get(stem, "value")
+    units = {"completion_length": "tokens", "grad_norm": "norm", "learning_rate": "rate", "rollouts": "rollouts"}
+    return "perplexity" if stem.endswith("perplexity") else units.get(stem, "value")
 
 
 def _numbers(title: str, series: Sequence[Series]) -> Html:

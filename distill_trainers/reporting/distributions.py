@@ -9,7 +9,7 @@ import numpy as np
 
 from ..evaluation.measures import AGREEMENT, MEASURES
 from ..evaluation.results import EvaluationResults, ModelResults, PositionCurve
-from .axes import short
+from .axes import nice_ticks, short
 from .charts import Series, histogram_chart, legend, line_chart
 from .markup import Html, el, figure, missing, section, table
 from .runs import Run
@@ -28,14 +28,14 @@ def distributions(runs: Sequence[Run]) -> Html:
         if len(runs) > 1 and run.evaluation is not None:
             parts.append(el("h3", run.name))
         if run.evaluation is not None:
-            parts += _of_evaluation(run.evaluation)
+            parts += _of_evaluation(run.evaluation, f"h{3 if len(runs) == 1 else 4}")
     if not parts:
         parts = [missing("Divergence by position, lengths, diversity and calibration need an evaluation. ",
                          how_to_evaluate())]  # fmt: skip
     return section("distributions", "Where they part, and how they write", parts)
 
 
-def _of_evaluation(results: EvaluationResults) -> list[Any]:
+def _of_evaluation(results: EvaluationResults, tag: str) -> list[Any]:
     groups = (
         ("Divergence by position", _positions(results), "agreement"),
         ("Tokens per completion", _lengths(results), "diversity"),
@@ -47,7 +47,7 @@ def _of_evaluation(results: EvaluationResults) -> list[Any]:
     parts: list[Any] = [signs]
     for title, drawn, metric in groups:
         kept = [each for each in drawn if each is not None]
-        parts.append(el("h4", title))
+        parts.append(el(tag, title))
         if kept:
             parts.append(el("div", kept, class_="charts"))
         else:
@@ -144,7 +144,7 @@ def _diversity(results: EvaluationResults) -> list[Html]:
         everything = [v for each in values.values() for v in each]
         if not everything:
             continue
-        edges = np.linspace(min(0.0, *everything), max(100.0, *everything), 11)
+        edges = np.array(nice_ticks(min(everything), max(everything), wanted=12))
         counts = {model: np.histogram(each, edges)[0].tolist() for model, each in values.items() if each}
         most = max(100 * max(each) / sum(each) for each in counts.values())
         label = f"{info.title} ({'%' if scale == 100 else info.unit})"

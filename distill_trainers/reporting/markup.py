@@ -1,4 +1,4 @@
-"""HTML by functions that escape: text becomes markup only by `el`, so nothing of data or models is ever read as such."""
+"""HTML by functions that escape: text becomes markup only by `el`, so nothing of data or models is read as such."""
 
 from __future__ import annotations
 
@@ -78,6 +78,12 @@ def table(caption: Any, headings: Sequence[Any], rows: Iterable[Sequence[Any]], 
     inner = el("table", el("caption", caption), el("thead", head), el("tbody", body), class_=numbers and "numbers")
     label = caption if not isinstance(caption, Html) else re.sub(r"<[^>]*>", "", html.unescape(caption))
     return el("div", inner, class_="scroll", role="region", aria_label=label, tabindex="0")
+
+
+def stacked(shown: str) -> Html:
+    """A value, and its interval in brackets on a line of its own."""
+    value, bracket, rest = shown.partition(" [")
+    return join([value, el("small", f"[{rest}", class_="interval") if bracket else None])
 
 
 def figure(

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from ..evaluation.results import EvaluationResults
-from ..evaluation.tables import number, share_of_gap, tables_of, with_interval
+from ..evaluation.tables import share_of_gap, tables_of, with_interval
 from .axes import short
-from .markup import Html, el, missing, section, table
+from .markup import Html, el, missing, section, stacked, table
 from .runs import Run
 
 Fact = tuple[str, Callable[[Run], Any]]
@@ -99,13 +99,14 @@ def _evaluated(run: Run, results: EvaluationResults, *, alone: bool) -> Html:
     data, told = results.data, results.environment
     models = [[model.name, model.role, model.source] for model in results.models]
     versions = ", ".join(f"{name} {value}" for name, value in told.items())
+    written = results.created[:16].replace("T", " ") + " UTC"
     notes = [el("li", note) for note in (*results.notes, *(f"{m.name}: {n}" for m in results.models for n in m.notes))]
     return el(
         "div",
         table("Models that were evaluated" + ("" if alone else f" for {run.name}"), ["", "role", "from"], models,
               numbers=False),
-        el("p", f"Evaluated on {data.get('rows', 0):,} rows of {data.get('name', 'the data')}; the text that models are "
-                f"made to read is that of {data.get('reference_text', 'the data')}. {results.created}. {versions}."),
+        el("p", f"Evaluated on {data.get('rows', 0):,} rows of {data.get('name', 'the data')}; the text that models "
+                f"are made to read is that of {data.get('reference_text', 'the data')}. {written}. {versions}."),
         el("ul", notes) if notes else None,
     )  # fmt: skip
 
@@ -220,6 +221,13 @@ def comparison(runs: Sequence[Run]) -> Html:
     if names:
         rows = [[titled(name), *(short(logged[run.name].get(name)) for run in runs)] for name in names]
         parts.append(table("End of training: last evaluation of each run", ["", *(run.name for run in runs)], rows))
+    settings = {run.name: run.record.get("recipe") or {} for run in runs}
+    keys = list(dict.fromkeys(key for each in settings.values() for key in each))
+    differing = [key for key in keys if len({str(each.get(key)) for each in settings.values()}) > 1]
+    if differing:
+        rows = [[key, *(_setting(settings[run.name].get(key)) for run in runs)] for key in differing]
+        caption = "Settings that differ (– is the default)"
+        parts.append(table(caption, ["", *(run.name for run in runs)], rows, numbers=False))
     evaluated = [(run, run.evaluation) for run in runs if run.evaluation is not None]
     columns = [(run, results, model) for run, results in evaluated for model in results.of_role("student")]
     if columns:
@@ -229,24 +237,34 @@ def comparison(runs: Sequence[Run]) -> Html:
         ]
         infos = {name: info for _, results in evaluated for name, info in results.measures.items()}
         scores = [
-            [info.title, *(with_interval(s, info.unit) if (s := m.scores.get(name)) else "–" for _, _, m in columns)]
+            [
+                info.title,
+                *(stacked(with_interval(s, info.unit)) if (s := m.scores.get(name)) else "–" for _, _, m in columns),
+            ]
             for name, info in infos.items()
         ]
         parts.append(table("Scores of the students, with intervals", heads, scores))
         gaps = [
-            [info.title, *(share_of_gap(s.gap_closed if (s := m.scores.get(name)) else None) for _, _, m in columns)]
+            [
+                info.title,
+                *(stacked(share_of_gap(s.gap_closed if (s := m.scores.get(name)) else None)) for _, _, m in columns),
+            ]
             for name, info in infos.items()
         ]
         gaps = [row for row in gaps if any(cell != "–" for cell in row[1:])]
         if gaps:
             parts.append(table("Gap to the teacher that was closed (in brackets: within noise)", heads, gaps))
-    differing = _differing([results for _, results in evaluated])
-    if differing:
-        parts.append(missing(f"These evaluations differ in {differing}: compare their scores with care, or evaluate all "
-                             "students together with ", el("code", "students"), "."))  # fmt: skip
+    unlike = _unlike([results for _, results in evaluated])
+    if unlike:
+        parts.append(missing(f"These evaluations differ in {unlike}: compare their scores with care, or evaluate "
+                             "all students together with ", el("code", "students"), "."))  # fmt: skip
     if len(evaluated) < len(runs) and not columns:
         parts.append(missing("Scores with intervals need an evaluation of each run; see Scores."))
     return section("comparison", "Runs compared", parts)
+
+
+def _setting(value: Any) -> Any:
+    return "–" if value is None else yaml.safe_dump(value).removesuffix("...\n").strip()
 
 
 def _last_scores(run: Run) -> dict[str, float]:
@@ -280,7 +298,7 @@ _TITLES = {
 }
 
 
-def _differing(evaluations: Sequence[EvaluationResults]) -> str:
+def _unlike(evaluations: Sequence[EvaluationResults]) -> str:
     """In what evaluations differ that makes their scores hard to compare."""
     found = []
     for title, tell in (
@@ -293,7 +311,3 @@ def _differing(evaluations: Sequence[EvaluationResults]) -> str:
         if any(tell(each) != tell(evaluations[0]) for each in evaluations[1:]):
             found.append(title)
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
-
-
-def number_of(value: float | None, unit: str) -> str:
-    return number(value, unit)

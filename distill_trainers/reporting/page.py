@@ -16,7 +16,7 @@ from .markup import Html, el
 from .overview import comparison, cost, what_was_run
 from .runs import Run
 from .samples import samples
-from .scores import scores
+from .scores import glance, scores
 from .tokens import tokens
 
 FILE_NAME = "report.html"
@@ -41,7 +41,8 @@ def report_page(runs: Sequence[Run]) -> str:
     style, script = _asset("report.css"), _asset("report.js")
     # Whatever text the page shows, no other script than its own can run, and nothing can be fetched.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; "
+    policy += "form-action 'none'"
     head = el(
         "head",
         el("meta", charset="utf-8"),
@@ -58,7 +59,7 @@ def report_page(runs: Sequence[Run]) -> str:
         el("a", "To the content", href="#content", class_="skip"),
         el("header", el("h1", "Distillation report"), el("p", names), class_="top"),
         el("nav", links, aria_label="Sections"),
-        el("main", [content for _, _, content in body], id="content"),
+        el("main", glance(runs), [content for _, _, content in body], id="content"),
         el("footer", el("p", f"Written by distill-trainers, {now}.")),
         el("script", Html(script)),
     )

@@ -11,17 +11,22 @@ from .runs import Run
 from .scores import heading, how_to_evaluate, in_order
 
 _LONGEST = 4000  # characters of a text
+_SHORT = 70  # characters of a prompt in the title of a card
+_OPEN = 5  # cards that are unfolded from the start
 _SIGNS = {"right": "✓", "wrong": "✗"}
 
 
 def samples(runs: Sequence[Run]) -> Html:
     """A card for each prompt."""
     cards: list[Any] = []
+    tag = "h3" if len(runs) == 1 else "h4"
     for run in runs:
         if run.evaluation is not None and run.evaluation.samples:
-            found = [_card(each, run.evaluation, i) for i, each in enumerate(run.evaluation.samples, 1)]
+            found = [_card(each, run.evaluation, tag, i < _OPEN) for i, each in enumerate(run.evaluation.samples)]
         elif isinstance(run.metrics.get("samples"), list):
-            found = [_demo_card(each, i) for i, each in enumerate(run.metrics["samples"], 1) if isinstance(each, dict)]
+            found = [
+                _demo_card(each, i, tag) for i, each in enumerate(run.metrics["samples"], 1) if isinstance(each, dict)
+            ]
         else:
             continue
         cards += [el("h3", run.name) if len(runs) > 1 else None, *found]
@@ -42,6 +47,8 @@ def _filter() -> Html:
             "Answered by any model ",
             el("select", el("option", "as it may be", value=""), verdicts, id="verdict"),
         ),
+        el("button", "Unfold all", type="button", data_fold="cards", value="open"),
+        el("button", "Fold all", type="button", data_fold="cards"),
         el("output", id="shown-cards", for_="wanted-text verdict"),
         class_="filter",
         role="search",
@@ -50,7 +57,7 @@ def _filter() -> Html:
     )
 
 
-def _card(sample: Sample, results: EvaluationResults, number: int) -> Html:
+def _card(sample: Sample, results: EvaluationResults, tag: str, opened: bool) -> Html:
     models = in_order(results)
     written = [
         _text(heading(model), sample.completions[model.name]) for model in models if model.name in sample.completions
@@ -62,22 +69,32 @@ def _card(sample: Sample, results: EvaluationResults, number: int) -> Html:
     ]
     references = [_text("Reference", each) for each in sample.references[:3]]
     answer = _text("Right answer", sample.answer) if sample.answer is not None else None
-    return el(
-        "article",
-        el("h4", f"Row {sample.index}", id=f"sample-{number}-{sample.index}"),
+    return _folded(
+        tag,
+        f"Row {sample.index}",
+        sample.prompt,
+        opened,
         el("div", _text("Prompt", sample.prompt), answer, references, class_="given"),
         el("div", written, class_="side"),
         el("div", greedy, class_="side") if greedy else None,
-        class_="card",
         data_verdicts=" ".join(sorted({verdict.replace(" ", "-") for verdict in sample.verdicts.values()})),
     )
 
 
-def _demo_card(sample: dict[str, Any], number: int) -> Html:
+def _demo_card(sample: dict[str, Any], number: int, tag: str) -> Html:
     """An entry of `samples` of metrics.json: the prompt, and text by model."""
     texts = [_text(name, text) for name, text in sample.items() if name != "prompt" and isinstance(text, str)]
-    prompt = el("div", _text("Prompt", str(sample.get("prompt", ""))), class_="given")
-    return el("article", el("h4", f"Prompt {number}"), prompt, el("div", texts, class_="side"), class_="card")
+    text = str(sample.get("prompt", ""))
+    prompt = el("div", _text("Prompt", text), class_="given")
+    return _folded(tag, f"Prompt {number}", text, number <= _OPEN, prompt, el("div", texts, class_="side"))
+
+
+def _folded(tag: str, title: str, prompt: str, opened: bool, *children: Any, **attributes: Any) -> Html:
+    """A card that can be folded to its title and the end of its prompt, which is what tells prompts apart."""
+    end = " ".join(prompt.split())
+    short = el("small", el("bdi", end if len(end) <= _SHORT else f"…{end[-_SHORT:]}"))
+    summary = el("summary", el(tag, title), short)
+    return el("details", summary, children, class_="card", open=opened, **attributes)
 
 
 def _text(title: str, text: str, verdict: str | None = None) -> Html:
@@ -87,4 +104,4 @@ def _text(title: str, text: str, verdict: str | None = None) -> Html:
         else None
     )
     shown = shortened(text, _LONGEST) if text else Html("<i>empty</i>")
-    return el("div", el("h5", title, " ", said), el("p", shown, class_="text", dir="auto"))
+    return el("div", el("p", title, " ", said, class_="who"), el("p", shown, class_="text", dir="auto"))

@@ -9,7 +9,7 @@ from ..evaluation.results import EvaluationResults, MeasureInfo, ModelResults, S
 from ..evaluation.tables import number, share_of_gap, with_interval
 from .axes import short
 from .charts import interval_chart
-from .markup import Html, el, figure, join, missing, section, table
+from .markup import Html, el, figure, join, missing, section, stacked, table
 from .overview import titled
 from .runs import Run
 
@@ -32,9 +32,8 @@ def style_of(results: EvaluationResults, model: ModelResults) -> int:
 
 
 def heading(model: ModelResults) -> str:
-    """A model's name and what it is, where the name does not say so."""
-    said = {"baseline": "before", "student": "after", "teacher": "teacher"}.get(model.role, model.role)
-    return model.name if model.name == said else f"{model.name} ({said})" if model.name != model.role else said
+    """What a model is called: what it is, if it has no name of its own."""
+    return {"baseline": "before", "student": "after"}.get(model.name, model.name)
 
 
 def how_to_evaluate() -> Html:
@@ -45,6 +44,38 @@ def how_to_evaluate() -> Html:
             " puts an evaluation into the run's folder, and the next report shows it.",
         ]
     )  # fmt: skip
+
+
+def glance(runs: Sequence[Run]) -> Html | None:
+    """How much of the gap each student closed, in a few measures; nothing where no evaluation tells."""
+    tiles: list[Html] = []
+    found = [(run, run.evaluation, m) for run in runs if run.evaluation for m in run.evaluation.of_role("student")]
+    for run, results, model in found:
+        names = [name for name in _GLANCE if (s := model.scores.get(name)) and s.gap_closed and s.gap_closed.decided]
+        most = _MOST_TILES if len(found) == 1 else 2
+        tiles += [_tile(run if len(runs) > 1 else None, model, name, results) for name in names[:most]]
+    return section("glance", "At a glance", el("ul", tiles, class_="tiles")) if tiles else None
+
+
+_GLANCE = ("kl", "accuracy", "rouge_l", "student_text_kl", "perplexity", "top1_agreement")
+_MOST_TILES = 4
+
+
+def _tile(run: Run | None, model: ModelResults, name: str, results: EvaluationResults) -> Html:
+    info = results.measures[name]
+    before, teacher = (results.of_role(role)[0].scores[name].value for role in ("baseline", "teacher"))
+    own = model.scores[name]
+    share, _, interval = share_of_gap(own.gap_closed).partition(" [")
+    called = model.name if len(results.of_role("student")) > 1 else ""
+    whose = ", ".join(filter(None, [run.name if run else "", called]))
+    values = " → ".join(number(value, info.unit) for value in (before, own.value))
+    return el(
+        "li",
+        el("p", f"{whose}: {info.title}" if whose else info.title, class_="who"),
+        el("p", share, class_="big"),
+        el("p", f"of the gap closed [{interval}" if interval else "of the gap closed"),
+        el("p", f"{values}; teacher {number(teacher, info.unit)}".replace(" %", "\u00a0%")),
+    )
 
 
 def scores(runs: Sequence[Run]) -> Html:
@@ -74,22 +105,20 @@ def _of_evaluation(results: EvaluationResults) -> list[Any]:
     models, students = in_order(results), results.of_role("student")
     confidence = results.settings.get("confidence", 0.95)
     gaps = any(s.gap_closed for model in students for s in model.scores.values())
-    suffixes = [f" of {model.name}" if len(students) > 1 else "" for model in students]
-    changes = [f"Change{suffix}" for suffix in suffixes] if any(
-        s.difference for model in students for s in model.scores.values()
-    ) else []  # fmt: skip
-    closed = [f"Gap closed{suffix}" for suffix in suffixes] if gaps else []
+    changes = len(students) == 1 and any(s.difference for s in students[0].scores.values())
+    suffixes = [f" by {heading(model)}" if len(students) > 1 else "" for model in students] if gaps else []
     rows = []
     for name, info in results.measures.items():
         found = [model.scores.get(name) for model in models]
         own = [model.scores.get(name) for model in students]
-        cells = [with_interval(Score(s.value, s.low, s.high), info.unit) if s else "–" for s in found]
+        cells = [stacked(with_interval(Score(s.value, s.low, s.high), info.unit)) if s else "–" for s in found]
         cells += [_change(s.difference, info) if s and s.difference else "–" for s in own] if changes else []
-        cells += [share_of_gap(s.gap_closed) if s else "–" for s in own] if closed else []
+        cells += [stacked(share_of_gap(s.gap_closed)) if s else "–" for s in own] if gaps else []
         rows.append([_measure(info), *cells])
+    heads = ["", *map(heading, models), *(["change"] if changes else []), *(f"gap closed{each}" for each in suffixes)]
     caption = f"Scores with {100 * confidence:g} % intervals (bootstrap over prompts)"
     parts: list[Any] = [
-        table(caption, ["", *map(heading, models), *changes, *closed], rows),
+        table(caption, heads, rows),
         el("p", "Gap closed: (after − before) / (teacher − before). 100 % is all of it. In brackets: teacher and "
                 "student before training differ by no more than noise, so the share says little.", class_="note"),
     ]  # fmt: skip
@@ -116,12 +145,12 @@ def _measure(info: MeasureInfo) -> Html:
 def _change(difference: Score, info: MeasureInfo) -> Html:
     """The difference to before, with a word for its direction."""
     sign = "+" if difference.value is not None and difference.value > 0 else ""
-    shown = f"{sign}{with_interval(difference, info.unit)}"
+    shown = stacked(f"{sign}{with_interval(difference, info.unit)}")
     if difference.value is None or info.higher_is_better is None:
-        return join([shown])
+        return shown
     noise = difference.low is None or difference.high is None or difference.low <= 0 <= difference.high
     verdict = "within noise" if noise else "better" if (difference.value > 0) == info.higher_is_better else "worse"
-    return join([shown, " ", el("small", verdict, class_=verdict.split()[0])])
+    return join([shown, el("small", verdict, class_=f"verdict {verdict.split()[0]}")])
 
 
 def _intervals(name: str, info: MeasureInfo, results: EvaluationResults, models: Sequence[ModelResults]) -> Html | None:
@@ -131,7 +160,9 @@ def _intervals(name: str, info: MeasureInfo, results: EvaluationResults, models:
         s = model.scores.get(name)
         if s is not None and s.value is not None:
             low, high = (None if v is None else v * scale for v in (s.low, s.high))
-            rows.append((model.name, style_of(results, model), s.value * scale, low, high, number(s.value, info.unit)))
+            rows.append(
+                (heading(model), style_of(results, model), s.value * scale, low, high, number(s.value, info.unit))
+            )
     if not rows:
         return None
     unit = "%" if info.unit == "share" else info.unit

@@ -33,7 +33,7 @@ def tokens(runs: Sequence[Run]) -> Html:
     for run in runs:
         if run.evaluation is not None and run.evaluation.tokens:
             maps.append(el("h3", run.name) if len(runs) > 1 else None)
-            maps += [heat_map(each, run.evaluation, opened=i < _OPEN) for i, each in enumerate(run.evaluation.tokens)]
+            maps += [heat_map(each, opened=i < _OPEN) for i, each in enumerate(_in_order(run.evaluation))]
     if not maps:
         return section("tokens", "Token by token", missing(
             "Texts token by token need an evaluation with a teacher, the metric ", el("code", "agreement"), " and ",
@@ -46,13 +46,19 @@ def tokens(runs: Sequence[Run]) -> Html:
     controls = el(
         "form",
         el("label", "Shade by ", el("select", [el("option", t, value=n) for n, t in _TITLES.items()], id="shade")),
-        el("button", "Unfold all", type="button", id="unfold"),
-        el("button", "Fold all", type="button", id="fold"),
+        el("button", "Unfold all", type="button", data_fold="maps", value="open"),
+        el("button", "Fold all", type="button", data_fold="maps"),
         class_="filter",
         hidden=True,
     )
     card = el("div", id="token", role="status", hidden=True)
     return section("tokens", "Token by token", el("p", how), controls, _key(), el("div", maps, id="maps"), card)
+
+
+def _in_order(results: EvaluationResults) -> list[TokenComparison]:
+    """Texts of the students before those of what they were before."""
+    before = {model.name for model in results.of_role("baseline")}
+    return sorted(results.tokens, key=lambda each: each.model in before)
 
 
 def _key() -> Html:
@@ -82,16 +88,22 @@ def shown_token(token: str) -> str:
     return shortened(token, _LONGEST).replace("\t", "→\t").replace("\n", "↵\n")
 
 
-def heat_map(compared: TokenComparison, results: EvaluationResults, *, opened: bool) -> Html:
+def name_of(model: str) -> str:
+    """As the tables have it, with the word that says what it is."""
+    return {"baseline": "the student before", "student": "the student"}.get(model, model)
+
+
+def heat_map(compared: TokenComparison, *, opened: bool) -> Html:
     """One text: its tokens shaded, where the models part most, and the data that the page's script shows."""
     values = [value for value in compared.kl if value is not None]
     told = f"mean forward KL {number(sum(values) / len(values))}" if values else "no tokens"
-    wrote = f"text of {compared.model}" if compared.text == "student" else TEXTS.get(compared.text, compared.text)
-    title = f"Row {compared.example}, {wrote}" + (
-        f", as {compared.model} reads it" if compared.text != "student" and len(results.of_role("student")) else ""
+    name = name_of(compared.model)
+    title = f"Row {compared.example}, "
+    title += (
+        f"written by {name}" if compared.text == "student" else f"{TEXTS.get(compared.text, compared.text)}, {name}"
     )
     spans = "".join(
-        f'<span class="k{level(value)}"{FIRST if i == 0 else ""}>{escaped(shown_token(token))}</span>'
+        f'<span class="k{level(value)}"{_FIRST if i == 0 else ""}>{escaped(shown_token(token))}</span>'
         for i, (token, value) in enumerate(zip(compared.tokens, compared.kl, strict=False))
     )
     return el(
@@ -105,7 +117,7 @@ def heat_map(compared: TokenComparison, results: EvaluationResults, *, opened: b
     )
 
 
-FIRST = ' tabindex="0"'
+_FIRST = ' tabindex="0"'
 
 
 def _most_apart(compared: TokenComparison) -> Html | None:
@@ -121,7 +133,7 @@ def _most_apart(compared: TokenComparison) -> Html | None:
         for i in places
         if i < len(compared.tokens)
     ]
-    heads = ["place", "token", "forward KL", "student expects", "teacher expects"]
+    heads = ["place", "token", "forward KL", f"{name_of(compared.model)} expects", "the teacher expects"]
     return table("Where they part most", heads, rows, numbers=False) if rows else None
 
 
@@ -151,7 +163,7 @@ def _data(compared: TokenComparison) -> dict[str, Any]:
         "p": [_ints(compared.student_probability, 1e4), _ints(compared.teacher_probability, 1e4)],
         "top": [tops(compared.student_top), tops(compared.teacher_top)],
         "text": list(texts),
-        "names": [compared.model, "teacher"],
+        "names": [name_of(compared.model), "the teacher"],
     }
 
 

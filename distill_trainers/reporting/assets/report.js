@@ -22,6 +22,14 @@ for (const form of document.querySelectorAll("form.filter")) {
   form.addEventListener("submit", (event) => event.preventDefault());
 }
 
+for (const button of document.querySelectorAll("button[data-fold]")) {
+  button.addEventListener("click", () => {
+    for (const each of byId(button.dataset.fold).children) {
+      if (each.tagName === "DETAILS") each.open = button.value === "open";
+    }
+  });
+}
+
 // ---- The card of a token ----
 const maps = byId("maps");
 const card = byId("token");
@@ -50,21 +58,27 @@ function show(token) {
   make("p", told.map((name) => TITLES[name] + " " + (data[name][place] / 1000).toFixed(3)).join(", ") + " nats", card);
   const table = make("table", undefined, card);
   const row = make("tr", undefined, make("thead", undefined, table));
-  data.names.forEach((name, side) => {
-    make("th", name + ": this one " + percent(data.p[side][place] ?? -1) + "; expects", row).scope = "col";
-  });
+  for (const name of data.names) make("th", name, row).scope = "col";
   const body = make("tbody", undefined, table);
+  const given = make("tr", undefined, body);
+  for (const side of data.p) make("td", "gives it " + percent(side[place] ?? -1), given).className = "given";
   const [ours, theirs] = data.top.map((side) => side[place] || []);
   for (let i = 0; i < Math.max(ours.length, theirs.length); i += 2) {
     const line = make("tr", undefined, body);
     for (const side of [ours, theirs]) {
       const cell = make("td", undefined, line);
       if (i >= side.length) continue;
-      make("bdi", data.text[side[i]], cell);
+      const text = data.text[side[i]];
+      make(text === token.textContent ? "b" : "span", text, make("bdi", undefined, cell));
       cell.append(" " + percent(side[i + 1]));
     }
   }
   card.hidden = false;
+  put(token);
+}
+
+// Below the token where there is room, else above it.
+function put(token) {
   const box = token.getBoundingClientRect();
   const below = box.bottom + 8 + card.offsetHeight < innerHeight;
   card.style.top = Math.max(4, below ? box.bottom + 8 : box.top - 8 - card.offsetHeight) + "px";
@@ -97,9 +111,10 @@ if (maps) {
     next.tabIndex = 0;
     next.focus();
   });
-  addEventListener("scroll", hide, { passive: true });
-  byId("unfold").addEventListener("click", () => fold(true));
-  byId("fold").addEventListener("click", () => fold(false));
+  // The card goes along with a token that has the focus; one that was pointed at has moved away.
+  const follow = () => (here && here === document.activeElement ? put(here) : hide());
+  addEventListener("scroll", follow, { passive: true });
+  addEventListener("resize", follow, { passive: true });
   byId("shade").addEventListener("change", (event) => shade(event.target.value));
 }
 
@@ -116,10 +131,6 @@ function beside(token, direction) {
     if (away < nearest) [best, nearest] = [each, away];
   }
   return best;
-}
-
-function fold(open) {
-  for (const each of maps.children) if (each.tagName === "DETAILS") each.open = open;
 }
 
 function shade(measure) {
@@ -144,7 +155,7 @@ if (wanted) {
     const text = wanted.value.toLowerCase(), kind = verdict.value.replace(" ", "-");
     let shown = 0;
     cards.forEach((each, i) => {
-      const kept = texts[i].includes(text) && (!kind || each.dataset.verdicts.split(" ").includes(kind));
+      const kept = texts[i].includes(text) && (!kind || (each.dataset.verdicts || "").split(" ").includes(kind));
       each.hidden = !kept;
       shown += kept;
     });

@@ -1,9 +1,12 @@
-"""An evaluation with invented numbers of a realistic size, for the layout of reports. Nothing of it was measured."""
+"""Evaluations with invented numbers of a realistic size, for the layout of reports: nothing of them was measured."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
+
+import pytest
 
 from distill_trainers.evaluation.measures import AGREEMENT, MEASURES
 from distill_trainers.evaluation.results import (
@@ -46,7 +49,44 @@ _LEVELS = {
 }
 
 
-def made_up(samples: int = 8, tokens: int = 4, length: int = 48, students: int = 1, seed: int = 0) -> EvaluationResults:
+@pytest.fixture(scope="session")
+def made_up():
+    """`made_up(samples=…, tokens=…, length=…, students=…)`: results that `invent` invents."""
+    return invent
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """`run_folder(name, results)` leaves what a short training leaves, and an evaluation where there is one."""
+
+    def make(name="run", results=None, steps=40, record=True):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        log = [{"step": 0, "epoch": 0.0, "eval_loss": 1.9, "eval_kl": 1.8, "eval_top1_agreement": 0.3,
+                "eval_perplexity": 9.0, "eval_teacher_perplexity": 4.0}]  # fmt: skip
+        for step in range(10, steps + 1, 10):
+            terms = {"loss": 2 / step, "divergence": 1 / step, "lm_loss": 3.0, "grad_norm": 0.5}
+            rollouts = {"trained_tokens": 500.0, "rollouts": 16, "completion_length": 20.0}
+            log.append({"step": step, **terms, "learning_rate": 1e-4, **rollouts})
+        log.append({**log[0], "step": steps, "eval_kl": 0.6, "eval_loss": 0.7, "eval_perplexity": 5.0})
+        state = {"global_step": steps, "log_history": log}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+        if record:
+            session = {"started": "2026-01-02T03:04:05+00:00", "from_step": 0, "to_step": steps, "seconds": 90.0,
+                       "peak_mib": 2048.0, "energy_joules": 7200.0}  # fmt: skip
+            facts = {"format": "distill_trainers.run", "version": 1, "method": "GKD", "student": "small",
+                     "student_parameters": 12345, "teacher": "large", "device": "an accelerator", "processes": 2,
+                     "paper": {"title": "A paper", "authors": "Somebody", "year": "2024", "id": "2306.13649"},
+                     "versions": {"torch": "2.13.0"}, "recipe": {"learning_rate": 0.001, "lmbda": 0.5}}  # fmt: skip
+            (folder / "run.json").write_text(json.dumps({**facts, "sessions": [session]}))
+        if results is not None:
+            results.save(folder)
+        return folder
+
+    return make
+
+
+def invent(samples: int = 8, tokens: int = 4, length: int = 48, students: int = 1, seed: int = 0) -> EvaluationResults:
     """`samples` prompts side by side, and `tokens` texts of `length` tokens each as every student reads them."""
     rng = random.Random(seed)
     roles = [("teacher", "teacher"), ("baseline", "baseline"), ("student", "student")]
@@ -149,7 +189,9 @@ def _sample(rng: random.Random, index: int, names: list[str]) -> Sample:
 
 
 def _tokens(rng: random.Random, model: str, example: int, length: int, text: str) -> TokenComparison:
-    tokens = [f" {rng.choice(_WORDS)}" if rng.random() < 0.9 else rng.choice([",", ".", "\n", "ing"]) for _ in range(length)]
+    tokens = [
+        f" {rng.choice(_WORDS)}" if rng.random() < 0.9 else rng.choice([",", ".", "\n", "ing"]) for _ in range(length)
+    ]
     kl = [min(rng.expovariate(2.2), 6.0) for _ in range(length)]
     return TokenComparison(
         model=model,
