@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ from .markup import Html, data_script, el, escaped, join, missing, section, shor
 from .runs import Run
 from .scores import how_to_evaluate
 
-# Where one shade ends and the next begins, in nats; the divergence of Jensen and Shannon is at most ln 2 = 0.69.
+# Where one shade ends and the next begins, in 1/1000 nats as the page's script has its values; the divergence of Jensen
+# and Shannon is at most ln 2 = 0.693 nats.
 LEVELS = {
-    "kl": (0.05, 0.2, 0.5, 1.0, 2.0),
-    "reverse_kl": (0.05, 0.2, 0.5, 1.0, 2.0),
-    "jsd": (0.01, 0.05, 0.1, 0.2, 0.4),
+    "kl": (50, 200, 500, 1000, 2000),
+    "reverse_kl": (50, 200, 500, 1000, 2000),
+    "jsd": (10, 50, 100, 200, 400),
 }
 _TITLES = {"kl": "Forward KL", "reverse_kl": "Reverse KL", "jsd": "Jensen-Shannon"}
 _LONGEST = 60  # characters of a token
@@ -65,8 +67,8 @@ def _key() -> Html:
     """What the shades mean, by the measure that they are of."""
     keys = []
     for name, limits in LEVELS.items():
-        told = [f"below {limits[0]:g}", *(f"{a:g} to {b:g}" for a, b in zip(limits, limits[1:], strict=False))]
-        told.append(f"above {limits[-1]:g}")
+        nats = [f"{limit / 1000:g}" for limit in limits]
+        told = [f"below {nats[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(nats)), f"above {nats[-1]}"]
         entries = [el("li", el("span", text, class_=f"k{level}")) for level, text in enumerate(told)]
         keys.append(el("ul", el("li", f"{_TITLES[name]}, nats:"), entries, class_="key", data_shade=name,
                        hidden=name != "kl"))  # fmt: skip
@@ -74,8 +76,8 @@ def _key() -> Html:
 
 
 def level(value: float | None, measure: str = "kl") -> int:
-    """0 to 5."""
-    return 0 if value is None else bisect.bisect_right(LEVELS[measure], value)
+    """Shade of a divergence in nats, 0 to 5."""
+    return 0 if value is None else bisect.bisect_right(LEVELS[measure], round(1000 * value))
 
 
 def shown_token(token: str) -> str:

@@ -111,8 +111,8 @@ if (maps) {
     next.tabIndex = 0;
     next.focus();
   });
-  // The card goes along with a token that has the focus; one that was pointed at has moved away.
-  const follow = () => (here && here === document.activeElement ? put(here) : hide());
+  // The card goes along with its token, until that has neither the focus nor the pointer.
+  const follow = () => (here?.matches(":focus, :hover") ? put(here) : hide());
   addEventListener("scroll", follow, { passive: true });
   addEventListener("resize", follow, { passive: true });
   byId("shade").addEventListener("change", (event) => shade(event.target.value));
