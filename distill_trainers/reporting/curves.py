@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..evaluation.measures import MEASURES
 from .axes import short
 from .charts import Series, legend, line_chart
 from .markup import Html, el, figure, missing, section, table
@@ -14,7 +15,7 @@ from .runs import Run
 # Of every entry of the log; or of the last one, which sums up the run.
 _SILENT = {"epoch", "step", "total_flos", "train_loss", "train_runtime", "trained_tokens", "num_input_tokens_seen"}
 _PROGRESS = {"learning_rate", "grad_norm", "rollouts", "completion_length"}
-_TEACHER = "teacher_perplexity"
+_TEACHER = "eval_teacher_"  # its own score on the same data, beside the student's
 _SHOWN_NUMBERS = 60
 
 
@@ -26,7 +27,8 @@ def curves(runs: Sequence[Run]) -> Html:
         return section("curves", "Training", missing(how, el("code", "distill-trainers train"), " writes; in Python "
                                                      "it is trainer.save_state()."))  # fmt: skip
     names = [name for name in dict.fromkeys(n for run in logged for n in run.logged()) if name not in _SILENT]
-    names = [name for name in names if not name.endswith((*BOOKKEEPING, _TEACHER)) and not name.startswith("train_")]
+    names = [name for name in names if not name.endswith(BOOKKEEPING) and not name.startswith("train_")]
+    names = [name for name in names if _without_teacher(name) is None or _without_teacher(name) not in names]
     evaluated = [name for name in names if name.startswith("eval_")]
     progress = [name for name in names if name in _PROGRESS]
     terms = [name for name in names if name not in evaluated and name not in progress]
@@ -65,11 +67,9 @@ def _is_broken(value: Any) -> bool:
 
 def _chart(name: str, runs: Sequence[Run]) -> Html | None:
     series = [Series(run.name, run.curve(name), style) for style, run in enumerate(runs)]
-    if name.endswith("perplexity"):
-        series += [
-            Series(f"{run.name}, its teacher", run.curve(name.replace("perplexity", _TEACHER)), style + 4)
-            for style, run in enumerate(runs)
-        ]
+    teacher = _TEACHER + name.removeprefix("eval_")
+    if name.startswith("eval_"):
+        series += [Series(f"{r.name}, its teacher", r.curve(teacher), i + 4) for i, r in enumerate(runs)]
     series = [each for each in series if each.points]
     title = titled(name)
     drawing = line_chart(series, title=title, x_label="optimiser step", y_label=_unit(name))
@@ -77,8 +77,17 @@ def _chart(name: str, runs: Sequence[Run]) -> Html | None:
     return figure(title, drawing, legend=legend(signs), note=Html(el("code", name)), numbers=_numbers(title, series))
 
 
+def _without_teacher(name: str) -> str | None:
+    """The student's score to which that of the teacher belongs."""
+    return "eval_" + name.removeprefix(_TEACHER) if name.startswith(_TEACHER) else None
+
+
 def _unit(name: str) -> str:
     stem = name.removeprefix("eval_")
+    if stem in MEASURES and MEASURES[stem].unit:
+        return MEASURES[stem].unit
+    if stem.startswith("gap_closed_"):
+        return "share"
     if stem.endswith(("top1_agreement", "accuracy")):
         return "share"
     if stem.endswith(("kl", "jsd", "divergence", "loss", "nll")):

@@ -86,7 +86,7 @@ def _position_chart(
         count = curve.count or [_FEWEST] * len(curve.mean)
         reached = sum(n >= min(_FEWEST, max(count)) for n in count)
         rows = list(zip(curve.mean, curve.low, curve.high, strict=False))[:reached]
-        points = [(t + 1.0, mean) for t, (mean, _, _) in enumerate(rows)]
+        points = [(t + 1.0, mean) for t, (mean, _, _) in enumerate(rows) if mean is not None]
         band = [(t + 1.0, low, high) for t, (_, low, high) in enumerate(rows) if low is not None and high is not None]
         series.append(Series(heading(model), points, style_of(results, model), band))
     share = MEASURES[measure].unit == "share"

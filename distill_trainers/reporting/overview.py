@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from ..evaluation.results import EvaluationResults
+from ..evaluation.measures import MEASURES
+from ..evaluation.results import EvaluationResults, MeasureScore, Score
 from ..evaluation.tables import share_of_gap, tables_of, with_interval
 from .axes import short
 from .markup import Html, el, missing, section, stacked, table
@@ -237,11 +238,7 @@ def comparison(runs: Sequence[Run]) -> Html:
         ]
         infos = {name: info for _, results in evaluated for name, info in results.measures.items()}
         scores = [
-            [
-                info.title,
-                *(stacked(with_interval(s, info.unit)) if (s := m.scores.get(name)) else "–" for _, _, m in columns),
-            ]
-            for name, info in infos.items()
+            [info.title, *(_cell(m.scores.get(name), info.unit) for _, _, m in columns)] for name, info in infos.items()
         ]
         parts.append(table("Scores of the students, with intervals", heads, scores))
         gaps = [
@@ -263,6 +260,10 @@ def comparison(runs: Sequence[Run]) -> Html:
     return section("comparison", "Runs compared", parts)
 
 
+def _cell(score: MeasureScore | None, unit: str) -> Html:
+    return stacked("–" if score is None else with_interval(Score(score.value, score.low, score.high), unit))
+
+
 def _setting(value: Any) -> Any:
     return "–" if value is None else yaml.safe_dump(value).removesuffix("...\n").strip()
 
@@ -279,11 +280,12 @@ BOOKKEEPING = ("_runtime", "_per_second", "_tokens", "_time")
 
 def titled(name: str) -> str:
     """A logged name as a title: that of its measure, where it is one."""
-    from ..evaluation import MEASURES
-
     stem = name.removeprefix("eval_")
     if stem in MEASURES:
         return MEASURES[stem].title
+    for prefix, said in (("gap_closed_", "Gap closed"), ("teacher_", "Teacher")):
+        if stem.removeprefix(prefix) in MEASURES and stem not in _TITLES:
+            return f"{said}: {MEASURES[stem.removeprefix(prefix)].title}"
     return _TITLES.get(stem, stem.replace("_", " ").capitalize())
 
 

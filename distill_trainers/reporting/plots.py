@@ -115,15 +115,14 @@ def _plot_evaluation(results: EvaluationResults, folder: Path, prefix: str) -> l
 
 def _gaps(results: EvaluationResults) -> list[tuple[str, str, float, float, float]]:
     """Measure, student, share of the gap and its interval, in per cent; only where the gap is more than noise."""
-    return [
-        (info.title, model.name, 100 * gap.value, 100 * gap.low, 100 * gap.high)
-        for name, info in results.measures.items()
-        for model in results.of_role("student")
-        if (score := model.scores.get(name))
-        and (gap := score.gap_closed)
-        and gap.decided
-        and None not in (gap.value, gap.low, gap.high)
-    ]
+    found = []
+    for name, info in results.measures.items():
+        for model in results.of_role("student"):
+            gap = model.scores[name].gap_closed if name in model.scores else None
+            if gap is None or gap.value is None or gap.low is None or gap.high is None or not gap.decided:
+                continue
+            found.append((info.title, model.name, 100 * gap.value, 100 * gap.low, 100 * gap.high))
+    return found
 
 
 def _lines(file: Path, lines: Sequence[Any], x_label: str, y_label: str, *, diagonal: bool = False) -> list[Path]:
@@ -131,7 +130,11 @@ def _lines(file: Path, lines: Sequence[Any], x_label: str, y_label: str, *, diag
 
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for i, (name, xs, ys) in enumerate(lines):
-        look = {"linestyle": _LINES[i % len(_LINES)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
+        look: dict[str, Any] = {
+            "linestyle": _LINES[i % len(_LINES)],
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "markersize": 4,
+        }
         axis.plot(list(xs), list(ys), label=name, markevery=max(1, len(ys) // 8), **look)
     if diagonal:
         axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)

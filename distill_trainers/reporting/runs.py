@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from ..evaluation.results import FILE_NAME as EVALUATION_NAME
 from ..evaluation.results import EvaluationResults
 from ..exceptions import CheckpointError, ConfigurationError
-from ..trainers.checkpoints import TRAINER_STATE_NAME, find_last_complete_checkpoint
+from ..trainers.checkpoints import SAMPLES_NAME, TRAINER_STATE_NAME, find_last_complete_checkpoint
 from ..trainers.recording import read_record
 
 METRICS_NAME = "metrics.json"
@@ -31,6 +32,7 @@ class Run:
         history: entries of the trainer's log, each with its `step`.
         record: `run.json`; empty where there is none.
         metrics: `metrics.json`.
+        samples: texts by `prompt` and by who wrote them, as the training left them: those of its last evaluation.
         notes: what could not be read, for the reader of the report.
     """
 
@@ -39,6 +41,7 @@ class Run:
     steps: int = 0
     record: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
     evaluation: EvaluationResults | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -49,7 +52,7 @@ class Run:
 
     def curve(self, name: str) -> list[Point]:
         """(step, value) of a logged metric, in the order of the log; values that are not finite are left out."""
-        found = [(each["step"], each.get(name)) for each in self.history]
+        found: list[tuple[Any, Any]] = [(each["step"], each.get(name)) for each in self.history]
         return [(float(step), float(value)) for step, value in found if is_number(value)]
 
     def logged(self) -> list[str]:
@@ -108,6 +111,7 @@ def read_run(path: str | Path) -> Run:
     run = Run(path.resolve().name, record=read_record(path))
     _read_log(path, run)
     run.metrics = _read_json(path / METRICS_NAME, dict)
+    run.samples = _read_samples(path, run.metrics)
     for place in _EVALUATION_PLACES:
         if (path / place).is_file():
             run.evaluation = EvaluationResults.load(path / place)
@@ -140,6 +144,19 @@ def _read_log(folder: Path, run: Run) -> None:
     entries = [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
     run.history = [each for each in entries if is_number(each.get("step"))]
     run.steps = _steps(best)
+
+
+def _read_samples(folder: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of `samples.jsonl` from its last step, else those of `metrics.json`; damaged lines are left out."""
+    rows: list[dict[str, Any]] = []
+    file = folder / SAMPLES_NAME
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):  # half-written by a run that was killed
+            row = json.loads(line)
+            if isinstance(row, dict) and is_number(row.get("step")):
+                rows.append(row)
+    found: Any = [row for row in rows if row["step"] == rows[-1]["step"]] or metrics.get("samples")
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
 def _steps(state: dict[str, Any]) -> int:

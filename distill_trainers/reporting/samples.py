@@ -23,10 +23,8 @@ def samples(runs: Sequence[Run]) -> Html:
     for run in runs:
         if run.evaluation is not None and run.evaluation.samples:
             found = [_card(each, run.evaluation, tag, i < _OPEN) for i, each in enumerate(run.evaluation.samples)]
-        elif isinstance(run.metrics.get("samples"), list):
-            found = [
-                _demo_card(each, i, tag) for i, each in enumerate(run.metrics["samples"], 1) if isinstance(each, dict)
-            ]
+        elif run.samples:
+            found = [_logged_card(each, i, tag) for i, each in enumerate(run.samples, 1)]
         else:
             continue
         cards += [el("h3", run.name) if len(runs) > 1 else None, *found]
@@ -81,9 +79,9 @@ def _card(sample: Sample, results: EvaluationResults, tag: str, opened: bool) ->
     )
 
 
-def _demo_card(sample: dict[str, Any], number: int, tag: str) -> Html:
-    """An entry of `samples` of metrics.json: the prompt, and text by model."""
-    texts = [_text(name, text) for name, text in sample.items() if name != "prompt" and isinstance(text, str)]
+def _logged_card(sample: dict[str, Any], number: int, tag: str) -> Html:
+    """What the training itself wrote down: the prompt, and text by who wrote it."""
+    texts = [_text(name, text) for name, text in sample.items() if name != "prompt" and isinstance(text, str) and text]
     text = str(sample.get("prompt", ""))
     prompt = el("div", _text("Prompt", text), class_="given")
     return _folded(tag, f"Prompt {number}", text, number <= _OPEN, prompt, el("div", texts, class_="side"))

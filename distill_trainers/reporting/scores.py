@@ -15,7 +15,11 @@ from .runs import Run
 
 _DIRECTIONS = {True: "higher is better", False: "lower is better", None: ""}
 # In the log of a run: scores that its evaluations have, with what the teacher itself would have.
-_LOGGED = {"eval_kl": 0.0, "eval_top1_agreement": 1.0, "eval_perplexity": "eval_teacher_perplexity"}
+_LOGGED: dict[str, float | str] = {
+    "eval_kl": 0.0,
+    "eval_top1_agreement": 1.0,
+    "eval_perplexity": "eval_teacher_perplexity",
+}
 _DEMO = {"kl": "nats/token", "top1_agreement": "share"}
 
 
@@ -52,6 +56,8 @@ def glance(runs: Sequence[Run]) -> Html | None:
     found = [(run, run.evaluation, m) for run in runs if run.evaluation for m in run.evaluation.of_role("student")]
     for run, results, model in found:
         names = [name for name in _GLANCE if (s := model.scores.get(name)) and s.gap_closed and s.gap_closed.decided]
+        others = [*results.of_role("baseline"), *results.of_role("teacher")]
+        names = [name for name in names if len(others) == 2 and all(name in each.scores for each in others)]
         most = _MOST_TILES if len(found) == 1 else 2
         tiles += [_tile(run if len(runs) > 1 else None, model, name, results) for name in names[:most]]
     return section("glance", "At a glance", el("ul", tiles, class_="tiles")) if tiles else None

@@ -261,13 +261,31 @@ def test_metrics_of_a_demo():
         "student before": {"kl": 2.5},
         "student after": {"kl": 0.5},
     }
-    run = Run(
-        "demo",
-        metrics={"scores": scores, "samples": [{"prompt": "Why?", "teacher": "Because.", "student after": "So."}]},
-    )
+    run = Run("demo", metrics={"scores": scores}, samples=[{"prompt": "Why?", "teacher": "Because.", "student": "So."}])
     shown = Page(report_page([run]))
     assert "student before student after teacher Forward KL to the teacher 2.500 0.500 0.000" in shown.text
     assert "135,000,000" in shown.text and "Because." in shown.text and "Why?" in shown.text
+
+
+def test_the_teacher_stands_beside_the_student_in_the_curves():
+    history = [
+        {"step": s, "eval_rouge_l": 10.0 + s, "eval_teacher_rouge_l": 30.0, "eval_gap_closed_rouge_l": 0.5}
+        for s in (1, 2)
+    ]
+    shown = Page(report_page([Run("r", history=history)]))
+    assert "Rouge-L eval_rouge_l" in shown.text and "r, its teacher" in shown.text
+    assert "Gap closed: Rouge-L eval_gap_closed_rouge_l" in shown.text and "Teacher: Rouge-L" not in shown.text
+    assert "r, its teacher: from 30 at optimiser step 1 to 30 at 2" in shown.text
+
+
+def test_numbers_that_an_evaluation_could_not_take(page, made_up):
+    results = made_up()
+    model = results.model("student")
+    model.positions[0].mean[3] = model.positions[0].low[4] = None
+    model.scores["kl"].value = model.scores["kl"].low = None
+    results.tokens[0].kl[0] = None
+    model.scores["rouge_l"].per_seed[0] = None
+    assert "Forward KL to the teacher" in page(results).text
 
 
 # ---- Several runs ---------------------------------------------------------------------------------------------------

@@ -65,6 +65,15 @@ def test_no_run_there(run_folder, tmp_path):
         read_runs([])
 
 
+def test_samples_of_the_last_evaluation_in_training(run_folder):
+    folder = run_folder()
+    (folder / "metrics.json").write_text(json.dumps({"samples": [{"prompt": "demo"}, 5]}))
+    assert read_run(folder).samples == [{"prompt": "demo"}]
+    rows = [{"step": step, "prompt": "Why?", "student": f"at {step}"} for step in (0, 10)]
+    (folder / "samples.jsonl").write_text("\n".join([*map(json.dumps, rows), '{"step": 20, "pro']))
+    assert read_run(folder).samples == [rows[1]]
+
+
 def test_what_is_no_number_is_no_point(run_folder):
     folder = run_folder()
     state = {"global_step": "7", "log_history": [
