@@ -16,6 +16,7 @@ COMMANDS = {
     "pairs": ("pairs", "make preference pairs from a recipe's teacher, student and prompts"),
     "rationales": ("rationales", "chains of thought from a teacher: extract, parse, verify, dual"),
     "evaluate": ("evaluate", "score students beside their teacher, with intervals and the gap that was closed"),
+    "report": ("report", "write one HTML file that shows what runs did: curves, scores, texts token by token, cost"),
     "serve-teacher": ("serve_teacher", "answer the questions of trainers elsewhere about their tokens, over HTTP"),
     "import-gguf": ("import_gguf", "turn a GGUF checkpoint into an ordinary Hugging Face folder"),
     "demo": ("demo", "distil a real 135M teacher into a smaller student, and show how much nearer it came"),

@@ -48,6 +48,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
 
     from ..trainers import METHODS
     from ..trainers.callbacks import InterruptCallback
+    from ..trainers.recording import changed_settings
     from .progress import ProgressReport
 
     settings, args = recipe.run, recipe.args
@@ -80,6 +81,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
 
     trainer.remove_callback(PrinterCallback)  # ProgressReport takes its place
     trainer.add_callback(InterruptCallback(trainer))
+    trainer.recorder.recipe = changed_settings(settings) | changed_settings(recipe.model) | trainer.recorder.recipe
     return trainer
 
 

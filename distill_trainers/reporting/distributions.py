@@ -1,0 +1,203 @@
+"""Where models part and how they write: by position, lengths, diversity, calibration, exposure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.measures import AGREEMENT, MEASURES
+from ..evaluation.results import EvaluationResults, ModelResults, PositionCurve
+from .axes import nice_ticks, short
+from .charts import Series, histogram_chart, legend, line_chart
+from .markup import Html, el, figure, missing, section, table
+from .runs import Run
+from .scores import heading, how_to_evaluate, in_order, style_of
+
+TEXTS = {"reference": "reference text", "student": "the model's own text"}
+_FEWEST = 3  # completions behind a mean by position
+_SHOWN_NUMBERS = 40
+_DIVERSITY = ("distinct_4", "self_bleu")
+
+
+def distributions(runs: Sequence[Run]) -> Html:
+    """All of it for each run with an evaluation."""
+    parts: list[Any] = []
+    for run in runs:
+        if len(runs) > 1 and run.evaluation is not None:
+            parts.append(el("h3", run.name))
+        if run.evaluation is not None:
+            parts += _of_evaluation(run.evaluation, f"h{3 if len(runs) == 1 else 4}")
+    if not parts:
+        parts = [missing("Divergence by position, lengths, diversity and calibration need an evaluation. ",
+                         how_to_evaluate())]  # fmt: skip
+    return section("distributions", "Where they part, and how they write", parts)
+
+
+def _of_evaluation(results: EvaluationResults, tag: str) -> list[Any]:
+    groups = (
+        ("Divergence by position", _positions(results), "agreement"),
+        ("Tokens per completion", _lengths(results), "diversity"),
+        ("Diversity by prompt", _diversity(results), "diversity"),
+        ("Calibration of next tokens", _calibration(results), "calibration"),
+        ("Excess error by length", _exposure(results), "exposure_bias"),
+    )
+    signs = legend([(heading(model), style_of(results, model)) for model in in_order(results)])
+    parts: list[Any] = [signs]
+    for title, drawn, metric in groups:
+        kept = [each for each in drawn if each is not None]
+        parts.append(el(tag, title))
+        if kept:
+            parts.append(el("div", kept, class_="charts"))
+        else:
+            parts.append(
+                missing(
+                    "Not in this evaluation: it was made without ",
+                    el("code", metric),
+                    " in ",
+                    el("code", "metrics"),
+                    ", or what that needs (a teacher, prompts, completions) was not there.",
+                )  # fmt: skip
+            )
+    return parts
+
+
+def _positions(results: EvaluationResults) -> list[Html]:
+    drawn = []
+    for text, told in TEXTS.items():
+        for measure in AGREEMENT:
+            found = [
+                (model, curve)
+                for model in in_order(results)
+                for curve in model.positions
+                if (curve.text, curve.measure) == (text, measure) and curve.mean
+            ]
+            if found:
+                drawn.append(_position_chart(results, found, f"{MEASURES[measure].title}, on {told}", measure))
+    return drawn
+
+
+def _position_chart(
+    results: EvaluationResults, found: list[tuple[ModelResults, PositionCurve]], title: str, measure: str
+) -> Html:
+    series = []
+    for model, curve in found:
+        count = curve.count or [_FEWEST] * len(curve.mean)
+        reached = sum(n >= min(_FEWEST, max(count)) for n in count)
+        rows = list(zip(curve.mean, curve.low, curve.high, strict=False))[:reached]
+        points = [(t + 1.0, mean) for t, (mean, _, _) in enumerate(rows) if mean is not None]
+        band = [(t + 1.0, low, high) for t, (_, low, high) in enumerate(rows) if low is not None and high is not None]
+        series.append(Series(heading(model), points, style_of(results, model), band))
+    share = MEASURES[measure].unit == "share"
+    drawing = line_chart(
+        series, title=title, x_label="token of the completion", y_label=MEASURES[measure].unit, zero=not share
+    )
+    note = f"Positions that {_FEWEST} completions or more have reached."
+    return figure(title, drawing, note=note, numbers=_numbers(title, "token", series))
+
+
+def _numbers(title: str, first: str, series: Sequence[Series]) -> Html:
+    places = sorted({x for each in series for x, _ in each.points})
+    every = -(-len(places) // _SHOWN_NUMBERS)
+    found = [dict(each.points) for each in series]
+    rows = [[f"{x:g}", *(short(values.get(x)) for values in found)] for x in places[::every]]
+    caption = title if every == 1 else f"{title}, every {every} places"
+    return table(caption, [first, *(each.name for each in series)], rows)
+
+
+def _lengths(results: EvaluationResults) -> list[Html | None]:
+    models = [model for model in in_order(results) if model.lengths and sum(model.lengths.counts)]
+    most = max((100 * max(m.lengths.counts) / sum(m.lengths.counts) for m in models if m.lengths), default=None)
+    return [
+        _histogram(results, model, model.lengths.edges, model.lengths.counts, "tokens per completion", most)
+        for model in models
+        if model.lengths
+    ]
+
+
+def _histogram(
+    results: EvaluationResults,
+    model: ModelResults,
+    edges: Sequence[float],
+    counts: Sequence[int],
+    x_label: str,
+    most: float | None,
+) -> Html:
+    title = f"{heading(model)}: {x_label}"
+    drawing = histogram_chart(edges, counts, title=title, x_label=x_label, style=style_of(results, model), most=most)
+    rows = [[f"{short(a)} to {short(b)}", f"{n:,}"] for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+    return figure(title, drawing, numbers=table(title, [x_label, "count"], rows))
+
+
+def _diversity(results: EvaluationResults) -> list[Html]:
+    drawn = []
+    for name in _DIVERSITY:
+        if name not in results.measures:
+            continue
+        info, scale = results.measures[name], 100 if results.measures[name].unit == "share" else 1
+        values = {
+            model.name: [scale * v for v in model.scores[name].per_prompt if v is not None]
+            for model in in_order(results)
+            if name in model.scores
+        }
+        everything = [v for each in values.values() for v in each]
+        if not everything:
+            continue
+        edges = np.array(nice_ticks(min(everything), max(everything), wanted=12))
+        counts = {model: np.histogram(each, edges)[0].tolist() for model, each in values.items() if each}
+        most = max(100 * max(each) / sum(each) for each in counts.values())
+        label = f"{info.title} ({'%' if scale == 100 else info.unit})"
+        drawn += [
+            _histogram(results, results.model(m), edges.tolist(), each, label, most) for m, each in counts.items()
+        ]
+    return drawn
+
+
+def _calibration(results: EvaluationResults) -> list[Html]:
+    series, rows = [], []
+    for model in in_order(results):
+        bins = [
+            each
+            for each in model.calibration
+            if each.tokens and each.confidence is not None and each.accuracy is not None
+        ]
+        if bins:
+            points = sorted((each.confidence or 0.0, each.accuracy or 0.0) for each in bins)
+            series.append(Series(heading(model), points, style_of(results, model)))
+        rows += [
+            [
+                heading(model),
+                f"{each.low:.2g} to {each.high:.2g}",
+                f"{each.tokens:,}",
+                short(each.confidence),
+                short(each.accuracy),
+            ]
+            for each in bins
+        ]
+    if not series:
+        return []
+    title = "Accuracy of the likeliest token by its probability"
+    drawing = line_chart(
+        series, title=title, x_label="probability", y_label="accuracy", limits=((0, 1), (0, 1)), diagonal=True
+    )
+    heads = ["model", "bin", "tokens", "mean probability", "accuracy"]
+    note = "On the dotted line, a model is as often right as it is sure; below it, it is too sure."
+    return [figure(title, drawing, note=note, numbers=table(title, heads, rows))]
+
+
+def _exposure(results: EvaluationResults) -> list[Html]:
+    series = [
+        Series(
+            heading(model),
+            [(i + 1.0, v) for i, v in enumerate(model.exposure) if v is not None],
+            style_of(results, model),
+        )
+        for model in in_order(results)
+        if any(v is not None for v in model.exposure)
+    ]
+    if not series:
+        return []
+    title = "Excess error from exposure bias, up to a length"
+    drawing = line_chart(series, title=title, x_label="tokens of the completion", y_label="%", zero=True)
+    return [figure(title, drawing, numbers=_numbers(title, "tokens", series))]

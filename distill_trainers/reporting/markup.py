@@ -1,0 +1,112 @@
+"""HTML by functions that escape: text becomes markup only by `el`, so nothing of data or models is read as such."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Characters that would change how the text around them is shown, or not be seen at all: C0 and C1 controls but for tab
+# and line feed, marks of direction, the zero-width space, the byte order mark; and surrogates, which UTF-8 has not.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+class Html(str):
+    """Markup that is put into a page as it is."""
+
+
+def visible(text: str) -> str:
+    """`text` with characters that hide or reorder named by their number, such as `‹U+202E›`."""
+    return _HIDDEN.sub(lambda found: f"‹U+{ord(found[0]):04X}›", text.replace("\r\n", "\n"))
+
+
+def escaped(value: Any) -> Html:
+    """Any value as text of a page."""
+    return value if isinstance(value, Html) else Html(html.escape(visible(str(value))))
+
+
+def shortened(text: str, longest: int) -> str:
+    """`text`, cut where it is longer, with the number of characters left out; never within a combined character."""
+    if len(text) <= longest:
+        return text
+    cut = longest
+    while cut > longest // 2 and unicodedata.combining(text[cut]):
+        cut -= 1
+    return f"{text[:cut]}… (+{len(text) - cut:,})"
+
+
+def el(tag: str, *children: Any, **attributes: Any) -> Html:
+    """An element; children that are no `Html` are escaped, None is left out, lists are taken apart.
+
+    Attributes: `class_` is `class`, `aria_label` is `aria-label`; True stands alone, None and False are left out.
+    """
+    head = "".join(
+        f" {name.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escaped(value)}"')
+        for name, value in attributes.items()
+        if value is not None and value is not False
+    )
+    inner = join(children)
+    return Html(f"<{tag}{head}>" if tag in _VOID else f"<{tag}{head}>{inner}</{tag}>")
+
+
+_VOID = {"meta", "input", "br", "hr"}
+
+
+def join(children: Iterable[Any]) -> Html:
+    """Children one after the other."""
+    parts = []
+    for child in children:
+        if child is None:
+            continue
+        parts.append(join(child) if isinstance(child, list | tuple) else escaped(child))
+    return Html("".join(parts))
+
+
+def table(caption: Any, headings: Sequence[Any], rows: Iterable[Sequence[Any]], *, numbers: bool = True) -> Html:
+    """A table whose first column names its rows; on a narrow screen it scrolls by itself, by keyboard too.
+
+    Args:
+        numbers: cells but the first are aligned to the right.
+    """
+    head = el("tr", [el("th", each, scope="col") for each in headings])
+    body = [el("tr", el("th", row[0], scope="row"), [el("td", each) for each in row[1:]]) for row in rows]
+    inner = el("table", el("caption", caption), el("thead", head), el("tbody", body), class_=numbers and "numbers")
+    label = caption if not isinstance(caption, Html) else re.sub(r"<[^>]*>", "", html.unescape(caption))
+    return el("div", inner, class_="scroll", role="region", aria_label=label, tabindex="0")
+
+
+def stacked(shown: str) -> Html:
+    """A value, and its interval in brackets on a line of its own."""
+    value, bracket, rest = shown.partition(" [")
+    return join([value, el("small", f"[{rest}", class_="interval") if bracket else None])
+
+
+def figure(
+    title: Any, drawing: Html, *, legend: Html | None = None, note: Any = None, numbers: Html | None = None
+) -> Html:
+    """A drawing with its title, and behind a switch the numbers in it."""
+    more = el("details", el("summary", "Numbers"), numbers, class_="data") if numbers else None
+    caption = el("figcaption", el("b", title), el("span", note) if note else None)
+    return el("figure", caption, drawing, legend, more)
+
+
+def missing(*sentence: Any) -> Html:
+    """What is not in the page, and how to get it."""
+    return el("p", sentence, class_="missing")
+
+
+def section(identity: str, title: Any, *children: Any, level: int = 2) -> Html:
+    return el("section", el(f"h{level}", title, id=identity), children, aria_labelledby=identity)
+
+
+def data_script(value: Any) -> Html:
+    """JSON for the page's own script; no text in it can end the element."""
+    written = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        written = written.replace(character, f"\\u{ord(character):04x}")
+    return el("script", Html(written), type="application/json")

@@ -1,0 +1,84 @@
+"""The report: one file that needs nothing else, from the runs that were read."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import importlib.resources
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..exceptions import writing
+from .curves import curves
+from .distributions import distributions
+from .markup import Html, el
+from .overview import comparison, cost, what_was_run
+from .runs import Run
+from .samples import samples
+from .scores import glance, scores
+from .tokens import tokens
+
+FILE_NAME = "report.html"
+SECTIONS: dict[str, tuple[str, Callable[[Sequence[Run]], Html]]] = {
+    "runs": ("Runs", what_was_run),
+    "comparison": ("Comparison", comparison),
+    "scores": ("Scores", scores),
+    "curves": ("Training", curves),
+    "tokens": ("Tokens", tokens),
+    "distributions": ("Distributions", distributions),
+    "samples": ("Samples", samples),
+    "cost": ("Cost", cost),
+}
+
+
+def report_page(runs: Sequence[Run]) -> str:
+    """The whole page as HTML."""
+    wanted = {name: each for name, each in SECTIONS.items() if name != "comparison" or len(runs) > 1}
+    body = [(name, title, build(runs)) for name, (title, build) in wanted.items()]
+    names = ", ".join(run.name for run in runs)
+    title = f"Distillation report: {names}"
+    style, script = _asset("report.css"), _asset("report.js")
+    # Whatever text the page shows, no other script than its own can run, and nothing can be fetched.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; "
+    policy += "form-action 'none'"
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", http_equiv="Content-Security-Policy", content=policy),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("title", title),
+        el("style", Html(style)),
+    )
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    links = el("ul", [el("li", el("a", short, href=f"#{name}")) for name, short, _ in body])
+    page = el(
+        "body",
+        el("a", "To the content", href="#content", class_="skip"),
+        el("header", el("h1", "Distillation report"), el("p", names), class_="top"),
+        el("nav", links, aria_label="Sections"),
+        el("main", glance(runs), [content for _, _, content in body], id="content"),
+        el("footer", el("p", f"Written by distill-trainers, {now}.")),
+        el("script", Html(script)),
+    )
+    return f"<!doctype html>\n{el('html', head, page, lang='en')}\n"
+
+
+def write_report(runs: Sequence[Run], file: Path) -> Path:
+    """Write the page to `file`, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    page = report_page(runs)
+    with writing("the report", file.parent, "Free some space, or set another `--output`."):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        begun = file.with_name(f".{file.name}.tmp")
+        begun.write_text(page, encoding="utf-8")
+        return begun.replace(file)
+
+
+def _asset(name: str) -> str:
+    return importlib.resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8")
