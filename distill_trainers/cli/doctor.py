@@ -95,9 +95,9 @@ def diagnose(recipe: Any, options: DoctorArguments) -> Any:
         rates = measured_rates(recipe.args.device, narrow, launch.per_machine if on_cpu else 1)
     remote = None
     if options.local_teacher is not None:
-        from ..trainers import sources
+        from ..trainers.remote import connected
 
-        remote = sources.load_teacher(case.teacher, recipe.args)
+        remote = connected(case.teacher, case.tokenizer, recipe.args)
         case.teacher = options.local_teacher
     return examine(case, findings, deep=not options.quick and gpus is None, rates=rates, remote=remote)
 

@@ -33,7 +33,7 @@ class Case:
         steps: optimiser steps of the run, 0 if unknown.
         samples: whether training samples the student's own completions.
         trainable_dtype, teacher_dtype: as text, such as `float32`.
-        placement: of the teacher, one of `memory.PLACEMENTS`.
+        placement: of the teacher, one of `teachers.placement.PLACEMENTS` but `auto`.
         gpus: hardware that need not be here; None: this machine's.
     """
 

@@ -70,18 +70,6 @@ from dataclasses import dataclass, field
 from .launch import SHARDED, Launch
 from .shapes import ModelShape
 
-PLACEMENTS = (
-    "replicate",
-    "zero3",
-    "zero3_offload",
-    "fsdp2",
-    "device_map",
-    "quantized-8bit",
-    "quantized-4bit",
-    "adapter_off",
-    "cached",
-    "remote",
-)
 RESERVED = 1.5 * 2**30  # of a GPU: context, NCCL, workspaces of matrix products
 _LIVE, _AHEAD, _BUCKET = 1e9, 5e7, 5e8  # parameters; DeepSpeed's defaults, which accelerate leaves as they are
 _QUANTIZED = {"quantized-8bit": 1.0, "quantized-4bit": 0.52}
@@ -157,7 +145,7 @@ def estimate(
     """Memory of one rank; the docstring of the module derives it.
 
     Args:
-        placement: of the teacher, one of PLACEMENTS.
+        placement: of the teacher, one of `teachers.placement.PLACEMENTS` but `auto`.
     """
     own = _Student(student, work, launch)
     theirs = _Teacher(teacher, work, launch, placement)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import models
+from ..teachers.endpoints import is_remote
 from .launch import Launch
 from .memory import Workload
 
@@ -79,10 +80,9 @@ def placement_of(args: Any, teacher: str | None, launch: Launch, *, cached: bool
     Args:
         cached: whether all that a run asks of its teacher is in its cache.
     """
-    said = getattr(args, "teacher_placement", None) or "auto"
-    if said != "auto":
-        return str(said)
-    if teacher is not None and teacher.startswith(("http://", "https://")):
+    if args.teacher_placement != "auto":
+        return args.teacher_placement
+    if is_remote(teacher):
         return "remote"
     if cached:
         return "cached"
