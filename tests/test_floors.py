@@ -30,8 +30,21 @@ FLOORS = {
 STRANGERS = [{"teachers", "rollouts"}]
 # What any file of `trainers` may import from its own package; all others are methods, which do not know each other.
 COMMON = {"base", "caching", "callbacks", "checkpoints", "completions", "config", "cycles", "evaluating"}
-COMMON |= {"forward", "guard", "held_out", "innovations", "metrics", "order", "pretraining", "references"}
-COMMON |= {"rejections", "scoring", "side_by_side", "sources"}
+COMMON |= {
+    "forward",
+    "guard",
+    "held_out",
+    "innovations",
+    "metrics",
+    "order",
+    "pretraining",
+    "recording",
+    "references",
+    "rejections",
+    "scoring",
+    "side_by_side",
+    "sources",
+}
 # Settings that fill a file of their own, beside the method's.
 OWN_CONFIGS = {"dpkd": "dpkd_config", "minillm": "minillm_config", "rationale": "rationale_config"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -43,6 +43,7 @@ def build_trainer(recipe: Recipe) -> Any:
 
     from ..trainers import METHODS
     from ..trainers.callbacks import InterruptCallback
+    from ..trainers.recording import changed_settings
     from .progress import ProgressReport
 
     settings, args = recipe.run, recipe.args
@@ -73,6 +74,7 @@ def build_trainer(recipe: Recipe) -> Any:
 
     trainer.remove_callback(PrinterCallback)  # ProgressReport takes its place
     trainer.add_callback(InterruptCallback(trainer))
+    trainer.recorder.recipe = changed_settings(settings) | changed_settings(recipe.model) | trainer.recorder.recipe
     return trainer
 
 

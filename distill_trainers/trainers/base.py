@@ -56,6 +56,7 @@ from .forward import head_can_be_fused, terms_of_batch
 from .held_out import HeldOutMeasures
 from .metrics import RunningMetrics
 from .order import train_sampler
+from .recording import RunRecorder
 
 Batch = dict[str, Any]
 
@@ -173,6 +174,8 @@ class DistillTrainer(TeacherForcedEvaluation):
         self.add_callback(StepLoss(self))
         if args.eval_measures:
             self.add_callback(HeldOutMeasures(self))
+        self.recorder = RunRecorder(self)
+        self.add_callback(self.recorder)
         if isinstance(self.teacher, CachedTeacher):
             self.add_callback(caching.CacheKeeper(self.teacher))
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
