@@ -7,6 +7,7 @@ wrapper* (`install_token_forward`, `run_on_hidden`), its output `Head`, and the 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -246,6 +247,21 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
         ) from error
 
 
+def merged_copy(model: Any) -> PreTrainedModel:
+    """The causal LM of a whole PeftModel with its adapter merged, on the CPU; the model itself is left as it is.
+
+    Merging into the model and out of it again would round its weights.
+    """
+    # What is shared stays shared: a copy finds a tensor's stand-in by the tensor.
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        moved = nn.Parameter(parameter.detach().to("cpu", copy=True), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = moved
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    return without_token_forward(copy.deepcopy(model, memo).merge_and_unload())
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside any stack of DDP, FSDP and DeepSpeed wrappers; a PeftModel stays one."""
     # Wrappers pass attribute look-ups on, so ask for their own submodules.
@@ -288,6 +304,14 @@ def install_token_forward(model: nn.Module) -> nn.Module:
         return _inside_head(self, hidden, on_hidden)
 
     causal_lm.forward = MethodType(forward, causal_lm)  # a bound method, so that deepcopy binds it to the copy
+    return model
+
+
+def without_token_forward(model: Any) -> Any:
+    """Undo `install_token_forward`."""
+    causal_lm: Any = causal_lm_of(model)
+    for name in ("forward", "_distill_original_forward", "_distill_head_is_known"):
+        causal_lm.__dict__.pop(name, None)
     return model
 
 
@@ -481,10 +505,10 @@ def must_stay_in_step(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def uploading_without(patterns: list[str]) -> Iterator[None]:
-    """Within it, what a `Trainer` uploads to the Hub leaves out files that match `patterns`, too.
+def uploading(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Within it, what a `Trainer` asks of `HfApi.upload_folder` goes through `change`, keyword arguments in and out.
 
-    transformers has its own list of patterns and no way to add to it.
+    transformers has its own patterns of files to leave out and no way to add to them.
     """
     from transformers import trainer as module
 
@@ -494,8 +518,8 @@ def uploading_without(patterns: list[str]) -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return getattr(own(), name)
 
-        def upload_folder(self, *, ignore_patterns: list[str] | None = None, **kwargs: Any) -> Any:
-            return own().upload_folder(ignore_patterns=[*(ignore_patterns or []), *patterns], **kwargs)
+        def upload_folder(self, **kwargs: Any) -> Any:
+            return own().upload_folder(**change(kwargs))
 
     module.hf_api = Api  # type: ignore[assignment]  # it has what a Trainer asks of one
     try:

@@ -15,6 +15,7 @@ COMMANDS = {
     "pairs": ("pairs", "make preference pairs from a recipe's teacher, student and prompts"),
     "rationales": ("rationales", "chains of thought from a teacher: extract, parse, verify, dual"),
     "evaluate": ("evaluate", "score students beside their teacher, with intervals and the gap that was closed"),
+    "push": ("push", "upload a finished run, or a file of pairs or rationales, to the Hub; goes on where it stopped"),
     "import-gguf": ("import_gguf", "turn a GGUF checkpoint into an ordinary Hugging Face folder"),
     "demo": ("demo", "distil a real 135M teacher into a smaller student, and show how much nearer it came"),
     "proof": ("proof", "a three-minute proof: every method on a tiny task learnt from scratch"),
@@ -44,6 +45,7 @@ def report_errors(command, argv: Sequence[str]) -> int:
         CheckpointError,
         ConfigurationError,
         DatasetError,
+        HubError,
         TrainingDivergedError,
         VocabularyError,
     )
@@ -53,7 +55,7 @@ def report_errors(command, argv: Sequence[str]) -> int:
     except (ConfigurationError, DatasetError, VocabularyError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except (CacheError, CheckpointError, TrainingDivergedError) as error:
+    except (CacheError, CheckpointError, HubError, TrainingDivergedError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -38,7 +38,8 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     from ..data import load_split
     from ..rollouts import check_engine
     from ..teachers import shared_vocabulary
-    from ..trainers import caching, sources
+    from ..trainers import caching, publishing, sources
+    from ..trainers.checkpoints import STUDENT_INIT_NAME
 
     settings, args = recipe.run, recipe.args
     teacher_name: Any = settings.teacher_model_name_or_path
@@ -55,6 +56,8 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
         pretraining = load_split(settings.pretraining_dataset, split=settings.pretraining_split)
     trainer = bare_trainer(recipe, pretraining)
     sources.check(student_name, teacher_name, args, trainer.needs, trainer.accepts_encoder_decoders)
+    base = recipe.model.model_name_or_path or str(Path(args.output_dir) / STUDENT_INIT_NAME)
+    publishing.check(args, base, recipe.model.use_peft, recipe.model.load_in_4bit or recipe.model.load_in_8bit)
     train, evaluation = load_datasets(recipe)
     trainer.check_datasets(train, evaluation)
     caching.check(trainer, teacher_name, train)

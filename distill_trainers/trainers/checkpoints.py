@@ -1,4 +1,4 @@
-"""Which checkpoints can be resumed from, the method's own state in them, and what of a run stays unpublished."""
+"""Which checkpoints can be resumed from, and the method's own state in them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from ..exceptions import CheckpointError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from .config import DistillConfig
 
 METHOD_STATE_NAME = "distill_state.json"
 METHOD_TENSORS_NAME = "distill_state.safetensors"
@@ -118,6 +116,7 @@ def written_whole(folder: Path, accelerator: Accelerator, should_save: bool) -> 
         shutil.rmtree(earlier, ignore_errors=True)
 
 
+<<<<<<< HEAD
 def unpublished_files(args: DistillConfig) -> list[str]:
     """Patterns of files in the output directory that no upload takes along.
 
@@ -131,6 +130,8 @@ def unpublished_files(args: DistillConfig) -> list[str]:
     return [*(f"{path.relative_to(output).as_posix()}/*" for path in inside if path != output), SAMPLES_NAME]
 
 
+=======
+>>>>>>> 213c323 (wip: hub)
 def write_method_state(folder: Path, state: dict[str, Any]) -> None:
     """Keep what the method must remember beside the checkpoint's weights: nested dicts of JSON values and tensors."""
     plain, tensors = _split(state)
