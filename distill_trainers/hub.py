@@ -85,9 +85,9 @@ def reason(error: BaseException) -> str:
     """Why the Hub was not to be had, and what to do, in a sentence or two."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    chain: list[BaseException] = [error]
+    chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
+        chain.append(cause)  # type: ignore[arg-type]
     for each in chain:
         if isinstance(each, OfflineModeIsEnabled):
             return "offline mode is on. Unset HF_HUB_OFFLINE, or leave the upload out."
@@ -101,12 +101,10 @@ def reason(error: BaseException) -> str:
                 return "the token may not write there (403). Take one with write access, or a name of your own."
             said = (each.server_message or str(each)).strip().partition("\n")[0].rstrip(".")
             return f"the Hub answered {status}: {said}."
-    first = chain[-1]
-    kind = type(first).__name__
-    said = str(first).strip().partition("\n")[0].rstrip(".")
-    if type(first).__module__.startswith(("http", "ssl", "socket")) or isinstance(first, OSError):
-        return f"the Hub cannot be reached, or the connection broke ({kind}: {said})."
-    return f"{kind}: {said}."
+    broken = next((each for each in chain if type(each).__module__.startswith(("http", "ssl", "socket"))), None)
+    shown = broken or error
+    said = f"{type(shown).__name__}: {str(shown).strip().partition(chr(10))[0]}".rstrip(".")
+    return f"the Hub cannot be reached, or the connection broke ({said})." if broken else f"{said}."
 
 
 def check_access(

@@ -69,7 +69,7 @@ def _refuse_local_base(folder: Path) -> None:
     if base and models.looks_like_path(base):
         raise ConfigurationError(
             f"{str(folder)!r} holds an adapter for the local folder {base!r}, which nobody else can load. Upload a "
-            f"merged model (`merge_adapter: true` writes {str(folder / 'merged')!r}), or an adapter of a base on the Hub."
+            "merged model (`merge_adapter: true` writes `merged` beside it), or an adapter of a base on the Hub."
         )
 
 
@@ -99,10 +99,9 @@ def push_file(file: Path, options: argparse.Namespace) -> str:
     from ..reporting.dataset_card import Writers, push_rows
 
     rows = read_rows(file)
-    provenance = next((row["provenance"] for row in rows if isinstance(row.get("provenance"), dict)), {})
-    provenance = provenance.get("right") or provenance
-    writers = Writers(provenance.get("teacher"), options.data, provenance.get("student"))
-    return push_rows(rows, options.repo, writers, private=options.private or None, revision=options.revision)
+    return push_rows(
+        rows, options.repo, Writers(data=options.data), private=options.private or None, revision=options.revision
+    )
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def scores_of_run(metrics: Mapping[str, float], data: str) -> CardScores:
     shown = {name: title for name, title in _TITLES.items() if all(f"{key}_{name}" in metrics for key in sets)}
     rows = [[title, *(f"{metrics[f'{key}_{name}']:.4f}" for key in sets)] for name, title in shown.items()]
     tokens = ", ".join(f"{number(metrics[f'{key}_tokens'], 'tokens').removesuffix('.0')}" for key in sets)
-    text = f"On given answers, token by token ({tokens} tokens), without intervals; `distill-trainers evaluate` gives them."
+    text = f"On given answers, token by token ({tokens} tokens). `distill-trainers evaluate` gives intervals."
     index = [
         _entry(name, title, metrics[f"{key}_{name}"], data if key == "eval" else key.removeprefix("eval_"), {})
         for key in sets

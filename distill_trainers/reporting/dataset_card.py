@@ -36,7 +36,7 @@ _PRIVATE = {"endpoint"}  # of provenance: addresses of machines
 
 @dataclass(frozen=True)
 class Writers:
-    """Whose text it is, for licences: folders or Hub ids; None where it is not known.
+    """Whose text it is, for licences: folders or Hub ids; None takes what the rows say.
 
     Attributes:
         data: where prompts or questions come from.
@@ -82,6 +82,7 @@ def push_rows(
     """
     if not rows:
         raise DatasetError("There are no rows to upload.")
+    writers = _completed(writers, rows)
     cleaned = [published_row(row) for row in rows]
     card = dataset_card(cleaned, repo_id, writers, token)
     with tempfile.TemporaryDirectory() as folder:
@@ -92,6 +93,14 @@ def push_rows(
         only = ["README.md", data.relative_to(folder).as_posix()]
         how: dict[str, Any] = {"token": token, "private": private, "revision": revision, "only": only}
         return hub.upload(folder, repo_id, repo_type="dataset", message=f"{len(rows):,} rows", **how)
+
+
+def _completed(writers: Writers, rows: Sequence[Mapping[str, Any]]) -> Writers:
+    """Those that are missing from the first row with a provenance; a served model has no card of its name."""
+    told = next((row["provenance"] for row in rows if isinstance(row.get("provenance"), Mapping)), {})
+    told = told.get("right") or told  # of dual chains
+    teacher = None if "endpoint" in told else told.get("teacher")
+    return Writers(writers.teacher or teacher, writers.data, writers.student or told.get("student"))
 
 
 def published_row(row: Mapping[str, Any]) -> dict[str, Any]:

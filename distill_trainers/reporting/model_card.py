@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from ..trainers.checkpoints import STUDENT_INIT_NAME
 from ..trainers.recording import shown
 from .card_scores import CardScores, scores_of_evaluation, scores_of_run
 from .licenses import Inherited, Licensed, inherit, licensed
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ..trainers.base import DistillTrainer
@@ -125,7 +128,11 @@ def _scores(trainer: DistillTrainer) -> CardScores:
     folder = Path(trainer.args.output_dir)
     for place in (folder, folder / "evaluation"):
         if (place / FILE_NAME).is_file():
-            found = scores_of_evaluation(EvaluationResults.load(place), folder.resolve().name)
+            try:
+                found = scores_of_evaluation(EvaluationResults.load(place), folder.resolve().name)
+            except DatasetError as error:
+                logger.warning("The card gets the run's own scores: %s", error)
+                continue
             if found is not None:
                 return found
     return scores_of_run(trainer.last_eval_metrics, str(trainer.recorder.recipe.get("eval_dataset") or "held-out rows"))
