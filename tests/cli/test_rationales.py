@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import load_from_disk
+from datasets import load_dataset, load_from_disk
 
 from distill_trainers.cli import main
 from distill_trainers.cli.rationales import PipelineArguments, parse_arguments
@@ -95,6 +95,7 @@ def test_extract_from_a_local_model(settings, saved, tmp_path, capsys):
     assert json.loads((tmp_path / "work" / "extract-report.json").read_text())["known"] == len(rows)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
 def test_a_launch_that_would_shard_the_teacher_is_refused(settings, saved, tmp_path, capsys, monkeypatch, kind):
     source = tmp_path / "questions.jsonl"
@@ -108,10 +109,15 @@ def test_a_launch_that_would_shard_the_teacher_is_refused(settings, saved, tmp_p
 def test_push(settings, tmp_path, monkeypatch):
     pushed = {}
     monkeypatch.setattr("datasets.Dataset.push_to_hub", lambda self, name: pushed.update({name: self.num_rows}))
+=======
+def test_push(settings, tmp_path, hub):
+>>>>>>> 2b18dcf (Hub: datasets, distill-trainers push, cards with licences; tests)
     source = tmp_path / "mine.jsonl"
     write_rows(source, RESPONSES)
-    assert main(["rationales", "parse", "--config", settings(push_to_hub="me/chains"), "--input", str(source)]) == 0
-    assert pushed == {"me/chains": 4}
+    config = settings(push_to_hub="me/chains", hub_private_repo=True)
+    assert main(["rationales", "parse", "--config", config, "--input", str(source)]) == 0
+    assert load_dataset("me/chains", split="train").num_rows == 4
+    assert hub.repos[("datasets", "me/chains")].private
 
 
 @pytest.mark.parametrize(
