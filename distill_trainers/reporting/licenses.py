@@ -230,13 +230,19 @@ def _license_in(metadata: Any) -> str | None:
     return str(found).lower() if found and found not in ("unknown", "other") else None
 
 
-@functools.lru_cache(maxsize=64)
 def _from_hub(name: str, kind: str, token: str | None) -> tuple[str | None, str]:
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi(token=token).repo_info(name, repo_type=kind, timeout=_SECONDS)
+        found = _license_on(HfApi().endpoint, name, kind, token)
     except Exception as error:  # away, offline, private, gated: a card is written all the same
         return None, f"its card on the Hub could not be read ({type(error).__name__})"
-    found = _license_in(info.card_data.to_dict() if info.card_data else {})
     return found, "" if found else "its card names none"
+
+
+@functools.lru_cache(maxsize=64)  # a card is written with every checkpoint
+def _license_on(endpoint: str, name: str, kind: str, token: str | None) -> str | None:
+    from huggingface_hub import HfApi
+
+    info = HfApi(endpoint=endpoint, token=token).repo_info(name, repo_type=kind, timeout=_SECONDS)
+    return _license_in(info.card_data.to_dict() if info.card_data else {})

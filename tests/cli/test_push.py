@@ -53,7 +53,7 @@ def test_an_interrupted_run_is_not_uploaded_at_its_end(recipe, tmp_path, hub, mo
 
 
 def test_a_merged_adapter_is_uploaded_whole(recipe, tmp_path, hub):
-    changes = {"use_peft": True, "lora_target_modules": ["q_proj"], "merge_adapter": True}
+    changes = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "merge_adapter": True}
     assert main(["train", "--config", recipe(**push_settings(tmp_path, **changes))]) == 0
     files = hub.files("me/student")
     assert {"model.safetensors", "metrics.json", "README.md", "plots/loss.png"} <= files.keys()
@@ -61,7 +61,7 @@ def test_a_merged_adapter_is_uploaded_whole(recipe, tmp_path, hub):
 
 
 def test_an_adapter_of_a_local_base_is_refused_before_anything_is_loaded(recipe, tmp_path, hub, capsys):
-    settings = recipe(push_to_hub=True, hub_model_id="student", use_peft=True, lora_target_modules=["q_proj"])
+    settings = recipe(push_to_hub=True, hub_model_id="student", use_peft=True, lora_target_modules=["q_proj", "v_proj"])
     assert main(["train", "--config", settings, "--dry_run", "true"]) == 2
     assert "which nobody else can load. Set `merge_adapter: true`" in capsys.readouterr().err
     assert not hub.requests

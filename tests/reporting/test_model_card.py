@@ -21,7 +21,6 @@ from distill_trainers.evaluation.results import (
 from distill_trainers.exceptions import DatasetError
 from distill_trainers.reporting.model_card import model_card, with_scores
 
-
 GAP = GapClosed(0.62, 0.5, 0.7, decided=True)
 
 
