@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.measures import MEASURES
 from ..evaluation.results import EvaluationResults, ModelResults, Score
 from ..evaluation.tables import number, share_of_gap, with_interval
 
@@ -21,6 +22,10 @@ _TITLES = {
     "perplexity": "Perplexity",
     "teacher_perplexity": "Perplexity of the teacher",
 }
+for _measure in MEASURES.values():
+    _unit = f" ({_measure.unit})" if _measure.unit not in ("", "share") else ""
+    _TITLES.setdefault(_measure.name, f"{_measure.title}{_unit}")
+    _TITLES[f"gap_closed_{_measure.name}"] = f"Gap closed: {_measure.title}"
 _TASK = "text-generation"
 
 
@@ -102,7 +107,7 @@ def scores_of_run(metrics: Mapping[str, float], data: str) -> CardScores:
         _entry(name, title, metrics[f"{key}_{name}"], data if key == "eval" else key.removeprefix("eval_"), {})
         for key in sets
         for name, title in shown.items()
-        if name != "teacher_perplexity" and math.isfinite(metrics[f"{key}_{name}"])
+        if not name.startswith(("teacher_", "gap_closed_")) and math.isfinite(metrics[f"{key}_{name}"])
     ]
     return CardScores([text, "", *_markdown([["Measure", *heads], *rows])], index)
 

@@ -135,7 +135,10 @@ def _scores(trainer: DistillTrainer) -> CardScores:
                 continue
             if found is not None:
                 return found
-    return scores_of_run(trainer.last_eval_metrics, str(trainer.recorder.recipe.get("eval_dataset") or "held-out rows"))
+    # The log has what callbacks added to an evaluation.
+    logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    metrics = {**logged, **trainer.last_eval_metrics}
+    return scores_of_run(metrics, str(trainer.recorder.recipe.get("eval_dataset") or "held-out rows"))
 
 
 def _base(trainer: DistillTrainer) -> str | None:

@@ -37,8 +37,7 @@ from ..rollouts import build_engine, check_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import CachedTeacher, Teacher
-from . import caching, held_out, sources
-from . import caching, publishing, sources
+from . import caching, held_out, publishing, sources
 from .callbacks import StepLoss, divergence_error
 from .checkpoints import (
     check_resumable,

@@ -117,6 +117,7 @@ def written_whole(folder: Path, accelerator: Accelerator, should_save: bool) -> 
 
 
 <<<<<<< HEAD
+<<<<<<< HEAD
 def unpublished_files(args: DistillConfig) -> list[str]:
     """Patterns of files in the output directory that no upload takes along.
 
@@ -132,6 +133,8 @@ def unpublished_files(args: DistillConfig) -> list[str]:
 
 =======
 >>>>>>> 213c323 (wip: hub)
+=======
+>>>>>>> 2e52219 (Hub: on top of the measures in training; a run's card has them too)
 def write_method_state(folder: Path, state: dict[str, Any]) -> None:
     """Keep what the method must remember beside the checkpoint's weights: nested dicts of JSON values and tensors."""
     plain, tensors = _split(state)
