@@ -95,7 +95,8 @@ def _args(score: Any, confidence: float) -> dict[str, Any]:
 
 def scores_of_run(metrics: Mapping[str, float], data: str) -> CardScores:
     """The run's own evaluation, one column per set: `eval_loss` of the only one, `eval_<set>_loss` of several."""
-    sets = [key.removesuffix("_tokens") for key in metrics if key.endswith("_tokens")]
+    sets = [key.removesuffix("_loss") for key in metrics if key.startswith("eval_") and key.endswith("_loss")]
+    sets = [key for key in sets if f"{key}_tokens" in metrics]
     if not sets:
         return CardScores(["No evaluation was run."], [])
     heads = ["Value" if key == "eval" else key.removeprefix("eval_") for key in sets]

@@ -84,6 +84,15 @@ def test_no_evaluation_is_said(make_trainer):
     ModelCard(card)
 
 
+def test_measures_of_the_evaluations_in_training_are_in_the_card(make_trainer):
+    trainer = _trained(make_trainer)
+    trainer.log({"eval_rouge_l": 33.0, "eval_completion_tokens": 7.0, "eval_gap_closed_rouge_l": 0.4})
+    card = model_card(trainer)
+    index = {each.metric_type: each.metric_value for each in ModelCard(card).data.eval_results}
+    assert index["rouge_l"] == 33.0 and "gap_closed_rouge_l" not in index and "kl" in index
+    assert "| Rouge-L (F x 100) | 33.0000 |" in card and "| Gap closed: Rouge-L | 0.4000 |" in card
+
+
 def test_several_sets(make_trainer):
     sets = {"easy": addition_dataset(8, seed=5), "hard": addition_dataset(8, seed=6)}
     trainer = make_trainer(eval_dataset=sets)
