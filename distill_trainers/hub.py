@@ -87,7 +87,7 @@ def reason(error: BaseException) -> str:
 
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)  # type: ignore[arg-type]
+        chain.append(cause)
     for each in chain:
         if isinstance(each, OfflineModeIsEnabled):
             return "offline mode is on. Unset HF_HUB_OFFLINE, or leave the upload out."

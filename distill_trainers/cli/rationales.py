@@ -374,7 +374,7 @@ def _export(args: PipelineArguments, name: str, rows: list[dict[str, Any]]) -> N
         from ..reporting.dataset_card import Writers, push_rows
 
         teacher = None if args.base_url else args.teacher  # a served model has no card of that name
-        how = {"private": args.hub_private_repo, "token": args.hub_token}
+        how: dict[str, Any] = {"private": args.hub_private_repo, "token": args.hub_token}
         print(f"Uploaded to {push_rows(rows, args.push_to_hub, Writers(teacher, args.questions), **how)}.")
 
 

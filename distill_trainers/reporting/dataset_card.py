@@ -97,7 +97,7 @@ def push_rows(
 
 def _completed(writers: Writers, rows: Sequence[Mapping[str, Any]]) -> Writers:
     """Those that are missing from the first row with a provenance; a served model has no card of its name."""
-    told = next((row["provenance"] for row in rows if isinstance(row.get("provenance"), Mapping)), {})
+    told: Any = next((row["provenance"] for row in rows if isinstance(row.get("provenance"), Mapping)), {})
     told = told.get("right") or told  # of dual chains
     teacher = None if "endpoint" in told else told.get("teacher")
     return Writers(writers.teacher or teacher, writers.data, writers.student or told.get("student"))
@@ -130,8 +130,9 @@ def dataset_card(rows: Sequence[Mapping[str, Any]], repo_id: str, writers: Write
         task_categories=["text-generation"],
         annotations_creators=["machine-generated"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
-        **terms.metadata(),
     )
+    for key, value in terms.metadata().items():
+        header[key] = value
     what = "preference pairs: a teacher's response over a student's" if kind == "pairs" else "chains of thought"
     names = list(dict.fromkeys(name for row in rows for name in row))
     use = "`method: dpkd`" if kind == "pairs" else "`method: rationale`"

@@ -244,5 +244,5 @@ def _from_hub(name: str, kind: str, token: str | None) -> tuple[str | None, str]
 def _license_on(endpoint: str, name: str, kind: str, token: str | None) -> str | None:
     from huggingface_hub import HfApi
 
-    info = HfApi(endpoint=endpoint, token=token).repo_info(name, repo_type=kind, timeout=_SECONDS)
+    info: Any = HfApi(endpoint=endpoint, token=token).repo_info(name, repo_type=kind, timeout=_SECONDS)
     return _license_in(info.card_data.to_dict() if info.card_data else {})

@@ -54,9 +54,11 @@ def model_card(trainer: DistillTrainer, *, merged: bool = False, plots: Sequence
         tags=["distill_trainers", "knowledge-distillation", trainer.method_name.lower()],
         model_name=name.rpartition("/")[2],
         eval_results=scores.index or None,
-        **({"base_model_relation": "adapter" if adapter else "finetune"} if on_hub else {}),
-        **terms.metadata(),
     )
+    for key, value in terms.metadata().items():
+        header[key] = value
+    if on_hub:
+        header["base_model_relation"] = "adapter" if adapter else "finetune"
     if not scores.index:
         header.pop("model_name")
     lines = [
@@ -114,8 +116,8 @@ def with_scores(card: str, results: EvaluationResults, student: str) -> str:
         )
     head, _, rest = card.partition(_BEGIN)
     parsed = ModelCard("\n".join([head + _BEGIN, *scores.lines, _END + rest.partition(_END)[2]]))
-    parsed.data.model_name = re.sub(r"^.*/", "", _title(card) or student)
-    parsed.data.eval_results = scores.index
+    parsed.data["model_name"] = re.sub(r"^.*/", "", _title(card) or student)
+    parsed.data["eval_results"] = scores.index
     return str(parsed)
 
 
@@ -191,7 +193,8 @@ def _usage(trainer: DistillTrainer, name: str) -> list[str]:
 
 def _training(trainer: DistillTrainer, facts: dict[str, Any]) -> list[str]:
     args, data = trainer.args, [f"`{shown(each)}`" for each in trainer.data_sources]
-    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
+    train: Any = trainer.train_dataset
+    rows = len(train) if hasattr(train, "__len__") else None
     sizes = [f"{models.num_parameters(trainer.model):,} parameters"]
     if models.is_peft(trainer.model):
         sizes.append(f"{models.num_parameters(trainer.model, trainable_only=True):,} of them trained, in an adapter")
@@ -224,7 +227,8 @@ def _settings(trainer: DistillTrainer) -> dict[str, Any]:
 def _reproduction(trainer: DistillTrainer, facts: dict[str, Any]) -> list[str]:
     from ..trainers import METHODS
 
-    method = next((name for name, (_, cls) in METHODS.items() if isinstance(trainer, cls)), trainer.method_name)
+    named = [name for name, row in METHODS.items() if row and isinstance(trainer, row[1])]
+    method = named[0] if named else trainer.method_name
     recipe = {"method": method, **facts["recipe"]}
     if "teacher_model_name_or_path" not in recipe and trainer.needs:
         recipe["teacher_model_name_or_path"] = facts["teacher"]

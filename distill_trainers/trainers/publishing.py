@@ -104,6 +104,8 @@ class Publishing(Trainer):
 
     if TYPE_CHECKING:
         args: Any
+        model: nn.Module
+        hub_model_id: Any
         data_sources: list[str]
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ class Publishing(Trainer):
             **(self.args.model_init_kwargs or {}),
         }
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
         """Write README.md and its plots into the output directory, and beside the merged student."""
         if not self.is_world_process_zero():
             return
@@ -188,8 +190,8 @@ class Publishing(Trainer):
             if self.args.hub_revision and self.is_world_process_zero():
                 from huggingface_hub import HfApi
 
-                how = {"token": token or self.args.hub_token, "exist_ok": True}
-                HfApi().create_branch(self.hub_model_id, branch=self.args.hub_revision, **how)
+                api = HfApi(token=token or self.args.hub_token)
+                api.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`: save the student, write its card, and upload what `hub.published_files` names.
