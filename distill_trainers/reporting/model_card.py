@@ -204,7 +204,7 @@ def _training(trainer: DistillTrainer, facts: dict[str, Any]) -> list[str]:
         f"- Data: {', '.join(data) or 'a dataset in memory'}" + (f", {rows:,} rows" if rows is not None else ""),
         f"- Student: {', '.join(sizes)}",
         f"- Optimiser steps: {trainer.state.global_step:,}, {trainer.state.epoch or 0:.2f} epochs",
-        f"- Run on: {where}" + (f", {seconds:,.0f} s" if seconds else ""),
+        f"- Run on: {where}" + (f", {seconds:,.1f} s" if seconds else ""),
         *(f"- `{name}`: {value}" for name, value in _settings(trainer).items()),
     ]
     return lines if args.max_steps <= 0 or trainer.state.global_step >= args.max_steps else [
@@ -236,7 +236,9 @@ def _reproduction(trainer: DistillTrainer, facts: dict[str, Any]) -> list[str]:
         recipe["model_name_or_path"] = facts["student"]
     recipe["seed"] = trainer.args.seed
     recipe = {key: value for key, value in recipe.items() if not key.startswith(("hub_", "push_to_hub", "card_"))}
-    versions = " ".join(f"{name}=={version}" for name, version in facts["versions"].items() if name != "python")
+    versions = " ".join(
+        f"{name}=={version.partition('+')[0]}" for name, version in facts["versions"].items() if name != "python"
+    )
     command = "distill-trainers train --config recipe.yaml --output_dir student"
     if facts["processes"] > 1:
         command = f"accelerate launch --num_processes {facts['processes']} -m distill_trainers.cli.train"

@@ -160,6 +160,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             raise ConfigurationError(
                 "Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`."
             )
+        publishing.check_merger(self)
         self.teacher.prepare(self.accelerator)
         if self.samples_completions:
             self.engine = build_engine(

@@ -66,6 +66,24 @@ def _what(base: str | None) -> str:
     return f"the local folder {base!r}" if base else "a model in memory"
 
 
+def check_merger(trainer: Any) -> None:
+    """Refuse to merge the adapter of a sharded student that is not there by name: it is merged into what is on disk.
+
+    Raises:
+        ConfigurationError: the student was made in memory.
+    """
+    sharded = _is_sharded(trainer.accelerator)
+    if trainer.args.merge_adapter and sharded and not models.source_of(trainer.model):
+        raise ConfigurationError(
+            "Got `merge_adapter: true` under ZeRO-3 or FSDP2 with a student made in memory; expected one loaded by "
+            "name, whose whole weights can be read again. Save it first and pass the folder as `model`."
+        )
+
+
+def _is_sharded(accelerator: Any) -> bool:
+    return models.zero_stage(accelerator) == 3 or models.fsdp_version(accelerator) == 2
+
+
 def make_generable(model: nn.Module, tokenizer: Any) -> None:
     """Give a model the generation config with which it ends as it was trained to end, wherever it is loaded.
 
@@ -131,7 +149,7 @@ class Publishing(Trainer):
     def _save_merged(self) -> None:
         if not self.args.should_save:
             return
-        if models.zero_stage(self.accelerator) == 3 or models.fsdp_version(self.accelerator) == 2:
+        if _is_sharded(self.accelerator):
             with models.whole_loading():
                 merged = models.load_merged_adapter(self.args.output_dir, **self._base_kwargs())
             make_generable(merged, self.processing_class)

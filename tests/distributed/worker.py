@@ -59,7 +59,7 @@ def main(job):
     args = config_class(output_dir=str(output / "run"), **settings)
     width = job.get("teacher_mlp", 128)
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
-    student = tiny_llama(tokenizer, 32, 2, seed=1)
+    student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1)
     peft_config = None
     if job.get("lora"):
         from peft import LoraConfig
@@ -83,6 +83,8 @@ def main(job):
     trainer.train()
     scores = trainer.evaluate()
     trainer.save_model(str(output / "student"))
+    if args.merge_adapter:
+        trainer.save_model()
     if trainer.is_world_process_zero():
         body = getattr(trainer.teacher, "model", teacher)
         kept_whole = sum(p.numel() for n, p in body.named_parameters() if "mlp" in n)

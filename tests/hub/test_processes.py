@@ -36,8 +36,9 @@ def test_pushed_and_pulled_by_other_processes(hub_server, saved, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    settings = f"""--model_name_or_path {saved.student} --teacher_model_name_or_path {saved.teacher} --dataset train.jsonl
-    --output_dir run --max_steps 5 --max_length 24 --learning_rate 1e-2 --use_cpu true --push_to_hub true
+    settings = f"""--model_name_or_path {saved.student} --teacher_model_name_or_path {saved.teacher}
+    --dataset train.jsonl --output_dir run --max_steps 5 --max_length 24 --max_new_tokens 8 --learning_rate 1e-2
+    --use_cpu true --push_to_hub true
     --hub_model_id me/student --save_strategy no --report_to none"""
     call("-m", "distill_trainers.cli", "train", *settings.split())
     assert "model.safetensors" in hub.files("me/student")
