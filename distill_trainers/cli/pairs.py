@@ -106,10 +106,7 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
     from .checks import check_recipe
     from .train import make_initial_student
 
-<<<<<<< HEAD
     _check(own, recipe.args.temperature)
-=======
-    _check(own)
     if own.pairs_repo:
         hub.check_access(
             own.pairs_repo,
@@ -118,7 +115,6 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
             private=recipe.args.hub_private_repo,
             revision=recipe.args.hub_revision,
         )
->>>>>>> 4430b0e (wip: hub)
     checked = check_recipe(recipe)
     counts: Counter[str] = Counter()
     prompts = _prompts(checked, recipe, own, counts)

@@ -116,25 +116,6 @@ def written_whole(folder: Path, accelerator: Accelerator, should_save: bool) -> 
         shutil.rmtree(earlier, ignore_errors=True)
 
 
-<<<<<<< HEAD
-<<<<<<< HEAD
-def unpublished_files(args: DistillConfig) -> list[str]:
-    """Patterns of files in the output directory that no upload takes along.
-
-    They are the models' answers to the user's prompts, the teacher's cache, and the student as it was before training.
-    """
-    output = Path(args.output_dir).resolve()
-    names = [COMPLETIONS_NAME, STUDENT_INIT_NAME]
-    folders = [*(output / name for name in names), args.completions_dir, args.teacher_cache]
-    folders.append(getattr(args, "reference_logps_dir", None))
-    inside = [path for folder in folders if folder and (path := Path(folder).resolve()).is_relative_to(output)]
-    return [*(f"{path.relative_to(output).as_posix()}/*" for path in inside if path != output), SAMPLES_NAME]
-
-
-=======
->>>>>>> 213c323 (wip: hub)
-=======
->>>>>>> 2e52219 (Hub: on top of the measures in training; a run's card has them too)
 def write_method_state(folder: Path, state: dict[str, Any]) -> None:
     """Keep what the method must remember beside the checkpoint's weights: nested dicts of JSON values and tensors."""
     plain, tensors = _split(state)
