@@ -45,6 +45,10 @@ class CacheError(OSError):
     """A teacher cache could not be written or read; what was written earlier is left as it was."""
 
 
+class HubError(OSError):
+    """The Hub could not be reached or refused; what lies on this machine is left as it was."""
+
+
 @contextlib.contextmanager
 def writing(what: str, folder: Path, remedy: str, *, keep_begun: bool = False) -> Iterator[None]:
     """Within it, `what` is written into `folder`; if that fails, files begun are removed unless `keep_begun`.

@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import gc
+import importlib.util
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -240,3 +242,46 @@ def saved(tmp_path_factory, tokenizer, make_student, make_teacher):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return SimpleNamespace(student=str(root / "student"), teacher=str(root / "teacher"), root=root)
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    """The module `tests/hub/server.py`: a Hub on loopback."""
+    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).parent / "hub" / "server.py")
+    module = sys.modules["hub_server"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def hub(hub_server, monkeypatch, tmp_path):
+    """A Hub that this process takes for the only one: online, an empty cache, the token of `me`, and no Xet.
+
+    Libraries read that from the environment when they are imported, so it is their constants that are set.
+    """
+    import datasets.config
+    import huggingface_hub
+    import transformers.utils.hub
+    from huggingface_hub import constants
+
+    server = hub_server.Hub()
+    settings = {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "no_token"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    for name, value in {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_DATASETS_OFFLINE": False}.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    # One that was made on import, and is what functions such as `whoami` are methods of.
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    yield server
+    server.close()

@@ -14,6 +14,7 @@ FLOORS = {
     "exceptions": 0,
     "signals": 0,
     "losses": 0,
+    "hub": 1,
     "models": 1,
     "data": 1,
     "rationales": 1,
@@ -31,8 +32,8 @@ FLOORS = {
 STRANGERS = [{"teachers", "rollouts"}]
 # What any file of `trainers` may import from its own package; all others are methods, which do not know each other.
 COMMON = {"base", "caching", "callbacks", "checkpoints", "completions", "config", "cycles", "evaluating"}
-COMMON |= {"forward", "guard", "held_out", "innovations", "metrics", "order", "pretraining", "references"}
-COMMON |= {"recording", "rejections", "remote", "scoring", "side_by_side", "sources"}
+COMMON |= {"forward", "guard", "held_out", "innovations", "metrics", "order", "pretraining", "publishing"}
+COMMON |= {"recording", "references", "rejections", "remote", "scoring", "side_by_side", "sources"}
 # Settings that fill a file of their own, beside the method's.
 OWN_CONFIGS = {"dpkd": "dpkd_config", "minillm": "minillm_config", "rationale": "rationale_config"}
 FILES = sorted(ROOT.rglob("*.py"))

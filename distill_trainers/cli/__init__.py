@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "score students beside their teacher, with intervals and the gap that was closed"),
     "report": ("report", "write one HTML file that shows what runs did: curves, scores, texts token by token, cost"),
     "serve-teacher": ("serve_teacher", "answer the questions of trainers elsewhere about their tokens, over HTTP"),
+    "push": ("push", "upload a finished run, or a file of pairs or rationales, to the Hub; goes on where it stopped"),
     "import-gguf": ("import_gguf", "turn a GGUF checkpoint into an ordinary Hugging Face folder"),
     "demo": ("demo", "distil a real 135M teacher into a smaller student, and show how much nearer it came"),
     "proof": ("proof", "a three-minute proof: every method on a tiny task learnt from scratch"),
@@ -47,6 +48,7 @@ def report_errors(command, argv: Sequence[str]) -> int:
         CheckpointError,
         ConfigurationError,
         DatasetError,
+        HubError,
         TeacherServerError,
         TrainingDivergedError,
         VocabularyError,
@@ -57,7 +59,7 @@ def report_errors(command, argv: Sequence[str]) -> int:
     except (ConfigurationError, DatasetError, VocabularyError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except (CacheError, CheckpointError, TeacherServerError, TrainingDivergedError) as error:
+    except (CacheError, CheckpointError, HubError, TeacherServerError, TrainingDivergedError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -39,7 +39,8 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     from ..rollouts import check_engine
     from ..teachers import shared_vocabulary
     from ..teachers.endpoints import is_remote
-    from ..trainers import caching, remote, sources
+    from ..trainers import caching, publishing, remote, sources
+    from ..trainers.checkpoints import STUDENT_INIT_NAME
 
     settings, args = recipe.run, recipe.args
     names: Any = student_and_teacher(recipe)
@@ -58,6 +59,8 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     trainer = bare_trainer(recipe, pretraining)
     adapted = recipe.model.use_peft
     sources.check(student_name, teacher_name, args, trainer.needs, trainer.accepts_encoder_decoders, adapted)
+    base = recipe.model.model_name_or_path or str(Path(args.output_dir) / STUDENT_INIT_NAME)
+    publishing.check(args, base, recipe.model.use_peft, recipe.model.load_in_4bit or recipe.model.load_in_8bit)
     train, evaluation = load_datasets(recipe)
     trainer.check_datasets(train, evaluation)
     caching.check(trainer, teacher_name, train)

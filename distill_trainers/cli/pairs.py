@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import hub
 from ..exceptions import ConfigurationError, DatasetError
 from . import report_errors
 from .recipe import Recipe, parse_recipe
@@ -33,7 +34,8 @@ the same command goes on. Prompts that come twice are answered once, and pairs o
   --verify final_number   the teacher's final number (behind ####, else its last one) must be that of the right answer
   --answer_column NAME    the dataset's column with the right answer (answer)
   --attempts N            how often the teacher may try to be right (1)
-  --keep_unfinished false leave out pairs with a response that max_new_tokens cut off"""
+  --keep_unfinished false leave out pairs with a response that max_new_tokens cut off
+  --pairs_repo OWNER/NAME also upload the pairs as this dataset of the Hub (--hub_private_repo true: a private one)"""
 
 
 @dataclass
@@ -48,6 +50,9 @@ class PairArguments:
     attempts: int = field(default=1, metadata={"help": "How often the teacher may try to be right."})
     keep_unfinished: bool = field(
         default=True, metadata={"help": "Keep pairs with a response that max_new_tokens cut off."}
+    )
+    pairs_repo: str | None = field(
+        default=None, metadata={"help": "Also upload the pairs as this dataset of the Hub (owner/name)."}
     )
 
 
@@ -71,7 +76,19 @@ def main(argv: Sequence[str]) -> int:
     found = make_pairs(recipe, recipe.extra)
     counts = ", ".join(f"{number} {what}" for what, number in found.items() if number)
     print(f"{counts}. They are in {_file(recipe, recipe.extra)}.")
+    if recipe.extra.pairs_repo:
+        print(f"Uploaded to {_push(recipe, recipe.extra)}.")
     return 0
+
+
+def _push(recipe: Recipe, own: PairArguments) -> str:
+    from ..rationales.records import read_rows
+    from ..reporting.dataset_card import Writers, push_rows
+
+    teacher, args = recipe.run.teacher_model_name_or_path, recipe.args
+    writers = Writers(teacher, recipe.run.dataset, recipe.model.model_name_or_path or teacher)
+    how = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
+    return push_rows(read_rows(_file(recipe, own)), str(own.pairs_repo), writers, **how)  # type: ignore[arg-type]
 
 
 def _file(recipe: Recipe, own: PairArguments) -> Path:
@@ -95,6 +112,14 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
         raise ConfigurationError(
             f"The teacher {recipe.run.teacher_model_name_or_path} is behind HTTP and writes no responses; pairs need a "
             "teacher's folder or Hub id."
+        )
+    if own.pairs_repo:
+        hub.check_access(
+            own.pairs_repo,
+            repo_type="dataset",
+            token=recipe.args.hub_token,
+            private=recipe.args.hub_private_repo,
+            revision=recipe.args.hub_revision,
         )
     checked = check_recipe(recipe)
     counts: Counter[str] = Counter()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import hub
 from ..exceptions import ConfigurationError
 from .recipe import parse_settings
 
@@ -66,6 +67,8 @@ class PipelineArguments:
 
     save_as: str = field(default="jsonl", metadata={"help": "jsonl, or dataset: a `datasets` folder as well."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Upload the stage's rows as this dataset."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Make that dataset private."})
+    hub_token: str | None = field(default=None, metadata={"help": "Of the Hub; by default that of `hf auth login`."})
     inspect: bool = field(default=False, metadata={"help": "dual: show pairs that are there, with their key steps."})
     inspect_rows: int = field(default=5, metadata={"help": "So many of them on the terminal; the page has all."})
     tokenizer: str | None = field(default=None, metadata={"help": "Mark this tokenizer's tokens instead of words."})
@@ -103,7 +106,10 @@ def parse_arguments(argv: Sequence[str]) -> PipelineArguments:
     Raises:
         ConfigurationError: unknown keys, values of the wrong type, or settings that cannot work.
     """
-    how = {"what": "the file of settings", "command": "rationales"}
-    (args,) = parse_settings(argv, lambda *_: (PipelineArguments,), **how)
+    what = {"what": "the file of settings", "command": "rationales"}
+    (args,) = parse_settings(argv, lambda *_: (PipelineArguments,), **what)
     args.check()
+    if args.push_to_hub and not args.inspect:
+        how: dict[str, Any] = {"token": args.hub_token, "private": args.hub_private_repo}
+        hub.check_access(args.push_to_hub, repo_type="dataset", **how)
     return args

@@ -244,13 +244,14 @@ def _export(args: PipelineArguments, name: str, rows: list[dict[str, Any]]) -> N
     from ..rationales.records import dataset_of, write_rows
 
     write_rows(args.path(f"{name}.jsonl"), rows)
-    if not rows or (args.save_as == "jsonl" and not args.push_to_hub):
-        return
-    data = dataset_of(rows)
-    if args.save_as == "dataset":
-        data.save_to_disk(str(args.path(f"{name}_dataset")))
-    if args.push_to_hub:
-        data.push_to_hub(args.push_to_hub)
+    if rows and args.save_as == "dataset":
+        dataset_of(rows).save_to_disk(str(args.path(f"{name}_dataset")))
+    if rows and args.push_to_hub:
+        from ..reporting.dataset_card import Writers, push_rows
+
+        teacher = None if args.base_url else args.teacher  # a served model has no card of that name
+        how: dict[str, Any] = {"private": args.hub_private_repo, "token": args.hub_token}
+        print(f"Uploaded to {push_rows(rows, args.push_to_hub, Writers(teacher, args.questions), **how)}.")
 
 
 def _report(args: PipelineArguments, stage: str, asked: dict[str, Asked], model: Any, rank: int) -> int:

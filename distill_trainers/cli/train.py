@@ -81,6 +81,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
 
     trainer.remove_callback(PrinterCallback)  # ProgressReport takes its place
     trainer.add_callback(InterruptCallback(trainer))
+    trainer.data_sources = [each for each in (settings.dataset, settings.pretraining_dataset) if each]
     trainer.recorder.recipe = changed_settings(settings) | changed_settings(recipe.model) | trainer.recorder.recipe
     return trainer
 
@@ -101,6 +102,8 @@ def run(recipe: Recipe) -> Any:
             print(f"Stopped at step {trainer.state.global_step}. Go on with `--resume_from_checkpoint true`.")
         if recipe.args.push_to_hub and not interrupted:
             trainer.push_to_hub()
+            if trainer.is_world_process_zero():
+                print(f"Uploaded {trainer.published_folder} to {trainer.hub_model_id}.")
     finally:
         stop_progress(trainer)
     return trainer
@@ -113,10 +116,12 @@ def _save(trainer: Any, metrics: dict[str, Any]) -> None:
     with writing("the student", folder, remedy):
         trainer.save_model(_internal_call=True)
         trainer.save_state()
-        if trainer.is_world_process_zero():
-            trainer.create_model_card()
-            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True))
-            print(f"Saved the student to {folder} (scores in {folder / 'metrics.json'}).")
+    if not trainer.is_world_process_zero():
+        return
+    with writing("scores and card", folder, f"The student is in {folder}; free some space to have them beside it."):
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True))
+        trainer.create_model_card()
+    print(f"Saved the student to {folder} (scores in {folder / 'metrics.json'}).")
 
 
 def make_initial_student(recipe: Recipe, rows: Any) -> Path:

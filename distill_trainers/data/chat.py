@@ -199,6 +199,19 @@ def _close_turns(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: S
     return closed
 
 
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the tokenizer's chat template ends an assistant's turn; None without one of either."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        text = Chat(tokenizer).conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    except (DatasetError, TypeError):  # a template that wants more than messages
+        return None
+    ids = Chat(tokenizer).ids(text)
+    end = _turn_end(tokenizer, ids)
+    return None if end is None else int(ids[end - 1])
+
+
 def _turn_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
     """The position behind the end-of-turn token that only white space follows, or None where there is no such token."""
     end = len(ids)

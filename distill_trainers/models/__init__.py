@@ -20,7 +20,9 @@ from .forward import (
     head_is_fusable,
     head_reproduces_logits,
     install_token_forward,
+    merged_copy,
     read_head,
+    without_token_forward,
 )
 from .generation import (
     eos_ids,
@@ -28,7 +30,7 @@ from .generation import (
     generation_eos_ids,
 )
 from .hub import (
-    uploading_without,
+    uploading,
 )
 from .loading import (
     check_model_source,
@@ -57,6 +59,8 @@ from .sharding import (
 )
 
 __all__ = [
+    "merged_copy",
+    "without_token_forward",
     "OnHidden",
     "add_adapter",
     "answering_with",
@@ -92,7 +96,7 @@ __all__ = [
     "recomputes_activations",
     "source_of",
     "unwrapped",
-    "uploading_without",
+    "uploading",
     "whole",
     "whole_loading",
     "whole_parameters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from types import MethodType
@@ -53,6 +54,29 @@ def install_token_forward(model: nn.Module) -> nn.Module:
 
     causal_lm.forward = MethodType(forward, causal_lm)  # a bound method, so that deepcopy binds it to the copy
     return model
+
+
+def without_token_forward(model: Any) -> Any:
+    """Undo `install_token_forward`."""
+    causal_lm: Any = causal_lm_of(model)
+    for name in ("forward", "_distill_original_forward", "_distill_head_is_known"):
+        causal_lm.__dict__.pop(name, None)
+    return model
+
+
+def merged_copy(model: Any) -> PreTrainedModel:
+    """The causal LM of a whole PeftModel with its adapter merged, on the CPU; the model itself is left as it is.
+
+    Merging into the model and out of it again would round its weights.
+    """
+    # What is shared stays shared: a copy finds a tensor's stand-in by the tensor.
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        moved = nn.Parameter(parameter.detach().to("cpu", copy=True), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = moved
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    return without_token_forward(copy.deepcopy(model, memo).merge_and_unload())
 
 
 def gives_hidden_states(model: nn.Module) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
 @contextlib.contextmanager
-def uploading_without(patterns: list[str]) -> Iterator[None]:
-    """Within it, what a `Trainer` uploads to the Hub leaves out files that match `patterns`, too.
+def uploading(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Within it, what a `Trainer` asks of `HfApi.upload_folder` goes through `change`, keyword arguments in and out.
 
-    transformers has its own list of patterns and no way to add to it.
+    transformers has its own patterns of files to leave out and no way to add to them.
     """
     from transformers import trainer as module
 
@@ -21,8 +21,8 @@ def uploading_without(patterns: list[str]) -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return getattr(own(), name)
 
-        def upload_folder(self, *, ignore_patterns: list[str] | None = None, **kwargs: Any) -> Any:
-            return own().upload_folder(ignore_patterns=[*(ignore_patterns or []), *patterns], **kwargs)
+        def upload_folder(self, **kwargs: Any) -> Any:
+            return own().upload_folder(**change(kwargs))
 
     module.hf_api = Api  # type: ignore[assignment]  # it has what a Trainer asks of one
     try:

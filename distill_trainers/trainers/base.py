@@ -27,25 +27,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from .. import models
+from .. import hub, models
 from ..data import DistillCollator, prepare_dataset, replace_completions
 from ..data.tokenization import Needs
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_trained_tokens, sum_over_trained, token_mean
-from ..reporting.model_card import model_card
 from ..rollouts import build_engine, check_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import CachedTeacher, Teacher
-from . import caching, held_out, remote, sources
+from . import caching, held_out, publishing, remote, sources
 from .callbacks import StepLoss, divergence_error
 from .checkpoints import (
     check_resumable,
     last_complete_checkpoint,
     read_method_state,
     stream_position,
-    unpublished_files,
     write_method_state,
     written_whole,
 )
@@ -61,7 +59,7 @@ from .recording import RunRecorder
 Batch = dict[str, Any]
 
 
-class DistillTrainer(TeacherForcedEvaluation):
+class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
     """Base of all distillation trainers; use a method's own trainer.
 
     Args:
@@ -117,6 +115,7 @@ class DistillTrainer(TeacherForcedEvaluation):
         self.check_datasets(train_dataset, eval_dataset)
         caching.check(self, teacher_model, train_dataset)
         remote.check(self, teacher_model)
+        publishing.check(args, model, adapted, quantization_config is not None)
         if self.samples_completions:
             check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
 
@@ -125,6 +124,7 @@ class DistillTrainer(TeacherForcedEvaluation):
         tokenizer = models.with_pad_token(getattr(tokenizer, "tokenizer", tokenizer))
         teacher_tokenizer = teacher_processing_class or sources.teacher_tokenizer(teacher_model, tokenizer, args)
         sources.compare_vocabularies(model, teacher_model, tokenizer, teacher_tokenizer, args)
+        self.data_sources = list(hub.hub_ids_of(train_dataset))  # Hub ids, or files and folders
         train_dataset = self.prepare_rows(train_dataset, tokenizer, "train")
         eval_dataset = self._prepare_eval(eval_dataset, tokenizer)
         if isinstance(train_dataset, IterableDataset):
@@ -164,6 +164,7 @@ class DistillTrainer(TeacherForcedEvaluation):
             raise ConfigurationError(
                 "Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`."
             )
+        publishing.check_merger(self)
         self.teacher.prepare(self.accelerator)
         if self.samples_completions:
             self.engine = build_engine(
@@ -542,17 +543,3 @@ class DistillTrainer(TeacherForcedEvaluation):
         if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
             self.window_loss = self.window_loss + 0 * torch.as_tensor(grad_norm, device=self.args.device)  # keeps NaN
         return grad_norm
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`, without what `unpublished_files` names."""
-        with models.uploading_without(unpublished_files(self.args)):
-            return super().push_to_hub(*args, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        with models.uploading_without(unpublished_files(self.args)):
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write README.md into the output directory: method, paper, models, settings and scores."""
-        if self.is_world_process_zero():
-            (Path(self.args.output_dir) / "README.md").write_text(model_card(self), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which checkpoints can be resumed from, the method's own state in them, and what of a run stays unpublished."""
+"""Which checkpoints can be resumed from, and the method's own state in them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from ..exceptions import CheckpointError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from .config import DistillConfig
 
 METHOD_STATE_NAME = "distill_state.json"
 METHOD_TENSORS_NAME = "distill_state.safetensors"
@@ -116,19 +114,6 @@ def written_whole(folder: Path, accelerator: Accelerator, should_save: bool) -> 
         ) from error
     if should_save:
         shutil.rmtree(earlier, ignore_errors=True)
-
-
-def unpublished_files(args: DistillConfig) -> list[str]:
-    """Patterns of files in the output directory that no upload takes along.
-
-    They are the models' answers to the user's prompts, the teacher's cache, and the student as it was before training.
-    """
-    output = Path(args.output_dir).resolve()
-    names = [COMPLETIONS_NAME, STUDENT_INIT_NAME]
-    folders = [*(output / name for name in names), args.completions_dir, args.teacher_cache]
-    folders.append(getattr(args, "reference_logps_dir", None))
-    inside = [path for folder in folders if folder and (path := Path(folder).resolve()).is_relative_to(output)]
-    return [*(f"{path.relative_to(output).as_posix()}/*" for path in inside if path != output), SAMPLES_NAME]
 
 
 def write_method_state(folder: Path, state: dict[str, Any]) -> None:

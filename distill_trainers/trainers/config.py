@@ -126,6 +126,16 @@ class DistillConfig(TrainingArguments):
         metadata={"help": "Where the teacher's completions are kept; by default `<output_dir>/completions`."},
     )
 
+    # The finished student
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Also save the student with its adapter merged, in `<output_dir>/merged`, and upload that."},
+    )
+    card_license: str | None = field(
+        default=None,
+        metadata={"help": "Licence in the model card; by default what follows from teacher, student and data."},
+    )
+
     # Teacher cache
     teacher_cache: str | None = field(
         default=None,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import load_from_disk
+from datasets import load_dataset, load_from_disk
 
 from distill_trainers.cli import main
 from distill_trainers.cli.rationales import PipelineArguments, parse_arguments
@@ -105,13 +105,13 @@ def test_a_launch_that_would_shard_the_teacher_is_refused(settings, saved, tmp_p
     assert "device_map: auto" in capsys.readouterr().err
 
 
-def test_push(settings, tmp_path, monkeypatch):
-    pushed = {}
-    monkeypatch.setattr("datasets.Dataset.push_to_hub", lambda self, name: pushed.update({name: self.num_rows}))
+def test_push(settings, tmp_path, hub):
     source = tmp_path / "mine.jsonl"
     write_rows(source, RESPONSES)
-    assert main(["rationales", "parse", "--config", settings(push_to_hub="me/chains"), "--input", str(source)]) == 0
-    assert pushed == {"me/chains": 4}
+    config = settings(push_to_hub="me/chains", hub_private_repo=True)
+    assert main(["rationales", "parse", "--config", config, "--input", str(source)]) == 0
+    assert load_dataset("me/chains", split="train").num_rows == 4
+    assert hub.repos[("datasets", "me/chains")].private
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,14 @@
 """What a run does beside training: uploads, full disks, the terminal, students made of layers, plans."""
 
 import errno
-import fnmatch
 import json
 import os
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers.trainer
 import yaml
 from transformers import AutoConfig, PreTrainedModel
 
@@ -24,61 +21,9 @@ from distill_trainers.data.addition import RATIONALE_PROMPTS
 from distill_trainers.exceptions import CheckpointError, TrainingDivergedError
 from distill_trainers.rollouts import CompletionStore
 from distill_trainers.trainers import GKDTrainer
-from distill_trainers.trainers.callbacks import InterruptCallback
 
 ROOT = Path(__file__).parents[2]
 from_teacher = {"model_name_or_path": None, "student_init": {"from_teacher": True, "keep_layers": 1}}
-
-
-# ---- The Hub --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub that keeps the names of the files of every upload."""
-    uploads = []
-
-    class Api:
-        def create_repo(self, name, **kwargs):
-            return SimpleNamespace(repo_id=f"me/{name}")
-
-        def upload_folder(self, *, folder_path, ignore_patterns=(), **kwargs):
-            folder = Path(folder_path)
-            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-            uploads.append({n for n in names if not any(fnmatch.fnmatch(n, pattern) for pattern in ignore_patterns)})
-            return SimpleNamespace(done=lambda: True, is_done=lambda: True)
-
-    monkeypatch.setattr(transformers.trainer, "hf_api", Api)
-    return uploads
-
-
-def push_settings(tmp_path, **changes):
-    private = {"seq_kd": True, "lmbda": 0.0, "teacher_cache": str(tmp_path / "out" / "cache")}
-    return {"push_to_hub": True, "hub_model_id": "student", **from_teacher, **private, **changes}
-
-
-def test_a_whole_run_is_uploaded_once_without_what_is_private(recipe, tmp_path, hub):
-    assert main(["train", "--config", recipe(**push_settings(tmp_path))]) == 0
-    (uploaded,) = hub
-    assert {"model.safetensors", "README.md", "metrics.json", "tokenizer.json"} <= uploaded
-    for private in ("completions", "student_init", "cache"):
-        assert any((tmp_path / "out" / private).iterdir())
-        assert not [name for name in uploaded if name.startswith(f"{private}/")]
-
-
-def test_uploads_with_checkpoints_leave_the_same_out(recipe, tmp_path, hub):
-    changes = {"save_strategy": "steps", "save_steps": 2, "completions_dir": str(tmp_path / "out" / "answers")}
-    assert main(["train", "--config", recipe(**push_settings(tmp_path, **changes))]) == 0
-    assert len(hub) >= 2
-    names = set().union(*hub)
-    assert not [name for name in names if name.split("/")[0] in ("answers", "student_init", "cache")]
-
-
-def test_an_interrupted_run_is_not_uploaded_at_its_end(recipe, tmp_path, hub, monkeypatch, capsys):
-    monkeypatch.setattr(InterruptCallback, "on_step_begin", lambda self, *a, **k: setattr(self, "asked", True))
-    assert main(["train", "--config", recipe(**push_settings(tmp_path, hub_strategy="end"))]) == 0
-    assert "Stopped at step 1" in capsys.readouterr().out
-    assert (tmp_path / "out" / "model.safetensors").is_file() and not hub
 
 
 def test_the_card_tells_no_path(recipe, tmp_path, saved):

@@ -170,6 +170,22 @@ def test_processes_take_the_same_steps_from_the_replay_buffer(tmp_path, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+def test_a_sharded_student_is_merged(tmp_path, saved, config):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    settings = {**SETTINGS, "per_device_train_batch_size": 2, "merge_adapter": True}
+    launch(tmp_path, config, settings, lora=True, student=saved.student)
+    base = AutoModelForCausalLM.from_pretrained(saved.student)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run")
+    merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged"), torch.tensor([[4, 5, 12, 6, 13]])
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-5)
+    with adapted.disable_adapter():
+        assert not torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
 def test_two_processes_equal_one_with_lora(tmp_path, config):
     one, two = one_and_two(tmp_path, config, lora=True)
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two", lora=True)

@@ -60,7 +60,7 @@ def main(job):
     width = job.get("teacher_mlp", 128)
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
     teacher = job.get("teacher", teacher)  # the address of a server that has the same one
-    student = tiny_llama(tokenizer, 32, 2, seed=1)
+    student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1)
     peft_config = None
     if job.get("lora"):
         from peft import LoraConfig
@@ -84,6 +84,8 @@ def main(job):
     trainer.train()
     scores = trainer.evaluate()
     trainer.save_model(str(output / "student"))
+    if args.merge_adapter:
+        trainer.save_model()
     if trainer.is_world_process_zero():
         body = getattr(trainer.teacher, "model", teacher)
         weights = () if isinstance(body, str) else body.named_parameters()

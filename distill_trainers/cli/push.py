@@ -1,0 +1,108 @@
+"""Upload a finished run, or a file of pairs or rationales, to the Hub.
+
+distill-trainers push RUN --repo owner/name
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..exceptions import ConfigurationError
+from . import report_errors
+
+
+def main(argv: Sequence[str]) -> int:
+    """Upload; a run's card gets the scores of an evaluation first, if there are some."""
+    parser = argparse.ArgumentParser(
+        prog="distill-trainers push",
+        description="Upload a finished student with its card, or a JSONL file of pairs or rationales as a dataset. "
+        "What is there already is not sent again, so an upload that was interrupted goes on.",
+    )
+    parser.add_argument("source", help="output_dir of a run, or a .jsonl file")
+    parser.add_argument("--repo", required=True, help="owner/name on the Hub; it is made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make it private")
+    parser.add_argument("--revision", help="a branch other than main")
+    parser.add_argument("--evaluation", help="evaluation.json with scores for the card (by default that of the run)")
+    parser.add_argument("--data", help="of a file: where its prompts or questions come from, for the licence")
+    options = parser.parse_args(list(argv))
+    source = Path(options.source).expanduser()
+    if source.is_dir():
+        address = push_run(source, options)
+    elif source.is_file() and source.suffix == ".jsonl":
+        address = push_file(source, options)
+    else:
+        raise ConfigurationError(
+            f"There is no run and no .jsonl file at {options.source!r}; expected the `output_dir` of a run, or what "
+            "`distill-trainers pairs` or `rationales` wrote."
+        )
+    print(f"Uploaded {source} to {address}.")
+    return 0
+
+
+def push_run(folder: Path, options: argparse.Namespace) -> str:
+    """Upload a folder that holds a student; returns the address."""
+    from .. import hub
+
+    if not hub.stale_weights(folder):
+        raise ConfigurationError(
+            f"{str(folder)!r} holds no model: no `model.safetensors` and no `adapter_model.safetensors`. Point to the "
+            "`output_dir` of a run that has finished."
+        )
+    _refuse_local_base(folder)
+    _with_scores(folder, options.evaluation)
+    return hub.upload(
+        folder,
+        options.repo,
+        private=options.private or None,
+        revision=options.revision,
+        message="Upload with distill-trainers push",
+    )
+
+
+def _refuse_local_base(folder: Path) -> None:
+    from .. import hub, models
+
+    base = hub.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if base and models.looks_like_path(base):
+        raise ConfigurationError(
+            f"{str(folder)!r} holds an adapter for the local folder {base!r}, which nobody else can load. Upload a "
+            "merged model (`merge_adapter: true` writes `merged` beside it), or an adapter of a base on the Hub."
+        )
+
+
+def _with_scores(folder: Path, evaluation: str | None) -> None:
+    from ..evaluation.results import FILE_NAME, EvaluationResults
+    from ..exceptions import writing
+    from ..reporting.model_card import with_scores
+    from ..trainers.publishing import MERGED_NAME
+
+    card, run = folder / "README.md", folder.parent if folder.name == MERGED_NAME else folder
+    places = [Path(evaluation)] if evaluation else [place / FILE_NAME for place in (folder, run, run / "evaluation")]
+    found = next((place for place in places if place.exists()), None)
+    if found is None or not card.is_file():
+        if evaluation:
+            raise ConfigurationError(
+                f"There is no {evaluation!r}, or no card in {str(folder)!r} to put its scores into."
+            )
+        return
+    text = with_scores(card.read_text(encoding="utf-8"), EvaluationResults.load(found), run.resolve().name)
+    with writing("the model card", folder, "The student is as it was.", keep_begun=True):
+        card.write_text(text, encoding="utf-8")
+
+
+def push_file(file: Path, options: argparse.Namespace) -> str:
+    """Upload rows as a dataset; returns its address."""
+    from ..rationales.records import read_rows
+    from ..reporting.dataset_card import Writers, push_rows
+
+    rows = read_rows(file)
+    return push_rows(
+        rows, options.repo, Writers(data=options.data), private=options.private or None, revision=options.revision
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main, sys.argv[1:]))

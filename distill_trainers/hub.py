@@ -1,0 +1,227 @@
+"""The Hugging Face Hub: who may write there, what goes there, and what to do when it does not work."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import glob
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .exceptions import ConfigurationError, HubError
+
+# What of a run is published: files that loading the student or reading its card takes, and the scores. Anything else in
+# the folder stays: answers of models, data, logs, and pickled arguments with paths and perhaps a token in them.
+_NAMES = {"README.md", "metrics.json", "config.json", "generation_config.json", "adapter_config.json"}
+_NAMES |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
+_NAMES |= {"vocab.txt", "merges.txt", "normalizer.json", "tekken.json", "chat_template.jinja", "chat_template.json"}
+_NAMES |= {"preprocessor_config.json", "processor_config.json"}
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
+_PATTERNS = (*_WEIGHTS, "*.model", "*.tiktoken")
+_FOLDERS = {"plots", "additional_chat_templates"}
+# Weights that an upload replaces: left beside the new ones, they would be loaded in their place.
+WEIGHTS = [
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*",
+    "adapter_model*",
+    "adapter_config.json",
+]
+
+
+def published_files(folder: str | Path) -> list[str]:
+    """What of a model's folder is uploaded, by its path in there."""
+    folder = Path(folder)
+    found = [file for file in folder.iterdir() if file.is_file() and _is_published(file.name)]
+    if "auto_map" in read_json(folder / "config.json"):  # the model brings code of its own
+        found += [file for file in folder.glob("*.py") if file.is_file()]
+    for name in _FOLDERS:
+        found += [file for file in (folder / name).rglob("*") if file.is_file()]
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def _is_published(name: str) -> bool:
+    return name in _NAMES or any(fnmatch.fnmatchcase(name, pattern) for pattern in _PATTERNS)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none that can be read."""
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def patterns_of(names: Sequence[str]) -> list[str]:
+    """Patterns that match these names and no others."""
+    return [glob.escape(name) for name in names]
+
+
+def stale_weights(folder: str | Path) -> list[str]:
+    """Patterns of files to delete in a repository that gets `folder`'s weights; none if there are no weights in it."""
+    return list(WEIGHTS) if any(any(Path(folder).glob(pattern)) for pattern in _WEIGHTS) else []
+
+
+@contextlib.contextmanager
+def talking_to_hub(what: str, remedy: str = "") -> Iterator[None]:
+    """Within it, errors of the Hub and of the network are told with their cause and what to do.
+
+    Raises:
+        HubError: `what` could not be done.
+    """
+    try:
+        yield
+    except (HubError, ConfigurationError):
+        raise
+    except Exception as error:  # huggingface_hub passes on those of its HTTP and Xet clients, which change
+        raise HubError(f"Could not {what}: {reason(error)} {remedy}".strip()) from error
+
+
+def reason(error: BaseException) -> str:
+    """Why the Hub was not to be had, and what to do, in a sentence or two."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for each in chain:
+        if isinstance(each, OfflineModeIsEnabled):
+            return "offline mode is on. Unset HF_HUB_OFFLINE, or leave the upload out."
+        if isinstance(each, LocalTokenNotFoundError):
+            return "there is no token. Log in with `hf auth login`, set HF_TOKEN, or pass `hub_token`."
+        if isinstance(each, HfHubHTTPError) and each.response is not None:
+            status = each.response.status_code
+            if status == 401:
+                return "the Hub does not accept the token (401). Log in anew with `hf auth login`, or mend HF_TOKEN."
+            if status == 403:
+                return "the token may not write there (403). Take one with write access, or a name of your own."
+            said = (each.server_message or str(each)).strip().partition("\n")[0].rstrip(".")
+            return f"the Hub answered {status}: {said}."
+    broken = next((each for each in chain if type(each).__module__.startswith(("http", "ssl", "socket"))), None)
+    shown = broken or error
+    said = f"{type(shown).__name__}: {str(shown).strip().partition(chr(10))[0]}".rstrip(".")
+    return f"the Hub cannot be reached, or the connection broke ({said})." if broken else f"{said}."
+
+
+def check_access(
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+) -> str:
+    """See that the token may write into a repository, which need not be there yet; returns its full name.
+
+    Raises:
+        ConfigurationError: the token is missing, wrong or may only read, the name cannot be one of the Hub's, the
+            repository is another's, or it is public where a private one was asked for.
+        HubError: the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigurationError(
+            f"Got the repository {repo_id!r}; expected `owner/name`, of letters, digits, `-`, `_` and `.`. "
+            "Set `hub_model_id`."
+        ) from error
+    api = HfApi(token=token)
+    try:
+        with talking_to_hub(f"ask the Hub about {repo_id!r}"):
+            user = api.whoami()
+            full = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+            if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+                raise ConfigurationError(
+                    f"The token of {user['name']!r} may only read, so nothing can be uploaded to {full!r}. Make one "
+                    "with write access, and log in with `hf auth login` or set HF_TOKEN."
+                )
+            if not api.repo_exists(full, repo_type=repo_type):
+                _check_owner(full, user)
+                return full
+            api.auth_check(full, repo_type=repo_type, write=True)
+            is_private = api.repo_info(full, repo_type=repo_type).private
+            if revision is not None:
+                api.create_branch(full, repo_type=repo_type, branch=revision, exist_ok=True)
+    except HubError as error:
+        cause = error.__cause__
+        refused = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
+        if refused or isinstance(cause, LocalTokenNotFoundError):
+            raise ConfigurationError(str(error)) from cause  # to be mended before anything is computed
+        raise
+    if private and is_private is False:
+        raise ConfigurationError(
+            f"A private repository was asked for, but {full!r} is there and public. Make it private in its settings, "
+            "or name another."
+        )
+    return full
+
+
+def _check_owner(repo_id: str, user: dict[str, Any]) -> None:
+    owner = repo_id.partition("/")[0]
+    known = [user["name"], *(each["name"] for each in user.get("orgs", []))]
+    if owner not in known:
+        raise ConfigurationError(
+            f"There is no repository {repo_id!r}, and {user['name']!r} cannot make one there; expected an owner out of "
+            f"{', '.join(known)}."
+        )
+
+
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str,
+    only: Sequence[str] | None = None,
+) -> str:
+    """Upload a folder, making the repository if need be; one that was interrupted goes on where it stopped.
+
+    Files that are there already are not sent again. Weights in the repository that are not in the folder are deleted.
+
+    Args:
+        only: paths in the folder; by default `published_files`.
+
+    Returns:
+        the address of the repository.
+
+    Raises:
+        ConfigurationError, HubError: see `check_access`; and where the upload fails.
+    """
+    from huggingface_hub import HfApi
+
+    names = published_files(folder) if only is None else only
+    full = check_access(repo_id, repo_type=repo_type, token=token, private=private, revision=revision)
+    api = HfApi(token=token)
+    again = f"Nothing in {str(folder)!r} was changed; the same command goes on where this one stopped."
+    with talking_to_hub(f"upload to {full!r}", again):
+        url = api.create_repo(full, repo_type=repo_type, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(full, repo_type=repo_type, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=full,
+            repo_type=repo_type,
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            allow_patterns=patterns_of(names),
+            delete_patterns=stale_weights(folder) if repo_type == "model" else None,
+        )
+    return str(url)
+
+
+def hub_ids_of(dataset: Any) -> Iterator[str]:
+    """Datasets of the Hub that rows came from, as far as `datasets` has kept it."""
+    checksums = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = [re.match(r"hf://datasets/([^@]+)@", str(url)) for url in checksums]
+    yield from dict.fromkeys(match[1] for match in found if match)
