@@ -16,8 +16,8 @@ from distill_trainers import GKDConfig
 from distill_trainers.data.addition import addition_dataset, addition_rows
 from distill_trainers.evaluation import EvaluationSettings, evaluate_models
 from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.hub import published_files
 from distill_trainers.trainers import METHODS
-from distill_trainers.trainers.checkpoints import unpublished_files
 from distill_trainers.trainers.held_out import HeldOutMeasures
 from distill_trainers.trainers.side_by_side import SideBySide, log_side_by_side
 
@@ -175,7 +175,7 @@ def test_samples_of_both_models_are_kept(make, tmp_path):
     assert (rows[0]["prompt"], rows[0]["reference"]) == (first["prompt"], first["completion"])
     assert rows[0]["teacher"] == rows[2]["teacher"] == rows[4]["teacher"]
     assert len({row["student"] for row in rows[::2]}) > 1
-    assert "samples.jsonl" in unpublished_files(trainer.args)
+    assert "samples.jsonl" not in published_files(trainer.args.output_dir)
 
 
 class Tracker:
