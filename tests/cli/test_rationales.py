@@ -95,7 +95,6 @@ def test_extract_from_a_local_model(settings, saved, tmp_path, capsys):
     assert json.loads((tmp_path / "work" / "extract-report.json").read_text())["known"] == len(rows)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
 def test_a_launch_that_would_shard_the_teacher_is_refused(settings, saved, tmp_path, capsys, monkeypatch, kind):
     source = tmp_path / "questions.jsonl"
@@ -106,12 +105,7 @@ def test_a_launch_that_would_shard_the_teacher_is_refused(settings, saved, tmp_p
     assert "device_map: auto" in capsys.readouterr().err
 
 
-def test_push(settings, tmp_path, monkeypatch):
-    pushed = {}
-    monkeypatch.setattr("datasets.Dataset.push_to_hub", lambda self, name: pushed.update({name: self.num_rows}))
-=======
 def test_push(settings, tmp_path, hub):
->>>>>>> 2b18dcf (Hub: datasets, distill-trainers push, cards with licences; tests)
     source = tmp_path / "mine.jsonl"
     write_rows(source, RESPONSES)
     config = settings(push_to_hub="me/chains", hub_private_repo=True)
