@@ -229,6 +229,12 @@ class Publishing(Trainer):
         return _published({**upload, "folder_path": str(self.published_folder)})
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # A file that is rewritten while it is uploaded comes shorter than was said, and server and client wait forever.
+        running = getattr(self, "push_in_progress", None)
+        if running is not None and not running.is_done():
+            if not self.args.hub_always_push:
+                return
+            running.wait_until_done()
         self._tell_failed_pushes()
         if self.args.hub_strategy != "end":
             self.create_model_card()

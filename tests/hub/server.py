@@ -117,6 +117,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
+    timeout = 20  # of a client that says less than it promised; as real ones have it
     hub: Hub
     protocol_version = "HTTP/1.1"
 
