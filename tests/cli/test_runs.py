@@ -163,9 +163,17 @@ OWN_SETTINGS |= {"refresh_steps", "objective", "rationale_weight"}
 # ---- Recipes that are shipped ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
-)
+# The same two methods for other models, full and LoRA: each is parsed and planned in every run, trained in the slow one.
+ALIKE = {"llama-2-13b", "llama-3.1-8b", "llama-3.2-1b", "open-llama-3b", "qwen2.5-7b"}
+
+
+def _shipped():
+    for path in sorted(ROOT.glob("recipes/*/*.yaml")):
+        marks = [pytest.mark.slow] if path.parent.name in ALIKE else []
+        yield pytest.param(path, marks=marks, id=f"{path.parent.name}/{path.name}")
+
+
+@pytest.mark.parametrize("path", _shipped())
 def test_every_recipe_trains_tiny_models_and_goes_on(path, tmp_path, tokenizer, make_teacher, rows_for, monkeypatch):
     """Names, data and the device are the test's; every other setting is the recipe's."""
     monkeypatch.chdir(ROOT)
