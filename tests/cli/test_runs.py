@@ -163,7 +163,7 @@ OWN_SETTINGS |= {"refresh_steps", "objective", "rationale_weight"}
 # ---- Recipes that are shipped ---------------------------------------------------------------------------------------
 
 
-# The same two methods for other models, full and LoRA: each is parsed and planned in every run, trained in the slow one.
+# The same methods for other models, full and LoRA: parsed and planned in every run, trained in the slow one.
 ALIKE = {"llama-2-13b", "llama-3.1-8b", "llama-3.2-1b", "open-llama-3b", "qwen2.5-7b"}
 
 
