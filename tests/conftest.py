@@ -14,6 +14,7 @@ import copy
 import gc
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -281,7 +282,8 @@ def hub(hub_server, monkeypatch, tmp_path):
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     # One that was made on import, and is what functions such as `whoami` are methods of.
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hasty = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})  # between attempts
+    monkeypatch.setattr("huggingface_hub.utils._http.time", hasty)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     yield server
     server.close()

@@ -130,6 +130,7 @@ class Handler(BaseHTTPRequestHandler):
         self.path_, query = unquote(urlsplit(self.path).path), parse_qs(urlsplit(self.path).query)
         if self.hub.closed:  # this connection was kept alive
             return self._break()
+        self.is_read = False
         self.hub.requests.append((self.command, self.path_))
         for pattern, method, function in ROUTES:
             found = re.fullmatch(pattern, self.path_)
@@ -149,6 +150,10 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle  # noqa: N815
 
     def _body(self) -> bytes:
+        """What was sent; empty the second time, where reading on would wait for the next request."""
+        if self.is_read:
+            return b""
+        self.is_read = True
         length = int(self.headers.get("Content-Length") or 0)
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             parts = []
@@ -157,8 +162,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
             return b"".join(parts)
-        body, self.headers["Content-Length"] = self.rfile.read(length), ""
-        return body
+        return self.rfile.read(length)
 
     def _break(self) -> None:
         self.close_connection = True

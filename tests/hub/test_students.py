@@ -296,4 +296,5 @@ def test_a_branch_is_made_where_there_is_none(make_trainer, hub):
     trainer = make_trainer(hub_revision="try-1", **PUSH)
     trainer.train()
     trainer.push_to_hub()
+    make_trainer(hub_revision="try-1", **PUSH)  # the branch is there now
     assert "model.safetensors" in _names(hub, branch="try-1") and "model.safetensors" not in _names(hub)
