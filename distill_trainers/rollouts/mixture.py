@@ -49,7 +49,6 @@ class Partner:
 
     def __init__(self, mixture: Mixture, rows: Rows, vocab_size: int | None, in_step: bool):
         self.mixture = mixture
-        self.in_step = in_step
         self._vocab_size = vocab_size
         self._exact = models.gives_hidden_states(mixture.model)
         self._accepted = parameters_of(models.causal_lm_of(mixture.model))
@@ -121,8 +120,9 @@ class Partner:
 
         def told(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
             head, hidden = head.cut_to(self._vocab_size), hidden[:, -count - 1 :]
-            before = fused_token_logps(hidden[:, :-1].flatten(0, 1), head, following.flatten())
-            return wide_logits(hidden[:, -1], head).log_softmax(-1), before.view_as(following), hidden
+            before = fused_token_logps(hidden[:, :-1].flatten(0, 1), head, following.flatten().to(hidden.device))
+            after = wide_logits(hidden[:, -1], head).log_softmax(-1)
+            return after.to(ids.device), before.view_as(following).to(ids.device), hidden
 
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         if "position_ids" in self._accepted:

@@ -57,14 +57,19 @@ def test_what_it_tells_is_what_one_forward_over_everything_tells(pair, alpha, gi
             assert each.hidden is None
 
 
-def test_it_is_asked_when_its_coin_comes_up_and_when_rows_leave(pair, monkeypatch):
+@pytest.mark.parametrize("alpha", [0.05, 0.95])
+def test_it_is_asked_only_when_its_coin_comes_up(pair, monkeypatch, alpha):
+    """No row ends, so that none leaves: a forward for each of its coins but the first step's, and one at the end."""
     calls, forward = [], Partner._forward
     monkeypatch.setattr(Partner, "_forward", lambda *args: calls.append(args[1].shape[1]) or forward(*args))
-    few = len(calls) if mixed(pair, 0.05) else 0
-    calls.clear()
-    found = mixed(pair, 0.95)
-    longest = max(len(each.ids) for each in found)
-    assert few < len(calls) <= longest + len(PROMPTS), (few, len(calls))
+    ids = torch.tensor([[3, 4, 12], [2, 2, 9]])
+    with rollout_rng(4, 0, 0):
+        decode_scored(pair[0], ids, torch.ones_like(ids), SamplingSettings(24), mixture=Mixture(pair[1], alpha))
+    with rollout_rng(4, 0, 0):
+        torch.rand((2, 24), dtype=torch.float64)  # the rows' uniform numbers
+        coins = (torch.rand(24) < alpha).tolist()
+    assert calls[0] == 3 and sum(calls[1:]) == 23, "every token is read once, and the last not at all"
+    assert len(calls) - 1 == sum(coins[1:]) + (not coins[-1])
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 0.7}, {"top_k": 3}, {"temperature": 0.0}])
