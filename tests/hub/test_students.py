@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, pipeline
 
 from distill_trainers import hub as hub_module
 from distill_trainers.data.addition import addition_dataset
@@ -135,6 +135,25 @@ def test_checkpoints_are_uploaded_while_training(make_trainer, hub):
     again = make_trainer(max_steps=6, lmbda=0.0)
     again.train(resume_from_checkpoint=f"{folder}/last-checkpoint")
     assert again.state.global_step == 6
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_files_are_not_rewritten_while_they_are_uploaded(make_trainer, hub, monkeypatch, always):
+    trainer = make_trainer(**{**PUSH, "hub_strategy": "every_save", "hub_always_push": always})
+    happened = []
+
+    class Running:
+        def is_done(self):
+            return "waited" in happened
+
+        def wait_until_done(self):
+            happened.append("waited")
+
+    trainer.push_in_progress = Running()
+    monkeypatch.setattr(trainer, "create_model_card", lambda: happened.append("card"))
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: happened.append("files"))
+    trainer._push_from_checkpoint("checkpoint-2")
+    assert happened == (["waited", "card", "files"] if always else [])
 
 
 def test_a_failed_upload_beside_training_is_told_and_costs_no_training(make_trainer, hub, caplog):
