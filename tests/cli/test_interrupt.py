@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -53,3 +54,34 @@ def test_interrupt_saves_and_resume_continues(tmp_path, saved):
     )
     assert again.returncode == 0, again.stderr[-3000:]
     assert f"train step {step + 1}/" in again.stdout and f"train step {step}/" not in again.stdout
+
+
+WORKER = """
+import pathlib, signal, sys, time
+from distill_trainers.cli.orphans import end_with_launcher
+
+def saved(*args):
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, saved)
+end_with_launcher()
+print("ready", flush=True)
+time.sleep(30)
+"""
+LAUNCHER = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE, text=True).stdout.readline()
+"""
+
+
+@pytest.mark.parametrize("world, ends", [("2", True), ("1", False)])
+def test_one_of_several_processes_ends_when_its_launcher_is_gone(tmp_path, world, ends):
+    """Its launcher ends as soon as it is ready; a process alone may have been sent to the background."""
+    saved = tmp_path / "saved"
+    env = {**os.environ, "WORLD_SIZE": world, "LOCAL_RANK": "0"}
+    subprocess.run([sys.executable, "-c", LAUNCHER, WORKER, str(saved)], env=env, check=True, timeout=60)
+    until = time.monotonic() + (30 if ends else 3)
+    while not saved.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert saved.exists() == ends
