@@ -260,11 +260,11 @@ class _Writer:
     def answer(self, prompts: dict[str, Prompt], attempt: int) -> dict[str, dict[str, Any]]:
         """Text of each response, whether it is finished, and its number of tokens."""
         from ..models import eos_ids
-        from ..rollouts import CompletionStore, local_engine
+        from ..rollouts import CompletionStore, complete_prompts, local_engine
         from ..rollouts.mixing import mix
         from ..teachers.cache_files import write_atomically
         from ..teachers.cache_identity import describe_source, hashed
-        from ..trainers.completions import complete_prompts, sampling_settings
+        from ..trainers.completions import sampling_settings
 
         args: Any = self.args
         identity = {

@@ -172,10 +172,9 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any,
     from torch.utils.data import DataLoader
 
     from ..data import DistillCollator
-    from ..rollouts import local_engine
+    from ..rollouts import complete_prompts, local_engine
     from ..teachers import LocalTeacher
     from ..trainers.completions import (
-        complete_prompts,
         completion_store,
         prompts_to_complete,
         sampling_settings,

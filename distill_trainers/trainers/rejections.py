@@ -10,9 +10,10 @@ from transformers import TrainerCallback
 from .. import models
 from ..data import join_pairs
 from ..rollouts import CompletionStore, ReplayBuffer, local_engine
+from ..rollouts.completing import complete_prompts
 from ..rollouts.replay import sampled_rows, with_rows
 from ..rollouts.store import prompt_key
-from .completions import complete_prompts, completions_root, prompts_to_complete
+from .completions import completions_root, prompts_to_complete
 
 if TYPE_CHECKING:
     from .base import DistillTrainer
