@@ -10,7 +10,7 @@ from distill_trainers import models
 from distill_trainers.cli import main
 from distill_trainers.cli.examination import case_of
 from distill_trainers.cli.recipe import parse_recipe
-from distill_trainers.doctor import Launch, room, teacher
+from distill_trainers.doctor import Launch, precision, room, teacher
 from distill_trainers.teachers import LocalTeacher
 
 CHAT = "{% for m in messages %}{{ '=' if m['role'] == 'user' else '' }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -259,6 +259,14 @@ def test_bad_options_are_refused(recipe, pair, capsys, options, words):
 def test_a_launch_in_another_precision_is_remarked_upon(recipe, pair, diagnose):
     _, report = diagnose(recipe(**pair()), "--launch", "accelerate_configs/ddp.yaml")
     assert any("mixed precision 'no'" in f["what"] and "bf16" in f["what"] for f in serious(report))
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_emulated_bfloat16_is_remarked_upon(recipe, pair, diagnose, monkeypatch, emulated):
+    monkeypatch.setattr(precision, "emulates_bfloat16", lambda: emulated)
+    _, report = diagnose(recipe(**pair(), bf16=True))
+    remedies = [f["remedy"] for f in serious(report) if "AVX-512" in f["what"]]
+    assert remedies == (["Set `bf16: false`."] if emulated else [])
 
 
 # ---- Before a run ---------------------------------------------------------------------------------------------------
