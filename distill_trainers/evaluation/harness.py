@@ -56,8 +56,8 @@ class Harness:
         near = difflib.get_close_matches(wanted, self._manager.all_tasks, n=3)
         hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ConfigurationError(
-            f"Got `lm_eval_tasks: {wanted}`, which lm-eval {version('lm-eval')} does not have. {hint}`lm-eval ls tasks` "
-            "lists its tasks; `lm_eval_include_path` names a folder of your own."
+            f"Got `lm_eval_tasks: {wanted}`, which lm-eval {version('lm-eval')} does not have. {hint}"
+            "`lm-eval ls tasks` lists its tasks; `lm_eval_include_path` names a folder of your own."
         )
 
     def _read_data(self, name: str) -> None:

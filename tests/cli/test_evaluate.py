@@ -166,7 +166,7 @@ def test_the_gap_of_a_task(monkeypatch):
 
 @pytest.fixture
 def own_tasks(tmp_path, monkeypatch):
-    """A folder with tasks of one's own, as settings, and its rows; lm-eval knows no others (reading them takes long)."""
+    """Settings that name a folder with tasks of one's own, and their rows; lm-eval's own tasks take long to be read."""
     manager = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed")
     monkeypatch.setattr(manager, "TaskManager", partial(manager.TaskManager, include_defaults=False))
     folder = tmp_path / "tasks"
@@ -230,7 +230,8 @@ def test_tasks_that_cannot_be_run_are_refused_before_weights_are_loaded(own_task
     assert "`lm_eval_tasks: tiny_smus`" in said and "Did you mean 'tiny_sums'" in said
     assert "expected a folder" in refused({**settings, "lm_eval_tasks": ["x"], "lm_eval_include_path": "no/such"})
     (tmp_path / "tasks" / "rows.jsonl").unlink()
-    assert "`lm_eval_tasks: tiny_sums`, but lm-eval cannot load" in refused({**settings, "lm_eval_tasks": ["tiny_sums"]})
+    said = refused({**settings, "lm_eval_tasks": ["tiny_sums"]})
+    assert "`lm_eval_tasks: tiny_sums`, but lm-eval cannot load" in said
 
 
 def test_a_stopped_task_keeps_those_before_it(config, own_tasks, saved, monkeypatch):
