@@ -87,7 +87,8 @@ def test_every_method_is_judged_by_one_evaluation(tmp_path, make_tokenizer):
     pytest.importorskip("rouge_score", reason="rouge-score is not installed")
     tokenizer = make_tokenizer()
     shape = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
-    config = LlamaConfig(len(tokenizer), 16, max_position_embeddings=1024, tie_word_embeddings=True, **shape)
+    shape |= {"vocab_size": len(tokenizer), "hidden_size": 16}
+    config = LlamaConfig(max_position_embeddings=1024, tie_word_embeddings=True, **shape)
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")

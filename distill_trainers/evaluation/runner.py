@@ -363,7 +363,7 @@ class Evaluation:
         samples = []
         for i, place in enumerate(shown):
             example = examples.examples[place]
-            prompt = decode(example.prompt_ids, skip_special_tokens=True)
+            prompt = example.prompt_text or decode(example.prompt_ids, skip_special_tokens=True)
             sample = Sample(place, prompt, example.references, example.answer)
             for name, found in collected.items():
                 if found.samples:

@@ -58,7 +58,9 @@ class DPKDConfig(DistillConfig):
     skew_alpha: float = field(default=0.1, metadata={"help": "α₀ of contrastive_skew: the largest skew."})
     contrastive_schedules: bool = field(
         default=True,
-        metadata={"help": "contrastive_skew: adapt α to each response, and raise the rejected side's weight from ½ to ¾."},
+        metadata={
+            "help": "contrastive_skew: adapt α to each response, and raise the rejected side's weight from ½ to ¾."
+        },
     )
     reference_logps_dir: str | None = field(
         default=None,

@@ -18,7 +18,11 @@ from distill_trainers.data.addition import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES += [ROOT / "accelerate_configs/README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("recipes/*/README.md"))]
+PAGES += [
+    ROOT / "accelerate_configs/README.md",
+    ROOT / "benchmarks/README.md",
+    *sorted(ROOT.glob("recipes/*/README.md")),
+]
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 LANGUAGES = ("python", "bash", "yaml", "json", "diff", "")  # how each is checked is said in test_blocks.py
 
