@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 120.0  # to finish a step and save
@@ -22,8 +23,18 @@ def end_with_launcher() -> None:
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="launcher watch").start()
 
 
+def _is_adopted(parent: int) -> bool:
+    """Whether the launcher was gone before this process could look: torch's is a Python program, init is not."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not Path("/proc/self/exe").exists():
+        return False
+    try:
+        return not Path(os.readlink(f"/proc/{parent}/exe")).name.startswith("python")
+    except OSError:  # another user's, or gone by now
+        return True
+
+
 def _watch(launcher: int) -> None:
-    while os.getppid() == launcher:
+    while os.getppid() == launcher and not _is_adopted(launcher):
         time.sleep(POLL_SECONDS)
     print(f"The launcher (process {launcher}) is gone: saving and stopping.", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)

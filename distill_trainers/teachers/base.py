@@ -67,6 +67,9 @@ class Teacher(ABC):
         """Within it, `signal` only asks an answer from afar to set out; yields whether that is of any use."""
         yield False
 
+    def stop_waiting(self) -> None:  # noqa: B027  # most teachers are never away
+        """The run is asked to end: a teacher that is away is not waited for. May be called by a signal's handler."""
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Identifies weights and configuration, for anything kept on disk."""

@@ -139,7 +139,7 @@ class Attempt(Generic[T]):
                 since = since or time.monotonic()
                 broken += again.broken
                 away = time.monotonic() - since
-                if away > self._servers.patience or broken >= _BROKEN_ANSWERS:
+                if away > self._servers.patience or broken >= _BROKEN_ANSWERS or self._servers.waits_no_more:
                     raise TeacherServerError(
                         f"No teacher's server gave an answer ({self._servers.names}; the last: {again}), tried for "
                         f"{away:.0f} s. Start it again, and the run with `--resume_from_checkpoint true`; "
@@ -170,6 +170,7 @@ class Servers:
         self._threads = futures.ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
         self._lock = threading.Lock()
         self._turn = 0
+        self.waits_no_more = False
         self._told = False  # whether it was said that servers are away
         self.close = weakref.finalize(self, _close, self._threads, self._pool)
 
@@ -191,7 +192,13 @@ class Servers:
             self._told = True
             how_long = self.patience - away
             logger.warning("Waiting for the teacher's server %s (%s), %.0f s more.", self.names, reason, how_long)
-        time.sleep(max(0.0, min(endpoint.not_before for endpoint in self.endpoints) - time.monotonic()))
+        end = min(endpoint.not_before for endpoint in self.endpoints)
+        while not self.waits_no_more and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+
+    def stop_waiting(self) -> None:
+        """Servers that are away are not waited for any more. May be called by a signal's handler."""
+        self.waits_no_more = True
 
     def _run(self, call: Callable[[Endpoint], T]) -> T:
         endpoint = self._pick()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..exceptions import ConfigurationError, TeacherServerError
 from ..signals import Head, TeacherSignal, TokenLogprobs
+from .answers import empty_answer, problem_of
 from .base import Teacher
 from .cache_files import Row, row_key
 from .cache_identity import tokenizer_fingerprint
@@ -154,6 +155,9 @@ class RemoteTeacher(Teacher):
     Micro-batches that it is told of ahead (`asking_ahead`) are asked for at once and in the background, so that their
     answers are on their way while the student computes. A server that goes away is waited for.
 
+    Attributes:
+        failure: why nobody is asked any more within `holding_failures`; None as long as all is well.
+
     Args:
         servers: addresses, in one string with commas between or as a list; they must serve the same teacher.
         settings: what is asked for.
@@ -192,7 +196,8 @@ class RemoteTeacher(Teacher):
         self._head: Head | None = None
         self._known_ids: int | None = self.info["vocab_rows"]
         self._ahead: dict[Any, list[Attempt[Row]]] = {}
-        self._announcing = False
+        self._announcing = self._holding = False
+        self.failure: TeacherServerError | None = None
 
     def _connect(self, endpoint: Endpoint, openai: Any) -> Dialect:
         try:
@@ -252,6 +257,21 @@ class RemoteTeacher(Teacher):
         finally:
             self._announcing = False
 
+    @contextlib.contextmanager
+    def holding_failures(self) -> Iterator[None]:
+        """Within it, what `signal` would raise is kept in `failure`, and a signal that says nothing is given instead.
+
+        One of several processes that raised alone would leave the others waiting for it in their next collective.
+        """
+        before, self._holding = self._holding, True
+        try:
+            yield
+        finally:
+            self._holding = before
+
+    def stop_waiting(self) -> None:
+        self.servers.stop_waiting()
+
     # ---- As a teacher -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -259,10 +279,20 @@ class RemoteTeacher(Teacher):
         rows = [row for row in unpadded_rows(inputs, predicts) if len(row[1])]
         key = (vocab_size, *(row_key(*row) for row in rows))
         if self._announcing:
-            self._ahead[key] = self._ask(rows, vocab_size)
+            if self.failure is None:
+                self._ahead[key] = self._ask(rows, vocab_size)
             return None  # type: ignore[return-value]  # nobody looks at it
-        attempts = self._ahead.pop(key, None) or self._ask(rows, vocab_size)
-        return self._signal_of([attempt.result() for attempt in attempts], vocab_size, predicts.device)
+        if self.failure is None or not self._holding:
+            try:
+                attempts = self._ahead.pop(key, None) or self._ask(rows, vocab_size)
+                return self._signal_of([attempt.result() for attempt in attempts], vocab_size, predicts.device)
+            except TeacherServerError as error:
+                if not self._holding or (self.settings.kind == "hidden" and self._head is None):
+                    raise
+                self.failure = error
+        count, head = sum(len(positions) for _, positions in rows), self._head
+        nothing = empty_answer(count, self._wanted(vocab_size), self.info, None if head is None else head.weight.dtype)
+        return self._signal_of([nothing], vocab_size, predicts.device)
 
     def fingerprint(self) -> str:
         return self.info["weights"]
@@ -314,36 +344,11 @@ class RemoteTeacher(Teacher):
 
     def _checked(self, question: Question, endpoint: Endpoint) -> Row:
         answer = self.dialect.ask(question, endpoint)
-        problem = self._problem(answer, sum(question.counts), question.wanted)
+        wanted = question.wanted
+        problem = problem_of(answer, sum(question.counts), wanted, self.info, wanted.vocab_size or self._known_ids)
         if problem:
             raise Again(f"{endpoint.url} answers nonsense: {problem}", broken=True)
         return answer
-
-    def _problem(self, answer: Row, count: int, wanted: Wanted) -> str | None:
-        """Why an answer cannot be about `count` tokens; None if it can."""
-        try:
-            if wanted.kind == "hidden":
-                good = list(answer["hidden"].shape) == [count, self.info["hidden_size"]]
-            elif wanted.kind == "topk":
-                most = min(n for n in (wanted.top_k, wanted.vocab_size, self.info["vocab_rows"]) if n is not None)
-                good = list(answer["ids"].shape) == list(answer["logps"].shape) == [count, most]
-                good &= list(answer["tail"].shape) == [count]
-            elif wanted.kind == "sampled":
-                lengths = answer["lengths"]
-                total = [int(lengths.sum())]
-                good = list(lengths.shape) == [count] and bool((lengths > 0).all())
-                good &= all(list(answer[name].shape) == total for name in ("ids", "logps", "counts"))
-            else:
-                good = list(answer["logps"].shape) == [count]
-        except KeyError as error:
-            return f"it lacks {error}"
-        if not good:
-            return "its arrays have other shapes than its question asked for"
-        ids = answer.get("ids")
-        known = wanted.vocab_size or self._known_ids
-        if ids is not None and ids.numel() and known and not 0 <= int(ids.min()) <= int(ids.max()) < known:
-            return f"it tells of ids that are not in a vocabulary of {known}"
-        return None
 
     def _signal_of(self, rows: list[Row], vocab_size: int | None, device: torch.device) -> TeacherSignal:
         wanted = self._wanted(vocab_size)

@@ -184,6 +184,8 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         if isinstance(self.teacher, CachedTeacher):
             self.add_callback(caching.CacheKeeper(self.teacher))
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
+        self.last_step: remote.LastStep | None = None
+        self._method_state_aside: dict[str, Any] | None = None
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self.metrics = RunningMetrics(args.device)
         self._eval_rows: list[Tensor] | None = None
@@ -305,8 +307,9 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             # batches would be added to the next epoch's first.
             batches = []
         if batches:
-            batches = self.score(self.rollout(batches))
-            ask_ahead(self, batches)
+            with remote.holding_failures(self):
+                batches = self.score(self.rollout(batches))
+                ask_ahead(self, batches)
         return batches, self.accelerator.reduce(self._counts(batches).to(device), reduction="sum")
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
@@ -359,7 +362,11 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         counts = self._counts([inputs])
         step_counts = counts if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         world_size = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        total, terms = self._token_terms(model, inputs, self.distill_terms, self._step_weights(step_counts))
+        weights = self._step_weights(step_counts)
+        with remote.holding_failures(self) if model.training else contextlib.nullcontext():
+            total, terms = self._token_terms(model, inputs, self.distill_terms, weights)
+        if model.training and self.accelerator.sync_gradients:
+            remote.end_together(self)
         loss = token_mean(total, step_counts.flatten()[0], world_size)
         if model.training:
             self.window_loss = self.window_loss + loss.detach()
@@ -502,7 +509,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        self.run_checkpoints = []
+        self.run_checkpoints, self.last_step = [], None
         if isinstance(resume_from_checkpoint, str):
             check_resumable(resume_from_checkpoint)
             self.run_checkpoints.append(resume_from_checkpoint)
@@ -522,21 +529,31 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with written_whole(folder, self.accelerator, self.args.should_save):
-            if self.args.should_save and (state := self.method_state()):
+            state = self.method_state() if self._method_state_aside is None else self._method_state_aside
+            if self.args.should_save and state:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_method_state(folder, state)
             super()._save_checkpoint(model, trial)
         self.run_checkpoints.append(str(folder))
 
-    def save_aside(self) -> None:
-        """A checkpoint that takes no other's place: nothing is rotated out, nothing uploaded."""
-        args = self.args
+    def save_aside(self, method_state: dict[str, Any] | None = None) -> None:
+        """A checkpoint that takes no other's place: nothing is rotated out, nothing uploaded.
+
+        Args:
+            method_state: the method's as of the checkpoint's step, where it has changed since.
+        """
+        args, self._method_state_aside = self.args, method_state
         settings = args.save_total_limit, args.push_to_hub
         args.save_total_limit, args.push_to_hub = None, False
         try:
             self._save_checkpoint(self.model, trial=None)
         finally:
             args.save_total_limit, args.push_to_hub = settings
+            self._method_state_aside = None
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.last_step = remote.last_step(self)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -93,6 +93,8 @@ class InterruptCallback(TrainerCallback):
                 "\nInterrupted: finishing this step and saving a checkpoint (Ctrl-C again stops at once).", flush=True
             )
         self.asked = True
+        if self.trainer is not None:
+            self.trainer.teacher.stop_waiting()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         asked = self.asked

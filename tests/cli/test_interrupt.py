@@ -85,3 +85,20 @@ def test_one_of_several_processes_ends_when_its_launcher_is_gone(tmp_path, world
     while not saved.exists() and time.monotonic() < until:
         time.sleep(0.1)
     assert saved.exists() == ends
+
+
+@pytest.mark.parametrize("torchs, ends", [(True, True), (False, False)])
+def test_a_process_whose_launcher_went_before_it_could_look_ends_too(tmp_path, torchs, ends):
+    """Its parent is not Python, as torch's launcher is; other launchers may be anything."""
+    saved = tmp_path / "saved"
+    env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | ({"TORCHELASTIC_RUN_ID": "none"} if torchs else {})
+    command = ["sh", "-c", '"$0" -c "$1" "$2"; true', sys.executable, WORKER, str(saved)]
+    parent = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + (30 if ends else 3)
+        while not saved.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        assert saved.exists() == ends
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()

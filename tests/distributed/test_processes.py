@@ -26,7 +26,7 @@ def own_extensions(tmp_path_factory):
 
 
 def launch(folder, config, settings, lora=False, timeout=400, **more):
-    """Run the worker (one process without `config`) and read its report."""
+    """Run the worker (one process without `config`) and read its report; what it said, if it died before."""
     folder.mkdir(parents=True, exist_ok=True)
     job = json.dumps({"output": str(folder), "args": settings, "lora": lora, **more})
     command = [sys.executable]
@@ -51,7 +51,8 @@ def launch(folder, config, settings, lora=False, timeout=400, **more):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the workers too, which outlive a launcher that is killed
     assert process.returncode == 0, output[-2000:] + errors[-6000:]
-    return json.loads((folder / "report.json").read_text())
+    report = folder / "report.json"
+    return json.loads(report.read_text()) if report.exists() else output
 
 
 def weights(folder, lora=False):
@@ -290,3 +291,44 @@ def test_processes_mix_the_teacher_in_and_wait_for_each_other(tmp_path, config):
     assert len(logs) == 6 and [log["rollouts"] for log in logs] == [4.0, 0.0] * 3, "of both processes"
     for log in logs[::2]:
         assert log["ratio"] == pytest.approx(1.0, abs=1e-4) and 0 < log["teacher_mix_share"] < 1
+
+
+# 48 rows: 6 steps an epoch. λ draws, a replay buffer and dropout; or cycles of four steps on the same rollouts.
+RESUMED = {"save_strategy": "steps", "save_steps": 3, "max_steps": 9, "per_device_train_batch_size": 2}
+RESUMED |= {
+    "teacher_server_patience": 1.0,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "disable_dropout": False,
+}
+INTERRUPTED = {
+    "replay": {"settings": {"lmbda": 0.5, "replay_buffer_size": 8}},
+    "cycle": {"method": "minillm", "settings": {**MINILLM, "temperature": 1.0}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
+@pytest.mark.parametrize("kind", INTERRUPTED)
+def test_processes_that_died_go_on_exactly(tmp_path, config, kind):
+    """Died in the second epoch, and in the middle of an inner one; resumed from the middle of the first."""
+    assert_goes_on(tmp_path, config, kind, {"dies": 5}, first=3)
+
+
+def assert_goes_on(tmp_path, config, kind, interruption, first, changes=None, **more):
+    """A run that is interrupted and goes on from step `first` takes every step that one takes as a whole."""
+    more |= {"dropout": 0.1, "method": INTERRUPTED[kind].get("method", "gkd")}
+    settings = {**RESUMED, **INTERRUPTED[kind]["settings"], **(changes or {})}
+    whole = launch(tmp_path / "whole", config, settings, **more)
+    said = launch(tmp_path / "resumed", config, settings, **more, **interruption)
+    assert isinstance(said, str), "it was not interrupted"
+    resumed = launch(tmp_path / "resumed", config, settings, **more, resume=True)
+    expected = [log for log in whole["logs"] if "loss" in log and log["step"] > first]
+    found = [log for log in resumed["logs"] if "loss" in log]
+    assert [log["step"] for log in found] == list(range(first + 1, RESUMED["max_steps"] + 1))
+    for name in ("loss", "grad_norm", "trained_tokens", "rollouts", "learning_rate"):
+        assert [log[name] for log in found] == [log[name] for log in expected], name
+    assert {log["rollouts"] for log in expected} >= {0.0}, "some steps take rows that were sampled before"
+    left, right = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert all(torch.equal(right[name], left[name]) for name in left)
+    return said

@@ -6,6 +6,7 @@ Usage: accelerate launch --config_file … worker.py '{"output": …, "args": {�
 import json
 import os
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -20,7 +21,33 @@ from distill_trainers.data.addition import (
     character_tokenizer,
     tiny_llama,
 )
+from distill_trainers.exceptions import TeacherServerError
+from distill_trainers.teachers.endpoints import Again
 from distill_trainers.trainers import METHODS
+
+
+class Dies(TrainerCallback):
+    """Every process ends at the beginning of optimiser step `step` (from 0), as if it had been killed."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os._exit(0)
+
+
+class LosesTeacher(TrainerCallback):
+    """From the step after `step` on, the second process gets no answer of its teacher's server; the others do."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index == 1:
+            never = Future()
+            never.set_exception(Again("lost"))
+            self.trainer.teacher.servers.submit = lambda call: never
 
 
 class GradNorms(TrainerCallback):
@@ -60,7 +87,7 @@ def main(job):
     width = job.get("teacher_mlp", 128)
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
     teacher = job.get("teacher", teacher)  # the address of a server that has the same one
-    student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1)
+    student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1, attention_dropout=job.get("dropout", 0.0))
     peft_config = None
     if job.get("lora"):
         from peft import LoraConfig
@@ -81,7 +108,17 @@ def main(job):
         peft_config=peft_config,
         **more,
     )
-    trainer.train()
+    if job.get("dies"):
+        trainer.add_callback(Dies(job["dies"]))
+    if job.get("loses_teacher"):
+        losing = LosesTeacher(job["loses_teacher"])
+        losing.trainer = trainer
+        trainer.add_callback(losing)
+    try:
+        trainer.train(resume_from_checkpoint=job.get("resume"))
+    except TeacherServerError as error:
+        print(error, flush=True)
+        os._exit(0 if job.get("loses_teacher") else 1)
     scores = trainer.evaluate()
     trainer.save_model(str(output / "student"))
     if args.merge_adapter:

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,6 +20,7 @@ from distill_trainers.teachers.endpoints import parse_servers
 from distill_trainers.teachers.remote import RemoteSettings
 from distill_trainers.teachers.wire import PROTOCOL
 from distill_trainers.trainers import sources
+from distill_trainers.trainers.callbacks import InterruptCallback
 
 RUN = {"lmbda": 0.0, "max_steps": 5, "gradient_accumulation_steps": 2}
 
@@ -185,6 +187,72 @@ def test_a_server_that_stays_away_ends_the_run(make_trainer, serve):
     trainer = make_trainer(teacher=served.url, callbacks=[At(1, served.stop)], teacher_server_patience=0.5, **RUN)
     with pytest.raises(TeacherServerError, match="No teacher's server gave an answer .*resume_from_checkpoint"):
         trainer.train()
+
+
+MINILLM = {"method": "minillm", "lmbda": 1.0, "teacher_mix_alpha": 0.0, "num_minibatches": 2, "num_inner_epochs": 2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lmbda": 0.5, "replay_buffer_size": 8},
+        {"lmbda": 0.5, "teacher_server_kind": "topk", "teacher_server_top_k": 4},
+        {"lmbda": 0.5, "teacher_server_kind": "sampled", "divergence": "forward_kl"},
+        MINILLM,
+        {**MINILLM, "objective": "token", "estimator": "sampled", "teacher_server_kind": "token_logprobs"},
+    ],
+    ids=["replay", "topk", "sampled", "minillm", "logprobs"],
+)
+def test_a_run_whose_server_stays_away_goes_on_from_its_last_step(
+    make_trainer, make_student, serve, by_step, tmp_path, settings
+):
+    """Not from its last checkpoint: there is none. Dropout draws numbers in the step that is given up, too."""
+    settings = {**RUN, "max_steps": 9, "disable_dropout": False, "teacher_server_patience": 0.3, **settings}
+    served = serve(batch_tokens=1)
+
+    def make(**more):
+        return make_trainer(make_student(attention_dropout=0.1), served.url, **settings, **more)
+
+    whole = make(output_dir=str(tmp_path / "whole"))
+    whole.train()
+    away = make(callbacks=[At(3, served.stop)])
+    with pytest.raises(TeacherServerError, match=r"with `--resume_from_checkpoint true`.* last step is kept in .*-\d"):
+        away.train()
+    (kept,) = (tmp_path / "out").glob("checkpoint-*")
+    assert kept.name == f"checkpoint-{away.state.global_step}" and 3 <= away.state.global_step < 9
+    served = serve(port=served.port, batch_tokens=1)
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    for name in ("loss", "grad_norm", "rollouts"):
+        assert by_step(resumed, name) == by_step(whole, name)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_a_checkpoint_of_the_last_step_is_not_written_twice(make_trainer, serve, tmp_path):
+    served = serve()
+    settings = {**RUN, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = make_trainer(teacher=served.url, callbacks=[At(2, served.stop)], teacher_server_patience=0.3, **settings)
+    trainer.save_aside = None
+    with pytest.raises(TeacherServerError, match="last step is kept in .*checkpoint-3"):
+        trainer.train()
+
+
+def test_a_run_that_is_asked_to_end_does_not_wait_for_a_server(make_trainer, serve):
+    """SIGTERM: whoever sent it soon sends SIGKILL."""
+    served = serve()
+    trainer = make_trainer(teacher=served.url, teacher_server_patience=600.0, **RUN)
+    trainer.add_callback(InterruptCallback(trainer))
+    trainer.add_callback(At(1, served.stop))
+    asked = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
+    asked.start()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(TeacherServerError, match="last step is kept in"):
+            trainer.train()
+    finally:
+        asked.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_one_of_two_servers_is_enough(make_trainer, serve, by_step, make_teacher):

@@ -133,18 +133,41 @@ def test_a_server_that_is_stopped_in_its_tracks_is_left_for_another(make_trainer
     trainer.teacher.close()
 
 
+@pytest.fixture(scope="module")
+def shared():
+    """What runs two processes, beside the tests of all launches."""
+    spec = importlib.util.spec_from_file_location("processes", ROOT / "tests/distributed/test_processes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def served(serve, tokenizer):
+    """The worker's teacher behind HTTP; each row in a forward of its own, which nothing else can change the bits of."""
+    teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=128)
+    return serve(teacher, batch_tokens=1)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
-def test_two_ranks_ask_one_server(tmp_path, serve, tokenizer, config):
+def test_two_ranks_ask_one_server(tmp_path, served, shared, config):
     """Each for its own rows; the student is that of one process with a local teacher."""
-    spec = importlib.util.spec_from_file_location("processes", ROOT / "tests/distributed/test_processes.py")
-    shared = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shared)
-    served = serve(tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=128))
     settings = {**shared.SETTINGS, "lmbda": 0.5, "gradient_accumulation_steps": 2}
     one = shared.launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4})
     more = {"teacher": served.url}
     two = shared.launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2}, **more)
     shared.assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
     assert served.service.counted["questions"] >= 4 * 2 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
+@pytest.mark.parametrize("kind", ["replay", "cycle"])
+def test_two_ranks_end_together_when_one_loses_its_teacher(tmp_path, served, shared, config, kind):
+    """They keep the last finished step, which no checkpoint was due for, and go on from it exactly."""
+    how = {"interruption": {"loses_teacher": 4}, "changes": {"teacher_server_patience": 1.0}, "teacher": served.url}
+    said = shared.assert_goes_on(tmp_path, config, kind, **how, first=5)
+    assert said.count("Its last step is kept in") == 2 and said.count("gave another process no answer") == 1
