@@ -52,6 +52,7 @@ from .loading import (
 from .placing import loading_placed, placement_of_launch, prepare_frozen
 from .sharding import (
     fsdp_version,
+    keep_optimizer,
     must_stay_in_step,
     whole,
     whole_loading,
@@ -83,6 +84,7 @@ __all__ = [
     "is_encoder_decoder",
     "is_peft",
     "load_adapter",
+    "keep_optimizer",
     "load_causal_lm",
     "load_config",
     "load_merged_adapter",

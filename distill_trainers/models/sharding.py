@@ -25,6 +25,18 @@ def fsdp_version(accelerator: Accelerator) -> int | None:
     return None if plugin is None else getattr(plugin, "fsdp_version", 1)
 
 
+def keep_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """Let DeepSpeed step with `optimizer` also where its states are offloaded to the CPU.
+
+    accelerate puts DeepSpeed's CPU Adam in the place of all others, SGD among them, and says nothing.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    has_cpu_form = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.Adagrad)
+    if plugin is None or has_cpu_form or type(optimizer).__module__.startswith("bitsandbytes"):
+        return
+    plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
 @contextlib.contextmanager
 def whole_loading() -> Iterator[None]:
     """Within it, `from_pretrained` loads whole weights on this process also when ZeRO-3 is configured."""

@@ -343,6 +343,11 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id, **padding))
         return sampled
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        models.keep_optimizer(self.accelerator, optimizer)
+        return optimizer
+
     def _prepare_input(self, data: Any) -> Any:
         # Not in the dtype of DeepSpeed's engine: models read integers, and log-probabilities would lose their digits.
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
