@@ -53,6 +53,7 @@ from .placing import loading_placed, placement_of_launch, prepare_frozen
 from .sharding import (
     fsdp_version,
     keep_optimizer,
+    let_fsdp_shard_on_cpu,
     must_stay_in_step,
     whole,
     whole_loading,
@@ -75,6 +76,7 @@ __all__ = [
     "eos_ids",
     "forward_inputs",
     "fsdp_version",
+    "let_fsdp_shard_on_cpu",
     "generating",
     "generation_eos_ids",
     "gives_hidden_states",

@@ -111,13 +111,6 @@ class DPKDConfig(DistillConfig):
         ):
             value = getattr(self, name)
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
-        require(
-            self.teacher_placement != "cached",
-            "teacher_placement",
-            self.teacher_placement,
-            "a live teacher: a teacher cache does not hold rejected responses. `reference_logps_dir` keeps what it "
-            "says of both sides of a pair",
-        )
         require(self.beta > 0, "beta", self.beta, "a positive number")
         require(self.lm_weight >= 0, "lm_loss_weight", self.lm_loss_weight, "0 or a positive number")
         require(self.logprob_mse_weight >= 0, "logprob_mse_weight", self.logprob_mse_weight, "0 or a positive number")
