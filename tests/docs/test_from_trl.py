@@ -1,0 +1,93 @@
+"""docs/from_trl.md names settings of TRL and of this package: both sides have them, with the defaults it tells."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distill_trainers import DPKDConfig, GKDConfig, GKDTrainer
+from distill_trainers.cli.recipe import RecipeArguments
+from distill_trainers.data.addition import addition_dataset
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import trl
+    from trl.experimental import gkd as trl_gkd
+
+PAGE = (Path(__file__).parents[2] / "docs/from_trl.md").read_text(encoding="utf-8")
+THEIRS = {
+    "GKD": trl_gkd.GKDConfig,
+    "Distillation": trl.DistillationConfig,
+    "SFT": trl.SFTConfig,
+    "DPO": trl.DPOConfig,
+}
+
+
+def _defaults(*classes):
+    return {f.name: f.default for cls in classes for f in fields(cls)}
+
+
+def _rows(title):
+    table = PAGE[PAGE.index(title) :].split("|---")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[1:]]
+
+
+@pytest.mark.parametrize("row", _rows("## Names"), ids=lambda row: f"{row[0]} {row[1]}")
+def test_names_exist_on_both_sides(row):
+    theirs, trainers, here, remark = (*row, "")[:4]
+    names = re.findall(r"`(\w+)`", theirs)
+    classes = THEIRS.values() if trainers == "all" else [THEIRS[name] for name in trainers.split(", ")]
+    for cls in classes:
+        assert not set(names) - set(_defaults(cls)), cls.__name__
+    ours = names if here == "the same" else re.findall(r"`(\w+)(?:: \w+)?`", here)
+    known = _defaults(GKDConfig, DPKDConfig) if trainers != "DPO" else _defaults(DPKDConfig)
+    assert ours and not set(ours) - set(known)
+    if told := re.search(r"default (\S+), not ([\d.]+)", remark):
+        default = known[ours[0]]
+        assert default == yaml.safe_load(told[1]) and _defaults(*classes)[names[0]] == yaml.safe_load(told[2])
+
+
+@pytest.mark.parametrize("row", _rows("## Moving a recipe"), ids=lambda row: row[0])
+def test_keys_of_recipes_exist_on_both_sides(row):
+    theirs, here = row
+    if theirs.startswith("the command") or theirs.startswith("`accelerate_config"):
+        return
+    assert set(re.findall(r"`(\w+)`", theirs)) <= set(_defaults(trl.ScriptArguments, trl.DistillationConfig))
+    ours = re.findall(r"`(\w+)(?:`|:)", here)
+    assert ours and set(ours) <= set(_defaults(RecipeArguments, GKDConfig))
+
+
+def test_what_has_no_counterpart_is_there():
+    listed = PAGE[PAGE.index("Without a counterpart") :].split("\n\n")[0]
+    known = set(_defaults(*THEIRS.values()))
+    for trainer in (trl.SFTTrainer, trl.DPOTrainer):
+        known |= set(inspect.signature(trainer.__init__).parameters)
+    names = set(re.findall(r"`([a-z_]+)`", listed))
+    assert len(names) >= 6 and names <= known
+
+
+def test_a_config_of_trl_is_taken(make_student, make_teacher, tokenizer, tmp_path):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    theirs = trl_gkd.GKDConfig(**settings, lmbda=0.25, beta=0.1, temperature=0.7, max_new_tokens=5)
+    trainer = GKDTrainer(make_student(), make_teacher(), theirs, addition_dataset(8), processing_class=tokenizer)
+    args = trainer.args
+    assert (args.lmbda, args.beta, args.temperature, args.max_new_tokens) == (0.25, 0.1, 0.7, 5)
+    assert args.divergence == "jsd" and args.kd_temperature == 1.0
+
+
+def test_the_two_recipes_say_the_same():
+    theirs, ours = (yaml.safe_load(code) for code in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+    renamed = {
+        "dataset_name": "dataset",
+        "dataset_train_split": "dataset_split",
+        "max_completion_length": "max_new_tokens",
+    }
+    moved = {renamed.get(name, name): value for name, value in theirs.items() if name != "beta"}
+    assert theirs["beta"] == 1.0 and ours["divergence"] == "reverse_kl" and ours["lmbda"] == 1.0
+    assert moved.items() <= ours.items()
