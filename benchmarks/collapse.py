@@ -1,6 +1,6 @@
-"""Where preference distillation ends where all expectations are sums: the plot of docs/choosing.md.
+"""Where preference distillation ends where all expectations are sums: the plot of docs/methods/dpkd.md.
 
-    python benchmarks/collapse.py --plot docs/collapse.svg
+    python benchmarks/collapse.py --plot docs/methods/collapse.svg
 
 One prompt, responses of one token out of three, a teacher p and a student that begins at s. The student's output matrix
 is trained on `DPKDTrainer.compute_loss`, on all pairs of responses in exact proportion. With rejected responses fixed

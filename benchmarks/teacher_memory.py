@@ -2,6 +2,7 @@
 
     python benchmarks/teacher_memory.py                          # two CPU processes, a Llama of 318 MiB in float32
     python benchmarks/teacher_memory.py --placements zero3 fsdp2 --quick
+    python benchmarks/teacher_memory.py --large                  # 1108 MiB
 
 Each placement is a run of its own. On a CPU the figures are of /proc: private memory (RssAnon), and beside it what is
 mapped from the checkpoint's files, which the system may drop and all processes of a machine share. Tensors get mappings
@@ -27,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 PLACEMENTS = ("replicate", "zero3", "zero3_offload", "fsdp2")
 SIZE = {"vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10}
 SIZE |= {"num_attention_heads": 12, "num_key_value_heads": 12}
+LARGE = {"vocab_size": 16384, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20}
+LARGE |= {"num_attention_heads": 16, "num_key_value_heads": 16}
 QUICK = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 QUICK |= {"num_key_value_heads": 4}
 
@@ -36,6 +39,7 @@ def main() -> None:
     parser.add_argument("--placements", nargs="+", default=[*PLACEMENTS], choices=PLACEMENTS)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a toy, for the tests")
+    parser.add_argument("--large", action="store_true", help="a Llama of 1108 MiB")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -43,7 +47,7 @@ def main() -> None:
         return worker(*options.worker)
     described, results = machine(1), {}
     with tempfile.TemporaryDirectory() as folder:
-        size = make_teacher(folder, SIZE | (QUICK if options.quick else {}))
+        size = make_teacher(folder, SIZE | (QUICK if options.quick else LARGE if options.large else {}))
         for placement in options.placements:
             results[placement] = launched(placement, folder, options.processes)
     described += f" A teacher of {size:.0f} MiB in {options.processes} processes; MiB, the larger of all processes."

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -79,3 +80,22 @@ def test_a_served_teacher_is_timed_beside_a_local_one(tmp_path):
     _run("remote.py", "--json", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert len(results) == 7 and all(run["tokens_per_second"] > 0 for runs in results.values() for run in runs)
+
+
+@pytest.mark.slow
+def test_every_method_is_judged_by_one_evaluation(tmp_path, make_tokenizer):
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
+    tokenizer = make_tokenizer()
+    shape = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
+    shape |= {"vocab_size": len(tokenizer), "hidden_size": 16}
+    config = LlamaConfig(max_position_embeddings=1024, tie_word_embeddings=True, **shape)
+    config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    options = ["--teacher", str(tmp_path / "teacher"), "--work", str(tmp_path / "work"), "--keep-layers", "2"]
+    table = _run("methods.py", *options, "--seconds", "1", "--seeds", "0", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 10 and table.count("\n|") == 12  # start, teacher and eight trainings, below two lines
+    trained = [row for row in results.values() if "steps" in row]
+    assert len(trained) == 8 and all(row["steps"] >= 1 and row["scores"]["kl"]["value"] > 0 for row in trained)
+    assert results["the teacher"]["scores"]["perplexity"]["value"] > 1

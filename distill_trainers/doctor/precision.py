@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..models import emulates_bfloat16
 from .case import Case
 from .findings import Finding, error, warning
 
@@ -27,6 +28,21 @@ def check_precision(case: Case) -> Iterator[Finding]:
             "precision",
             "The student is trained in float32 on GPUs: twice the memory of activations, and several times slower.",
             "Set `bf16: true` (`fp16: true` on GPUs older than Ampere).",
+        )
+    narrow = [
+        setting
+        for setting, used in (
+            ("bf16: false", asked == "bf16"),
+            ("teacher_model_init_kwargs: {dtype: float32}", case.teacher_dtype == "bfloat16"),
+            ("dtype: float32", case.student_dtype == "bfloat16"),
+        )
+        if used
+    ]
+    if narrow and launch.on_cpu and emulates_bfloat16():
+        yield warning(
+            "precision",
+            "This processor has no AVX-512 and emulates products in bfloat16: about seven times slower than float32.",
+            f"Set {', '.join(f'`{setting}`' for setting in narrow)}.",
         )
     full = not case.peft
     if full and case.student_dtype == "float16" and not launch.by_deepspeed:

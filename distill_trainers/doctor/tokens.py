@@ -11,7 +11,7 @@ from ..data.rows import tokenize_row
 from ..exceptions import DatasetError, VocabularyError
 from ..teachers.vocabulary import PROBE, shared_vocabulary
 from .case import Case
-from .findings import Finding, error, note, warning
+from .findings import Finding, Severity, error, note, warning
 
 _ROWS = 50  # of the data that are tokenised twice
 _CONVERSATION = (
@@ -27,9 +27,9 @@ def check_tokens(case: Case) -> Iterator[Finding]:
     if case.tokenizer is None:
         return
     yield from _special_tokens(case)
-    refused = list(_vocabulary(case))
-    yield from refused
-    if refused:
+    vocabulary = list(_vocabulary(case))
+    yield from vocabulary
+    if any(found.severity is Severity.ERROR for found in vocabulary):
         return  # everything else would differ, too
     if case.teacher_tokenizer is None:
         if case.teacher and not case.teacher.startswith("http"):
@@ -51,9 +51,17 @@ def _vocabulary(case: Case) -> Iterator[Finding]:
         return
     rows = [config.get_text_config().vocab_size for config in (case.student_config, case.teacher_config)]
     try:
-        shared_vocabulary(case.tokenizer, case.teacher_tokenizer, *rows)
+        shared = shared_vocabulary(case.tokenizer, case.teacher_tokenizer, *rows)
     except VocabularyError as found:
         yield Finding.of_error("tokens", found)
+        return
+    if shared is not None:
+        yield note(
+            "tokens",
+            f"The student's head has {rows[0]} rows and the teacher's {rows[1]}, of which the first {shared} are "
+            "tokens of both: the vocabulary is padded.",
+            "Nothing has to be done: rows beyond them leave both softmaxes.",
+        )
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
@@ -85,12 +93,14 @@ def _text(case: Case) -> Iterator[Finding]:
 
 
 def _row_ids(row: dict[str, Any], tokenizer: Any, case: Case) -> list[int] | None:
+    """A row without the EOS that ends it: where those differ, that is a finding of its own."""
     try:
         kind = detect_dataset_type(row)
         how: Any = case.args.chat_template_kwargs
-        return list(tokenize_row(row, tokenizer, dataset_type=kind, chat_template_kwargs=how)["input_ids"])
+        ids = list(tokenize_row(row, tokenizer, dataset_type=kind, chat_template_kwargs=how)["input_ids"])
     except (DatasetError, KeyError):
         return None  # the recipe's own check tells
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int], tokenizer: Any, other: Any = None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ..data.formats import detect_dataset_type
+from ..data.formats import detect_dataset_type, is_conversation, to_chatml
 from ..data.rationales import RationaleTemplates
 from ..data.rows import tokenize_row, truncate
 from ..exceptions import DatasetError
@@ -25,6 +25,7 @@ class Example:
         completion_ids: the reference text, with the token that ends it; empty where the row has none.
         references: texts that count as right completions; the first is that of `completion_ids`.
         answer: of a question; None where nobody knows.
+        prompt_text: for people to read: a conversation without its template; empty where only ids are known.
     """
 
     prompt_ids: list[int]
@@ -33,6 +34,7 @@ class Example:
     answer: str | None = None
     choices: list[str] = field(default_factory=list)
     task: str = ""
+    prompt_text: str = ""
 
     @property
     def question(self) -> Question:
@@ -103,6 +105,7 @@ class _Reader:
             self._answer(row, references),
             choices,
             str(row.get("task") or ""),
+            _prompt_text(asked),
         )
 
     def _is_question(self, row: Mapping[str, Any]) -> bool:
@@ -130,6 +133,22 @@ class _Reader:
         if isinstance(given, str | int | float) and str(given).strip():
             return self.parse(str(given)) or str(given)
         return self.parse(references[0]) if references else None
+
+
+def _prompt_text(row: Mapping[str, Any]) -> str:
+    """A single turn as it was written, several with their roles, in whichever column they are."""
+    column = next((name for name in ("prompt", "messages", "conversations") if row.get(name)), None)
+    value = None if column is None else row[column]
+    if isinstance(value, str):
+        return value
+    if not is_conversation(value):
+        return ""
+    turns = to_chatml(value)
+    if column != "prompt" and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import NormalDist
@@ -19,87 +22,145 @@ from .subjects import Subject
 PREFIX = "lm_eval/"
 
 
-def check_tasks(settings: EvaluationSettings) -> None:
-    """Refuse tasks that cannot be run, before anything is loaded.
+class Harness:
+    """Tasks of lm-eval, found and with their data at hand before any weights are loaded.
+
+    Args:
+        settings: `lm_eval_tasks` (names, or patterns such as `mmlu_*`), `lm_eval_include_path` and `lm_eval_limit`.
 
     Raises:
-        ConfigurationError: lm-eval is not installed, or has no such task.
+        ConfigurationError: lm-eval is not installed, has no such task, or cannot read the data of one.
     """
-    tasks = settings.lm_eval_tasks
-    if not tasks:
-        return
-    if importlib.util.find_spec("lm_eval") is None:
+
+    def __init__(self, settings: EvaluationSettings):
+        self.settings = settings
+        self.tasks: list[str] = []
+        if not settings.lm_eval_tasks:
+            return
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ConfigurationError(
+                f"Got `lm_eval_tasks: {settings.lm_eval_tasks}`, but lm-eval is not installed: `pip install lm-eval`, "
+                "or leave them out."
+            )
+        self._manager = _manager_that_has(settings.lm_eval_tasks, settings.lm_eval_include_path)
+        for wanted in settings.lm_eval_tasks:
+            self.tasks += [name for name in self._matching(wanted) if name not in self.tasks]
+        for name in self.tasks:
+            self._read_data(name)
+
+    def _matching(self, wanted: str) -> list[str]:
+        """Names of the tasks that a name or a pattern means."""
+        found = self._manager.match_tasks([wanted])
+        if found:
+            return list(found)
+        near = difflib.get_close_matches(wanted, self._manager.all_tasks, n=3)
+        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ConfigurationError(
-            f"Got `lm_eval_tasks: {tasks}`, but lm-eval is not installed: `pip install lm-eval`, or leave them out."
-        )
-    manager = _manager(settings)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise ConfigurationError(
-            f"Got `lm_eval_tasks: {unknown[0]}`, which lm-eval {version('lm-eval')} does not have. `lm-eval ls tasks` "
-            "lists its tasks; `lm_eval_include_path` names a folder of your own."
+            f"Got `lm_eval_tasks: {wanted}`, which lm-eval {version('lm-eval')} does not have. {hint}"
+            "`lm-eval ls tasks` lists its tasks; `lm_eval_include_path` names a folder of your own."
         )
 
+    def _read_data(self, name: str) -> None:
+        try:
+            self._manager.load([name])
+        except Exception as error:  # of a library of data, or of the task's own code: anything
+            raise ConfigurationError(
+                f"Got `lm_eval_tasks: {name}`, but lm-eval cannot load that task: {type(error).__name__}: {error}. "
+                "Mend it, fetch its data once with the network there, or leave it out."
+            ) from error
 
-def _manager(settings: EvaluationSettings) -> Any:
+    def add_scores(
+        self, results: EvaluationResults, subjects: Sequence[Subject], tokenizer: Any, cache: Path | None = None
+    ) -> None:
+        """Run the tasks on every model and add their scores to `results`, as `lm_eval/<task>/<metric>`.
+
+        Intervals are value ± z · standard error, as lm-eval gives it; those of prompts are not paired, so a gap that
+        was closed has no interval, and counts as decided where baseline and teacher are further apart than their own.
+        """
+        if not self.tasks:
+            return
+        z = NormalDist().inv_cdf((1 + self.settings.confidence) / 2)
+        for subject in subjects:
+            model = results.model(subject.name)
+            for name, each in self._run(subject, tokenizer, cache).items():
+                spread = z * each["stderr"] if each["stderr"] is not None else None
+                low, high = (None, None) if spread is None else (each["value"] - spread, each["value"] + spread)
+                model.scores[name] = MeasureScore(each["value"], low, high, over=name.removeprefix(PREFIX))
+                title = " ".join(name.removeprefix(PREFIX).split("/")) + " (lm-eval)"
+                results.measures.setdefault(name, MeasureInfo(title, "", each["higher_is_better"]))
+        _compare(results)
+
+    def _run(self, subject: Subject, tokenizer: Any, cache: Path | None) -> dict[str, Any]:
+        """Scores of a model; a task that it was scored on before is not run again."""
+        settings = self.settings
+        identity = [subject.facts.fingerprint, version("lm-eval"), settings.lm_eval_limit, settings.bootstrap_samples]
+        identity.append(_files_below(settings.lm_eval_include_path))
+        store = (
+            None if cache is None else RecordStore(cache / "lm_eval" / content_key(identity), what="scores of lm-eval")
+        )
+        kept = {} if store is None else store.load()
+        found: dict[str, Any] = {}
+        for task in self.tasks:
+            if task not in kept:
+                kept[task] = {"key": task, "scores": self._evaluate(subject, tokenizer, task)}
+                if store is not None:
+                    store.append([kept[task]])
+            found |= kept[task]["scores"]
+        subject.release()
+        return found
+
+    def _evaluate(self, subject: Subject, tokenizer: Any, task: str) -> dict[str, Any]:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        settings = self.settings
+        with subject.generating() as model, _in_this_process():
+            wrapped = HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(subject.device)
+            )
+            answer = lm_eval.simple_evaluate(
+                model=wrapped,
+                tasks=[task],
+                limit=settings.lm_eval_limit,
+                bootstrap_iters=settings.bootstrap_samples,
+                task_manager=self._manager,
+                log_samples=False,
+            )
+        return harness_scores(answer or {})
+
+
+def _manager_that_has(wanted: Sequence[str], folder: str | None) -> Any:
+    """lm-eval's index of tasks. That of its own takes minutes, so a folder that has all of them is enough."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=settings.lm_eval_include_path)
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise ConfigurationError(f"Got `lm_eval_include_path: {folder}`; expected a folder with task files.")
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if set(wanted) <= set(own.all_subtasks):  # a group may name tasks that are not in the folder
+            return own
+    return TaskManager(include_path=folder)
 
 
-def add_harness_scores(
-    results: EvaluationResults,
-    subjects: Sequence[Subject],
-    tokenizer: Any,
-    settings: EvaluationSettings,
-    cache: Path | None = None,
-) -> None:
-    """Run the tasks on every model and add their scores to `results`, as `lm_eval/<task>/<metric>`.
-
-    Intervals are value ± z · standard error, as lm-eval gives it; those of prompts are not paired, so a gap that was
-    closed has no interval, and counts as decided where baseline and teacher are further apart than their own.
-    """
-    if not settings.lm_eval_tasks:
-        return
-    for subject in subjects:
-        scores = _run(subject, tokenizer, settings, cache)
-        model = results.model(subject.name)
-        for name, each in scores.items():
-            z = NormalDist().inv_cdf((1 + settings.confidence) / 2)
-            spread = z * each["stderr"] if each["stderr"] is not None else None
-            low, high = (None, None) if spread is None else (each["value"] - spread, each["value"] + spread)
-            model.scores[name] = MeasureScore(each["value"], low, high, over=name.removeprefix(PREFIX))
-            title = " ".join(name.removeprefix(PREFIX).split("/")) + " (lm-eval)"
-            results.measures.setdefault(name, MeasureInfo(title, "", each["higher_is_better"]))
-    _compare(results)
+def _files_below(folder: str | None) -> list[Any]:
+    """What tells whether anything in a folder of tasks has changed."""
+    root = Path(folder) if folder else None
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc") if root else []
+    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def _run(subject: Subject, tokenizer: Any, settings: EvaluationSettings, cache: Path | None) -> dict[str, Any]:
-    identity = [subject.facts.fingerprint, version("lm-eval"), settings.lm_eval_limit, settings.lm_eval_include_path]
-    store = None if cache is None else RecordStore(cache / "lm_eval" / content_key(identity), what="scores of lm-eval")
-    kept = {} if store is None else store.load()
-    found: dict[str, Any] = {}
-    for task in settings.lm_eval_tasks or []:
-        if task not in kept:
-            kept[task] = {"key": task, "scores": _evaluate(subject, tokenizer, task, settings)}
-            if store is not None:
-                store.append([kept[task]])
-        found |= kept[task]["scores"]
-    subject.release()
-    return found
-
-
-def _evaluate(subject: Subject, tokenizer: Any, task: str, settings: EvaluationSettings) -> dict[str, Any]:
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
-    with subject.generating() as model:
-        wrapped = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(subject.device)
-        )
-        how = {"limit": settings.lm_eval_limit, "task_manager": _manager(settings), "log_samples": False}
-        answer = lm_eval.simple_evaluate(model=wrapped, tasks=[task], **how)
-    return harness_scores(answer or {})
+@contextlib.contextmanager
+def _in_this_process() -> Iterator[None]:
+    """lm-eval resamples in a pool of forks, which may hang beside threads and does not end with Ctrl-C."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
 
 
 def harness_scores(answer: Mapping[str, Any]) -> dict[str, Any]:

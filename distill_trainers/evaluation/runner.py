@@ -21,7 +21,7 @@ from .collect import Collected, Workshop
 from .examples import ExampleSet, read_examples
 from .exposure import by_position, covered_length, exposure_curve
 from .forced import TokenValues
-from .harness import add_harness_scores, check_tasks
+from .harness import Harness
 from .intervals import Array, Sums, bootstrap_counts, difference, gap_closed, ratio, score
 from .measures import AGREEMENT, MEASURES, METRICS, NEED_A_TEACHER, NEED_SAMPLES
 from .results import (
@@ -104,7 +104,6 @@ def prepare(
 ) -> Evaluation:
     """An evaluation that has passed every check, with no weights loaded; arguments are those of `evaluate_models`."""
     settings.check()
-    check_tasks(settings)
     one_process_only()
     subjects = make_subjects(
         students,
@@ -120,7 +119,7 @@ def prepare(
     metrics, notes = choose_metrics(settings, examples, has_teacher=teacher is not None)
     cache = None if cache_dir is None else Path(cache_dir)
     workshop = Workshop(settings, metrics, tokenizer, vocab_size, cache, progress=progress)
-    return Evaluation(workshop, subjects, examples, notes, data_name)
+    return Evaluation(workshop, subjects, examples, Harness(settings), notes, data_name)
 
 
 def default_device() -> torch.device:
@@ -207,12 +206,19 @@ class Evaluation:
     Args:
         workshop: settings, metrics, tokenizer and cache.
         subjects: teacher, baseline, students, as far as there are any.
+        harness: tasks of lm-eval to run as well; may be none.
     """
 
     def __init__(
-        self, workshop: Workshop, subjects: Sequence[Subject], examples: ExampleSet, notes: list[str], data_name: str
+        self,
+        workshop: Workshop,
+        subjects: Sequence[Subject],
+        examples: ExampleSet,
+        harness: Harness,
+        notes: list[str],
+        data_name: str,
     ):
-        self.workshop, self.subjects, self.examples = workshop, subjects, examples
+        self.workshop, self.subjects, self.examples, self.harness = workshop, subjects, examples, harness
         self.settings, self.notes, self.data_name = workshop.settings, notes, data_name
         self.teacher = next((each for each in subjects if each.role == "teacher"), None)
         self._counts: dict[int, Array] = {}
@@ -237,7 +243,7 @@ class Evaluation:
         if self.teacher is not None:
             self.teacher.release()
         results = self._results(collected, tokens)
-        add_harness_scores(results, self.subjects, self.workshop.tokenizer, self.settings, self.workshop.cache)
+        self.harness.add_scores(results, self.subjects, self.workshop.tokenizer, self.workshop.cache)
         return results
 
     # ---- Results ----------------------------------------------------------------------------------------------------
@@ -357,7 +363,7 @@ class Evaluation:
         samples = []
         for i, place in enumerate(shown):
             example = examples.examples[place]
-            prompt = decode(example.prompt_ids, skip_special_tokens=True)
+            prompt = example.prompt_text or decode(example.prompt_ids, skip_special_tokens=True)
             sample = Sample(place, prompt, example.references, example.answer)
             for name, found in collected.items():
                 if found.samples:

@@ -17,7 +17,7 @@ from torch import nn
 from ..exceptions import ConfigurationError
 from .adapters import causal_lm_of
 from .loading import dtype_of, load_config
-from .sharding import fsdp_version, whole_loading, zero_stage
+from .sharding import fsdp_version, launched_with_fsdp, whole_loading, zero_stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,8 +33,7 @@ def placement_of_launch() -> str:
 
     if is_deepspeed_zero3_enabled():
         return "zero3"
-    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    return "fsdp2" if uses_fsdp and os.environ.get("FSDP_VERSION") == "2" else "replicate"
+    return "fsdp2" if launched_with_fsdp() and os.environ.get("FSDP_VERSION") == "2" else "replicate"
 
 
 @contextlib.contextmanager

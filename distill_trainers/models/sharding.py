@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import TrainingArguments
 
 
 def zero_stage(accelerator: Accelerator) -> int | None:
@@ -23,6 +25,38 @@ def fsdp_version(accelerator: Accelerator) -> int | None:
     """FSDP's version, or None without FSDP."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     return None if plugin is None else getattr(plugin, "fsdp_version", 1)
+
+
+def keep_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """Let DeepSpeed step with `optimizer` also where its states are offloaded to the CPU.
+
+    accelerate puts DeepSpeed's CPU Adam in the place of all others, SGD among them, and says nothing.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    has_cpu_form = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.Adagrad)
+    if plugin is None or has_cpu_form or type(optimizer).__module__.startswith("bitsandbytes"):
+        return
+    plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def launched_with_fsdp() -> bool:
+    """Whether the launcher's configuration asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
+def let_fsdp_shard_on_cpu(args: TrainingArguments) -> None:
+    """Make accelerate shard by FSDP also on CPUs; to be called right before the accelerator is made.
+
+    `AcceleratorState` takes FSDP up for processes on accelerators alone. Those of `use_cpu` are `MULTI_CPU`, and it
+    would wrap their model in DDP without a word, although `fully_shard` works with gloo.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    wanted = launched_with_fsdp() or args.fsdp_plugin_args is not None
+    state = PartialState._shared_state
+    if wanted and state.get("distributed_type") is DistributedType.MULTI_CPU:
+        state["distributed_type"] = DistributedType.MULTI_GPU  # it makes FSDP of this; the device is chosen by now
 
 
 @contextlib.contextmanager

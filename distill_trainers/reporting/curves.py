@@ -71,10 +71,20 @@ def _chart(name: str, runs: Sequence[Run]) -> Html | None:
     if name.startswith("eval_"):
         series += [Series(f"{r.name}, its teacher", r.curve(teacher), i + 4) for i, r in enumerate(runs)]
     series = [each for each in series if each.points]
+    unit = _unit(name)
+    if unit == "%":  # the log has shares of 1
+        for each in series:
+            each.points = [(step, 100 * value) for step, value in each.points]
     title = titled(name)
-    drawing = line_chart(series, title=title, x_label="optimiser step", y_label=_unit(name))
+    drawing = line_chart(series, title=title, x_label="optimiser step", y_label=unit)
     signs = [(each.name, each.style) for each in series] if len(series) > len(runs) else []
-    return figure(title, drawing, legend=legend(signs), note=Html(el("code", name)), numbers=_numbers(title, series))
+    return figure(
+        title,
+        drawing,
+        legend=legend(signs),
+        note=Html(el("code", name)),
+        numbers=_numbers(f"{title} (%)" if unit == "%" else title, series),
+    )
 
 
 def _without_teacher(name: str) -> str | None:
@@ -84,14 +94,13 @@ def _without_teacher(name: str) -> str | None:
 
 def _unit(name: str) -> str:
     stem = name.removeprefix("eval_")
-    if stem in MEASURES and MEASURES[stem].unit:
-        return MEASURES[stem].unit
-    if stem.startswith("gap_closed_"):
-        return "share"
-    if stem.endswith(("top1_agreement", "accuracy")):
-        return "share"
+    unit = MEASURES[stem].unit if stem in MEASURES else ""
+    if unit == "share" or stem.startswith("gap_closed_") or stem.endswith(("top1_agreement", "accuracy")):
+        return "%"
+    if unit:
+        return unit
     if stem.endswith(("kl", "jsd", "divergence", "loss", "nll")):
-        return "nats per token"
+        return "nats/token"
     units = {"completion_length": "tokens", "grad_norm": "norm", "learning_rate": "rate", "rollouts": "rollouts"}
     return "perplexity" if stem.endswith("perplexity") else units.get(stem, "value")
 

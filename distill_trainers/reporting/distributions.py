@@ -37,19 +37,18 @@ def distributions(runs: Sequence[Run]) -> Html:
 
 def _of_evaluation(results: EvaluationResults, tag: str) -> list[Any]:
     groups = (
-        ("Divergence by position", _positions(results), "agreement"),
-        ("Tokens per completion", _lengths(results), "diversity"),
-        ("Diversity by prompt", _diversity(results), "diversity"),
-        ("Calibration of next tokens", _calibration(results), "calibration"),
-        ("Excess error by length", _exposure(results), "exposure_bias"),
+        ("Divergence by position", [_positions(results)], "agreement"),
+        ("Tokens per completion", [_lengths(results)], "diversity"),
+        ("Diversity by prompt", [_diversity(results, name) for name in _DIVERSITY], "diversity"),
+        ("Calibration of next tokens", [_calibration(results)], "calibration"),
+        ("Excess error by length", [_exposure(results)], "exposure_bias"),
     )
     signs = legend([(heading(model), style_of(results, model)) for model in in_order(results)])
     parts: list[Any] = [signs]
-    for title, drawn, metric in groups:
-        kept = [each for each in drawn if each is not None]
+    for title, sets, metric in groups:
         parts.append(el(tag, title))
-        if kept:
-            parts.append(el("div", kept, class_="charts"))
+        if any(sets):
+            parts += [el("div", drawn, class_="charts") for drawn in sets if drawn]  # a measure's models side by side
         else:
             parts.append(
                 missing(
@@ -82,19 +81,29 @@ def _position_chart(
     results: EvaluationResults, found: list[tuple[ModelResults, PositionCurve]], title: str, measure: str
 ) -> Html:
     series = []
+    share = MEASURES[measure].unit == "share"
+    scale = 100 if share else 1
     for model, curve in found:
         count = curve.count or [_FEWEST] * len(curve.mean)
         reached = sum(n >= min(_FEWEST, max(count)) for n in count)
         rows = list(zip(curve.mean, curve.low, curve.high, strict=False))[:reached]
-        points = [(t + 1.0, mean) for t, (mean, _, _) in enumerate(rows) if mean is not None]
-        band = [(t + 1.0, low, high) for t, (_, low, high) in enumerate(rows) if low is not None and high is not None]
+        points = [(t + 1.0, scale * mean) for t, (mean, _, _) in enumerate(rows) if mean is not None]
+        band = [
+            (t + 1.0, scale * low, scale * high)
+            for t, (_, low, high) in enumerate(rows)
+            if low is not None and high is not None
+        ]
         series.append(Series(heading(model), points, style_of(results, model), band))
-    share = MEASURES[measure].unit == "share"
     drawing = line_chart(
-        series, title=title, x_label="token of the completion", y_label=MEASURES[measure].unit, zero=not share
+        series,
+        title=title,
+        x_label="token of the completion",
+        y_label="%" if share else MEASURES[measure].unit,
+        zero=not share,
     )
     note = f"Positions that {_FEWEST} completions or more have reached."
-    return figure(title, drawing, note=note, numbers=_numbers(title, "token", series))
+    numbers = _numbers(f"{title} (%)" if share else title, "token", series)
+    return figure(title, drawing, note=note, numbers=numbers)
 
 
 def _numbers(title: str, first: str, series: Sequence[Series]) -> Html:
@@ -106,7 +115,7 @@ def _numbers(title: str, first: str, series: Sequence[Series]) -> Html:
     return table(caption, [first, *(each.name for each in series)], rows)
 
 
-def _lengths(results: EvaluationResults) -> list[Html | None]:
+def _lengths(results: EvaluationResults) -> list[Html]:
     models = [model for model in in_order(results) if model.lengths and sum(model.lengths.counts)]
     most = max((100 * max(m.lengths.counts) / sum(m.lengths.counts) for m in models if m.lengths), default=None)
     return [
@@ -130,28 +139,24 @@ def _histogram(
     return figure(title, drawing, numbers=table(title, [x_label, "count"], rows))
 
 
-def _diversity(results: EvaluationResults) -> list[Html]:
-    drawn = []
-    for name in _DIVERSITY:
-        if name not in results.measures:
-            continue
-        info, scale = results.measures[name], 100 if results.measures[name].unit == "share" else 1
-        values = {
-            model.name: [scale * v for v in model.scores[name].per_prompt if v is not None]
-            for model in in_order(results)
-            if name in model.scores
-        }
-        everything = [v for each in values.values() for v in each]
-        if not everything:
-            continue
-        edges = np.array(nice_ticks(min(everything), max(everything), wanted=12))
-        counts = {model: np.histogram(each, edges)[0].tolist() for model, each in values.items() if each}
-        most = max(100 * max(each) / sum(each) for each in counts.values())
-        label = f"{info.title} ({'%' if scale == 100 else info.unit})"
-        drawn += [
-            _histogram(results, results.model(m), edges.tolist(), each, label, most) for m, each in counts.items()
-        ]
-    return drawn
+def _diversity(results: EvaluationResults, name: str) -> list[Html]:
+    """One measure of it, for each model on the same scales."""
+    if name not in results.measures:
+        return []
+    info, scale = results.measures[name], 100 if results.measures[name].unit == "share" else 1
+    values = {
+        model.name: [scale * v for v in model.scores[name].per_prompt if v is not None]
+        for model in in_order(results)
+        if name in model.scores
+    }
+    everything = [v for each in values.values() for v in each]
+    if not everything:
+        return []
+    edges = np.array(nice_ticks(min(everything), max(everything), wanted=12))
+    counts = {model: np.histogram(each, edges)[0].tolist() for model, each in values.items() if each}
+    most = max(100 * max(each) / sum(each) for each in counts.values())
+    label = f"{info.title} ({'%' if scale == 100 else info.unit})"
+    return [_histogram(results, results.model(m), edges.tolist(), each, label, most) for m, each in counts.items()]
 
 
 def _calibration(results: EvaluationResults) -> list[Html]:

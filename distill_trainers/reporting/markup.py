@@ -67,15 +67,21 @@ def join(children: Iterable[Any]) -> Html:
     return Html("".join(parts))
 
 
-def table(caption: Any, headings: Sequence[Any], rows: Iterable[Sequence[Any]], *, numbers: bool = True) -> Html:
+def table(
+    caption: Any, headings: Sequence[Any], rows: Iterable[Sequence[Any]], *, numbers: bool = True, narrow: bool = False
+) -> Html:
     """A table whose first column names its rows; on a narrow screen it scrolls by itself, by keyboard too.
 
     Args:
         numbers: cells but the first are aligned to the right.
+        narrow: columns are as narrow as their words, so that all of them fit on a phone.
     """
     head = el("tr", [el("th", each, scope="col") for each in headings])
     body = [el("tr", el("th", row[0], scope="row"), [el("td", each) for each in row[1:]]) for row in rows]
-    inner = el("table", el("caption", caption), el("thead", head), el("tbody", body), class_=numbers and "numbers")
+    kind = " ".join(name for name, wanted in (("numbers", numbers), ("narrow", narrow)) if wanted)
+    # The span keeps the title in sight where the table scrolls below it.
+    title = el("caption", el("span", caption))
+    inner = el("table", title, el("thead", head), el("tbody", body), class_=kind or None)
     label = caption if not isinstance(caption, Html) else re.sub(r"<[^>]*>", "", html.unescape(caption))
     return el("div", inner, class_="scroll", role="region", aria_label=label, tabindex="0")
 

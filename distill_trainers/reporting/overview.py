@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 
 from ..evaluation.measures import MEASURES
 from ..evaluation.results import EvaluationResults, MeasureScore, Score
-from ..evaluation.tables import share_of_gap, tables_of, with_interval
+from ..evaluation.tables import number, share_of_gap, tables_of, with_interval
 from .axes import short
 from .markup import Html, el, missing, section, stacked, table
 from .runs import Run
@@ -63,6 +64,15 @@ def _versions(run: Run) -> str | None:
     return ", ".join(f"{name} {value}" for name, value in versions.items()) if isinstance(versions, dict) else None
 
 
+def moment(written: Any) -> str | None:
+    """A time as ISO 8601 has it, to the minute and for people."""
+    try:
+        told = datetime.datetime.fromisoformat(str(written))
+    except ValueError:
+        return None
+    return told.astimezone(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
 def _recipe(name: str) -> Callable[[Run], Any]:
     def tell(run: Run) -> Any:
         recipe = run.record.get("recipe")
@@ -91,7 +101,7 @@ _FACTS: tuple[Fact, ...] = (
     ("Optimiser steps", lambda run: f"{run.steps:,}" if run.steps else None),
     ("Device", _place),
     ("Versions", _versions),
-    ("Started", lambda run: run.sessions[0].get("started") if run.sessions else None),
+    ("Started", lambda run: moment(run.sessions[0].get("started")) if run.sessions else None),
 )
 
 
@@ -100,14 +110,14 @@ def _evaluated(run: Run, results: EvaluationResults, *, alone: bool) -> Html:
     data, told = results.data, results.environment
     models = [[model.name, model.role, model.source] for model in results.models]
     versions = ", ".join(f"{name} {value}" for name, value in told.items())
-    written = results.created[:16].replace("T", " ") + " UTC"
     notes = [el("li", note) for note in (*results.notes, *(f"{m.name}: {n}" for m in results.models for n in m.notes))]
     return el(
         "div",
         table("Models that were evaluated" + ("" if alone else f" for {run.name}"), ["", "role", "from"], models,
               numbers=False),
         el("p", f"Evaluated on {data.get('rows', 0):,} rows of {data.get('name', 'the data')}; the text that models "
-                f"are made to read is that of {data.get('reference_text', 'the data')}. {written}. {versions}."),
+                f"are made to read is that of {data.get('reference_text', 'the data')}. {moment(results.created)}. "
+                f"{versions}."),
         el("ul", notes) if notes else None,
     )  # fmt: skip
 
@@ -220,7 +230,7 @@ def comparison(runs: Sequence[Run]) -> Html:
     logged = {run.name: _last_scores(run) for run in runs}
     names = list(dict.fromkeys(name for scores in logged.values() for name in scores))
     if names:
-        rows = [[titled(name), *(short(logged[run.name].get(name)) for run in runs)] for name in names]
+        rows = [[titled(name), *(logged_number(name, logged[run.name].get(name)) for run in runs)] for name in names]
         parts.append(table("End of training: last evaluation of each run", ["", *(run.name for run in runs)], rows))
     settings = {run.name: run.record.get("recipe") or {} for run in runs}
     keys = list(dict.fromkeys(key for each in settings.values() for key in each))
@@ -287,6 +297,15 @@ def titled(name: str) -> str:
         if stem.removeprefix(prefix) in MEASURES and stem not in _TITLES:
             return f"{said}: {MEASURES[stem.removeprefix(prefix)].title}"
     return _TITLES.get(stem, stem.replace("_", " ").capitalize())
+
+
+def logged_number(name: str, value: float | None) -> str:
+    """A logged value as the evaluation's tables have it: shares as per cent."""
+    stem = name.removeprefix("eval_")
+    measure = MEASURES.get(stem) or MEASURES.get(stem.removeprefix("teacher_"))
+    if stem.startswith("gap_closed_"):
+        return number(value, "share")
+    return number(value, measure.unit) if measure else short(value)
 
 
 _TITLES = {

@@ -7,10 +7,9 @@ from typing import Any
 
 from ..evaluation.results import EvaluationResults, MeasureInfo, ModelResults, Score
 from ..evaluation.tables import number, share_of_gap, with_interval
-from .axes import short
 from .charts import interval_chart
 from .markup import Html, el, figure, join, missing, section, stacked, table
-from .overview import titled
+from .overview import logged_number, titled
 from .runs import Run
 
 _DIRECTIONS = {True: "higher is better", False: "lower is better", None: ""}
@@ -192,8 +191,9 @@ def _of_log(run: Run) -> Html:
         if not curve:
             continue
         reached = run.curve(teacher)[-1:] if isinstance(teacher, str) else [(0.0, teacher)]
-        before = short(curve[0][1]) if curve[0][0] == 0 else "–"
-        rows.append([titled(name), before, short(curve[-1][1]), short(reached[0][1]) if reached else "–"])
+        before = curve[0][1] if curve[0][0] == 0 else None
+        told = (before, curve[-1][1], reached[0][1] if reached else None)
+        rows.append([titled(name), *(logged_number(name, value) for value in told)])
     heads = [
         "",
         "before (step 0)",

@@ -136,7 +136,7 @@ def _most_apart(compared: TokenComparison) -> Html | None:
         if i < len(compared.tokens)
     ]
     heads = ["place", "token", "forward KL", f"{name_of(compared.model)} expects", "the teacher expects"]
-    return table("Where they part most", heads, rows, numbers=False) if rows else None
+    return table("Where they part most", heads, rows, numbers=False, narrow=True) if rows else None
 
 
 def _likeliest(tops: list[list[TopToken]], place: int) -> Any:

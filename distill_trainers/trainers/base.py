@@ -195,6 +195,10 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         self._train_is_filled = False
         self._eval_is_filled: dict[int, tuple[Any, Any]] = {}
 
+    def create_accelerator_and_postprocess(self) -> None:
+        models.let_fsdp_shard_on_cpu(self.args)
+        super().create_accelerator_and_postprocess()
+
     # ---- What a method overrides ------------------------------------------------------------------------------------
 
     @property
@@ -342,6 +346,11 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             padding = {"pad_to_multiple_of": self.args.pad_to_multiple_of}
             sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id, **padding))
         return sampled
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        models.keep_optimizer(self.accelerator, optimizer)
+        return optimizer
 
     def _prepare_input(self, data: Any) -> Any:
         # Not in the dtype of DeepSpeed's engine: models read integers, and log-probabilities would lose their digits.
@@ -556,7 +565,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         self.last_step = remote.last_step(self)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        grad_norm = models.whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # each has a share under FSDP2
         if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
             self.window_loss = self.window_loss + 0 * torch.as_tensor(grad_norm, device=self.args.device)  # keeps NaN
         return grad_norm

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .. import models
 from ..data.pairs import rows_of_pair
+from ..data.rationales import rows_of_rationales
 from ..exceptions import ConfigurationError
 from ..losses import check_sparse
 from ..losses.reduction import trained_mask
@@ -273,9 +274,11 @@ def expect_all(
 
 
 def _examples(dataset: Any) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each example: one, or the two of a pair."""
+    """The rows of each example: one, the two of a pair, or the two tasks of a rationale."""
     if "rejected_ids" in dataset.column_names:
         return map(rows_of_pair, dataset)
+    if "other_input_ids" in dataset.column_names:
+        return map(rows_of_rationales, dataset)
     return ([row] for row in dataset.select_columns(["input_ids", "loss_mask"]))
 
 

@@ -30,7 +30,7 @@ class DPKDConfig(DistillConfig):
     )
     lm_loss_weight: float | None = field(
         default=None,
-        metadata={"help": "λ: weight of −log q of the chosen responses (1; 0 for contrastive_skew)."},
+        metadata={"help": "λ: weight of −log q of the chosen responses; if not set 1, and 0 for contrastive_skew."},
     )
     reference: str = field(
         default="teacher",
@@ -41,7 +41,7 @@ class DPKDConfig(DistillConfig):
         metadata={"help": "Weight of the squared difference of both models' mean log-probabilities of each response."},
     )
     target_margin: float | None = field(
-        default=None, metadata={"help": "γ of simpo (0.5): margin from which a pair counts as learnt."}
+        default=None, metadata={"help": "γ of simpo, the margin from which a pair counts as learnt; 0.5 if not set."}
     )
     chosen: str = field(
         default="teacher",
@@ -58,7 +58,9 @@ class DPKDConfig(DistillConfig):
     skew_alpha: float = field(default=0.1, metadata={"help": "α₀ of contrastive_skew: the largest skew."})
     contrastive_schedules: bool = field(
         default=True,
-        metadata={"help": "contrastive_skew: adapt α to each response, and raise the rejected side's weight."},
+        metadata={
+            "help": "contrastive_skew: adapt α to each response, and raise the rejected side's weight from ½ to ¾."
+        },
     )
     reference_logps_dir: str | None = field(
         default=None,
@@ -109,13 +111,6 @@ class DPKDConfig(DistillConfig):
         ):
             value = getattr(self, name)
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
-        require(
-            self.teacher_placement != "cached",
-            "teacher_placement",
-            self.teacher_placement,
-            "a live teacher: a teacher cache does not hold rejected responses. `reference_logps_dir` keeps what it "
-            "says of both sides of a pair",
-        )
         require(self.beta > 0, "beta", self.beta, "a positive number")
         require(self.lm_weight >= 0, "lm_loss_weight", self.lm_loss_weight, "0 or a positive number")
         require(self.logprob_mse_weight >= 0, "logprob_mse_weight", self.logprob_mse_weight, "0 or a positive number")

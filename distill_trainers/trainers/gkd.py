@@ -33,9 +33,13 @@ class GKDConfig(DistillConfig):
         metadata={"help": "λ: probability that an optimiser step trains on student rollouts; 0 never samples."},
     )
     divergence: str = field(default="jsd", metadata={"help": f"Per-token divergence: one of {', '.join(DIVERGENCES)}."})
-    beta: float | None = field(default=None, metadata={"help": "β of jsd (0.5): weight of the teacher in the mixture."})
-    alpha: float | None = field(default=None, metadata={"help": "α of the skew divergences (0.1)."})
-    mu: float | None = field(default=None, metadata={"help": "μ of adaptive_kl (0.5): teacher mass of the head."})
+    beta: float | None = field(
+        default=None, metadata={"help": "β of jsd: weight of the teacher in the mixture; 0.5 if not set."}
+    )
+    alpha: float | None = field(default=None, metadata={"help": "α of the skew divergences; 0.1 if not set."})
+    mu: float | None = field(
+        default=None, metadata={"help": "μ of adaptive_kl: mass of the teacher's head; 0.5 if not set."}
+    )
     t: float | None = field(
         default=None,
         metadata={"help": "t of taid: fixed share of the teacher in the target; by default it rises from 0.4 to 1."},

@@ -14,7 +14,9 @@ class MiniLLMConfig(DistillConfig):
 
     objective: str = field(
         default="sequence",
-        metadata={"help": "sequence: the KL of whole sequences; token: that of each token by itself, without Long."},
+        metadata={
+            "help": "sequence: the reverse KL of whole sequences; token: that of each token by itself, without Long."
+        },
     )
     estimator: str = field(
         default="exact",
@@ -29,7 +31,9 @@ class MiniLLMConfig(DistillConfig):
     )
     teacher_mix_alpha: float | None = field(
         default=None,
-        metadata={"help": "α: share of the teacher in the sampler; 0.2 (the paper's) for sequences, 0 for tokens."},
+        metadata={
+            "help": "α: share of the teacher in the sampler; if not set 0.2 (the paper's) for sequences, 0 for tokens."
+        },
     )
     importance: str = field(
         default="token",

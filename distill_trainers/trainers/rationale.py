@@ -154,6 +154,7 @@ class RationaleTrainer(DistillTrainer):
                 work,
                 column_mapping=args.column_mapping,  # type: ignore[arg-type]  # parsed by now
                 needs="other" if pairs_only else "any" if either else "first",
+                with_others=self._with_others,
                 num_proc=args.dataset_num_proc,
                 name=name,
             )

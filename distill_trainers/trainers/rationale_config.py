@@ -99,7 +99,12 @@ class RationaleConfig(DistillConfig):
         require(self.wrong_term in WRONG_TERMS, "wrong_term", self.wrong_term, f"one of {', '.join(WRONG_TERMS)}")
         require(self.wrong_floor < 0, "wrong_floor", self.wrong_floor, "a log-probability below 0")
         require(self.innovation_samples >= 1, "innovation_samples", self.innovation_samples, "1 or more")
-        require(self.teacher_cache is None, "teacher_cache", self.teacher_cache, "none: it holds one text per row")
+        require(
+            self.teacher_cache is None or self.distill_weight > 0,
+            "teacher_cache",
+            self.teacher_cache,
+            "none, or `distill_weight` above 0: no other term asks the teacher",
+        )
         for name in ("label_prompt", "rationale_prompt", "chain_prompt"):
             prompt = getattr(self, name)
             require(prompt is None or "{question}" in prompt, name, prompt, "a text that holds {question}")

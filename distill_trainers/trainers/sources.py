@@ -83,7 +83,7 @@ def _check_architecture(student: Any, teacher: Any, args: DistillConfig, encoder
             f"The student is an encoder-decoder ({config.model_type}), which this method cannot train; expected a "
             "causal LM. Encoder-decoders are for `method: rationale` with `objective: step_by_step`."
         )
-    if teacher is not None:
+    if teacher is not None or args.teacher_placement == "cached":
         raise ConfigurationError(
             f"The student is an encoder-decoder ({config.model_type}) and there is a teacher: their tokens do not lie "
             "in the same places. Leave the teacher out (`distill_weight: 0`), or take a causal LM as student."

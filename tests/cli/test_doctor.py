@@ -10,7 +10,7 @@ from distill_trainers import models
 from distill_trainers.cli import main
 from distill_trainers.cli.examination import case_of
 from distill_trainers.cli.recipe import parse_recipe
-from distill_trainers.doctor import Launch, room, teacher
+from distill_trainers.doctor import Launch, precision, room, teacher
 from distill_trainers.teachers import LocalTeacher
 
 CHAT = "{% for m in messages %}{{ '=' if m['role'] == 'user' else '' }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -86,20 +86,82 @@ def test_a_healthy_recipe_of_conversations(recipe, pair, diagnose, conversations
     assert (status, report["findings"]) == (0, [])
 
 
-def test_padding_of_one_vocabulary_is_healthy(recipe, pair, diagnose):
-    status, report = diagnose(recipe(**pair(teacher={"vocab_size": 32})), "--strict")
-    assert (status, report["findings"]) == (0, [])
+# Fault: what the models are made with, settings of the recipe, free bytes per byte of the peak; then the exit status
+# and the severity, concern and words of the one finding that tells.
+ONE = {"template": CHAT}
+FAULTS = {
+    "nothing": ({}, {}, None, 0, None),
+    "template differs": (
+        {"student": ONE, "teacher": {"template": OTHER_CHAT}},
+        {"dataset": "conversations"},
+        None,
+        0,
+        ("warning", "tokens", ["chat templates differ", "from token 0 on", "'='", "'+'"]),
+    ),
+    "vocabulary padded": (
+        {"teacher": {"vocab_size": 32}},
+        {},
+        None,
+        0,
+        ("note", "tokens", ["the teacher's 32", "vocabulary is padded"]),
+    ),
+    "vocabulary padded by too little": (
+        {"teacher": {"vocab_size": 10}},
+        {},
+        None,
+        2,
+        ("error", "tokens", ["for which a model has no row", "teacher 10"]),
+    ),
+    "wrong special token": (
+        {"student": {"eos": "<pad>"}},
+        {},
+        None,
+        0,
+        ("warning", "tokens", ["end of text is '<pad>'", "to the teacher"]),
+    ),
+    "wrong stop": ({"student": {"stops": 5}}, {}, None, 0, ("warning", "tokens", ["end at", "no special token"])),
+    "too little memory": ({}, {}, 0.5, 2, ("error", "memory", ["A step takes about"])),
+    "stale cache": (
+        {},
+        {"lmbda": 0.0, "teacher_cache": "cache"},
+        None,
+        2,
+        ("error", "teacher", ["model.safetensors has changed"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_planted_fault_is_found_and_nothing_else(
+    recipe, pair, diagnose, conversations, tmp_path, make_teacher, monkeypatch, fault
+):
+    """The healthy recipe, and the same with one thing wrong: one finding, of the right severity, with a remedy."""
+    roles, settings, room_for_peak, status, expected = FAULTS[fault]
+    places = {"conversations": conversations, "cache": str(tmp_path / "cache")}
+    path = recipe(**pair(**roles), **{name: places.get(value, value) for name, value in settings.items()})
+    if "teacher_cache" in settings:
+        assert main(["cache-teacher", "--config", path]) == 0
+        fresh, report = diagnose(path)
+        assert (fresh, report["findings"]) == (0, []), "a fresh cache is healthy"
+        make_teacher(seed=9).save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr(models, "load_causal_lm", lambda *a, **k: pytest.fail("weights were loaded"))
+    if room_for_peak:
+        free = room._IMPORTS + room_for_peak * diagnose(path)[1]["memory"]["peak"]
+        monkeypatch.setattr(room, "host_memory", lambda: free)
+    found_status, report = diagnose(path)
+    assert found_status == status
+    told = [(f["severity"], f["concern"]) for f in report["findings"]]
+    assert told == ([] if expected is None else [expected[:2]]), report["findings"]
+    if expected is not None:
+        (found,) = report["findings"]
+        assert all(word in found["what"] for word in expected[2]) and found["remedy"], found
+        strict = 2 if expected[0] == "error" else 1 if expected[0] == "warning" else 0
+        assert diagnose(path, "--strict")[0] == strict
 
 
 @pytest.mark.parametrize(
     ("roles", "chat", "severity", "words"),
     [
-        (
-            {"student": {"template": CHAT}, "teacher": {"template": OTHER_CHAT}},
-            True,
-            "warning",
-            ["chat templates differ", "from token 0 on", "'='", "'+'"],
-        ),
         ({"student": {"template": CHAT}}, True, "warning", ["no chat template"]),
         (
             {"student": {"template": NO_END}, "teacher": {"template": NO_END}},
@@ -108,10 +170,7 @@ def test_padding_of_one_vocabulary_is_healthy(recipe, pair, diagnose):
             ["ends an answer with '<pad>'", "stops at"],
         ),
         ({"student": {"vocab_size": 10}}, False, "error", ["for which a model has no row", "student has 10"]),
-        ({"teacher": {"vocab_size": 10}}, False, "error", ["for which a model has no row", "teacher 10"]),
-        ({"student": {"stops": 5}}, False, "warning", ["end at", "no special token"]),
         ({"student": {"stops": 999}}, False, "warning", ["id 999", "no row"]),
-        ({"student": {"eos": "<pad>"}}, False, "warning", ["'<pad>'", "to the student", "to the teacher"]),
         ({"student": {"max_position_embeddings": 16}}, False, "error", ["24 tokens", "student was made for 16"]),
         ({"teacher": {"max_position_embeddings": 16}}, False, "error", ["teacher was made for 16"]),
     ],
@@ -203,16 +262,6 @@ def _sparse(kind):
     return {} if kind == "hidden" else {"divergence": "forward_kl"}
 
 
-def test_a_stale_cache_is_found_without_loading_anything(recipe, pair, tmp_path, diagnose, make_teacher, monkeypatch):
-    path = recipe(**pair(), lmbda=0.0, teacher_cache=str(tmp_path / "cache"))
-    assert main(["cache-teacher", "--config", path]) == 0
-    make_teacher(seed=9).save_pretrained(tmp_path / "teacher")
-    monkeypatch.setattr(models, "load_causal_lm", lambda *a, **k: pytest.fail("weights were loaded"))
-    status, report = diagnose(path)
-    found = [f for f in serious(report) if f["concern"] == "teacher"]
-    assert status == 2 and "model.safetensors has changed" in found[0]["what"] and "teacher_cache" in found[0]["remedy"]
-
-
 def test_everything_that_is_wrong_is_found_at_once(recipe, pair, diagnose):
     roles = {"student": {"vocab_size": 10, "max_position_embeddings": 16}, "teacher": {"max_position_embeddings": 16}}
     status, report = diagnose(recipe(**pair(**roles), dataset="no/such/file.jsonl"))
@@ -259,6 +308,14 @@ def test_bad_options_are_refused(recipe, pair, capsys, options, words):
 def test_a_launch_in_another_precision_is_remarked_upon(recipe, pair, diagnose):
     _, report = diagnose(recipe(**pair()), "--launch", "accelerate_configs/ddp.yaml")
     assert any("mixed precision 'no'" in f["what"] and "bf16" in f["what"] for f in serious(report))
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_emulated_bfloat16_is_remarked_upon(recipe, pair, diagnose, monkeypatch, emulated):
+    monkeypatch.setattr(precision, "emulates_bfloat16", lambda: emulated)
+    _, report = diagnose(recipe(**pair(), bf16=True))
+    remedies = [f["remedy"] for f in serious(report) if "AVX-512" in f["what"]]
+    assert remedies == (["Set `bf16: false`."] if emulated else [])
 
 
 # ---- Before a run ---------------------------------------------------------------------------------------------------

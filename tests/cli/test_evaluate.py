@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from types import ModuleType
+import math
+from functools import partial
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,7 +16,7 @@ from distill_trainers import models
 from distill_trainers.cli import main
 from distill_trainers.data.addition import addition_rows
 from distill_trainers.evaluation import EvaluationResults
-from distill_trainers.evaluation.harness import add_harness_scores, harness_scores
+from distill_trainers.evaluation.harness import Harness, harness_scores
 from distill_trainers.evaluation.results import ModelResults
 from distill_trainers.evaluation.settings import EvaluationSettings
 
@@ -146,15 +148,15 @@ class Named:
 
 
 def test_the_gap_of_a_task(monkeypatch):
-    from distill_trainers.evaluation import harness
-
     subjects = [Named("teacher", "teacher", 0.9), Named("baseline", "baseline", 0.5), Named("mine", "student", 0.8)]
     answer = {"stderr": 0.05, "higher_is_better": True}
+    harness = Harness(EvaluationSettings())
+    harness.tasks = ["sums"]
     monkeypatch.setattr(
         harness, "_run", lambda subject, *rest: {"lm_eval/sums/acc": {**answer, "value": subject.value}}
     )
     results = EvaluationResults([ModelResults(s.name, s.role, "", "") for s in subjects], {})
-    add_harness_scores(results, subjects, None, EvaluationSettings(lm_eval_tasks=["sums"]))
+    harness.add_scores(results, subjects, None)
     score = results.model("mine").scores["lm_eval/sums/acc"]
     assert (score.low, score.high) == (pytest.approx(0.8 - 0.098, abs=1e-3), pytest.approx(0.898, abs=1e-3))
     assert score.difference.value == pytest.approx(0.3)
@@ -162,37 +164,90 @@ def test_the_gap_of_a_task(monkeypatch):
     assert results.measures["lm_eval/sums/acc"].title == "sums acc (lm-eval)"
 
 
-def test_a_task_of_ones_own_through_lm_eval(config, saved, tmp_path):
-    """With lm-eval installed: a multiple-choice task from a local file, scored for every model."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    assert isinstance(lm_eval, ModuleType)
+@pytest.fixture
+def own_tasks(tmp_path, monkeypatch):
+    """Settings that name a folder with tasks of one's own, and their rows; lm-eval's own tasks take long to be read."""
+    manager = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed")
+    monkeypatch.setattr(manager, "TaskManager", partial(manager.TaskManager, include_defaults=False))
     folder = tmp_path / "tasks"
     folder.mkdir()
-    rows = [{"question": f"{n}+2=", "label": n % 2} for n in range(1, 7)]
+    rows = [{"question": f"{n}+2=", "answer": str(n + 2), "label": n % 2} for n in range(1, 7)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = {
-        "task": "tiny_sums",
+    shared = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
         "test_split": "test",
-        "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
+        "target_delimiter": "",
+    }
+    choice = {
+        "task": "tiny_sums",
+        "output_type": "multiple_choice",
         "doc_to_target": "{{label}}",
         "doc_to_choice": ["3", "5"],
-        "target_delimiter": "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(task))
-    settings = {"lm_eval_tasks": ["tiny_sums"], "lm_eval_include_path": str(folder), "metrics": ["perplexity"]}
-    assert main(["evaluate", "--config", config(**settings)]) == 0
+    reading = {
+        "task": "tiny_reading",
+        "output_type": "loglikelihood",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    }
+    for task in (choice, reading):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump({**shared, **task}))
+    return {"lm_eval_include_path": str(folder), "metrics": ["perplexity"]}, rows
+
+
+def test_tasks_of_ones_own_through_lm_eval(config, own_tasks, saved, tmp_path, monkeypatch):
+    """Accuracy and perplexity by lm-eval are those of the models' own probabilities; a second time runs no model."""
+    settings, rows = own_tasks
+    path = config(**settings, lm_eval_tasks=["tiny_*"])
+    assert main(["evaluate", "--config", path]) == 0
     results = EvaluationResults.load(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(saved.teacher)
     for name, folder in (("teacher", saved.teacher), ("baseline", saved.student), ("after", saved.teacher)):
-        model, right = AutoModelForCausalLM.from_pretrained(folder), 0
+        model, right, read = AutoModelForCausalLM.from_pretrained(folder), 0, 0.0
         for row in rows:
-            logits = model(**tokenizer(row["question"], return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
-            choices = logits[tokenizer.convert_tokens_to_ids(["3", "5"])]
+            asked, answer = (tokenizer(row[key]).input_ids for key in ("question", "answer"))
+            with torch.no_grad():
+                logps = model(torch.tensor([asked + answer])).logits[0, len(asked) - 1 :].log_softmax(-1)
+            choices = logps[0, tokenizer.convert_tokens_to_ids(["3", "5"])]
             right += int(choices.argmax()) == row["label"]
+            read += sum(logps[i, token].item() for i, token in enumerate(answer))
         score = results.model(name).scores["lm_eval/tiny_sums/acc"]
         assert score.value == pytest.approx(right / len(rows)) and score.low <= score.value <= score.high
-    assert main(["evaluate", "--config", config(**{**settings, "lm_eval_tasks": ["tiny_smus"]})]) == 2
+        perplexity = results.model(name).scores["lm_eval/tiny_reading/perplexity"]
+        assert perplexity.value == pytest.approx(math.exp(-read / len(rows)), rel=1e-4)
+        assert perplexity.low < perplexity.value < perplexity.high  # resampled
+    assert results.measures["lm_eval/tiny_reading/perplexity"].higher_is_better is False
+    monkeypatch.setattr(models, "load_causal_lm", None)
+    assert main(["evaluate", "--config", path]) == 0
+
+
+def test_tasks_that_cannot_be_run_are_refused_before_weights_are_loaded(own_tasks, refused, tmp_path):
+    settings, _ = own_tasks
+    said = refused({**settings, "lm_eval_tasks": ["tiny_sums", "tiny_smus"]})
+    assert "`lm_eval_tasks: tiny_smus`" in said and "Did you mean 'tiny_sums'" in said
+    assert "expected a folder" in refused({**settings, "lm_eval_tasks": ["x"], "lm_eval_include_path": "no/such"})
+    (tmp_path / "tasks" / "rows.jsonl").unlink()
+    said = refused({**settings, "lm_eval_tasks": ["tiny_sums"]})
+    assert "`lm_eval_tasks: tiny_sums`, but lm-eval cannot load" in said
+
+
+def test_a_stopped_task_keeps_those_before_it(config, own_tasks, saved, monkeypatch):
+    import lm_eval
+
+    settings, _ = own_tasks
+    path, evaluate, run = config(**settings, lm_eval_tasks=["tiny_sums", "tiny_reading"]), lm_eval.simple_evaluate, []
+
+    def stopped(**given):
+        run.append(given["tasks"][0])
+        if len(run) == 4:
+            raise KeyboardInterrupt
+        return evaluate(**given)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", stopped)
+    assert main(["evaluate", "--config", path]) == 130
+    assert main(["evaluate", "--config", path]) == 0
+    # the model `after` is the teacher again, and is known by its weights
+    assert run == ["tiny_sums", "tiny_reading", "tiny_sums", "tiny_reading", "tiny_reading"]

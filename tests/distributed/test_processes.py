@@ -125,7 +125,7 @@ def test_processes_whose_completions_end_at_different_steps_wait_for_each_other(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_zero2.yaml"])
+@pytest.mark.parametrize("config", ["cpu_zero2.yaml", "cpu_fsdp2.yaml"])
 def test_two_processes_equal_one_sharded(tmp_path, config):
     one, two = one_and_two(tmp_path, config)
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
@@ -170,7 +170,7 @@ def test_processes_take_the_same_steps_from_the_replay_buffer(tmp_path, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
 def test_a_sharded_student_is_merged(tmp_path, saved, config):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -186,7 +186,7 @@ def test_a_sharded_student_is_merged(tmp_path, saved, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
 def test_two_processes_equal_one_with_lora(tmp_path, config):
     one, two = one_and_two(tmp_path, config, lora=True)
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two", lora=True)

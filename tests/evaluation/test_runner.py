@@ -479,3 +479,22 @@ def test_tables(all_results):
 def test_a_workshop_without_samples_asks_for_none(tokenizer):
     workshop = Workshop(SETTINGS, ["perplexity"], tokenizer, None)
     assert workshop.samples(None, ExampleSet([])) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"prompt": "1+1=", "completion": "2"}, "1+1="),
+        ({"prompt": [{"role": "user", "content": "1+1="}]}, "1+1="),
+        ({"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}, "1+1="),
+        (
+            {"conversations": [{"from": "system", "value": "1"}, {"from": "human", "value": "2"}]},
+            "system: 1\n\nuser: 2",
+        ),
+    ],
+)
+def test_prompts_are_shown_as_they_were_written(tokenizer, row, text):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (example,) = read_examples([row], tokenizer, SETTINGS)
+    assert example.prompt_text == text

@@ -220,9 +220,11 @@ def test_missing_parts_say_how_to_get_them(run_folder):
     shown = Page(report_page(read_runs([run_folder()])))
     assert "distill-trainers evaluate --student RUN" in shown.text
     assert "from the log of the training" in shown.text and "before (step 0) after (step 40) teacher" in shown.text
-    assert (
-        "Forward KL to the teacher 1.8 0.6 0" in shown.text and "Perplexity on the reference text 9 5 4" in shown.text
-    )
+    assert "Forward KL to the teacher 1.800 0.600 0.000" in shown.text
+    assert "Top-1 agreement with the teacher 30.0 % 30.0 % 100.0 %" in shown.text
+    assert "Perplexity on the reference text 9.000 5.000 4.000" in shown.text
+    assert "run: from 30 at optimiser step 0 to 30 at 40" in shown.text  # per cent in curves too
+    assert "Started 2026-01-02 03:04 UTC" in shown.text
     bare = Page(report_page([Run("bare", metrics={"train_loss": 1.0})]))
     for text in (
         "left no run.json",

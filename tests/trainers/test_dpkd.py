@@ -527,6 +527,19 @@ def test_a_teacher_cache_holds_both_rows_of_a_pair(make_trainer, saved, tmp_path
     monkeypatch.setattr(type(again.teacher), "live", lambda self: pytest.fail("asked again"))
     again.train()
     assert by_step(again) == pytest.approx(by_step(live), rel=1e-5)
+    alone = make_trainer(saved.student, None, **settings, teacher_placement="cached")
+    alone.train()
+    assert by_step(alone) == pytest.approx(by_step(live), rel=1e-5)
+
+
+def test_a_cache_alone_answers_no_prompts(make_trainer, saved, tmp_path):
+    """The student's responses are new at every step, and the teacher's have to be written."""
+    from distill_trainers.trainers.caching import fill_cache
+
+    settings = {"method": "dpkd", "teacher_cache": str(tmp_path)}
+    fill_cache(make_trainer(saved.student, saved.teacher, train=pairs(), **settings))
+    with pytest.raises(ConfigurationError, match="cannot write any"):
+        make_trainer(saved.student, None, **settings, teacher_placement="cached")
 
 
 # ---- The guard ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from distill_trainers import DistillConfig, DistillTrainer, GKDConfig, GKDTraine
 from distill_trainers.data.addition import addition_rationales
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.losses import token_logps
+from distill_trainers.trainers.caching import fill_cache
 
 # ---- References -----------------------------------------------------------------------------------------------------
 
@@ -504,13 +505,34 @@ def test_encoder_decoders_are_refused_elsewhere(make_trainer, make_teacher, toke
         ({"answer_formats": ["regex:("]}, "does not compile"),
         ({"answer_kind": "fuzzy"}, "auto, number"),
         ({"divergence": "klx"}, "klx"),
-        ({"teacher_cache": "here"}, "one text per row"),
+        ({"teacher_cache": "here"}, "`distill_weight` above 0"),
         ({"prompt_style": "chatty"}, "auto, text, chat"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(ConfigurationError, match=message):
         RationaleConfig(output_dir="x", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, rows",
+    [({}, 48), ({"rationale_weight": 0.0}, 24), ({"objective": "edit", "wrong_weight": 0.5}, 48)],
+    ids=["both", "labels", "edit"],
+)
+def test_a_teacher_cache_holds_the_rows_of_all_tasks(make_trainer, saved, tmp_path, by_step, settings, rows):
+    """Filled ahead, alone, over two epochs: the losses of the live teacher."""
+    settings = {"distill_weight": 0.7, "max_steps": 6, **settings}
+    live = rationale_trainer(make_trainer, student=saved.student, teacher=saved.teacher, **settings)
+    live.train()
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    done = fill_cache(
+        rationale_trainer(make_trainer, student=saved.student, teacher=saved.teacher, **cache, **settings)
+    )
+    assert done["rows"] == done["computed"] == rows
+    cache["teacher_placement"] = "cached"
+    alone = rationale_trainer(make_trainer, student=saved.student, teacher=None, **cache, **settings)
+    alone.train()
+    assert by_step(alone) == pytest.approx(by_step(live), rel=1e-5)
 
 
 def test_a_teacher_is_needed_for_distillation_only(make_trainer, make_student, tokenizer, tmp_path):
