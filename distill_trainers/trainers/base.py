@@ -305,13 +305,13 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimiser step, after rollouts, and what their terms are divided by (see `_counts`)."""
-        batches = self.next_batches(epoch_iterator, num_batches)
-        if len(batches) < num_batches:
-            # Only the end of a stream comes unannounced: no optimiser step would follow, and the gradient of these
-            # batches would be added to the next epoch's first.
-            batches = []
-        if batches:
-            with remote.holding_failures(self):
+        with remote.holding_failures(self):
+            batches = self.next_batches(epoch_iterator, num_batches)
+            if len(batches) < num_batches:
+                # Only the end of a stream comes unannounced: no optimiser step would follow, and the gradient of these
+                # batches would be added to the next epoch's first.
+                batches = []
+            if batches:
                 batches = self.score(self.rollout(batches))
                 ask_ahead(self, batches)
         return batches, self.accelerator.reduce(self._counts(batches).to(device), reduction="sum")

@@ -210,7 +210,8 @@ class MiniLLMTrainer(DistillTrainer):
         """Their mean, and their deviation over the tokens of a step (of this process), averaged over steps."""
         values = torch.cat([batch["token_long"][batch["token_own"] > 0] for batch in batches])
         self.metrics.add_means({"advantage": values.sum()}, len(values))
-        self.metrics.add_means({"advantage_std": values.std(correction=0)}, 1)
+        deviation = values.std(correction=0) if len(values) else 0.0  # rollouts may be empty, on some processes
+        self.metrics.add_means({"advantage_std": deviation}, int(len(values) > 0))
 
     def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
         """Asked once for each token of the student's, not of the text below, and not again where it has spoken."""

@@ -234,7 +234,7 @@ def strike(launch: Launch, victim: str, workers: list[psutil.Process], chance: r
     if victim == "away":
         seconds = launch.wait(workers)
         server.start()
-        assert launch.process.returncode == 1 and "The teacher's server" in "".join(launch.lines), launch.text
+        assert launch.process.returncode == 1 and "teacher's server" in "".join(launch.lines), launch.text
         return seconds
     began, before = time.monotonic(), launch.step
     time.sleep(chance.uniform(0, 5))

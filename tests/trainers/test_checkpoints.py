@@ -262,16 +262,16 @@ def test_weights_that_are_nan_stop_a_run_that_samples(make_trainer, tmp_path, en
 @pytest.mark.parametrize("limit", [1, 2])
 def test_rotation_never_takes_the_last_good_checkpoint(make_trainer, die_at, tmp_path, limit):
     """Not even beside one that a killed run left half written, under a higher number and newer than the good one."""
-    settings = {"lmbda": 0.0, "max_steps": 6, "save_strategy": "steps", "save_total_limit": limit}
+    settings = {"lmbda": 0.0, "max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": limit}
     with pytest.raises(die_at.error):
-        make_trainer(callbacks=[die_at(3)], save_steps=2, **settings).train()
+        make_trainer(callbacks=[die_at(2)], **settings).train()
     torn = tmp_path / "out" / "checkpoint-4"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
     with pytest.raises(die_at.error):
-        make_trainer(callbacks=[die_at(3)], save_steps=1, **settings).train(resume_from_checkpoint=True)
+        make_trainer(callbacks=[die_at(3)], **settings).train(resume_from_checkpoint=True)
     assert find_last_complete_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-3")
-    make_trainer(save_steps=1, **settings).train(resume_from_checkpoint=True)
+    make_trainer(**settings).train(resume_from_checkpoint=True)
     left = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
     assert left == ["checkpoint-5", "checkpoint-6"][-limit:]
 

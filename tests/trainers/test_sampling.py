@@ -37,7 +37,7 @@ CYCLES = {"method": "minillm", "teacher_mix_alpha": 0.0, "num_minibatches": 2, "
 @pytest.mark.parametrize("settings", [{}, {"replay_buffer_size": 16}, CYCLES], ids=["fresh", "replay", "cycles"])
 def test_rollouts_that_produce_nothing_are_survived(make_trainer, by_step, monkeypatch, settings, empty):
     """No token, not even EOS, in one step; the steps before and after are as ever."""
-    trainer = make_trainer(lmbda=1.0, max_steps=8, rollout_engine="hf", **settings)
+    trainer = make_trainer(lmbda=1.0, max_steps=9, rollout_engine="hf", **settings)
     generate, sampled = trainer.engine.generate, []
 
     def nothing(*args):
@@ -48,9 +48,9 @@ def test_rollouts_that_produce_nothing_are_survived(make_trainer, by_step, monke
     monkeypatch.setattr(trainer.engine, "generate", nothing)
     trainer.train()
     losses, tokens, step = by_step(trainer), by_step(trainer, "trained_tokens"), sampled[1] + 1
-    assert len(losses) == 8 and all(map(math.isfinite, losses.values())), losses
+    assert len(losses) == 9 and all(map(math.isfinite, losses.values())), losses
     assert all(bool(torch.isfinite(weight).all()) for weight in trainer.model.parameters())
-    assert (tokens[step] == 0) == (losses[step] == 0) == (empty == "all") and min(tokens[1], tokens[8]) > 0
+    assert (tokens[step] == 0) == (losses[step] == 0) == (empty == "all") and min(tokens[1], tokens[9]) > 0
 
 
 def test_rollouts_follow_the_prompt_and_are_trained_whole(make_trainer, batch_of):
