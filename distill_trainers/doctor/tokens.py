@@ -58,8 +58,8 @@ def _vocabulary(case: Case) -> Iterator[Finding]:
     if shared is not None:
         yield note(
             "tokens",
-            f"The student's head has {rows[0]} rows and the teacher's {rows[1]}, of which the first {shared} are tokens "
-            "of both: the vocabulary is padded.",
+            f"The student's head has {rows[0]} rows and the teacher's {rows[1]}, of which the first {shared} are "
+            "tokens of both: the vocabulary is padded.",
             "Nothing has to be done: rows beyond them leave both softmaxes.",
         )
 

@@ -86,8 +86,8 @@ def test_a_healthy_recipe_of_conversations(recipe, pair, diagnose, conversations
     assert (status, report["findings"]) == (0, [])
 
 
-# Fault: what the models are made with, settings of the recipe, free bytes per byte of the peak; then the exit status and
-# the severity, concern and words of the one finding that tells.
+# Fault: what the models are made with, settings of the recipe, free bytes per byte of the peak; then the exit status
+# and the severity, concern and words of the one finding that tells.
 ONE = {"template": CHAT}
 FAULTS = {
     "nothing": ({}, {}, None, 0, None),
