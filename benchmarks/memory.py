@@ -37,8 +37,10 @@ RUNS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "small chunks": (None, {"loss_chunk_mib": 4.0}, {}),
     "lora": (None, {}, {"lora": True}),
     "tied, 16-bit teacher": (None, {}, {"tied": True, "teacher_dtype": "bfloat16"}),
+    "lora, adapter off": (None, {"teacher_placement": "adapter_off"}, {"lora": True}),
     "on-policy": (None, {"lmbda": 1.0, "max_new_tokens": 32}, {}),
     "ddp": ("cpu_ddp.yaml", {}, {}),
+    "ddp, lora, adapter off": ("cpu_ddp.yaml", {"teacher_placement": "adapter_off"}, {"lora": True}),
     "zero2": ("cpu_zero2.yaml", {}, {}),
     "zero3": ("cpu_zero3.yaml", {}, {}),
     "zero3, checkpointing": ("cpu_zero3.yaml", {"gradient_checkpointing": True}, {}),
@@ -128,7 +130,7 @@ def work(options: argparse.Namespace) -> None:
     teacher = tiny_llama(tokenizer, width, sizes["teacher_layers"], tie_word_embeddings=False, **size, **inner)
     teacher_dtype = more.get("teacher_dtype", "float32")
     teacher.to(getattr(torch, teacher_dtype))
-    shapes = [shape_of(student), shape_of(teacher)]
+    shapes: list[Any] = [shape_of(student), shape_of(teacher)]
     peft_config = None
     if more.get("lora"):
         from peft import LoraConfig
@@ -151,7 +153,7 @@ def work(options: argparse.Namespace) -> None:
     watch = Watch()
     trainer = GKDTrainer(
         model=student,
-        teacher_model=teacher,
+        teacher_model=None if args.teacher_placement == "adapter_off" else teacher,
         args=args,
         train_dataset=Dataset.from_list(_rows(sizes)),
         processing_class=tokenizer,
@@ -160,6 +162,8 @@ def work(options: argparse.Namespace) -> None:
     )
     if peft_config is not None:
         shapes[0] = shape_of(trainer.model)
+    if args.teacher_placement == "adapter_off":
+        shapes[1] = None
     del student, teacher
     trainer.train()
     measured = _status("VmHWM") - before

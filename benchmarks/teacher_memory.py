@@ -73,7 +73,7 @@ def launched(placement: str, folder: str, processes: int) -> dict[str, float]:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     script = [str(Path(__file__)), "--worker", placement, folder]
-    done = subprocess.run([*command, *script], capture_output=True, text=True, env=environment, timeout=900)
+    done = subprocess.run([*command, *script], capture_output=True, text=True, env=environment, timeout=1800)
     if done.returncode:
         raise SystemExit(f"{placement} failed:\n{done.stderr[-3000:]}")
     found = [json.loads(file.read_text()) for file in Path(folder).glob(f"{placement}.*.out")]

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Severity(StrEnum):
-    """How bad it is: an error ends the run or spoils its result, a warning may, a note tells what is harmless."""
+    """An error ends the run or spoils its result, a warning may; a note tells what is harmless or unseen."""
 
     ERROR = "error"
     WARNING = "warning"

@@ -56,7 +56,8 @@ embedding and the head.
 
 **Teacher**, by placement: `replicate` b P; `zero3`, `fsdp2` b P / N and what is gathered (FSDP2: two layers, the head);
 `zero3_offload` the same with the shares on the host; `device_map` b P / GPUs of the machine; `quantized-8bit` and
-`quantized-4bit` 1 and 0.52 bytes for the weights of linear layers, 2 for the rest; `adapter_off` nothing of its own;
+`quantized-4bit` 1 and 0.52 bytes for the weights of linear layers, 2 for the rest; `adapter_off` no weights, but a
+forward of the student;
 `cached` and `remote` the head, or nothing where the answers are sparse.
 
 Sources: Korthikanti et al. (arXiv 2205.05198) count activations this way for a GPT with dropout; ZeRO is arXiv
@@ -65,7 +66,7 @@ Sources: Korthikanti et al. (arXiv 2205.05198) count activations this way for a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .launch import SHARDED, Launch
 from .shapes import ModelShape
@@ -148,6 +149,8 @@ def estimate(
         placement: of the teacher, one of `teachers.placement.PLACEMENTS` but `auto`.
     """
     own = _Student(student, work, launch)
+    if placement == "adapter_off":  # the student's base answers: nothing of its own, but a forward and its logits
+        teacher, work = student, replace(work, teacher_bytes=own.width)
     theirs = _Teacher(teacher, work, launch, placement)
     resident, offloaded = own.held()
     moments = {
@@ -164,6 +167,7 @@ def estimate(
     if teacher is not None:
         moments["teacher's forward"] = {
             **theirs.forward(),
+            **(own.gathered() if placement == "adapter_off" and launch.strategy in SHARDED else {}),
             **(own.gradients() if work.accumulation > 1 else {}),
         }
     if work.rollout_rows:

@@ -57,10 +57,9 @@ def pace_of(case: Case, rates: Rates | None) -> Pace | None:
     forward = _forward(student, tokens, mean)
     passes = 3.0 if student.trainable == student.parameters else 2.0
     operations = passes * forward + (_forward(student, tokens, mean) - 2 * tokens * student.head) * work.checkpointing
-    asks = case.teacher_shape is not None and case.placement not in ("cached", "remote")
-    if asks:
-        assert case.teacher_shape is not None
-        operations += _forward(case.teacher_shape, tokens, mean)
+    teacher = student if case.placement == "adapter_off" else case.teacher_shape
+    if teacher is not None and case.placement not in ("cached", "remote"):
+        operations += _forward(teacher, tokens, mean)
     read = 0.0
     if work.rollout_rows:
         share = float(getattr(case.args, "lmbda", 1.0))

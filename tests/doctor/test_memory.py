@@ -122,6 +122,16 @@ def test_teachers_by_placement(shapes):
     assert "teacher" not in held(shapes, Launch(), "cached", teacher_sparse=True)
 
 
+@pytest.mark.parametrize("strategy", ["single", "zero3"])
+def test_a_base_that_teaches_has_no_weights_of_its_own_but_a_forward(shapes, strategy):
+    launch, work = Launch(2, strategy=strategy), Workload(2, 64)
+    own, alone = (estimate(shapes[0], None, work, launch, name) for name in ("adapter_off", "cached"))
+    assert own.held == alone.held
+    forward, loss = own.moments["teacher's forward"], own.moments["end of forward"]
+    assert forward["a layer at work"] > 0 and ("gathered" in forward) == (strategy == "zero3")
+    assert loss["chunks of logits"] == 1.5 * alone.moments["end of forward"]["chunks of logits"]
+
+
 def test_checkpointing_and_small_chunks_take_less(shapes):
     work = Workload(rows=4, length=256, chunk_bytes=2**20)
     plain = estimate(*shapes, work, Launch(), "replicate")
