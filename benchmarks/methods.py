@@ -48,7 +48,6 @@ COLUMNS = {
     "student_text_reverse_kl": ("KL(q‖p) on its own text", "{:.2f}"),
     "top1_agreement": ("top-1", "{:.3f}"),
     "rouge_l": ("Rouge-L", "{:.1f}"),
-    "distinct_4": ("distinct-4", "{:.2f}"),
     "ece": ("ECE", "{:.3f}"),
 }
 
@@ -378,25 +377,27 @@ def mean(values: list[Any]) -> float | None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: mean over seeds [mean interval over prompts] (range over seeds)."""
-    lines = [["", "steps", *(title for title, _ in COLUMNS.values()), "gap closed in KL"]]
+    """Markdown: means over training seeds with the mean interval over prompts; for the KL also each end of the seeds."""
+    titles = [title for title, _ in COLUMNS.values()]
+    lines = [["", "steps", "gap closed in KL", titles[0], "seeds", *titles[1:]]]
     lines.append(["---"] * len(lines[0]))
     for name, row in results.items():
-        cells = [name, f"{row['steps']:.0f}" if "steps" in row else "–"]
+        trained, scores = "steps" in row, row["scores"]
+        closed = scores.get("kl", {}).get("gap_closed") if trained else None
+        cells = [name, f"{row['steps']:.0f}" if trained else "–", "–" if closed is None else f"{closed:.0%}"]
         for column, (_, shape) in COLUMNS.items():
-            score = row["scores"].get(column)
-            if score is None or score["value"] is None:
-                cells.append("–")
-                continue
-            low, high, least, most = (
-                shape.format(score[key]) if score[key] is not None else "?" for key in ("low", "high", "least", "most")
-            )
-            text = f"{shape.format(score['value'])} [{low}, {high}]"
-            cells.append(text if "steps" not in row else f"{text} ({least}–{most})")
-        closed = row["scores"].get("kl", {}).get("gap_closed")
-        cells.append("–" if closed is None or "steps" not in row else f"{closed:.0%}")
+            score = scores.get(column, {"value": None})
+            cells.append("–" if score["value"] is None else interval(score, shape))
+            if column == "kl":
+                cells.append(f"{score['least']:.3f} to {score['most']:.3f}" if trained else "–")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def interval(score: dict[str, float], shape: str) -> str:
+    if score["low"] is None or score["high"] is None:
+        return shape.format(score["value"])
+    return f"{shape.format(score['value'])} [{shape.format(score['low'])}, {shape.format(score['high'])}]"
 
 
 def settings_line(options: argparse.Namespace) -> str:
