@@ -377,7 +377,7 @@ def mean(values: list[Any]) -> float | None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: means over training seeds with the mean interval over prompts; for the KL also each end of the seeds."""
+    """Markdown: means over training seeds, mean intervals over prompts, and how far the seeds' KLs are apart."""
     titles = [title for title, _ in COLUMNS.values()]
     lines = [["", "steps", "gap closed in KL", titles[0], "seeds", *titles[1:]]]
     lines.append(["---"] * len(lines[0]))
