@@ -1,32 +1,39 @@
 """One step of every method under every launch and placement of the teacher: are loss and gradient the same?
 
-    python benchmarks/parity.py                         # two CPU processes with gloo; writes the table to the screen
+    python benchmarks/parity.py                         # two CPU processes with gloo; writes the tables to the screen
     python benchmarks/parity.py --gpu                   # the same on two GPUs (accelerate_configs without `cpu_`)
-    python benchmarks/parity.py --launches ddp zero3 --teachers replicated zero3 --methods gkd --json parity.json
+    python benchmarks/parity.py --launches single zero3 --teachers replicated zero3 --methods "GKD off-policy"
+    python benchmarks/parity.py --json parity.json --markdown docs/parity.md     # keeps figures, puts tables on a page
 
 Tiny float32 models, plain SGD, greedy rollouts, so that nothing depends on which process has a row. Each cell is the
 largest relative difference, over two optimiser steps, of the loss and of the norm of the student's gradient to a single
-process with a whole teacher: the second step has the first one's gradient in its weights.
+process with a whole teacher: the second step has the first one's gradient in its weights. The exit status is 1 if a
+launch fails, or a cell differs by more than 1e-5.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from measuring import machine
 
 ROOT = Path(__file__).parents[1]
-ROWS, STEPS = 8, 2
-# Name of a launch: its file in accelerate_configs, and what the table calls it.
+WORKER = Path(__file__).with_name("parity_cells.py")
+EXACT = 1e-5
+VOCABULARY = 14
+# Name of a launch: its file in accelerate_configs, and what the tables call it.
 LAUNCHES: dict[str, tuple[str | None, str]] = {
     "single": (None, "single"),
     "ddp": ("ddp.yaml", "DDP × 2"),
@@ -35,6 +42,7 @@ LAUNCHES: dict[str, tuple[str | None, str]] = {
     "zero3_offload": ("zero3_offload.yaml", "ZeRO-3, offloaded × 2"),
     "fsdp2": ("fsdp2.yaml", "FSDP2 × 2"),
 }
+_TOPK = {"teacher_server_kind": "topk", "teacher_placement": "remote"}
 # Name of a teacher: settings of the run. Those with an adapter are compared with a copy of the student's base.
 TEACHERS: dict[str, dict[str, Any]] = {
     "replicated": {"teacher_placement": "replicate"},
@@ -43,8 +51,11 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "fsdp2": {"teacher_placement": "fsdp2"},
     "device_map": {"teacher_placement": "device_map"},
     "cached hidden": {"teacher_placement": "cached", "teacher_cache": "hidden"},
+    "remote hidden": {"teacher_placement": "remote", "teacher_server_kind": "hidden"},
     "cached top-k + tail, k = V": {"teacher_placement": "cached", "teacher_cache": "top-k, all"},
+    "remote top-k + tail, k = V": {**_TOPK, "teacher_server_top_k": VOCABULARY},
     "cached top-k + tail, k = V/2": {"teacher_placement": "cached", "teacher_cache": "top-k, half"},
+    "remote top-k + tail, k = V/2": {**_TOPK, "teacher_server_top_k": VOCABULARY // 2},
     "LoRA, teacher a copy": {"teacher_placement": "replicate", "lora": True},
     "LoRA, adapter off": {"teacher_placement": "adapter_off", "lora": True},
     "DoRA, teacher a copy": {"teacher_placement": "replicate", "lora": True, "dora": True},
@@ -52,8 +63,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
 }
 CACHES: dict[str, dict[str, Any]] = {
     "hidden": {"teacher_cache_kind": "hidden"},
-    "top-k, all": {"teacher_cache_kind": "topk", "teacher_cache_top_k": 14},
-    "top-k, half": {"teacher_cache_kind": "topk", "teacher_cache_top_k": 7},
+    "top-k, all": {"teacher_cache_kind": "topk", "teacher_cache_top_k": VOCABULARY},
+    "top-k, half": {"teacher_cache_kind": "topk", "teacher_cache_top_k": VOCABULARY // 2},
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "GKD off-policy": ("gkd", {"lmbda": 0.0, "divergence": "forward_kl"}),
@@ -62,34 +73,42 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPKD": ("dpkd", {}),
     "Rationale": ("rationale", {"distill_weight": 0.5, "max_length": 48, "max_new_tokens": 20}),
 }
+MARKS = ("<!-- tables of benchmarks/parity.py -->", "<!-- end of the tables -->")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--launches", nargs="+", default=[n for n in LAUNCHES], choices=LAUNCHES)
+    parser.add_argument("--launches", nargs="+", default=[*LAUNCHES], choices=LAUNCHES)
     parser.add_argument("--teachers", nargs="+", default=[*TEACHERS], choices=TEACHERS)
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
     parser.add_argument("--gpu", action="store_true", help="two GPUs instead of two CPU processes")
     parser.add_argument("--json", type=Path, help="write every figure here; a file that is there is added to")
+    parser.add_argument("--markdown", type=Path, help="put the tables between the marks of this page")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds for one launch")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        return worker(json.loads(options.worker))
     found: dict[str, Any] = {}
     if options.json and options.json.exists():
         found = json.loads(options.json.read_text())["results"]
     described = machine(1, "cuda" if options.gpu else "cpu")
+    ended = True
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder))
         for launch in options.launches:
-            done = run(launch, Path(folder), options)
+            done, well = run(launch, Path(folder), options)
+            ended &= well
             for teacher, methods in done.items():
                 found.setdefault(launch, {}).setdefault(teacher, {}).update(methods)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps({"machine": described, "results": found}, indent=1) + "\n")
-    print(f"{described}\n\n{table(found)}")
+    text = f"{datetime.date.today()}. {described}\n\n{tables(found)}"
+    print(text)
+    if options.markdown:
+        put(text, options.markdown)
+    wrong = beyond(found)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return int(bool(wrong) or not ended)
 
 
 def make_models(folder: Path) -> None:
@@ -100,6 +119,7 @@ def make_models(folder: Path) -> None:
     from distill_trainers.data.addition import character_tokenizer, tiny_llama
 
     tokenizer = character_tokenizer()
+    assert len(tokenizer) == VOCABULARY
     models = {
         "teacher": tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False),
         "student": tiny_llama(tokenizer, 32, 2, seed=1),
@@ -117,25 +137,24 @@ def make_models(folder: Path) -> None:
         student.save_pretrained(folder / name)
 
 
-def run(launch: str, folder: Path, options: Any) -> dict[str, Any]:
-    """All cells of one launch, from one start of its processes."""
+# ---- Processes ------------------------------------------------------------------------------------------------------
+
+
+def run(launch: str, folder: Path, options: Any) -> tuple[dict[str, Any], bool]:
+    """All cells of one launch, from one start of its processes, and whether it came to its end."""
     config, shown = LAUNCHES[launch]
-    out = folder / f"{launch}.json"
-    job = {"folder": str(folder), "out": str(out), "gpu": options.gpu}
-    job |= {"launch": launch, "teachers": options.teachers, "methods": options.methods}
+    out, log = folder / f"{launch}.json", folder / f"{launch}.log"
     command = [sys.executable]
     if config:
         file = ROOT / "accelerate_configs" / (config if options.gpu else f"cpu_{config}")
         command += ["-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2"]
         command += ["--mixed_precision", "no", "--main_process_port", str(29500 + os.getpid() % 400)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    if not options.gpu:
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    log = folder / f"{launch}.log"
-    with log.open("w") as written:
+    with served(folder, options) as address, log.open("w") as written:
+        job = {"folder": str(folder), "out": str(out), "gpu": options.gpu, "server": address}
+        job |= {"launch": launch, "teachers": options.teachers, "methods": options.methods}
         process = subprocess.Popen(
-            [*command, str(Path(__file__)), "--worker", json.dumps(job)],
-            env=environment,
+            [*command, str(WORKER), json.dumps(job)],
+            env=environment(options),
             stdout=written,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -148,148 +167,39 @@ def run(launch: str, folder: Path, options: Any) -> dict[str, Any]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the workers too, which outlive their launcher
     if status:
-        print(f"{shown} failed ({status}); what it had done is kept:\n{log.read_text()[-4000:]}", file=sys.stderr)
-    return json.loads(out.read_text()) if out.exists() else {}
+        print(f"{shown} failed ({status}); what it had done is kept:\n{log.read_text()[-9000:]}", file=sys.stderr)
+    return json.loads(out.read_text()) if out.exists() else {}, not status
 
 
-# ---- One process of a launch ----------------------------------------------------------------------------------------
-
-
-def worker(job: dict[str, Any]) -> None:
-    """Train every method with every teacher, and write what came out after each."""
-    import torch
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {}
-    for teacher in job["teachers"]:
-        for method in job["methods"]:
-            found.setdefault(teacher, {})[method] = cell(job, teacher, method)
-            if int(os.environ.get("RANK", "0")) == 0:
-                Path(job["out"]).write_text(json.dumps(found))
-                print(teacher, method, found[teacher][method], flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's own exit, after all the work is done
-
-
-def cell(job: dict[str, Any], teacher: str, method: str) -> dict[str, Any]:
-    """Losses and gradient norms of the optimiser steps, or why there are none."""
-    from distill_trainers.exceptions import ConfigurationError
-
-    settings = dict(TEACHERS[teacher])
+@contextlib.contextmanager
+def served(folder: Path, options: Any) -> Iterator[str | None]:
+    """The address of the teacher, served by a process of its own while within; None if no teacher is remote."""
+    if not any(TEACHERS[name]["teacher_placement"] == "remote" for name in options.teachers):
+        yield None
+        return
+    command = [sys.executable, "-m", "distill_trainers.cli", "serve-teacher", "--model", str(folder / "teacher")]
+    command += ["--port", "0", "--device", "cuda:0" if options.gpu else "cpu"]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment(options), stdout=subprocess.PIPE, stderr=log, text=True)
     try:
-        if cache := settings.get("teacher_cache"):
-            settings |= CACHES[cache]
-            settings["teacher_cache"] = str(fill(job, method, cache))
-        trainer = build(job, method, settings)
-        losses, norms = recorded(trainer)
-        trainer.train()
-    except ConfigurationError as error:
-        return {"refused": str(error)}
-    return {"loss": losses, "grad_norm": norms}
+        assert server.stdout is not None
+        said = server.stdout.readline()
+        if "Serving" not in said:
+            raise SystemExit(f"The teacher's server did not start:\n{(folder / 'server.log').read_text()[-3000:]}")
+        yield said.split()[-1]
+    finally:
+        server.kill()
+        server.communicate()
 
 
-def fill(job: dict[str, Any], method: str, cache: str) -> Path:
-    """The folder of a full cache, made by the processes of this launch with a whole teacher."""
-    from distill_trainers.trainers.caching import fill_cache
-
-    folder = Path(job["folder"]) / "caches" / "_".join((job["launch"], method, cache)).replace(" ", "_")
-    settings = {**CACHES[cache], "teacher_cache": str(folder), "teacher_placement": "replicate"}
-    trainer = build(job, method, settings)
-    fill_cache(trainer)
-    trainer.accelerator.wait_for_everyone()
-    return folder
+def environment(options: Any) -> dict[str, str]:
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    if not options.gpu:
+        own |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **own}
 
 
-def build(job: dict[str, Any], method: str, settings: dict[str, Any]) -> Any:
-    from distill_trainers.data.addition import RATIONALE_PROMPTS
-    from distill_trainers.trainers import METHODS as TRAINERS
-
-    settings, folder = dict(settings), Path(job["folder"])
-    lora, dora = settings.pop("lora", False), settings.pop("dora", False)
-    name, own = METHODS[method]
-    config_class, trainer_class = TRAINERS[name]
-    world = 1 if job["launch"] == "single" else 2
-    args = config_class(
-        **{
-            "output_dir": str(folder / "run"),
-            "use_cpu": not job["gpu"],
-            "max_steps": STEPS,
-            "per_device_train_batch_size": ROWS // world,
-            "max_length": 32,
-            "max_new_tokens": 4,
-            "temperature": 0.0,
-            "logging_steps": 1,
-            "optim": "sgd",
-            "learning_rate": 0.5,
-            "lr_scheduler_type": "constant",
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            **(RATIONALE_PROMPTS if name == "rationale" else {}),
-            **own,
-            **settings,
-        }
-    )
-    student: Any = str(folder / "student")
-    teacher = str(folder / ("student" if lora else "teacher"))
-    if lora:
-        student = adapted(folder, "dora" if dora else "lora")
-    without = args.teacher_placement in ("adapter_off", "cached")
-    return trainer_class(student, None if without else teacher, args, rows(name), processing_class=tokenizer(folder))
-
-
-def adapted(folder: Path, adapter: str) -> Any:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(folder / "student")
-    return PeftModel.from_pretrained(base, folder / adapter, is_trainable=True)
-
-
-def tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder / "student")
-
-
-def rows(method: str) -> Any:
-    from datasets import Dataset
-
-    from distill_trainers.data.addition import addition_dataset, addition_rationales, addition_rows
-
-    if method == "rationale":
-        return addition_rationales(ROWS * STEPS)
-    if method == "dpkd":
-        answers = enumerate(addition_rows(ROWS * STEPS))
-        pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "7" * (1 + i % 3)} for i, r in answers]
-        return Dataset.from_list(pairs)
-    return addition_dataset(ROWS * STEPS)
-
-
-def recorded(trainer: Any) -> tuple[list[float], list[float]]:
-    """Lists that the trainer is going to fill: what its steps come to, unrounded."""
-    losses: list[float] = []
-    norms: list[float] = []
-    after_step, grad_norm = trainer.after_step, trainer._get_grad_norm
-
-    def keep_loss(loss: float) -> None:
-        losses.append(float(loss))
-        after_step(loss)
-
-    def keep_norm(*args: Any, **kwargs: Any) -> Any:
-        norm = grad_norm(*args, **kwargs)
-        norms.append(float(norm))
-        return norm
-
-    trainer.after_step, trainer._get_grad_norm = keep_loss, keep_norm
-    return losses, norms
-
-
-# ---- The table ------------------------------------------------------------------------------------------------------
+# ---- The tables -----------------------------------------------------------------------------------------------------
 
 
 def reference_of(teacher: str) -> str:
@@ -297,7 +207,7 @@ def reference_of(teacher: str) -> str:
     settings = TEACHERS[teacher]
     if settings.get("lora"):
         return "DoRA, teacher a copy" if settings.get("dora") else "LoRA, teacher a copy"
-    return "replicated"
+    return "remote top-k + tail, k = V/2" if teacher.endswith("k = V/2") else "replicated"
 
 
 def differences(one: dict[str, Any], two: dict[str, Any]) -> tuple[float, float]:
@@ -307,29 +217,75 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> tuple[float, float]
     return loss, norm
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown: a row for each launch and teacher, and in each cell loss and gradient norm or their differences."""
+def compared(found: dict[str, Any], launch: str, teacher: str, method: str) -> tuple[float, float] | None:
+    """Differences of a cell to its reference; None if either is not there."""
+    mine = found.get(launch, {}).get(teacher, {}).get(method, {})
+    expected = found.get("single", {}).get(reference_of(teacher), {}).get(method, {})
+    return differences(expected, mine) if "loss" in mine and "loss" in expected else None
+
+
+def beyond(found: dict[str, Any]) -> list[str]:
+    """What differs from its reference by more than it may."""
+    every = [(launch, t, m) for launch, teachers in found.items() for t, cells in teachers.items() for m in cells]
+    return [
+        f"{launch}, {teacher}, {method}: loss and norm differ by {off[0]:.0e} and {off[1]:.0e}"
+        for launch, teacher, method in every
+        if (off := compared(found, launch, teacher, method)) and not max(off) <= EXACT
+    ]
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Markdown: the references, the largest differences of all methods, and a table of every cell for each launch."""
     methods = [name for name in METHODS if any(name in cells for t in found.values() for cells in t.values())]
-    lines = [f"| student | teacher | {' | '.join(methods)} |", "|---" * (len(methods) + 2) + "|"]
-    for launch, teachers in found.items():
-        for teacher, cells in teachers.items():
-            shown = [show(found, launch, teacher, method) if method in cells else "" for method in methods]
-            if any(text not in ("", "—") for text in shown):
-                lines.append(f"| {LAUNCHES[launch][1]} | {teacher} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+    launches = [name for name in LAUNCHES if name in found]
+    teachers = [name for name in TEACHERS if any(name in found[launch] for launch in launches)]
+    references = [name for name in teachers if name == reference_of(name)]
+    parts = ["**References**: loss and gradient norm of the first step, in a single process."]
+    parts += [rows_of("teacher", methods, {t: [value(found, t, m) for m in methods] for t in references})]
+    parts += ["**All launches**: the largest difference of loss or gradient norm, over all methods that run."]
+    widest = {teacher: [largest(found, launch, teacher, methods) for launch in launches] for teacher in teachers}
+    parts += [rows_of("teacher", [LAUNCHES[name][1] for name in launches], widest)]
+    for launch in launches:
+        cells = {t: [show(found, launch, t, m) for m in methods] for t in teachers if t in found[launch]}
+        parts += [f"**{LAUNCHES[launch][1]}**: difference of the loss, and of the gradient norm."]
+        parts += [rows_of("teacher", methods, cells)]
+    return "\n\n".join(parts)
+
+
+def rows_of(corner: str, columns: list[str], cells: dict[str, list[str]]) -> str:
+    lines = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(row)} |" for name, row in cells.items())])
+
+
+def value(found: dict[str, Any], teacher: str, method: str) -> str:
+    cell = found.get("single", {}).get(teacher, {}).get(method, {})
+    return f"{cell['loss'][0]:.6f}, {cell['grad_norm'][0]:.6f}" if "loss" in cell else "—"
+
+
+def largest(found: dict[str, Any], launch: str, teacher: str, methods: list[str]) -> str:
+    if launch == "single" and teacher == reference_of(teacher):
+        return "reference"
+    every = [off for method in methods if (off := compared(found, launch, teacher, method))]
+    return f"{max(map(max, every)):.0e}" if every else "—"
 
 
 def show(found: dict[str, Any], launch: str, teacher: str, method: str) -> str:
-    mine, reference = found[launch][teacher][method], reference_of(teacher)
-    if "refused" in mine:
+    if "refused" in found[launch][teacher].get(method, {"refused": ""}):
         return "—"
-    if launch == "single" and teacher == reference:
-        return f"loss {mine['loss'][0]:.6f}, norm {mine['grad_norm'][0]:.6f}"
-    expected = found.get("single", {}).get(reference, {}).get(method)
-    if expected is None or "refused" in expected:
-        return "no reference"
-    return "{:.0e}, {:.0e}".format(*differences(expected, mine))
+    if launch == "single" and teacher == reference_of(teacher):
+        return "reference"
+    off = compared(found, launch, teacher, method)
+    return "no reference" if off is None else "{:.0e}, {:.0e}".format(*off)
+
+
+def put(text: str, page: Path) -> None:
+    """Replace what is between the marks of a page."""
+    start, end = map(re.escape, MARKS)
+    written, count = re.subn(f"(?s){start}.*{end}", lambda _: f"{MARKS[0]}\n\n{text}\n\n{MARKS[1]}", page.read_text())
+    if count != 1:
+        raise SystemExit(f"{page} has no place for the tables: a line {MARKS[0]!r}, and {MARKS[1]!r} below it.")
+    page.write_text(written)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Two real processes train the student that one process trains, under DDP, ZeRO-2 and ZeRO-3."""
+"""Two real processes train the student that one process trains, under DDP, ZeRO-2, ZeRO-3 and FSDP2."""
 
 import contextlib
 import json
@@ -128,6 +128,7 @@ def test_processes_whose_completions_end_at_different_steps_wait_for_each_other(
 @pytest.mark.parametrize("config", ["cpu_zero2.yaml", "cpu_fsdp2.yaml"])
 def test_two_processes_equal_one_sharded(tmp_path, config):
     one, two = one_and_two(tmp_path, config)
+    assert two["student_is_sharded"] == ("fsdp2" in config)  # accelerate alone would make DDP of it on a CPU
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
 
 

@@ -128,6 +128,7 @@ def main(job):
         weights = () if isinstance(body, str) else body.named_parameters()
         kept_whole = sum(p.numel() for n, p in weights if "mlp" in n)
         report = {"logs": recorder.logs, "eval": scores, "teacher_mlp_kept_whole": kept_whole}
+        report["student_is_sharded"] = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
         (output / "report.json").write_text(json.dumps(report, default=float))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

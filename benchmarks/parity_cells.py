@@ -1,0 +1,160 @@
+"""One process of a launch of `parity.py`: trains each method with each teacher for two steps and writes what came out.
+
+accelerate launch --config_file accelerate_configs/cpu_zero3.yaml benchmarks/parity_cells.py '{"folder": …}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from parity import CACHES, METHODS, TEACHERS
+
+ROWS, STEPS = 8, 2
+
+
+def main(job: dict[str, Any]) -> None:
+    """All cells of the job; the file is written anew after each, so that a crash loses one."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for teacher in job["teachers"]:
+        for method in job["methods"]:
+            found.setdefault(teacher, {})[method] = cell(job, teacher, method)
+            if int(os.environ.get("RANK", "0")) == 0:
+                Path(job["out"]).write_text(json.dumps(found))
+                print(teacher, method, found[teacher][method], flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort the interpreter's own exit, after all the work is done
+
+
+def cell(job: dict[str, Any], teacher: str, method: str) -> dict[str, Any]:
+    """Losses and gradient norms of the optimiser steps, or why there are none."""
+    from distill_trainers.exceptions import ConfigurationError
+
+    settings = dict(TEACHERS[teacher])
+    try:
+        if cache := settings.get("teacher_cache"):
+            settings |= CACHES[cache]
+            settings["teacher_cache"] = str(fill(job, method, cache))
+        trainer = build(job, method, settings)
+        losses, norms = recorded(trainer)
+        trainer.train()
+    except ConfigurationError as error:
+        return {"refused": str(error)}
+    if settings["teacher_placement"] == "remote":
+        trainer.teacher.close()
+    return {"loss": losses, "grad_norm": norms}
+
+
+def fill(job: dict[str, Any], method: str, cache: str) -> Path:
+    """The folder of a full cache, made by the processes of this launch with a whole teacher."""
+    from distill_trainers.trainers.caching import fill_cache
+
+    folder = Path(job["folder"]) / "caches" / "_".join((job["launch"], method, cache)).replace(" ", "_")
+    settings = {**CACHES[cache], "teacher_cache": str(folder), "teacher_placement": "replicate"}
+    trainer = build(job, method, settings)
+    fill_cache(trainer)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def build(job: dict[str, Any], method: str, settings: dict[str, Any]) -> Any:
+    from distill_trainers.data.addition import RATIONALE_PROMPTS
+    from distill_trainers.trainers import METHODS as TRAINERS
+
+    settings, folder = dict(settings), Path(job["folder"])
+    lora, dora = settings.pop("lora", False), settings.pop("dora", False)
+    placement = settings["teacher_placement"]
+    if placement == "device_map":  # the launch's processes must not share one device by accident
+        here = int(os.environ.get("LOCAL_RANK", "0")) if job["gpu"] else "cpu"
+        settings["teacher_model_init_kwargs"] = {"device_map": {"": here}}
+    name, own = METHODS[method]
+    config_class, trainer_class = TRAINERS[name]
+    args = config_class(
+        **{
+            "output_dir": str(folder / "run"),
+            "use_cpu": not job["gpu"],
+            "max_steps": STEPS,
+            "per_device_train_batch_size": ROWS // int(os.environ.get("WORLD_SIZE", "1")),
+            "max_length": 32,
+            "max_new_tokens": 4,
+            "temperature": 0.0,
+            "logging_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 0.5,
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **(RATIONALE_PROMPTS if name == "rationale" else {}),
+            **own,
+            **settings,
+        }
+    )
+    student: Any = str(folder / "student")
+    if lora:
+        student = adapted(folder, "dora" if dora else "lora")
+    teacher = str(folder / ("student" if lora else "teacher"))
+    teachers = {"adapter_off": None, "cached": None, "remote": job["server"]}
+    given = teachers.get(placement, teacher)
+    return trainer_class(student, given, args, rows(name), processing_class=tokenizer(folder))
+
+
+def adapted(folder: Path, adapter: str) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "student")
+    return PeftModel.from_pretrained(base, folder / adapter, is_trainable=True)
+
+
+def tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / "student")
+
+
+def rows(method: str) -> Any:
+    from datasets import Dataset
+
+    from distill_trainers.data.addition import addition_dataset, addition_rationales, addition_rows
+
+    if method == "rationale":
+        return addition_rationales(ROWS * STEPS)
+    if method == "dpkd":
+        answers = enumerate(addition_rows(ROWS * STEPS))
+        pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "7" * (1 + i % 3)} for i, r in answers]
+        return Dataset.from_list(pairs)
+    return addition_dataset(ROWS * STEPS)
+
+
+def recorded(trainer: Any) -> tuple[list[float], list[float]]:
+    """Lists that the trainer is going to fill: what its steps come to, unrounded."""
+    losses: list[float] = []
+    norms: list[float] = []
+    after_step, grad_norm = trainer.after_step, trainer._get_grad_norm
+
+    def keep_loss(loss: float) -> None:
+        losses.append(float(loss))
+        after_step(loss)
+
+    def keep_norm(*args: Any, **kwargs: Any) -> Any:
+        norm = grad_norm(*args, **kwargs)
+        norms.append(float(norm))
+        return norm
+
+    trainer.after_step, trainer._get_grad_norm = keep_loss, keep_norm
+    return losses, norms
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
