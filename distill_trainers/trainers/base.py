@@ -43,6 +43,7 @@ from .checkpoints import (
     check_resumable,
     last_complete_checkpoint,
     read_method_state,
+    remove_torn,
     stream_position,
     write_method_state,
     written_whole,
@@ -521,6 +522,8 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         self.run_checkpoints, self.last_step = [], None
         if isinstance(resume_from_checkpoint, str):
             check_resumable(resume_from_checkpoint)
+            if self.is_world_process_zero():
+                remove_torn(self.args.output_dir)
             self.run_checkpoints.append(resume_from_checkpoint)
             self.load_method_state(read_method_state(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

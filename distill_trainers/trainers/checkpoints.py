@@ -57,6 +57,13 @@ def is_complete(folder: str | Path) -> bool:
     return True
 
 
+def remove_torn(output_dir: str | Path) -> None:
+    """Remove what killed writers left half written: rotation would count it, and might keep it for a good one."""
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if folder.name.rsplit("-", 1)[1].isdigit() and not is_complete(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_resumable(folder: str | Path) -> None:
     """Refuse a checkpoint without the optimiser's state: its schedule would start anew, unnoticed.
 
