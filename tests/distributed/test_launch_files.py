@@ -1,4 +1,4 @@
-"""Every file of accelerate_configs: read by accelerate itself, and each `cpu_` one really launched for two steps."""
+"""Every file of accelerate_configs: read by accelerate itself, and each `cpu_` one launched, here or in other tests."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ import pytest
 CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 WORKER = Path(__file__).with_name("worker.py")
 ON_CPU = sorted(path.stem for path in CONFIGS.glob("cpu_*.yaml"))
+ELSEWHERE = {"cpu_ddp", "cpu_zero2", "cpu_zero3", "cpu_fsdp2"}  # launched by many a test of test_processes.py
 ON_GPU = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("cpu_"))
 # What a `cpu_` form changes: the device, two processes, and float32.
 CHANGED = {"use_cpu", "num_processes", "mixed_precision"}
@@ -76,7 +77,7 @@ def single(tmp_path_factory, environment):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", sorted({*ON_CPU} - ELSEWHERE))
 def test_every_cpu_configuration_trains_what_one_process_trains(tmp_path, environment, single, name):
     report = single if name == "cpu_single" else launched(tmp_path / name, name, environment)
     steps = [log for log in report["logs"] if "loss" in log]
