@@ -228,7 +228,7 @@ def _prepare_example(
         found = work.example(row)
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
-    nothing = {"input_ids": [], "loss_mask": [], "marks": [], "prompt_length": 0}
+    nothing: dict[str, Any] = {"input_ids": [], "loss_mask": [], "marks": [], "prompt_length": 0}
     first, other = found["first"], (found["other"] if with_others else None) or nothing
     return {
         **first,

@@ -141,7 +141,7 @@ def _prompt_text(row: Mapping[str, Any]) -> str:
     value = None if column is None else row[column]
     if isinstance(value, str):
         return value
-    if not is_conversation(value):
+    if value is None or not is_conversation(value):
         return ""
     turns = to_chatml(value)
     if column != "prompt" and turns[-1]["role"] == "assistant":

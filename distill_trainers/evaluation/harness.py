@@ -93,8 +93,8 @@ class Harness:
     def _run(self, subject: Subject, tokenizer: Any, cache: Path | None) -> dict[str, Any]:
         """Scores of a model; a task that it was scored on before is not run again."""
         settings = self.settings
-        identity = [subject.facts.fingerprint, version("lm-eval"), settings.lm_eval_limit, settings.bootstrap_samples]
-        identity.append(_files_below(settings.lm_eval_include_path))
+        identity: list[Any] = [subject.facts.fingerprint, version("lm-eval"), settings.lm_eval_limit]
+        identity += [settings.bootstrap_samples, _files_below(settings.lm_eval_include_path)]
         store = (
             None if cache is None else RecordStore(cache / "lm_eval" / content_key(identity), what="scores of lm-eval")
         )
@@ -144,8 +144,9 @@ def _manager_that_has(wanted: Sequence[str], folder: str | None) -> Any:
 
 def _files_below(folder: str | None) -> list[Any]:
     """What tells whether anything in a folder of tasks has changed."""
-    root = Path(folder) if folder else None
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc") if root else []
+    if not folder:
+        return []
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".pyc")
     return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 

@@ -317,9 +317,9 @@ INTERRUPTED = {
         ("cycle", "cpu_zero2.yaml"),
     ],
 )
-def test_processes_that_died_go_on_exactly(tmp_path, launch_file, kind):
+def test_processes_that_died_go_on_exactly(tmp_path, kind, config):
     """Died in the second epoch, and in the middle of an inner one; resumed from the middle of the first."""
-    assert_goes_on(tmp_path, f"{launch_file}.yaml", kind, {"dies": 5}, first=3)
+    assert_goes_on(tmp_path, config, kind, {"dies": 5}, first=3)
 
 
 def assert_goes_on(tmp_path, config, kind, interruption, first, changes=None, **more):
