@@ -296,7 +296,6 @@ def test_processes_mix_the_teacher_in_and_wait_for_each_other(tmp_path, config):
 # 48 rows: 6 steps an epoch. λ draws, a replay buffer and dropout; or cycles of four steps on the same rollouts.
 RESUMED = {"save_strategy": "steps", "save_steps": 3, "max_steps": 9, "per_device_train_batch_size": 2}
 RESUMED |= {
-    "teacher_server_patience": 1.0,
     "gradient_accumulation_steps": 2,
     "learning_rate": 1e-2,
     "disable_dropout": False,
