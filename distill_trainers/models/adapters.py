@@ -28,10 +28,11 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
     """Wrap `model` with a new PEFT adapter (k-bit models are prepared first).
 
     Raises:
-        ConfigurationError: the model already has an adapter, the method trains virtual tokens, or the adapter names
-            modules that the model does not have.
+        ConfigurationError: the model already has an adapter, the method trains virtual tokens, the adapter names
+            modules that the model does not have, or cannot be made on weights that ZeRO-3 has partitioned.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft.tuners.lycoris_utils import LycorisConfig
 
     if is_peft(model):
         raise ConfigurationError(
@@ -42,6 +43,11 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
         raise ConfigurationError(
             f"{type(peft_config).__name__} trains virtual prompt tokens, which shift every position of the student "
             "against its teacher's. Use LoRA or another adapter of the weights."
+        )
+    if isinstance(peft_config, LycorisConfig) and any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ConfigurationError(
+            f"Got {type(peft_config).__name__} under ZeRO-3; expected an adapter that does not read the shape of the "
+            "base's weights, which are partitioned. Take LoRA, DoRA, IA3 or VeRA, or launch with ZeRO-2 or DDP."
         )
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)

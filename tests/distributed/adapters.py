@@ -12,6 +12,7 @@ import torch
 
 from distill_trainers import GKDConfig, GKDTrainer
 from distill_trainers.data.addition import addition_dataset, character_tokenizer, tiny_llama
+from distill_trainers.exceptions import ConfigurationError
 
 ROWS, STEPS = 8, 2
 LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -124,7 +125,10 @@ def main(job: dict) -> None:
     torch.set_num_threads(1)
     found = {}
     for name in job["cells"]:
-        found[name] = cell(job, name)
+        try:
+            found[name] = cell(job, name)
+        except ConfigurationError as error:
+            found[name] = {"refused": str(error)}
         if int(os.environ.get("RANK", "0")) == 0:
             print(name, found[name], flush=True)
             Path(job["out"]).write_text(json.dumps(found))

@@ -70,6 +70,9 @@ def assert_same(one, two):
 def test_adapters_of_every_kind_and_a_teacher_that_is_one(folder, environment, single, config):
     found = launched(folder, environment, config, KINDS)
     for kind in KINDS:
+        if config == "cpu_zero3" and kind in ("LoHa", "LoKr"):
+            assert "under ZeRO-3" in found[kind]["refused"]
+            continue
         assert_same(single[REFERENCE.get(kind, kind)], found[kind])
 
 
