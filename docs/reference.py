@@ -116,7 +116,7 @@ def _constructor(cls: type) -> inspect.Signature:
 def _bare(text: str) -> str:
     """Annotations without quotes, defaults without addresses."""
     text = re.sub(r"(: |-> )'([^'\n]*)'", r"\1\2", text)
-    return re.sub(r"<function .*? at 0x[0-9a-f]+>|<factory>", "…", text)
+    return re.sub(r"<function .*? at 0x[0-9a-f]+>|<factory>", "...", text)
 
 
 def _value(value: Any) -> str:
