@@ -306,6 +306,10 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimiser step, after rollouts, and what their terms are divided by (see `_counts`)."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            # Resumed from the checkpoint of the last step; transformers looks whether a run is done after steps only.
+            self.control.should_training_stop = True
+            return [], None
         with remote.holding_failures(self):
             batches = self.next_batches(epoch_iterator, num_batches)
             if len(batches) < num_batches:
@@ -522,7 +526,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         self.run_checkpoints, self.last_step = [], None
         if isinstance(resume_from_checkpoint, str):
             check_resumable(resume_from_checkpoint)
-            if self.is_world_process_zero():
+            if self.args.should_save:
                 remove_torn(self.args.output_dir)
             self.run_checkpoints.append(resume_from_checkpoint)
             self.load_method_state(read_method_state(resume_from_checkpoint))

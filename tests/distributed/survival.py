@@ -127,7 +127,8 @@ class Launch:
 
     @property
     def text(self) -> str:
-        return "".join(self.lines[-40:])
+        """Its errors, and the last that it said."""
+        return "".join([*(line for line in self.lines if "error" in line.lower()), *self.lines[-40:]])
 
     @property
     def ended(self) -> bool:
@@ -294,8 +295,8 @@ class Trial:
         assert len(expected) == STEPS
         while self.counts.total() < self.kills:
             output = self.recipe.parent / f"run{runs}"
-            while not (output / "metrics.json").exists() or check_checkpoints(output) < STEPS:
-                self.disturb(output)
+            while not self.ends(output):
+                pass
             found, runs = losses(output), runs + 1
             differ = {step: (found.get(step), loss) for step, loss in expected.items() if found.get(step) != loss}
             assert found.keys() == expected.keys() and not differ, differ
@@ -304,8 +305,8 @@ class Trial:
         print(f"{self.launch}: {self.counts.total()} kills, {runs} runs. Victims (longest time to end, or to go on):")
         print(f"  {counts}; moments: {dict(self.moments)}", flush=True)
 
-    def disturb(self, output: Path) -> None:
-        """Start the run, and kill until it ends, or let it end."""
+    def ends(self, output: Path) -> bool:
+        """Start the run and disturb it; whether it came to its end all the same."""
         start = check_checkpoints(output)
         victim = self.deck.next() if self.counts.total() < self.kills else "nobody"
         running = self.start(output, victim)
@@ -324,10 +325,11 @@ class Trial:
             print(f"{told}; checkpoint {start} -> {reached}", flush=True)
             assert reached >= max(start, step if victim in SAVES else 0), running.text
             if victim != "server":
-                return
+                return False
             victim = self.deck.next(waits=True) if self.counts.total() < self.kills else "nobody"
         running.finish()
         assert check_checkpoints(output) == STEPS, running.text
+        return True
 
 
 def main() -> None:

@@ -145,6 +145,18 @@ def test_resuming_without_the_optimizers_state_is_refused(make_trainer, tmp_path
         make_trainer(**settings).train(resume_from_checkpoint=folder if named else True)
 
 
+@pytest.mark.parametrize("steps", [4, 6], ids=["mid-epoch", "end of an epoch"])
+def test_resuming_a_run_that_has_taken_all_its_steps_takes_no_more(make_trainer, by_step, tmp_path, steps):
+    """Killed after its last checkpoint, before the student was saved."""
+    settings = {"lmbda": 0.0, "max_steps": steps, "save_strategy": "steps", "save_steps": steps}
+    whole, again = make_trainer(**settings), make_trainer(**settings)
+    whole.train()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps and by_step(again) == by_step(whole)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
+
+
 def test_resuming_from_nothing_is_refused(make_trainer):
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         make_trainer().train(resume_from_checkpoint=True)
