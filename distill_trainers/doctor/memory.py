@@ -51,8 +51,8 @@ Between forward and backward activations fall as gradients grow, so that the mos
 **Gathered.** ZeRO-3 holds up to 10^9 parameters whole while it computes (DeepSpeed's `max_live_parameters`, also its
 distance of reuse, so that smaller models stay whole through a step). Its bucket of 5 * 10^8 gradients is made once and
 for all; that of ZeRO-2 at each backward. A teacher's engine (`models/placing.py`) is told to hold about two layers, or
-the embedding or head and a copy of it, in which it was gathered. FSDP2 holds two layers whole, and from forward to backward the
-embedding and the head.
+the embedding or head and a copy of it, in which it was gathered. FSDP2 holds two layers whole, and from forward to
+backward the embedding and the head.
 
 **Teacher**, by placement: `replicate` b P; `zero3`, `fsdp2` b P / N and what is gathered (FSDP2: two layers, the head);
 `zero3_offload` the same with the shares on the host; `device_map` b P / GPUs of the machine; `quantized-8bit` and
