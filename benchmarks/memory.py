@@ -38,9 +38,11 @@ RUNS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "lora": (None, {}, {"lora": True}),
     "tied, 16-bit teacher": (None, {}, {"tied": True, "teacher_dtype": "bfloat16"}),
     "lora, adapter off": (None, {"teacher_placement": "adapter_off"}, {"lora": True}),
+    "cached": (None, {"teacher_placement": "cached"}, {}),
     "on-policy": (None, {"lmbda": 1.0, "max_new_tokens": 32}, {}),
     "ddp": ("cpu_ddp.yaml", {}, {}),
     "ddp, lora, adapter off": ("cpu_ddp.yaml", {"teacher_placement": "adapter_off"}, {"lora": True}),
+    "ddp, cached": ("cpu_ddp.yaml", {"teacher_placement": "cached"}, {}),
     "zero2": ("cpu_zero2.yaml", {}, {}),
     "zero3": ("cpu_zero3.yaml", {}, {}),
     "zero3, checkpointing": ("cpu_zero3.yaml", {"gradient_checkpointing": True}, {}),
@@ -101,6 +103,7 @@ def work(options: argparse.Namespace) -> None:
     from distill_trainers.doctor.case import Case
     from distill_trainers.doctor.pace import measured_rates, pace_of
     from distill_trainers.doctor.work import placement_of, workload
+    from distill_trainers.trainers.caching import fill_cache
 
     config, settings, more = RUNS[options.only]
     sizes = QUICK if options.quick else FULL
@@ -115,7 +118,7 @@ def work(options: argparse.Namespace) -> None:
         **{"max_steps": 2, "per_device_train_batch_size": options.rows, "lmbda": 0.0, "max_length": sizes["length"]}
         | {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
         | ({"max_new_tokens": min(32, sizes["length"] // 4)} if options.quick else {})
-        | settings
+        | {name: value for name, value in settings.items() if value != "cached"}
         | ({"max_new_tokens": 8} if options.quick else {}),
     )
     on_cpu = Launch(on_cpu=True) if config is None else read_launch(ROOT / "accelerate_configs" / config)
@@ -150,12 +153,16 @@ def work(options: argparse.Namespace) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.seconds = time.perf_counter() - self.started
 
-    watch = Watch()
+    watch, rows = Watch(), Dataset.from_list(_rows(sizes))
+    if settings.get("teacher_placement") == "cached":
+        args.teacher_cache, args.teacher_placement = str(options.worker / "cache"), "replicate"
+        fill_cache(GKDTrainer(student, teacher, args, rows, processing_class=tokenizer))
+        args.teacher_placement = "cached"
     trainer = GKDTrainer(
         model=student,
-        teacher_model=None if args.teacher_placement == "adapter_off" else teacher,
+        teacher_model=None if args.teacher_placement in ("adapter_off", "cached") else teacher,
         args=args,
-        train_dataset=Dataset.from_list(_rows(sizes)),
+        train_dataset=rows,
         processing_class=tokenizer,
         peft_config=peft_config,
         callbacks=[watch],
@@ -172,6 +179,8 @@ def work(options: argparse.Namespace) -> None:
     placement = placement_of(args, "teacher", on_cpu, cached=False)
     need = estimate(*shapes, load, on_cpu, placement)
     case = Case(args, on_cpu, "student", "teacher", samples=samples, work=load, placement=placement)
+    case.lengths = [len(row["input_ids"]) for row in _rows(sizes)]
+    case.prompt_lengths = [row["loss_mask"].index(1) for row in _rows(sizes)]
     case.student_shape, case.teacher_shape = shapes
     pace = pace_of(case, rates)
     report = {

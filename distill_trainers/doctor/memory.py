@@ -49,10 +49,10 @@ them with a wide result.
 Between forward and backward activations fall as gradients grow, so that the most is at one end.
 
 **Gathered.** ZeRO-3 holds up to 10^9 parameters whole while it computes (DeepSpeed's `max_live_parameters`, also its
-distance of reuse, so that smaller models stay whole through a step). A teacher's forward gathers ahead, and copies what
-it gathers together: 5 * 10^7 parameters more (`stage3_prefetch_bucket_size`). Its bucket of 5 * 10^8 gradients is made
-once and for all; that of ZeRO-2 at each backward. FSDP2 holds two layers whole, and from forward to backward the
-embedding and the head.
+distance of reuse, so that smaller models stay whole through a step). Its bucket of 5 * 10^8 gradients is made once and
+for all; that of ZeRO-2 at each backward. A teacher's engine (`models/placing.py`) is told to hold about two layers, or
+the embedding or head and a copy of it, in which it was gathered. FSDP2 holds two layers whole, and from forward to
+backward the embedding and the head.
 
 **Teacher**, by placement: `replicate` b P; `zero3`, `fsdp2` b P / N and what is gathered (FSDP2: two layers, the head);
 `zero3_offload` the same with the shares on the host; `device_map` b P / GPUs of the machine; `quantized-8bit` and
@@ -72,7 +72,7 @@ from .launch import SHARDED, Launch
 from .shapes import ModelShape
 
 RESERVED = 1.5 * 2**30  # of a GPU: context, NCCL, workspaces of matrix products
-_LIVE, _AHEAD, _BUCKET = 1e9, 5e7, 5e8  # parameters; DeepSpeed's defaults, which accelerate leaves as they are
+_LIVE, _BUCKET = 1e9, 5e8  # parameters; DeepSpeed's defaults, which accelerate leaves as they are
 _QUANTIZED = {"quantized-8bit": 1.0, "quantized-4bit": 0.52}
 
 Parts = dict[str, float]
@@ -362,8 +362,8 @@ class _Teacher:
         if self.placement == "fsdp2":
             parts["gathered"] = min(shape.parameters, 2 * shape.layer + shape.head) * work.teacher_bytes
         elif self.sharded:
-            live = min(shape.parameters, max(_LIVE, shape.layer)) + min(shape.parameters, _AHEAD)
-            parts["gathered"] = live * work.teacher_bytes
+            live = 2 * max(shape.layer, shape.head, shape.embedding)
+            parts["gathered"] = min(2 * shape.parameters, live) * work.teacher_bytes
         return parts
 
     def rollouts(self) -> Parts:

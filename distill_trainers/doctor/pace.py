@@ -5,7 +5,7 @@ Products of n tokens of mean length T, in operations (a multiplication and an ad
 - backward 2 F, or F where only an adapter is trained; gradient checkpointing recomputes F without the head;
 - teacher forward likewise, unless its answers are cached or come from elsewhere;
 - rollouts, on the share λ of steps: a forward of prompts and samples, and for each new token one reading of
-  all weights.
+  all weights; they are taken to be max_new_tokens long, also where they are trained on.
 
 Nothing else is counted: no data loading, no communication, no element-wise work, so that real steps take longer.
 """
@@ -13,6 +13,7 @@ Nothing else is counted: no data loading, no communication, no element-wise work
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,10 @@ def pace_of(case: Case, rates: Rates | None) -> Pace | None:
     if student is None or work is None:
         return None
     limit = case.args.max_length
-    mean = sum(min(length, limit) for length in case.lengths) / len(case.lengths) if case.lengths else limit
+    share = float(getattr(case.args, "lmbda", 1.0)) if work.rollout_rows else 0.0
+    prompt = _mean(case.prompt_lengths, limit) or work.prompt
+    sampled = min(limit, prompt + work.new_tokens)
+    mean = (1 - share) * (_mean(case.lengths, limit) or limit) + share * sampled
     tokens = work.rows * work.accumulation * mean
     forward = _forward(student, tokens, mean)
     passes = 3.0 if student.trainable == student.parameters else 2.0
@@ -62,13 +66,15 @@ def pace_of(case: Case, rates: Rates | None) -> Pace | None:
         operations += _forward(teacher, tokens, mean)
     read = 0.0
     if work.rollout_rows:
-        share = float(getattr(case.args, "lmbda", 1.0))
-        sampled = work.rollout_rows * (work.prompt + work.new_tokens)
         calls = max(1.0, work.rows * work.accumulation / work.rollout_rows)
-        operations += share * calls * _forward(student, sampled, mean)
+        operations += share * calls * _forward(student, work.rollout_rows * sampled, sampled)
         read = share * calls * work.new_tokens * student.parameters * (2 if work.mixed else work.weight_bytes)
     seconds = None if rates is None else operations / rates.operations + read / rates.bytes
     return Pace(operations, seconds, rates)
+
+
+def _mean(lengths: Sequence[int], limit: int) -> float:
+    return sum(min(length, limit) for length in lengths) / len(lengths) if lengths else 0.0
 
 
 def _forward(shape: ModelShape, tokens: float, length: float) -> float:

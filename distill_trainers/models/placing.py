@@ -148,6 +148,9 @@ def _zero3_settings(config: Any, dtype: torch.dtype, placement: str) -> dict[str
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_prefetch_bucket_size": int(0.9 * width * width),
+        # About two layers. Each module, also one without weights, fetches one weight ahead: without a limit that goes
+        # faster than weights are used, and in the middle of a deep model a third of it is whole.
+        "stage3_max_live_parameters": 24 * width * width,
         "stage3_param_persistence_threshold": 10 * width,  # norms and biases stay whole
         "stage3_max_reuse_distance": 0,  # a weight that is used twice is gathered twice
     }

@@ -84,7 +84,7 @@ def check_settings(args: DistillConfig) -> None:
     if placement in ("adapter_off", "remote") and args.teacher_cache is not None:
         raise ConfigurationError(
             f"Got `teacher_cache: {args.teacher_cache}` with `teacher_placement: {placement}`; expected one of them. "
-            "Leave one out."
+            "Leave one out; to fill a cache and read it, name the teacher by folder or Hub id, and set `cached`."
         )
     package = PLACEMENTS[placement].package
     if package is not None and importlib.util.find_spec(package[0]) is None:

@@ -57,7 +57,9 @@ def test_a_partitioned_teacher_takes_half_and_is_never_whole(tmp_path, environme
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for placement, found in json.loads((tmp_path / "out.json").read_text())["results"].items():
-        held = found["private, afterwards"] + (found["mapped files, afterwards"] if placement == "fsdp2" else 0)
-        assert held < 0.85 * 318, placement  # a half, and what DeepSpeed and the first forward leave behind
+        held, limit = found["private, afterwards"], 0.65  # a half, and 30 MiB of DeepSpeed's and of a first forward
+        if placement == "fsdp2":  # shards stay where the files are mapped
+            held, limit = held + found["mapped files, afterwards"], 0.85
+        assert held < limit * 318, placement
         assert found["private, more at the peak of a forward"] < 0.35 * 318, placement
         assert found["private, peak while loading"] < 0.9 * 318, placement

@@ -132,6 +132,13 @@ def test_a_base_that_teaches_has_no_weights_of_its_own_but_a_forward(shapes, str
     assert loss["chunks of logits"] == 1.5 * alone.moments["end of forward"]["chunks of logits"]
 
 
+def test_a_partitioned_teacher_is_never_whole(shapes):
+    work = Workload(2, 64)
+    teacher = shapes[1]
+    forward = estimate(*shapes, work, Launch(2, strategy="ddp"), "zero3").moments["teacher's forward"]
+    assert forward["gathered"] == 2 * max(teacher.layer, teacher.head, teacher.embedding) * work.teacher_bytes
+
+
 def test_checkpointing_and_small_chunks_take_less(shapes):
     work = Workload(rows=4, length=256, chunk_bytes=2**20)
     plain = estimate(*shapes, work, Launch(), "replicate")
