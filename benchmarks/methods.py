@@ -29,7 +29,7 @@ SHORT = " Answer in one or two short sentences."
 WHY = " Explain in two or three short sentences how to find the answer."
 MINILLM = {"teacher_mix_alpha": 0.2, "num_minibatches": 2, "num_inner_epochs": 2}
 # By name: what the table calls it, our method (or TRL's trainer), its settings, and the learning rate: one for all, but
-# for policy gradients, whose ratios and returns ask for a lower one.
+# a lower one for the losses of whole sequences.
 CONTENDERS: dict[str, tuple[str, str, dict[str, Any], float]] = {
     "sft": ("SFT on the teacher's answers (TRL's SFTTrainer)", "trl sft", {}, 3e-4),
     "trl_gkd": ("TRL's GKDTrainer, forward KL, off-policy", "trl gkd", {}, 3e-4),
@@ -37,7 +37,13 @@ CONTENDERS: dict[str, tuple[str, str, dict[str, Any], float]] = {
     "gkd": ("GKDTrainer, forward KL, off-policy", "gkd", {"lmbda": 0.0, "divergence": "forward_kl"}, 3e-4),
     "minillm": ("MiniLLMTrainer, from the start", "minillm", MINILLM, 1e-4),
     "gkd_minillm": ("GKDTrainer for half the time, then MiniLLMTrainer", "minillm", MINILLM, 1e-4),
-    "dpkd": ("DPKDTrainer, sigmoid, with its LM loss", "dpkd", {"chosen": "dataset", "refresh_steps": 4}, 3e-4),
+    "dpkd": ("DPKDTrainer, at its defaults", "dpkd", {"chosen": "dataset"}, 1e-4),
+    "dpkd_reused": (
+        "DPKDTrainer, responses up to 4 steps old",
+        "dpkd",
+        {"chosen": "dataset", "refresh_steps": 4},
+        3e-4,
+    ),
     "rationale": ("RationaleTrainer, step_by_step", "rationale", {"eval_accuracy": False}, 3e-4),
 }
 FIRST = {"gkd_minillm": "gkd"}  # who trains the first half of the time
@@ -405,7 +411,7 @@ def settings_line(options: argparse.Namespace) -> str:
     return (
         f"{Path(options.teacher).name}: {options.keep_layers} of its layers as the student; {options.seconds:.0f} s of "
         f"CPU time each, {len(options.seeds)} seeds; {made['train_rows']} rows to train on, {made['heldout_rows']} "
-        f"held out; batch {options.batch_size}, float32, answers of at most 64 tokens."
+        f"held out; batch {options.batch_size}, float32, samples of at most 64 tokens."
     )
 
 

@@ -118,9 +118,12 @@ def test_yaml_is_a_recipe(yaml_block, tmp_path, monkeypatch):
         return ["--config", str(file), "--use_cpu", "true"]
 
     if yaml_block.code.startswith("# trl "):
-        return _parse_as_trl(write(keys), keys)
+        _parse_as_trl(write(keys), keys)
+        return
     if "students" in keys:
-        return parse_evaluation(write(keys))
+        args, settings = parse_evaluation(write(keys))
+        assert all(value in (getattr(args, key, None), getattr(settings, key, None)) for key, value in keys.items())
+        return
     if keys.get("method", "gkd") not in METHODS:
         pytest.skip("the method of docs/adding_a_method.md, which tests/test_docs.py parses")
     whole = WHOLE | {"eval_fraction": 8} | keys
