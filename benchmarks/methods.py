@@ -39,7 +39,7 @@ CONTENDERS: dict[str, tuple[str, str, dict[str, Any], float]] = {
     "gkd_minillm": ("GKDTrainer for half the time, then MiniLLMTrainer", "minillm", MINILLM, 1e-4),
     "dpkd": ("DPKDTrainer, at its defaults", "dpkd", {"chosen": "dataset"}, 1e-4),
     "dpkd_reused": (
-        "DPKDTrainer, responses up to 4 steps old",
+        "DPKDTrainer, responses reused",
         "dpkd",
         {"chosen": "dataset", "refresh_steps": 4},
         3e-4,
@@ -164,10 +164,10 @@ def sampled(
     settings = SamplingSettings(96, temperature, eos_token_ids=[end], pad_token_id=pad)
     torch.manual_seed(0)
     written = DecodeEngine(batch_size=96).generate(model, inputs, mask, settings)
-    return [
-        tokenizer.decode(each, skip_special_tokens=True).strip() if each[-1] == end or options.quick else ""
-        for each in written
-    ]
+    texts = [tokenizer.decode(each, skip_special_tokens=True).strip() for each in written]
+    if options.quick:  # a random teacher ends nothing, and may say nothing
+        return [text or "nothing" for text in texts]
+    return [text if each[-1] == end else "" for text, each in zip(texts, written, strict=True)]
 
 
 def make_start(options: argparse.Namespace) -> None:
