@@ -552,6 +552,11 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             super()._save_checkpoint(model, trial)
         self.run_checkpoints.append(str(folder))
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # What follows is the main process's word that the checkpoint is whole, so all must have written their part.
+        self.accelerator.wait_for_everyone()
+
     def save_aside(self, method_state: dict[str, Any] | None = None) -> None:
         """A checkpoint that takes no other's place: nothing is rotated out, nothing uploaded.
 

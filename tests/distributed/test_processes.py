@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill_trainers.trainers.checkpoints import find_last_complete_checkpoint
+
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -338,3 +340,10 @@ def assert_goes_on(tmp_path, config, kind, interruption, first, changes=None, **
     left, right = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert all(torch.equal(right[name], left[name]) for name in left)
     return said
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_whole_when_all_processes_have_written_theirs(tmp_path):
+    said = launch(tmp_path, "cpu_ddp.yaml", RESUMED, dies_saving=6)
+    assert "Could not write the checkpoint" in said
+    assert find_last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-3")

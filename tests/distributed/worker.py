@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from distill_trainers.data.addition import (
     RATIONALE_PROMPTS,
@@ -21,7 +21,7 @@ from distill_trainers.data.addition import (
     character_tokenizer,
     tiny_llama,
 )
-from distill_trainers.exceptions import TeacherServerError
+from distill_trainers.exceptions import CheckpointError, TeacherServerError
 from distill_trainers.teachers.endpoints import Again
 from distill_trainers.trainers import METHODS
 
@@ -35,6 +35,20 @@ class Dies(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os._exit(0)
+
+
+def die_saving(step):
+    """The second process ends while it writes its part of the checkpoint of `step`."""
+    write = Trainer._save_rng_state
+
+    def half_write(self, output_dir):
+        if self.args.process_index == 1 and self.state.global_step == step:
+            os.makedirs(output_dir, exist_ok=True)
+            (Path(output_dir) / "rng_state_1.pth").touch()
+            os._exit(0)
+        write(self, output_dir)
+
+    Trainer._save_rng_state = half_write
 
 
 class LosesTeacher(TrainerCallback):
@@ -110,12 +124,17 @@ def main(job):
     )
     if job.get("dies"):
         trainer.add_callback(Dies(job["dies"]))
+    if job.get("dies_saving"):
+        die_saving(job["dies_saving"])
     if job.get("loses_teacher"):
         losing = LosesTeacher(job["loses_teacher"])
         losing.trainer = trainer
         trainer.add_callback(losing)
     try:
         trainer.train(resume_from_checkpoint=job.get("resume"))
+    except CheckpointError as error:  # a process died while it wrote its part
+        print(error, flush=True)
+        os._exit(0 if job.get("dies_saving") else 1)
     except TeacherServerError as error:
         print(error, flush=True)
         os._exit(0 if job.get("loses_teacher") else 1)
