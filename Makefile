@@ -1,6 +1,8 @@
 # PYTHON makes the environment; PIP_ARGS goes to its installation, for instance an index of CPU builds of torch.
+# JOBS processes share the fast tests; each takes 2 GB at most.
 PYTHON ?= python3
 PIP_ARGS ?=
+JOBS ?= 2
 EXTRAS ?= dev,gguf,plots,deepspeed,rationales,remote,serve,evaluation,docs
 
 VENV := .venv
@@ -42,7 +44,7 @@ docs: $(STAMP) ## the documentation as HTML in build/docs/html; any warning is a
 	$(BIN)/python docs/build.py
 
 test: $(STAMP) ## the fast tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

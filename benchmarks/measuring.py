@@ -103,6 +103,6 @@ def machine(threads: int, device: str = "cpu") -> str:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
     load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
     return (
-        f"{platform.system()} {platform.machine()}, {chip}, {os.cpu_count()} cores, {threads} thread(s), Python "
-        f"{platform.python_version()}, {versions}; load average at the start {load}."
+        f"{platform.system()} {platform.machine()}, {chip}, {os.cpu_count()} cores, {threads} thread(s),\n"
+        f"Python {platform.python_version()}, {versions}; load average at the start {load}."
     )

@@ -30,10 +30,17 @@ def main(job: dict[str, Any]) -> None:
             if int(os.environ.get("RANK", "0")) == 0:
                 Path(job["out"]).write_text(json.dumps(found))
                 print(teacher, method, found[teacher][method], flush=True)
+    leave()
+
+
+def leave() -> None:
+    """End this process when all have done their work; gloo's threads now and then abort the interpreter's own exit."""
+    import torch
+
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's own exit, after all the work is done
+    os._exit(0)
 
 
 def cell(job: dict[str, Any], teacher: str, method: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import types
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -246,7 +247,7 @@ class EvaluationResults:
         return [each for each in self.models if each.role == role]
 
     def to_json(self) -> str:
-        return json.dumps(_plain(asdict(self)), allow_nan=False, ensure_ascii=False)
+        return json.dumps(_plain(self), allow_nan=False, ensure_ascii=False)
 
     def save(self, folder: str | Path) -> Path:
         """Write `evaluation.json` into `folder`, whole or not at all.
@@ -298,9 +299,11 @@ class EvaluationResults:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Dataclasses as dictionaries, and numbers as JSON has them, which knows no NaN and no infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
@@ -313,11 +316,18 @@ def _build(hint: Any, value: Any) -> Any:
             return None
         (hint,) = [each for each in get_args(hint) if each is not type(None)]
     if is_dataclass(hint):
-        hints = get_type_hints(hint)
-        known = {each.name for each in fields(hint)}
-        return hint(**{name: _build(hints[name], each) for name, each in value.items() if name in known})  # type: ignore[operator]
+        hints = _hints(hint)  # type: ignore[arg-type]
+        return hint(**{name: _build(hints[name], each) for name, each in value.items() if name in hints})  # type: ignore[operator]
     if get_origin(hint) is list:
-        return [_build(get_args(hint)[0], each) for each in value]
+        (of,) = get_args(hint)
+        return list(value) if of in (str, int, float) else [_build(of, each) for each in value]
     if get_origin(hint) is dict:
         return {name: _build(get_args(hint)[1], each) for name, each in value.items()}
     return value
+
+
+@cache
+def _hints(of: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, worked out once: a report reads tens of thousands of objects."""
+    hints = get_type_hints(of)
+    return {each.name: hints[each.name] for each in fields(of)}

@@ -14,6 +14,9 @@ from distill_trainers import GKDConfig, GKDTrainer
 from distill_trainers.data.addition import addition_dataset, character_tokenizer, tiny_llama
 from distill_trainers.exceptions import ConfigurationError
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from parity_cells import leave, recorded  # noqa: E402
+
 ROWS, STEPS = 8, 2
 LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -104,21 +107,9 @@ def cell(job: dict, name: str) -> dict[str, list[float]]:
         quantization_config=quantised,
     )
     set_adapter(trainer.model)
-    found: dict[str, list[float]] = {"loss": [], "grad_norm": []}
-    after_step, grad_norm = trainer.after_step, trainer._get_grad_norm
-
-    def keep_loss(loss):
-        found["loss"].append(float(loss))
-        after_step(loss)
-
-    def keep_norm(*args, **kwargs):
-        norm = grad_norm(*args, **kwargs)
-        found["grad_norm"].append(float(norm))
-        return norm
-
-    trainer.after_step, trainer._get_grad_norm = keep_loss, keep_norm
+    losses, norms = recorded(trainer)
     trainer.train()
-    return found
+    return {"loss": losses, "grad_norm": norms}
 
 
 def main(job: dict) -> None:
@@ -132,10 +123,7 @@ def main(job: dict) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(name, found[name], flush=True)
             Path(job["out"]).write_text(json.dumps(found))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's own exit, after all the work is done
+    leave()
 
 
 if __name__ == "__main__":

@@ -223,15 +223,14 @@ def test_two_processes_share_the_measures_on_held_out_prompts(tmp_path, config):
 RATIONALES = {"optim": "sgd", "max_steps": 4, "max_length": 48, "learning_rate": 0.5, "temperature": 0.0}
 
 
-@pytest.mark.parametrize(
-    "config", ["cpu_ddp.yaml", *(pytest.param(f"cpu_zero{n}.yaml", marks=pytest.mark.slow) for n in "23")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml"])
 @pytest.mark.parametrize(
     "settings",
     [
         {"objective": "step_by_step"},
-        pytest.param({"objective": "edit", "wrong_weight": 0.5}, marks=pytest.mark.slow),
-        pytest.param({"objective": "dual_chain", "innovation_samples": 1}, marks=pytest.mark.slow),
+        {"objective": "edit", "wrong_weight": 0.5},
+        {"objective": "dual_chain", "innovation_samples": 1},
     ],
     ids=lambda settings: settings["objective"],
 )

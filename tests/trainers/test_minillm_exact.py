@@ -200,7 +200,7 @@ def test_single_and_long_of_sampled_tokens_are_clipped_as_one(trainer_of, sign):
 def test_mixed_sampling_draws_from_the_mixture(toy):
     """Pearson's test over all sequences, and the log-probabilities that come with them."""
     student, teacher = toy[1](1), toy[1](2)
-    alpha, draws = 0.3, 2000
+    alpha, draws = 0.3, 800
     ids = torch.full((1, 1), 2)
     sampling = SamplingSettings(LENGTH, eos_token_ids=[EOS])
     found = []
