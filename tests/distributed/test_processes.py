@@ -97,9 +97,8 @@ def one_and_two(tmp_path, config, lora=False, more=None, **changes):
     return one, two
 
 
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
-def test_two_processes_equal_one(tmp_path, config):
-    one, two = one_and_two(tmp_path, config)
+def test_two_processes_equal_one(tmp_path):
+    one, two = one_and_two(tmp_path, "cpu_ddp.yaml")
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
 
 
@@ -126,7 +125,7 @@ def test_processes_whose_completions_end_at_different_steps_wait_for_each_other(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_zero2.yaml", "cpu_fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["cpu_zero2.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
 def test_two_processes_equal_one_sharded(tmp_path, config):
     one, two = one_and_two(tmp_path, config)
     assert two["student_is_sharded"] == ("fsdp2" in config)  # accelerate alone would make DDP of it on a CPU
