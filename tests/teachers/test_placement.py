@@ -208,7 +208,7 @@ def test_another_adapter_teaches(make_trainer, make_student, by_step, tmp_path):
         make_trainer(peft_config=LoraConfig(**lora), teacher_adapter=str(tmp_path / "missing"), **settings)
 
 
-def test_the_base_writes_what_it_teaches(make_trainer, make_student, batch_of):
+def test_the_base_writes_what_it_teaches(make_trainer, make_student, tmp_path):
     """Completions of the teacher are those of the base, not of the student that the adapter has made of it."""
     base = make_student()
     rows = addition_dataset(6).remove_columns("completion")
@@ -216,7 +216,7 @@ def test_the_base_writes_what_it_teaches(make_trainer, make_student, batch_of):
     for placement in ("auto", "adapter_off"):
         teacher = copy.deepcopy(base) if placement == "auto" else None
         student = _moved(get_peft_model(copy.deepcopy(base), KINDS["lora"]))
-        settings = {"seq_kd": True, "temperature": 0.0, "output_dir": str(student.config._name_or_path or placement)}
+        settings = {"seq_kd": True, "temperature": 0.0, "output_dir": str(tmp_path / placement)}
         trainer = make_trainer(student, teacher, rows, teacher_placement=placement, **{**RUN, **settings})
         found.append([row["input_ids"] for row in trainer.get_train_dataloader().dataset])
     assert found[0] == found[1]
