@@ -41,7 +41,7 @@ def launched(folder, name, environment):
     folder.mkdir()
     settings = {"max_steps": 2, "per_device_train_batch_size": 4 // content["num_processes"]}
     settings |= {"temperature": 0.0, "optim": "sgd", "lmbda": 0.0}
-    job = json.dumps({"output": str(folder), "args": settings})
+    job = json.dumps([{"output": str(folder), "args": settings}])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
     command += ["--main_process_port", str(29500 + (os.getpid() + ON_CPU.index(name)) % 2000)]
     machines, logs, started = content["num_machines"], [], []

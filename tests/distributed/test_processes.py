@@ -26,10 +26,16 @@ def own_extensions(environment):
         yield
 
 
-def launch(folder, config, settings, lora=False, timeout=400, **more):
-    """Run the worker (one process without `config`) and read its report; what it said, if it died before."""
+def launch(folder, config, settings, timeout=400, **more):
+    """Run one job (alone without `config`) and read its report; what it said, if it died before."""
+    said = launch_all(folder, config, [{"output": str(folder), "args": settings, **more}], timeout)
+    report = folder / "report.json"
+    return json.loads(report.read_text()) if report.exists() else said
+
+
+def launch_all(folder, config, jobs, timeout):
+    """The jobs one after another in the same processes, each reporting into its own folder; what they said."""
     folder.mkdir(parents=True, exist_ok=True)
-    job = json.dumps({"output": str(folder), "args": settings, "lora": lora, **more})
     command = [sys.executable]
     if config:
         port = str(29500 + os.getpid() % 400 + abs(hash(str(folder))) % 1000)
@@ -38,7 +44,7 @@ def launch(folder, config, settings, lora=False, timeout=400, **more):
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     process = subprocess.Popen(
-        [*command, str(WORKER), job],
+        [*command, str(WORKER), json.dumps(jobs)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -52,8 +58,7 @@ def launch(folder, config, settings, lora=False, timeout=400, **more):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the workers too, which outlive a launcher that is killed
     assert process.returncode == 0, output[-2000:] + errors[-6000:]
-    report = folder / "report.json"
-    return json.loads(report.read_text()) if report.exists() else output
+    return output
 
 
 def weights(folder, lora=False):
@@ -84,214 +89,203 @@ def assert_same_run(one, two, folder_one, folder_two, lora=False, norms=True):
         torch.testing.assert_close(right[name], left[name], rtol=2e-3, atol=2e-4, msg=name)
 
 
+# ---- As one process does --------------------------------------------------------------------------------------------
+
 # Greedy rollouts, so that what is sampled does not depend on which process samples it.
-SETTINGS = {"max_steps": 4, "temperature": 0.0, "optim": "sgd", "lmbda": 0.0}
+SETTINGS = {"max_steps": 4, "temperature": 0.0, "optim": "sgd", "gradient_accumulation_steps": 2}
+OFF_POLICY = {**SETTINGS, "lmbda": 0.0}
+RATIONALES = {**SETTINGS, "max_length": 48, "max_new_tokens": 20, "learning_rate": 0.5}
+# Nearly greedy, which the weights of importance make up for.
+MINILLM = {"lmbda": 1.0, "teacher_mix_alpha": 0.0, "temperature": 1e-6, "num_minibatches": 2, "num_inner_epochs": 2}
+CACHE = {"teacher_cache_top_k": 999, "teacher_cache": "{output}/cache", "max_steps": 9}  # into the second epoch
+MEASURES = {
+    "eval_measures": ["agreement", "rouge_l", "diversity", "exposure_bias", "calibration"],
+    "eval_measures_rows": 11,
+    "eval_measures_seeds": 2,
+    "per_device_eval_batch_size": 2,
+    "learning_rate": 0.05,
+}
 
 
-def one_and_two(tmp_path, config, lora=False, more=None, **changes):
-    settings, more = {**SETTINGS, "gradient_accumulation_steps": 2, **changes}, more or {}
-    if more.get("method") in ("dpkd", "rationale"):
-        del settings["lmbda"]
-    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4}, lora, **more)
-    two = launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2}, lora, **more)
-    return one, two
+def pairs(**settings):
+    return {"method": "dpkd", "pairs": True, "args": {**SETTINGS, **settings}}
+
+
+CASES = {
+    "off-policy": {"args": OFF_POLICY},
+    "mixed": {"args": {**SETTINGS, "lmbda": 0.5}},
+    "on-policy": {"args": {**SETTINGS, "lmbda": 1.0}},
+    "seq_kd": {"args": {**OFF_POLICY, "seq_kd": True}},
+    "lora": {"lora": True, "args": OFF_POLICY},
+    "cache-hidden": {"args": {**OFF_POLICY, **CACHE, "teacher_cache_kind": "hidden"}},
+    "cache-topk": {"args": {**OFF_POLICY, **CACHE, "teacher_cache_kind": "topk"}},
+    "measures": {"args": {**OFF_POLICY, **MEASURES}},
+    "pairs-student": pairs(reference="student"),
+    "pairs-contrastive": pairs(loss_type="contrastive_skew"),
+    "pairs-kept": pairs(reference_logps_dir="{output}/kept", logprob_mse_weight=0.5),
+    "pairs-sampled": {"method": "dpkd", "args": SETTINGS},
+    "minillm": {
+        "method": "minillm",
+        "text": True,
+        "args": {**SETTINGS, **MINILLM, "max_steps": 8, "learning_rate": 0.05},
+    },
+    "step_by_step": {"method": "rationale", "args": {**RATIONALES, "objective": "step_by_step"}},
+    "edit": {"method": "rationale", "args": {**RATIONALES, "objective": "edit", "wrong_weight": 0.5}},
+    "dual_chain": {"method": "rationale", "args": {**RATIONALES, "objective": "dual_chain", "innovation_samples": 1}},
+}
+# What is logged beside the loss and must not depend on processes either.
+LOGGED = {
+    "pairs": {"reward_margin", "nll_chosen", "nll_rejected"},
+    "minillm": {"reward", "sequence_kl", "advantage", "ratio", "clipped", "pretraining"},
+    "rationale": {"label", "rationale", "right_steps", "wrong_steps", "imitation", "answer"},
+}
+LAUNCHES = ["cpu_ddp", "cpu_zero2", "cpu_zero3", "cpu_fsdp2"]
+
+# Sampled at temperature 1, where nothing compares with one process: completions end at other tokens on each.
+SAMPLED = {
+    **SETTINGS,
+    "temperature": 1.0,
+    "max_new_tokens": 24,
+    "max_length": 40,
+    "max_steps": 6,
+    "learning_rate": 0.01,
+}
+SAMPLED["gradient_accumulation_steps"] = 1
+REPLAY = {"refresh_steps": 2, "replay_buffer_size": 8, "max_steps": 4, "max_new_tokens": 4, "max_length": 32}
+ON_THEIR_OWN = {
+    "waits": {"args": {**SAMPLED, "lmbda": 1.0}},
+    "waits-replay": {"args": {**SAMPLED, "lmbda": 1.0, "replay_buffer_size": 8}},
+    "waits-mixture": {"method": "minillm", "args": {**SAMPLED, "num_inner_epochs": 2}},
+    "pairs-replay": {"method": "dpkd", "args": {**SAMPLED, **REPLAY}},
+    "merged": {"lora": True, "args": {**OFF_POLICY, "merge_adapter": True}},
+    "wide": {"teacher_mlp": 2048, "args": {**OFF_POLICY, "max_steps": 1}},  # too large for ZeRO-3 to keep it whole
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, saved):
+    """`finished(case, config)`: its report and folder. All cases of a launch run in the same processes, at first need.
+
+    A case that fails leaves a report of the error, and the next ones run; one in which a process hangs fails them all.
+    """
+    folders = {}
+
+    def find(case, config=None):
+        if config not in folders:
+            folder = folders[config] = tmp_path_factory.mktemp(config or "alone")
+            rows = 4 if config is None else 2
+            jobs = CASES if config is None else {**CASES, **ON_THEIR_OWN}
+            jobs = [
+                {**job, "args": {"per_device_train_batch_size": rows, **job["args"]}, "output": str(folder / name)}
+                for name, job in jobs.items()
+            ]
+            for job in jobs:
+                if "merge_adapter" in job["args"]:
+                    job["student"] = saved.student
+            launch_all(folder, config and f"{config}.yaml", jobs, timeout=900)
+        folder = folders[config] / case
+        assert (folder / "report.json").is_file(), f"{case} was not reached under {config}"
+        report = json.loads((folder / "report.json").read_text())
+        assert "error" not in report, report["error"]
+        return report, folder
+
+    return find
 
 
 def test_two_processes_equal_one(tmp_path):
-    one, two = one_and_two(tmp_path, "cpu_ddp.yaml")
+    one = launch(tmp_path / "one", None, {**OFF_POLICY, "per_device_train_batch_size": 4})
+    two = launch(tmp_path / "two", "cpu_ddp.yaml", {**OFF_POLICY, "per_device_train_batch_size": 2})
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml"])
-@pytest.mark.parametrize("lmbda", [0.5, 1.0])
-def test_two_processes_equal_one_on_policy(tmp_path, config, lmbda):
-    one, two = one_and_two(tmp_path, config, lmbda=lmbda)
-    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("config", LAUNCHES)
+def test_what_two_processes_train_is_what_one_trains(finished, config, case):
+    (one, alone), (two, together) = finished(case), finished(case, config)
+    assert two["student_is_sharded"] == ("fsdp2" in config)  # accelerate alone would make DDP of it on a CPU
+    assert_same_run(one, two, alone, together, CASES[case].get("lora", False))
+    method = "pairs" if CASES[case].get("pairs") else CASES[case].get("method")
+    for name in LOGGED.get(method, ()):
+        first, second = ([log[name] for log in run["logs"] if name in log and "loss" in log] for run in (one, two))
+        assert second == pytest.approx(first, rel=2e-3, abs=2e-4), name
+    assert two["eval"].get("eval_reward_margin", 0) == pytest.approx(
+        one["eval"].get("eval_reward_margin", 0), rel=2e-3, abs=2e-4
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
-@pytest.mark.parametrize("replay", [0, 8])
-def test_processes_whose_completions_end_at_different_steps_wait_for_each_other(tmp_path, config, replay):
+@pytest.mark.parametrize("config", LAUNCHES)
+def test_two_processes_share_the_measures_on_held_out_prompts(finished, config):
+    """Texts of both are read and written once; sharded, another engine samples, so only given text compares."""
+    (one, alone), (two, together) = finished("measures"), finished("measures", config)
+    names = {"eval_reverse_kl", "eval_jsd", "eval_ece"}
+    if config in ("cpu_ddp", "cpu_zero2"):
+        names |= {"eval_rouge_l", "eval_distinct_4", "eval_student_text_kl", "eval_exposure_error"}
+        names |= {"eval_teacher_rouge_l", "eval_gap_closed_reverse_kl"}
+    for name in names:
+        assert two["eval"][name] == pytest.approx(one["eval"][name], rel=1e-3, abs=1e-5), name
+    assert 0 < two["eval"]["eval_completion_tokens"] <= 4
+    samples = [(folder / "run" / "samples.jsonl").read_text().count("\n") for folder in (alone, together)]
+    assert samples[0] == samples[1] == 3 * 2, "before training and at its end, by the main process alone"
+
+
+# ---- Processes beside each other ------------------------------------------------------------------------------------
+
+
+def rollouts_of(report):
+    return [log["rollouts"] for log in report["logs"] if "loss" in log]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", LAUNCHES)
+@pytest.mark.parametrize("case", ["waits", "waits-replay"])
+def test_processes_whose_completions_end_at_different_steps_wait_for_each_other(finished, config, case):
     """Under ZeRO-3 one that stops generating earlier would leave the others waiting for its shards."""
-    settings = {**SETTINGS, "lmbda": 1.0, "temperature": 1.0, "max_new_tokens": 24, "max_length": 40, "max_steps": 6}
-    settings |= {"per_device_train_batch_size": 2, "replay_buffer_size": replay, "learning_rate": 0.01}
-    report = launch(tmp_path, config, settings, timeout=200)
+    report, _ = finished(case, config)
     losses = [log["loss"] for log in report["logs"] if "loss" in log]
     assert len(losses) == 6 and all(0 < loss < 10 for loss in losses)
-    rollouts = [log["rollouts"] for log in report["logs"] if "loss" in log]
-    assert set(rollouts) == ({4.0} if not replay else {0.0, 4.0}), "of both processes"
+    assert set(rollouts_of(report)) == ({4.0} if case == "waits" else {0.0, 4.0}), "of both processes"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_zero2.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
-def test_two_processes_equal_one_sharded(tmp_path, config):
-    one, two = one_and_two(tmp_path, config)
-    assert two["student_is_sharded"] == ("fsdp2" in config)  # accelerate alone would make DDP of it on a CPU
-    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+@pytest.mark.parametrize("config", LAUNCHES)
+def test_processes_take_the_same_steps_from_the_replay_buffer(finished, config):
+    assert rollouts_of(finished("pairs-replay", config)[0]) == [4.0, 0.0, 4.0, 0.0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"reference": "student"},
-        {"loss_type": "contrastive_skew"},
-        {"reference_logps_dir": "kept", "logprob_mse_weight": 0.5},
-    ],
-    ids=["student", "contrastive", "kept"],
-)
-def test_two_processes_equal_one_on_pairs(tmp_path, config, settings):
-    """Means over pairs, α of DistiLLM-2 among them, are those of all micro-batches and processes."""
-    one, two = one_and_two(tmp_path, config, more={"method": "dpkd", "pairs": True}, **settings)
-    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
-    for name in ("reward_margin", "nll_chosen", "nll_rejected"):
-        logs = [[log[name] for log in run["logs"] if name in log] for run in (one, two)]
-        assert logs[0] == pytest.approx(logs[1], rel=2e-3, abs=2e-4)
-    assert two["eval"]["eval_reward_margin"] == pytest.approx(one["eval"]["eval_reward_margin"], rel=2e-3, abs=2e-4)
+@pytest.mark.parametrize("config", LAUNCHES)
+def test_processes_mix_the_teacher_in_and_wait_for_each_other(finished, config):
+    report, _ = finished("waits-mixture", config)
+    assert rollouts_of(report) == [4.0, 0.0] * 3, "of both processes"
+    for log in [log for log in report["logs"] if "loss" in log][::2]:
+        assert log["ratio"] == pytest.approx(1.0, abs=1e-4) and 0 < log["teacher_mix_share"] < 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
-def test_two_processes_equal_one_on_pairs_of_both_models(tmp_path, config):
-    """The teacher's responses, shared, over the student's own, sampled greedily on whichever process."""
-    one, two = one_and_two(tmp_path, config, more={"method": "dpkd"})
-    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
-def test_processes_take_the_same_steps_from_the_replay_buffer(tmp_path, config):
-    settings = {**SETTINGS, "temperature": 1.0, "refresh_steps": 2, "replay_buffer_size": 8, "max_steps": 4}
-    del settings["lmbda"]
-    report = launch(tmp_path, config, {**settings, "per_device_train_batch_size": 2}, method="dpkd", timeout=200)
-    assert [log["rollouts"] for log in report["logs"] if "loss" in log] == [4.0, 0.0, 4.0, 0.0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
-def test_a_sharded_student_is_merged(tmp_path, saved, config):
+@pytest.mark.parametrize("config", LAUNCHES)
+def test_a_sharded_student_is_merged(finished, saved, config):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    settings = {**SETTINGS, "per_device_train_batch_size": 2, "merge_adapter": True}
-    launch(tmp_path, config, settings, lora=True, student=saved.student)
+    _, folder = finished("merged", config)
     base = AutoModelForCausalLM.from_pretrained(saved.student)
-    adapted = PeftModel.from_pretrained(base, tmp_path / "run")
-    merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged"), torch.tensor([[4, 5, 12, 6, 13]])
+    adapted = PeftModel.from_pretrained(base, folder / "run")
+    merged, ids = AutoModelForCausalLM.from_pretrained(folder / "run" / "merged"), torch.tensor([[4, 5, 12, 6, 13]])
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-5)
     with adapted.disable_adapter():
         assert not torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml", "cpu_fsdp2.yaml"])
-def test_two_processes_equal_one_with_lora(tmp_path, config):
-    one, two = one_and_two(tmp_path, config, lora=True)
-    assert_same_run(one, two, tmp_path / "one", tmp_path / "two", lora=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
-def test_two_processes_share_the_teachers_completions(tmp_path, config):
-    one, two = one_and_two(tmp_path, config, seq_kd=True)
-    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
-def test_two_processes_share_the_measures_on_held_out_prompts(tmp_path, config):
-    """Texts of both are read and written once; under ZeRO-3 another engine samples, so only given text compares."""
-    measures = {"eval_measures": ["agreement", "rouge_l", "diversity", "exposure_bias", "calibration"]}
-    measures |= {"eval_measures_rows": 11, "eval_measures_seeds": 2, "per_device_eval_batch_size": 2}
-    one, two = one_and_two(tmp_path, config, **measures, learning_rate=0.05)
-    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
-    names = {"eval_reverse_kl", "eval_jsd", "eval_ece"}
-    if "ddp" in config:
-        names |= {"eval_rouge_l", "eval_distinct_4", "eval_student_text_kl", "eval_exposure_error"}
-        names |= {"eval_teacher_rouge_l", "eval_gap_closed_reverse_kl"}
-    for name in names:
-        assert two["eval"][name] == pytest.approx(one["eval"][name], rel=1e-3, abs=1e-5), name
-    assert 0 < two["eval"]["eval_completion_tokens"] <= 4
-    samples = [(tmp_path / run / "run" / "samples.jsonl").read_text().count("\n") for run in ("one", "two")]
-    assert samples[0] == samples[1] == 3 * 2, "before training and at its end, by the main process alone"
-
-
-RATIONALES = {"optim": "sgd", "max_steps": 4, "max_length": 48, "learning_rate": 0.5, "temperature": 0.0}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"objective": "step_by_step"},
-        {"objective": "edit", "wrong_weight": 0.5},
-        {"objective": "dual_chain", "innovation_samples": 1},
-    ],
-    ids=lambda settings: settings["objective"],
-)
-def test_two_processes_weigh_tasks_by_their_own_tokens(tmp_path, config, settings):
-    """Each term is a mean over its tokens on both processes, and questions are answered by both."""
-    settings = {**RATIONALES, **settings, "max_new_tokens": 20, "gradient_accumulation_steps": 2}
-    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4}, method="rationale")
-    two = launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2}, method="rationale")
-    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
-    first, second = ([log for log in run["logs"] if "loss" in log] for run in (one, two))
-    for name in {"label", "rationale", "right_steps", "wrong_steps", "imitation", "answer"} & first[0].keys():
-        assert [log[name] for log in second] == pytest.approx([log[name] for log in first], rel=2e-4), name
-
-
-@pytest.mark.slow
-def test_zero3_teacher_is_sharded(tmp_path):
+def test_zero3_teacher_is_sharded(finished):
     """Left out of the engine, its weights would stay whole on every process."""
-    settings = {**SETTINGS, "max_steps": 1, "per_device_train_batch_size": 2}
-    report = launch(tmp_path, "cpu_zero3.yaml", settings, teacher_mlp=2048)  # large enough not to be kept whole
-    assert report["teacher_mlp_kept_whole"] == 0
+    assert finished("wide", "cpu_ddp")[0]["teacher_mlp_kept_whole"] > 0
+    assert finished("wide", "cpu_zero3")[0]["teacher_mlp_kept_whole"] == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
-@pytest.mark.parametrize("kind", ["hidden", "topk"])
-def test_two_processes_fill_and_read_a_teacher_cache(tmp_path, config, kind):
-    """Into the second epoch, where each process meets rows that the other has recorded."""
-    cache = {"teacher_cache_kind": kind, "teacher_cache_top_k": 999, "teacher_cache": str(tmp_path / "cache")}
-    settings = {**SETTINGS, "max_steps": 9, "gradient_accumulation_steps": 2}
-    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4})
-    two = launch(tmp_path / "two", config, {**settings, **cache, "per_device_train_batch_size": 2})
-    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
-
-
-# Nearly greedy, which the weights of importance make up for: what is sampled does not depend on the process.
-MINILLM = {"lmbda": 1.0, "teacher_mix_alpha": 0.0, "temperature": 1e-6, "num_minibatches": 2, "num_inner_epochs": 2}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero2.yaml", "cpu_zero3.yaml"])
-def test_two_processes_equal_one_in_minillm(tmp_path, config):
-    """Through two cycles of rollouts, each with a second inner epoch in an order of its own, and text beside them."""
-    more = {"method": "minillm", "text": True}
-    one, two = one_and_two(tmp_path, config, more=more, **MINILLM, max_steps=8, learning_rate=0.05)
-    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
-    for a, b in zip(one["logs"], two["logs"], strict=True):
-        for name in {"reward", "sequence_kl", "advantage", "ratio", "clipped", "pretraining"} & a.keys():
-            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml", "cpu_zero3.yaml"])
-def test_processes_mix_the_teacher_in_and_wait_for_each_other(tmp_path, config):
-    """Completions end at other tokens on each process, which under ZeRO-3 goes on until all of them have."""
-    settings = {**SETTINGS, "lmbda": 1.0, "temperature": 1.0, "max_new_tokens": 24, "max_length": 40, "max_steps": 6}
-    settings |= {"per_device_train_batch_size": 2, "learning_rate": 0.01, "num_inner_epochs": 2}
-    report = launch(tmp_path, config, settings, timeout=200, method="minillm")
-    logs = [log for log in report["logs"] if "loss" in log]
-    assert len(logs) == 6 and [log["rollouts"] for log in logs] == [4.0, 0.0] * 3, "of both processes"
-    for log in logs[::2]:
-        assert log["ratio"] == pytest.approx(1.0, abs=1e-4) and 0 < log["teacher_mix_share"] < 1
-
+# ---- Dead and back --------------------------------------------------------------------------------------------------
 
 # 48 rows: 6 steps an epoch. λ draws, a replay buffer and dropout; or cycles of four steps on the same rollouts.
 RESUMED = {"save_strategy": "steps", "save_steps": 3, "max_steps": 9, "per_device_train_batch_size": 2}

@@ -1,6 +1,6 @@
-"""One process of a distributed run: trains a tiny student (by GKD unless told otherwise) and writes what is compared.
+"""One process of a distributed run: trains tiny students (by GKD unless told otherwise) and writes what is compared.
 
-Usage: accelerate launch --config_file … worker.py '{"output": …, "args": {…}}'
+Usage: accelerate launch --config_file … worker.py '[{"output": …, "args": {…}}, …]'
 """
 
 import json
@@ -80,7 +80,23 @@ def pairs(count):
     )
 
 
-def main(job):
+def main(jobs):
+    for job in jobs:
+        Path(job["output"]).mkdir(parents=True, exist_ok=True)
+        try:
+            train(job)
+        except Exception as error:
+            if len(jobs) == 1:
+                raise
+            told = {"error": f"{type(error).__name__}: {error}"}
+            (Path(job["output"]) / "report.json").write_text(json.dumps(told))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort the interpreter's own exit, after all the work is done
+
+
+def train(job):
     output = Path(job["output"])
     tokenizer = character_tokenizer()
     settings = {
@@ -93,7 +109,7 @@ def main(job):
         "save_strategy": "no",
         "disable_tqdm": True,
         **(RATIONALE_PROMPTS if job.get("method") == "rationale" else {}),
-        **job["args"],
+        **{n: v.format(output=output) if isinstance(v, str) else v for n, v in job["args"].items()},
     }
     config_class, trainer_class = METHODS[job.get("method", "gkd")]
     rows = addition_rationales if job.get("method") == "rationale" else addition_dataset
@@ -149,10 +165,6 @@ def main(job):
         report = {"logs": recorder.logs, "eval": scores, "teacher_mlp_kept_whole": kept_whole}
         report["student_is_sharded"] = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
         (output / "report.json").write_text(json.dumps(report, default=float))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's own exit, after all the work is done
 
 
 if __name__ == "__main__":
