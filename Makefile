@@ -1,5 +1,5 @@
 # PYTHON makes the environment; PIP_ARGS goes to its installation, for instance an index of CPU builds of torch.
-# JOBS processes share the fast tests; each takes 2 GB at most.
+# JOBS processes share the tests; each takes 2 GB at most, those of the slow ones 6.
 PYTHON ?= python3
 PIP_ARGS ?=
 JOBS ?= 2
@@ -47,7 +47,7 @@ test: $(STAMP) ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(STAMP) ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
 test-all: test test-slow ## both
 
