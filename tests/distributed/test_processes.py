@@ -311,21 +311,28 @@ INTERRUPTED = {
     ],
 )
 def test_processes_that_died_go_on_exactly(tmp_path, kind, config):
-    """Died in the second epoch and in the middle of an inner one; from the checkpoint before, as one run in one go."""
-    job = {"dropout": 0.1, **INTERRUPTED[kind], "args": {**RESUMED, **INTERRUPTED[kind]["args"]}}
+    """Died in the second epoch, and in the middle of an inner one; resumed from the middle of the first."""
+    assert_goes_on(tmp_path, config, kind, {"dies": 5}, first=3)
+
+
+def assert_goes_on(tmp_path, config, kind, interruption, first, changes=None, **more):
+    """A run that is interrupted and goes on from step `first` takes every step that one takes as a whole."""
+    job = {**INTERRUPTED[kind], **more, "dropout": 0.1}
+    job["args"] = {**RESUMED, **INTERRUPTED[kind]["args"], **(changes or {})}
     whole, resumed = ({**job, "output": str(tmp_path / name)} for name in ("whole", "resumed"))
-    launch_all(tmp_path, config, [whole, {**resumed, "dies": 5}], timeout=400)
+    said = launch_all(tmp_path, config, [whole, {**resumed, **interruption}], timeout=400)
     assert not (tmp_path / "resumed" / "report.json").exists(), "it was not interrupted"
     launch_all(tmp_path, config, [{**resumed, "resume": True}], timeout=400)
     whole, resumed = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "resumed"))
-    expected = [log for log in whole["logs"] if "loss" in log and log["step"] > 3]
+    expected = [log for log in whole["logs"] if "loss" in log and log["step"] > first]
     found = [log for log in resumed["logs"] if "loss" in log]
-    assert [log["step"] for log in found] == list(range(4, RESUMED["max_steps"] + 1))
+    assert [log["step"] for log in found] == list(range(first + 1, RESUMED["max_steps"] + 1))
     for name in ("loss", "grad_norm", "trained_tokens", "rollouts", "learning_rate"):
         assert [log[name] for log in found] == [log[name] for log in expected], name
     assert {log["rollouts"] for log in expected} >= {0.0}, "some steps take rows that were sampled before"
     left, right = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert all(torch.equal(right[name], left[name]) for name in left)
+    return said
 
 
 @pytest.mark.slow
