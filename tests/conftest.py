@@ -269,6 +269,16 @@ def settings_of_both(tmp_path):
     return lambda **changes: {**plain, **changes}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def extensions(tmp_path_factory):
+    """DeepSpeed builds once, in a folder of this session: the lock of a build killed elsewhere would hang all."""
+    session = tmp_path_factory.getbasetemp()
+    session = session.parent if "PYTEST_XDIST_WORKER" in os.environ else session  # that of all its processes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(session / "extensions"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory, tokenizer, make_student, make_teacher):
     """Folders of a saved student and teacher, each with the tokenizer beside it."""

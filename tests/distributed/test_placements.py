@@ -13,6 +13,24 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
+METHODS = ["GKD off-policy", "GKD on-policy"]
+
+
+def parity(report, environment, launch, teachers):
+    """What `benchmarks/parity.py` finds under a launch: by teacher and method."""
+    command = [sys.executable, str(BENCHMARKS / "parity.py"), "--launches", launch, "--teachers", *teachers]
+    command += ["--methods", *METHODS, "--json", str(report), "--timeout", "900"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(report.read_text())["results"][launch]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, environment):
+    references = ["replicated", "LoRA, teacher a copy", "DoRA, teacher a copy"]
+    return parity(tmp_path_factory.mktemp("alone") / "parity.json", environment, "single", references)
+
+
 @pytest.mark.parametrize(
     ("launch", "teachers"),
     [
@@ -23,29 +41,21 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_every_placement_gives_the_same_step(tmp_path, environment, launch, teachers):
-    methods = ["GKD off-policy", "GKD on-policy"]
-    references = ["replicated", "LoRA, teacher a copy", "DoRA, teacher a copy"]
-    report = tmp_path / "parity.json"
-    for launched, chosen in (("single", references), (launch, teachers)):
-        command = [sys.executable, str(BENCHMARKS / "parity.py"), "--launches", launched, "--teachers", *chosen]
-        command += ["--methods", *methods, "--json", str(report), "--timeout", "900"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+def test_every_placement_gives_the_same_step(tmp_path, environment, alone, launch, teachers):
+    found = parity(tmp_path / "parity.json", environment, launch, teachers)
     sys.path.insert(0, str(BENCHMARKS))
     try:
         from parity import differences, reference_of
     finally:
         sys.path.remove(str(BENCHMARKS))
-    found = json.loads(report.read_text())["results"]
-    assert list(found[launch]) == teachers
-    for teacher, cells in found[launch].items():
+    assert list(found) == teachers
+    for teacher, cells in found.items():
         for method, cell in cells.items():
             if teacher.startswith("cached") and method == "GKD on-policy":
                 assert "never seen twice" in cell["refused"]
                 continue
             assert len(cell["loss"]) == 2 and all(loss > 1e-3 for loss in cell["loss"])
-            expected = found["single"][reference_of(teacher)][method]
+            expected = alone[reference_of(teacher)][method]
             assert max(differences(expected, cell)) < 1e-5, (teacher, method, cell, expected)
 
 

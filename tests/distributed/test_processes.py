@@ -19,13 +19,6 @@ WORKER = Path(__file__).with_name("worker.py")
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_extensions(environment):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", environment["TORCH_EXTENSIONS_DIR"])
-        yield
-
-
 def launch(folder, config, settings, timeout=400, **more):
     """Run one job (alone without `config`) and read its report; what it said, if it died before."""
     said = launch_all(folder, config, [{"output": str(folder), "args": settings, **more}], timeout)

@@ -1,6 +1,7 @@
 """Runs whose processes are killed end as the run that nobody kills; how is in survival.py."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,4 +22,5 @@ def test_killed_runs_go_on_as_if_nothing_had_been():
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count(" killed, all ended") >= 5, done.stdout
+    assert len(re.findall(r" killed \(.*\), all ended", done.stdout)) >= 4, done.stdout
+    assert "its 60 losses are those of the undisturbed one" in done.stdout
