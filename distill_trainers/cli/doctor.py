@@ -95,10 +95,17 @@ def diagnose(recipe: Any, options: DoctorArguments) -> Any:
         rates = measured_rates(recipe.args.device, narrow, launch.per_machine if on_cpu else 1)
     remote = None
     if options.local_teacher is not None:
+        from ..teachers.endpoints import is_remote
         from ..trainers.remote import connected
 
-        remote = connected(case.teacher, case.tokenizer, recipe.args)
-        case.teacher = options.local_teacher
+        if not is_remote(case.teacher):
+            raise ConfigurationError(
+                f"Got `local_teacher: {options.local_teacher}` and the teacher {case.teacher!r}; expected the "
+                "address of a server as the teacher, which the local one is compared with. Leave `local_teacher` out."
+            )
+        if case.tokenizer is not None:  # else that is what there is to mend
+            remote = connected(case.teacher, case.tokenizer, recipe.args)
+            case.teacher = options.local_teacher
     return examine(case, findings, deep=not options.quick and gpus is None, rates=rates, remote=remote)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -109,6 +110,7 @@ def _from_content(content: Mapping[str, Any], name: str) -> Launch:
     deepspeed, fsdp = content.get("deepspeed_config") or {}, content.get("fsdp_config") or {}
     strategy = "ddp" if processes > 1 else "single"
     if kind == "DEEPSPEED":
+        deepspeed = {**deepspeed, **_of_engine_file(deepspeed.get("deepspeed_config_file"))}
         stage = int(deepspeed.get("zero_stage", 2))
         strategy = f"zero{stage}" if stage else strategy
     elif kind == "FSDP":
@@ -126,21 +128,43 @@ def _from_content(content: Mapping[str, Any], name: str) -> Launch:
     )
 
 
+def _of_engine_file(path: str | None) -> dict[str, Any]:
+    """What DeepSpeed's own configuration file says of sharding, by the names of accelerate's."""
+    if path is None or not Path(path).is_file():
+        return {}
+    try:
+        zero = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization") or {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigurationError(f"DeepSpeed's configuration {str(path)!r} cannot be read: {error}.") from error
+    return {
+        "zero_stage": int(zero.get("stage", 0)),
+        "offload_optimizer_device": (zero.get("offload_optimizer") or {}).get("device"),
+        "offload_param_device": (zero.get("offload_param") or {}).get("device"),
+    }
+
+
 def launch_here(environment: Mapping[str, str] | None = None, *, on_cpu: bool = False) -> Launch:
     """The launch that this process is part of, from what `accelerate launch` leaves in the environment."""
     env = os.environ if environment is None else environment
     processes = int(env.get("WORLD_SIZE", "1"))
     strategy = "ddp" if processes > 1 else "single"
+    engine = {
+        "zero_stage": env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
+        "offload_optimizer_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"),
+        "offload_param_device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
+        **_of_engine_file(env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")),
+    }
     if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        strategy = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+        strategy = f"zero{engine['zero_stage']}"
     elif env.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         strategy = "fsdp2"
     return Launch(
         processes=processes,
         machines=max(1, processes // int(env.get("LOCAL_WORLD_SIZE", processes))),
         strategy=strategy,
-        offloads_optimizer=env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") in _OFFLOADED,
-        offloads_parameters=env.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE") in _OFFLOADED,
+        offloads_optimizer=engine["offload_optimizer_device"] in _OFFLOADED,
+        offloads_parameters=engine["offload_param_device"] in _OFFLOADED
+        or env.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
         on_cpu=on_cpu,
         mixed_precision=env.get("ACCELERATE_MIXED_PRECISION", "no"),
         name=strategy if "ACCELERATE_MIXED_PRECISION" in env else "",  # started without a configuration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +33,12 @@ def room_for(case: Case) -> Room:
     if case.gpus is not None:
         return Room(case.gpus.bytes - RESERVED, f"a GPU of {case.gpus.gigabytes:g} GB")
     if not case.launch.on_cpu and torch.cuda.is_available():
-        total = min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
-        return Room(total - RESERVED, f"free on {torch.cuda.get_device_name(0)}")
+        # A process of a launch asks its own: each that is asked keeps a context of hundreds of MB.
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        count = min(case.launch.per_machine, torch.cuda.device_count())
+        asked = [case.args.device] if launched else range(count)
+        total = min(torch.cuda.mem_get_info(device)[0] for device in asked)
+        return Room(total - RESERVED, f"free on {torch.cuda.get_device_name(asked[0])}")
     each = host_memory() / case.launch.per_machine - _IMPORTS
     shared = f", for each of {case.launch.per_machine} processes" if case.launch.per_machine > 1 else ""
     return Room(each, f"free memory of this machine{shared}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -61,12 +61,15 @@ def complete_prompts(
     engine: RolloutEngine | None = None,
     title: str = "Teacher completions",
     progress: bool = True,
+    wait_for_everyone: Callable[[], None] = lambda: None,
 ) -> None:
     """Generate what the store lacks, in batches of similar prompt length, and keep each batch as it is done.
 
-    All processes run equally many batches, because a sharded teacher generates only when all processes do.
+    All processes run equally many batches, because a sharded teacher generates only when all processes do. Where they
+    share the store, `wait_for_everyone` keeps the first from writing until the last knows what is missing.
     """
     done = store.load()
+    wait_for_everyone()
     keys = sorted((k for k in prompts if k not in done), key=lambda k: (-len(prompts[k]), k))
     size = batch_size or _DEFAULT_BATCH
     engine = engine or DecodeEngine()

@@ -186,11 +186,14 @@ class RemoteTeacher(Teacher):
                     f"({self.info['weights']}) and {other.info['teacher']!r} ({other.info['weights']}). Name servers "
                     "of one teacher."
                 )
-        if own.kind not in self.info["kinds"]:
-            raise ConfigurationError(
-                f"Got `teacher_server_kind: {own.kind}`, but the server {urls[0]} tells only "
-                f"{', '.join(self.info['kinds'])}. Choose one of these."
-            )
+            if own.kind not in other.info["kinds"]:
+                raise ConfigurationError(
+                    f"Got `teacher_server_kind: {own.kind}`, but the server {url} tells only "
+                    f"{', '.join(other.info['kinds'])}. Choose one of these."
+                )
+        for name in _LIMITS:  # any of them may be asked any question
+            limits = [each.info[name] for each in found if each.info[name] is not None]
+            self.info[name] = min(limits) if limits else None
         self.name = self.info["teacher"]
         self._device = torch.device("cpu")
         self._head: Head | None = None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -516,11 +517,16 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
     # ---- Checkpoints and the Hub ------------------------------------------------------------------------------------
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
     ) -> TrainOutput:
         """As `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if self.train_dataset is None:
             raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self.run_checkpoints, self.last_step = [], None

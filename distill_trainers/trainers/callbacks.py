@@ -55,8 +55,11 @@ def divergence_error(trainer: DistillTrainer, what: str, *, save: bool = False) 
     if save and finite and step > 0 and not any(Path(path).name == last for path in earlier):
         trainer.save_aside()
         kept += f" The state before the failing step is kept in {trainer.run_checkpoints[-1]}."
+    changed = "training stopped before that step changed a weight"
+    if trainer.is_deepspeed_enabled:
+        changed = "training stopped, but DeepSpeed has taken that step: do not save the weights that are in memory"
     return TrainingDivergedError(
-        f"{what} of optimiser step {step + 1} is NaN or infinite; training stopped before that step changed a weight. "
+        f"{what} of optimiser step {step + 1} is NaN or infinite; {changed}. "
         f"{kept} Go on from a good one with a lower learning_rate or max_grad_norm, or in bf16 rather than fp16."
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from ..exceptions import CheckpointError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 METHOD_STATE_NAME = "distill_state.json"
 METHOD_TENSORS_NAME = "distill_state.safetensors"
@@ -42,10 +45,24 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
 
 def find_last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """As `last_complete_checkpoint`, but None where there is none."""
+    """As `last_complete_checkpoint`, but None where there is none.
+
+    The newest is the one written last: one of a later step may be of a run that was given up, and gone back from.
+    """
     complete = [f for f in Path(output_dir).glob("checkpoint-*") if is_complete(f)]
-    numbered = [(int(f.name.rsplit("-", 1)[1]), str(f)) for f in complete if f.name.rsplit("-", 1)[1].isdigit()]
-    return max(numbered)[1] if numbered else None
+    steps = {f: int(f.name.rsplit("-", 1)[1]) for f in complete if f.name.rsplit("-", 1)[1].isdigit()}
+    if not steps:
+        return None
+    newest = max(steps, key=lambda f: ((f / TRAINER_STATE_NAME).stat().st_mtime_ns, steps[f]))
+    highest = max(steps, key=lambda f: steps[f])
+    if steps[highest] > steps[newest]:
+        logger.warning(
+            "Taking %s, which was written after %s of a later step: that one is of a run that was gone back from, or "
+            "of another. Name a checkpoint's folder to choose for yourself.",
+            newest,
+            highest.name,
+        )
+    return str(newest)
 
 
 def is_complete(folder: str | Path) -> bool:

@@ -111,6 +111,7 @@ def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, repl
         seed=args.seed,
         device=accelerator.device,
         batch_size=args.rollout_batch_size,
+        wait_for_everyone=accelerator.wait_for_everyone,
         world=accelerator.num_processes,
         rank=accelerator.process_index,
         engine=local_engine(args.rollout_engine, trainer.processing_class),

@@ -349,6 +349,7 @@ class HeldOutMeasures(TrainerCallback):
             seed=seed,
             device=accelerator.device,
             batch_size=self.settings.batch_size,
+            wait_for_everyone=accelerator.wait_for_everyone,
             world=world,
             rank=rank,
             engine=local_engine(trainer.args.rollout_engine, trainer.processing_class),

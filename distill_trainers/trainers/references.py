@@ -34,6 +34,7 @@ from ..teachers.cache_identity import (
 )
 from ..teachers.cached import batch_keys, dataset_row_key
 from ..teachers.initial import AdapterOff, adapter_is_neutral, base_fingerprint
+from ..teachers.placement import is_collective
 from . import sources
 from .forward import frozen_logps
 
@@ -122,7 +123,9 @@ class ReferenceLogps:
     @property
     def _collective(self) -> bool:
         accelerator = self.trainer.accelerator
-        sharded = models.zero_stage(accelerator) == 3 or models.fsdp_version(accelerator) == 2
+        args: Any = self.trainer.args
+        placement = args.teacher_placement if args.reference == "teacher" else "auto"  # the student lies as launched
+        sharded = is_collective(placement, models.zero_stage(accelerator), models.fsdp_version(accelerator))
         return accelerator.num_processes > 1 and sharded
 
     def _all_ask(self, need: bool) -> bool:

@@ -97,6 +97,7 @@ def with_student_responses(trainer: DistillTrainer, dataset: Any, written_by: st
         seed=args.seed,
         device=accelerator.device,
         batch_size=args.rollout_batch_size,
+        wait_for_everyone=accelerator.wait_for_everyone,
         world=accelerator.num_processes,
         rank=accelerator.process_index,
         engine=local_engine(args.rollout_engine, trainer.processing_class),

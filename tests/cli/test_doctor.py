@@ -341,3 +341,8 @@ def test_a_long_run_is_looked_at_before_it_loads_anything(recipe, pair, capsys, 
     with pytest.raises(Loaded):
         main(["train", "--config", recipe(**pair(), max_steps=100)])
     assert "error" not in capsys.readouterr().err
+
+
+def test_a_local_teacher_is_compared_with_a_served_one_only(recipe, pair, capsys):
+    assert main(["doctor", "--config", recipe(**pair()), "--local_teacher", "somewhere"]) == 2
+    assert "expected the address of a server" in capsys.readouterr().err

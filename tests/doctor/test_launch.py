@@ -1,10 +1,12 @@
 """Launch configurations, as files and as the environment that accelerate leaves."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from distill_trainers.doctor import Gpus, Launch, launch_here, read_launch
+from distill_trainers.exceptions import ConfigurationError
 
 CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 
@@ -27,7 +29,25 @@ def test_the_environment_of_a_launched_process():
     zero["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = "cpu"
     launch = launch_here(zero)
     assert launch.strategy == "zero3" and launch.offloads_optimizer and not launch.offloads_parameters
-    assert launch_here({**ddp, "ACCELERATE_USE_FSDP": "true"}).strategy == "fsdp2"
+    fsdp = {**ddp, "ACCELERATE_USE_FSDP": "true"}
+    assert launch_here(fsdp).strategy == "fsdp2" and not launch_here(fsdp).offloads_parameters
+    assert launch_here({**fsdp, "FSDP_OFFLOAD_PARAMS": "true"}).offloads_parameters
+
+
+def test_the_engines_own_configuration_file(tmp_path):
+    """accelerate names the file and nothing else, in its own configuration as in the environment."""
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+    (engine := tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    content = {"distributed_type": "DEEPSPEED", "num_processes": 8}
+    content["deepspeed_config"] = {"deepspeed_config_file": str(engine)}
+    (tmp_path / "launch.yaml").write_text(json.dumps(content))
+    environment = {"WORLD_SIZE": "8", "ACCELERATE_USE_DEEPSPEED": "true"}
+    environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(engine)
+    for launch in (read_launch(tmp_path / "launch.yaml"), launch_here(environment)):
+        assert launch.strategy == "zero3" and launch.offloads_optimizer and not launch.offloads_parameters
+    engine.write_text("{")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        launch_here(environment)
 
 
 def test_gpus():

@@ -174,5 +174,6 @@ def test_every_metric_has_measures_and_directions():
     assert {measure.metric for measure in MEASURES.values()} | {"speed"} == set(METRICS)
     assert higher_is_better("eval_rouge_l") and not higher_is_better("eval_self_bleu")
     assert not higher_is_better("eval_teacher_perplexity") and not higher_is_better("eval_student_text_jsd")
+    assert higher_is_better("eval_gap_closed_reverse_kl") and higher_is_better("eval_gap_closed_rouge_l")
     assert not higher_is_better("eval_loss") and higher_is_better("eval_something_of_yours")
     assert all(measure.over in ("texts", "prompts", "references", "questions") for measure in MEASURES.values())

@@ -88,6 +88,15 @@ def test_rows_longer_than_the_server_takes(make_trainer, serve, no_student):
         make_trainer(teacher=serve().url, max_length=65, **RUN)
 
 
+def test_the_narrowest_of_several_servers_sets_the_limits(make_trainer, serve, no_student):
+    """Any of them may be asked any question."""
+    wide, narrow = serve(), serve(max_row_tokens=16, max_rows=2)
+    teacher = RemoteTeacher([wide.url, narrow.url])
+    assert (teacher.info["max_row_tokens"], teacher.info["max_rows"]) == (16, 2)
+    with pytest.raises(ConfigurationError, match=r"max_length: 32`.*rows of 16 tokens"):
+        make_trainer(teacher=f"{wide.url},{narrow.url}", max_length=32, **RUN)
+
+
 def test_a_vocabulary_that_ends_before_the_student_s(make_trainer, serve, make_student):
     from distill_trainers.exceptions import VocabularyError
 

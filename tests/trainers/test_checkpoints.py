@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import errno
+import logging
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -107,6 +109,28 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert find_last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+def test_the_checkpoint_written_last_is_the_newest(tmp_path, caplog):
+    """A run that diverged leaves one behind; the user goes back, and is stopped before that step."""
+    for age, step in enumerate((20, 41, 30)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+        state.write_text("{}")
+        os.utime(state, (1e9 + age, 1e9 + age))
+    with caplog.at_level(logging.WARNING):
+        assert find_last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-30")
+    assert "written after checkpoint-41 of a later step" in caplog.text
+
+
+def test_a_checkpoint_may_be_a_path(make_trainer, tmp_path):
+    """What the method keeps comes back too."""
+    settings = {"lmbda": 0.5, "replay_buffer_size": 8, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(max_steps=2, **settings).train()
+    trainer, loaded = make_trainer(max_steps=3, **settings), []
+    trainer.load_method_state = loaded.append
+    trainer.train(resume_from_checkpoint=tmp_path / "out" / "checkpoint-2")
+    assert len(loaded) == 1 and loaded[0]
 
 
 @pytest.mark.parametrize("kill", [7, 12, 13])

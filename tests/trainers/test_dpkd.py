@@ -652,3 +652,22 @@ def test_a_sampler_that_answers_with_nothing_spoils_no_mean(make_trainer, by_ste
     trainer.train()
     assert all(math.isfinite(value) for value in trainer.skew_gaps.values())
     assert all(math.isfinite(loss) for loss in by_step(trainer).values())
+
+
+@pytest.mark.parametrize(
+    ("reference", "placement", "together"),
+    [
+        ("teacher", "zero3", True),
+        ("teacher", "fsdp2", True),
+        ("teacher", "replicate", False),
+        ("student", "zero3", False),
+    ],
+)
+def test_whether_all_processes_ask_the_reference_follows_its_placement(monkeypatch, reference, placement, together):
+    """Under DDP, where the launch shards nothing: one that asks a sharded teacher alone would wait for the others."""
+    monkeypatch.setattr(references.models, "zero_stage", lambda accelerator: None)
+    monkeypatch.setattr(references.models, "fsdp_version", lambda accelerator: None)
+    args = SimpleNamespace(reference=reference, teacher_placement=placement)
+    asked = object.__new__(references.ReferenceLogps)
+    asked.trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2), args=args)
+    assert asked._collective == together
