@@ -18,6 +18,7 @@ from distill_trainers import DPKDConfig
 from distill_trainers.data.addition import addition_dataset, addition_rows
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.teachers import DeferredTeacher
+from distill_trainers.trainers import references
 from distill_trainers.trainers.guard import CollapseGuard
 
 
