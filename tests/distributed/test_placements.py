@@ -35,7 +35,6 @@ def alone(tmp_path_factory, environment):
     ("launch", "teachers"),
     [
         ("ddp", ["replicated", "zero3", "zero3_offload", "fsdp2", "remote hidden", "LoRA, adapter off"]),
-        ("zero2", ["replicated", "zero3", "DoRA, adapter off"]),
         ("zero3", ["replicated", "zero3", "fsdp2", "cached hidden", "LoRA, adapter off", "DoRA, adapter off"]),
         ("fsdp2", ["replicated", "zero3", "fsdp2", "remote top-k + tail, k = V", "LoRA, adapter off"]),
     ],
