@@ -1,5 +1,5 @@
 # PYTHON makes the environment; PIP_ARGS goes to its installation, for instance an index of CPU builds of torch.
-# JOBS processes share the tests; each takes 2 GB at most, those of the slow ones 6.
+# JOBS processes share the tests; with two, the slow ones took 7 GB in all.
 PYTHON ?= python3
 PIP_ARGS ?=
 JOBS ?= 2

@@ -151,13 +151,12 @@ def served(serve, tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", ["cpu_ddp.yaml"])  # the next test asks under others
-def test_two_ranks_ask_one_server(tmp_path, served, shared, config):
+def test_two_ranks_ask_one_server(tmp_path, served, shared):
     """Each for its own rows; the student is that of one process with a local teacher."""
     settings = {**shared.SETTINGS, "lmbda": 0.5, "gradient_accumulation_steps": 2}
     one = shared.launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4})
     more = {"teacher": served.url}
-    two = shared.launch(tmp_path / "two", config, {**settings, "per_device_train_batch_size": 2}, **more)
+    two = shared.launch(tmp_path / "two", "cpu_ddp.yaml", {**settings, "per_device_train_batch_size": 2}, **more)
     shared.assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
     assert served.service.counted["questions"] >= 4 * 2 * 2
 
