@@ -29,7 +29,7 @@ NEVER = -60.0  # logit of all other tokens
 
 def toy_model(tokenizer: Any, shares: Any, seed: int) -> Any:
     """A tiny Llama in float64 whose next token after the prompt has probabilities proportional to `shares`."""
-    from distill_trainers.data.addition import tiny_llama
+    from distill_trainers.toy import tiny_llama
 
     model = tiny_llama(tokenizer, 16, 1, seed=seed, tie_word_embeddings=False).double()
     set_distribution(model, tokenizer, torch.as_tensor(shares, dtype=torch.float64))
@@ -69,7 +69,7 @@ def toy_trainer(folder: str, teacher: Any = TEACHER, start: Any = START, **setti
     from transformers.utils import logging as transformers_logging
 
     from distill_trainers import DPKDConfig, DPKDTrainer
-    from distill_trainers.data.addition import character_tokenizer
+    from distill_trainers.toy import character_tokenizer
 
     transformers_logging.set_verbosity_error()
     tokenizer = character_tokenizer()

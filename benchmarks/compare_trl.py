@@ -161,7 +161,7 @@ def build(name: str, mode: dict[str, Any], size: dict[str, int], folder: str, fi
         args = TrlConfig(**settings, bf16=False)
         return TrlTrainer(**models, args=args, train_dataset=Dataset.from_list(rows))
     from distill_trainers import CachedTeacher, GKDConfig, GKDTrainer
-    from distill_trainers.trainers.caching import fill_cache
+    from distill_trainers.trainers.lifecycle.cache_filling import fill_cache
 
     if name == "ours_generate":
         settings["rollout_engine"] = "hf"
@@ -216,7 +216,7 @@ def llama(tokenizer: Any, size: dict[str, int], layers: int, seed: int) -> Any:
     """A Llama of random weights; `skewed`: completions end after each token with probability 4 / new tokens."""
     import torch
 
-    from distill_trainers.data.addition import tiny_llama
+    from distill_trainers.toy import tiny_llama
 
     if not size.get("skewed"):
         return tiny_llama(tokenizer, size["hidden"], layers, seed=seed, max_position_embeddings=context(size))

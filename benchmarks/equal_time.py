@@ -92,8 +92,8 @@ def run(name: str, options: argparse.Namespace) -> None:
 
 def prepare(options: argparse.Namespace) -> None:
     """The student, and the teacher's answers as conversations, which every trainer reads alike."""
-    from distill_trainers.cli.recipe import parse_recipe
     from distill_trainers.cli.train import build_trainer
+    from distill_trainers.recipe.parse import parse_recipe
 
     init = {"from_teacher": True, "keep_layers": options.keep_layers, "strategy": "importance", "measure": "kl"}
     files = {part: RECIPE.parent / f"prompts_{part}.jsonl" for part in ("train", "heldout")}

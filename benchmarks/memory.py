@@ -98,12 +98,12 @@ def work(options: argparse.Namespace) -> None:
     from transformers import TrainerCallback
 
     from distill_trainers import GKDConfig, GKDTrainer
-    from distill_trainers.data.addition import character_tokenizer, tiny_llama
     from distill_trainers.doctor import Launch, estimate, read_launch, shape_of
     from distill_trainers.doctor.case import Case
     from distill_trainers.doctor.pace import measured_rates, pace_of
     from distill_trainers.doctor.work import placement_of, workload
-    from distill_trainers.trainers.caching import fill_cache
+    from distill_trainers.toy import character_tokenizer, tiny_llama
+    from distill_trainers.trainers.lifecycle.cache_filling import fill_cache
 
     config, settings, more = RUNS[options.only]
     sizes = QUICK if options.quick else FULL

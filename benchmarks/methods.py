@@ -171,9 +171,9 @@ def sampled(
 
 
 def make_start(options: argparse.Namespace) -> None:
-    from distill_trainers.cli.checks import check_recipe
-    from distill_trainers.cli.recipe import parse_recipe
     from distill_trainers.cli.train import make_initial_student
+    from distill_trainers.recipe.checks import check_recipe
+    from distill_trainers.recipe.parse import parse_recipe
 
     init = {"from_teacher": True, "keep_layers": options.keep_layers, "strategy": "even"}
     if not options.quick:

@@ -116,7 +116,7 @@ def make_models(folder: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from distill_trainers.data.addition import character_tokenizer, tiny_llama
+    from distill_trainers.toy import character_tokenizer, tiny_llama
 
     tokenizer = character_tokenizer()
     assert len(tokenizer) == VOCABULARY

@@ -64,7 +64,7 @@ def cell(job: dict[str, Any], teacher: str, method: str) -> dict[str, Any]:
 
 def fill(job: dict[str, Any], method: str, cache: str) -> Path:
     """The folder of a full cache, made by the processes of this launch with a whole teacher."""
-    from distill_trainers.trainers.caching import fill_cache
+    from distill_trainers.trainers.lifecycle.cache_filling import fill_cache
 
     folder = Path(job["folder"]) / "caches" / "_".join((job["launch"], method, cache)).replace(" ", "_")
     settings = {**CACHES[cache], "teacher_cache": str(folder), "teacher_placement": "replicate"}
@@ -75,7 +75,7 @@ def fill(job: dict[str, Any], method: str, cache: str) -> Path:
 
 
 def build(job: dict[str, Any], method: str, settings: dict[str, Any]) -> Any:
-    from distill_trainers.data.addition import RATIONALE_PROMPTS
+    from distill_trainers.toy import RATIONALE_PROMPTS
     from distill_trainers.trainers import METHODS as TRAINERS
 
     settings, folder = dict(settings), Path(job["folder"])
@@ -133,7 +133,7 @@ def tokenizer(folder: Path) -> Any:
 def rows(method: str) -> Any:
     from datasets import Dataset
 
-    from distill_trainers.data.addition import addition_dataset, addition_rationales, addition_rows
+    from distill_trainers.toy import addition_dataset, addition_rationales, addition_rows
 
     if method == "rationale":
         return addition_rationales(ROWS * STEPS)

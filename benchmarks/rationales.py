@@ -22,16 +22,10 @@ from typing import Any
 from datasets import Dataset
 
 from distill_trainers import RationaleConfig, RationaleTrainer
-from distill_trainers.data.addition import (
-    ADAM_BETA2,
-    RATIONALE_PROMPTS,
-    addition_rationales,
-    character_tokenizer,
-    tiny_llama,
-)
 from distill_trainers.models import load_causal_lm, load_tokenizer
 from distill_trainers.rationales import parse_response, verify_answer
 from distill_trainers.students import make_student
+from distill_trainers.toy import ADAM_BETA2, RATIONALE_PROMPTS, addition_rationales, character_tokenizer, tiny_llama
 
 SPLIT_SEED = 0
 ADDITION = {**RATIONALE_PROMPTS, "max_length": 40, "max_new_tokens": 5, "weight_decay": 0.1, "adam_beta2": ADAM_BETA2}

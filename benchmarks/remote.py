@@ -107,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.quick:
-            from distill_trainers.data.addition import character_tokenizer, tiny_llama
+            from distill_trainers.toy import character_tokenizer, tiny_llama
 
             tokenizer = character_tokenizer()
             tiny_llama(tokenizer, 32, 2).save_pretrained(folder)

@@ -65,7 +65,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
     import transformers
 
-    from distill_trainers.rollouts import DecodeEngine, HfEngine, decode, rollout_rng
+    from distill_trainers.rollouts import DecodeEngine, HfEngine, rollout_rng
+    from distill_trainers.rollouts.decode import loop as decode
 
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()

@@ -14,17 +14,17 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GKDConfig": "trainers.gkd",
     "GKDTrainer": "trainers.gkd",
-    "MiniLLMConfig": "trainers.minillm_config",
+    "MiniLLMConfig": "trainers.minillm",
     "MiniLLMTrainer": "trainers.minillm",
     "DPKDConfig": "trainers.dpkd",
     "DPKDTrainer": "trainers.dpkd",
-    "RationaleConfig": "trainers.rationale_config",
+    "RationaleConfig": "trainers.rationale",
     "RationaleTrainer": "trainers.rationale",
     "DistillConfig": "trainers.config",
     "DistillTrainer": "trainers.base",
-    "CachedTeacher": "teachers.cached",
-    "LocalTeacher": "teachers.local",
-    "Teacher": "teachers.base",
+    "CachedTeacher": "teachers",
+    "LocalTeacher": "teachers",
+    "Teacher": "teachers",
     "make_student": "students",
     "import_gguf": "gguf",
 }
@@ -34,17 +34,13 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from .gguf import import_gguf
     from .students import make_student
-    from .teachers.base import Teacher
-    from .teachers.cached import CachedTeacher
-    from .teachers.local import LocalTeacher
+    from .teachers import CachedTeacher, LocalTeacher, Teacher
     from .trainers.base import DistillTrainer
     from .trainers.config import DistillConfig
     from .trainers.dpkd import DPKDConfig, DPKDTrainer
     from .trainers.gkd import GKDConfig, GKDTrainer
-    from .trainers.minillm import MiniLLMTrainer
-    from .trainers.minillm_config import MiniLLMConfig
-    from .trainers.rationale import RationaleTrainer
-    from .trainers.rationale_config import RationaleConfig
+    from .trainers.minillm import MiniLLMConfig, MiniLLMTrainer
+    from .trainers.rationale import RationaleConfig, RationaleTrainer
 
 
 def __getattr__(name: str) -> Any:

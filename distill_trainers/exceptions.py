@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import shutil
-from collections.abc import Collection, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterable
 
 
 class ConfigurationError(ValueError):
@@ -47,35 +44,6 @@ class CacheError(OSError):
 
 class HubError(OSError):
     """The Hub could not be reached or refused; what lies on this machine is left as it was."""
-
-
-@contextlib.contextmanager
-def writing(what: str, folder: Path, remedy: str, *, keep_begun: bool = False) -> Iterator[None]:
-    """Within it, `what` is written into `folder`; if that fails, files begun are removed unless `keep_begun`.
-
-    Raises:
-        CheckpointError: what could not be written where and why, how much space there is, and the remedy.
-    """
-    from safetensors import SafetensorError
-
-    before = _stamps(folder)
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is what torch.save raises on a full disk
-        for file, stamp in _stamps(folder).items():
-            if not keep_begun and before.get(file) != stamp:
-                file.unlink(missing_ok=True)
-        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-        free = shutil.disk_usage(existing).free / 2**20
-        raise CheckpointError(
-            f"Could not write {what} to {str(folder)!r}: {error}. {free:.0f} MiB are free there. {remedy}"
-        ) from error
-
-
-def _stamps(folder: Path) -> dict[Path, int]:
-    return {file: file.stat().st_mtime_ns for file in folder.glob("*") if file.is_file()}
 
 
 def refuse_unknown_keys(given: Iterable[str], known: Collection[str], where: str) -> None:

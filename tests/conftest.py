@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from distill_trainers.data.addition import (
+from distill_trainers.toy import (
     RATIONALE_PROMPTS,
     addition_dataset,
     addition_rationales,

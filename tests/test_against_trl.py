@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from distill_trainers import GKDConfig, GKDTrainer
-from distill_trainers.data.addition import addition_rows, character_tokenizer, tiny_llama
+from distill_trainers.toy import addition_rows, character_tokenizer, tiny_llama
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from distill_trainers import DPKDConfig, DPKDTrainer
-from distill_trainers.data.addition import addition_rows, character_tokenizer, tiny_llama
+from distill_trainers.toy import addition_rows, character_tokenizer, tiny_llama
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

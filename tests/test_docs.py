@@ -24,12 +24,12 @@ from distill_trainers.cli.evaluate import EvaluateArguments
 from distill_trainers.cli.evaluate import parse_arguments as parse_evaluation
 from distill_trainers.cli.pairs import PairArguments
 from distill_trainers.cli.rationales import STAGES, PipelineArguments, parse_arguments
-from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
 from distill_trainers.cli.serve_teacher import make_parser
 from distill_trainers.data.formats import LAYOUTS, detect_dataset_type
 from distill_trainers.data.pairs import is_pair, split_pair
 from distill_trainers.evaluation import MEASURES, METRICS, EvaluationSettings
 from distill_trainers.losses import DIVERGENCES
+from distill_trainers.recipe.parse import RecipeArguments, parse_recipe
 from distill_trainers.trainers import METHODS
 
 ROOT = Path(__file__).parents[1]

@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
 
 def fill(argv: Sequence[str]) -> int:
     """Ask the teacher for what the recipe's cache lacks; returns the exit status."""
-    from ..trainers.caching import fill_cache
-    from .recipe import parse_recipe
+    from ..recipe.parse import parse_recipe
+    from ..trainers.lifecycle.cache_filling import fill_cache
     from .train import build_trainer
 
     recipe = parse_recipe(argv)
@@ -66,7 +66,7 @@ def fill(argv: Sequence[str]) -> int:
 
 def inspect(argv: Sequence[str]) -> int:
     """Print what a cache holds; returns 1 if some of it is damaged."""
-    from ..teachers.cache_report import inspect_cache
+    from ..teachers.cache.report import inspect_cache
 
     position = list(argv).index("--inspect") + 1
     if position >= len(argv) or len(argv) != 2:

@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
 
     from ..gguf import import_gguf
     from ..models import emulates_bfloat16
+    from ..recipe.parse import parse_recipe
     from .progress import stop_progress
-    from .recipe import parse_recipe
     from .train import build_trainer
 
     transformers_logging.disable_progress_bar()
@@ -117,7 +117,7 @@ def _question(text: str) -> str:
 
 
 def _save(trainer: Any, output: Path, scores: Any, samples: Any, seconds: float) -> None:
-    from ..reporting.plots import plot_history
+    from ..cards.plots import plot_history
 
     metrics = {"scores": scores, "samples": samples, "seconds": seconds, "steps": trainer.state.global_step}
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2))

@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
     """Examine a recipe; the exit status is 0 if it is healthy, 1 for warnings with `--strict`, and 2 for errors."""
     import torch
 
-    from ..doctor.report import print_diagnosis
-    from .recipe import parse_recipe
+    from ..doctor.printing import print_diagnosis
+    from ..recipe.parse import parse_recipe
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
     argv = list(argv)
@@ -75,7 +75,7 @@ def diagnose(recipe: Any, options: DoctorArguments) -> Any:
 
     from ..doctor import Gpus, Launch, examine, read_launch
     from ..doctor.pace import Rates, measured_rates
-    from .examination import case_of
+    from ..doctor.reading import case_of
 
     gpus = None if options.gpus is None else Gpus.parse(options.gpus)
     if options.tflops is not None and gpus is None:
@@ -95,8 +95,8 @@ def diagnose(recipe: Any, options: DoctorArguments) -> Any:
         rates = measured_rates(recipe.args.device, narrow, launch.per_machine if on_cpu else 1)
     remote = None
     if options.local_teacher is not None:
-        from ..teachers.endpoints import is_remote
-        from ..trainers.remote import connected
+        from ..teachers.base import is_remote
+        from ..trainers.lifecycle.outage import connected
 
         if not is_remote(case.teacher):
             raise ConfigurationError(
@@ -116,9 +116,9 @@ def look_before(recipe: Any, checked: Any) -> None:
         ConfigurationError: they found an error.
     """
     from ..doctor import Severity, examine, launch_here
-    from ..doctor.report import print_findings
-    from .examination import case_of
-    from .plan import optimiser_steps
+    from ..doctor.printing import print_findings
+    from ..doctor.reading import case_of
+    from ..recipe.checks import optimiser_steps
 
     rows = len(checked.train) if hasattr(checked.train, "__len__") else None
     if optimiser_steps(recipe.args, rows) < LONG_RUN:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..exceptions import ConfigurationError, refuse_unknown_keys, writing
+from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..recipe.parse import make_parser, read_yaml
+from ..recipe.value_types import check_value_types
+from ..storage import writing
 from . import report_errors
-from .recipe import make_parser, read_yaml
-from .value_types import check_value_types
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationResults, EvaluationSettings

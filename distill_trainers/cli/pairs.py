@@ -18,8 +18,8 @@ from typing import Any
 
 from .. import hub
 from ..exceptions import ConfigurationError, DatasetError
+from ..recipe.parse import Recipe, parse_recipe
 from . import report_errors
-from .recipe import Recipe, parse_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _push(recipe: Recipe, own: PairArguments) -> str:
-    from ..rationales.records import read_rows
-    from ..reporting.dataset_card import Writers, push_rows
+    from ..cards.dataset_card import Writers, push_rows
+    from ..storage import read_rows
 
     teacher, args = recipe.run.teacher_model_name_or_path, recipe.args
     writers = Writers(teacher, recipe.run.dataset, recipe.model.model_name_or_path or teacher)
@@ -102,9 +102,9 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
         ConfigurationError, DatasetError: what must be mended, before any model is loaded.
         CheckpointError, CacheError: responses or pairs could not be written; those before are kept.
     """
-    from ..teachers.cache_files import write_atomically
-    from ..teachers.endpoints import is_remote
-    from .checks import check_recipe
+    from ..recipe.checks import check_recipe
+    from ..storage import write_atomically
+    from ..teachers.base import is_remote
     from .train import make_initial_student
 
     _check(own, recipe.args.temperature)
@@ -208,7 +208,7 @@ def _written_prompt(row: Mapping[str, Any], kind: str) -> Any:
 
 
 def _right_answer(row: Mapping[str, Any], number: int, own: PairArguments) -> str:
-    from ..rationales.verify import final_number
+    from ..answers.verify import final_number
 
     if own.verify == "none":
         return ""
@@ -224,7 +224,7 @@ def _right_answer(row: Mapping[str, Any], number: int, own: PairArguments) -> st
 
 
 def _is_right(response: str, answer: str) -> bool:
-    from ..rationales.verify import final_number, same_number
+    from ..answers.verify import final_number, same_number
 
     said, right = final_number(response), final_number(answer)
     return said is not None and right is not None and same_number(said, right)
@@ -261,10 +261,10 @@ class _Writer:
         """Text of each response, whether it is finished, and its number of tokens."""
         from ..models import eos_ids
         from ..rollouts import CompletionStore, complete_prompts, local_engine
-        from ..rollouts.mixing import mix
-        from ..teachers.cache_files import write_atomically
-        from ..teachers.cache_identity import describe_source, hashed
-        from ..trainers.completions import sampling_settings
+        from ..rollouts.draws import mix
+        from ..storage import write_atomically
+        from ..teachers.cache.identity import describe_source, hashed
+        from ..trainers.lifecycle.completions import sampling_settings
 
         args: Any = self.args
         identity = {

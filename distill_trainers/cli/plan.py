@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checks import CheckedRecipe, bare_trainer, check_recipe, student_and_teacher, without_weights
-from .recipe import Recipe
+from ..recipe.checks import (
+    CheckedRecipe,
+    bare_trainer,
+    check_recipe,
+    optimiser_steps,
+    student_and_teacher,
+    without_weights,
+)
+from ..recipe.parse import Recipe
 
 
 @dataclass
@@ -81,29 +87,12 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def optimiser_steps(args: Any, rows: int | None, processes: int | None = None) -> int:
-    """Optimiser steps of a run over so many rows (None: a stream, which needs max_steps).
-
-    Args:
-        processes: of the run; by default those of this launch.
-    """
-    world = processes or args.world_size
-    if args.max_steps > 0 or rows is None:
-        return max(0, args.max_steps)
-    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-    batches = math.ceil(rows / (args.per_device_train_batch_size * world))
-    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    if getattr(args, "reuses_rollouts", False):  # whole steps only, each as often as there are inner epochs
-        per_epoch = rows // window * args.num_inner_epochs
-    return math.ceil(per_epoch * args.num_train_epochs)
-
-
 def print_plan(plan: Plan) -> None:
     """The plan as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    from ..teachers.endpoints import is_remote
+    from ..teachers.base import is_remote
 
     table = Table("", "plan", title=f"{plan.method}: {plan.teacher} → {plan.student}", show_header=False)
     unknown = "unknown (stream)"
@@ -131,7 +120,7 @@ def print_plan(plan: Plan) -> None:
 
 def _teacher_cache(recipe: Recipe, models: Sequence[Any], datasets: Any) -> tuple[str, bool]:
     """What the cache lacks and how much room that will take, and whether the teacher stays out of memory."""
-    from ..trainers.caching import missing_from_cache
+    from ..trainers.lifecycle.cache_filling import missing_from_cache
 
     args = recipe.args
     if args.teacher_cache is None:
@@ -149,8 +138,8 @@ def _teacher_cache(recipe: Recipe, models: Sequence[Any], datasets: Any) -> tupl
 def _memory(recipe: Recipe, checked: CheckedRecipe, *, cached: bool) -> dict[str, float]:
     """The parts of one process's peak in MiB, unsharded (see `doctor.memory`)."""
     from ..doctor import Launch
+    from ..doctor.reading import case_of
     from ..doctor.room import memory_of
-    from .examination import case_of
 
     launch = Launch(on_cpu=recipe.args.device.type == "cpu")
     case, _ = case_of(recipe, launch, checked=checked)

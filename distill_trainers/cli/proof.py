@@ -55,7 +55,7 @@ def _quieten() -> None:
 
 def prove(output: Path, steps: int, teacher_steps: int) -> list[dict[str, Any]]:
     """Train teacher, baseline and one student per entry of PROOFS; each result has title, accuracy, KL and seconds."""
-    from ..data.addition import addition_accuracy, addition_rows, character_tokenizer, fit_on_gold, tiny_llama
+    from ..toy import addition_accuracy, addition_rows, character_tokenizer, fit_on_gold, tiny_llama
 
     tokenizer, rows = character_tokenizer(), addition_rows()
     rows, held_out = rows[:-HELD_OUT], rows[-HELD_OUT:]
@@ -90,7 +90,7 @@ def distill(student, teacher, tokenizer, rows, held_out, method, settings, outpu
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    from ..data.addition import ADAM_BETA2
+    from ..toy import ADAM_BETA2
     from ..trainers import METHODS
 
     config_class, trainer_class = METHODS[method]

@@ -74,10 +74,10 @@ def _refuse_local_base(folder: Path) -> None:
 
 
 def _with_scores(folder: Path, evaluation: str | None) -> None:
+    from ..cards.model_card import with_scores
     from ..evaluation.results import FILE_NAME, EvaluationResults
-    from ..exceptions import writing
-    from ..reporting.model_card import with_scores
-    from ..trainers.publishing import MERGED_NAME
+    from ..storage import writing
+    from ..trainers.lifecycle.publishing import MERGED_NAME
 
     card, run = folder / "README.md", folder.parent if folder.name == MERGED_NAME else folder
     places = [Path(evaluation)] if evaluation else [place / FILE_NAME for place in (folder, run, run / "evaluation")]
@@ -95,8 +95,8 @@ def _with_scores(folder: Path, evaluation: str | None) -> None:
 
 def push_file(file: Path, options: argparse.Namespace) -> str:
     """Upload rows as a dataset; returns its address."""
-    from ..rationales.records import read_rows
-    from ..reporting.dataset_card import Writers, push_rows
+    from ..cards.dataset_card import Writers, push_rows
+    from ..storage import read_rows
 
     rows = read_rows(file)
     return push_rows(

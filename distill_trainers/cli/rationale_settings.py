@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import hub
 from ..exceptions import ConfigurationError
-from .recipe import parse_settings
+from ..recipe.parse import parse_settings
 
 
 @dataclass
@@ -75,8 +75,8 @@ class PipelineArguments:
 
     def check(self) -> None:
         """Refuse what cannot work, by name."""
-        from ..rationales.formats import find_format
-        from ..rationales.verify import check_kind
+        from ..answers.formats import find_format
+        from ..answers.verify import check_kind
 
         if not self.folder:
             raise ConfigurationError("No folder was named; set `folder` to where the stages keep their files.")

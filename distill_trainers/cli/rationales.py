@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _extract(args: PipelineArguments) -> int:
-    from ..rationales.records import RecordStore
     from ..rationales.stages import extract
+    from ..storage import RecordStore
 
     questions = _questions(args)
     model, rank = _teacher(args)
@@ -68,8 +68,8 @@ def _extract(args: PipelineArguments) -> int:
 
 
 def _parse(args: PipelineArguments) -> int:
-    from ..rationales.records import read_rows
     from ..rationales.stages import parse
+    from ..storage import read_rows
 
     rows = read_rows(args.input or args.path("responses.jsonl"))
     parsed = parse(rows, args.answer_formats or (), args.next_question)
@@ -80,8 +80,8 @@ def _parse(args: PipelineArguments) -> int:
 
 
 def _verify(args: PipelineArguments) -> int:
-    from ..rationales.records import RecordStore, read_rows, write_rows
     from ..rationales.stages import verify
+    from ..storage import RecordStore, read_rows, write_rows
 
     rows = read_rows(args.input or args.path("parsed.jsonl"))
     store = RecordStore(args.path("verdicts"))
@@ -95,8 +95,8 @@ def _verify(args: PipelineArguments) -> int:
 
 
 def _dual(args: PipelineArguments) -> int:
-    from ..rationales.records import RecordStore, read_rows, write_rows
     from ..rationales.stages import dual
+    from ..storage import RecordStore, read_rows, write_rows
 
     if args.inspect:
         return _inspect(args)
@@ -115,8 +115,8 @@ def _dual(args: PipelineArguments) -> int:
 def _inspect(args: PipelineArguments) -> int:
     from rich.console import Console
 
-    from ..rationales.records import read_rows
     from ..rationales.show import html_page, terminal_lines, words
+    from ..storage import read_rows
 
     rows = read_rows(args.input or args.path("dual.jsonl"))
     split = words if args.tokenizer is None else _token_split(args.tokenizer)
@@ -147,8 +147,8 @@ def _token_split(name: str) -> Any:
 
 
 def _questions(args: PipelineArguments) -> list[dict[str, Any]]:
+    from ..answers.formats import find_format
     from ..data import load_split
-    from ..rationales.formats import find_format
 
     if not args.questions:
         raise ConfigurationError("No questions were named; set `questions` to a file, a folder or a Hub id.")
@@ -184,7 +184,7 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
             "model. (`dual` pairs what is there with `ask_for_pairs: false`.)"
         )
     if args.base_url:
-        from ..rollouts.remote import RemoteSettings, RemoteTextModel
+        from ..rationales.endpoint_model import RemoteSettings, RemoteTextModel
 
         shared = {f.name for f in fields(RemoteSettings)} & {f.name for f in fields(args)}
         how = {name: getattr(args, name) for name in shared} | {"max_tokens": args.max_new_tokens}
@@ -193,8 +193,8 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
     from accelerate import Accelerator
 
     from .. import models
+    from ..rationales.local_model import LocalTextModel
     from ..rollouts import SamplingSettings
-    from ..rollouts.text import LocalTextModel
     from ..teachers import LocalTeacher
 
     if any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("DEEPSPEED", "FSDP")):
@@ -241,13 +241,14 @@ def _progress(rank: int) -> Any:
 
 
 def _export(args: PipelineArguments, name: str, rows: list[dict[str, Any]]) -> None:
-    from ..rationales.records import dataset_of, write_rows
+    from ..rationales.records import dataset_of
+    from ..storage import write_rows
 
     write_rows(args.path(f"{name}.jsonl"), rows)
     if rows and args.save_as == "dataset":
         dataset_of(rows).save_to_disk(str(args.path(f"{name}_dataset")))
     if rows and args.push_to_hub:
-        from ..reporting.dataset_card import Writers, push_rows
+        from ..cards.dataset_card import Writers, push_rows
 
         teacher = None if args.base_url else args.teacher  # a served model has no card of that name
         how: dict[str, Any] = {"private": args.hub_private_repo, "token": args.hub_token}

@@ -22,7 +22,7 @@ machines, put it behind a tunnel or a proxy with TLS. SIGTERM and Ctrl-C finish 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options, with their defaults."""
-    from ..teachers.serving import Limits
+    from ..teachers.remote.service import Limits
 
     parser = argparse.ArgumentParser(
         prog="distill-trainers serve-teacher", description=__doc__, epilog=_EPILOG, allow_abbrev=False
@@ -62,9 +62,9 @@ def main(argv: Sequence[str]) -> int:
     options = make_parser().parse_args(argv)
     if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
         raise ConfigurationError("Serving a teacher needs FastAPI and uvicorn: pip install 'distill-trainers[serve]'.")
-    from ..teachers.remote import TOKEN_ENV, token_from_environment
-    from ..teachers.server import bind, serve
-    from ..teachers.serving import Limits
+    from ..teachers.remote.dialects import TOKEN_ENV, token_from_environment
+    from ..teachers.remote.http import bind, serve
+    from ..teachers.remote.service import Limits
 
     limits = Limits(**{name: getattr(options, name) for name in vars(Limits())})
     token = token_from_environment()
@@ -91,7 +91,7 @@ def load_service(options: Any, limits: Any) -> Any:
 
     from ..models import load_causal_lm, load_tokenizer
     from ..teachers import LocalTeacher
-    from ..teachers.serving import TeacherService
+    from ..teachers.remote.service import TeacherService
 
     known = {"trust_remote_code": options.trust_remote_code}
     where = {} if options.device_map is None else {"device_map": options.device_map}

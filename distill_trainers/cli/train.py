@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..exceptions import DatasetError, writing
+from ..exceptions import DatasetError
+from ..recipe.checks import check_recipe
+from ..recipe.parse import Recipe, parse_recipe
+from ..storage import writing
 from . import report_errors
-from .checks import check_recipe
 from .doctor import look_before
 from .orphans import end_with_launcher
-from .recipe import Recipe, parse_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
     from trl import get_peft_config, get_quantization_config
 
     from ..trainers import METHODS
-    from ..trainers.callbacks import InterruptCallback
-    from ..trainers.recording import changed_settings
+    from ..trainers.lifecycle.callbacks import InterruptCallback
+    from ..trainers.lifecycle.recording import changed_settings
     from .progress import ProgressReport
 
     settings, args = recipe.run, recipe.args
@@ -134,7 +135,7 @@ def make_initial_student(recipe: Recipe, rows: Any) -> Path:
     """
     from accelerate import PartialState
 
-    from ..trainers.checkpoints import STUDENT_INIT_NAME
+    from ..run_files import STUDENT_INIT_NAME
 
     folder = Path(recipe.args.output_dir) / STUDENT_INIT_NAME
     marker = folder / "student_init.json"
@@ -174,7 +175,7 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any,
     from ..data import DistillCollator
     from ..rollouts import complete_prompts, local_engine
     from ..teachers import LocalTeacher
-    from ..trainers.completions import (
+    from ..trainers.lifecycle.completions import (
         completion_store,
         prompts_to_complete,
         sampling_settings,

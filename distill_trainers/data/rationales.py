@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..answers.edit_distance import key_tokens
+from ..answers.formats import question_text
 from ..exceptions import DatasetError
-from ..rationales import key_tokens
-from ..rationales.prompts import question_text
 from .chat import Chat, split_conversation
 from .collator import IGNORED, DistillCollator, pad_rows
 from .formats import apply_column_mapping, detect_dataset_type, first_row

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Needs = Literal["completion", "prompt", "either", "both"]
 
-_CODE = ("formats.py", "chat.py", "rows.py", "tokenization.py", "rationales.py", "../rationales/edit_distance.py")
+_CODE = ("formats.py", "chat.py", "rows.py", "tokenization.py", "rationales.py", "../answers/edit_distance.py")
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
 _EMPTY_COMPLETION = "empty completion"
 _UNTRAINED = "no trained token (none marked, or all lost to truncation)"

@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .alternatives import Placement, all_placements
 from .case import Case
 from .disk import check_disk, checkpoint_bytes, num_checkpoints
 from .findings import Finding, Severity, ranked
 from .lengths import check_lengths
 from .memory import MemoryEstimate
 from .pace import Pace, Rates, pace_of
-from .placements import Placement, all_placements
 from .precision import check_precision
 from .room import Room, check_memory, memory_of, room_for
 from .teacher import check_answers, check_cache
-from .tokens import check_tokens
+from .tokenizers import check_tokens
 
 Check = Callable[[Case], Iterator[Finding]]
 # Nothing of these loads a weight.

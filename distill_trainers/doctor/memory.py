@@ -50,7 +50,7 @@ Between forward and backward activations fall as gradients grow, so that the mos
 
 **Gathered.** ZeRO-3 holds up to 10^9 parameters whole while it computes (DeepSpeed's `max_live_parameters`, also its
 distance of reuse, so that smaller models stay whole through a step). Its bucket of 5 * 10^8 gradients is made once and
-for all; that of ZeRO-2 at each backward. A teacher's engine (`models/placing.py`) is told to hold about two layers, or
+for all; that of ZeRO-2 at each backward. A teacher's engine (`models/frozen.py`) is told to hold about two layers, or
 the embedding or head and a copy of it, in which it was gathered. FSDP2 holds two layers whole, and from forward to
 backward the embedding and the head.
 

@@ -14,11 +14,11 @@ from ..exceptions import CacheError, ConfigurationError
 from ..losses.reduction import trained_mask
 from ..signals import TokenLogits, TokenLogprobs, TokenSampled, TokenTopK
 from ..teachers import CachedTeacher, Teacher, shared_vocabulary
-from ..teachers.cache_files import TeacherCache
-from ..teachers.cache_identity import read_identity
-from ..teachers.cached import dataset_row_key
-from ..trainers import sources
-from ..trainers.caching import missing_from_cache
+from ..teachers.cache.identity import read_identity
+from ..teachers.cache.shards import TeacherCache
+from ..teachers.rows import dataset_row_key
+from ..trainers import student as sources
+from ..trainers.lifecycle.cache_filling import missing_from_cache
 from .case import Case
 from .findings import Finding, error, warning
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import models
-from ..teachers.endpoints import is_remote
+from ..teachers.base import is_remote
 from .launch import Launch
 from .memory import Workload
 

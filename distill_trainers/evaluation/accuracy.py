@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..answers.formats import clean, find_format, parse_response
+from ..answers.verify import verify_answer
 from ..exceptions import DatasetError
-from ..rationales import parse_response, verify_answer
-from ..rationales.formats import clean, find_format
 from ..rollouts import DecodeEngine, RolloutEngine, SamplingSettings
 from .intervals import Sums
 

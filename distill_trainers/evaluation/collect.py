@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from ..rationales.records import RecordStore, content_key
 from ..rollouts import CompletionStore, DecodeEngine, InMemory, SamplingSettings, complete_prompts
 from ..rollouts.store import prompt_key
 from ..signals import TokenLogits
+from ..storage import RecordStore, content_key
 from .accuracy import Answer, answer_parser, judge
 from .cost import measure_cost
 from .examples import Example, ExampleSet
-from .forced import Text, TokenValues, force, pair_runner
 from .measures import NEED_SAMPLES
 from .results import Cost, TokenComparison, TopToken
 from .settings import EvaluationSettings
 from .subjects import Subject
+from .teacher_forced import Text, TokenValues, force, pair_runner
 
 
 @dataclass

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..rationales import verify_answer
-from ..rationales.verify import group_answers, majority_of
+from ..answers.verify import group_answers, majority_of, verify_answer
 from .intervals import Sums
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from ..answers.formats import question_text
 from ..data.formats import detect_dataset_type, is_conversation, to_chatml
 from ..data.rationales import RationaleTemplates
 from ..data.rows import tokenize_row, truncate
 from ..exceptions import DatasetError
-from ..rationales.prompts import question_text
 from .accuracy import Parse, Question, answer_parser
 from .settings import EvaluationSettings
 

@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import Any
 
 from ..exceptions import ConfigurationError
-from ..rationales.records import RecordStore, content_key
+from ..storage import RecordStore, content_key
 from .results import EvaluationResults, GapClosed, MeasureInfo, MeasureScore, Score
 from .settings import EvaluationSettings
 from .subjects import Subject

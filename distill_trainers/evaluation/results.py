@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..exceptions import DatasetError, writing
+from ..exceptions import DatasetError
+from ..storage import writing
 
 FORMAT = "distill_trainers.evaluation"
 VERSION = 1

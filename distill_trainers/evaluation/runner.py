@@ -20,7 +20,6 @@ from .calibration import calibration_bins
 from .collect import Collected, Workshop
 from .examples import ExampleSet, read_examples
 from .exposure import by_position, covered_length, exposure_curve
-from .forced import TokenValues
 from .harness import Harness
 from .intervals import Array, Sums, bootstrap_counts, difference, gap_closed, ratio, score
 from .measures import AGREEMENT, MEASURES, METRICS, NEED_A_TEACHER, NEED_SAMPLES
@@ -37,6 +36,7 @@ from .results import (
 from .scores import scores_of
 from .settings import EvaluationSettings
 from .subjects import KnownModels, Subject, one_process_only, reference_tokenizer
+from .teacher_forced import TokenValues
 
 BOOTSTRAP_SEED = 0
 _LIBRARIES = {"rouge_l": "rouge_score", "diversity": "sacrebleu"}

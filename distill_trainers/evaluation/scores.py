@@ -12,12 +12,12 @@ from .consistency import agree, consistency_sums
 from .diversity import distinct_sums, ended_sums, length_sums, self_bleu_sums
 from .examples import ExampleSet
 from .exposure import exposure_sums
-from .forced import TokenValues
 from .intervals import Sums
 from .measures import AGREEMENT, MEASURES
 from .perplexity import perplexity_sums
 from .rouge import rouge_l, rouge_sums
 from .settings import EvaluationSettings
+from .teacher_forced import TokenValues
 
 
 def scores_of(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..answers.verify import check_kind
 from ..exceptions import ConfigurationError
-from ..rationales.verify import check_kind
 from ..rollouts import SamplingSettings
 from .accuracy import answer_parser
 from .measures import METRICS

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from .. import models
-from ..exceptions import ConfigurationError, VocabularyError, writing
+from ..exceptions import ConfigurationError, VocabularyError
+from ..storage import writing
 from ..teachers import DeferredTeacher, LocalTeacher, shared_vocabulary
-from ..teachers.cache_identity import answering_settings, describe_source
+from ..teachers.cache.identity import answering_settings, describe_source
 from ..teachers.local import weights_fingerprint
 
 ROLES = ("teacher", "baseline", "student")

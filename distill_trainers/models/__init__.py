@@ -4,14 +4,7 @@ Everything above it sees three ideas only: a causal LM that can be run up to its
 wrapper* (`install_token_forward`), its output `Head`, and the context in which it can generate.
 """
 
-from .adapters import (
-    add_adapter,
-    answering_with,
-    causal_lm_of,
-    is_peft,
-    load_adapter,
-    unwrapped,
-)
+from .adapters import add_adapter, answering_with, causal_lm_of, is_peft, load_adapter, unwrapped
 from .forward import (
     OnHidden,
     disable_dropout,
@@ -24,14 +17,8 @@ from .forward import (
     read_head,
     without_token_forward,
 )
-from .generation import (
-    eos_ids,
-    generating,
-    generation_eos_ids,
-)
-from .hub import (
-    uploading,
-)
+from .frozen import loading_placed, placement_of_launch, prepare_frozen
+from .generation import eos_ids, generating, generation_eos_ids
 from .loading import (
     check_model_source,
     decoder_start,
@@ -49,7 +36,6 @@ from .loading import (
     source_of,
     with_pad_token,
 )
-from .placing import loading_placed, placement_of_launch, prepare_frozen
 from .sharding import (
     fsdp_version,
     keep_optimizer,
@@ -60,6 +46,7 @@ from .sharding import (
     whole_parameters,
     zero_stage,
 )
+from .upload_hook import uploading
 
 __all__ = [
     "merged_copy",

@@ -1,12 +1,12 @@
 """Rationales: chains of thought as data. Prompts, parsing, verification, edit distance, pairs; no model, no torch."""
 
-from .edit_distance import Edits, edit_distance, edits, key_tokens
-from .formats import FORMATS, Parsed, parse_response
-from .verify import KINDS, Verdict, majority_answer, verify_answer
+from ..answers.edit_distance import Edits, edit_distance, edits, key_tokens
+from ..answers.formats import FORMATS, Parsed, parse_response
+from ..answers.verify import ANSWER_KINDS, Verdict, majority_answer, verify_answer
 
 __all__ = [
     "FORMATS",
-    "KINDS",
+    "ANSWER_KINDS",
     "Edits",
     "Parsed",
     "Verdict",

@@ -10,21 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .edit_distance import edits
+from ..answers.edit_distance import edits
+from ..storage import Record
 from .prompts import chain_text
-from .records import Row
 
 
 @dataclass(frozen=True)
 class Chains:
     """The chains of one question, by how they were judged."""
 
-    question: Row
-    right: list[Row]
-    wrong: list[Row]
+    question: Record
+    right: list[Record]
+    wrong: list[Record]
 
 
-def by_question(right: Sequence[Row], wrong: Sequence[Row]) -> list[Chains]:
+def by_question(right: Sequence[Record], wrong: Sequence[Record]) -> list[Chains]:
     """Chains grouped by question (its text and its choices), in order of appearance."""
     found: dict[tuple[str, ...], Chains] = {}
     for rows, name in ((right, "right"), (wrong, "wrong")):
@@ -34,7 +34,7 @@ def by_question(right: Sequence[Row], wrong: Sequence[Row]) -> list[Chains]:
     return list(found.values())
 
 
-def pair(right: Mapping[str, Any], wrong: Mapping[str, Any], source: str) -> Row:
+def pair(right: Mapping[str, Any], wrong: Mapping[str, Any], source: str) -> Record:
     """A row of the layout `rationale` with its wrong twin.
 
     Args:
@@ -53,7 +53,7 @@ def pair(right: Mapping[str, Any], wrong: Mapping[str, Any], source: str) -> Row
     return row
 
 
-def closest(rights: Sequence[Row], wrong: Row) -> Row:
+def closest(rights: Sequence[Record], wrong: Record) -> Record:
     """The right chain that takes the fewest word edits: the fewer differ, the more each of them is a key step."""
     return min(rights, key=lambda row: edits(*_ids(row["rationale"], wrong["rationale"])).distance)
 

@@ -6,10 +6,10 @@ every response: a changed wording never passes for the old one.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..answers.formats import question_text
 from ..exceptions import DatasetError
 from .exemplars import EXEMPLARS, Exemplar
 
@@ -25,12 +25,6 @@ _CONTRAST = (
     "You are given a problem and a correct solution. Write a solution in the same style that goes wrong in one key "
     "step and so reaches another answer. End with: The answer is X."
 )
-
-
-def question_text(question: str, choices: Sequence[str] | None = None) -> str:
-    """A question with its choices below it, lettered."""
-    letters = zip(string.ascii_uppercase, choices or (), strict=False)
-    return "\n".join([question, *(f"({letter}) {choice}" for letter, choice in letters)])
 
 
 def exemplars_of(given: str | Sequence[Mapping[str, Any]] | None, count: int) -> list[Exemplar]:

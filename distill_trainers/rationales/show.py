@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .edit_distance import key_tokens
+from ..answers.edit_distance import key_tokens
 
 Split = Callable[[str], list[str]]
 

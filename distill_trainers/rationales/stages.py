@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..answers.formats import parse_response
+from ..answers.verify import RIGHT, WRONG, majority_answer, verify_answer
 from ..exceptions import DatasetError
+from ..storage import Record, RecordStore, content_key
 from . import prompts
 from .dual import as_exemplar, by_question, closest, pair
-from .formats import parse_response
-from .records import RecordStore, Request, Response, Row, TextModel, content_key
-from .verify import RIGHT, WRONG, majority_answer, verify_answer
+from .records import Request, Response, TextModel
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
@@ -42,11 +43,11 @@ def _quiet(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
 
 def ask(
     model: TextModel,
-    prompts_of: Sequence[tuple[Row, list[dict[str, str]], int]],
+    prompts_of: Sequence[tuple[Record, list[dict[str, str]], int]],
     store: RecordStore,
     kind: str,
     progress: Progress = _quiet,
-) -> tuple[list[Row], Asked]:
+) -> tuple[list[Record], Asked]:
     """Ask a teacher for what the store lacks, and keep each answer as it comes.
 
     Args:
@@ -57,7 +58,7 @@ def ask(
         the rows of all requests that have been answered, by now or earlier, in the order of the requests; and counts.
     """
     identity = model.identity()
-    requests: dict[str, tuple[Row, Request]] = {}
+    requests: dict[str, tuple[Record, Request]] = {}
     for row, messages, sample in prompts_of:
         key = content_key(identity, messages, sample)
         requests.setdefault(key, (row, Request(key, messages, sample)))
@@ -78,7 +79,7 @@ def ask(
     return [known[key] for key in requests if key in known], asked
 
 
-def _answered(row: Row, request: Request, response: Response, identity: Mapping[str, Any], kind: str) -> Row:
+def _answered(row: Record, request: Request, response: Response, identity: Mapping[str, Any], kind: str) -> Record:
     carried = {name: row[name] for name in row if name in _CARRIED and row[name] is not None}
     provenance = {
         **identity,
@@ -97,14 +98,14 @@ def _answered(row: Row, request: Request, response: Response, identity: Mapping[
 
 
 def extract(
-    questions: Sequence[Row],
+    questions: Sequence[Record],
     model: TextModel,
     store: RecordStore,
     *,
     samples: int = 1,
     exemplars: Sequence[Mapping[str, Any]] = (),
     progress: Progress = _quiet,
-) -> tuple[list[Row], Asked]:
+) -> tuple[list[Record], Asked]:
     """`samples` few-shot chains of thought for every question."""
     _require_columns(questions, ("question",), "questions")
     shots = [dict(each) for each in exemplars]
@@ -112,7 +113,7 @@ def extract(
     return ask(model, wanted, store, "cot", progress)
 
 
-def parse(rows: Sequence[Row], formats: Sequence[str] = (), next_question: str | None = "Q:") -> list[Row]:
+def parse(rows: Sequence[Record], formats: Sequence[str] = (), next_question: str | None = "Q:") -> list[Record]:
     """Rows with `response` taken apart into `rationale`, `parsed_answer` and `answer_format`."""
     _require_columns(rows, ("response",), "responses")
     found = []
@@ -128,13 +129,13 @@ def parse(rows: Sequence[Row], formats: Sequence[str] = (), next_question: str |
 class Verified:
     """Rows by verdict, and counts: of every verdict, and of why right rows were dropped."""
 
-    right: list[Row]
-    wrong: list[Row]
+    right: list[Record]
+    wrong: list[Record]
     counts: Counter[str]
 
 
 def verify(
-    rows: Sequence[Row],
+    rows: Sequence[Record],
     *,
     kind: str = "auto",
     majority_share: float = 0.5,
@@ -150,7 +151,7 @@ def verify(
     _require_columns(rows, ("question", "rationale", "parsed_answer"), "parsed rows")
     voted = _votes([row for row in rows if row.get("answer") in (None, "")], kind, majority_share)
     known = store.load() if store else {}
-    new: list[Row] = []
+    new: list[Record] = []
     right, wrong, counts = [], [], Counter[str]()
     seen: set[tuple[str, ...]] = set()
     for row in progress(rows, len(rows), "verify"):
@@ -190,8 +191,8 @@ def verify(
     return Verified(right, wrong, counts)
 
 
-def _votes(rows: Sequence[Row], kind: str, share: float) -> dict[tuple[str, ...], str]:
-    groups: dict[tuple[str, ...], list[Row]] = {}
+def _votes(rows: Sequence[Record], kind: str, share: float) -> dict[tuple[str, ...], str]:
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for row in rows:
         groups.setdefault(_question_key(row), []).append(row)
     found = {}
@@ -210,15 +211,15 @@ def _question_key(row: Mapping[str, Any]) -> tuple[str, ...]:
 class Dual:
     """Pairs for key-step learning, right rows for fine-tuning before it (D+ and D−+), and counts."""
 
-    pairs: list[Row]
-    right: list[Row]
+    pairs: list[Record]
+    right: list[Record]
     counts: Counter[str]
     asked: dict[str, Asked]
 
 
 def dual(
-    right: Sequence[Row],
-    wrong: Sequence[Row],
+    right: Sequence[Record],
+    wrong: Sequence[Record],
     model: TextModel | None,
     store: RecordStore,
     *,
@@ -267,12 +268,19 @@ def dual(
 
 
 def _judged(
-    rows: Sequence[Row], counts: Counter[str], prompt: str, wanted: str, *, formats: Any, kind: str, next_question: Any
-) -> dict[tuple[str, ...], list[Row]]:
+    rows: Sequence[Record],
+    counts: Counter[str],
+    prompt: str,
+    wanted: str,
+    *,
+    formats: Any,
+    kind: str,
+    next_question: Any,
+) -> dict[tuple[str, ...], list[Record]]:
     """Rows with the wanted verdict by question; the others are counted."""
     result = verify(parse(rows, formats, next_question), kind=kind) if rows else Verified([], [], Counter())
     counts.update({f"{prompt}: {reason}": count for reason, count in result.counts.items()})
-    found: dict[tuple[str, ...], list[Row]] = {}
+    found: dict[tuple[str, ...], list[Record]] = {}
     for row in result.right if wanted == RIGHT else result.wrong:
         found.setdefault(_question_key(row), []).append(row)
     return found

@@ -13,7 +13,7 @@ from .axes import nice_ticks, short
 from .charts import Series, histogram_chart, legend, line_chart
 from .markup import Html, el, figure, missing, section, table
 from .runs import Run
-from .scores import heading, how_to_evaluate, in_order, style_of
+from .score_tables import heading, how_to_evaluate, in_order, style_of
 
 TEXTS = {"reference": "reference text", "student": "the model's own text"}
 _FEWEST = 3  # completions behind a mean by position

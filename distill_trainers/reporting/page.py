@@ -9,14 +9,14 @@ import importlib.resources
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..exceptions import writing
+from ..storage import writing
 from .curves import curves
 from .distributions import distributions
 from .markup import Html, el
 from .overview import comparison, cost, what_was_run
 from .runs import Run
 from .samples import samples
-from .scores import glance, scores
+from .score_tables import glance, scores
 from .tokens import tokens
 
 FILE_NAME = "report.html"

@@ -13,8 +13,8 @@ from typing import Any
 from ..evaluation.results import FILE_NAME as EVALUATION_NAME
 from ..evaluation.results import EvaluationResults
 from ..exceptions import CheckpointError, ConfigurationError
-from ..trainers.checkpoints import SAMPLES_NAME, TRAINER_STATE_NAME, find_last_complete_checkpoint
-from ..trainers.recording import read_record
+from ..run_files import SAMPLES_NAME, find_last_complete_checkpoint, read_record
+from ..trainers.lifecycle.checkpoints import TRAINER_STATE_NAME
 
 METRICS_NAME = "metrics.json"
 _EVALUATION_PLACES = (EVALUATION_NAME, f"evaluation/{EVALUATION_NAME}")

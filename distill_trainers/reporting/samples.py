@@ -8,7 +8,7 @@ from typing import Any
 from ..evaluation.results import EvaluationResults, Sample
 from .markup import Html, el, missing, section, shortened
 from .runs import Run
-from .scores import heading, how_to_evaluate, in_order
+from .score_tables import heading, how_to_evaluate, in_order
 
 _LONGEST = 4000  # characters of a text
 _SHORT = 70  # characters of a prompt in the title of a card

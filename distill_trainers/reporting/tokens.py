@@ -12,7 +12,7 @@ from ..evaluation.tables import number
 from .distributions import TEXTS
 from .markup import Html, data_script, el, escaped, join, missing, section, shortened, table, visible
 from .runs import Run
-from .scores import how_to_evaluate
+from .score_tables import how_to_evaluate
 
 # Where one shade ends and the next begins, in 1/1000 nats as the page's script has its values; the divergence of Jensen
 # and Shannon is at most ln 2 = 0.693 nats.

@@ -1,7 +1,10 @@
 """Rollouts: completions sampled from a model, and when to use them."""
 
 from .completing import InMemory, complete_prompts
-from .decode import decode_completions, decode_scored, why_not_scored
+from .decode.loop import decode_completions, decode_scored, why_not_scored
+from .decode.mixture import Mixture
+from .decode.rows import Scored
+from .draws import draws_on_policy, rollout_rng
 from .engines import (
     ENGINES,
     DecodeEngine,
@@ -13,10 +16,7 @@ from .engines import (
     local_engine,
 )
 from .hf import generate_completions
-from .mixing import draws_on_policy, rollout_rng
-from .mixture import Mixture
 from .replay import AdaptiveProbability, ReplayBuffer
-from .rows import Scored
 from .sampling import SamplingSettings
 from .store import CompletionStore
 

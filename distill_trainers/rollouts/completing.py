@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
+from .draws import rollout_rng
 from .engines import DecodeEngine, RolloutEngine
-from .mixing import rollout_rng
 from .sampling import SamplingSettings
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..exceptions import ConfigurationError, refuse_unknown_keys
-from .decode import decode_completions, why_not_decodable
+from .decode.loop import decode_completions, why_not_decodable
 from .hf import generate_completions
 from .sampling import SamplingSettings, up_to_eos
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..data import replace_completions
-from .mixing import mix
+from .draws import mix
 
-Row = tuple[list[int], ...]
+ReplayRow = tuple[list[int], ...]
 Batch = dict[str, Any]
 
 
@@ -34,16 +34,16 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, parts: int = 2):
         self.parts = parts
-        self.rows: deque[Row] = deque(maxlen=capacity)
+        self.rows: deque[ReplayRow] = deque(maxlen=capacity)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def push(self, rows: Iterable[Row]) -> None:
+    def push(self, rows: Iterable[ReplayRow]) -> None:
         """Add rows; the oldest make room."""
         self.rows.extend(rows)
 
-    def sample(self, count: int, *, seed: int, step: int, rank: int) -> list[Row]:
+    def sample(self, count: int, *, seed: int, step: int, rank: int) -> list[ReplayRow]:
         """`count` rows drawn from (seed, step, rank); different ones, unless fewer are there."""
         drawn = random.Random(mix(seed, step, rank, 2))
         if count > len(self.rows):
@@ -86,9 +86,9 @@ class AdaptiveProbability:
         self.value, self.last_loss = state["value"], state["last_loss"]
 
 
-def sampled_rows(batches: Sequence[Batch]) -> list[Row]:
+def sampled_rows(batches: Sequence[Batch]) -> list[ReplayRow]:
     """The (prompt, completion) rows of batches whose completions were sampled."""
-    rows: list[Row] = []
+    rows: list[ReplayRow] = []
     for batch in batches:
         prompts, answers = batch["prompt_mask"].sum(dim=1).tolist(), batch["attention_mask"].sum(dim=1).tolist()
         for ids, prompt, answer in zip(batch["input_ids"].tolist(), prompts, answers, strict=True):
@@ -97,7 +97,7 @@ def sampled_rows(batches: Sequence[Batch]) -> list[Row]:
 
 
 def with_rows(
-    batches: Sequence[Batch], rows: Sequence[Row], pad_token_id: int, pad_to_multiple_of: int | None = None
+    batches: Sequence[Batch], rows: Sequence[ReplayRow], pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> list[Batch]:
     """The batches with other prompts and completions in place of their own, in order."""
     replaced, start = [], 0

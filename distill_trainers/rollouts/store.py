@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..exceptions import writing
+from ..storage import writing
 
 _REMEDY = "Completions written earlier are kept: free some space, or set `completions_dir`, and start again."
 

@@ -1,11 +1,9 @@
 """Teachers: interchangeable sources of a signal for each trained token."""
 
-from .base import Teacher
-from .cached import CachedTeacher
-from .deferred import DeferredTeacher
-from .local import LocalTeacher
-from .none import NoTeacher
-from .remote import RemoteTeacher
+from .base import NoTeacher, Teacher
+from .cache.teacher import CachedTeacher
+from .local import DeferredTeacher, LocalTeacher
+from .remote.teacher import RemoteTeacher
 from .vocabulary import shared_vocabulary
 
 __all__ = [

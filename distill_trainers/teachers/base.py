@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -73,3 +73,23 @@ class Teacher(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Identifies weights and configuration, for anything kept on disk."""
+
+
+def is_remote(name: Any) -> bool:
+    """Whether a teacher is named by the address of its server, or by several with commas between."""
+    return isinstance(name, str) and name.strip().lower().startswith(("http://", "https://"))
+
+
+class NoTeacher(Teacher):
+    """Stands where a teacher would, says nothing, and serves methods whose `needs` are empty."""
+
+    name = "none"
+
+    def prepare(self, accelerator: Any) -> None:
+        pass
+
+    def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> Any:
+        return None
+
+    def fingerprint(self) -> str:
+        return "none"

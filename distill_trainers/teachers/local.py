@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from .. import models
 from ..exceptions import ConfigurationError
 from ..signals import HiddenStates, Logits, TeacherSignal
 from .base import Teacher
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,3 +115,116 @@ def weights_fingerprint(model: nn.Module, leave_out: Collection[str] = (), *, wi
                 some = flat[:: max(1, flat.numel() // 64)][:64]
                 digest.update(some.to(torch.float32).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+class DeferredTeacher(LocalTeacher):
+    """Everything that a `LocalTeacher` is, for runs that have most of its answers already.
+
+    Args:
+        load: gives the model; called at the first question, and again after `release`.
+        config: of the model, known without its weights.
+        name: for logs and the model card.
+        placement: as of `LocalTeacher`.
+    """
+
+    def __init__(self, load: Callable[[], nn.Module], config: Any, name: str, placement: str = "auto"):
+        self.name = name
+        self.placement = placement
+        self._config = config
+        self._load = load
+        self._live: LocalTeacher | None = None
+        self._accelerator: Accelerator | None = None
+        self._fused: bool | None = None
+
+    @property
+    def config(self) -> Any:
+        return self._config
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the model is in memory."""
+        return self._live is not None
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]  # read only
+        return self._whole().model
+
+    def _whole(self) -> LocalTeacher:
+        if self._live is None:
+            logger.info("Loading the teacher %s.", self.name)
+            self._live = LocalTeacher(self._load(), self.name, self.placement)
+            if self._accelerator is not None:
+                self._live.prepare(self._accelerator)
+        return self._live
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        if self._live is not None:
+            self._live.prepare(accelerator)
+
+    def release(self) -> None:
+        """Let the model go until it is asked again."""
+        self._live = None
+
+    def fingerprint(self) -> str:
+        return self._whole().fingerprint()
+
+
+class AdapterOff(LocalTeacher):
+    """A PEFT student with its adapter switched off: the base model, or with another adapter on it.
+
+    Args:
+        student: gives the student in its wrappers as they are now.
+        adapter: of the student's adapters, the one to answer with; None for the base alone.
+    """
+
+    def __init__(self, student: Callable[[], nn.Module], adapter: str | None = None):
+        self.name = f"the student with the adapter {adapter}" if adapter else "the student without its adapter"
+        self.adapter = adapter
+        self.placement = "adapter_off"
+        self._student = student
+        self._fingerprint = base_fingerprint(student(), adapter)
+        self._fused: bool | None = None
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]  # read only
+        return self._student()
+
+    def prepare(self, accelerator: Any) -> None:
+        """The student is prepared by its trainer."""
+
+    @torch.no_grad()
+    def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
+        with self.answering():
+            return super().signal(inputs, predicts, vocab_size)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        wrapped = self.model
+        training = wrapped.training
+        try:
+            with models.answering_with(wrapped, self.adapter):
+                yield
+        finally:
+            wrapped.train(training)
+
+
+def base_fingerprint(student: nn.Module, adapter: str | None = None, **how: Any) -> str:
+    """`weights_fingerprint` without adapters, whose weights start at random, but for `adapter`."""
+    if not models.is_peft(student):
+        return weights_fingerprint(student, **how)
+    adapters: Any = models.unwrapped(student).peft_config
+    return weights_fingerprint(student, leave_out=frozenset(adapters) - {adapter}, **how)
+
+
+def reference_fingerprint(student: nn.Module) -> str:
+    """What tells the weights that a student, not yet trained, is the reference by: an adapter's if they do anything."""
+    known_by = base_fingerprint if adapter_is_neutral(student) else weights_fingerprint
+    return known_by(student, with_config=False)
+
+
+def adapter_is_neutral(student: nn.Module) -> bool:
+    """Whether a LoRA student's adapter still changes nothing, as a newly added one does (its B is 0)."""
+    second = [p for name, p in student.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    with models.whole_parameters(*second):
+        return bool(second) and not any(bool(p.detach().any()) for p in second)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
-from .base import Teacher
-from .cached import CachedTeacher
-from .endpoints import is_remote
+from .base import Teacher, is_remote
+from .cache.teacher import CachedTeacher
 
 if TYPE_CHECKING:
     from ..trainers.config import DistillConfig

@@ -4,10 +4,8 @@ from .base import DistillTrainer
 from .config import DistillConfig
 from .dpkd import DPKDConfig, DPKDTrainer
 from .gkd import GKDConfig, GKDTrainer
-from .minillm import MiniLLMTrainer
-from .minillm_config import MiniLLMConfig
-from .rationale import RationaleTrainer
-from .rationale_config import RationaleConfig
+from .minillm import MiniLLMConfig, MiniLLMTrainer
+from .rationale import RationaleConfig, RationaleTrainer
 
 METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {
     "gkd": (GKDConfig, GKDTrainer),

@@ -36,27 +36,23 @@ from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_trained_tokens, sum_over_trained, token_mean
 from ..rollouts import build_engine, check_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
+from ..run_files import check_resumable, last_complete_checkpoint
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import CachedTeacher, Teacher
-from . import caching, held_out, publishing, remote, sources
-from .callbacks import StepLoss, divergence_error
-from .checkpoints import (
-    check_resumable,
-    last_complete_checkpoint,
-    read_method_state,
-    remove_torn,
-    stream_position,
-    write_method_state,
-    written_whole,
-)
-from .completions import fill_with_teacher_completions, sampling_settings
+from . import student as sources
 from .config import DistillConfig, config_from_arguments
-from .evaluating import TeacherForcedEvaluation
-from .forward import ask_ahead, head_can_be_fused, terms_of_batch
-from .held_out import HeldOutMeasures
-from .metrics import RunningMetrics
-from .order import train_sampler
-from .recording import RunRecorder
+from .evaluation_loop import TeacherForcedEvaluation
+from .lifecycle import cache_filling as caching
+from .lifecycle import held_out, publishing
+from .lifecycle import outage as remote
+from .lifecycle.callbacks import StepLoss, divergence_error
+from .lifecycle.checkpoints import read_method_state, remove_torn, stream_position, write_method_state, written_whole
+from .lifecycle.completions import fill_with_teacher_completions, sampling_settings
+from .lifecycle.held_out import HeldOutMeasures
+from .lifecycle.metrics import RunningMetrics
+from .lifecycle.order import train_sampler
+from .lifecycle.recording import RunRecorder
+from .step import ask_ahead, head_can_be_fused, terms_of_batch
 
 Batch = dict[str, Any]
 

@@ -11,10 +11,9 @@ from transformers import TrainingArguments
 from ..evaluation.measures import METRICS, higher_is_better
 from ..exceptions import ConfigurationError
 from ..rollouts import ENGINES
-from ..teachers.cache_kinds import KINDS
+from ..teachers.cache.kinds import CACHE_KINDS
 from ..teachers.placement import PLACEMENTS, check_settings
-from ..teachers.serving import NUMBER_DTYPES
-from ..teachers.wire import KINDS as SERVER_KINDS
+from ..teachers.remote.wire import NUMBER_DTYPES, SERVER_KINDS
 
 
 @dataclass
@@ -143,7 +142,7 @@ class DistillConfig(TrainingArguments):
     )
     teacher_cache_kind: str = field(
         default="hidden",
-        metadata={"help": f"What is kept of each trained token: one of {', '.join(KINDS)}; hidden is exact."},
+        metadata={"help": f"What is kept of each trained token: one of {', '.join(CACHE_KINDS)}; hidden is exact."},
     )
     teacher_cache_top_k: int = field(default=64, metadata={"help": "Ids kept per token by the kind topk."})
     teacher_cache_draws: int = field(default=50, metadata={"help": "Draws per token of the kind sampled."})
@@ -281,11 +280,11 @@ class DistillConfig(TrainingArguments):
 
     def _check_teacher_cache(self) -> None:
         kind = self.teacher_cache_kind
-        require(kind in KINDS, "teacher_cache_kind", kind, f"one of {', '.join(KINDS)}")
+        require(kind in CACHE_KINDS, "teacher_cache_kind", kind, f"one of {', '.join(CACHE_KINDS)}")
         draws = self.teacher_cache_draws
         require(self.teacher_cache_top_k >= 1, "teacher_cache_top_k", self.teacher_cache_top_k, "at least 1 id")
         require(1 <= draws <= 32767, "teacher_cache_draws", draws, "1 to 32767 draws")
-        dtypes = KINDS[kind].dtypes
+        dtypes = CACHE_KINDS[kind].dtypes
         require(
             self.teacher_cache_dtype in (None, *dtypes),
             "teacher_cache_dtype",

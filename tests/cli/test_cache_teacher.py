@@ -13,7 +13,7 @@ import yaml
 import distill_trainers.models as models
 from distill_trainers.cli import main
 from distill_trainers.teachers import CachedTeacher
-from distill_trainers.teachers.cache_report import inspect_cache
+from distill_trainers.teachers.cache.report import inspect_cache
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,9 +8,9 @@ import pytest
 
 from distill_trainers import models
 from distill_trainers.cli import main
-from distill_trainers.cli.examination import case_of
-from distill_trainers.cli.recipe import parse_recipe
 from distill_trainers.doctor import Launch, precision, room, teacher
+from distill_trainers.doctor.reading import case_of
+from distill_trainers.recipe.parse import parse_recipe
 from distill_trainers.teachers import LocalTeacher
 
 CHAT = "{% for m in messages %}{{ '=' if m['role'] == 'user' else '' }}{{ m['content'] }}{{ eos_token }}{% endfor %}"

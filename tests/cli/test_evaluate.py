@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_trainers import models
 from distill_trainers.cli import main
-from distill_trainers.data.addition import addition_rows
 from distill_trainers.evaluation import EvaluationResults
 from distill_trainers.evaluation.harness import Harness, harness_scores
 from distill_trainers.evaluation.results import ModelResults
 from distill_trainers.evaluation.settings import EvaluationSettings
+from distill_trainers.toy import addition_rows
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distill_trainers.cli import proof
-from distill_trainers.data.addition import addition_accuracy, addition_rows, fit_on_gold, tiny_llama
+from distill_trainers.toy import addition_accuracy, addition_rows, fit_on_gold, tiny_llama
 
 ROWS = addition_rows()
 TRAIN, HELD_OUT = ROWS[: -proof.HELD_OUT], ROWS[-proof.HELD_OUT :]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from distill_trainers.cli import main
 from distill_trainers.evaluation.results import EvaluationResults, MeasureInfo, MeasureScore, ModelResults
-from distill_trainers.trainers.callbacks import InterruptCallback
+from distill_trainers.trainers.lifecycle.callbacks import InterruptCallback
 
 from_teacher = {"model_name_or_path": None, "student_init": {"from_teacher": True, "keep_layers": 1}}
 

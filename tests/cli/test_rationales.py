@@ -12,7 +12,7 @@ from datasets import load_dataset, load_from_disk
 
 from distill_trainers.cli import main
 from distill_trainers.cli.rationales import PipelineArguments, parse_arguments
-from distill_trainers.rationales.records import read_rows, write_rows
+from distill_trainers.storage import read_rows, write_rows
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

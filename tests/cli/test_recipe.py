@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_trainers.cli import main
-from distill_trainers.cli.recipe import parse_recipe
+from distill_trainers.recipe.parse import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))

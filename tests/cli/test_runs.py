@@ -13,13 +13,13 @@ import yaml
 from transformers import AutoConfig, PreTrainedModel
 
 from distill_trainers.cli import main
-from distill_trainers.cli.checks import check_recipe
 from distill_trainers.cli.plan import make_plan
-from distill_trainers.cli.recipe import parse_recipe
 from distill_trainers.cli.train import build_trainer, run
-from distill_trainers.data.addition import RATIONALE_PROMPTS
 from distill_trainers.exceptions import CheckpointError, TrainingDivergedError
+from distill_trainers.recipe.checks import check_recipe
+from distill_trainers.recipe.parse import parse_recipe
 from distill_trainers.rollouts import CompletionStore
+from distill_trainers.toy import RATIONALE_PROMPTS
 from distill_trainers.trainers import GKDTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def test_the_card_tells_no_path(recipe, tmp_path, saved):
 
 
 def test_the_card_names_a_student_of_the_hub(make_trainer):
-    from distill_trainers.reporting.model_card import model_card
+    from distill_trainers.cards.model_card import model_card
 
     trainer = make_trainer()
     trainer.model.config._name_or_path = "org/small"

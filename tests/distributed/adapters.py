@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from distill_trainers import GKDConfig, GKDTrainer
-from distill_trainers.data.addition import addition_dataset, character_tokenizer, tiny_llama
 from distill_trainers.exceptions import ConfigurationError
+from distill_trainers.toy import addition_dataset, character_tokenizer, tiny_llama
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from parity_cells import leave, recorded  # noqa: E402

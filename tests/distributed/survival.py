@@ -67,7 +67,7 @@ ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 def prepare(folder: Path) -> Path:
     """A recipe with tiny models and data on disk. Dropout is on, so that the random state must come back too."""
-    from distill_trainers.data.addition import character_tokenizer, tiny_llama
+    from distill_trainers.toy import character_tokenizer, tiny_llama
 
     tokenizer = character_tokenizer()
     for name, width, seed, more in (("student", 32, 1, {"attention_dropout": 0.1}), ("teacher", 48, 2, {})):
@@ -183,7 +183,7 @@ def check_checkpoints(output: Path) -> int:
     """The newest complete checkpoint's step, or 0; all that look complete must be readable."""
     from safetensors import safe_open
 
-    from distill_trainers.trainers.checkpoints import is_complete
+    from distill_trainers.run_files import is_complete
 
     steps = [0]
     for folder in filter(is_complete, output.glob("checkpoint-*")):

@@ -18,11 +18,11 @@ WORKER = """
 import json, os, sys
 import torch.distributed as dist
 from accelerate import Accelerator
-from distill_trainers.data.addition import character_tokenizer, tiny_llama
+from distill_trainers.toy import character_tokenizer, tiny_llama
 from distill_trainers.rationales.records import RecordStore
 from distill_trainers.rationales.stages import extract
 from distill_trainers.rollouts import SamplingSettings
-from distill_trainers.rollouts.text import LocalTextModel
+from distill_trainers.rationales.local_model import LocalTextModel
 
 accelerator, tokenizer = Accelerator(cpu=True), character_tokenizer()
 rank = accelerator.process_index

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_trainers.trainers.checkpoints import find_last_complete_checkpoint
+from distill_trainers.run_files import find_last_complete_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")

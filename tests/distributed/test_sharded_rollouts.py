@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
 from distill_trainers import models
-from distill_trainers.data.addition import character_tokenizer, tiny_llama
+from distill_trainers.toy import character_tokenizer, tiny_llama
 from distill_trainers.rollouts import DecodeEngine, Mixture, SamplingSettings, decode_completions, decode_scored
 
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))

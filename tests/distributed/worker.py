@@ -13,7 +13,9 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from distill_trainers.data.addition import (
+from distill_trainers.exceptions import CheckpointError, TeacherServerError
+from distill_trainers.teachers.remote.endpoints import Again
+from distill_trainers.toy import (
     RATIONALE_PROMPTS,
     addition_dataset,
     addition_rationales,
@@ -21,8 +23,6 @@ from distill_trainers.data.addition import (
     character_tokenizer,
     tiny_llama,
 )
-from distill_trainers.exceptions import CheckpointError, TeacherServerError
-from distill_trainers.teachers.endpoints import Again
 from distill_trainers.trainers import METHODS
 
 

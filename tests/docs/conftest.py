@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import config as datasets_config
 
-from distill_trainers.data.addition import tiny_llama
+from distill_trainers.toy import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -17,9 +17,9 @@ import yaml
 
 from distill_trainers import GKDConfig, GKDTrainer
 from distill_trainers.cli.evaluate import parse_arguments as parse_evaluation
-from distill_trainers.cli.recipe import RecipeArguments, parse_recipe
 from distill_trainers.data.formats import detect_dataset_type
 from distill_trainers.data.pairs import is_pair
+from distill_trainers.recipe.parse import RecipeArguments, parse_recipe
 from distill_trainers.trainers import METHODS
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from distill_trainers import DPKDConfig, GKDConfig, GKDTrainer
-from distill_trainers.cli.recipe import RecipeArguments
-from distill_trainers.data.addition import addition_dataset
+from distill_trainers.recipe.parse import RecipeArguments
+from distill_trainers.toy import addition_dataset
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -10,15 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from distill_trainers.data.addition import addition_rows, character_tokenizer
 from distill_trainers.evaluation import EvaluationResults, EvaluationSettings, evaluate_models
 from distill_trainers.evaluation.collect import Workshop
 from distill_trainers.evaluation.examples import ExampleSet, read_examples
-from distill_trainers.evaluation.forced import force
 from distill_trainers.evaluation.runner import prepare
 from distill_trainers.evaluation.tables import markdown, number, share_of_gap, tables_of
+from distill_trainers.evaluation.teacher_forced import force
 from distill_trainers.exceptions import ConfigurationError, DatasetError, VocabularyError
 from distill_trainers.rollouts import decode_completions
+from distill_trainers.toy import addition_rows, character_tokenizer
 
 SETTINGS = EvaluationSettings(
     max_length=20,

@@ -8,10 +8,10 @@ import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
+from distill_trainers.cards.dataset_card import Writers, dataset_card, push_rows
 from distill_trainers.cli import main
 from distill_trainers.exceptions import DatasetError, HubError
-from distill_trainers.rationales.records import write_rows
-from distill_trainers.reporting.dataset_card import Writers, dataset_card, push_rows
+from distill_trainers.storage import write_rows
 
 PAIR = {
     "prompt": [{"role": "user", "content": "1+2="}],

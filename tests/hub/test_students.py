@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, pipeline
 
 from distill_trainers import hub as hub_module
-from distill_trainers.data.addition import addition_dataset
 from distill_trainers.exceptions import ConfigurationError, HubError
+from distill_trainers.toy import addition_dataset
 
 PROMPT = "37+58="
 PUSH = {"push_to_hub": True, "hub_model_id": "me/student", "hub_strategy": "end", "lmbda": 0.0}

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from distill_trainers.rationales import edit_distance, edits, key_tokens
+from distill_trainers.answers import edit_distance
+from distill_trainers.rationales import edits, key_tokens
 
 
 def plain(a, b):

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from distill_trainers.answers.formats import find_format
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.rationales import FORMATS, parse_response, verify_answer
-from distill_trainers.rationales.formats import find_format
 
 CASES = [
     ("48 / 2 = 24.\n#### 1,024", (), "48 / 2 = 24.", "1,024"),

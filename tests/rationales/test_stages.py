@@ -10,9 +10,10 @@ import pytest
 from distill_trainers.exceptions import DatasetError
 from distill_trainers.rationales.exemplars import EXEMPLARS
 from distill_trainers.rationales.prompts import as_text, contrastive_prompt, cot_prompt, exemplars_of, hint_prompt
-from distill_trainers.rationales.records import RecordStore, Response, dataset_of, read_rows, write_rows
+from distill_trainers.rationales.records import Response, dataset_of
 from distill_trainers.rationales.show import html_page, marked, terminal_lines
 from distill_trainers.rationales.stages import dual, extract, parse, verify
+from distill_trainers.storage import RecordStore, read_rows, write_rows
 
 
 class Told:

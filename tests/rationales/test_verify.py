@@ -8,10 +8,10 @@ from fractions import Fraction
 
 import pytest
 
+from distill_trainers.answers.symbolic import SymbolicEquality, is_available
+from distill_trainers.answers.verify import final_number
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.rationales import majority_answer, verify_answer
-from distill_trainers.rationales.symbolic import SymbolicEquality, is_available
-from distill_trainers.rationales.verify import final_number
 
 needs_math_verify = pytest.mark.skipif(not is_available(), reason="math-verify is not installed")
 
@@ -132,7 +132,7 @@ def test_any_thread_may_compare():
 def test_kinds_are_checked(monkeypatch):
     with pytest.raises(ConfigurationError, match="auto, number"):
         verify_answer("1", "1", "numbr")
-    monkeypatch.setattr("distill_trainers.rationales.symbolic.is_available", lambda: False)
+    monkeypatch.setattr("distill_trainers.answers.symbolic.is_available", lambda: False)
     with pytest.raises(ConfigurationError, match="rationales"):
         verify_answer("x", "y", "math")
 

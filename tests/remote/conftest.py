@@ -13,8 +13,8 @@ pytest.importorskip("fastapi", reason="fastapi is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 from distill_trainers.teachers import LocalTeacher
-from distill_trainers.teachers.server import bind, build_server
-from distill_trainers.teachers.serving import Limits, TeacherService
+from distill_trainers.teachers.remote.http import bind, build_server
+from distill_trainers.teachers.remote.service import Limits, TeacherService
 
 
 class Served:

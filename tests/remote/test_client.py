@@ -12,15 +12,15 @@ import torch
 from transformers import TrainerCallback
 
 from distill_trainers.cli import main
-from distill_trainers.cli.recipe import parse_recipe
-from distill_trainers.data.addition import CHARACTERS
 from distill_trainers.exceptions import ConfigurationError, TeacherServerError
+from distill_trainers.recipe.parse import parse_recipe
 from distill_trainers.teachers import LocalTeacher, RemoteTeacher
-from distill_trainers.teachers.endpoints import parse_servers
 from distill_trainers.teachers.remote import RemoteSettings
-from distill_trainers.teachers.wire import PROTOCOL
-from distill_trainers.trainers import sources
-from distill_trainers.trainers.callbacks import InterruptCallback
+from distill_trainers.teachers.remote.endpoints import parse_servers
+from distill_trainers.teachers.remote.wire import PROTOCOL
+from distill_trainers.toy import CHARACTERS
+from distill_trainers.trainers import student as sources
+from distill_trainers.trainers.lifecycle.callbacks import InterruptCallback
 
 RUN = {"lmbda": 0.0, "max_steps": 5, "gradient_accumulation_steps": 2}
 
@@ -105,7 +105,7 @@ def test_a_vocabulary_that_ends_before_the_student_s(make_trainer, serve, make_s
 
 
 def tiny_vocabulary():
-    from distill_trainers.data.addition import character_tokenizer, tiny_llama
+    from distill_trainers.toy import character_tokenizer, tiny_llama
 
     return tiny_llama(character_tokenizer(), 48, 2, vocab_size=10)
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from distill_trainers.data.addition import addition_dataset
 from distill_trainers.losses.reduction import trained_mask
 from distill_trainers.signals import HiddenStates, TokenLogprobs, TopK
 from distill_trainers.teachers import LocalTeacher, RemoteTeacher
 from distill_trainers.teachers.remote import RemoteSettings
+from distill_trainers.toy import addition_dataset
 
 RUN = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
@@ -67,7 +67,7 @@ def test_padded_vocabularies_and_heads_with_more_to_them(make_trainer, serve, by
 
 
 def padded():
-    from distill_trainers.data.addition import character_tokenizer
+    from distill_trainers.toy import character_tokenizer
 
     return {"teacher_processing_class": character_tokenizer()}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from distill_trainers.data.addition import tiny_llama
+from distill_trainers.toy import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,12 +14,20 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from distill_trainers.data.addition import tiny_llama
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.teachers import LocalTeacher, RemoteTeacher
-from distill_trainers.teachers.cache_identity import tokenizer_fingerprint
+from distill_trainers.teachers.cache.identity import tokenizer_fingerprint
 from distill_trainers.teachers.remote import RemoteSettings
-from distill_trainers.teachers.wire import PROTOCOL, Question, Wanted, WireError, pack_question, unpack, unpack_question
+from distill_trainers.teachers.remote.wire import (
+    PROTOCOL,
+    Question,
+    Wanted,
+    WireError,
+    pack_question,
+    unpack,
+    unpack_question,
+)
+from distill_trainers.toy import tiny_llama
 
 
 def rows(count=2, tokens=6, seed=0):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill_trainers.reporting.licenses import LICENSES, Licensed, inherit, licensed, terms_of
+from distill_trainers.cards.licenses import LICENSES, Licensed, inherit, licensed, terms_of
 
 
 def _inherit(teacher=None, student="apache-2.0", data="mit", name=None, chosen=None):

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import LoraConfig
 
-from distill_trainers.data.addition import addition_dataset
+from distill_trainers.cards.model_card import model_card, with_scores
 from distill_trainers.evaluation.results import (
     EvaluationResults,
     GapClosed,
@@ -19,7 +19,7 @@ from distill_trainers.evaluation.results import (
     ModelResults,
 )
 from distill_trainers.exceptions import DatasetError
-from distill_trainers.reporting.model_card import model_card, with_scores
+from distill_trainers.toy import addition_dataset
 
 GAP = GapClosed(0.62, 0.5, 0.7, decided=True)
 

@@ -14,13 +14,13 @@ from distill_trainers.rollouts import (
     DecodeEngine,
     HfEngine,
     SamplingSettings,
-    decode,
     decode_completions,
     decode_scored,
     generate_completions,
     rollout_rng,
 )
-from distill_trainers.rollouts.cache import GrowingLayer
+from distill_trainers.rollouts.decode import loop as decode
+from distill_trainers.rollouts.decode.kv_cache import GrowingLayer
 from distill_trainers.rollouts.sampling import draw_tokens, logits_processors
 
 DECODABLE = ["llama", "qwen3", "sliding mistral", "hybrid gemma2", "gpt2"]

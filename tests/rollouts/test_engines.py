@@ -89,7 +89,7 @@ def test_the_config_refuses_unknown_engines_and_settings(tmp_path):
 def test_missing_vllm_is_refused_before_anything_is_loaded(make_trainer, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
-    monkeypatch.setattr("distill_trainers.trainers.sources.load_student", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("distill_trainers.trainers.student.load_student", lambda *a: pytest.fail("loaded"))
     with pytest.raises(ConfigurationError, match="vLLM is not installed.*rollout_engine: decode"):
         make_trainer(rollout_engine="vllm", lmbda=1.0)
 
@@ -262,7 +262,7 @@ def test_a_student_made_in_memory_cannot_be_loaded_by_vllm(make_trainer, vllm):
 def test_recipes_name_engine_and_filters(tmp_path):
     import yaml
 
-    from distill_trainers.cli.recipe import parse_recipe
+    from distill_trainers.recipe.parse import parse_recipe
 
     given = {"stop_strings": ["\n\n", "User:"], "min_p": 0.05, "repetition_penalty": 1.1, "rollout_engine": "hf"}
     given |= {"vllm_kwargs": {"mode": "server", "server_port": 8001}, "replay_buffer_size": 1000}

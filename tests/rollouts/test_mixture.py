@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from distill_trainers import models
-from distill_trainers.data.addition import character_tokenizer, tiny_llama
 from distill_trainers.rollouts import Mixture, SamplingSettings, decode_scored, rollout_rng
-from distill_trainers.rollouts.mixture import Partner
-from distill_trainers.rollouts.thin_products import linear, thin_products
+from distill_trainers.rollouts.decode.mixture import Partner
+from distill_trainers.rollouts.decode.thin_products import linear, thin_products
+from distill_trainers.toy import character_tokenizer, tiny_llama
 
 PROMPTS = [[3, 4, 12], [7, 12, 7, 13, 2, 5], [2, 2, 9, 9, 4], [5], [8, 8], [3, 4, 12, 5, 13, 6, 7]]
 ENDS = [1, 5, 9]

@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("openai", reason="the openai client is not installed")
 
 from distill_trainers.exceptions import ConfigurationError
-from distill_trainers.rationales.records import RecordStore
+from distill_trainers.rationales.endpoint_model import RemoteSettings, RemoteTextModel
 from distill_trainers.rationales.stages import extract
-from distill_trainers.rollouts.remote import RemoteSettings, RemoteTextModel
+from distill_trainers.storage import RecordStore
 
 QUESTIONS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(12)]
 

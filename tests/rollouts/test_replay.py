@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from distill_trainers import GKDConfig
-from distill_trainers.data.addition import addition_dataset
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.rollouts import AdaptiveProbability, ReplayBuffer
 from distill_trainers.rollouts.replay import sampled_rows, with_rows
-from distill_trainers.trainers.checkpoints import read_method_state, write_method_state
+from distill_trainers.toy import addition_dataset
+from distill_trainers.trainers.lifecycle.checkpoints import read_method_state, write_method_state
 
 DRAW = {"seed": 1, "step": 2, "rank": 0}
 

@@ -15,10 +15,11 @@ import pytest
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from distill_trainers.rationales.records import RecordStore, Request
+from distill_trainers.rationales.local_model import LocalTextModel
+from distill_trainers.rationales.records import Request
 from distill_trainers.rationales.stages import extract
 from distill_trainers.rollouts import SamplingSettings
-from distill_trainers.rollouts.text import LocalTextModel
+from distill_trainers.storage import RecordStore
 
 CHAT = "{% for m in messages %}{{ '+' if m.role == 'user' else '=' }}{{ m.content }}{% endfor %}=="
 
@@ -140,7 +141,7 @@ def served(saved, tokenizer, tmp_path_factory):
 
 @pytest.mark.slow
 def test_extraction_through_transformers_serve(served, tmp_path):
-    from distill_trainers.rollouts.remote import RemoteSettings, RemoteTextModel
+    from distill_trainers.rationales.endpoint_model import RemoteSettings, RemoteTextModel
 
     name, url = served
     settings = RemoteSettings(name, url, max_tokens=12, temperature=1.0, concurrency=2, timeout=60, max_retries=0)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from distill_trainers.exceptions import CacheError
-from distill_trainers.teachers import cache_files
-from distill_trainers.teachers.cache_files import TeacherCache, row_key
+from distill_trainers.teachers.cache import shards as cache_files
+from distill_trainers.teachers.cache.shards import TeacherCache
+from distill_trainers.teachers.rows import row_key
 
 
 def row(number, tokens=3):
@@ -221,8 +222,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 WRITER = textwrap.dedent(
     """
     import os, sys, torch
-    from distill_trainers.teachers import cache_files
-    from distill_trainers.teachers.cache_files import TeacherCache, row_key
+    from distill_trainers.teachers.cache import shards as cache_files
+    from distill_trainers.teachers.cache.shards import TeacherCache, row_key
 
     cache = TeacherCache(sys.argv[1], "stamp")
     cache.add(row_key([0, 7], [0]), {"hidden": torch.zeros(2, 3)}, 2)

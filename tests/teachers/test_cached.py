@@ -10,12 +10,13 @@ import torch
 from transformers import TrainerCallback
 
 from distill_trainers import models
-from distill_trainers.data.addition import addition_dataset
 from distill_trainers.exceptions import CacheError, ConfigurationError
 from distill_trainers.losses.reduction import trained_mask
 from distill_trainers.signals import HiddenStates
-from distill_trainers.teachers import CachedTeacher, LocalTeacher, cached
-from distill_trainers.trainers import sources
+from distill_trainers.teachers import CachedTeacher, LocalTeacher
+from distill_trainers.teachers.cache import teacher as cached
+from distill_trainers.toy import addition_dataset
+from distill_trainers.trainers import student as sources
 
 RUN = {"lmbda": 0.0, "divergence": "forward_kl", "max_steps": -1, "num_train_epochs": 2}
 
@@ -519,7 +520,7 @@ def test_a_cache_of_another_format_is_refused(make, saved, folder):
 def test_a_hub_repository_is_told_by_its_commit(monkeypatch, tmp_path):
     import transformers.utils
 
-    from distill_trainers.teachers.cache_identity import describe_source
+    from distill_trainers.teachers.cache.identity import describe_source
 
     snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
     monkeypatch.setattr(transformers.utils, "cached_file", lambda name, file, revision: str(snapshot / file))

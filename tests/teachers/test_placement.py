@@ -10,13 +10,13 @@ import torch
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 
 from distill_trainers import models
-from distill_trainers.data.addition import addition_dataset
 from distill_trainers.exceptions import CacheError, ConfigurationError
 from distill_trainers.teachers import CachedTeacher, LocalTeacher
-from distill_trainers.teachers.initial import AdapterOff
+from distill_trainers.teachers.local import AdapterOff
 from distill_trainers.teachers.placement import PLACEMENTS, is_collective
+from distill_trainers.toy import addition_dataset
 from distill_trainers.trainers import GKDConfig
-from distill_trainers.trainers.sources import check
+from distill_trainers.trainers.student import check
 
 RUN = {"lmbda": 0.0, "max_steps": 3}
 KINDS = {

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from distill_trainers import GKDConfig, GKDTrainer
-from distill_trainers.data.addition import addition_dataset, addition_rows, character_tokenizer
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.models import recomputes_activations
 from distill_trainers.teachers import LocalTeacher
+from distill_trainers.toy import addition_dataset, addition_rows, character_tokenizer
 from distill_trainers.trainers import METHODS
 
 # ---- Counting and accumulation --------------------------------------------------------------------------------------

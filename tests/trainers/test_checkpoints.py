@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from distill_trainers.data.addition import addition_dataset
 from distill_trainers.exceptions import CheckpointError, TrainingDivergedError
-from distill_trainers.trainers.checkpoints import find_last_complete_checkpoint, last_complete_checkpoint
+from distill_trainers.run_files import find_last_complete_checkpoint, last_complete_checkpoint
+from distill_trainers.toy import addition_dataset
 
 # 24 rows in windows of 2 x 2: 6 steps an epoch.
 RUN = {"max_steps": 14, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}

@@ -15,11 +15,11 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from distill_trainers import DPKDConfig
-from distill_trainers.data.addition import addition_dataset, addition_rows
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.teachers import DeferredTeacher
-from distill_trainers.trainers import references
-from distill_trainers.trainers.guard import CollapseGuard
+from distill_trainers.toy import addition_dataset, addition_rows
+from distill_trainers.trainers.dpkd import references
+from distill_trainers.trainers.dpkd.guard import CollapseGuard
 
 
 def pairs(count=12, seed=0, wrong="7"):
@@ -470,7 +470,7 @@ def test_kept_log_probabilities_train_alike_without_the_teacher(make_trainer, sa
 
 
 def test_a_killed_fill_goes_on_where_it_was(make_trainer, saved, tmp_path, monkeypatch):
-    from distill_trainers.trainers import references
+    from distill_trainers.trainers.dpkd import references
 
     monkeypatch.setattr(references, "_FLUSH_SECONDS", 0.0)
     settings = {"method": "dpkd", "train": pairs(), "reference_logps_dir": str(tmp_path / "kept")}
@@ -511,7 +511,7 @@ def test_log_probabilities_of_prompts_cannot_be_kept(make_trainer, tmp_path):
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_teacher_cache_holds_both_rows_of_a_pair(make_trainer, saved, tmp_path, by_step, monkeypatch, filled):
     """Rejected responses of a dataset come again in every epoch, as chosen ones do."""
-    from distill_trainers.trainers.caching import fill_cache
+    from distill_trainers.trainers.lifecycle.cache_filling import fill_cache
 
     settings = {"method": "dpkd", "train": pairs(), "max_steps": 6}
     live = make_trainer(saved.student, saved.teacher, **settings)
@@ -535,7 +535,7 @@ def test_a_teacher_cache_holds_both_rows_of_a_pair(make_trainer, saved, tmp_path
 
 def test_a_cache_alone_answers_no_prompts(make_trainer, saved, tmp_path):
     """The student's responses are new at every step, and the teacher's have to be written."""
-    from distill_trainers.trainers.caching import fill_cache
+    from distill_trainers.trainers.lifecycle.cache_filling import fill_cache
 
     settings = {"method": "dpkd", "teacher_cache": str(tmp_path)}
     fill_cache(make_trainer(saved.student, saved.teacher, train=pairs(), **settings))

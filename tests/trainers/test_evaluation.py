@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 
 from distill_trainers import GKDConfig
-from distill_trainers.data.addition import addition_dataset, addition_rows
 from distill_trainers.exceptions import DatasetError
+from distill_trainers.toy import addition_dataset, addition_rows
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 
 from distill_trainers import GKDConfig
-from distill_trainers.data.addition import addition_dataset
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.losses import DIVERGENCES
 from distill_trainers.rollouts import draws_on_policy
+from distill_trainers.toy import addition_dataset
 
 # ---- The loss -------------------------------------------------------------------------------------------------------
 

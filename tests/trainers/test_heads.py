@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, PhiConfig
 
-from distill_trainers.data.addition import CHARACTERS, character_tokenizer
 from distill_trainers.exceptions import VocabularyError
+from distill_trainers.toy import CHARACTERS, character_tokenizer
 
 SHARED = {
     "hidden_size": 32,
@@ -181,7 +181,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(make_trainer, make_teacher)
 
 def test_a_teacher_by_name_with_another_tokenizer_is_refused_before_weights_load(saved, tmp_path, monkeypatch):
     from distill_trainers import GKDConfig, GKDTrainer, models
-    from distill_trainers.data.addition import addition_dataset
+    from distill_trainers.toy import addition_dataset
 
     teacher = tmp_path / "teacher"
     AutoModelForCausalLM.from_pretrained(saved.teacher).save_pretrained(teacher)

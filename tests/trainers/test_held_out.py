@@ -13,13 +13,13 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback
 
 from distill_trainers import GKDConfig
-from distill_trainers.data.addition import addition_dataset, addition_rows
 from distill_trainers.evaluation import EvaluationSettings, evaluate_models
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.hub import published_files
+from distill_trainers.toy import addition_dataset, addition_rows
 from distill_trainers.trainers import METHODS
-from distill_trainers.trainers.held_out import HeldOutMeasures
-from distill_trainers.trainers.side_by_side import SideBySide, log_side_by_side
+from distill_trainers.trainers.lifecycle.held_out import HeldOutMeasures
+from distill_trainers.trainers.lifecycle.side_by_side import SideBySide, log_side_by_side
 
 ALL = ["agreement", "rouge_l", "diversity", "exposure_bias", "calibration"]
 SETTINGS = {

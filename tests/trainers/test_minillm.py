@@ -11,14 +11,14 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from distill_trainers import MiniLLMConfig
-from distill_trainers.data.addition import addition_dataset
 from distill_trainers.exceptions import CheckpointError, ConfigurationError, DatasetError
 from distill_trainers.rollouts import Mixture
 from distill_trainers.signals import TokenLogprobs
 from distill_trainers.teachers import LocalTeacher, Teacher
-from distill_trainers.trainers import scoring
-from distill_trainers.trainers.cycles import LOGPS
-from distill_trainers.trainers.pretraining import PlainText
+from distill_trainers.toy import addition_dataset
+from distill_trainers.trainers.minillm import scoring
+from distill_trainers.trainers.minillm.cycles import LOGPS
+from distill_trainers.trainers.minillm.plain_text import PlainText
 
 CPU = torch.device("cpu")
 CYCLES = {"num_minibatches": 3, "num_inner_epochs": 2, "teacher_mix_alpha": 0.0}

@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from distill_trainers.data import replace_completions
 from distill_trainers.rollouts import Mixture, SamplingSettings, decode_completions, decode_scored, rollout_rng
-from distill_trainers.trainers.cycles import with_logps
+from distill_trainers.trainers.minillm.cycles import with_logps
 
 EOS, LENGTH = 1, 3
 SEQUENCES = [

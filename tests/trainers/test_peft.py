@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
-from distill_trainers.data.addition import addition_dataset
 from distill_trainers.exceptions import ConfigurationError
+from distill_trainers.toy import addition_dataset
 
 ATTENTION = ["q_proj", "v_proj"]
 

@@ -12,10 +12,10 @@ from datasets import Dataset
 from transformers import T5Config, T5ForConditionalGeneration
 
 from distill_trainers import DistillConfig, DistillTrainer, GKDConfig, GKDTrainer, RationaleConfig
-from distill_trainers.data.addition import addition_rationales
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.losses import token_logps
-from distill_trainers.trainers.caching import fill_cache
+from distill_trainers.toy import addition_rationales
+from distill_trainers.trainers.lifecycle.cache_filling import fill_cache
 
 # ---- References -----------------------------------------------------------------------------------------------------
 
@@ -370,7 +370,7 @@ def test_accuracy_counts_right_answers_by_task(make_trainer, tokenizer, monkeypa
             assert all(prompt[0] == prompt[-1] == "=" for prompt in prompts)  # the label task
             return [[*tokenizer(answers[prompt.strip("=")]).input_ids, 1] for prompt in prompts]
 
-    module = "distill_trainers.trainers.rationale.local_engine"
+    module = "distill_trainers.trainers.rationale.trainer.local_engine"
     monkeypatch.setattr(module, lambda *args: Knows([], tokenizer))
     scores = rationale_trainer(make_trainer, eval_dataset=evaluation, per_device_eval_batch_size=3).evaluate()
     assert scores["eval_accuracy"] == carry / 20
@@ -401,7 +401,7 @@ def test_rationales_teach_more_than_labels_alone(make_trainer, tokenizer, tmp_pa
 
     Of 500 problems the labels are soon known by heart. Two more seeds, and where it does not help: docs/log.md.
     """
-    from distill_trainers.data.addition import ADAM_BETA2, tiny_llama
+    from distill_trainers.toy import ADAM_BETA2, tiny_llama
 
     rows = addition_rationales(2500, seed=5)
     settings = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 500, "max_new_tokens": 5}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from distill_trainers import GKDConfig
-from distill_trainers.trainers.recording import changed_settings, energy_joules, read_record
+from distill_trainers.run_files import read_record
+from distill_trainers.trainers.lifecycle.recording import changed_settings, energy_joules
 
 
 def test_a_run_leaves_its_record(make_trainer, tmp_path):

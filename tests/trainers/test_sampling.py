@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from distill_trainers.data.addition import addition_dataset, addition_rows, character_tokenizer
 from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.toy import addition_dataset, addition_rows, character_tokenizer
 
 CPU = torch.device("cpu")
 

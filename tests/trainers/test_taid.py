@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill_trainers.data.addition import addition_dataset
+from distill_trainers.toy import addition_dataset
 
 
 def settings(**more):

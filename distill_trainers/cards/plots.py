@@ -1,0 +1,51 @@
+"""The plot on a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_history(history: Sequence[dict[str, Any]], folder: str | Path) -> list[Path]:
+    """Plot training loss, and held-out KL with top-1 agreement, from a trainer's `state.log_history`.
+
+    Returns:
+        the files written; none if matplotlib (`pip install 'distill-trainers[plots]'`) is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    train = [(log["step"], log["loss"]) for log in history if "loss" in log]
+    evals = {log["step"]: log for log in history if "eval_kl" in log}
+    written = []
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.plot(*zip(*train, strict=True) if train else ([], []), marker="o", markersize=3)
+    axis.set(xlabel="optimiser step", ylabel="loss (nats per trained token)", title="Training loss")
+    axis.grid(alpha=0.3)
+    written.append(folder / "loss.png")
+    figure.savefig(written[-1], dpi=150)
+    plt.close(figure)
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    steps = sorted(evals)
+    axis.plot(steps, [evals[s]["eval_kl"] for s in steps], marker="o", color="tab:blue")
+    axis.set(xlabel="optimiser step", ylabel="forward KL to the teacher (nats/token)", title="Held-out agreement")
+    axis.set_ylim(0, 1.05 * max((evals[s]["eval_kl"] for s in steps), default=1.0) or 1.0)
+    axis.grid(alpha=0.3)
+    right = axis.twinx()
+    right.plot(steps, [100 * evals[s]["eval_top1_agreement"] for s in steps], marker="s", color="tab:orange")
+    right.set_ylabel("top-1 agreement (%)", color="tab:orange")
+    right.set_ylim(0, 100)
+    axis.yaxis.label.set_color("tab:blue")
+    written.append(folder / "agreement.png")
+    figure.savefig(written[-1], dpi=150)
+    plt.close(figure)
+    return written

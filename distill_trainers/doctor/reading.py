@@ -1,0 +1,222 @@
+"""A recipe as the doctor's case: configs, tokenizers and some rows are read, weights never."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .. import models
+from ..data.formats import apply_column_mapping, detect_dataset_type
+from ..data.rows import tokenize_row
+from ..exceptions import CacheError, ConfigurationError, DatasetError, VocabularyError
+from ..recipe.checks import (
+    CheckedRecipe,
+    bare_trainer,
+    check_recipe,
+    load_datasets,
+    student_and_teacher,
+    without_weights,
+)
+from ..recipe.parse import Recipe
+from . import Case, Finding, Gpus, Launch
+from .findings import note
+from .shapes import ModelShape, shape_of
+from .work import BYTES, placement_of, workload
+
+_SAMPLE = 200  # rows whose lengths are looked at
+_MENDABLE = (ConfigurationError, DatasetError, VocabularyError, CacheError)
+
+
+def case_of(
+    recipe: Recipe,
+    launch: Launch,
+    gpus: Gpus | None = None,
+    architectures: str | None = None,
+    checked: CheckedRecipe | None = None,
+) -> tuple[Case, list[Finding]]:
+    """The case, and what could not even be read.
+
+    Args:
+        architectures: folder of config.json files named after models (`owner--name.json`), for models that are not at
+            hand: those are judged on paper, by their sizes alone.
+        checked: what a run has read of the recipe already.
+    """
+    student, teacher = student_and_teacher(recipe)
+    on_paper = {name for name in (student, teacher) if name and _paper(name, architectures) is not None}
+    findings: list[Finding] = []
+    if checked is None and not on_paper:
+        checked = _attempt(findings, "recipe", lambda: check_recipe(recipe), told=VocabularyError)
+    case = Case(recipe.args, launch, student, teacher, gpus=gpus, peft=recipe.model.use_peft)
+    if checked is not None:
+        case.student_config, case.teacher_config = checked.student_config, checked.teacher_config
+        case.tokenizer, case.teacher_tokenizer = checked.tokenizer, checked.teacher_tokenizer
+        train = checked.train
+    else:
+        train = _read_apart(recipe, case, architectures, on_paper, findings)
+    trainer = bare_trainer(recipe)
+    case.samples = bool(trainer.samples_completions)
+    if train is not None and case.tokenizer is not None:
+        _look_at_rows(recipe, case, trainer, train)
+    _sizes(recipe, case, findings)
+    if on_paper:
+        findings.append(
+            note(
+                "recipe",
+                f"Judged on paper, by their sizes: {', '.join(sorted(on_paper))}. Tokenizers, templates and data were "
+                "not looked at.",
+                "Run the doctor without `--architectures` where the models can be read.",
+            )
+        )
+    return case, findings
+
+
+def _attempt(
+    findings: list[Finding], concern: str, call: Callable[[], Any], told: type[Exception] | tuple[()] = ()
+) -> Any:
+    """What `call` returns, or None and a finding; errors of the kind `told` are another check's to tell."""
+    try:
+        return call()
+    except told:
+        return None
+    except _MENDABLE as error:
+        findings.append(Finding.of_error(concern, error))
+        return None
+
+
+def _paper(name: str, architectures: str | None) -> dict[str, Any] | None:
+    """The config of a model that is only on paper."""
+    if architectures is None:
+        return None
+    folder = Path(architectures)
+    if not folder.is_dir():
+        raise ConfigurationError(
+            f"Got `architectures: {architectures}`; expected a folder of `owner--name.json` files."
+        )
+    file = folder / f"{name.replace('/', '--')}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _read_apart(
+    recipe: Recipe, case: Case, architectures: str | None, on_paper: set[str], findings: list[Finding]
+) -> Any:
+    """Everything that can be read although something else cannot; returns the training data."""
+    from transformers import AutoConfig
+
+    from ..trainers import student as sources
+
+    args = recipe.args
+
+    def config(name: str, role: str) -> Any:
+        paper = _paper(name, architectures)
+        if paper is not None:
+            return AutoConfig.for_model(**paper)
+        return models.load_config(name, role, trust_remote_code=args.trust_remote_code)
+
+    case.student_config = _attempt(findings, "recipe", lambda: config(case.student, "student"))
+    if case.teacher is not None and not case.teacher.startswith("http"):
+        case.teacher_config = _attempt(findings, "recipe", lambda: config(str(case.teacher), "teacher"))
+    if on_paper:
+        return None
+    case.tokenizer = _attempt(findings, "recipe", lambda: sources.student_tokenizer(case.student, args))
+    if case.tokenizer is not None and case.teacher is not None:
+        tokenizer = case.tokenizer
+        case.teacher_tokenizer = _attempt(
+            findings, "recipe", lambda: sources.teacher_tokenizer(case.teacher, tokenizer, args)
+        )
+    read = _attempt(findings, "recipe", lambda: load_datasets(recipe))
+    return None if read is None else read[0]
+
+
+def _look_at_rows(recipe: Recipe, case: Case, trainer: Any, train: Any) -> None:
+    """The first rows, whole and as they are trained on. What is wrong with them, the recipe's own check has said."""
+    from ..recipe.checks import optimiser_steps
+
+    case.num_rows = len(train) if hasattr(train, "__len__") else None
+    case.steps = optimiser_steps(recipe.args, case.num_rows, case.launch.processes)
+    try:
+        few = train.take(_SAMPLE)
+        mapping: Any = recipe.args.column_mapping
+        rows = list(islice(iter(apply_column_mapping(few, mapping, name="train")), _SAMPLE))
+        case.sample = rows
+        case.prepared = trainer.prepare_rows(few, case.tokenizer, "train")
+        kind = detect_dataset_type(rows[0])
+        if kind not in ("preference", "rationale"):
+            how: dict[str, Any] = {"assistant_only_loss": recipe.args.assistant_only_loss}
+            how["chat_template_kwargs"] = recipe.args.chat_template_kwargs
+            whole = [tokenize_row(row, case.tokenizer, dataset_type=kind, **how) for row in rows]  # type: ignore[arg-type]
+        else:
+            whole = [row for row in case.prepared if "input_ids" in row]
+        case.lengths = [len(row["input_ids"]) for row in whole]
+        case.prompt_lengths = [row["prompt_length"] for row in whole]
+    except (*_MENDABLE, KeyError):
+        return
+
+
+def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:
+    """Shapes, dtypes, workload and the teacher's placement."""
+    args, model = recipe.args, recipe.model
+    kwargs: dict[str, Any] = args.model_init_kwargs or {}  # type: ignore[assignment]
+    case.student_dtype = _dtype(kwargs.get("dtype", model.dtype), case.student_config, "float32")
+    theirs: dict[str, Any] = args.teacher_model_init_kwargs or {}  # type: ignore[assignment]
+    case.teacher_dtype = _dtype(theirs.get("dtype", "auto"), case.teacher_config, "float32")
+    case.student_shape = _shape(recipe, case.student_config, findings, adapted=True)
+    case.teacher_shape = _shape(recipe, case.teacher_config, findings, adapted=False)
+    frozen = {True: 0.52, False: 1.0}[model.load_in_4bit] if model.load_in_4bit or model.load_in_8bit else None
+    case.work = workload(
+        args,
+        recipe.run.method,
+        case.launch,
+        student_dtype=case.student_dtype,
+        frozen_bytes=frozen,
+        teacher_dtype=case.teacher_dtype,
+        samples=case.samples,
+    )
+    if case.student_config is not None:
+        case.stops = _stop_ids(case.student, case.student_config)
+    complete = False
+    if args.teacher_cache is not None and case.tokenizer is not None and case.teacher is not None:
+        complete = _cache(case)
+    case.placement = placement_of(args, case.teacher, case.launch, cached=complete and not case.samples)
+
+
+def _cache(case: Case) -> bool:
+    """Sets what the cache is still going to take, from a sample of the rows; returns whether it holds them."""
+    from ..trainers.lifecycle.cache_filling import missing_from_cache
+
+    try:
+        datasets = [] if case.prepared is None else [case.prepared]
+        names = (case.teacher, case.student, case.tokenizer, case.teacher_tokenizer)
+        missing, _, size = missing_from_cache(*names, case.args, datasets)  # type: ignore[arg-type]
+    except _MENDABLE:
+        return False  # the teacher's check tells
+    looked_at = len(case.prepared) if case.prepared is not None else 0
+    case.cache_bytes = size * (case.num_rows or looked_at) / max(1, looked_at)
+    return bool(looked_at) and not missing
+
+
+def _shape(recipe: Recipe, config: Any, findings: list[Finding], *, adapted: bool) -> ModelShape | None:
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    built = _attempt(findings, "recipe", lambda: without_weights(config, recipe, adapted=adapted))
+    return None if built is None else shape_of(built)
+
+
+def _stop_ids(name: str, config: Any) -> list[int]:
+    """Tokens that end a completion by the model's generation config, or else by its config."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(name).eos_token_id
+    except (OSError, ValueError):
+        ids = getattr(config.get_text_config(), "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _dtype(asked: Any, config: Any, default: str) -> str:
+    if asked in (None, "auto"):
+        asked = getattr(config, "dtype", None) or default
+    name = str(asked).removeprefix("torch.")
+    return name if name in BYTES else default

@@ -1,0 +1,106 @@
+"""Per-token measures of given text under a model and its teacher, batch by batch, each kept as it is done.
+
+N forced tokens of a batch. Logits of either model are never whole: `fused_linear_terms` takes them chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data import DistillCollator
+from ..losses.fused_linear import TermsFn, fused_linear_terms
+from ..losses.reduction import trained_mask
+from ..signals import HiddenStates, TokenLogits
+from ..storage import RecordStore, content_key
+from ..teachers import LocalTeacher
+from .agreement import comparison_terms
+
+Text = tuple[list[int], list[int]]  # prompt and completion, as ids
+TokenValues = dict[str, list[float]]  # measures of every token of one completion
+Batch = dict[str, Tensor]
+RunBatch = Callable[[Batch], Mapping[str, Tensor]]
+
+
+def force(
+    texts: Sequence[Text],
+    run: RunBatch,
+    *,
+    pad_token_id: int,
+    device: torch.device,
+    batch_size: int = 16,
+    store: RecordStore | None = None,
+    title: str = "Reading",
+    progress: bool = True,
+    rank: int = 0,
+    world: int = 1,
+) -> list[TokenValues]:
+    """Measures of every token of the completions, in the order of `texts`; those in the `store` are not computed.
+
+    Plain text (an empty prompt) has no measure of its first token, which nothing predicts.
+
+    Args:
+        run: from a collated batch (labels −100 where nothing is forced) to values `[N]` by name.
+        rank, world: of several processes, which run equally many batches; each returns its own share of the texts
+            (i = rank, rank + world, …).
+    """
+    turns = 0 if world == 1 else math.ceil(math.ceil(len(texts) / world) / batch_size)
+    anybodys, texts = list(texts[:1]), texts[rank::world]
+    keys = [content_key(*text) for text in texts]
+    done: dict[str, TokenValues] = {} if store is None else {k: row["values"] for k, row in store.load().items()}
+    missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in done}
+    order = sorted(missing, key=lambda key: (-sum(map(len, missing[key])), key))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches += [[]] * (turns - len(batches))  # of no use here, but others may wait for it
+    collate = DistillCollator(pad_token_id)
+    for batch in tqdm(batches, desc=title, disable=not progress or not batches or rank != 0):
+        rows = [_row(*text) for text in ([missing[key] for key in batch] or anybodys)]
+        inputs = {name: value.to(device) for name, value in collate(rows).items()}
+        found = _by_row(run(inputs), inputs["labels"])[: len(batch)]
+        done |= dict(zip(batch, found, strict=True))
+        if store is not None:
+            store.append({"key": key, "values": done[key]} for key in batch)
+    return [done[key] for key in keys]
+
+
+def _row(prompt: list[int], completion: list[int]) -> dict[str, Any]:
+    mask = [0] * len(prompt) + [1] * len(completion)
+    return {"input_ids": [*prompt, *completion], "loss_mask": mask, "prompt_length": len(prompt)}
+
+
+def _by_row(terms: Mapping[str, Tensor], labels: Tensor) -> list[TokenValues]:
+    lengths = trained_mask(labels).sum(1).tolist()
+    values = {name: [part.tolist() for part in term.float().cpu().split(lengths)] for name, term in terms.items()}
+    # Six digits are more than float32 is sure of, and half of what JSON would write.
+    return [{name: [float(f"{x:.6g}") for x in rows[i]] for name, rows in values.items()} for i in range(len(lengths))]
+
+
+def pair_runner(
+    student: LocalTeacher,
+    teacher: LocalTeacher | None,
+    vocab_size: int | None,
+    chunk_bytes: int,
+    terms: TermsFn = comparison_terms,
+) -> RunBatch:
+    """What `force` runs for two models of this process; without a teacher, what needs none is measured."""
+
+    @torch.no_grad()
+    def run(batch: Batch) -> Mapping[str, Tensor]:
+        predicts = trained_mask(batch["labels"])
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        tokens = {"labels": batch["labels"][:, 1:][predicts]}
+        own = student.signal(inputs, predicts, vocab_size)
+        said = None if teacher is None else teacher.signal(inputs, predicts, vocab_size)
+        if isinstance(own, HiddenStates):
+            return fused_linear_terms(own.hidden, own.head, said, terms, tokens, {}, chunk_bytes=chunk_bytes)[1]
+        everything = slice(None)
+        logits = own.chunk(everything)
+        assert isinstance(logits, TokenLogits)  # a model of this process gives nothing else
+        return terms(logits, None if said is None else said.chunk(everything), tokens)
+
+    return run

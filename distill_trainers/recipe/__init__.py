@@ -1,0 +1,1 @@
+"""Recipes: YAML files and command lines, read and checked before anything is loaded."""

@@ -1,0 +1,260 @@
+"""Recipes: one YAML file that names the method, the models, the data and every setting that is not the default."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..exceptions import ConfigurationError, refuse_unknown_keys
+from .value_types import check_value_types, names_of_mappings, parse_mapping
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from ..trainers import DistillConfig
+
+
+@dataclass
+class RecipeArguments:
+    """What a run needs beside the method's own config and TRL's `ModelConfig` (which names the student)."""
+
+    method: str = field(default="gkd", metadata={"help": "Method of the recipe: one of the keys of METHODS."})
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Teacher: a folder, a Hub id, or http://… of its servers; some methods need none."},
+    )
+    student_init: dict | str | None = field(
+        default=None,
+        metadata={"help": "Make the student from the teacher, such as {from_teacher: true, keep_layers: 12} (JSON)."},
+    )
+    dataset: str | None = field(default=None, metadata={"help": "Training data: a file, a folder or a Hub id."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data, named like `dataset`."})
+    eval_split: str = field(default="test", metadata={"help": "Split of a Hub `eval_dataset`."})
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "Without `eval_dataset`: hold out this share (below 1) or number of rows."}
+    )
+    pretraining_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Plain text for the language-model loss of minillm: a file, a folder or a Hub id."},
+    )
+    pretraining_split: str = field(default="train", metadata={"help": "Split of a Hub `pretraining_dataset`."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first rows of the training data."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the training data as a stream (needs max_steps)."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
+    doctor: bool = field(
+        default=True, metadata={"help": "Before runs of 100 steps and more, look for what would go wrong."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, load no weights."})
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe."""
+
+    run: RecipeArguments
+    args: DistillConfig
+    model: ModelConfig
+    extra: Any = None
+
+
+def parse_recipe(argv: Sequence[str], extra: type | None = None) -> Recipe:
+    """Parse `--config recipe.yaml` and overrides on the command line.
+
+    Args:
+        extra: a dataclass of further settings, those of the command that reads the recipe.
+
+    Raises:
+        ConfigurationError: no such file, not a mapping, unknown or contradictory keys, an unknown method, values of
+            the wrong type.
+    """
+    from trl import ModelConfig
+
+    def classes(given: dict[str, Any], argv: list[str]) -> tuple[Any, ...]:
+        config_class = _methods()[_method(given, argv)][0]
+        return (RecipeArguments, config_class, ModelConfig, *([] if extra is None else [extra]))
+
+    recipe = Recipe(*parse_settings(argv, classes, what="the recipe"))
+    _refuse_contradictions(recipe)
+    return recipe
+
+
+def parse_settings(
+    argv: Sequence[str],
+    classes: Callable[[dict[str, Any], list[str]], tuple[Any, ...]],
+    *,
+    what: str,
+    command: str = "train",
+) -> list[Any]:
+    """Instances of some dataclasses, from `--config FILE` and from options of the command line, which come first.
+
+    Args:
+        classes: gives them for what the file says and for the command line.
+        what: the file is called in errors.
+        command: whose `--help` lists the settings.
+
+    Raises:
+        ConfigurationError: no such file, not a mapping, unknown keys, values of the wrong type.
+    """
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    given = read_yaml(argv)
+    wanted = classes(given, argv)
+    known = {f.name for cls in wanted for f in fields(cls) if f.init} | {"env"}
+    refuse_unknown_keys(given, known, what)
+    options = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
+    refuse_unknown_keys([o for o in options if not o.startswith("no_")], known | {"config", "help"}, "the command line")
+    for cls in wanted:
+        check_value_types(given, cls, text_is_parsed=True)
+    try:
+        return list(make_parser(wanted, command).parse_args_and_config(argv))
+    except ConfigurationError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"{what[0].upper()}{what[1:]} could not be read: {error}") from error
+
+
+def make_parser(classes: tuple[Any, ...], command: str = "train") -> Any:
+    """TRL's parser; it reads every mapping as JSON, and says in one line what it cannot read."""
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            reason = re.sub(r"^argument --(\w+)[^:]*", r"`\1`", message).rstrip(".")
+            raise ConfigurationError(f"{reason}. `distill-trainers {command} --help` lists every setting.")
+
+    parser = Parser(classes, prog=f"distill-trainers {command}", allow_abbrev=False)
+    mappings = set().union(*map(names_of_mappings, classes))
+    for action in parser._actions:
+        if action.dest in mappings:
+            action.type = parse_mapping
+    return parser
+
+
+def _methods() -> dict[str, Any]:
+    from ..trainers import METHODS
+
+    return METHODS
+
+
+def read_yaml(argv: list[str]) -> dict[str, Any]:
+    import yaml
+
+    if "--config" not in argv:
+        return {}
+    position = argv.index("--config") + 1
+    if position >= len(argv):
+        raise ConfigurationError("Got `--config` without a file; expected `--config recipes/….yaml`.")
+    path = Path(argv[position])
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise ConfigurationError(f"There is no recipe {str(path)!r}. Recipes in that folder: {near or 'none'}.")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"The recipe {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ConfigurationError(
+            f"The recipe {str(path)!r} holds {type(recipe).__name__}; expected `key: value` lines."
+        )
+    return recipe
+
+
+def _method(recipe: dict[str, Any], argv: list[str]) -> str:
+    method = recipe.get("method", "gkd")
+    for position, argument in enumerate(argv):
+        if argument == "--method" and position + 1 < len(argv):
+            method = argv[position + 1]
+        elif argument.startswith("--method="):
+            method = argument.split("=", 1)[1]
+    if not isinstance(method, str) or method not in _methods():
+        raise ConfigurationError(f"Got `method: {method}`; expected one of {', '.join(_methods())}.")
+    return method
+
+
+def _refuse_contradictions(recipe: Recipe) -> None:
+    """What cannot work together, by name, before anything is loaded."""
+    from ..teachers.base import is_remote
+
+    run, args, model = recipe.run, recipe.args, recipe.model
+    without = args.teacher_placement in ("adapter_off", "cached")
+    if not run.teacher_model_name_or_path and (run.student_init or (_needs_teacher(recipe) and not without)):
+        raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
+    if run.student_init and is_remote(run.teacher_model_name_or_path):
+        raise ConfigurationError(
+            "The recipe makes the student from the teacher's layers (`student_init`), but the teacher is behind HTTP "
+            "and its weights are not here. Set `model_name_or_path`."
+        )
+    if run.student_init and model.model_name_or_path:
+        raise ConfigurationError(
+            "The recipe sets both `model_name_or_path` and `student_init`: the student is either loaded or made. "
+            "Keep one."
+        )
+    if not run.student_init and not model.model_name_or_path:
+        raise ConfigurationError(
+            "The recipe names no student; set `model_name_or_path`, or "
+            "`student_init: {from_teacher: true, keep_layers: 12}`."
+        )
+    if not run.dataset:
+        raise ConfigurationError("The recipe names no data; set `dataset` to a file, a folder or a Hub id.")
+    if run.eval_dataset and run.eval_fraction is not None:
+        raise ConfigurationError("The recipe sets both `eval_dataset` and `eval_fraction`. Keep one.")
+    held_out = run.eval_fraction
+    if held_out is not None and not (0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))):
+        raise ConfigurationError(
+            f"Got `eval_fraction: {held_out}`; expected a share between 0 and 1, or a number of rows from 1. Leave it "
+            "out to hold out nothing."
+        )
+    for name in ("max_train_samples", "early_stopping_patience"):
+        value = getattr(run, name)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"Got `{name}: {value}`; expected 1 or more, or leave it out.")
+    takes_text = hasattr(_methods()[run.method][1], "pretraining_dataset")
+    if run.pretraining_dataset and not takes_text:
+        raise ConfigurationError(
+            f"Got `pretraining_dataset: {run.pretraining_dataset}` with `method: {run.method}`, which has no loss on "
+            "plain text. Leave it out, or take `method: minillm`."
+        )
+    if run.streaming and args.max_steps <= 0:
+        raise ConfigurationError("`streaming: true` has no length, so set `max_steps` to a positive number.")
+    has_eval = bool(run.eval_dataset or run.eval_fraction)
+    if run.early_stopping_patience and (not has_eval or args.eval_strategy == "no"):
+        raise ConfigurationError(
+            "`early_stopping_patience` needs evaluations: set `eval_dataset` or `eval_fraction`, and `eval_strategy`."
+        )
+    if run.student_init:
+        from ..students import StudentInit
+
+        check_value_types(run.student_init, StudentInit)  # type: ignore[arg-type]  # parsed by now
+        StudentInit.from_dict(run.student_init)  # type: ignore[arg-type]
+    _check_quantization(model)
+
+
+def _needs_teacher(recipe: Recipe) -> bool:
+    from .checks import bare_trainer
+
+    return bool(bare_trainer(recipe).needs)
+
+
+def _check_quantization(model: ModelConfig) -> None:
+    name = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if not (model.load_in_4bit or model.load_in_8bit):
+        return
+    if not model.use_peft:
+        raise ConfigurationError(
+            f"Got `{name}: true` without `use_peft: true`: quantised weights cannot be trained, only an adapter on "
+            "them. Set both, or leave quantisation out."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigurationError(
+            f"Got `{name}: true`, but bitsandbytes is not installed; `pip install 'distill-trainers[quantization]'`, "
+            "or leave quantisation out."
+        )

@@ -1,0 +1,69 @@
+"""Forwards of the decode loop: prompts, and one token for each row."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ... import models
+from ...signals import Head
+from .kv_cache import can_join, droppable_cache, join
+from .thin_products import linear
+
+if TYPE_CHECKING:
+    from .rows import Rows
+
+Run = Callable[[Tensor, Tensor | None, Tensor, Any], Tensor]
+
+
+def parameters_of(causal_lm: Any) -> set[str]:
+    """Names of the arguments that its forward takes."""
+    return set(inspect.signature(causal_lm.forward).parameters)
+
+
+def read_prompts(model: Any, rows: Rows, run: Run, whole: bool = False) -> tuple[Tensor, Any]:
+    """What `run` says after each prompt, `[n, …]`, and the cache of all prompts; `whole`: by one forward."""
+
+    def empty() -> Any:
+        return droppable_cache(models.causal_lm_of(model).config.get_text_config(decoder=True))
+
+    parts = rows.alike() if can_join(empty()) and not whole else [(slice(None), slice(None))]
+    said, caches = [], []
+    for some, positions in parts:
+        mask = None if rows.mask is None else rows.mask[some, positions]
+        mask = None if mask is None or bool(mask.all()) else mask
+        caches.append(empty())
+        said.append(run(rows.inputs[some, positions], mask, rows.positions[some, positions], caches[-1]))
+    return torch.cat(said), caches[0] if len(caches) == 1 else join(caches)
+
+
+def runner(model: Any, exact: bool = False) -> Run:
+    """`run(ids, mask, positions, cache)`: logits `[n, V]` of the last position, at least float32 (`generate`'s).
+
+    `exact`: with the head's product in float32, as losses take it, where the model itself would round its logits to
+    bfloat16: a ratio of the student to itself is then 1 but for what rounding does to its hidden states.
+    """
+    accepted = parameters_of(models.causal_lm_of(model))
+    exact = exact and models.gives_hidden_states(model)
+
+    def run(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        some: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+        some = {name: value for name, value in some.items() if name in accepted}
+        if exact:
+            some = {**some, "on_hidden": lambda hidden, head: wide_logits(hidden[:, -1], head)}
+            some.pop("logits_to_keep", None)
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **some)
+        logits = output if exact else output.logits[:, -1]
+        return logits.to(device=ids.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    return run
+
+
+def wide_logits(hidden: Tensor, head: Head) -> Tensor:
+    """`[n, D]` hidden states to `[n, V]` logits, at least float32 under autocast too."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head.finish(linear(*head.operands(hidden)))

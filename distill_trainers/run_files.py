@@ -1,0 +1,103 @@
+"""What a run leaves in its `output_dir`: names of files, the record of a run, and which checkpoint is whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from . import models
+from .exceptions import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+STUDENT_INIT_NAME = "student_init"
+COMPLETIONS_NAME = "completions"
+SAMPLES_NAME = "samples.jsonl"  # completions of held-out prompts, by evaluation
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str:
+    """The newest checkpoint that was written to its end (the trainer state is written last).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = find_last_complete_checkpoint(output_dir)
+    if found is None:
+        raise CheckpointError(
+            f"Asked to resume, but {str(output_dir)!r} holds no complete checkpoint. Start without "
+            "`resume_from_checkpoint`, or name the checkpoint's folder."
+        )
+    return found
+
+
+def find_last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """As `last_complete_checkpoint`, but None where there is none.
+
+    The newest is the one written last: one of a later step may be of a run that was given up, and gone back from.
+    """
+    complete = [f for f in Path(output_dir).glob("checkpoint-*") if is_complete(f)]
+    steps = {f: int(f.name.rsplit("-", 1)[1]) for f in complete if f.name.rsplit("-", 1)[1].isdigit()}
+    if not steps:
+        return None
+    newest = max(steps, key=lambda f: ((f / TRAINER_STATE_NAME).stat().st_mtime_ns, steps[f]))
+    highest = max(steps, key=lambda f: steps[f])
+    if steps[highest] > steps[newest]:
+        logger.warning(
+            "Taking %s, which was written after %s of a later step: that one is of a run that was gone back from, or "
+            "of another. Name a checkpoint's folder to choose for yourself.",
+            newest,
+            highest.name,
+        )
+    return str(newest)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether a checkpoint was written to its end: the trainer state comes last and can be read."""
+    try:
+        json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def check_resumable(folder: str | Path) -> None:
+    """Refuse a checkpoint without the optimiser's state: its schedule would start anew, unnoticed.
+
+    Raises:
+        CheckpointError: it was written with `save_only_model`.
+    """
+    folder = Path(folder)
+    kept = ("optimizer*", "global_step*")  # the latter by DeepSpeed
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in kept):
+        raise CheckpointError(
+            f"The checkpoint {str(folder)!r} holds no optimizer state (`save_only_model: true`), so a run cannot go on "
+            "from it: optimizer and learning rate would start anew. Start a new run with it as the student's `model`, "
+            "or resume a checkpoint that was saved with `save_only_model: false`."
+        )
+
+
+RECORD_NAME = "run.json"
+
+
+FORMAT = "distill_trainers.run"
+
+
+VERSION = 1
+
+
+def shown(name: str) -> str:
+    """A Hub id, or the last part of a path: where it lies is nobody's business."""
+    return Path(name).name if models.looks_like_path(name) else name
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """What `run.json` of a run holds; empty where there is none that can be read."""
+    try:
+        read = json.loads((Path(folder) / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) and read.get("format") == FORMAT and read.get("version") == VERSION else {}

@@ -1,0 +1,172 @@
+"""Files that are whole or not there, and records that are appended and found again by their key."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .exceptions import CacheError, CheckpointError, DatasetError
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path, remedy: str, *, keep_begun: bool = False) -> Iterator[None]:
+    """Within it, `what` is written into `folder`; if that fails, files begun are removed unless `keep_begun`.
+
+    Raises:
+        CheckpointError: what could not be written where and why, how much space there is, and the remedy.
+    """
+    from safetensors import SafetensorError
+
+    before = _stamps(folder)
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is what torch.save raises on a full disk
+        for file, stamp in _stamps(folder).items():
+            if not keep_begun and before.get(file) != stamp:
+                file.unlink(missing_ok=True)
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(existing).free / 2**20
+        raise CheckpointError(
+            f"Could not write {what} to {str(folder)!r}: {error}. {free:.0f} MiB are free there. {remedy}"
+        ) from error
+
+
+def _stamps(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.glob("*") if file.is_file()}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path`: wholly and durably, or not at all.
+
+    Raises:
+        CacheError: the disk is full, or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CacheError(
+            f"Could not write {len(data) / 2**20:.1f} MiB to {path}: {error}. {_free_mib(path.parent)} MiB are free "
+            "there. What the cache held before is intact; make room and start again, which goes on from there."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where folders can be synchronised."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _free_mib(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f}"
+    except OSError:
+        return "an unknown number of"
+
+
+Record = dict[str, Any]
+
+
+_REMEDY = "What was written earlier is kept: free some space and start again."
+
+
+def content_key(*parts: Any) -> str:
+    """Identifies a request or a row by its content, whatever its place in a file."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+class RecordStore:
+    """A folder of JSON lines. Each process appends to a file of its own; killed at any moment, it keeps whole lines.
+
+    Args:
+        what: the rows, in the message of a disk that is full.
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0, *, what: str = "rationales"):
+        self.folder, self._what = Path(folder), what
+        self._own = self.folder / f"part-{rank:05d}.jsonl"
+
+    def load(self) -> dict[str, Record]:
+        """All rows of all processes, by their `key`."""
+        found: dict[str, Record] = {}
+        for part in sorted(self.folder.glob("part-*.jsonl")):
+            for line in part.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    found[row["key"]] = row
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue  # the line that a killed writer left half-written
+        return found
+
+    def append(self, rows: Iterable[Record]) -> None:
+        """Add rows and flush them to disk.
+
+        Raises:
+            CheckpointError: there is no room for them.
+        """
+        with writing(self._what, self.folder, _REMEDY, keep_begun=True):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._own.open("a+b") as out:
+                if out.tell():
+                    out.seek(-1, os.SEEK_END)
+                    if out.read(1) != b"\n":  # the line that a killed writer left half-written
+                        out.write(b"\n")
+                for row in rows:
+                    out.write((json.dumps(row) + "\n").encode())  # ASCII: half a surrogate pair is no UTF-8
+                out.flush()
+                os.fsync(out.fileno())
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSONL file, whole or not at all."""
+    with writing("rationales", path.parent, _REMEDY, keep_begun=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begun = path.with_suffix(".tmp")
+        begun.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        begun.replace(path)
+
+
+def read_rows(path: str | Path) -> list[Record]:
+    """The rows of a JSONL file.
+
+    Raises:
+        DatasetError: it is not there, or a line is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DatasetError(f"There is no file {str(path)!r}. Run the stage before this one, or name a file as `input`.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{str(path)!r} is not in UTF-8: {error}. Convert it first.") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines also splits at U+2028 within a text
+        try:
+            row = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            raise DatasetError(f"Line {number} of {str(path)!r} is no JSON: {error}.") from error
+        if row is not None and not isinstance(row, dict):
+            raise DatasetError(f"Line {number} of {str(path)!r} holds {type(row).__name__}, expected an object.")
+        rows += [row] if row else []
+    return rows

@@ -1,0 +1,171 @@
+"""The kinds of answers that a teacher cache can hold, and how each is stored and read back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...exceptions import ConfigurationError
+from ...signals import Head, HiddenStates, Sampled, TeacherSignal, TokenLogits, TopK
+from .identity import CacheIdentity
+from .shards import Answer
+
+_CHUNK_BYTES = 64 * 2**20
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class CacheKind(ABC):
+    """Turns a teacher's signal into rows and rows into a signal; what is stored, and no more, comes back.
+
+    Attributes:
+        name: of the setting `teacher_cache_kind`.
+        dtypes: that its numbers may be stored in.
+    """
+
+    name: ClassVar[str]
+    dtypes: ClassVar[tuple[str, ...]]
+
+    def __init__(self, identity: CacheIdentity):
+        self.identity = identity
+        self.dtype = None if identity.dtype is None else _DTYPES[identity.dtype]
+
+    @abstractmethod
+    def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
+        """`signal` cut into rows of `counts` tokens each, whose keys are `keys`."""
+
+    @abstractmethod
+    def answer(self, rows: Sequence[Answer], head: Head | None, device: torch.device) -> TeacherSignal:
+        """The signal of all rows' tokens, in order, on `device`."""
+
+    @abstractmethod
+    def token_bytes(self, hidden_size: int, dtype: torch.dtype) -> float:
+        """About how many bytes a token takes, for a teacher of that hidden size and dtype."""
+
+
+class HiddenKind(CacheKind):
+    """Last hidden states, exactly as the teacher gave them unless a narrower dtype is asked for."""
+
+    name = "hidden"
+    dtypes = ("float32", "bfloat16", "float16")
+
+    def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
+        if not isinstance(signal, HiddenStates):
+            raise ConfigurationError(
+                "The teacher's logits cannot be rebuilt from its last hidden states (see the architecture page), so "
+                "`teacher_cache_kind: hidden` cannot hold its answers. Use `topk` or `sampled`."
+            )
+        hidden = signal.hidden if self.dtype is None else signal.hidden.to(self.dtype)
+        return [{"hidden": part} for part in hidden.cpu().split(list(counts))]
+
+    def answer(self, rows: Sequence[Answer], head: Head | None, device: torch.device) -> TeacherSignal:
+        assert head is not None
+        hidden = torch.cat([row["hidden"] for row in rows]) if rows else head.weight.new_empty(0, head.weight.shape[1])
+        return HiddenStates(hidden.to(device), head)
+
+    def token_bytes(self, hidden_size: int, dtype: torch.dtype) -> float:
+        return hidden_size * (self.dtype or dtype).itemsize
+
+
+class _SparseKind(CacheKind):
+    """Log-probabilities at temperature 1 of some ids for each token."""
+
+    # Eight bits of bfloat16 would change probabilities by percents.
+    dtypes = ("float32", "float16")
+
+    def __init__(self, identity: CacheIdentity):
+        super().__init__(identity)
+        self.number_dtype = self.dtype or torch.float32
+
+    def _chunks(self, signal: TeacherSignal, start: int, stop: int) -> Iterator[TokenLogits]:
+        step = max(1, _CHUNK_BYTES // (4 * self.identity.vocab_size))
+        for first in range(start, stop, step):
+            logits = signal.chunk(slice(first, min(first + step, stop)))
+            assert isinstance(logits, TokenLogits)
+            yield logits
+
+
+class TopKKind(_SparseKind):
+    """The k most likely ids, and the log of the probability that all others share."""
+
+    name = "topk"
+
+    @property
+    def k(self) -> int:
+        """Ids per token."""
+        return min(self.identity.top_k or 0, self.identity.vocab_size)
+
+    def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
+        parts = []
+        for logits in self._chunks(signal, 0, len(signal)):
+            kept = logits.top_k(self.k)
+            parts.append((kept.ids.int().cpu(), kept.logps.to(self.number_dtype).cpu(), kept.tail_logps.float().cpu()))
+        joined = [torch.cat(each).split(list(counts)) for each in zip(*parts, strict=True)]
+        return [{"ids": i, "logps": p, "tail": t} for i, p, t in zip(*joined, strict=True)]
+
+    def answer(self, rows: Sequence[Answer], head: Head | None, device: torch.device) -> TeacherSignal:
+        empty = {"ids": torch.empty(0, self.k), "logps": torch.empty(0, self.k), "tail": torch.empty(0)}
+        ids, logps, tail = (torch.cat([row[n] for row in rows] or [empty[n]]).to(device) for n in empty)
+        return TopK(ids, logps, tail)
+
+    def token_bytes(self, hidden_size: int, dtype: torch.dtype) -> float:
+        return self.k * (4 + self.number_dtype.itemsize) + 4
+
+
+class SampledKind(_SparseKind):
+    """Ids drawn from the teacher's distribution, how often each was drawn, and its log-probability.
+
+    Gradients from such counts are unbiased (arXiv 2503.16870). Draws follow from seed and row, so that a row computed
+    twice, in whatever batch, is drawn alike.
+    """
+
+    name = "sampled"
+
+    @property
+    def draws(self) -> int:
+        """Draws per token."""
+        return self.identity.draws or 1
+
+    def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
+        rows, start = [], 0
+        for key, count in zip(keys, counts, strict=True):
+            rows.append(self._draw(signal, start, start + count, key))
+            start += count
+        return rows
+
+    def _draw(self, signal: TeacherSignal, start: int, stop: int, key: bytes) -> Answer:
+        generator: torch.Generator | None = None
+        parts = []
+        for logits in self._chunks(signal, start, stop):
+            if generator is None:
+                generator = torch.Generator(device=logits.logits.device)
+                generator.manual_seed((int.from_bytes(key[:8], "little") ^ (self.identity.seed or 0)) % 2**63)
+            drawn = logits.sample(self.draws, generator)
+            real = drawn.weights > 0
+            counts = (drawn.weights[real] * self.draws).round().short()
+            parts.append((drawn.ids[real].int(), drawn.logps[real].to(self.number_dtype), counts, real.sum(-1).short()))
+        joined = [torch.cat(each).cpu() for each in zip(*parts, strict=True)]
+        return dict(zip(("ids", "logps", "counts", "lengths"), joined, strict=True))
+
+    def answer(self, rows: Sequence[Answer], head: Head | None, device: torch.device) -> TeacherSignal:
+        ids, logps, counts, lengths = (
+            torch.cat([row[name] for row in rows] or [torch.empty(0, dtype=torch.int16)]).to(device)
+            for name in ("ids", "logps", "counts", "lengths")
+        )
+        width = int(lengths.max()) if len(lengths) else 1
+        real = torch.arange(width, device=device) < lengths[:, None]
+
+        def padded(values: Tensor) -> Tensor:
+            return torch.zeros(real.shape, dtype=values.dtype, device=device).masked_scatter(real, values)
+
+        return Sampled(padded(ids), padded(logps), padded(counts.float() / self.draws))
+
+    def token_bytes(self, hidden_size: int, dtype: torch.dtype) -> float:
+        # 50 draws are about 12 different ids (arXiv 2503.16870); a flat teacher has more.
+        return self.draws / 2 * (4 + self.number_dtype.itemsize + 2) + 2
+
+
+CACHE_KINDS: dict[str, type[CacheKind]] = {kind.name: kind for kind in (HiddenKind, TopKKind, SampledKind)}

@@ -1,0 +1,279 @@
+"""A teacher that answers from disk, and asks a live one only for rows that are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ... import models
+from ...exceptions import CacheError, ConfigurationError
+from ...signals import Head, HiddenStates, TeacherSignal
+from ..base import Teacher
+from ..heads import read_head_file, write_head
+from ..local import LocalTeacher
+from ..rows import batch_keys, dataset_row_key
+from .identity import CacheIdentity, read_identity, read_learnt, write_learnt
+from .kinds import CACHE_KINDS
+from .shards import Answer, TeacherCache
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_HEAD = "head.safetensors"
+
+
+class CachedTeacher(Teacher):
+    """Answers with what a live teacher once said about the same row, kept in a folder.
+
+    Rows that `expect` named are recorded when a live teacher first answers them; others, such as a student's own
+    samples, are only passed on to it. Without a live teacher, or once all is recorded, no teacher body is in memory:
+    for `hidden` its head, for the sparse kinds nothing.
+
+    Args:
+        folder: of a cache that exists; `distill-trainers cache-teacher` or the setting `teacher_cache` makes one.
+        load: gives the live teacher; called when it is needed and not before. None: misses are errors.
+        hidden_size, dtype: of the teacher, to estimate sizes.
+        collective: whether the live teacher answers only when all processes ask.
+
+    Raises:
+        ConfigurationError: there is no cache in the folder.
+        CacheError: it cannot be read.
+    """
+
+    provides = frozenset({"distribution"})
+
+    def __init__(
+        self,
+        folder: str | Path,
+        load: Callable[[], LocalTeacher] | None = None,
+        *,
+        hidden_size: int = 0,
+        dtype: torch.dtype = torch.float32,
+        collective: Callable[[Accelerator], bool] = lambda accelerator: False,
+    ):
+        identity = read_identity(folder)
+        if identity is None:
+            raise ConfigurationError(
+                f"There is no teacher cache in {str(folder)!r}. Make one with `distill-trainers cache-teacher --config "
+                "recipe.yaml --teacher_cache FOLDER`."
+            )
+        self.identity: CacheIdentity = identity
+        self.name = identity.teacher
+        self.kind = CACHE_KINDS[identity.kind](identity)
+        self.cache = TeacherCache(folder, identity.stamp())
+        self.token_bytes = self.kind.token_bytes(hidden_size, dtype)
+        self.head_bytes = identity.teacher_rows * hidden_size * dtype.itemsize if identity.kind == "hidden" else 0
+        self._load = load
+        self._asks_together = collective
+        self._live: LocalTeacher | None = None
+        self._head: Head | None = None
+        self._accelerator: Accelerator | None = None
+        self._wanted: set[bytes] | None = set()
+        self._stays = False
+
+    # ---- As a teacher -----------------------------------------------------------------------------------------------
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        if self._live is not None:
+            self._live.prepare(accelerator)
+
+    @torch.no_grad()
+    def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
+        keys = batch_keys(inputs, predicts)
+        rows = self._read(keys)
+        missing = {key: number for number, key in enumerate(keys) if key is not None and key not in rows}
+        if self._all_ask(bool(missing) or self._needs_head()):
+            rows |= self._ask(inputs, predicts, vocab_size, missing)
+        ordered = [rows[key] for key in keys if key is not None]
+        head = self._cached_head(predicts.device) if self.identity.kind == "hidden" else None
+        return self.kind.answer(ordered, None if head is None else head.cut_to(vocab_size), predicts.device)
+
+    @contextlib.contextmanager
+    def whole_head(self, signal: TeacherSignal) -> Iterator[TeacherSignal]:
+        with self._live.whole_head(signal) if self._live is not None else contextlib.nullcontext(signal) as whole:
+            yield whole
+
+    def fingerprint(self) -> str:
+        """That of the live teacher, which is loaded for it only if the cache does not say."""
+        return self.identity.weights or read_learnt(self.cache.folder).get("weights") or self.live().fingerprint()
+
+    def eos_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """As `models.eos_ids` of the live teacher, which is loaded for it only if the cache does not say."""
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        recorded = read_learnt(self.cache.folder).get("eos_token_ids")
+        if recorded is None:
+            recorded = models.generation_eos_ids(self.live().model)
+        return list(dict.fromkeys(own + recorded))
+
+    # ---- What is recorded -------------------------------------------------------------------------------------------
+
+    def expect(self, rows: Iterable[Mapping[str, Any]], *, why: str = "the training rows") -> None:
+        """Name tokenised rows that are going to be asked for, so that they are recorded.
+
+        If some are not in the cache, their size is held against the free disk and the live teacher is loaded.
+
+        Raises:
+            ConfigurationError: rows are missing and there is no live teacher.
+            CacheError: they would not fit on the disk.
+        """
+        self.cache.refresh()
+        tokens: dict[bytes, int] = {}
+        for row in rows:
+            key, count = dataset_row_key(row)
+            if count:
+                tokens[key] = count
+        if self._wanted is not None:
+            self._wanted |= tokens.keys()
+        missing = [count for key, count in tokens.items() if key not in self.cache]
+        if not missing and not (tokens and self._needs_head()):
+            return
+        if self._load is None:
+            raise ConfigurationError(
+                f"{len(missing)} of {len(tokens)} different rows in {why} are not in the teacher cache "
+                f"{str(self.cache.folder)!r} (other data, tokenizer, max_length or chat template?), and there is no "
+                "live teacher to ask. Set `teacher_cache` beside a `teacher_model` instead of giving the cache alone "
+                "(`teacher_placement: cached`), or run `distill-trainers cache-teacher` first."
+            )
+        self._check_room(len(missing), sum(missing))
+        self.live()
+
+    def expect_anything(self) -> None:
+        """Record whatever is asked for: of a stream nobody knows the rows beforehand."""
+        self._wanted = None
+        self.live()
+
+    def keep_live(self) -> None:
+        """Have the live teacher at hand throughout, for rows that are never recorded."""
+        self._stays = True
+        self.live()
+
+    def live(self) -> LocalTeacher:
+        """The live teacher, loaded if need be.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        if self._live is None:
+            if self._load is None:
+                raise ConfigurationError(
+                    f"The teacher cache {str(self.cache.folder)!r} cannot answer this by itself: it needs the live "
+                    "teacher. Set `teacher_cache` beside a `teacher_model` instead of passing the cache alone."
+                )
+            logger.info("Loading the teacher %s: its cache does not hold all that is asked for.", self.name)
+            self._live = self._load()
+            if self._accelerator is not None:
+                self._live.prepare(self._accelerator)
+        return self._live
+
+    def flush(self) -> None:
+        """Write out what was recorded; once all expected rows are, the live teacher leaves the memory."""
+        self.cache.flush()
+        if self._live is None or self._stays or self._wanted is None or self.collective:
+            return
+        self.cache.refresh()
+        if self._wanted and all(key in self.cache for key in self._wanted):
+            self._live = self._head = None
+
+    @property
+    def can_load(self) -> bool:
+        """Whether there is a live teacher to ask."""
+        return self._load is not None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the live teacher's body is in memory."""
+        return self._live is not None
+
+    @property
+    def collective(self) -> bool:
+        """Whether the live teacher is sharded, so that it answers only when all processes ask."""
+        accelerator = self._accelerator
+        if accelerator is None or accelerator.num_processes == 1:
+            return False
+        return self._asks_together(accelerator)
+
+    # ---- Inside -----------------------------------------------------------------------------------------------------
+
+    def _read(self, keys: Sequence[bytes | None]) -> dict[bytes, Answer]:
+        wanted = {key for key in keys if key is not None}
+        if any(key not in self.cache for key in wanted):
+            self.cache.refresh()  # another process may have met them
+        found = {key: self.cache.read(key) for key in wanted}
+        return {key: row for key, row in found.items() if row is not None}
+
+    def _all_ask(self, need: bool) -> bool:
+        """Whether the live teacher is asked now: by whoever needs it, or by all processes if any of them does."""
+        if not self.collective:
+            return need
+        assert self._accelerator is not None
+        votes = torch.tensor(float(need), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(votes, reduction="sum").item())
+
+    def _ask(
+        self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None, missing: Mapping[bytes, int]
+    ) -> dict[bytes, Answer]:
+        """The live teacher's answers for some rows of a batch, recorded if they are expected."""
+        numbers = torch.tensor(list(missing.values()) or [0], device=predicts.device)
+        few = {name: values[numbers] for name, values in inputs.items()}
+        width = int(few["attention_mask"].any(0).nonzero().max()) + 1
+        few = {name: values[:, :width] for name, values in few.items()}
+        asked = predicts[numbers][:, : width - 1]
+        teacher = self.live()
+        signal = teacher.signal(few, asked, vocab_size)
+        if isinstance(signal, HiddenStates):
+            self._head = signal.head.cut_to(None)
+        with teacher.whole_head(signal) as whole:
+            self._keep_facts(whole)
+            if not missing:
+                return {}
+            counts = asked.sum(1).tolist()
+            with torch.autocast(predicts.device.type, enabled=False):  # the head's product is never rounded
+                rows = dict(zip(missing, self.kind.store(whole, counts, list(missing)), strict=True))
+        for (key, row), count in zip(rows.items(), counts, strict=True):
+            if self._wanted is None or key in self._wanted:
+                self.cache.add(key, row, count)
+        return rows
+
+    def _keep_facts(self, signal: TeacherSignal) -> None:
+        """Write what later runs need of the teacher beside its answers, once."""
+        if self._accelerator is not None and not self._accelerator.is_main_process:
+            return
+        folder = self.cache.folder
+        if self.identity.kind == "hidden" and isinstance(signal, HiddenStates) and not (folder / _HEAD).exists():
+            write_head(folder / _HEAD, signal.head.cut_to(None))
+        learnt = read_learnt(folder)
+        if "eos_token_ids" not in learnt:
+            assert self._live is not None
+            own = models.generation_eos_ids(self._live.model)
+            write_learnt(folder, {**learnt, "weights": self._live.fingerprint(), "eos_token_ids": own})
+
+    def _needs_head(self) -> bool:
+        return self.identity.kind == "hidden" and self._head is None and not (self.cache.folder / _HEAD).exists()
+
+    def _cached_head(self, device: torch.device) -> Head:
+        if self._head is None:
+            self._head = read_head_file(self.cache.folder / _HEAD, device)
+        return self._head
+
+    def _check_room(self, rows: int, tokens: int) -> None:
+        head = 0 if (self.cache.folder / _HEAD).exists() else self.head_bytes
+        needed, free = tokens * self.token_bytes + head, shutil.disk_usage(self.cache.folder).free
+        if needed > free:
+            raise CacheError(
+                f"The teacher cache {str(self.cache.folder)!r} needs about {needed / 2**30:,.2f} GiB more for "
+                f"{rows:,} rows with {tokens:,} tokens ({self.token_bytes:,.0f} bytes each), but {free / 2**30:,.2f} "
+                "GiB are free there. Name a folder on a larger disk, store less (`teacher_cache_kind: topk` or "
+                "`sampled`, a smaller `teacher_cache_top_k`, `teacher_cache_dtype: bfloat16` for hidden states), or "
+                "leave `teacher_cache` out."
+            )

@@ -1,0 +1,6 @@
+"""A teacher behind HTTP: both ends, and what goes between them."""
+
+from .dialects import RemoteSettings
+from .teacher import RemoteTeacher
+
+__all__ = ["RemoteSettings", "RemoteTeacher"]

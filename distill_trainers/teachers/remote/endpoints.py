@@ -1,0 +1,249 @@
+"""The HTTP side of remote teachers: servers that share the load, and that may be away for a while."""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import json
+import logging
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+import urllib3
+
+from ...exceptions import ConfigurationError, TeacherServerError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PASSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+_LONGEST_WAIT = 5.0  # seconds between two attempts, unless the server asks for more
+_LONGEST_ASKED = 30.0
+_BROKEN_ANSWERS = 3  # so often one question may fail inside a server, or be answered by nonsense
+_CONNECT_TIMEOUT = 5.0
+_SILENT = 2.0  # seconds before anybody is told that servers are away
+
+
+class Again(Exception):
+    """An attempt failed in a way that may pass.
+
+    Args:
+        reason: for messages.
+        retry_after: seconds that the server asks to wait.
+        broken: the server was there, but failed or answered nonsense, which waiting may not mend.
+    """
+
+    def __init__(self, reason: str, retry_after: float = 0.0, broken: bool = False):
+        super().__init__(reason)
+        self.retry_after, self.broken = retry_after, broken
+
+
+def parse_servers(text: str) -> list[str]:
+    """The addresses in `text`, without `/v1` at their end.
+
+    Raises:
+        ConfigurationError: one is no address, holds a password, or comes twice.
+    """
+    found = []
+    for part in text.split(","):
+        address = part.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+        try:
+            url = urlsplit(address)
+            whole = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:
+            whole = False
+        if not whole or url.query or url.fragment or " " in address:
+            raise ConfigurationError(
+                f"Got {part.strip()!r} as the address of a teacher's server; expected `http://host:port`, several with "
+                "commas between."
+            )
+        if url.username or url.password:
+            raise ConfigurationError(
+                f"The address of the teacher's server at {url.hostname} holds a user or password, which would end up "
+                "in logs. Put the server's token into the environment variable DISTILL_TEACHER_TOKEN."
+            )
+        if address in found:
+            raise ConfigurationError(f"The teacher's server {address} is named twice.")
+        found.append(address)
+    return found
+
+
+class Endpoint:
+    """One server, and how it has been doing."""
+
+    def __init__(self, url: str, pool: urllib3.PoolManager, token: str | None, timeout: float):
+        self.url = url
+        self.in_flight = self.failures = 0
+        self.not_before = 0.0
+        self._pool, self._timeout = pool, urllib3.Timeout(connect=min(_CONNECT_TIMEOUT, timeout), read=timeout)
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+
+    def request(self, path: str, body: bytes | None = None, kind: str = "application/octet-stream") -> bytes:
+        """The body of the answer to a GET, or to a POST of `body`.
+
+        Raises:
+            Again: it may work later.
+            TeacherServerError: the server refuses, and will again.
+        """
+        headers = self._headers if body is None else {**self._headers, "Content-Type": kind}
+        how: dict[str, Any] = {"headers": headers, "timeout": self._timeout, "retries": False, "redirect": False}
+        try:
+            response = self._pool.request("GET" if body is None else "POST", self.url + path, body=body, **how)
+        except urllib3.exceptions.HTTPError as error:
+            raise Again(_short(error)) from error
+        if response.status == 200:
+            return response.data
+        reason = f"{response.status} {_reason(response.data)}".strip()
+        if response.status in _PASSES:
+            raise Again(reason, _asked_wait(response.headers), broken=response.status == 500)
+        raise TeacherServerError(f"The teacher's server {self.url} refuses: {reason}", response.status)
+
+    def json(self, path: str, question: Any = None) -> Any:
+        """As `request`, in JSON both ways."""
+        body = None if question is None else json.dumps(question).encode()
+        answer = self.request(path, body, "application/json")
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise Again("the answer is not JSON", broken=True) from error
+
+
+class Attempt(Generic[T]):
+    """A call that runs on some server in the background, until it is waited for."""
+
+    def __init__(self, servers: Servers, call: Callable[[Endpoint], T]):
+        self._servers, self._call = servers, call
+        self._future = servers.submit(call)
+
+    def result(self) -> T:
+        """What the call gave, on whichever server, tried again while servers are away.
+
+        Raises:
+            TeacherServerError: a server refuses, answers nonsense again and again, or none is back in time.
+        """
+        since, broken = None, 0
+        while True:
+            try:
+                return self._future.result()
+            except Again as again:
+                since = since or time.monotonic()
+                broken += again.broken
+                away = time.monotonic() - since
+                if away > self._servers.patience or broken >= _BROKEN_ANSWERS or self._servers.waits_no_more:
+                    raise TeacherServerError(
+                        f"No teacher's server gave an answer ({self._servers.names}; the last: {again}), tried for "
+                        f"{away:.0f} s. Start it again, and the run with `--resume_from_checkpoint true`; "
+                        "`teacher_server_patience` says how long a server is waited for."
+                    ) from again
+                self._servers.wait_for_any(str(again), away)
+                self._future = self._servers.submit(self._call)
+
+    def cancel(self) -> None:
+        """Forget about it, if it has not begun."""
+        self._future.cancel()
+
+
+class Servers:
+    """Servers of one teacher; each call goes to the one with the fewest in flight among those that are not away.
+
+    Args:
+        token: that requests bear.
+        concurrency: calls in flight at once.
+        timeout: seconds without a sign of an answer after which an attempt has failed.
+        patience: seconds for which servers that are away are waited for.
+    """
+
+    def __init__(self, urls: Sequence[str], token: str | None, concurrency: int, timeout: float, patience: float):
+        self.patience = patience
+        self._pool = urllib3.PoolManager(num_pools=len(urls), maxsize=concurrency, retries=False)
+        self.endpoints = [Endpoint(url, self._pool, token, timeout) for url in urls]
+        self._threads = futures.ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
+        self._lock = threading.Lock()
+        self._turn = 0
+        self.waits_no_more = False
+        self._told = False  # whether it was said that servers are away
+        self.close = weakref.finalize(self, _close, self._threads, self._pool)
+
+    @property
+    def names(self) -> str:
+        return ", ".join(endpoint.url for endpoint in self.endpoints)
+
+    def start_with(self, number: int) -> None:
+        """Processes that start with different servers share them evenly."""
+        self._turn = number
+
+    def submit(self, call: Callable[[Endpoint], T]) -> futures.Future[T]:
+        """One attempt in the background."""
+        return self._threads.submit(self._run, call)
+
+    def wait_for_any(self, reason: str, away: float) -> None:
+        """Sleep until some server may be tried again; once it takes long, say so."""
+        if away > _SILENT and not self._told:
+            self._told = True
+            how_long = self.patience - away
+            logger.warning("Waiting for the teacher's server %s (%s), %.0f s more.", self.names, reason, how_long)
+        end = min(endpoint.not_before for endpoint in self.endpoints)
+        while not self.waits_no_more and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+
+    def stop_waiting(self) -> None:
+        """Servers that are away are not waited for any more. May be called by a signal's handler."""
+        self.waits_no_more = True
+
+    def _run(self, call: Callable[[Endpoint], T]) -> T:
+        endpoint = self._pick()
+        try:
+            answer = call(endpoint)
+            endpoint.failures, endpoint.not_before, self._told = 0, 0.0, False
+            return answer
+        except Again as again:
+            with self._lock:
+                endpoint.failures += 1
+                pause = min(_LONGEST_WAIT, 0.1 * 2 ** min(endpoint.failures, 10)) * random.uniform(0.5, 1.0)
+                endpoint.not_before = time.monotonic() + max(pause, min(again.retry_after, _LONGEST_ASKED))
+            raise
+        finally:
+            with self._lock:
+                endpoint.in_flight -= 1
+
+    def _pick(self) -> Endpoint:
+        with self._lock:
+            now, count = time.monotonic(), len(self.endpoints)
+            order = [self.endpoints[(self._turn + i) % count] for i in range(count)]
+            self._turn += 1
+            chosen = min(order, key=lambda each: (max(0.0, each.not_before - now), each.in_flight))
+            chosen.in_flight += 1
+            return chosen
+
+
+def _close(threads: futures.ThreadPoolExecutor, pool: urllib3.PoolManager) -> None:
+    threads.shutdown(wait=False, cancel_futures=True)
+    pool.clear()
+
+
+def _reason(body: bytes) -> str:
+    """What an error's body says, ours or an OpenAI-compatible server's."""
+    try:
+        said = json.loads(body)
+        said = said.get("error", said.get("message", said)) if isinstance(said, dict) else said
+        said = said.get("message", said) if isinstance(said, dict) else said
+    except ValueError:
+        said = body.decode("utf-8", errors="replace")
+    return " ".join(str(said).split())[:300]
+
+
+def _asked_wait(headers: Any) -> float:
+    try:
+        return max(0.0, float(headers.get("Retry-After", 0)))
+    except ValueError:
+        return 0.0
+
+
+def _short(error: Exception) -> str:
+    kind = type(error).__name__
+    return {"NewConnectionError": "connection refused", "ReadTimeoutError": "time-out"}.get(kind, kind)

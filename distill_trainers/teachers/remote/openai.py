@@ -1,0 +1,150 @@
+"""Teachers behind servers that speak OpenAI's completions API with vLLM's `prompt_logprobs`.
+
+Rows are sent as lists of token ids, so nothing is tokenised again; what a server says about each token of a prompt are
+log-probabilities at temperature 1 of the k likeliest ids and of the token itself, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...exceptions import ConfigurationError, TeacherServerError
+from ..cache.shards import Answer
+from ..vocabulary import PROBE
+from .dialects import Dialect, RemoteSettings
+from .endpoints import Again, Endpoint
+from .wire import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = 8192  # of one request, whose answer takes about 70 bytes for each token and id
+_ROWS = 64
+
+
+class OpenAIDialect(Dialect):
+    """What vLLM's server, and those that follow it, answer at `/v1/completions`.
+
+    Raises:
+        ConfigurationError: no such server, an unknown model, or no prompt log-probs of as many ids as are asked for.
+    """
+
+    def __init__(self, endpoint: Endpoint, settings: RemoteSettings):
+        listed = endpoint.json("/v1/models")
+        try:
+            models = {model["id"]: model for model in listed["data"]}
+        except (TypeError, KeyError) as error:
+            raise ConfigurationError(
+                f"{endpoint.url} is neither a `distill-trainers serve-teacher` nor an OpenAI-compatible server: its "
+                "/v1/models lists no models. Check the address."
+            ) from error
+        name = settings.model or (next(iter(models)) if len(models) == 1 else None)
+        if name not in models:
+            raise ConfigurationError(
+                f"Got `teacher_server_model: {settings.model}`, but {endpoint.url} serves {', '.join(models)}. Name "
+                "one of these."
+            )
+        longest = models[name].get("max_model_len")
+        self.model = name
+        self.info = {
+            "teacher": name,
+            "weights": f"served as {name}",
+            "tokenizer": None,
+            "vocab_rows": None,
+            "dtype": None,
+            "kinds": ["topk", "token_logprobs"],
+            "hidden_size": None,
+            "head_sha256": None,
+            "max_rows": _ROWS,
+            "max_tokens": _TOKENS,
+            "max_row_tokens": None if longest is None else longest - 1,  # one token is generated
+            "max_answer_bytes": math.inf,
+        }
+        self._try(endpoint, settings)
+
+    def _try(self, endpoint: Endpoint, settings: RemoteSettings) -> None:
+        k = settings.top_k if settings.kind == "topk" else 0
+        try:
+            (told,) = self._complete([[0, 1]], k, endpoint)
+        except TeacherServerError as error:
+            raise ConfigurationError(
+                f"{error}. Asked for were prompt log-probs of {k} ids per token: vLLM tells as many as "
+                "its option `--max-logprobs` says (20 by default); lower `teacher_server_top_k` or raise that."
+            ) from error
+        if told is None or len(told) != 2:
+            raise ConfigurationError(
+                f"The server {endpoint.url} gives no `prompt_logprobs`, so it cannot tell what its model thinks of "
+                "given tokens. Use vLLM, or `distill-trainers serve-teacher`."
+            )
+
+    def compare_tokenizer(self, endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:
+        asked = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}
+        try:
+            theirs = endpoint.json("/tokenize", asked)["tokens"]
+        except (TeacherServerError, KeyError, TypeError):
+            logger.warning(
+                "%s has no /tokenize, so its tokenizer could not be compared with the student's: it must be the same.",
+                endpoint.url,
+            )
+            return
+        own = tokenizer.encode(PROBE, add_special_tokens=False)
+        if own != theirs:
+            raise ConfigurationError(
+                f"The teacher {self.model!r} at {endpoint.url} splits text into other ids than the student's tokenizer "
+                f"({theirs[:8]}…, {own[:8]}…). Choose a student of the teacher's family and use its tokenizer for both."
+            )
+
+    def ask(self, question: Question, endpoint: Endpoint) -> Answer:
+        k = question.wanted.top_k or 0
+        told = self._complete([ids.tolist() for ids, _ in question.rows], k, endpoint)
+        ids: list[list[int]] = []
+        logps: list[list[float]] = []
+        for (row, positions), places in zip(question.rows, told, strict=True):
+            try:
+                for position in positions.tolist():
+                    said = {int(token): float(each["logprob"]) for token, each in places[position + 1].items()}
+                    own = int(row[position + 1])
+                    chosen = sorted(said, key=lambda token: -said[token])[:k] if k else [own]
+                    ids.append(chosen)
+                    logps.append([said[token] for token in chosen])
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise Again(f"{endpoint.url} answers nonsense ({type(error).__name__})", broken=True) from error
+        return self._row(ids, logps, k, endpoint)
+
+    def _row(self, ids: list[list[int]], logps: list[list[float]], k: int, endpoint: Endpoint) -> Answer:
+        if k and any(len(each) < k for each in ids):
+            raise Again(f"{endpoint.url} tells of fewer than {k} ids", broken=True)
+        values = torch.tensor(logps, dtype=torch.float64)
+        mass = values.exp().sum(-1)
+        if values.isnan().any() or (mass > 1 + 1e-3).any():
+            raise Again(f"{endpoint.url} tells of probabilities that add up to more than 1", broken=True)
+        if not k:
+            return {"logps": values[:, 0].float()}
+        tail = torch.log1p(-mass.clamp(max=1.0))
+        return {"ids": torch.tensor(ids, dtype=torch.int32), "logps": values.float(), "tail": tail.float()}
+
+    def _complete(self, prompts: list[list[int]], k: int, endpoint: Endpoint) -> list[Any]:
+        """`prompt_logprobs` of each prompt, in order."""
+        body = {
+            "model": self.model,
+            "prompt": prompts,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": k,
+        }
+        answer = endpoint.json("/v1/completions", body)
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            told = [choice.get("prompt_logprobs") for choice in choices]
+        except (LookupError, TypeError, AttributeError) as error:
+            raise Again(f"{endpoint.url} answers nonsense: {json.dumps(answer)[:100]}", broken=True) from error
+        if len(told) != len(prompts):
+            raise Again(f"{endpoint.url} answers {len(told)} of {len(prompts)} prompts", broken=True)
+        return told

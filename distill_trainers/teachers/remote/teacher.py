@@ -1,0 +1,248 @@
+"""A teacher behind HTTP: `distill-trainers serve-teacher`, or any OpenAI-compatible server with prompt log-probs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...exceptions import ConfigurationError, TeacherServerError
+from ...signals import Head, TeacherSignal, TokenLogprobs
+from ..base import Teacher
+from ..cache.kinds import CACHE_KINDS
+from ..cache.shards import Answer
+from ..rows import TokenRow, row_key, unpadded_rows
+from .dialects import _LIMITS, TOKEN_ENV, Dialect, OwnDialect, RemoteSettings
+from .endpoints import Again, Attempt, Endpoint, Servers, parse_servers
+from .wire import SERVER_KINDS, Question, Wanted, answer_bytes, answer_identity, empty_answer, problem_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class RemoteTeacher(Teacher):
+    """A teacher that answers over HTTP; every process asks for its own rows.
+
+    Micro-batches that it is told of ahead (`asking_ahead`) are asked for at once and in the background, so that their
+    answers are on their way while the student computes. A server that goes away is waited for.
+
+    Attributes:
+        failure: why nobody is asked any more within `holding_failures`; None as long as all is well.
+
+    Args:
+        servers: addresses, in one string with commas between or as a list; they must serve the same teacher.
+        settings: what is asked for.
+        token: that the servers want; never part of a recipe.
+
+    Raises:
+        ConfigurationError: a server is not there, is not one, wants another token, or cannot tell what is asked for.
+    """
+
+    def __init__(self, servers: str | Sequence[str], settings: RemoteSettings | None = None, token: str | None = None):
+        from .openai import OpenAIDialect
+
+        self.settings = own = settings or RemoteSettings()
+        if own.kind not in SERVER_KINDS:
+            raise ConfigurationError(f"Got the kind {own.kind!r}; expected one of {', '.join(SERVER_KINDS)}.")
+        urls = parse_servers(servers if isinstance(servers, str) else ",".join(servers))
+        self.servers = Servers(urls, token, own.concurrency, own.timeout, own.patience)
+        self.provides = frozenset({"token_logprobs" if own.kind == "token_logprobs" else "distribution"})  # type: ignore[misc]
+        found = [self._connect(endpoint, OpenAIDialect) for endpoint in self.servers.endpoints]
+        self.dialect = found[0]
+        self.info = self.dialect.info
+        for url, other in zip(urls, found, strict=True):
+            if any(other.info[name] != self.info[name] for name in ("weights", "tokenizer", "vocab_rows")):
+                raise ConfigurationError(
+                    f"The servers {urls[0]} and {url} serve different teachers: {self.info['teacher']!r} "
+                    f"({self.info['weights']}) and {other.info['teacher']!r} ({other.info['weights']}). Name servers "
+                    "of one teacher."
+                )
+            if own.kind not in other.info["kinds"]:
+                raise ConfigurationError(
+                    f"Got `teacher_server_kind: {own.kind}`, but the server {url} tells only "
+                    f"{', '.join(other.info['kinds'])}. Choose one of these."
+                )
+        for name in _LIMITS:  # any of them may be asked any question
+            limits = [each.info[name] for each in found if each.info[name] is not None]
+            self.info[name] = min(limits) if limits else None
+        self.name = self.info["teacher"]
+        self._device = torch.device("cpu")
+        self._head: Head | None = None
+        self._known_ids: int | None = self.info["vocab_rows"]
+        self._ahead: dict[Any, list[Attempt[Answer]]] = {}
+        self._announcing = self._holding = False
+        self.failure: TeacherServerError | None = None
+
+    def _connect(self, endpoint: Endpoint, openai: Any) -> Dialect:
+        try:
+            try:
+                return OwnDialect(endpoint.json("/v1/info"), endpoint.url)
+            except TeacherServerError as error:
+                if error.status != 404:
+                    raise
+                return openai(endpoint, self.settings)
+        except Again as error:
+            raise ConfigurationError(
+                f"The teacher's server {endpoint.url} does not answer ({error}). Start it with `distill-trainers "
+                "serve-teacher --model …` and wait until it says that it serves, or mend `teacher_model_name_or_path`."
+            ) from error
+        except TeacherServerError as error:
+            remedy = "Check the address"
+            if error.status in (401, 403):
+                remedy = f"Put its token into the environment variable {TOKEN_ENV}"
+            raise ConfigurationError(f"{error}. {remedy}.") from error
+
+    # ---- What a trainer tells it ------------------------------------------------------------------------------------
+
+    def meet(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        """Compare the student's tokenizer and longest row with what the servers take.
+
+        Raises:
+            ConfigurationError: naming what differs.
+        """
+        for endpoint in self.servers.endpoints:
+            try:
+                self.dialect.compare_tokenizer(endpoint, tokenizer)
+            except (Again, TeacherServerError) as error:
+                raise ConfigurationError(f"The teacher's server {endpoint.url} failed: {error}.") from error
+        longest = self.info["max_row_tokens"]
+        if longest is not None and max_length > longest:
+            raise ConfigurationError(
+                f"Got `max_length: {max_length}`, but the teacher's server {self.servers.names} takes rows of "
+                f"{longest} tokens. Set `max_length: {longest}`, or raise the server's limit."
+            )
+
+    def limit_ids(self, student_rows: int) -> None:
+        """Ids that the student has; answers about others are refused."""
+        known = self.info["vocab_rows"]
+        self._known_ids = student_rows if known is None else min(known, student_rows)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        self._device = accelerator.device
+        self.servers.start_with(accelerator.process_index)
+
+    @contextlib.contextmanager
+    def asking_ahead(self) -> Iterator[bool]:
+        """Within it, `signal` sends its question and returns None; asked once more, it takes up the answer."""
+        self._forget()
+        self._announcing = True
+        try:
+            yield True
+        finally:
+            self._announcing = False
+
+    @contextlib.contextmanager
+    def holding_failures(self) -> Iterator[None]:
+        """Within it, what `signal` would raise is kept in `failure`, and a signal that says nothing is given instead.
+
+        One of several processes that raised alone would leave the others waiting for it in their next collective.
+        """
+        before, self._holding = self._holding, True
+        try:
+            yield
+        finally:
+            self._holding = before
+
+    def stop_waiting(self) -> None:
+        self.servers.stop_waiting()
+
+    # ---- As a teacher -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
+        rows = [row for row in unpadded_rows(inputs, predicts) if len(row[1])]
+        key = (vocab_size, *(row_key(*row) for row in rows))
+        if self._announcing:
+            if self.failure is None:
+                self._ahead[key] = self._ask(rows, vocab_size)
+            return None  # type: ignore[return-value]  # nobody looks at it
+        if self.failure is None or not self._holding:
+            try:
+                attempts = self._ahead.pop(key, None) or self._ask(rows, vocab_size)
+                return self._signal_of([attempt.result() for attempt in attempts], vocab_size, predicts.device)
+            except TeacherServerError as error:
+                if not self._holding or (self.settings.kind == "hidden" and self._head is None):
+                    raise
+                self.failure = error
+        count, head = sum(len(positions) for _, positions in rows), self._head
+        nothing = empty_answer(count, self._wanted(vocab_size), self.info, None if head is None else head.weight.dtype)
+        return self._signal_of([nothing], vocab_size, predicts.device)
+
+    def fingerprint(self) -> str:
+        return self.info["weights"]
+
+    def close(self) -> None:
+        """End threads and connections; the teacher cannot be asked any more."""
+        self._forget()
+        self.servers.close()
+
+    # ---- Inside -----------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        for attempt in (attempt for attempts in self._ahead.values() for attempt in attempts):
+            attempt.cancel()
+        self._ahead.clear()
+
+    def _wanted(self, vocab_size: int | None) -> Wanted:
+        own = self.settings
+        return Wanted(
+            own.kind,
+            vocab_size,
+            own.dtype,
+            top_k=own.top_k if own.kind == "topk" else None,
+            draws=own.draws if own.kind == "sampled" else None,
+            seed=own.seed if own.kind == "sampled" else None,
+        )
+
+    def _ask(self, rows: Sequence[TokenRow], vocab_size: int | None) -> list[Attempt[Answer]]:
+        wanted = self._wanted(vocab_size)
+        tokenizer = self.info["tokenizer"] or ""
+        questions = [Question(wanted, tokenizer, part) for part in self._parts(rows, wanted)]
+        return [Attempt(self.servers, functools.partial(self._checked, question)) for question in questions]
+
+    def _parts(self, rows: Sequence[TokenRow], wanted: Wanted) -> list[list[TokenRow]]:
+        """Rows in parts that a server takes, and as many parts as there are servers."""
+        info, share = self.info, sum(len(ids) for ids, _ in rows) / len(self.servers.endpoints)
+        each = answer_bytes(wanted, info) if info["vocab_rows"] else 0.0
+        parts: list[list[TokenRow]] = []
+        tokens, size = 0, 0.0
+        for row in rows:
+            grown, larger = tokens + len(row[0]), size + each * len(row[1])
+            full = grown > info["max_tokens"] or larger > info["max_answer_bytes"] or tokens >= share
+            if not parts or full or len(parts[-1]) >= info["max_rows"]:
+                parts.append([])
+                grown, larger = len(row[0]), each * len(row[1])
+            parts[-1].append(row)
+            tokens, size = grown, larger
+        return parts
+
+    def _checked(self, question: Question, endpoint: Endpoint) -> Answer:
+        answer = self.dialect.ask(question, endpoint)
+        wanted = question.wanted
+        problem = problem_of(answer, sum(question.counts), wanted, self.info, wanted.vocab_size or self._known_ids)
+        if problem:
+            raise Again(f"{endpoint.url} answers nonsense: {problem}", broken=True)
+        return answer
+
+    def _signal_of(self, rows: list[Answer], vocab_size: int | None, device: torch.device) -> TeacherSignal:
+        wanted = self._wanted(vocab_size)
+        if wanted.kind == "token_logprobs":
+            return TokenLogprobs(torch.cat([row["logps"] for row in rows] or [torch.empty(0)]).to(device))
+        head = self._whole_head(device).cut_to(vocab_size) if wanted.kind == "hidden" else None
+        info = {**self.info, "vocab_rows": self.info["vocab_rows"] or self._known_ids or wanted.top_k}
+        return CACHE_KINDS[wanted.kind](answer_identity(wanted, info)).answer(rows, head, device)
+
+    def _whole_head(self, device: torch.device) -> Head:
+        """The teacher's head, fetched once."""
+        if self._head is None:
+            assert isinstance(self.dialect, OwnDialect)
+            self._head = Attempt(self.servers, functools.partial(self.dialect.head, device)).result()
+        return self._head

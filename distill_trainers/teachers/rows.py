@@ -1,0 +1,39 @@
+"""A batch and a dataset row as a teacher meets them: without padding, known by their content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+TokenRow = tuple[
+    np.ndarray, np.ndarray
+]  # ids `[T]` without padding, and the rising positions that predict a trained token
+
+
+def row_key(input_ids: Sequence[int] | np.ndarray, predicts: Sequence[int] | np.ndarray) -> bytes:
+    """Identifies a row by its unpadded `input_ids` `[T]` and the positions that predict a trained token, rising."""
+    ids, positions = (np.ascontiguousarray(values, dtype="<i8") for values in (input_ids, predicts))
+    return hashlib.blake2b(
+        ids.tobytes() + positions.tobytes() + len(ids).to_bytes(8, "little"), digest_size=16
+    ).digest()
+
+
+def unpadded_rows(inputs: Mapping[str, Tensor], predicts: Tensor) -> list[TokenRow]:
+    """Each row of a padded batch as its ids `[T]` and the positions that predict a trained token."""
+    ids, mask, asked = (t.cpu().numpy() for t in (inputs["input_ids"], inputs["attention_mask"].bool(), predicts))
+    return [(row[real], (real.cumsum() - 1)[:-1][where]) for row, real, where in zip(ids, mask, asked, strict=True)]
+
+
+def batch_keys(inputs: Mapping[str, Tensor], predicts: Tensor) -> list[bytes | None]:
+    """The key of each row of a padded batch; None for rows without trained tokens."""
+    return [row_key(*row) if len(row[1]) else None for row in unpadded_rows(inputs, predicts)]
+
+
+def dataset_row_key(row: Mapping[str, Any]) -> tuple[bytes, int]:
+    """The key of a tokenised row, and its number of trained tokens."""
+    positions = np.flatnonzero(np.asarray(row["loss_mask"])[1:])
+    return row_key(row["input_ids"], positions), len(positions)

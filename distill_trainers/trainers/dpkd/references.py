@@ -1,0 +1,289 @@
+"""What a frozen reference says about the tokens of given rows: asked as they come, or kept on disk and read."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from ... import models
+from ...data import DistillCollator
+from ...data.pairs import rows_of_pair
+from ...exceptions import ConfigurationError
+from ...losses.reduction import trained_mask
+from ...teachers import CachedTeacher, DeferredTeacher, LocalTeacher, Teacher
+from ...teachers.cache.identity import (
+    CacheIdentity,
+    answering_settings,
+    describe_source,
+    hashed,
+    read_identity,
+    refuse_differences,
+    tokenizer_fingerprint,
+    write_identity,
+)
+from ...teachers.cache.shards import TeacherCache
+from ...teachers.local import AdapterOff, adapter_is_neutral, base_fingerprint
+from ...teachers.placement import is_collective
+from ...teachers.rows import batch_keys, dataset_row_key
+from .. import student as sources
+from ..step import frozen_logps
+
+if TYPE_CHECKING:
+    from ..base import DistillTrainer
+
+Batch = dict[str, Any]
+
+_FLUSH_SECONDS = 30.0  # what a killed run may lose
+
+
+class ReferenceLogps:
+    """Log-probabilities of a frozen model for the trained tokens of batches.
+
+    Rows are found by their content, so shuffling, further epochs and other processes find them again; what a store does
+    not hold is asked of the model and, for rows of a dataset, kept.
+
+    Args:
+        trainer: whose batches these are.
+        load: gives the reference, ready to answer; called when it is first needed.
+        store: where answers are kept; None asks every time.
+    """
+
+    def __init__(self, trainer: DistillTrainer, load: Callable[[], Teacher], store: TeacherCache | None = None):
+        self.trainer = trainer
+        self.store = store
+        self._load = load
+        self._model: Teacher | None = None
+        self._last_flush = time.monotonic()
+
+    @property
+    def model(self) -> Teacher:
+        """The reference itself."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    @torch.no_grad()
+    def of(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """`[B, T]`: log-probability of each trained token, 0 elsewhere."""
+        predicts = trained_mask(batch["labels"])
+        keys = batch_keys(batch, predicts) if self.store is not None else []
+        rows = self._known(keys)
+        missing = [key for key in keys if key is not None and key not in rows]
+        if self.store is None or self._all_ask(bool(missing)):
+            values = self._ask(batch, predicts)
+            for number, key in enumerate(keys):
+                if key in missing:
+                    self._keep(key, values[number][predicts[number]])
+        else:
+            known = [rows[key]["logps"] for key in keys if key is not None]
+            found = torch.cat(known).to(predicts.device) if known else torch.zeros(0, device=predicts.device)
+            values = torch.zeros(predicts.shape, dtype=found.dtype, device=found.device).masked_scatter(predicts, found)
+        return torch.nn.functional.pad(values, (1, 0))
+
+    def _ask(self, batch: Mapping[str, Tensor], predicts: Tensor) -> Tensor:
+        logps, _ = frozen_logps(self.trainer, self.model, batch)
+        return torch.zeros(predicts.shape, dtype=logps.dtype, device=logps.device).masked_scatter(predicts, logps)
+
+    # ---- On disk ----------------------------------------------------------------------------------------------------
+
+    def _known(self, keys: Iterable[bytes | None]) -> dict[bytes | None, dict[str, Tensor]]:
+        if self.store is None:
+            return {}
+        found = {key: self.store.read(key) for key in set(keys) if key is not None and key in self.store}
+        return {key: row for key, row in found.items() if row is not None}
+
+    def _keep(self, key: bytes | None, logps: Tensor) -> None:
+        assert self.store is not None and key is not None
+        self.store.add(key, {"logps": logps}, len(logps))
+        if time.monotonic() - self._last_flush > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write out what has been learnt."""
+        self._last_flush = time.monotonic()
+        if self.store is not None:
+            self.store.flush()
+
+    def release(self) -> None:
+        """Let a teacher that can be loaded again go; one that is sharded stays, since all processes run it."""
+        teacher = self.trainer.teacher
+        if self.store is not None and isinstance(teacher, DeferredTeacher) and not self._collective:
+            teacher.release()
+
+    @property
+    def _collective(self) -> bool:
+        accelerator = self.trainer.accelerator
+        args: Any = self.trainer.args
+        placement = args.teacher_placement if args.reference == "teacher" else "auto"  # the student lies as launched
+        sharded = is_collective(placement, models.zero_stage(accelerator), models.fsdp_version(accelerator))
+        return accelerator.num_processes > 1 and sharded
+
+    def _all_ask(self, need: bool) -> bool:
+        """Whether the reference is asked: by whoever needs it, or by all processes where it is sharded."""
+        if not self._collective:
+            return need
+        votes = torch.tensor(float(need), device=self.trainer.args.device)
+        return bool(self.trainer.accelerator.reduce(votes, reduction="sum").item())
+
+    def fill(self, pairs: Any) -> int:
+        """Ask for all rows of a dataset of tokenised pairs that the store lacks; returns how many there were.
+
+        Each batch is kept as it comes: a killed run goes on where it was. Processes share the work.
+        """
+        if self.store is None or not hasattr(pairs, "__len__"):
+            return 0
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        accelerator.wait_for_everyone()
+        self.store.refresh()
+        todo: dict[bytes, dict[str, Any]] = {}
+        for row in itertools.chain.from_iterable(map(rows_of_pair, pairs)):
+            key, count = dataset_row_key(row)
+            if count and key not in self.store:
+                todo[key] = row
+        accelerator.wait_for_everyone()  # nobody writes before all know what is missing
+        size = trainer.args.per_device_eval_batch_size
+        rows = sorted(todo.values(), key=lambda row: -len(row["input_ids"]))
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        world, rank = accelerator.num_processes, accelerator.process_index
+        collate = DistillCollator(trainer.processing_class.pad_token_id)
+        for turn in tqdm(range(-(-len(batches) // world)), desc="Reference log-probabilities", disable=rank != 0):
+            mine = min(turn * world + rank, len(batches) - 1)
+            self.of(trainer._prepare_inputs(collate(batches[mine])))
+        self.flush()
+        accelerator.wait_for_everyone()
+        self.store.refresh()
+        return len(todo)
+
+
+class ReferenceKeeper(TrainerCallback):
+    """Writes out what a reference was asked wherever a run may end or go on from, and lets its model go."""
+
+    def __init__(self, references: ReferenceLogps):
+        self.references = references
+
+    def _flush(self, *args: Any, **kwargs: Any) -> None:
+        self.references.flush()
+
+    def _flush_and_release(self, *args: Any, **kwargs: Any) -> None:
+        self.references.flush()
+        self.references.release()
+
+    on_epoch_end = on_save = on_train_end = _flush
+    on_train_begin = on_evaluate = _flush_and_release
+
+
+# ---- Which model is the reference -----------------------------------------------------------------------------------
+
+
+def initial_student(trainer: DistillTrainer, source: Any, quantization_config: Any) -> Callable[[], LocalTeacher]:
+    """How to get the student as it was given: itself without a new adapter, its folder again, or a frozen copy.
+
+    Raises:
+        ConfigurationError: its weights are sharded already, and it has no name to be loaded by.
+    """
+    student, args = trainer.model, trainer.args
+    if models.is_peft(student) and adapter_is_neutral(student):
+        reference = AdapterOff(lambda: trainer.model_wrapped)
+        return lambda: reference
+    if isinstance(source, str) and not models.is_peft(student):
+
+        def load() -> LocalTeacher:
+            loaded = LocalTeacher(sources.load_student(source, args, None, quantization_config), name=source)
+            loaded.prepare(trainer.accelerator)
+            return loaded
+
+        return load
+    if any(hasattr(parameter, "ds_id") for parameter in student.parameters()):
+        raise ConfigurationError(
+            "Got `reference: student` with a student whose weights ZeRO-3 has partitioned already, so they cannot be "
+            "copied. Pass the student by name, or train a new adapter (`peft_config`)."
+        )
+    frozen = LocalTeacher(copy.deepcopy(student), name="the student before training")
+    frozen.prepare(trainer.accelerator)
+    return lambda: frozen
+
+
+def source_fingerprint(source: Any) -> str | None:
+    """What tells the student's weights before an adapter is added; None for one that is given by name."""
+    return None if isinstance(source, str) else base_fingerprint(source)
+
+
+def open_store(trainer: DistillTrainer, folder: str, source: Any, weights: str | None) -> TeacherCache:
+    """The store of a reference's log-probabilities, made if it is not there.
+
+    Args:
+        source: the reference: a name, or a model.
+        weights: its fingerprint where it was given as a model.
+
+    Raises:
+        ConfigurationError: the folder was made with another reference, tokenizer, vocabulary or precision.
+        CacheError: it cannot be read or made.
+    """
+    args, by_name = trainer.args, isinstance(source, str)
+    teacher_is_it = source is not None and weights is None
+    settings: Any = (args.teacher_model_init_kwargs if teacher_is_it else args.model_init_kwargs) or {}
+    config = models.load_config(source, "reference", trust_remote_code=args.trust_remote_code) if by_name else None
+    rows = (config or models.causal_lm_of(source).config).get_text_config().vocab_size
+    identity = CacheIdentity(
+        kind="logps",
+        dtype=None,
+        top_k=None,
+        draws=None,
+        seed=None,
+        vocab_size=rows if trainer.vocab_size is None else trainer.vocab_size,
+        tokenizer=tokenizer_fingerprint(trainer.processing_class),
+        autocast="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        teacher_rows=rows,
+        teacher_settings=answering_settings(settings),
+        teacher=source if by_name else models.source_of(source) or type(source).__name__,
+        files=describe_source(source, settings.get("revision")) if by_name else None,
+        weights=weights,
+    )
+    with args.main_process_first(desc="opening the reference log-probabilities"):
+        recorded = read_identity(folder)
+        if recorded is None:
+            if identity.files is not None:
+                identity = dataclasses.replace(identity, files=hashed(identity.files))
+            write_identity(folder, identity)
+        else:
+            refuse_differences(folder, recorded, identity, "reference_logps_dir")
+            identity = recorded
+    return TeacherCache(folder, identity.stamp())
+
+
+def reference_of(
+    trainer: DistillTrainer, student: Any, teacher: Any, fingerprint: str | None, quantization_config: Any
+) -> ReferenceLogps | None:
+    """The reference that a trainer's config names; None where the teacher's own signal says all that is needed.
+
+    Args:
+        student, teacher: as the trainer was given them.
+        fingerprint: of a student in memory, before it got an adapter.
+    """
+    args: Any = trainer.args
+    if args.reference == "teacher" and args.reference_logps_dir is None:
+        return None
+    if args.reference == "teacher":
+        if isinstance(teacher, CachedTeacher) or args.teacher_placement == "cached":
+            raise ConfigurationError(
+                "Got `reference_logps_dir` with a CachedTeacher; expected a model or its name. Leave one of them out."
+            )
+        source = teacher.model if isinstance(teacher, LocalTeacher) else teacher
+        source = trainer.model if args.teacher_placement == "adapter_off" else source
+        weights = None if isinstance(source, str) else trainer.teacher.fingerprint()
+        load: Callable[[], Teacher] = partial(getattr, trainer, "teacher")
+    else:
+        source, weights = student, fingerprint
+        load = initial_student(trainer, student, quantization_config)
+    store = None if args.reference_logps_dir is None else open_store(trainer, args.reference_logps_dir, source, weights)
+    return ReferenceLogps(trainer, load, store)

@@ -1,0 +1,113 @@
+"""The rejected responses of a method that learns from pairs: the student's own, sampled anew, replayed, or kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from ... import models
+from ...data import join_pairs
+from ...rollouts import CompletionStore, ReplayBuffer, local_engine
+from ...rollouts.completing import complete_prompts
+from ...rollouts.replay import sampled_rows, with_rows
+from ...rollouts.store import prompt_key
+from ..lifecycle.completions import completions_root, prompts_to_complete
+
+if TYPE_CHECKING:
+    from ..base import DistillTrainer
+
+Batch = dict[str, Any]
+
+
+class StudentResponses:
+    """Pairs of an optimiser step whose rejected side the student wrote at most `refresh_steps` − 1 steps ago.
+
+    Steps 0, R, 2R, … sample a response to every prompt of the window and keep the pairs; the steps between train on
+    pairs drawn from those kept. What a step does follows from its number, the draws from (seed, step, rank), so all
+    processes take the same branch and a resumed run goes on as it would have.
+
+    Args:
+        trainer: with an engine that samples.
+        refresh_steps: R; 1 samples at every step.
+        capacity: number of pairs kept.
+    """
+
+    def __init__(self, trainer: DistillTrainer, refresh_steps: int, capacity: int):
+        self.trainer = trainer
+        self.refresh_steps = refresh_steps
+        self.kept = ReplayBuffer(capacity, parts=3)
+
+    def pairs(self, batches: list[Batch]) -> list[Batch]:
+        """Batches `[B, T]` of prompts with chosen responses as batches `[2B, T]` of pairs."""
+        step = self.trainer.state.global_step
+        rows = sum(len(batch["prompt_ids"]) for batch in batches)
+        if step % self.refresh_steps and len(self.kept) >= rows:
+            return self._replayed(batches, rows, step)
+        sampled = self.trainer.sample_completions(batches)
+        if self.refresh_steps > 1:
+            both = zip(sampled_rows(batches), sampled_rows(sampled), strict=True)
+            self.kept.push(gather_object([(prompt, chosen, rejected) for (prompt, chosen), (_, rejected) in both]))
+        return [self._join(*each) for each in zip(batches, sampled, strict=True)]
+
+    def _replayed(self, batches: list[Batch], count: int, step: int) -> list[Batch]:
+        trainer = self.trainer
+        rows = self.kept.sample(count, seed=trainer.args.seed, step=step, rank=trainer.accelerator.process_index)
+        pad, multiple = trainer.sampling.pad_token_id, trainer.args.pad_to_multiple_of
+        sides = ([(row[0], row[side]) for row in rows] for side in (1, 2))
+        chosen, rejected = (with_rows(batches, side, pad, multiple) for side in sides)
+        return [self._join(*each) for each in zip(chosen, rejected, strict=True)]
+
+    def _join(self, chosen: Batch, rejected: Batch) -> Batch:
+        return join_pairs(chosen, rejected, self.trainer.sampling.pad_token_id)
+
+
+class FirstResponses(TrainerCallback):
+    """Has the student answer the evaluation prompts before its first step, or they would tell of another student."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        evaluated = self.trainer.eval_dataset
+        for name in evaluated if isinstance(evaluated, dict) else [None] if evaluated is not None else []:
+            self.trainer.get_eval_dataloader(name)
+
+
+def with_student_responses(trainer: DistillTrainer, dataset: Any, written_by: str) -> Any:
+    """`dataset` with a rejected response of the student to each prompt, sampled once and kept on disk.
+
+    Evaluation compares steps on the same pairs, so its rejected responses never change during a run.
+
+    Args:
+        written_by: names the student that the responses are of.
+    """
+    prompts = prompts_to_complete(dataset, replace=True)
+    args, accelerator = trainer.args, trainer.accelerator
+    identity = {"student": written_by, "seed": args.seed, **trainer.sampling.as_dict()}
+    store = CompletionStore(completions_root(args), identity, accelerator.process_index)
+    accelerator.wait_for_everyone()
+    with_model = models.generating(trainer.model_wrapped, accelerator)
+    complete_prompts(
+        prompts,
+        store,
+        trainer.sampling,
+        with_model,
+        seed=args.seed,
+        device=accelerator.device,
+        batch_size=args.rollout_batch_size,
+        wait_for_everyone=accelerator.wait_for_everyone,
+        world=accelerator.num_processes,
+        rank=accelerator.process_index,
+        engine=local_engine(args.rollout_engine, trainer.processing_class),
+        title="Student responses",
+    )
+    accelerator.wait_for_everyone()
+    written = store.load()
+
+    def add(row: dict[str, Any]) -> dict[str, Any]:
+        response = written[prompt_key(row["input_ids"][: row["prompt_length"]])]
+        return {"rejected_ids": response, "rejected_mask": [1] * len(response)}
+
+    return dataset.map(add, desc="Student responses", load_from_cache_file=False)

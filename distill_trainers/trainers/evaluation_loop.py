@@ -1,0 +1,93 @@
+"""Evaluation on given tokens: whatever a method measures, as means over a whole set, comparable between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics
+from ..exceptions import DatasetError
+from ..losses.reduction import count_trained_tokens, sum_per_example, token_mean, trained_mask
+from ..signals import TokenLogits
+from .lifecycle.held_out import HeldOutMeasures
+
+Batch = dict[str, Any]
+
+
+class TeacherForcedEvaluation(Trainer):
+    """The evaluation of `DistillTrainer`, which has all that is asked of `self` here."""
+
+    if TYPE_CHECKING:
+        args: Any
+        last_eval_metrics: dict[str, float]
+        distill_terms: Any
+        agreement_terms: Any
+        _token_terms: Any
+        _eval_rows: list[Tensor] | None
+        _eval_names: list[str]
+
+        @property
+        def loss_weights(self) -> dict[str, float]: ...
+
+        @property
+        def loss_divisors(self) -> dict[str, str]: ...
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Teacher-forced: loss, perplexity, KL to the teacher, top-1 agreement, as means over all tokens of the set."""
+        self._eval_rows = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if not self._eval_rows:
+            raise DatasetError(f"The {description.lower()} set has no batches; got an empty dataset.")
+        totals = torch.cat(self._eval_rows).double().sum(0).tolist()
+        self._eval_rows = None
+        sums = dict(zip(self._eval_names, totals, strict=True))
+        tokens = sums.pop("tokens")
+        if tokens == 0:
+            raise DatasetError(
+                f"The {description.lower()} set has no tokens to score: no row has a completion that fits into "
+                f"max_length ({self.args.max_length}). Give its rows completions, or raise max_length."
+            )
+        divisors = {name: sums.get(f"/{entry}", tokens) for name, entry in self.loss_divisors.items()}
+        means = {name: sums[name] / max(divisors.get(name, tokens), 1) for name in sums if not name.startswith("/")}
+        metrics = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
+        metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
+        metrics |= agreement_metrics(means) | {"tokens": tokens}
+        scores = (output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, HeldOutMeasures):
+                own = metric_key_prefix.partition("_")[0]  # not that of one of several evaluation sets
+                scores = {f"{own}_{name}": value for name, value in callback.take(dataloader.dataset).items()} | scores
+        self.last_eval_metrics.update(scores)
+        return output._replace(metrics=scores)
+
+    @torch.no_grad()
+    def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None):
+        """Sums per example, so that those which pad the last distributed batch can be dropped again."""
+
+        def terms_fn(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {**self.distill_terms(student, teacher, tokens), **self.agreement_terms(student, teacher, tokens)}
+
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            total, terms = self._token_terms(model, inputs, terms_fn, self.loss_weights)
+        predicts = trained_mask(inputs["labels"])
+        entries = sorted(set(self.loss_divisors.values()) & inputs.keys())  # in one order on all processes
+        terms |= {f"/{entry}": inputs[entry][:, 1:][predicts] for entry in entries}
+        terms.setdefault("tokens", torch.ones_like(terms["nll"]))
+        sums = torch.stack([sum_per_example(values.float(), inputs) for values in terms.values()], dim=1)
+        if self._eval_rows is not None:
+            self._eval_names = list(terms)
+            self._eval_rows.append(self.accelerator.gather_for_metrics(sums).cpu())
+        return token_mean(total, count_trained_tokens([inputs]).to(total.device)), None, None

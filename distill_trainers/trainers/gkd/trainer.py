@@ -1,0 +1,142 @@
+"""Generalized Knowledge Distillation: On-Policy Distillation of Language Models (Agarwal et al., ICLR 2024).
+
+arXiv 2306.13649:  L = (1−λ)·E_{(x,y)~data}[D(p‖q)(y|x)] + λ·E_{x, y~q(·|x)}[D(p‖q)(y|x)], where D is any per-token
+divergence and no gradient flows through sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ...exceptions import ConfigurationError
+from ...losses import token_divergence, token_logps
+from ...losses.divergences import Divergence, TaidSchedule, resolve_divergence, taid
+from ...rollouts import AdaptiveProbability, ReplayBuffer, draws_on_policy
+from ...rollouts.replay import sampled_rows, with_rows
+from ...signals import TokenLogits, TokenSignal
+from ..base import Batch, DistillTrainer
+from .config import GKDConfig
+
+
+class GKDTrainer(DistillTrainer):
+    """Matches the teacher's next-token distributions on dataset tokens, on the student's own, or on both.
+
+    Eq. 3 of arXiv 2306.13649, with one draw of λ per optimiser step, the same on every process.
+    """
+
+    args: GKDConfig
+    config_class = GKDConfig
+    method_name = "GKD"
+    accepts_sparse_teachers = True
+    paper = {
+        "title": "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+        "id": "2306.13649",
+        "authors": "Agarwal, Vieillard, Zhou, Stanczyk, Ramos, Geist, Bachem",
+        "year": "2024",
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.on_policy_step = False
+        self.lmbda = AdaptiveProbability(self.args.lmbda)
+        self.replay = ReplayBuffer(self.args.replay_buffer_size) if self.args.replay_buffer_size else None
+        self.divergence = resolve_divergence(self.args.divergence, **self.args.divergence_params())
+        moves = self.args.divergence == "taid" and self.args.t is None
+        self.taid_schedule = TaidSchedule() if moves else None
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        scale = self.args.kd_temperature**2 if self.args.tau_squared else 1.0
+        weights = {"divergence": scale}
+        # On the student's own samples −log q has zero expected gradient: nothing but noise.
+        if self.args.lm_loss_weight and not (self.on_policy_step and self.model.training):
+            weights["lm_loss"] = self.args.lm_loss_weight
+        return weights
+
+    @property
+    def samples_completions(self) -> bool:
+        return self.args.may_sample
+
+    @property
+    def needs_completions(self) -> bool:
+        return self.args.lmbda < 1 and not self.args.seq_kd
+
+    @property
+    def replaces_completions(self) -> bool:
+        return self.args.seq_kd
+
+    def rollout(self, batches: list[Batch]) -> list[Batch]:
+        """The dataset's rows, the student's own, or, from a replay buffer, what it wrote some steps ago.
+
+        One draw serves all of it, as in DistiLLM's own code: u < λ(1−t/T) samples, u < λ replays.
+        """
+        seed, step, rank = self.args.seed, self.state.global_step, self.accelerator.process_index
+        self.on_policy_step = draws_on_policy(self.lmbda.value, seed, step)
+        if not self.on_policy_step:
+            return batches
+        if self.replay is None:
+            return self.sample_completions(batches)
+        window = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        sampling = self.lmbda.value * (1 - step / max(1, self.state.max_steps))
+        if draws_on_policy(sampling, seed, step) or len(self.replay) < window:
+            batches = self.sample_completions(batches)
+            self.replay.push(gather_object(sampled_rows(batches)))
+            return batches
+        rows = self.replay.sample(sum(len(b["prompt_ids"]) for b in batches), seed=seed, step=step, rank=rank)
+        return with_rows(batches, rows, self.sampling.pad_token_id, self.args.pad_to_multiple_of)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if self.args.adaptive_rollouts and self.is_in_train:
+            self.lmbda.evaluated(metrics["eval_loss"])
+        return metrics
+
+    def check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
+        super().check_datasets(train_dataset, eval_dataset)
+        if self.args.adaptive_rollouts and isinstance(eval_dataset, dict):
+            raise ConfigurationError(
+                f"Got `adaptive_rollouts` with {len(eval_dataset)} eval datasets; expected one, whose loss raises λ."
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.adaptive_rollouts and "loss" in logs:
+            logs = {**logs, "lmbda": self.lmbda.value}
+        super().log(logs, start_time)
+
+    def after_step(self, loss: float) -> None:
+        if self.taid_schedule is not None:
+            self.taid_schedule.step(loss, self.state.global_step / self.state.max_steps)
+
+    def _remembered(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"taid": self.taid_schedule, "replay": self.replay}
+        parts["lmbda"] = self.lmbda if self.args.adaptive_rollouts else None
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def method_state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._remembered().items()}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        for name, part in self._remembered().items():
+            if name in state:
+                part.load_state_dict(state[name])
+
+    def divergence_now(self) -> Divergence:
+        """The divergence of this step; one with a moving target is evaluated at its end, so that scores compare."""
+        if self.taid_schedule is None:
+            return self.divergence
+        schedule = self.taid_schedule
+        return partial(taid, t=schedule.t if self.model.training else schedule.t_end)
+
+    def distill_terms(
+        self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        assert teacher is not None
+        terms = {"divergence": token_divergence(self.divergence_now(), student, teacher, self.args.kd_temperature)}
+        if self.args.lm_loss_weight:
+            terms["lm_loss"] = -token_logps(student, tokens["labels"])
+        return terms

@@ -1,0 +1,117 @@
+"""Callbacks that every distillation run needs."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from ...exceptions import TrainingDivergedError
+from ...run_files import is_complete
+
+if TYPE_CHECKING:
+    from ..base import DistillTrainer
+
+
+class StepLoss(TrainerCallback):
+    """Gives the method each step's loss; stops before a step whose loss or gradient is NaN or infinite.
+
+    One synchronisation per optimiser step, none per micro-step.
+    """
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+        self.loss = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.after_step(self.loss)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        window, trainer.window_loss = trainer.window_loss, torch.zeros_like(trainer.window_loss)
+        self.loss = trainer.accelerator.reduce(window, reduction="mean").item()
+        if math.isfinite(self.loss):
+            return
+        raise divergence_error(trainer, "The loss or gradient", save=True)
+
+
+def divergence_error(trainer: DistillTrainer, what: str, *, save: bool = False) -> TrainingDivergedError:
+    """What to raise when `what` of the coming optimiser step is not finite.
+
+    Args:
+        save: keep the state before that step as a checkpoint, if its weights are finite. All processes must ask.
+    """
+    step, finite = trainer.state.global_step, _weights_are_finite(trainer)
+    last = f"checkpoint-{step}"
+    earlier = [path for path in trainer.run_checkpoints if is_complete(path)]
+    if finite is False:
+        earlier = [path for path in earlier if Path(path).name != last]
+    kept = f"The last good checkpoint is {earlier[-1]}." if earlier else "No checkpoint had been written by this run."
+    if save and finite and step > 0 and not any(Path(path).name == last for path in earlier):
+        trainer.save_aside()
+        kept += f" The state before the failing step is kept in {trainer.run_checkpoints[-1]}."
+    changed = "training stopped before that step changed a weight"
+    if trainer.is_deepspeed_enabled:
+        changed = "training stopped, but DeepSpeed has taken that step: do not save the weights that are in memory"
+    return TrainingDivergedError(
+        f"{what} of optimiser step {step + 1} is NaN or infinite; {changed}. "
+        f"{kept} Go on from a good one with a lower learning_rate or max_grad_norm, or in bf16 rather than fp16."
+    )
+
+
+def _weights_are_finite(trainer: DistillTrainer) -> bool | None:
+    """None where that is not known: DeepSpeed has already stepped, and shards would need everyone."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return None
+    return all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters() if p.requires_grad)
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C and SIGTERM end the running step, save a checkpoint and stop; a second Ctrl-C stops at once.
+
+    SIGTERM is what schedulers send before they take a machine away, and launchers when another process has died.
+    """
+
+    def __init__(self, trainer: DistillTrainer | None = None):
+        self.trainer = trainer
+        self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.asked:
+            print(
+                "\nInterrupted: finishing this step and saving a checkpoint (Ctrl-C again stops at once).", flush=True
+            )
+        self.asked = True
+        if self.trainer is not None:
+            self.trainer.teacher.stop_waiting()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        asked = self.asked
+        if self.trainer is not None and self.trainer.accelerator.num_processes > 1:
+            # Signals reach the processes at different steps; all must stop at the same one.
+            votes = torch.tensor(float(asked), device=args.device)
+            asked = bool(self.trainer.accelerator.reduce(votes, reduction="sum").item())
+        if asked:
+            self.asked = True
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous = {}

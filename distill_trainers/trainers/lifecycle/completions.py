@@ -1,0 +1,120 @@
+"""The teacher's own completions for a dataset's prompts: generated once, kept on disk, read ever after."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ... import models
+from ...exceptions import ConfigurationError
+from ...rollouts import CompletionStore, SamplingSettings, local_engine
+from ...rollouts.completing import Prompts, complete_prompts
+from ...rollouts.store import prompt_key
+from ...run_files import COMPLETIONS_NAME
+from ...teachers import CachedTeacher, LocalTeacher, Teacher
+from ..config import DistillConfig
+
+if TYPE_CHECKING:
+    from ..base import DistillTrainer
+
+
+def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_size: int | None) -> SamplingSettings:
+    """How `model` (student or teacher) is sampled under a config: it ends at its own end-of-text tokens."""
+    return SamplingSettings(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        eos_token_ids=models.eos_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_from=vocab_size,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop_strings=list(args.stop_strings or []),
+    )
+
+
+def completion_store(
+    args: DistillConfig, teacher: Teacher, sampling: SamplingSettings, rank: int = 0
+) -> CompletionStore:
+    """The store of this teacher's completions under this config."""
+    identity = {"teacher": teacher.fingerprint(), "seed": args.seed, **sampling.as_dict()}
+    return CompletionStore(completions_root(args), identity, rank)
+
+
+def completions_root(args: DistillConfig) -> Path:
+    """Folder of all stores of completions of a run."""
+    return Path(args.completions_dir or Path(args.output_dir) / COMPLETIONS_NAME)
+
+
+def prompts_to_complete(rows: Iterable[Mapping[str, Any]], *, replace: bool) -> Prompts:
+    """Prompts of tokenised rows that have no completion, or of all rows with `replace`, by key."""
+    prompts: Prompts = {}
+    for row in rows:
+        if replace or not any(row["loss_mask"]):
+            ids = row["input_ids"][: row["prompt_length"]]
+            prompts.setdefault(prompt_key(ids), ids)
+    return prompts
+
+
+def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, replace: bool) -> Any:
+    """`dataset` with the given completions where it has none, or everywhere with `replace`."""
+
+    def fill(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = row["input_ids"][: row["prompt_length"]]
+        completion = completions.get(prompt_key(prompt))
+        if completion is None or (any(row["loss_mask"]) and not replace):
+            return row
+        ids, mask = prompt + completion, [0] * len(prompt) + [1] * len(completion)
+        return {**row, "input_ids": ids, "loss_mask": mask, "length": len(ids)}
+
+    return dataset.map(fill, desc="Teacher completions", load_from_cache_file=False)
+
+
+@contextlib.contextmanager
+def teacher_generating(teacher: LocalTeacher | CachedTeacher, accelerator: Any) -> Iterator[Any]:
+    """The teacher's body, ready to generate; behind a cache it is loaded only now."""
+    local = teacher.live() if isinstance(teacher, CachedTeacher) else teacher
+    layer_by_layer = local.placement in ("zero3", "zero3_offload")  # asked for by name: it is never whole
+    with local.answering(), models.generating(local.model, accelerator, gather=not layer_by_layer) as model:
+        yield model
+
+
+def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, replace: bool) -> Any:
+    """The trainer's `dataset` with completions of its teacher; each process generates its share, each prompt once."""
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or "loss_mask" not in columns or not hasattr(dataset, "__len__"):
+        return dataset
+    prompts = prompts_to_complete(dataset, replace=replace)
+    if not prompts:
+        return dataset
+    teacher, accelerator, args = trainer.teacher, trainer.accelerator, trainer.args
+    if not isinstance(teacher, LocalTeacher | CachedTeacher):
+        raise ConfigurationError(
+            f"{type(teacher).__name__} cannot generate completions. Give the dataset completions, or use a local "
+            "teacher."
+        )
+    sampling = dataclasses.replace(
+        sampling_settings(args, trainer.model, trainer.processing_class, trainer.vocab_size),
+        eos_token_ids=teacher.eos_ids(trainer.processing_class),
+    )
+    store = completion_store(args, teacher, sampling, accelerator.process_index)
+    accelerator.wait_for_everyone()  # nobody reads the store while another still appends from an earlier call
+    complete_prompts(
+        prompts,
+        store,
+        sampling,
+        teacher_generating(teacher, accelerator),
+        seed=args.seed,
+        device=accelerator.device,
+        batch_size=args.rollout_batch_size,
+        wait_for_everyone=accelerator.wait_for_everyone,
+        world=accelerator.num_processes,
+        rank=accelerator.process_index,
+        engine=local_engine(args.rollout_engine, trainer.processing_class),
+    )
+    accelerator.wait_for_everyone()
+    return with_completions(dataset, store.load(), replace=replace)

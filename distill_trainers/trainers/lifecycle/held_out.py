@@ -1,0 +1,407 @@
+"""The measures of `evaluation` at each evaluation of a run, on a few held-out prompts that both models complete.
+
+The student's completions are new each time, from the same random numbers; the teacher's are made once and kept. Scores
+go into the metrics of the evaluation before anybody reads them: logs, trackers, the choice of the best model and early
+stopping see them like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import TrainerCallback
+
+from ... import models
+from ...evaluation import METRICS, EvaluationSettings
+from ...evaluation.accuracy import answer_parser, judge
+from ...evaluation.agreement import comparison_terms
+from ...evaluation.collect import Collected
+from ...evaluation.examples import Example, ExampleSet
+from ...evaluation.exposure import covered_length
+from ...evaluation.intervals import Sums
+from ...evaluation.measures import MEASURES, NEED_A_TEACHER, NEED_SAMPLES
+from ...evaluation.scores import scores_of
+from ...evaluation.teacher_forced import Text, TokenValues, force
+from ...exceptions import ConfigurationError, DatasetError
+from ...losses.reduction import trained_mask
+from ...rollouts import CompletionStore, InMemory, complete_prompts, local_engine
+from ...rollouts.store import prompt_key
+from ...storage import content_key
+from ...teachers import LocalTeacher
+from ..step import head_can_be_fused, terms_of_batch
+from .completions import completions_root, teacher_generating
+from .side_by_side import SideBySide, log_side_by_side
+
+if TYPE_CHECKING:
+    from ..base import DistillTrainer
+
+logger = logging.getLogger(__name__)
+
+# The whole evaluation set gives a perplexity; speed is no score of training.
+HELD_OUT_METRICS = tuple(name for name in METRICS if name not in ("perplexity", "speed"))
+# What an evaluation tells without them.
+ALWAYS_THERE = frozenset({"perplexity", "kl", "top1_agreement", "accuracy", "answered", "tokens_per_answer"})
+INITIAL_NAME = "initial_scores.json"
+
+
+def check(args: Any, eval_dataset: Any) -> None:
+    """Refuse measures that cannot be taken, before anything is loaded.
+
+    Raises:
+        ConfigurationError, DatasetError: which, and what they need.
+    """
+    asked = args.eval_measures or []
+    best = (args.metric_for_best_model or "").removeprefix("eval_").removeprefix("gap_closed_").removeprefix("teacher_")
+    if best in MEASURES and best not in ALWAYS_THERE and MEASURES[best].metric not in asked:
+        raise ConfigurationError(
+            f"Got `metric_for_best_model: {args.metric_for_best_model}`, which is measured only with "
+            f"`eval_measures: [{MEASURES[best].metric}]`. Add it, or choose another metric."
+        )
+    if not asked:
+        return
+    if eval_dataset is None:
+        raise DatasetError(f"Got `eval_measures: {asked}` but no `eval_dataset`, whose first rows they are taken on.")
+    if args.max_new_tokens >= args.max_length:
+        raise ConfigurationError(
+            f"Got `eval_measures` with max_new_tokens={args.max_new_tokens} and max_length={args.max_length}, which "
+            "leaves no room for a prompt. Raise max_length, or lower max_new_tokens."
+        )
+    if "consistency" in asked and args.eval_measures_seeds < 2:
+        raise ConfigurationError(
+            f"Got `eval_measures: {asked}` with `eval_measures_seeds: {args.eval_measures_seeds}`; consistency "
+            "compares the samples of at least 2 seeds."
+        )
+    if args.teacher_cache is not None and set(asked) & NEED_A_TEACHER:
+        raise ConfigurationError(
+            f"Got `eval_measures: {asked}` with a `teacher_cache`, which has no answers to text that a student is "
+            f"going to write. Leave out {' and '.join(sorted(set(asked) & NEED_A_TEACHER))}, or the cache."
+        )
+    held_out_settings(args).check()
+
+
+def held_out_settings(args: Any) -> EvaluationSettings:
+    """How the measures of a run are taken: sampled at temperature 1, whatever its rollouts are."""
+    return EvaluationSettings(
+        metrics=list(args.eval_measures),
+        max_length=args.max_length,
+        max_new_tokens=args.max_new_tokens,
+        seeds=[args.seed + k for k in range(args.eval_measures_seeds)],
+        stop_strings=args.stop_strings,
+        batch_size=args.rollout_batch_size or args.per_device_eval_batch_size,
+        answer_formats=getattr(args, "answer_formats", None),
+        answer_kind=getattr(args, "answer_kind", "auto"),
+    )
+
+
+class HeldOutMeasures(TrainerCallback):
+    """Takes the measures of a run; `DistillTrainer` adds it where `eval_measures` asks for any.
+
+    Args:
+        trainer: with its models in place.
+
+    Raises:
+        ConfigurationError: an encoder-decoder student, or measures that need a live teacher which is not there.
+    """
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer, args = trainer, trainer.args
+        self.settings = held_out_settings(args)
+        self.metrics = [name for name in METRICS if name in (args.eval_measures or [])]
+        self.has_teacher = isinstance(trainer.teacher, LocalTeacher)
+        if models.is_encoder_decoder(trainer.model):
+            raise ConfigurationError(
+                "Got `eval_measures` for an encoder-decoder student; expected a causal LM. Leave them out: "
+                "`eval_accuracy` scores such students."
+            )
+        if not self.has_teacher and set(self.metrics) & NEED_A_TEACHER:
+            raise ConfigurationError(
+                f"Got `eval_measures: {self.metrics}`, but the teacher is a {type(trainer.teacher).__name__}, which "
+                f"cannot read a student's text. Leave out {' and '.join(sorted(set(self.metrics) & NEED_A_TEACHER))}."
+            )
+        self._parse = answer_parser(self.settings.answer_formats or ())
+        self.examples: ExampleSet | None = None
+        self._teacher: Collected | None = None
+        self._teacher_scores: dict[str, float] = {}
+        self._initial: dict[str, float] | None = None
+        self._taken: tuple[int, dict[str, float]] | None = None  # at which step
+
+    # ---- When -------------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The scores of the student before training, from which the gap is counted."""
+        self._taken = None
+        if state.global_step == 0:
+            self.take(self.trainer.get_eval_dataloader(_first_set(self.trainer.eval_dataset)).dataset)
+
+    def take(self, rows: Any) -> dict[str, float]:
+        """The scores at this step by their logged name, without `eval_`; several evaluation sets share one taking.
+
+        Args:
+            rows: prepared rows; those of the first call are kept.
+        """
+        step = self.trainer.state.global_step
+        if self._taken is not None and self._taken[0] == step and self.trainer.is_in_train:
+            return self._taken[1]
+        if self.examples is None:
+            self.examples = ExampleSet(self._examples(rows))
+            self._take_teacher()
+        model = self.trainer.model_wrapped
+        was_training = model.training
+        model.eval()
+        try:
+            found = self._collect(model)
+        finally:
+            model.train(was_training)
+        scores = {name: sums.value for name, sums in self._scores(found).items()}
+        self._remember(scores, step)
+        logged = dict(scores)
+        own = {
+            name: value for name, value in self._teacher_scores.items() if MEASURES[name].metric not in NEED_A_TEACHER
+        }
+        logged |= {f"teacher_{name}": value for name, value in own.items() if name in scores}
+        logged |= {f"gap_closed_{name}": value for name, value in self._gaps(scores).items()}
+        logged = {name: value for name, value in logged.items() if value == value}  # a NaN is no score
+        self._taken = (step, logged)
+        log_side_by_side(self.trainer, step, self._side_by_side(found))
+        return logged
+
+    # ---- What -------------------------------------------------------------------------------------------------------
+
+    def _examples(self, rows: Any) -> list[Example]:
+        room = self.settings.max_length - self.settings.max_new_tokens
+        found: list[Example] = []
+        for row in rows:
+            ids, start = list(row["input_ids"]), row["prompt_length"]
+            if start == 0:
+                continue
+            completion = ids[start:]
+            reference = self._text(completion) if completion else ""
+            answer = row.get("reference") or (self._parse(reference) if reference else None)
+            references = [reference] if reference else []
+            choices, task = list(row.get("choices") or []), row.get("task") or ""
+            found.append(Example(ids[:start][-room:], completion, references, answer, choices, task))
+            if len(found) == self.trainer.args.eval_measures_rows:
+                break
+        examples = ExampleSet(found)
+        missing = {"rouge_l": "references", "accuracy": "questions", "consistency": "questions"}
+        wrong = [name for name in self.metrics if not examples.subsets[missing.get(name, "prompts")]]
+        if wrong:
+            raise DatasetError(
+                f"Got `eval_measures: {self.metrics}`, but the first {self.trainer.args.eval_measures_rows} rows of "
+                f"the evaluation set have no {missing.get(wrong[0], 'prompts')} for {wrong[0]}. Leave it out, or give "
+                "them."
+            )
+        return found
+
+    def _collect(self, model: nn.Module) -> Collected:
+        """What the student writes and how it reads, over all processes."""
+        assert self.examples is not None
+        trainer, examples = self.trainer, self.examples
+        found = Collected(end_ids=list(trainer.sampling.eos_token_ids))
+        prompts = [each.prompt_ids for each in examples.prompted]
+        found.samples = self._sample(lambda: models.generating(model, trainer.accelerator), found.end_ids)
+        if "accuracy" in self.metrics:
+            generating = models.generating(model, trainer.accelerator)
+            found.greedy = self._complete(examples.questions, generating, found.end_ids, greedy=True)
+        self._answer(found)
+        wanted = set(self.metrics)
+        if wanted & {"agreement", "calibration"}:
+            texts = [(each.prompt_ids, each.completion_ids) for each in examples.with_text]
+            found.reference = self._read(model, texts)
+        if wanted & NEED_A_TEACHER:
+            found.own_text = self._read(model, list(zip(prompts, found.samples[0], strict=True)))
+        if "exposure_bias" in wanted:
+            assert self._teacher is not None
+            found.teacher_text = self._read(model, list(zip(prompts, self._teacher.samples[0], strict=True)))
+        return found
+
+    def _answer(self, found: Collected) -> None:
+        assert self.examples is not None
+        tokenizer, questions = self.trainer.processing_class, self.examples.questions
+        if found.greedy:
+            pairs = zip(questions, found.greedy, strict=True)
+            kind = self.settings.answer_kind
+            found.answers = [judge(q.question, ids, tokenizer, self._parse, kind) for q, ids in pairs]
+        if "consistency" in self.metrics:
+            places = {prompt_key(each.prompt_ids): i for i, each in enumerate(self.examples.prompted)}
+            for question in questions:
+                texts = [seed[places[prompt_key(question.prompt_ids)]] for seed in found.samples]
+                found.sampled_answers.append([self._parse(self._text(ids)) for ids in texts])
+
+    def _take_teacher(self) -> None:
+        """The teacher's own completions and scores, once."""
+        if not self.has_teacher:
+            return
+        teacher, trainer = self.trainer.teacher, self.trainer
+        assert isinstance(teacher, LocalTeacher) and self.examples is not None
+        found = Collected(end_ids=teacher.eos_ids(trainer.processing_class))
+
+        def generating() -> Any:
+            return teacher_generating(teacher, trainer.accelerator)
+
+        found.samples = self._sample(generating, found.end_ids, teacher.fingerprint())
+        if "accuracy" in self.metrics:
+            how: dict[str, Any] = {"greedy": True, "fingerprint": teacher.fingerprint()}
+            found.greedy = self._complete(self.examples.questions, generating(), found.end_ids, **how)
+        self._answer(found)
+        self._teacher = found
+        # How the teacher reads references is not measured here.
+        metrics = [name for name in self.metrics if name != "calibration"]
+        self._teacher_scores = {name: sums.value for name, sums in self._scores(found, metrics, True).items()}
+
+    def _scores(self, found: Collected, metrics: list[str] | None = None, is_teacher: bool = False) -> dict[str, Sums]:
+        assert self.examples is not None
+        length = None
+        if "exposure_bias" in self.metrics and self._teacher is not None:
+            length = covered_length([found.samples[0], self._teacher.samples[0]])
+        metrics = self.metrics if metrics is None else metrics
+        tokenizer = self.trainer.processing_class
+        how: dict[str, Any] = {"is_teacher": is_teacher, "exposure_length": length}
+        return scores_of(found, self.examples, self.settings, metrics, tokenizer, **how)[0]
+
+    def _gaps(self, scores: dict[str, float]) -> dict[str, float]:
+        """(now − initial) / (teacher − initial), where all three are known and the gap is not 0."""
+        gaps, initial = {}, self._initial or {}
+        for name in scores.keys() & initial.keys() & self._teacher_scores.keys():
+            gap = self._teacher_scores[name] - initial[name]
+            if gap:
+                gaps[name] = (scores[name] - initial[name]) / gap
+        return {name: gaps[name] for name in scores if name in gaps}
+
+    def _remember(self, scores: dict[str, float], step: int) -> None:
+        """Initial scores survive in a file, for a run that goes on from a checkpoint."""
+        assert self.examples is not None
+        file = Path(self.trainer.args.output_dir) / INITIAL_NAME
+        prompts = [each.prompt_ids for each in self.examples.examples]
+        key = content_key(prompts, self.settings.metrics, self.settings.seeds, self.settings.max_new_tokens)
+        if step == 0:
+            self._initial = scores
+            if self.trainer.is_world_process_zero() and self.trainer.is_in_train:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps({"key": key, "scores": scores}))
+        elif self._initial is None and file.is_file():
+            kept = json.loads(file.read_text())
+            self._initial = kept["scores"] if kept.get("key") == key else None
+
+    def _side_by_side(self, found: Collected) -> list[SideBySide]:
+        assert self.examples is not None
+        samples = []
+        for i, example in enumerate(self.examples.prompted[: self.trainer.args.eval_measures_shown]):
+            texts = {"student": found, "teacher": self._teacher}
+            written = {
+                name: self._text(each.samples[0][i])
+                for name, each in texts.items()
+                if each is not None and each.samples
+            }
+            if written:
+                reference = next(iter(example.references), "")
+                samples.append(SideBySide(self._text(example.prompt_ids), reference, **written))
+        return samples
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.trainer.processing_class.decode(ids, skip_special_tokens=True))
+
+    # ---- How --------------------------------------------------------------------------------------------------------
+
+    def _sample(self, generating: Any, end_ids: list[int], fingerprint: str | None = None) -> list[list[list[int]]]:
+        """Completions by seed; also for side-by-side samples alone."""
+        assert self.examples is not None
+        seeds = self.settings.seeds
+        if not set(self.metrics) & NEED_SAMPLES - NEED_A_TEACHER:
+            seeds = seeds[:1]
+        return [
+            self._complete(self.examples.prompted, generating(), end_ids, seed=seed, fingerprint=fingerprint)
+            for seed in seeds
+        ]
+
+    def _complete(
+        self,
+        examples: list[Example],
+        generating: Any,
+        end_ids: list[int],
+        *,
+        seed: int = 0,
+        greedy: bool = False,
+        fingerprint: str | None = None,
+    ) -> list[list[int]]:
+        """Completions by all processes together; kept on disk where the model has a `fingerprint`."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        pad = trainer.processing_class.pad_token_id
+        sampling = self.settings.sampling(end_ids, pad, trainer.vocab_size, greedy=greedy)
+        store: Any = InMemory()
+        if fingerprint is not None:
+            identity = {"teacher": fingerprint, "seed": seed, **sampling.as_dict()}
+            store = CompletionStore(completions_root(trainer.args), identity, rank)
+        accelerator.wait_for_everyone()
+        complete_prompts(
+            {prompt_key(each.prompt_ids): each.prompt_ids for each in examples},
+            store,
+            sampling,
+            generating,
+            seed=seed,
+            device=accelerator.device,
+            batch_size=self.settings.batch_size,
+            wait_for_everyone=accelerator.wait_for_everyone,
+            world=world,
+            rank=rank,
+            engine=local_engine(trainer.args.rollout_engine, trainer.processing_class),
+            progress=False,
+        )
+        accelerator.wait_for_everyone()
+        done: dict[str, list[int]] = {}
+        for part in gather_object([store.load()]):
+            done |= part
+        return [done[prompt_key(each.prompt_ids)] for each in examples]
+
+    @torch.no_grad()
+    def _read(self, model: nn.Module, texts: list[Text]) -> list[TokenValues]:
+        """Per-token measures of the texts by student and teacher, inside the student's wrappers."""
+        trainer = self.trainer
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        asks = bool(set(self.metrics) & NEED_A_TEACHER)
+        # A batch of plain rows, whatever the method's own batches are made of.
+        reader: Any = SimpleNamespace(
+            teacher=trainer.teacher,
+            teacher_signal=lambda inputs, predicts: (
+                trainer.teacher.signal(models.forward_inputs(inputs), predicts, trainer.vocab_size) if asks else None
+            ),
+            has_row_terms=False,
+            args=trainer.args,
+            vocab_size=trainer.vocab_size,
+        )
+
+        def run(batch: dict[str, Any]) -> Any:
+            if trainer._student_is_fused is None:
+                trainer._student_is_fused = head_can_be_fused(trainer.model, model, models.forward_inputs(batch))
+            assert bool(trained_mask(batch["labels"]).any())
+            with trainer.compute_loss_context_manager():
+                fused = trainer._student_is_fused
+                return terms_of_batch(reader, model, batch, comparison_terms, {}, fused=fused)[1]
+
+        mine = force(
+            texts,
+            run,
+            pad_token_id=trainer.processing_class.pad_token_id,
+            device=trainer.accelerator.device,
+            batch_size=self.settings.batch_size,
+            progress=False,
+            rank=rank,
+            world=world,
+        )
+        whole: list[TokenValues] = [{} for _ in texts]
+        for other, part in enumerate(gather_object([mine])):
+            whole[other::world] = part
+        return whole
+
+
+def _first_set(eval_dataset: Any) -> str | None:
+    """Of several evaluation sets the first."""
+    return next(iter(eval_dataset)) if isinstance(eval_dataset, dict) else None

@@ -1,0 +1,276 @@
+"""The finished student as others load it: its generation config, adapters merged or not, its card, and the Hub."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import GenerationConfig, Trainer
+
+from ... import hub, models
+from ...data.chat import turn_end_id
+from ...exceptions import ConfigurationError
+from ...storage import writing
+
+if TYPE_CHECKING:
+    from ..config import DistillConfig
+
+logger = logging.getLogger(__name__)
+
+MERGED_NAME = "merged"
+_LOCAL_ONLY = ["training_args.bin"]  # pickled arguments: paths of this machine, and the token if one was set
+
+
+def check(args: DistillConfig, student: Any, adapted: bool, quantized: bool = False) -> None:
+    """Refuse uploads and mergers that cannot work, before anything is loaded.
+
+    Args:
+        student: its name or the model itself.
+        adapted: whether it gets, or has, an adapter.
+        quantized: whether its weights are loaded in 4 or 8 bits.
+
+    Raises:
+        ConfigurationError, HubError: see `hub.check_access`; or the adapter would name a base that nobody else has.
+    """
+    adapted = adapted or (isinstance(student, nn.Module) and models.is_peft(student))
+    quantized = quantized or bool(getattr(student, "is_quantized", False))
+    if args.merge_adapter and not adapted:
+        raise ConfigurationError(
+            "Got `merge_adapter: true`, but the student has no adapter. Set `use_peft: true` (in Python: "
+            "`peft_config`), or leave it out."
+        )
+    if args.merge_adapter and quantized:
+        raise ConfigurationError(
+            "Got `merge_adapter: true` with a quantised student: its weights would be rounded once more. Upload the "
+            "adapter (`merge_adapter: false`), and merge it into the base's full weights later."
+        )
+    if not args.push_to_hub:
+        return
+    base = student if isinstance(student, str) else models.source_of(student)
+    if adapted and not args.merge_adapter and (not base or models.looks_like_path(base)):
+        raise ConfigurationError(
+            f"The adapter would be uploaded beside the name of its base, but that is {_what(base)}, which nobody else "
+            "can load. Set `merge_adapter: true` to upload a whole model, or train on a base from the Hub."
+        )
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        how = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
+        hub.check_access(name, **how)  # type: ignore[arg-type]
+
+
+def _what(base: str | None) -> str:
+    return f"the local folder {base!r}" if base else "a model in memory"
+
+
+def check_merger(trainer: Any) -> None:
+    """Refuse to merge the adapter of a sharded student that is not there by name: it is merged into what is on disk.
+
+    Raises:
+        ConfigurationError: the student was made in memory.
+    """
+    sharded = _is_sharded(trainer.accelerator)
+    if trainer.args.merge_adapter and sharded and not models.source_of(trainer.model):
+        raise ConfigurationError(
+            "Got `merge_adapter: true` under ZeRO-3 or FSDP2 with a student made in memory; expected one loaded by "
+            "name, whose whole weights can be read again. Save it first and pass the folder as `model`."
+        )
+
+
+def _is_sharded(accelerator: Any) -> bool:
+    return models.zero_stage(accelerator) == 3 or models.fsdp_version(accelerator) == 2
+
+
+def make_generable(model: nn.Module, tokenizer: Any) -> None:
+    """Give a model the generation config with which it ends as it was trained to end, wherever it is loaded.
+
+    Its ends are the tokenizer's EOS, those it had, and the chat template's end of turn. A config that transformers
+    would refuse to save (temperature without sampling) is mended.
+    """
+    causal_lm: Any = models.causal_lm_of(model)
+    config = getattr(causal_lm, "generation_config", None)
+    if config is None or tokenizer is None:
+        return
+    ends = models.eos_ids(causal_lm, tokenizer)
+    turn_end = turn_end_id(tokenizer)
+    ends += [] if turn_end is None or turn_end in ends else [turn_end]
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if _is_valid(config):
+        return
+    config.do_sample = True  # what its temperature, top_p or top_k were meant for
+    if not _is_valid(config):
+        logger.warning("The student's generation config is invalid; only its special tokens are kept.")
+        kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        causal_lm.generation_config = GenerationConfig(**kept)
+
+
+def _is_valid(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+class Publishing(Trainer):
+    """What of `DistillTrainer` saves the student for others, and uploads it."""
+
+    if TYPE_CHECKING:
+        args: Any
+        model: nn.Module
+        hub_model_id: Any
+        data_sources: list[str]
+
+    # ---- Saving -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `transformers.Trainer.save_model`; with `merge_adapter`, the run's own folder gets `merged` as well."""
+        own = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        if own:
+            self._finish_current_push()  # which reads the files that are written now
+        make_generable(self.model, self.processing_class)
+        super().save_model(output_dir, _internal_call=True)
+        if own and self.args.merge_adapter:
+            self._save_merged()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @property
+    def published_folder(self) -> Path:
+        """What is uploaded once training is over."""
+        folder = Path(self.args.output_dir)
+        return folder / MERGED_NAME if self.args.merge_adapter else folder
+
+    def _save_merged(self) -> None:
+        if not self.args.should_save:
+            return
+        if _is_sharded(self.accelerator):
+            with models.whole_loading():
+                merged = models.load_merged_adapter(self.args.output_dir, **self._base_kwargs())
+            make_generable(merged, self.processing_class)
+        else:
+            merged = models.merged_copy(self.model)
+        folder = self.published_folder
+        with writing("the merged student", folder, f"Its adapter is in {self.args.output_dir}: free some space, and "
+                     "merge it with PEFT's `merge_and_unload`."):  # fmt: skip
+            shutil.rmtree(folder, ignore_errors=True)
+            merged.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _base_kwargs(self) -> dict[str, Any]:
+        return {
+            "dtype": "float32",
+            "trust_remote_code": self.args.trust_remote_code,
+            **(self.args.model_init_kwargs or {}),
+        }
+
+    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Write README.md and its plots into the output directory, and beside the merged student."""
+        if not self.is_world_process_zero():
+            return
+        from ...cards.model_card import inherited_terms, model_card
+        from ...cards.plots import plot_history
+
+        folder, history = Path(self.args.output_dir), self.state.log_history
+        plots: list[str] = []
+        if any("loss" in entry for entry in history):
+            drawn = plot_history(history, folder / "plots")
+            evaluated = any("eval_kl" in entry for entry in history)
+            plots = [f"plots/{file.name}" for file in drawn if evaluated or file.name != "agreement.png"]
+        self._write_card(folder, model_card(self, plots=plots))
+        if self.args.merge_adapter and self.published_folder.is_dir():
+            for name in [*plots, "metrics.json"]:
+                if (folder / name).is_file():
+                    (self.published_folder / name).parent.mkdir(exist_ok=True)
+                    shutil.copy(folder / name, self.published_folder / name)
+            self._write_card(self.published_folder, model_card(self, merged=True, plots=plots))
+        for conflict in inherited_terms(self).conflicts:
+            logger.warning("Licences: %s", conflict)
+
+    def _write_card(self, folder: Path, text: str) -> None:
+        with writing("the model card", folder, "The student beside it is saved."):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
+
+    # ---- The Hub ----------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in `transformers.Trainer`; errors say what to do."""
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with hub.talking_to_hub(f"make the repository {name!r}"):
+            super().init_hf_repo(token=token, private=private)
+            if self.args.hub_revision and self.is_world_process_zero():
+                from huggingface_hub import HfApi
+
+                api = HfApi(token=token or self.args.hub_token)
+                api.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`: save the student, write its card, and upload what `hub.published_files` names.
+
+        What was interrupted goes on where it stopped.
+
+        Raises:
+            HubError: the student is saved, but not uploaded.
+        """
+        name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        remedy = f"The student is saved in {str(self.published_folder)!r}; upload it later with "
+        remedy += f"`distill-trainers push {self.published_folder} --repo {name}`."
+        with hub.talking_to_hub(f"upload to {name!r}", remedy), models.uploading(self._finished):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _finished(self, upload: dict[str, Any]) -> dict[str, Any]:
+        return _published({**upload, "folder_path": str(self.published_folder)})
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # A file that is rewritten while it is uploaded comes shorter than was said, and server and client wait forever.
+        running = getattr(self, "push_in_progress", None)
+        if running is not None and not running.is_done():
+            if not self.args.hub_always_push:
+                return
+            running.wait_until_done()
+        self._tell_failed_pushes()
+        if self.args.hub_strategy != "end":
+            self.create_model_card()
+
+        def change(upload: dict[str, Any]) -> dict[str, Any]:
+            if upload.get("path_in_repo"):  # a checkpoint to resume from, whole
+                return {**upload, "ignore_patterns": [*(upload.get("ignore_patterns") or []), *_LOCAL_ONLY]}
+            return _published(upload)
+
+        with models.uploading(change):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._tell_failed_pushes()
+
+    def _tell_failed_pushes(self) -> None:
+        """Uploads beside training fail without a word otherwise; they cost no training."""
+        jobs = getattr(getattr(self, "push_in_progress", None), "jobs", None) or []
+        for job in [each for each in jobs if each.done()]:
+            jobs.remove(job)
+            error = None if job.cancelled() else job.exception()
+            if error is not None:
+                logger.warning(
+                    "An upload to %r failed, and training goes on: %s The next one sends what is missing.",
+                    self.hub_model_id,
+                    hub.reason(error),
+                )
+
+
+def _published(upload: dict[str, Any]) -> dict[str, Any]:
+    """An upload of a student's folder: what is published of it, and other weights out of the repository."""
+    folder = upload["folder_path"]
+    return {
+        **upload,
+        "allow_patterns": hub.patterns_of(hub.published_files(folder)),
+        "delete_patterns": hub.stale_weights(folder),
+    }

@@ -1,0 +1,188 @@
+"""What a run was and what it cost, in `run.json` beside the student: for reports, which see no trainer."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from ... import models
+from ...run_files import FORMAT, RECORD_NAME, VERSION, read_record, shown
+from ...storage import writing
+
+if TYPE_CHECKING:
+    from ..base import DistillTrainer
+
+
+# Keys that may hold secrets or tell about the machine, and those that say nothing about the run.
+_PRIVATE = re.compile(r"((?<!eos_)token|password|secret|api_key|_dir|_file|(?<!or)_path)$")
+_SILENT = {"run_name", "resume_from_checkpoint", "disable_tqdm", "report_to", "dry_run", "local_rank"}
+
+
+@dataclass
+class Session:
+    """One stretch of training, from a start or a resumption to a stop.
+
+    Attributes:
+        seconds: of training, evaluation and saving within it.
+        peak_mib: of device memory, of the process where that is a CPU; the largest of all processes.
+        energy_joules: of all devices, as their driver counts it; None where no driver does.
+    """
+
+    started: str
+    from_step: int
+    to_step: int
+    seconds: float
+    peak_mib: float | None = None
+    energy_joules: float | None = None
+
+
+class RunRecorder(TrainerCallback):
+    """Writes `run.json` when training begins, at each checkpoint and at the end.
+
+    Attributes:
+        recipe: what was set, by key; those who read a recipe add what the trainer does not see.
+    """
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+        self.recipe: dict[str, Any] = changed_settings(trainer.args)
+        self._earlier: list[dict[str, Any]] = []
+        self._session = Session("", 0, 0, 0.0)
+        self._clock = 0.0
+        self._energy: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._earlier = []
+        if state.global_step:
+            known = read_record(args.output_dir).get("sessions", [])
+            self._earlier = [each for each in known if each.get("from_step", 0) < state.global_step]
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._session = Session(now, state.global_step, state.global_step, 0.0)
+        self._clock, self._energy = time.monotonic(), energy_joules(args.device)
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+        self._write(args, state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(args, state)
+
+    def _write(self, args: Any, state: Any) -> None:
+        """All processes must call it."""
+        session, energy = self._session, energy_joules(args.device)
+        spent = float("nan") if energy is None or self._energy is None else energy - self._energy
+        own = torch.tensor([[peak_mib(args.device), spent]], device=args.device, dtype=torch.float32)
+        everyone = self.trainer.accelerator.gather(own).double()
+        session.to_step, session.seconds = state.global_step, time.monotonic() - self._clock
+        session.peak_mib, session.energy_joules = _number(everyone[:, 0].max()), _number(everyone[:, 1].sum())
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir)
+        record = {**self.facts(), "sessions": [*self._earlier, asdict(session)]}
+        with writing("the record of the run", folder, "Free some space and go on from the last checkpoint."):
+            folder.mkdir(parents=True, exist_ok=True)
+            begun = folder / f".{RECORD_NAME}.tmp"
+            begun.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+            begun.replace(folder / RECORD_NAME)
+
+    def facts(self) -> dict[str, Any]:
+        """What was run, without paths of this machine."""
+        trainer = self.trainer
+        student = models.causal_lm_of(trainer.model)
+        source = models.source_of(trainer.model)
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": trainer.method_name,
+            "paper": dict(trainer.paper),
+            "student": shown(source) if source else type(student).__name__,
+            "student_parameters": models.num_parameters(trainer.model),
+            "teacher": shown(trainer.teacher.name),
+            "processes": trainer.accelerator.num_processes,
+            "device": _device_name(trainer.args.device),
+            "versions": _versions(),
+            "recipe": self.recipe,
+        }
+
+
+def changed_settings(settings: Any) -> dict[str, Any]:
+    """Fields of a dataclass that are not at their defaults; folders by name, and nothing that may be a secret."""
+    found = {}
+    for each in fields(settings):
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        value = getattr(settings, each.name)
+        unset = value is None or value == default or (not value and not default)  # False is what None comes to
+        if each.init and each.name not in _SILENT and not unset and not is_dataclass(value):
+            found[each.name] = value
+    return _plain(found)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items() if not _PRIVATE.search(str(key))}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    value = getattr(value, "value", value)
+    if isinstance(value, str):
+        return value if " " in value or "\n" in value else shown(value)
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def energy_joules(device: torch.device) -> float | None:
+    """What the device has used since its driver was loaded; None where no driver counts it.
+
+    NVIDIA's counts from Volta on, through `nvidia-ml-py`.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except Exception:  # no library, no such counter, another maker's device: a cost that is not known
+        return None
+
+
+def peak_mib(device: torch.device) -> float:
+    """Peak of device memory since training began; on a CPU that of the whole process. NaN where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _number(value: torch.Tensor) -> float | None:
+    return float(value) if torch.isfinite(value) else None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("distill-trainers", "torch", "transformers", "trl", "peft", "accelerate", "datasets"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,6 @@
+"""MiniLLM: its settings, its trainer, and what only it needs."""
+
+from .config import MiniLLMConfig
+from .trainer import MiniLLMTrainer
+
+__all__ = ["MiniLLMConfig", "MiniLLMTrainer"]

@@ -1,0 +1,260 @@
+"""MiniLLM: Knowledge Distillation of Large Language Models (Gu et al., ICLR 2024).
+
+arXiv 2306.08543:  L = KL(q‖p) of whole sequences (+ −log q of plain text), by the policy gradient of its eq. 2, split
+into Single, the reverse KL of each token over the vocabulary, and Long, what a token does to all that follow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data import DistillCollator, prepare_dataset
+from ...exceptions import DatasetError
+from ...losses import policy_gradient, token_divergence, token_logps
+from ...losses.reduction import IGNORE_INDEX
+from ...rollouts import draws_on_policy
+from ...signals import TeacherSignal, TokenLogits, TokenLogprobs, TokenSignal, padded
+from ..base import Batch, DistillTrainer
+from .config import MiniLLMConfig
+from .cycles import LOGPS, RolloutCycles
+from .plain_text import SHAPE, PlainText
+from .scoring import SIGNAL, check_mixture, sample_scored
+
+
+class MiniLLMTrainer(DistillTrainer):
+    """Minimises the reverse KL of the student's own sequences to the teacher's (arXiv 2306.08543, algorithm 1).
+
+    Args:
+        pretraining_dataset: text for a language-model loss beside it, a `datasets.Dataset` of any layout that has
+            something to train on. All other arguments are those of `DistillTrainer`.
+    """
+
+    args: MiniLLMConfig
+    config_class = MiniLLMConfig
+    method_name = "MiniLLM"
+    paper = {
+        "title": "MiniLLM: Knowledge Distillation of Large Language Models",
+        "id": "2306.08543",
+        "authors": "Gu, Dong, Wei, Huang",
+        "year": "2024",
+    }
+    pretraining_dataset: Any = None
+
+    def __init__(self, *args: Any, pretraining_dataset: Any = None, **kwargs: Any):
+        self.pretraining_dataset = pretraining_dataset
+        super().__init__(*args, **kwargs)
+        self.cycles = RolloutCycles(self, self.args.num_minibatches, self.args.num_inner_epochs)
+        self.text: PlainText | None = None
+        if self.reads_text:
+            collator = DistillCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
+            rows = self.args.pretraining_batch_size or self.args.per_device_train_batch_size
+            self.text = PlainText(self.pretraining_dataset, rows, collator, self.args.seed)
+        if self.args.alpha:
+            check_mixture(self)
+
+    # ---- What the loss is made of -----------------------------------------------------------------------------------
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        kinds = {"token_logprobs" if self.args.estimator == "sampled" else "distribution"}
+        return frozenset(kinds | ({"completions"} if self.args.alpha else set()))
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        weights = {"single": 1.0}
+        if self.args.lm_loss_weight and not (self.on_policy_step and self.model.training):
+            weights["lm_loss"] = self.args.lm_loss_weight
+        if self.model.training and self.args.objective == "sequence":
+            weights["long"] = 1.0
+        if self.model.training and self.text is not None:
+            weights["pretraining"] = self.args.pretraining_weight
+        return weights
+
+    @property
+    def loss_divisors(self) -> dict[str, str]:
+        if not self.has_entries:
+            return {}
+        divisors = dict.fromkeys(("single", "long", "lm_loss"), "token_unit")
+        divisors |= {"ratio": "token_own", "clipped": "token_own"}
+        return divisors if self.text is None else {**divisors, "pretraining": "token_text"}
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is text with a weight."""
+        return self.pretraining_dataset is not None and self.args.pretraining_weight > 0
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether batches of training come with `token_*` entries."""
+        return self.args.scores_rollouts or self.text is not None or self.args.loss_reduction == "sequence"
+
+    def distill_terms(
+        self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """`ratio` and `clipped` tell how far the student has moved from the one that sampled."""
+        terms: dict[str, Tensor] = {}
+        own: Tensor | float = tokens.get("token_own", 1.0)
+        if {"token_logps", "token_text"} & tokens.keys() or self.args.lm_loss_weight:
+            logps = token_logps(student, tokens["labels"])
+            if "token_logps" in tokens:
+                terms |= self._surrogates(logps, tokens)
+            if self.args.lm_loss_weight:
+                terms["lm_loss"] = -logps * own
+            if "token_text" in tokens:
+                terms["pretraining"] = -logps * tokens["token_text"]
+        if "single" not in terms:
+            terms["single"] = self._exact_single(student, teacher, tokens)
+        return terms
+
+    def _surrogates(self, logps: Tensor, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Terms whose gradient is that of the sampled tokens' log-probabilities.
+
+        Where both are there, it is the sum of their advantages that is clipped: they are parts of one surrogate.
+        """
+        ratio = policy_gradient.probability_ratio(logps, tokens["token_logps"])
+        advantages = {"long": tokens["token_long"]} if self.args.objective == "sequence" else {}
+        if self.args.estimator == "sampled":
+            advantages["single"] = tokens["token_single"]
+        clip = self.args.clip_range
+        total = torch.stack(list(advantages.values())).sum(0)
+        bounded = policy_gradient.clipped_ratio(ratio, total, clip)
+        terms = {name: -bounded * each for name, each in advantages.items()}
+        clipped = policy_gradient.is_clipped(ratio, total, clip)
+        return terms | {"ratio": tokens["token_own"] * ratio.detach(), "clipped": tokens["token_own"] * clipped}
+
+    def _exact_single(self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Reverse KL; log p − log q of given text where a teacher tells no more (evaluation alone comes to that)."""
+        assert teacher is not None
+        if isinstance(teacher, TokenLogprobs):
+            return teacher.values - token_logps(student, tokens["labels"])
+        divergence = token_divergence("reverse_kl", student, teacher, self.args.kd_temperature)
+        if "token_single" not in tokens:
+            return divergence
+        weights = tokens["token_single"]
+        return torch.where(weights != 0, weights * divergence, 0)
+
+    # ---- Rollouts and their scores ----------------------------------------------------------------------------------
+
+    on_policy_step = True
+
+    @property
+    def samples_completions(self) -> bool:
+        return self.args.lmbda > 0
+
+    @property
+    def needs_completions(self) -> bool:
+        return self.args.lmbda < 1
+
+    def next_batches(self, epoch_iterator: Iterator, num_batches: int) -> list[Batch]:
+        if not self.args.reuses_rollouts:
+            return super().next_batches(epoch_iterator, num_batches)
+        return self.cycles.next_batches(epoch_iterator, num_batches, self.sample)
+
+    def rollout(self, batches: list[Batch]) -> list[Batch]:
+        seed, step = self.args.seed, self.state.global_step
+        self.on_policy_step = draws_on_policy(self.args.lmbda, seed, step)
+        if self.args.reuses_rollouts or not self.on_policy_step:
+            return batches
+        return self.sample(batches) if self.args.scores_rollouts else self.sample_completions(batches)
+
+    def sample(self, batches: list[Batch]) -> list[Batch]:
+        """Scored rollouts for these batches, and what they tell about the student."""
+        args, exact = self.args, self.args.estimator == "exact"
+        batches = sample_scored(self, batches, args.alpha, keep_signal=exact and not args.reuses_rollouts)
+        for batch in batches:
+            mask = batch["labels"] != IGNORE_INDEX
+            student, sampler, teacher = batch[LOGPS].unbind(-1)
+            rewards = policy_gradient.sequence_rewards(student, teacher, mask)
+            _, weights = policy_gradient.importance_weights(student, sampler, mask, args.importance)
+            tokens = {"reward": rewards.sum()}
+            if args.alpha:
+                shares = policy_gradient.mixture_share(teacher, sampler, args.alpha, mask)
+                tokens["teacher_mix_share"] = shares.sum()
+            self.metrics.add_means(tokens, mask.sum())
+            self.metrics.add_means({"sequence_kl": -(weights * rewards).sum()}, len(mask))
+        return batches
+
+    def score(self, batches: list[Batch]) -> list[Batch]:
+        """Advantages and weights of the sampled tokens; text below them."""
+        if self.has_entries:
+            batches = [self._scored(batch) for batch in batches]
+        if self.args.objective == "sequence":
+            self._log_advantages(batches)
+        if self.text is not None:
+            step, accumulated = self.state.global_step, self.args.gradient_accumulation_steps
+            world, rank = self.accelerator.num_processes, self.accelerator.process_index
+            batches = self.text.added_to(batches, step=step, accumulated=accumulated, world=world, rank=rank)
+        return batches
+
+    def _scored(self, batch: Batch) -> Batch:
+        args, mask = self.args, batch["labels"] != IGNORE_INDEX
+        own = mask.float()
+        first = own * (mask.cumsum(1) == 1)
+        batch = {**batch, "token_own": own, "token_unit": own if args.loss_reduction == "token" else first}
+        if not args.scores_rollouts:
+            return {**batch, "token_single": own}
+        student, sampler, teacher = batch.pop(LOGPS).unbind(-1)
+        shape: dict[str, Any] = {"scale": args.reward_scale, "clip": args.reward_clip}
+        rewards = policy_gradient.sequence_rewards(student, teacher, mask, **shape)
+        before, through = policy_gradient.importance_weights(student, sampler, mask, args.importance)
+        how: dict[str, Any] = {"gamma": args.gamma, "normalise": args.length_normalization}
+        long = policy_gradient.sequence_advantages(rewards, through, mask, args.importance, **how)
+        single = before if args.estimator == "exact" else through * rewards
+        return {**batch, "token_logps": student, "token_long": long, "token_single": single}
+
+    def _log_advantages(self, batches: list[Batch]) -> None:
+        """Their mean, and their deviation over the tokens of a step (of this process), averaged over steps."""
+        values = torch.cat([batch["token_long"][batch["token_own"] > 0] for batch in batches])
+        self.metrics.add_means({"advantage": values.sum()}, len(values))
+        deviation = values.std(correction=0) if len(values) else 0.0  # rollouts may be empty, on some processes
+        self.metrics.add_means({"advantage_std": deviation}, int(len(values) > 0))
+
+    def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
+        """Asked once for each token of the student's, not of the text below, and not again where it has spoken."""
+        if self.args.estimator == "sampled" and "token_logps" in inputs:
+            return None
+        rows, width = inputs.get(SHAPE, inputs["labels"].shape)
+        signal: TeacherSignal | None = inputs.get(SIGNAL)
+        if signal is None:
+            own = {name: inputs[name][:rows, :width] for name in ("input_ids", "attention_mask")}
+            signal = super().teacher_signal(own, predicts[:rows, : width - 1])
+        return padded(signal, int(predicts.sum())) if signal is not None and SHAPE in inputs else signal
+
+    # ---- Data and checkpoints ---------------------------------------------------------------------------------------
+
+    def check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
+        super().check_datasets(train_dataset, eval_dataset)
+        if self.args.reuses_rollouts and train_dataset is not None and not hasattr(train_dataset, "__len__"):
+            raise DatasetError(
+                f"Got a stream with `num_minibatches: {self.args.num_minibatches}` and `num_inner_epochs: "
+                f"{self.args.num_inner_epochs}`; expected a `datasets.Dataset`, or 1 for both, since rollout "
+                "batches of a stream cannot be counted."
+            )
+        if self.reads_text and not hasattr(self.pretraining_dataset, "__len__"):
+            raise DatasetError("Got a stream as `pretraining_dataset`; expected a `datasets.Dataset`.")
+
+    def prepare_rows(self, dataset: Any, tokenizer: Any, name: str) -> Any:
+        if name == "train" and self.reads_text:
+            with self.args.main_process_first(desc="pretraining tokenisation"):
+                self.pretraining_dataset = prepare_dataset(
+                    self.pretraining_dataset,
+                    tokenizer,
+                    max_length=self.args.max_length,
+                    num_proc=self.args.dataset_num_proc,
+                    name="pretraining",
+                )
+        return super().prepare_rows(dataset, tokenizer, name)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        order = super()._get_train_sampler(train_dataset)
+        return self.cycles.sampler(order) if self.args.reuses_rollouts else order
+
+    def method_state(self) -> dict[str, Any]:
+        return {"cycle": self.cycles.state_dict()} if self.args.reuses_rollouts else {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        self.cycles.load_state_dict(state.get("cycle", {}))

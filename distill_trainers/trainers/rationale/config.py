@@ -1,0 +1,123 @@
+"""Settings of rationale distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...answers.formats import find_format
+from ...answers.verify import ANSWER_KINDS, check_kind
+from ...data.rationales import OBJECTIVES
+from ...losses import DIVERGENCES, resolve_divergence
+from ...losses.key_steps import WRONG_TERMS
+from ..config import DistillConfig, require
+
+_STYLES = ("auto", "text", "chat")
+
+
+@dataclass
+class RationaleConfig(DistillConfig):
+    """Settings of `RationaleTrainer`; see each field's help."""
+
+    objective: str = field(default="step_by_step", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    rationale_weight: float = field(default=1.0, metadata={"help": "λ of step_by_step: L = L_label + λ L_rationale."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Instead of λ: L = α L_label + (1 − α) L_rationale, 0 < α ≤ 1."}
+    )
+    right_weight: float = field(default=1.0, metadata={"help": "ω⁺ of edit: weight of key steps of right chains."})
+    wrong_weight: float = field(default=0.025, metadata={"help": "ω⁻ of edit: weight of key steps of wrong chains."})
+    wrong_term: str = field(
+        default="likelihood",
+        metadata={"help": f"Loss of wrong steps: {' (log q, to the floor) or '.join(WRONG_TERMS)} (−log(1 − q))."},
+    )
+    wrong_floor: float = field(
+        default=-10.0, metadata={"help": "Log-probability below which a wrong step is not pushed (likelihood)."}
+    )
+    imitation_weight: float | None = field(
+        default=None, metadata={"help": "Weight of whole right chains: 1 in dual_chain and 0 in edit if not set."}
+    )
+    answer_weight: float = field(default=1.0, metadata={"help": "Weight of the answer that ends a chain (dual_chain)."})
+    innovation_weight: float = field(
+        default=0.5, metadata={"help": "Weight of the student's own right and shorter chains (dual_chain); 0 is off."}
+    )
+    innovation_samples: int = field(default=4, metadata={"help": "Chains sampled per question and step (dual_chain)."})
+    distill_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of a divergence from the teacher on the same tokens; 0 needs no teacher."},
+    )
+    divergence: str = field(default="forward_kl", metadata={"help": f"Of distillation: {', '.join(DIVERGENCES)}."})
+    divergence_params: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Parameters of the divergence, such as {beta: 0.1} (JSON)."}
+    )
+    prompt_style: str = field(
+        default="auto", metadata={"help": "text, chat, or auto: chat where the tokenizer has a template."}
+    )
+    label_prompt: str | None = field(default=None, metadata={"help": "Asks for the answer; holds {question}."})
+    rationale_prompt: str | None = field(default=None, metadata={"help": "Asks for the rationale; holds {question}."})
+    chain_prompt: str | None = field(default=None, metadata={"help": "Asks for both; holds {question}."})
+    chain_completion: str | None = field(
+        default=None, metadata={"help": "Rationale and answer as one text; holds {rationale}, then {answer}."}
+    )
+    answer_formats: list[str] | None = field(
+        default=None, metadata={"help": "How answers of chains are found; by default hash, boxed, answer_is."}
+    )
+    answer_kind: str = field(default="auto", metadata={"help": f"How answers are compared: {', '.join(ANSWER_KINDS)}."})
+    eval_accuracy: bool = field(default=True, metadata={"help": "Answer the evaluation questions, and score that."})
+    eval_accuracy_samples: int | None = field(default=None, metadata={"help": "Answer only so many of them."})
+
+    _VALID_DICT_FIELDS = DistillConfig._VALID_DICT_FIELDS + ["divergence_params"]
+
+    @property
+    def uses(self) -> dict[str, float]:
+        """Terms of the objective, with their weights."""
+        if self.objective == "step_by_step":
+            label, rationale = (1.0, self.rationale_weight) if self.alpha is None else (self.alpha, 1 - self.alpha)
+            weights = {"label": label, "rationale": rationale}
+        elif self.objective == "edit":
+            weights = {"right_steps": self.right_weight, "wrong_steps": self.wrong_weight}
+            weights["imitation"] = self.imitation_weight or 0.0
+        else:
+            imitation = 1.0 if self.imitation_weight is None else self.imitation_weight
+            weights = {"imitation": imitation, "answer": self.answer_weight, "innovation": self.innovation_weight}
+        return {**weights, "distillation": self.distill_weight}
+
+    def _check(self) -> None:
+        super()._check()
+        require(self.objective in OBJECTIVES, "objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
+        require(self.prompt_style in _STYLES, "prompt_style", self.prompt_style, f"one of {', '.join(_STYLES)}")
+        require(self.alpha is None or 0 < self.alpha <= 1, "alpha", self.alpha, "a number in (0, 1]")
+        require(
+            self.alpha is None or self.rationale_weight == 1,
+            "alpha",
+            self.alpha,
+            "either `alpha` or `rationale_weight`, which say the same in two ways (λ = (1 − α)/α, and L times α)",
+        )
+        for name, weight in self.uses.items():
+            require(weight >= 0, name, weight, "a weight of 0 or more")
+        require(any(self.uses.values()), "objective", self.objective, "some weight above 0")
+        require(self.wrong_term in WRONG_TERMS, "wrong_term", self.wrong_term, f"one of {', '.join(WRONG_TERMS)}")
+        require(self.wrong_floor < 0, "wrong_floor", self.wrong_floor, "a log-probability below 0")
+        require(self.innovation_samples >= 1, "innovation_samples", self.innovation_samples, "1 or more")
+        require(
+            self.teacher_cache is None or self.distill_weight > 0,
+            "teacher_cache",
+            self.teacher_cache,
+            "none, or `distill_weight` above 0: no other term asks the teacher",
+        )
+        for name in ("label_prompt", "rationale_prompt", "chain_prompt"):
+            prompt = getattr(self, name)
+            require(prompt is None or "{question}" in prompt, name, prompt, "a text that holds {question}")
+        chain = self.chain_completion
+        require(
+            chain is None or 0 <= chain.find("{rationale}") < chain.find("{answer}"),
+            "chain_completion",
+            chain,
+            "a text that holds {rationale} and, behind it, {answer}",
+        )
+        check_kind(self.answer_kind)
+        for name in self.answer_formats or []:
+            find_format(name)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        resolve_divergence(self.divergence, **(self.divergence_params or {}))  # type: ignore[arg-type]  # parsed by now

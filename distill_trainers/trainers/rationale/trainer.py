@@ -1,0 +1,222 @@
+"""Rationale distillation: a teacher's chains of thought teach a student, which may answer without them.
+
+Three objectives, each a sum of per-token cross-entropies with a token mean of its own:
+
+    step_by_step  L = L_label + λ L_rationale                     Distilling Step-by-Step, arXiv 2305.02301, Eq. 4
+    edit          L = (−Σ ω⁺ log q(y⁺) + Σ ω⁻ log q(y⁻)) / K      EDIT, arXiv 2405.19737, Eq. 6-7, over K key tokens
+    dual_chain    L = a L_imitation + b L_answer + c L_innovation
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers.trainer_utils import EvalLoopOutput
+
+from ... import models
+from ...data.rationales import RationaleCollator, RationaleTemplates, RationaleTokenizer, prepare_rationales
+from ...evaluation import Question, accuracy_metrics, accuracy_sums, answer_questions
+from ...evaluation.accuracy import stated_answer, whole_text
+from ...losses import resolve_divergence, token_divergence, token_logps, wrong_step_loss
+from ...rollouts import local_engine
+from ...signals import TeacherSignal, TokenLogits, TokenSignal
+from .. import student as sources
+from ..base import Batch, DistillTrainer
+from ..config import config_from_arguments
+from .config import RationaleConfig
+from .student_chains import with_students_chains
+
+logger = logging.getLogger(__name__)
+
+
+class RationaleTrainer(DistillTrainer):
+    """Trains on questions with rationales; a teacher is asked only for the optional divergence on the same tokens.
+
+    Arguments are those of `DistillTrainer`. Rows have `question`, `answer` and `rationale`, for edit also
+    `wrong_rationale`, and optionally `choices` and `task`.
+    """
+
+    args: RationaleConfig
+    config_class = RationaleConfig
+    method_name = "Rationale"
+    paper = {
+        "title": "Distilling Step-by-Step! Outperforming Larger Language Models with Less Training Data and Smaller "
+        "Model Sizes",
+        "id": "2305.02301",
+        "authors": "Hsieh, Li, Yeh, Nakhost, Fujii, Ratner, Krishna, Lee, Pfister",
+        "year": "2023",
+    }
+    _decoder_start: int | None = None
+
+    def __init__(self, model: Any, teacher_model: Any = None, args: Any = None, *rest: Any, **more: Any):
+        args = config_from_arguments(RationaleConfig, args)
+        assert isinstance(args, RationaleConfig)
+        self.args = args
+        if model is not None:
+            self._decoder_start = models.decoder_start(sources.student_config(model, args))
+        self.divergence = resolve_divergence(args.divergence, **(args.divergence_params or {}))  # type: ignore[arg-type]
+        super().__init__(model, teacher_model, args, *rest, **more)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]  # here it depends on the settings
+        return frozenset({"distribution"} if self.args.distill_weight else ())
+
+    @property
+    def accepts_encoder_decoders(self) -> bool:  # type: ignore[override]
+        return self.args.objective == "step_by_step"
+
+    @property
+    def samples_completions(self) -> bool:
+        return self.args.objective == "dual_chain" and self.args.innovation_weight > 0
+
+    @property
+    def needs_completions(self) -> bool:
+        return True
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {name: weight for name, weight in self.args.uses.items() if weight}
+
+    @property
+    def loss_divisors(self) -> dict[str, str]:
+        divisors = {name: f"token_{name}" for name in self.args.uses} | {"distillation": "token_given"}
+        if self.args.objective == "edit":
+            divisors |= {"right_steps": "token_key", "wrong_steps": "token_key", "imitation": "token_right"}
+            divisors["wrong_logp"] = "token_wrong_key"
+        elif self.args.objective == "dual_chain":
+            divisors["imitation"] = "token_rationale"
+        return divisors
+
+    def distill_terms(
+        self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Cross-entropies, each on the tokens of its own task and 0 elsewhere."""
+        logps = token_logps(student, tokens["labels"])
+        if self.args.objective == "step_by_step":
+            terms = {name: -logps * tokens[f"token_{name}"] for name in ("label", "rationale")}
+        elif self.args.objective == "edit":
+            on_wrong = tokens["token_wrong_key"]
+            wrong = wrong_step_loss(student, tokens["labels"], logps, self.args.wrong_term, self.args.wrong_floor)
+            terms = {"right_steps": -logps * tokens["token_right_key"], "wrong_steps": wrong * on_wrong}
+            terms |= {"imitation": -logps * tokens["token_right"], "wrong_logp": logps.detach() * on_wrong}
+        else:
+            parts = {"imitation": "rationale", "answer": "answer", "innovation": "innovation"}
+            terms = {name: -logps * tokens[f"token_{entry}"] for name, entry in parts.items()}
+        if self.args.distill_weight and teacher is not None:
+            divergence = token_divergence(self.divergence, student, teacher, self.args.kd_temperature)
+            terms["distillation"] = divergence * tokens["token_given"]
+        return terms
+
+    def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
+        """A teacher that the loss does not need is there for evaluation."""
+        return super().teacher_signal(inputs, predicts) if self.needs or not self.model.training else None
+
+    # ---- Rows and batches -------------------------------------------------------------------------------------------
+
+    @property
+    def _with_others(self) -> bool:
+        uses = self.args.uses
+        return bool(uses.get("rationale") or uses.get("right_steps") or uses.get("wrong_steps"))
+
+    def prepare_rows(self, dataset: Any, tokenizer: Any, name: str) -> Any:
+        if dataset is None or "other_input_ids" in (getattr(dataset, "column_names", None) or []):
+            return dataset
+        args = self.args
+        given = {key: getattr(args, key) for key in ("label_prompt", "rationale_prompt", "chain_prompt")}
+        templates = RationaleTemplates.of(args.prompt_style, tokenizer, **given, chain_completion=args.chain_completion)
+        work = RationaleTokenizer(
+            tokenizer,
+            templates,
+            args.objective,
+            args.max_length,
+            reserve=args.max_new_tokens if self.samples_completions else 0,
+            separate=self._decoder_start is not None,
+            chat_settings=args.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
+        )
+        # Evaluation scores the first sequence of every row; in training an example may have the other one alone.
+        either = self._with_others and name == "train"
+        pairs_only = args.objective == "edit" and not args.imitation_weight
+        with args.main_process_first(desc=f"{name} tokenisation"):
+            return prepare_rationales(
+                dataset,
+                work,
+                column_mapping=args.column_mapping,  # type: ignore[arg-type]  # parsed by now
+                needs="other" if pairs_only else "any" if either else "first",
+                with_others=self._with_others,
+                num_proc=args.dataset_num_proc,
+                name=name,
+            )
+
+    def build_collator(self, tokenizer: Any) -> Any:
+        return RationaleCollator(
+            tokenizer.pad_token_id,
+            self.args.objective,
+            with_others=self._with_others,
+            with_prompts=self.samples_completions,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+            decoder_start=self._decoder_start,
+        )
+
+    def rollout(self, batches: list[Batch]) -> list[Batch]:
+        """Adds the student's own chains that reach the right answer in fewer tokens than the teacher's."""
+        return with_students_chains(self, batches) if self.samples_completions else batches
+
+    # ---- Evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Also answers the questions; the perplexity of edit is that of right chains."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        scores = dict(output.metrics or {})
+        if self.args.objective == "edit":
+            scores[f"{metric_key_prefix}_perplexity"] = math.exp(min(scores[f"{metric_key_prefix}_imitation"], 700))
+        if self.args.eval_accuracy:
+            found = self.answer_accuracy(dataloader.dataset)
+            scores |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.last_eval_metrics.update(scores)
+        return output._replace(metrics=scores)
+
+    def answer_accuracy(self, dataset: Any) -> dict[str, float]:
+        """Greedy answers to the questions of prepared rows: the label task alone, or chains where those are trained."""
+        args, accelerator = self.args, self.accelerator
+        questions = [
+            Question(row["input_ids"][: row["prompt_length"]], row["reference"], row["task"], row["choices"])
+            for row in dataset
+            if row["reference"]
+        ][: args.eval_accuracy_samples]
+        if not questions:
+            logger.warning("No row of the evaluation set has an answer, so there is no accuracy.")
+            return {}
+        labels_only = args.objective == "step_by_step"
+        rank, world = accelerator.process_index, accelerator.num_processes
+        with models.generating(self.model_wrapped, accelerator) as model:
+            answers = answer_questions(
+                model,
+                self.processing_class,
+                questions,
+                dataclasses.replace(self.sampling, temperature=0.0),
+                parse=whole_text if labels_only else stated_answer(args.answer_formats or ()),
+                kind=args.answer_kind,
+                batch_size=args.rollout_batch_size or args.per_device_eval_batch_size,
+                engine=local_engine(args.rollout_engine, self.processing_class),
+                device=accelerator.device,
+                rank=rank,
+                world=world,
+            )
+        totals: Counter[str] = Counter()
+        for sums in gather_object([accuracy_sums(questions[rank::world], answers)]):
+            totals.update(sums)
+        return accuracy_metrics(dict(totals))
