@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from distill_trainers.answers import edit_distance
+from distill_trainers.answers.edit_distance import edit_distance
 from distill_trainers.rationales import edits, key_tokens
 
 

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 
+from distill_trainers import storage
 from distill_trainers.exceptions import CacheError
 from distill_trainers.teachers.cache import shards as cache_files
 from distill_trainers.teachers.cache.shards import TeacherCache
@@ -209,7 +210,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
             self.file.write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache_files, "open", lambda *args: Full(real(*args)), raising=False)
+    monkeypatch.setattr(storage, "open", lambda *args: Full(real(*args)), raising=False)
     with pytest.raises(CacheError, match=r"No space left on device.*MiB are free.*intact"):
         fill(cache, [1])
     monkeypatch.undo()
@@ -223,7 +224,8 @@ WRITER = textwrap.dedent(
     """
     import os, sys, torch
     from distill_trainers.teachers.cache import shards as cache_files
-    from distill_trainers.teachers.cache.shards import TeacherCache, row_key
+    from distill_trainers.teachers.cache.shards import TeacherCache
+    from distill_trainers.teachers.rows import row_key
 
     cache = TeacherCache(sys.argv[1], "stamp")
     cache.add(row_key([0, 7], [0]), {"hidden": torch.zeros(2, 3)}, 2)
