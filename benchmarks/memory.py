@@ -174,7 +174,7 @@ def work(options: argparse.Namespace) -> None:
     del student, teacher
     trainer.train()
     measured = _status("VmHWM") - before
-    samples = trainer.samples_completions
+    samples = trainer.requirements.samples_completions
     load = workload(args, "gkd", on_cpu, teacher_dtype=teacher_dtype, samples=samples)
     placement = placement_of(args, "teacher", on_cpu, cached=False)
     need = estimate(*shapes, load, on_cpu, placement)

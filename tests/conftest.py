@@ -141,10 +141,8 @@ def make_trainer(tmp_path, tokenizer, make_student, make_teacher):
         }
         if isinstance(teacher, str) and teacher in ("default", "double"):
             # A method that needs no teacher gets none.
-            needs = trainer_class.__new__(trainer_class)
-            needs.args = config_class(**{**defaults, **settings})
             dtype = torch.float64 if teacher == "double" else torch.float32
-            teacher = make_teacher().to(dtype) if needs.needs else None
+            teacher = make_teacher().to(dtype) if config_class(**{**defaults, **settings}).needs else None
         if not {"max_steps", "num_train_epochs"} & settings.keys():
             defaults["max_steps"] = 3
         trainer = trainer_class(

@@ -13,6 +13,7 @@ ROOT = Path(distill_trainers.__file__).parent
 FLOORS = {
     "exceptions": 0,
     "storage": 0,
+    "requirements": 0,
     "signals": 0,
     "losses": 0,
     "hub": 1,

@@ -76,7 +76,7 @@ def test_the_student_comes_nearer(make_trainer, rows_for, by_step, method, setti
     assert len(losses) == 25 and all(torch.tensor(losses).isfinite())
     after = trainer.evaluate()
     assert after["eval_loss"] < 0.8 * before["eval_loss"]
-    if trainer.needs:
+    if trainer.requirements.needs:
         assert after["eval_kl"] < 0.8 * before["eval_kl"]
     else:
         assert math.log(after["eval_perplexity"]) < 0.8 * math.log(before["eval_perplexity"])
@@ -159,8 +159,8 @@ def test_the_card_says_what_was_done(make_trainer, rows_for, tmp_path, method, s
     card = (tmp_path / "out" / "README.md").read_text()
     _, header, body = card.split("---\n", 2)
     assert {"distill_trainers", trainer.method_name.lower()} <= set(yaml.safe_load(header)["tags"])
-    score = "eval_kl" if trainer.needs else "eval_perplexity"
-    assert (trainer.teacher.name if trainer.needs else "the text of its training data") in body
+    score = "eval_kl" if trainer.requirements.needs else "eval_perplexity"
+    assert (trainer.teacher.name if trainer.requirements.needs else "the text of its training data") in body
     assert f"{metrics[score]:.4f}" in body
     assert f"arxiv.org/abs/{trainer.paper['id']}" in body
     for name, value in settings.items():

@@ -230,7 +230,7 @@ def _reproduction(trainer: DistillTrainer, facts: dict[str, Any]) -> list[str]:
     named = [name for name, row in METHODS.items() if row and isinstance(trainer, row[1])]
     method = named[0] if named else trainer.method_name
     recipe = {"method": method, **facts["recipe"]}
-    if "teacher_model_name_or_path" not in recipe and trainer.needs:
+    if "teacher_model_name_or_path" not in recipe and trainer.args.needs:
         recipe["teacher_model_name_or_path"] = facts["teacher"]
     if "student_init" not in recipe and "model_name_or_path" not in recipe:
         recipe["model_name_or_path"] = facts["student"]

@@ -95,16 +95,16 @@ def diagnose(recipe: Any, options: DoctorArguments) -> Any:
         rates = measured_rates(recipe.args.device, narrow, launch.per_machine if on_cpu else 1)
     remote = None
     if options.local_teacher is not None:
-        from ..teachers.base import is_remote
-        from ..trainers.lifecycle.outage import connected
+        from ..teachers.base import Pair
+        from ..teachers.loading import open_teacher, placement_of
 
-        if not is_remote(case.teacher):
+        if placement_of(case.teacher, recipe.args) != "remote":
             raise ConfigurationError(
                 f"Got `local_teacher: {options.local_teacher}` and the teacher {case.teacher!r}; expected the "
                 "address of a server as the teacher, which the local one is compared with. Leave `local_teacher` out."
             )
         if case.tokenizer is not None:  # else that is what there is to mend
-            remote = connected(case.teacher, case.tokenizer, recipe.args)
+            remote = open_teacher(Pair(case.teacher, case.student, tokenizer=case.tokenizer), recipe.args)
             case.teacher = options.local_teacher
     return examine(case, findings, deep=not options.quick and gpus is None, rates=rates, remote=remote)
 
@@ -120,7 +120,7 @@ def look_before(recipe: Any, checked: Any) -> None:
     from ..doctor.reading import case_of
     from ..recipe.checks import optimiser_steps
 
-    rows = len(checked.train) if hasattr(checked.train, "__len__") else None
+    rows = len(checked.given.train) if hasattr(checked.given.train, "__len__") else None
     if optimiser_steps(recipe.args, rows) < LONG_RUN:
         return
     launch = launch_here(on_cpu=recipe.args.device.type == "cpu")

@@ -104,11 +104,11 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
     """
     from ..recipe.checks import check_recipe
     from ..storage import write_atomically
-    from ..teachers.base import is_remote
+    from ..teachers.loading import kind_of
     from .train import make_initial_student
 
     _check(own, recipe.args.temperature)
-    if is_remote(recipe.run.teacher_model_name_or_path):
+    if not kind_of(recipe.run.teacher_model_name_or_path, recipe.args).can_generate:
         raise ConfigurationError(
             f"The teacher {recipe.run.teacher_model_name_or_path} is behind HTTP and writes no responses; pairs need a "
             "teacher's folder or Hub id."
@@ -126,12 +126,12 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
     prompts = _prompts(checked, recipe, own, counts)
     student = recipe.model.model_name_or_path
     if student is None:
-        student = str(make_initial_student(recipe, checked.rows(recipe)[0]))
+        student = str(make_initial_student(recipe, checked.ready.rows()[0]))
     target = _file(recipe, own)
     target.parent.mkdir(parents=True, exist_ok=True)
     teacher = str(recipe.run.teacher_model_name_or_path)
-    chosen = _teacher_answers(teacher, prompts, recipe, own, checked.tokenizer, target)
-    rejected = _Writer(student, "student", recipe, checked.tokenizer, target).answer(
+    chosen = _teacher_answers(teacher, prompts, recipe, own, checked.pair.tokenizer, target)
+    rejected = _Writer(student, "student", recipe, checked.pair.tokenizer, target).answer(
         {key: prompt for key, prompt in prompts.items() if key in chosen}, 0
     )
     counts["prompts without a right answer of the teacher"] = len(prompts) - len(chosen)
@@ -174,7 +174,7 @@ def _prompts(checked: Any, recipe: Recipe, own: PairArguments, counts: Counter[s
     from ..rollouts.store import prompt_key
 
     args: Any = recipe.args
-    rows = apply_column_mapping(checked.train, args.column_mapping, name="train")
+    rows = apply_column_mapping(checked.given.train, args.column_mapping, name="train")
     prompts: dict[str, Prompt] = {}
     for number, row in enumerate(rows):
         kind = detect_dataset_type(row)
@@ -183,7 +183,9 @@ def _prompts(checked: Any, recipe: Recipe, own: PairArguments, counts: Counter[s
                 f"Pairs need prompts, but the dataset is of the layout {kind}. Give prompt, prompt + completion or "
                 "messages."
             )
-        tokens = tokenize_row(row, checked.tokenizer, dataset_type=kind, chat_template_kwargs=args.chat_template_kwargs)
+        tokens = tokenize_row(
+            row, checked.pair.tokenizer, dataset_type=kind, chat_template_kwargs=args.chat_template_kwargs
+        )
         ids = tokens["input_ids"][: tokens["prompt_length"]]
         key = prompt_key(ids)
         if not ids or len(ids) + args.max_new_tokens > args.max_length:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..recipe.checks import (
     CheckedRecipe,
-    bare_trainer,
     check_recipe,
     optimiser_steps,
-    student_and_teacher,
     without_weights,
 )
 from ..recipe.parse import Recipe
+
+if TYPE_CHECKING:
+    from ..trainers.preflight import Ready
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Plan:
     trainable_parameters: int
     teacher: str
     teacher_parameters: int
+    teacher_place: str
     train_rows: int | None
     train_tokens: int | None
     eval_rows: int | None
@@ -47,14 +50,13 @@ def make_plan(recipe: Recipe) -> Plan:
         ConfigurationError, DatasetError, VocabularyError: as the run itself would.
     """
     from ..models import num_parameters
+    from ..teachers.loading import kind_of
 
     settings, args = recipe.run, recipe.args
-    student_name, teacher_name = student_and_teacher(recipe)
     checked = check_recipe(recipe)
-    train, evaluation = checked.rows(recipe)
-
-    names = (teacher_name, student_name, checked.tokenizer, checked.teacher_tokenizer)
-    cache, without_teacher = _teacher_cache(recipe, names, (train, evaluation))
+    train, evaluation, text = checked.ready.rows()
+    cache, without_teacher = _teacher_cache(checked.ready, (train, evaluation))
+    teacher = checked.given.teacher
 
     teacher_size = 0
     if checked.teacher_config is not None:
@@ -73,12 +75,13 @@ def make_plan(recipe: Recipe) -> Plan:
         student=_student_name(recipe),
         student_parameters=student_size,
         trainable_parameters=trainable,
-        teacher=str(teacher_name or "no teacher"),
+        teacher=str(teacher or "no teacher"),
         teacher_parameters=teacher_size,
+        teacher_place=kind_of(teacher, args).place,
         train_rows=None if lengths is None else len(lengths),
         train_tokens=None if lengths is None else sum(lengths),
         eval_rows=None if evaluation is None else len(evaluation),
-        text_rows=None if checked.pretraining is None else len(checked.pretraining),
+        text_rows=None if text is None else len(text),
         steps=steps,
         tokens_per_step=None if mean_length is None else mean_length * window,
         memory_mib=_memory(recipe, checked, cached=without_teacher),
@@ -92,13 +95,11 @@ def print_plan(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..teachers.base import is_remote
-
     table = Table("", "plan", title=f"{plan.method}: {plan.teacher} → {plan.student}", show_header=False)
     unknown = "unknown (stream)"
     table.add_row("Student", f"{plan.student_parameters:,} parameters, {plan.trainable_parameters:,} trained")
-    served = "behind HTTP; it answers and fits" if is_remote(plan.teacher) else "none"
-    table.add_row("Teacher", f"{plan.teacher_parameters:,} parameters, frozen" if plan.teacher_parameters else served)
+    frozen = plan.teacher_parameters
+    table.add_row("Teacher", f"{frozen:,} parameters, frozen" if frozen else plan.teacher_place)
     table.add_row("Training rows", unknown if plan.train_rows is None else f"{plan.train_rows:,}")
     table.add_row("Training tokens per epoch", unknown if plan.train_tokens is None else f"{plan.train_tokens:,}")
     table.add_row("Evaluation rows", "none" if plan.eval_rows is None else f"{plan.eval_rows:,}")
@@ -118,20 +119,20 @@ def print_plan(plan: Plan) -> None:
     print("Everything that can be checked without weights is in order; nothing was trained.")
 
 
-def _teacher_cache(recipe: Recipe, models: Sequence[Any], datasets: Any) -> tuple[str, bool]:
+def _teacher_cache(ready: Ready, datasets: Sequence[Any]) -> tuple[str, bool]:
     """What the cache lacks and how much room that will take, and whether the teacher stays out of memory."""
-    from ..trainers.lifecycle.cache_filling import missing_from_cache
+    from ..teachers.cache.opening import missing_from_cache
+    from ..teachers.rows import dataset_rows
 
-    args = recipe.args
+    args, wants = ready.given.args, ready.wants
     if args.teacher_cache is None:
         return "", False
-    trainer = bare_trainer(recipe)
-    if trainer.replaces_completions:
+    if wants.replaces_completions:
         return f"in {args.teacher_cache}; its size is known once the teacher has written its completions", False
-    teacher, student, own, other = models
-    rows, tokens, size = missing_from_cache(teacher, student, own, other, args, datasets)
+    known = [dataset_rows(dataset) for dataset in datasets if hasattr(dataset, "__len__")]
+    rows, tokens, size = missing_from_cache(ready.pair, args, chain.from_iterable(known))
     if not rows:
-        return f"complete in {args.teacher_cache}", not trainer.samples_completions
+        return f"complete in {args.teacher_cache}", not wants.samples_completions
     return f"{rows:,} rows with {tokens:,} tokens to come, about {size / 2**20:,.0f} MiB in {args.teacher_cache}", False
 
 

@@ -58,7 +58,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
         look(recipe, checked)
     student = recipe.model.model_name_or_path
     if student is None:
-        student = str(make_initial_student(recipe, checked.rows(recipe)[0]))
+        student = str(make_initial_student(recipe, checked.ready.rows()[0]))
     args.model_init_kwargs = {**_model_init_kwargs(recipe.model), **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     args.disable_tqdm = True
     callbacks: list[Any] = [ProgressReport()]
@@ -66,13 +66,14 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
         args.metric_for_best_model = args.metric_for_best_model or "eval_perplexity"
         args.greater_is_better = bool(args.greater_is_better)  # None means that less is better
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
-    more = {} if checked.pretraining is None else {"pretraining_dataset": checked.pretraining}
+    given = checked.given
+    more = {} if given.text is None else {"pretraining_dataset": given.text}
     trainer = METHODS[settings.method][1](
         model=student,
         teacher_model=settings.teacher_model_name_or_path,
         args=args,
-        train_dataset=checked.train,
-        eval_dataset=checked.evaluation,
+        train_dataset=given.train,
+        eval_dataset=given.evaluation,
         callbacks=callbacks,
         peft_config=get_peft_config(recipe.model),
         quantization_config=get_quantization_config(recipe.model),
@@ -197,7 +198,7 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any,
         context = contextlib.nullcontext(teacher.eval())
         how = {"seed": args.seed, "device": args.device, "batch_size": args.rollout_batch_size}
         how["engine"] = local_engine(args.rollout_engine, tokenizer)
-        complete_prompts(prompts, store, sampling, context, **how)  # type: ignore[arg-type]
+        complete_prompts(prompts, store, sampling, context, **how)
         dataset = with_completions(dataset, store.load(), replace=False)
     return DataLoader(dataset, batch_size=size, collate_fn=DistillCollator(tokenizer.pad_token_id))
 

@@ -14,13 +14,13 @@ from ..data.rows import tokenize_row
 from ..exceptions import CacheError, ConfigurationError, DatasetError, VocabularyError
 from ..recipe.checks import (
     CheckedRecipe,
-    bare_trainer,
     check_recipe,
     load_datasets,
     student_and_teacher,
     without_weights,
 )
 from ..recipe.parse import Recipe
+from ..requirements import Requirements
 from . import Case, Finding, Gpus, Launch
 from .findings import note
 from .shapes import ModelShape, shape_of
@@ -52,14 +52,14 @@ def case_of(
     case = Case(recipe.args, launch, student, teacher, gpus=gpus, peft=recipe.model.use_peft)
     if checked is not None:
         case.student_config, case.teacher_config = checked.student_config, checked.teacher_config
-        case.tokenizer, case.teacher_tokenizer = checked.tokenizer, checked.teacher_tokenizer
-        train = checked.train
+        case.tokenizer, case.teacher_tokenizer = checked.pair.tokenizer, checked.pair.teacher_tokenizer
+        train, wants = checked.given.train, checked.ready.wants
     else:
         train = _read_apart(recipe, case, architectures, on_paper, findings)
-    trainer = bare_trainer(recipe)
-    case.samples = bool(trainer.samples_completions)
+        wants = recipe.args.requirements()
+    case.samples = wants.samples_completions
     if train is not None and case.tokenizer is not None:
-        _look_at_rows(recipe, case, trainer, train)
+        _look_at_rows(recipe, case, wants, train)
     _sizes(recipe, case, findings)
     if on_paper:
         findings.append(
@@ -105,7 +105,9 @@ def _read_apart(
     """Everything that can be read although something else cannot; returns the training data."""
     from transformers import AutoConfig
 
-    from ..trainers import student as sources
+    from ..teachers.base import has_files
+    from ..teachers.loading import teacher_tokenizer
+    from ..trainers.student import student_tokenizer
 
     args = recipe.args
 
@@ -116,24 +118,24 @@ def _read_apart(
         return models.load_config(name, role, trust_remote_code=args.trust_remote_code)
 
     case.student_config = _attempt(findings, "recipe", lambda: config(case.student, "student"))
-    if case.teacher is not None and not case.teacher.startswith("http"):
+    if has_files(case.teacher):
         case.teacher_config = _attempt(findings, "recipe", lambda: config(str(case.teacher), "teacher"))
     if on_paper:
         return None
-    case.tokenizer = _attempt(findings, "recipe", lambda: sources.student_tokenizer(case.student, args))
+    case.tokenizer = _attempt(findings, "recipe", lambda: student_tokenizer(case.student, args))
     if case.tokenizer is not None and case.teacher is not None:
         tokenizer = case.tokenizer
-        case.teacher_tokenizer = _attempt(
-            findings, "recipe", lambda: sources.teacher_tokenizer(case.teacher, tokenizer, args)
-        )
+        case.teacher_tokenizer = _attempt(findings, "recipe", lambda: teacher_tokenizer(case.teacher, tokenizer, args))
     read = _attempt(findings, "recipe", lambda: load_datasets(recipe))
     return None if read is None else read[0]
 
 
-def _look_at_rows(recipe: Recipe, case: Case, trainer: Any, train: Any) -> None:
+def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any) -> None:
     """The first rows, whole and as they are trained on. What is wrong with them, the recipe's own check has said."""
     from ..recipe.checks import optimiser_steps
+    from ..trainers.preflight import prepare_rows
 
+    assert case.tokenizer is not None
     case.num_rows = len(train) if hasattr(train, "__len__") else None
     case.steps = optimiser_steps(recipe.args, case.num_rows, case.launch.processes)
     try:
@@ -141,12 +143,12 @@ def _look_at_rows(recipe: Recipe, case: Case, trainer: Any, train: Any) -> None:
         mapping: Any = recipe.args.column_mapping
         rows = list(islice(iter(apply_column_mapping(few, mapping, name="train")), _SAMPLE))
         case.sample = rows
-        case.prepared = trainer.prepare_rows(few, case.tokenizer, "train")
+        case.prepared = prepare_rows(recipe.args, few, case.tokenizer, "train", wants)
         kind = detect_dataset_type(rows[0])
         if kind not in ("preference", "rationale"):
             how: dict[str, Any] = {"assistant_only_loss": recipe.args.assistant_only_loss}
             how["chat_template_kwargs"] = recipe.args.chat_template_kwargs
-            whole = [tokenize_row(row, case.tokenizer, dataset_type=kind, **how) for row in rows]  # type: ignore[arg-type]
+            whole = [tokenize_row(row, case.tokenizer, dataset_type=kind, **how) for row in rows]
         else:
             whole = [row for row in case.prepared if "input_ids" in row]
         case.lengths = [len(row["input_ids"]) for row in whole]
@@ -184,12 +186,14 @@ def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:
 
 def _cache(case: Case) -> bool:
     """Sets what the cache is still going to take, from a sample of the rows; returns whether it holds them."""
-    from ..trainers.lifecycle.cache_filling import missing_from_cache
+    from ..teachers.base import Pair
+    from ..teachers.cache.opening import missing_from_cache
+    from ..teachers.rows import dataset_rows
 
+    pair = Pair(case.teacher, case.student, tokenizer=case.tokenizer, teacher_tokenizer=case.teacher_tokenizer)
     try:
-        datasets = [] if case.prepared is None else [case.prepared]
-        names = (case.teacher, case.student, case.tokenizer, case.teacher_tokenizer)
-        missing, _, size = missing_from_cache(*names, case.args, datasets)  # type: ignore[arg-type]
+        rows = () if case.prepared is None else dataset_rows(case.prepared)
+        missing, _, size = missing_from_cache(pair, case.args, rows)
     except _MENDABLE:
         return False  # the teacher's check tells
     looked_at = len(case.prepared) if case.prepared is not None else 0

@@ -13,12 +13,12 @@ from ..data import DistillCollator
 from ..exceptions import CacheError, ConfigurationError
 from ..losses.reduction import trained_mask
 from ..signals import TokenLogits, TokenLogprobs, TokenSampled, TokenTopK
-from ..teachers import CachedTeacher, Teacher, shared_vocabulary
+from ..teachers import CachedTeacher, LocalTeacher, Teacher, shared_vocabulary
+from ..teachers.base import Pair
 from ..teachers.cache.identity import read_identity
+from ..teachers.cache.opening import missing_from_cache
 from ..teachers.cache.shards import TeacherCache
 from ..teachers.rows import dataset_row_key
-from ..trainers import student as sources
-from ..trainers.lifecycle.cache_filling import missing_from_cache
 from .case import Case
 from .findings import Finding, error, warning
 
@@ -37,7 +37,8 @@ def check_cache(case: Case) -> Iterator[Finding]:
         recorded = read_identity(folder)
         if recorded is None:
             return
-        missing_from_cache(case.teacher, case.student, case.tokenizer, case.teacher_tokenizer, case.args, [])
+        pair = Pair(case.teacher, case.student, tokenizer=case.tokenizer, teacher_tokenizer=case.teacher_tokenizer)
+        missing_from_cache(pair, case.args, [])
         cache = TeacherCache(folder, recorded.stamp())
     except (ConfigurationError, CacheError) as found:
         yield Finding.of_error("teacher", found)
@@ -67,7 +68,7 @@ def check_answers(case: Case, other: Teacher | None = None) -> Iterator[Finding]
         compared.append((f"{other.name!r}", other, [row for row in rows if any(row["loss_mask"])][:_ROWS]))
     if not compared or case.teacher is None:
         return
-    live = sources.load_teacher(case.teacher, case.args)
+    live = LocalTeacher.loaded(Pair(case.teacher, case.student), case.args)
     for name, teacher, some in compared:
         apart = disagreement(case, live, teacher, some)
         narrow = case.args.bf16 or case.args.fp16  # what is asked here computes under autocast, the other may not

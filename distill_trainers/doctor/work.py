@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import models
-from ..teachers.base import is_remote
+from ..teachers import loading
 from .launch import Launch
 from .memory import Workload
 
@@ -80,10 +80,9 @@ def placement_of(args: Any, teacher: str | None, launch: Launch, *, cached: bool
     Args:
         cached: whether all that a run asks of its teacher is in its cache.
     """
-    if args.teacher_placement != "auto":
-        return args.teacher_placement
-    if is_remote(teacher):
-        return "remote"
+    named = loading.placement_of(teacher, args)
+    if named != "auto":
+        return named
     if cached:
         return "cached"
     kwargs = args.teacher_model_init_kwargs or {}

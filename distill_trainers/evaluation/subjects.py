@@ -178,9 +178,8 @@ class Subject:
 
     def release(self) -> None:
         """Let weights go that were loaded here; a model that was given is left as it came."""
-        if isinstance(self._model, DeferredTeacher):
-            self._model.release()
-        else:
+        self._model.release()
+        if not isinstance(self._source, str):
             self._model.model.train(self._was_training)
 
     @property

@@ -5,100 +5,91 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
 from .parse import Recipe
+
+if TYPE_CHECKING:
+    from ..teachers.base import Pair
+    from ..trainers.preflight import Given, Ready
 
 
 @dataclass
 class CheckedRecipe:
     """What the checks have read: datasets as they are, configs as student and teacher will have them."""
 
-    train: Any
-    evaluation: Any
-    teacher_config: Any
+    ready: Ready
     student_config: Any
-    tokenizer: Any
-    teacher_tokenizer: Any
-    pretraining: Any = None
+    teacher_config: Any
 
-    def rows(self, recipe: Recipe) -> tuple[Any, Any]:
-        """Training and evaluation rows as the recipe's trainer would tokenise, cut and refuse them."""
-        trainer = bare_trainer(recipe, self.pretraining)
-        train = trainer.prepare_rows(self.train, self.tokenizer, "train")
-        return train, trainer.prepare_rows(self.evaluation, self.tokenizer, "eval")
+    @property
+    def given(self) -> Given:
+        """Datasets as they are."""
+        return self.ready.given
+
+    @property
+    def pair(self) -> Pair:
+        """Names and tokenizers of both models."""
+        return self.ready.pair
 
 
 def check_recipe(recipe: Recipe) -> CheckedRecipe:
-    """Read configs, tokenizers and datasets, and see that all of it fits together.
+    """Read configs, tokenizers and datasets, and see that all of it fits together; a teacher's server is asked.
 
     Raises:
         ConfigurationError, DatasetError, VocabularyError: what has to be mended.
     """
     from ..data import load_split
-    from ..rollouts import check_engine
     from ..run_files import STUDENT_INIT_NAME
-    from ..teachers import shared_vocabulary
-    from ..teachers.base import is_remote
-    from ..trainers import student as sources
-    from ..trainers.lifecycle import cache_filling as caching
-    from ..trainers.lifecycle import outage as remote
-    from ..trainers.lifecycle import publishing
+    from ..teachers.base import has_files
+    from ..trainers.preflight import Given, preflight
 
     settings, args = recipe.run, recipe.args
-    names: Any = student_and_teacher(recipe)
-    student_name, teacher_name = names
+    student, teacher = student_and_teacher(recipe)
     args.resume_from_checkpoint = checkpoint_to_resume(args)
-    remote_teacher = is_remote(teacher_name)
-    teacher_config = _config(teacher_name, "teacher", recipe) if teacher_name and not remote_teacher else None
-    student_config = _config(student_name, "student", recipe)
+    teacher_config = _config(str(teacher), "teacher", recipe) if has_files(teacher) else None
+    student_config = _config(student, "student", recipe)
     if settings.student_init:
         _cut_layers(student_config, settings.student_init["keep_layers"])  # type: ignore[index, arg-type]  # a dict
     if recipe.model.use_peft:
         without_weights(student_config, recipe, adapted=True)  # it must find the modules that it is for
-    pretraining = None
+    text = None
     if settings.pretraining_dataset:
-        pretraining = load_split(settings.pretraining_dataset, split=settings.pretraining_split)
-    trainer = bare_trainer(recipe, pretraining)
-    adapted = recipe.model.use_peft
-    sources.check(student_name, teacher_name, args, trainer.needs, trainer.accepts_encoder_decoders, adapted)
-    base = recipe.model.model_name_or_path or str(Path(args.output_dir) / STUDENT_INIT_NAME)
-    publishing.check(args, base, recipe.model.use_peft, recipe.model.load_in_4bit or recipe.model.load_in_8bit)
+        text = load_split(settings.pretraining_dataset, split=settings.pretraining_split)
     train, evaluation = load_datasets(recipe)
-    trainer.check_datasets(train, evaluation)
-    caching.check(trainer, teacher_name, train)
-    remote.check(trainer, teacher_name)
-    if trainer.samples_completions:
-        check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
-    tokenizer = sources.student_tokenizer(student_name, args)
-    teacher_tokenizer = sources.teacher_tokenizer(teacher_name, tokenizer, args)
-    if teacher_config is not None:
-        rows = (student_config.get_text_config().vocab_size, teacher_config.get_text_config().vocab_size)
-        shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
-    if remote_teacher:
-        teacher = remote.connected(teacher_name, tokenizer, args)
-        sources.ids_shared_with_server(teacher, tokenizer, student_config.get_text_config().vocab_size)
+    given = Given(
+        student,
+        teacher,
+        args,
+        train,
+        evaluation,
+        text,
+        adapted=recipe.model.use_peft,
+        quantized=recipe.model.load_in_4bit or recipe.model.load_in_8bit,
+        base=recipe.model.model_name_or_path or str(Path(args.output_dir) / STUDENT_INIT_NAME),
+    )
+    ready = preflight(given)
+    _ask_server(ready, student_config)
+    return CheckedRecipe(ready, student_config, teacher_config)
+
+
+def _ask_server(ready: Ready, student_config: Any) -> None:
+    """Hold a teacher that needs no weights here, such as one behind HTTP, against the student, and let it go again."""
+    from ..teachers.loading import kind_of
+
+    args, pair = ready.given.args, ready.pair
+    teacher = None if args.teacher_cache else kind_of(pair.teacher, args).opened(pair, args)
+    if teacher is not None:
+        rows = student_config.get_text_config().vocab_size
+        teacher.shared_ids(pair.tokenizer, rows, pair.teacher_tokenizer)
         teacher.close()
-    return CheckedRecipe(train, evaluation, teacher_config, student_config, tokenizer, teacher_tokenizer, pretraining)
 
 
 def student_and_teacher(recipe: Recipe) -> tuple[str, str | None]:
     """Names of both models; a student that is made from its teacher goes by the teacher's."""
     teacher = recipe.run.teacher_model_name_or_path
     return recipe.model.model_name_or_path or str(teacher), teacher
-
-
-def bare_trainer(recipe: Recipe, pretraining: Any = None) -> Any:
-    """The recipe's trainer without models: what it asks of its datasets depends on its settings alone."""
-    from ..trainers import METHODS
-
-    trainer_class = METHODS[recipe.run.method][1]
-    trainer: Any = trainer_class.__new__(trainer_class)
-    trainer.args = recipe.args
-    if pretraining is not None:
-        trainer.pretraining_dataset = pretraining
-    return trainer
 
 
 def load_datasets(recipe: Recipe) -> tuple[Any, Any]:

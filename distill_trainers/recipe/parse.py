@@ -182,13 +182,14 @@ def _method(recipe: dict[str, Any], argv: list[str]) -> str:
 
 def _refuse_contradictions(recipe: Recipe) -> None:
     """What cannot work together, by name, before anything is loaded."""
-    from ..teachers.base import is_remote
+    from ..teachers.base import has_files
+    from ..teachers.placement import PLACEMENTS
 
     run, args, model = recipe.run, recipe.args, recipe.model
-    without = args.teacher_placement in ("adapter_off", "cached")
-    if not run.teacher_model_name_or_path and (run.student_init or (_needs_teacher(recipe) and not without)):
+    asked = args.needs and not PLACEMENTS[args.teacher_placement].unnamed
+    if not run.teacher_model_name_or_path and (run.student_init or asked):
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
-    if run.student_init and is_remote(run.teacher_model_name_or_path):
+    if run.student_init and not has_files(run.teacher_model_name_or_path):
         raise ConfigurationError(
             "The recipe makes the student from the teacher's layers (`student_init`), but the teacher is behind HTTP "
             "and its weights are not here. Set `model_name_or_path`."
@@ -217,8 +218,7 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         value = getattr(run, name)
         if value is not None and value < 1:
             raise ConfigurationError(f"Got `{name}: {value}`; expected 1 or more, or leave it out.")
-    takes_text = hasattr(_methods()[run.method][1], "pretraining_dataset")
-    if run.pretraining_dataset and not takes_text:
+    if run.pretraining_dataset and not args.has_plain_text_loss:
         raise ConfigurationError(
             f"Got `pretraining_dataset: {run.pretraining_dataset}` with `method: {run.method}`, which has no loss on "
             "plain text. Leave it out, or take `method: minillm`."
@@ -236,12 +236,6 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         check_value_types(run.student_init, StudentInit)  # type: ignore[arg-type]  # parsed by now
         StudentInit.from_dict(run.student_init)  # type: ignore[arg-type]
     _check_quantization(model)
-
-
-def _needs_teacher(recipe: Recipe) -> bool:
-    from .checks import bare_trainer
-
-    return bool(bare_trainer(recipe).needs)
 
 
 def _check_quantization(model: ModelConfig) -> None:

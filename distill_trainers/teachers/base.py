@@ -1,33 +1,105 @@
-"""What every teacher offers, wherever it runs."""
+"""What every teacher offers, wherever it runs. Whoever uses one asks its members, never which kind it is."""
 
 from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, TeacherServerError
+from ..requirements import Requirements
 from ..signals import TeacherSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from .cache.shards import TeacherCache
+    from .options import TeacherOptions
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student and its teacher before their weights are loaded.
+
+    Attributes:
+        teacher: a name, a model, a `Teacher` or None, as the user gave it.
+        student: a name or a model.
+        adapted: the student is trained with a PEFT adapter.
+        tokenizer: the student's; None until it is read.
+        teacher_tokenizer: None where it is unknown.
+    """
+
+    teacher: Any
+    student: Any
+    adapted: bool = False
+    tokenizer: Any = None
+    teacher_tokenizer: Any = None
 
 
 class Teacher(ABC):
     """A frozen model that says, for each trained token of a batch, what the student should have predicted.
+
+    A kind of teacher is a subclass, a row in `placement.PLACEMENTS` and one in `loading.KINDS`.
 
     Attributes:
         name: for logs, caches and the model card.
         provides: kinds of signal it can give: `"distribution"` (the whole vocabulary), `"token_logprobs"` (of the given
             tokens, which a distribution tells too) and `"completions"` (it generates). A method states what it
             `needs`; what is missing is refused at construction.
+        can_generate: it writes completions.
+        can_read_rollouts: it says what it thinks of any text, the student's own too.
+        is_nobody: it stands where a teacher would, and says nothing.
+        place: where it is, for a plan.
+        failure: why nobody is asked any more within `holding_failures`; None as long as all is well.
+        may_be_away: it can fail while a run goes on, for this process alone.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset()
+    can_generate: ClassVar[bool] = False
+    can_read_rollouts: ClassVar[bool] = False
+    is_nobody: ClassVar[bool] = False
+    may_be_away: ClassVar[bool] = False
+    place: ClassVar[str] = "none"
     name: str = "teacher"
+    failure: TeacherServerError | None = None
+
+    # ---- How it comes to be -----------------------------------------------------------------------------------------
+
+    @classmethod  # noqa: B027
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        """Refuse what this kind cannot serve, from settings alone.
+
+        Raises:
+            ConfigurationError: naming the settings that exclude each other.
+        """
+
+    @classmethod  # noqa: B027
+    def refuse_idle(cls, options: TeacherOptions) -> None:
+        """Refuse settings of this kind where the teacher is of another."""
+
+    @classmethod
+    def opened(cls, pair: Pair, options: TeacherOptions) -> Teacher | None:
+        """This kind of teacher, if it takes no weights to make it; None if `loaded` has to.
+
+        Raises:
+            ConfigurationError: it is not there, or belongs to another student.
+        """
+        return None
+
+    @classmethod
+    def loaded(cls, pair: Pair, options: TeacherOptions, student: Callable[[], nn.Module] | None = None) -> Teacher:
+        """This kind of teacher, with its weights.
+
+        Args:
+            student: gives the loaded student in its wrappers as they are now.
+        """
+        raise ConfigurationError(f"A {cls.__name__} cannot be loaded by name; pass one as `teacher_model`.")
 
     def check(self, needs: frozenset[str], method: str) -> None:
         """Raises ConfigurationError if this teacher cannot serve `method`."""
@@ -43,6 +115,8 @@ class Teacher(ABC):
     @abstractmethod
     def prepare(self, accelerator: Accelerator) -> None:
         """Place the teacher for the launch it finds. Called once, before the first signal."""
+
+    # ---- What it says -----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
@@ -62,17 +136,85 @@ class Teacher(ABC):
         """Within it, the weights that `signal` refers to are whole on every process."""
         yield signal
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies weights and configuration, for anything kept on disk."""
+
+    def shared_ids(self, tokenizer: Any, student_rows: int, teacher_tokenizer: Any = None) -> int | None:
+        """Number of ids in the softmax of both models, or None for all (see `shared_vocabulary`).
+
+        Args:
+            tokenizer: the student's.
+            student_rows: rows of the student's head.
+            teacher_tokenizer: None where it is unknown.
+
+        Raises:
+            VocabularyError: both do not mean the same token by the same id.
+        """
+        return None
+
+    # ---- What it writes ---------------------------------------------------------------------------------------------
+
+    def live(self) -> Any:
+        """The `LocalTeacher` that generates; loaded if need be.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} cannot generate completions. Give the dataset completions, or use a local teacher."
+        )
+
+    def generating(self, accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
+        """Within it, the model that it yields is ready to generate."""
+        return self.live().generating(accelerator)
+
+    def eos_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Tokens that end its completions."""
+        return self.live().eos_ids(tokenizer)
+
+    # ---- What a run tells it ----------------------------------------------------------------------------------------
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether it answers only when all processes ask, since each of them holds a share of it."""
+        return False
+
+    def expects(self, rows: Iterable[Mapping[str, Any]] | None, name: str) -> None:  # noqa: B027  # most do not care
+        """Hear which tokenised rows of the dataset `name` are going to be asked for; None: those of a stream."""
+
+    def expects_rollouts(self) -> None:  # noqa: B027
+        """Hear that the student's own completions will be asked for, which are new at every step."""
+
     @contextlib.contextmanager
     def asking_ahead(self) -> Iterator[bool]:
         """Within it, `signal` only asks an answer from afar to set out; yields whether that is of any use."""
         yield False
 
-    def stop_waiting(self) -> None:  # noqa: B027  # most teachers are never away
+    @contextlib.contextmanager
+    def holding_failures(self) -> Iterator[None]:
+        """Within it, what `signal` would raise is kept in `failure`, and a signal that says nothing is given instead.
+
+        One of several processes that raised alone would leave the others waiting for it in their next collective.
+        """
+        yield
+
+    def stop_waiting(self) -> None:  # noqa: B027
         """The run is asked to end: a teacher that is away is not waited for. May be called by a signal's handler."""
 
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Identifies weights and configuration, for anything kept on disk."""
+    @property
+    def store(self) -> TeacherCache | None:
+        """What it records in, for whoever fills it ahead."""
+        return None
+
+    def flush(self) -> None:  # noqa: B027
+        """Write out what it has recorded."""
+
+    def release(self) -> None:  # noqa: B027
+        """Let weights go that can be loaded again."""
+
+    def close(self) -> None:  # noqa: B027
+        """End connections; it cannot be asked any more."""
 
 
 def is_remote(name: Any) -> bool:
@@ -80,10 +222,25 @@ def is_remote(name: Any) -> bool:
     return isinstance(name, str) and name.strip().lower().startswith(("http://", "https://"))
 
 
+def has_files(teacher: Any) -> bool:
+    """Whether the configuration and tokenizer of a teacher, as it was given, can be read before it is loaded."""
+    return teacher is not None and not is_remote(teacher)
+
+
+def named(teacher: Any) -> str:
+    """A teacher as it was given, for messages."""
+    return "None" if teacher is None else repr(teacher) if isinstance(teacher, str) else type(teacher).__name__
+
+
 class NoTeacher(Teacher):
     """Stands where a teacher would, says nothing, and serves methods whose `needs` are empty."""
 
+    is_nobody = True
     name = "none"
+
+    @classmethod
+    def opened(cls, pair: Pair, options: TeacherOptions) -> NoTeacher:
+        return cls()
 
     def prepare(self, accelerator: Any) -> None:
         pass

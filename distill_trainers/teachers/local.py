@@ -14,14 +14,19 @@ from torch import Tensor, nn
 
 from .. import models
 from ..exceptions import ConfigurationError
+from ..requirements import Requirements
 from ..signals import HiddenStates, Logits, TeacherSignal
-from .base import Teacher
+from .base import Pair, Teacher, named
+from .placement import PLACEMENTS, is_collective
+from .vocabulary import shared_vocabulary
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
+
+    from .options import TeacherOptions
 
 
 class LocalTeacher(Teacher):
@@ -37,6 +42,41 @@ class LocalTeacher(Teacher):
     """
 
     provides = frozenset({"distribution", "completions"})
+    can_generate = can_read_rollouts = True
+
+    @classmethod
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        placement = PLACEMENTS[options.teacher_placement]
+        if options.teacher_placement == "auto" or isinstance(pair.teacher, Teacher):
+            return
+        if placement.by_name:
+            _refuse_in_memory(pair.teacher, options)
+        if options.teacher_placement != "device_map":
+            _refuse_other_placers(options)
+
+    @classmethod
+    def loaded(
+        cls, pair: Pair, options: TeacherOptions, student: Callable[[], nn.Module] | None = None
+    ) -> LocalTeacher:
+        source, placement = pair.teacher, options.teacher_placement
+        if not isinstance(source, str):
+            if options.teacher_model_init_kwargs:
+                raise ConfigurationError(
+                    "`teacher_model_init_kwargs` act while a teacher is loaded by name, but `teacher_model` is already "
+                    f"a {type(source).__name__}. Pass its name, or leave them out."
+                )
+            return LocalTeacher(source, placement=placement)
+        given: Any = options.teacher_model_init_kwargs or {}
+        settings: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, **given}
+
+        def load() -> nn.Module:
+            with models.loading_placed(source, placement, options.device, settings) as placed:
+                return models.load_causal_lm(source, role="teacher", **placed)
+
+        if options.defers_teacher:
+            config = models.load_config(source, "teacher", trust_remote_code=options.trust_remote_code)
+            return DeferredTeacher(load, config, source, placement)
+        return LocalTeacher(load(), source, placement)
 
     def __init__(self, model: nn.Module, name: str | None = None, placement: str = "auto"):
         if models.causal_lm_of(model).config.is_encoder_decoder:
@@ -48,6 +88,7 @@ class LocalTeacher(Teacher):
         self.model.requires_grad_(False)
         self.model.eval()
         self._fused: bool | None = None
+        self._shared_by: Accelerator | None = None
 
     @property
     def config(self) -> Any:
@@ -55,7 +96,27 @@ class LocalTeacher(Teacher):
         return models.causal_lm_of(self.model).config
 
     def prepare(self, accelerator: Accelerator) -> None:
+        self._shared_by = accelerator
         self.model = models.prepare_frozen(self.model, accelerator, self.placement)
+
+    @property
+    def is_collective(self) -> bool:
+        launch = self._shared_by
+        if launch is None or launch.num_processes == 1:
+            return False
+        return is_collective(self.placement, models.zero_stage(launch), models.fsdp_version(launch))
+
+    def live(self) -> LocalTeacher:
+        return self
+
+    @contextlib.contextmanager
+    def generating(self, accelerator: Accelerator) -> Iterator[Any]:
+        layer_by_layer = self.placement in ("zero3", "zero3_offload")  # asked for by name: it is never whole
+        with self.answering(), models.generating(self.model, accelerator, gather=not layer_by_layer) as model:
+            yield model
+
+    def shared_ids(self, tokenizer: Any, student_rows: int, teacher_tokenizer: Any = None) -> int | None:
+        return shared_vocabulary(tokenizer, teacher_tokenizer, student_rows, self.config.get_text_config().vocab_size)
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
@@ -135,6 +196,7 @@ class DeferredTeacher(LocalTeacher):
         self._live: LocalTeacher | None = None
         self._accelerator: Accelerator | None = None
         self._fused: bool | None = None
+        self._shared_by: Accelerator | None = None
 
     @property
     def config(self) -> Any:
@@ -158,7 +220,7 @@ class DeferredTeacher(LocalTeacher):
         return self._live
 
     def prepare(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+        self._accelerator = self._shared_by = accelerator
         if self._live is not None:
             self._live.prepare(accelerator)
 
@@ -178,6 +240,35 @@ class AdapterOff(LocalTeacher):
         adapter: of the student's adapters, the one to answer with; None for the base alone.
     """
 
+    @classmethod
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        if pair.teacher is not None:
+            raise ConfigurationError(
+                f"Got `teacher_placement: adapter_off` and the teacher {named(pair.teacher)}; expected no teacher: it "
+                "is the student without its adapter. Leave the teacher out, or take another placement."
+            )
+        if not pair.adapted:
+            raise ConfigurationError(
+                "Got `teacher_placement: adapter_off` with a student that has no adapter; expected `peft_config` "
+                "(`use_peft: true` in a recipe) or a PeftModel: the teacher is what the adapter is put on."
+            )
+        if "completions" in wants.needs:
+            raise ConfigurationError(
+                "Got `teacher_placement: adapter_off` with `teacher_mix_alpha` above 0, which runs student and teacher "
+                "in one decode loop, but they share their weights. Set `teacher_mix_alpha: 0`."
+            )
+        if options.teacher_model_init_kwargs:
+            raise ConfigurationError(
+                "Got `teacher_model_init_kwargs` with `teacher_placement: adapter_off`, where nothing is loaded for "
+                "the teacher. Leave them out; `model_init_kwargs` are those of the shared base."
+            )
+
+    @classmethod
+    def loaded(cls, pair: Pair, options: TeacherOptions, student: Callable[[], nn.Module] | None = None) -> AdapterOff:
+        assert student is not None
+        adapter = options.teacher_adapter and models.load_adapter(student(), options.teacher_adapter)
+        return cls(student, adapter)
+
     def __init__(self, student: Callable[[], nn.Module], adapter: str | None = None):
         self.name = f"the student with the adapter {adapter}" if adapter else "the student without its adapter"
         self.adapter = adapter
@@ -185,6 +276,7 @@ class AdapterOff(LocalTeacher):
         self._student = student
         self._fingerprint = base_fingerprint(student(), adapter)
         self._fused: bool | None = None
+        self._shared_by: Accelerator | None = None
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]  # read only
@@ -192,6 +284,7 @@ class AdapterOff(LocalTeacher):
 
     def prepare(self, accelerator: Any) -> None:
         """The student is prepared by its trainer."""
+        self._shared_by = accelerator
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
@@ -228,3 +321,28 @@ def adapter_is_neutral(student: nn.Module) -> bool:
     second = [p for name, p in student.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
     with models.whole_parameters(*second):
         return bool(second) and not any(bool(p.detach().any()) for p in second)
+
+
+def _refuse_in_memory(teacher: Any, options: TeacherOptions) -> None:
+    placement = options.teacher_placement
+    settings: Mapping[str, Any] = options.teacher_model_init_kwargs or {}  # type: ignore[assignment]  # parsed by now
+    if teacher is not None and not isinstance(teacher, str):
+        raise ConfigurationError(
+            f"Got `teacher_placement: {placement}` with a {type(teacher).__name__} in memory; expected a folder or Hub "
+            "id, since it acts while weights are loaded. Pass the teacher by name."
+        )
+    if placement == "device_map" and options.world_size > 1 and not isinstance(settings.get("device_map"), Mapping):
+        raise ConfigurationError(
+            f"Got `teacher_placement: device_map` in a launch of {options.world_size} processes, each of which would "
+            "spread a teacher of its own over all devices. Start one process, name the devices "
+            '(`teacher_model_init_kwargs: {device_map: {"": 0}}`), or take `zero3` or `fsdp2`.'
+        )
+
+
+def _refuse_other_placers(options: TeacherOptions) -> None:
+    both = sorted({"device_map", "quantization_config"} & (options.teacher_model_init_kwargs or {}).keys())  # type: ignore[union-attr]  # parsed by now
+    if both:
+        raise ConfigurationError(
+            f"Got `teacher_placement: {options.teacher_placement}` and `{both[0]}` in `teacher_model_init_kwargs`, "
+            "which both say how the teacher is loaded. Leave one of them out."
+        )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from ..data.pairs import rows_of_pair
+from ..data.rationales import rows_of_rationales
 
 TokenRow = tuple[
     np.ndarray, np.ndarray
@@ -37,3 +41,17 @@ def dataset_row_key(row: Mapping[str, Any]) -> tuple[bytes, int]:
     """The key of a tokenised row, and its number of trained tokens."""
     positions = np.flatnonzero(np.asarray(row["loss_mask"])[1:])
     return row_key(row["input_ids"], positions), len(positions)
+
+
+def examples_of(dataset: Any) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each example: one, the two of a pair, or the two tasks of a rationale."""
+    if "rejected_ids" in dataset.column_names:
+        return map(rows_of_pair, dataset)
+    if "other_input_ids" in dataset.column_names:
+        return map(rows_of_rationales, dataset)
+    return ([row] for row in dataset.select_columns(["input_ids", "loss_mask"]))
+
+
+def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """All rows of a tokenised dataset."""
+    return itertools.chain.from_iterable(examples_of(dataset))

@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,30 +30,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from .. import hub, models
-from ..data import DistillCollator, prepare_dataset, replace_completions
-from ..data.tokenization import Needs
+from ..data import DistillCollator, replace_completions
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_trained_tokens, sum_over_trained, token_mean
-from ..rollouts import build_engine, check_engine, rollout_rng
+from ..rollouts import build_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
 from ..run_files import check_resumable, last_complete_checkpoint
 from ..signals import TeacherSignal, TokenLogits
-from ..teachers import CachedTeacher, Teacher
-from . import student as sources
+from ..teachers import Teacher
+from ..teachers.loading import load_teacher
 from .config import DistillConfig, config_from_arguments
 from .evaluation_loop import TeacherForcedEvaluation
-from .lifecycle import cache_filling as caching
-from .lifecycle import held_out, publishing
-from .lifecycle import outage as remote
-from .lifecycle.callbacks import StepLoss, divergence_error
+from .lifecycle import outage, publishing
+from .lifecycle.callbacks import StepLoss, TeacherKeeper, divergence_error
 from .lifecycle.checkpoints import read_method_state, remove_torn, stream_position, write_method_state, written_whole
 from .lifecycle.completions import fill_with_teacher_completions, sampling_settings
 from .lifecycle.held_out import HeldOutMeasures
 from .lifecycle.metrics import RunningMetrics
 from .lifecycle.order import train_sampler
 from .lifecycle.recording import RunRecorder
+from .preflight import Given, preflight, prepare_rows, tell_dataset
 from .step import ask_ahead, head_can_be_fused, terms_of_batch
+from .student import load_student
 
 Batch = dict[str, Any]
 
@@ -85,10 +85,8 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
     config_class: ClassVar[type[DistillConfig]] = DistillConfig
     method_name: ClassVar[str] = "distillation"
     paper: ClassVar[dict[str, str]] = {}
-    needs: ClassVar[frozenset[str]] = frozenset({"distribution"})
-    accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
     has_row_terms: ClassVar[bool] = False  # whether `row_terms` is there to be called
-    accepts_encoder_decoders: ClassVar[bool] = False  # whether its batches have `encoder_ids` for such students
+    pretraining_dataset: Any = None  # of methods with a loss on plain text
     loss_is_scaled_for_ga = True  # token_mean divides by the tokens of the whole accumulation window
 
     def __init__(
@@ -106,56 +104,56 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         quantization_config: Any = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ):
-        args = config_from_arguments(self.config_class, args)
-        self.args = args
-        adapted = peft_config is not None
-        sources.check(model, teacher_model, args, self.needs, self.accepts_encoder_decoders, adapted)
-        self.check_datasets(train_dataset, eval_dataset)
-        caching.check(self, teacher_model, train_dataset)
-        remote.check(self, teacher_model)
-        publishing.check(args, model, adapted, quantization_config is not None)
-        if self.samples_completions:
-            check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
-
-        # Everything that can be refused without weights comes first.
-        tokenizer = processing_class or sources.student_tokenizer(model, args)
-        tokenizer = models.with_pad_token(getattr(tokenizer, "tokenizer", tokenizer))
-        teacher_tokenizer = teacher_processing_class or sources.teacher_tokenizer(teacher_model, tokenizer, args)
-        sources.compare_vocabularies(model, teacher_model, tokenizer, teacher_tokenizer, args)
+        self.args = args = config_from_arguments(self.config_class, args)
+        ready = preflight(
+            Given(
+                student=model,
+                teacher=teacher_model,
+                args=args,
+                train=train_dataset,
+                evaluation=eval_dataset,
+                text=self.pretraining_dataset,
+                adapted=peft_config is not None,
+                quantized=quantization_config is not None,
+                tokenizer=processing_class,
+                teacher_tokenizer=teacher_processing_class,
+            )
+        )
+        self.requirements, tokenizer = ready.wants, ready.pair.tokenizer
         self.data_sources = list(hub.hub_ids_of(train_dataset))  # Hub ids, or files and folders
-        train_dataset = self.prepare_rows(train_dataset, tokenizer, "train")
-        eval_dataset = self._prepare_eval(eval_dataset, tokenizer)
+        train_dataset, eval_dataset, self.pretraining_dataset = ready.rows()
         if isinstance(train_dataset, IterableDataset):
             # Batches of different lengths cannot be split from one process to the others.
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
-
-        teacher_model = remote.connected(teacher_model, tokenizer, args)
-        teacher_model = caching.with_cache(teacher_model, model, tokenizer, teacher_tokenizer, args)
-        caching.expect_all(self, teacher_model, train_dataset, eval_dataset, before_loading=True)
+        pair = replace(ready.pair, teacher=ready.open_teacher(train_dataset, eval_dataset))
 
         set_seed(args.seed)  # adapters start at random
-        student = sources.load_student(model, args, peft_config, quantization_config)
+        student = load_student(model, args, peft_config, quantization_config)
         models.install_token_forward(student)
-
-        self.teacher = sources.load_teacher(teacher_model, args, lambda: getattr(self, "model_wrapped", student))
-        self.teacher.check(self.needs, type(self).__name__)
-        caching.expect_all(self, self.teacher, train_dataset, eval_dataset)
-        self.vocab_size = sources.common_vocabulary(student, self.teacher, tokenizer, teacher_tokenizer)
+        self.teacher = load_teacher(pair, args, ready.wants, lambda: getattr(self, "model_wrapped", student))
+        rows = models.causal_lm_of(student).config.get_text_config().vocab_size
+        self.vocab_size = self.teacher.shared_ids(tokenizer, rows, pair.teacher_tokenizer)
         self.sampling = sampling_settings(args, student, tokenizer, self.vocab_size)
 
         super().__init__(
             model=student,
             args=args,
-            data_collator=data_collator or self.build_collator(tokenizer),
+            data_collator=data_collator or self.build_collator(tokenizer, ready.config),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
+        self._refuse_launch()
+        self.teacher.prepare(self.accelerator)
+        self._start()
+
+    def _refuse_launch(self) -> None:
+        """What only the accelerator tells."""
+        if self.args.n_gpu > 1:
             raise ConfigurationError(
-                f"Got {args.n_gpu} GPUs in one process (nn.DataParallel); expected one GPU per process. "
+                f"Got {self.args.n_gpu} GPUs in one process (nn.DataParallel); expected one GPU per process. "
                 "Start with `accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
             )
         if models.fsdp_version(self.accelerator) == 1:
@@ -163,13 +161,16 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
                 "Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`."
             )
         publishing.check_merger(self)
-        self.teacher.prepare(self.accelerator)
-        if self.samples_completions:
+
+    def _start(self) -> None:
+        """The rollout engine, the callbacks, and what is remembered from step to step."""
+        args = self.args
+        if self.requirements.samples_completions:
             self.engine = build_engine(
                 args.rollout_engine,
-                model=student,
+                model=self.model,
                 accelerator=self.accelerator,
-                tokenizer=tokenizer,
+                tokenizer=self.processing_class,
                 max_length=args.max_length,
                 batch_size=args.rollout_batch_size,
                 vllm_options=args.vllm_kwargs,  # type: ignore[arg-type]  # parsed by now
@@ -179,10 +180,9 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             self.add_callback(HeldOutMeasures(self))
         self.recorder = RunRecorder(self)
         self.add_callback(self.recorder)
-        if isinstance(self.teacher, CachedTeacher):
-            self.add_callback(caching.CacheKeeper(self.teacher))
+        self.add_callback(TeacherKeeper(self.teacher))
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
-        self.last_step: remote.LastStep | None = None
+        self.last_step: outage.LastStep | None = None
         self._method_state_aside: dict[str, Any] | None = None
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self.metrics = RunningMetrics(args.device)
@@ -246,32 +246,13 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         """What evaluation measures beside the method's own terms, per token."""
         return agreement_terms(student, teacher, tokens)
 
-    def build_collator(self, tokenizer: PreTrainedTokenizerBase) -> DistillCollator:
+    def build_collator(self, tokenizer: PreTrainedTokenizerBase, student_config: Any) -> DistillCollator:
         """What batches look like."""
         return DistillCollator(
             pad_token_id=tokenizer.pad_token_id,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
-            with_prompts=self.samples_completions,
+            with_prompts=self.requirements.samples_completions,
         )
-
-    @property
-    def samples_completions(self) -> bool:
-        """Whether training batches may get student rollouts, so that they must carry prompts."""
-        return False
-
-    @property
-    def needs_completions(self) -> bool:
-        """Whether training rows must come with a completion."""
-        return not self.samples_completions
-
-    @property
-    def replaces_completions(self) -> bool:
-        """Whether the teacher's own completions take the place of the dataset's."""
-        return False
-
-    def answers_prompts(self, name: str) -> bool:
-        """Whether prompts of the dataset `name` must leave room for completions that are sampled."""
-        return self.samples_completions or self.replaces_completions
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
         """Replace completions of the accumulation window; the identity by default."""
@@ -307,7 +288,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             # Resumed from the checkpoint of the last step; transformers looks whether a run is done after steps only.
             self.control.should_training_stop = True
             return [], None
-        with remote.holding_failures(self):
+        with self.teacher.holding_failures():
             batches = self.next_batches(epoch_iterator, num_batches)
             if len(batches) < num_batches:
                 # Only the end of a stream comes unannounced: no optimiser step would follow, and the gradient of these
@@ -374,10 +355,10 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         step_counts = counts if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         world_size = 1 if num_items_in_batch is None else self.accelerator.num_processes
         weights = self._step_weights(step_counts)
-        with remote.holding_failures(self) if model.training else contextlib.nullcontext():
+        with self.teacher.holding_failures() if model.training else contextlib.nullcontext():
             total, terms = self._token_terms(model, inputs, self.distill_terms, weights)
         if model.training and self.accelerator.sync_gradients:
-            remote.end_together(self)
+            outage.end_together(self)
         loss = token_mean(total, step_counts.flatten()[0], world_size)
         if model.training:
             self.window_loss = self.window_loss + loss.detach()
@@ -423,64 +404,20 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms' means, and what rollouts there were, since the last training log."""
         if "loss" in logs and self.metrics:
-            rollouts = {"rollouts": 0.0} if self.samples_completions else {}
+            rollouts = {"rollouts": 0.0} if self.requirements.samples_completions else {}
             logs = {**logs, **rollouts, **self.metrics.read(self.accelerator)}
         super().log(logs, start_time)
 
     # ---- Data -------------------------------------------------------------------------------------------------------
-
-    def check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
-        """Refuse combinations of settings and datasets; called before anything is loaded."""
-        if train_dataset is None and eval_dataset is None:
-            raise DatasetError("Got neither `train_dataset` nor `eval_dataset`; expected at least one of them.")
-        wants_evaluation = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
-        if wants_evaluation and eval_dataset is None:
-            raise DatasetError(
-                f"Got `eval_strategy: {self.args.eval_strategy}` but no `eval_dataset`; pass one or set 'no'."
-            )
-        held_out.check(self.args, eval_dataset)
-
-    def prepare_rows(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
-        """Tokenised rows of a raw dataset; `name` "train" must serve the method, any other only evaluation."""
-        if dataset is None:
-            return None
-        training = name == "train"
-        if training and (self.samples_completions or self.replaces_completions):
-            needs: Needs = "both" if self.needs_completions else "prompt"
-        else:
-            needs = "completion" if training and self.needs_completions else "either"
-        if training and isinstance(dataset, IterableDataset) and self.replaces_completions:
-            raise ConfigurationError(
-                "The teacher's completions are generated once for a whole dataset, but `train_dataset` is "
-                "iterable. Pass a `datasets.Dataset`."
-            )
-        with self.args.main_process_first(desc=f"{name} tokenisation"):
-            return prepare_dataset(
-                dataset,
-                tokenizer,
-                max_length=self.args.max_length,
-                max_new_tokens=self.args.max_new_tokens if self.answers_prompts(name) else None,
-                column_mapping=self.args.column_mapping,  # type: ignore[arg-type]  # parsed by now
-                assistant_only_loss=self.args.assistant_only_loss,
-                chat_template_kwargs=self.args.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
-                num_proc=self.args.dataset_num_proc,
-                needs=needs,
-                name=name,
-            )
-
-    def _prepare_eval(self, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-        if isinstance(dataset, dict):
-            return {name: self.prepare_rows(part, tokenizer, name) for name, part in dataset.items()}
-        return self.prepare_rows(dataset, tokenizer, "eval")
 
     def complete_eval(self, dataset: Any) -> Any:
         """Evaluation rows with whatever else the method wants of them, once they have their completions."""
         return dataset
 
     def get_train_dataloader(self) -> Any:
-        if self.replaces_completions and not self._train_is_filled:
+        if self.requirements.replaces_completions and not self._train_is_filled:
             self.train_dataset = fill_with_teacher_completions(self, self.train_dataset, replace=True)
-            caching.expect_rows(self, self.train_dataset, "training")
+            tell_dataset(self.teacher, self.train_dataset, "training")
             self._train_is_filled = True
         return super().get_train_dataloader()
 
@@ -501,12 +438,13 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             filled = eval_dataset
             columns = getattr(eval_dataset, "column_names", None)
             if isinstance(columns, list) and "loss_mask" not in columns:
-                filled = self.prepare_rows(eval_dataset, self.processing_class, "eval")
+                filled = prepare_rows(self.args, eval_dataset, self.processing_class, "eval", self.requirements)
             if isinstance(filled, IterableDataset):
                 filled = Dataset.from_list(list(filled))
-            filled = self.complete_eval(fill_with_teacher_completions(self, filled, replace=self.replaces_completions))
+            replaces = self.requirements.replaces_completions
+            filled = self.complete_eval(fill_with_teacher_completions(self, filled, replace=replaces))
             if filled is not eval_dataset:
-                caching.expect_rows(self, filled, "evaluation")
+                tell_dataset(self.teacher, filled, "evaluation")
             known = self._eval_is_filled[id(eval_dataset)] = (eval_dataset, filled)  # holding it keeps its id taken
         return super().get_eval_dataloader(known[1])
 
@@ -576,7 +514,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.last_step = remote.last_step(self)
+        self.last_step = outage.last_step(self)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = models.whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # each has a share under FSDP2

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import TrainingArguments
 
+from ..data import prepare_dataset
+from ..data.tokenization import Needs
 from ..evaluation.measures import METRICS, higher_is_better
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, require
+from ..requirements import Requirements
 from ..rollouts import ENGINES
-from ..teachers.cache.kinds import CACHE_KINDS
-from ..teachers.placement import PLACEMENTS, check_settings
-from ..teachers.remote.wire import NUMBER_DTYPES, SERVER_KINDS
+from ..teachers.options import TeacherOptions
 
 
 @dataclass
-class DistillConfig(TrainingArguments):
+class DistillConfig(TeacherOptions, TrainingArguments):
     """`transformers.TrainingArguments` plus what every method needs. Each field is explained by its `help`.
 
     Two temperatures are kept apart: `kd_temperature` softens both distributions inside the loss, `temperature` is
@@ -47,19 +48,6 @@ class DistillConfig(TrainingArguments):
     # Models
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for a student given by name (JSON)."}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of `from_pretrained` for a teacher given by name (JSON)."}
-    )
-    teacher_placement: str = field(
-        default="auto",
-        metadata={"help": f"Where the teacher's weights are, whatever the student's: one of {', '.join(PLACEMENTS)}."},
-    )
-    teacher_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "With adapter_off: the teacher is this adapter on the student's base (name, folder, Hub id)."
-        },
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow models and tokenizers with code of their own."}
@@ -135,22 +123,6 @@ class DistillConfig(TrainingArguments):
         metadata={"help": "Licence in the model card; by default what follows from teacher, student and data."},
     )
 
-    # Teacher cache
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder in which the teacher's answers are kept; what is missing is added as it is met."},
-    )
-    teacher_cache_kind: str = field(
-        default="hidden",
-        metadata={"help": f"What is kept of each trained token: one of {', '.join(CACHE_KINDS)}; hidden is exact."},
-    )
-    teacher_cache_top_k: int = field(default=64, metadata={"help": "Ids kept per token by the kind topk."})
-    teacher_cache_draws: int = field(default=50, metadata={"help": "Draws per token of the kind sampled."})
-    teacher_cache_dtype: str | None = field(
-        default=None,
-        metadata={"help": "Of what is kept; by default hidden states as the teacher gives them, else float32."},
-    )
-
     # Evaluation
     eval_measures: list[str] | None = field(
         default=None,
@@ -167,31 +139,6 @@ class DistillConfig(TrainingArguments):
         default=3, metadata={"help": "Prompts whose completions by student and teacher are logged side by side."}
     )
 
-    # Teacher behind HTTP
-    teacher_server_kind: str = field(
-        default="hidden",
-        metadata={"help": f"What a teacher's server is asked for: one of {', '.join(SERVER_KINDS)}; hidden is exact."},
-    )
-    teacher_server_top_k: int = field(default=64, metadata={"help": "Ids per token of the kind topk."})
-    teacher_server_draws: int = field(default=50, metadata={"help": "Draws per token of the kind sampled."})
-    teacher_server_dtype: str | None = field(
-        default=None,
-        metadata={"help": "Of what is sent; by default hidden states as the teacher gives them, else float32."},
-    )
-    teacher_server_model: str | None = field(
-        default=None,
-        metadata={"help": "The teacher as an OpenAI-compatible server names it; by default the only one it serves."},
-    )
-    teacher_server_concurrency: int = field(
-        default=8, metadata={"help": "Questions to teacher servers in flight at once, in each process."}
-    )
-    teacher_server_timeout: float = field(
-        default=120.0, metadata={"help": "Seconds without an answer after which an attempt has failed."}
-    )
-    teacher_server_patience: float = field(
-        default=300.0, metadata={"help": "Seconds for which a teacher server that is away is waited for."}
-    )
-
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
         "model_init_kwargs",
         "teacher_model_init_kwargs",
@@ -201,8 +148,6 @@ class DistillConfig(TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
-        if self.teacher_cache is not None:
-            self.teacher_cache = os.path.expanduser(self.teacher_cache)
         self._check()
         if self.load_best_model_at_end and not self.metric_for_best_model:
             self.metric_for_best_model = "eval_perplexity"
@@ -216,10 +161,90 @@ class DistillConfig(TrainingArguments):
         mib = self.loss_chunk_mib or (32 if self.device.type == "cpu" else 256)
         return int(mib * 2**20)
 
+    # ---- What a method asks of its rows and its teacher; its config overrides these ---------------------------------
+
+    accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
+    has_plain_text_loss: ClassVar[bool] = False  # whether the trainer takes a `pretraining_dataset`
+
     @property
-    def defers_teacher(self) -> bool:
-        """Whether a teacher given by name is loaded only when it is asked."""
+    def needs(self) -> frozenset[str]:
+        """Kinds of signal that the teacher must give; with none, there may be no teacher."""
+        return frozenset({"distribution"})
+
+    @property
+    def samples_completions(self) -> bool:
+        """Whether training batches may get student rollouts, so that they must carry prompts."""
         return False
+
+    @property
+    def needs_completions(self) -> bool:
+        """Whether training rows must come with a completion."""
+        return not self.samples_completions
+
+    @property
+    def replaces_completions(self) -> bool:
+        """Whether the teacher's own completions take the place of the dataset's."""
+        return False
+
+    @property
+    def accepts_encoder_decoders(self) -> bool:
+        """Whether students such as T5 can be trained; batches then have `encoder_ids`."""
+        return False
+
+    def requirements(self, first_row: Mapping[str, Any] | None = None, *, streams: bool = False) -> Requirements:
+        """All of it at once, for a training dataset.
+
+        Args:
+            first_row: of the training data; None where there is none.
+            streams: whether that is iterable only.
+        """
+        return Requirements(
+            trainer=type(self).__name__.removesuffix("Config") + "Trainer",
+            needs=self.needs,
+            samples_completions=self.samples_completions,
+            needs_completions=self.needs_completions,
+            replaces_completions=self.replaces_completions,
+            streams_rows=streams,
+            accepts_sparse_teachers=self.accepts_sparse_teachers,
+            accepts_encoder_decoders=self.accepts_encoder_decoders,
+            divergence=getattr(self, "divergence", "forward_kl"),
+            kd_temperature=self.kd_temperature,
+        )
+
+    def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
+        """Refuse datasets that cannot go with these settings, before anything is loaded.
+
+        Args:
+            evaluation: a dataset, a dict of several, or None.
+            text: the pretraining dataset of methods that have one.
+        """
+
+    def prepare_rows(self, dataset: Any, tokenizer: Any, name: str, wants: Requirements) -> Any:
+        """Tokenised rows of a raw dataset; `name` "train" must serve the method, any other only evaluation."""
+        training = name == "train"
+        answers = wants.samples_completions or wants.replaces_completions
+        if training and answers:
+            needs: Needs = "both" if wants.needs_completions else "prompt"
+        else:
+            needs = "completion" if training and wants.needs_completions else "either"
+        return prepare_dataset(
+            dataset,
+            tokenizer,
+            max_length=self.max_length,
+            max_new_tokens=self.max_new_tokens if self.answers_prompts(name, wants) else None,
+            column_mapping=self.column_mapping,  # type: ignore[arg-type]  # parsed by now
+            assistant_only_loss=self.assistant_only_loss,
+            chat_template_kwargs=self.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
+            num_proc=self.dataset_num_proc,
+            needs=needs,
+            name=name,
+        )
+
+    def answers_prompts(self, name: str, wants: Requirements) -> bool:
+        """Whether prompts of the dataset `name` must leave room for completions that are sampled."""
+        return wants.samples_completions or wants.replaces_completions
+
+    # ---- Checks -----------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         """Refuse what cannot work; subclasses extend it."""
@@ -238,10 +263,8 @@ class DistillConfig(TrainingArguments):
             self.loss_chunk_mib,
             "a positive number of MiB",
         )
-        self._check_teacher_cache()
         self._check_eval_measures()
-        self._check_teacher_server()
-        check_settings(self)
+        self.check_teacher_options()
         require(not self.remove_unused_columns, "remove_unused_columns", True, "False: the collator needs the columns")
         require(
             self.label_smoothing_factor == 0,
@@ -262,47 +285,6 @@ class DistillConfig(TrainingArguments):
         require(not unknown, "eval_measures", unknown[:1], f"any of {', '.join(known)}")
         for name, least in (("eval_measures_rows", 1), ("eval_measures_seeds", 1), ("eval_measures_shown", 0)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
-
-    def _check_teacher_server(self) -> None:
-        kind = self.teacher_server_kind
-        require(kind in SERVER_KINDS, "teacher_server_kind", kind, f"one of {', '.join(SERVER_KINDS)}")
-        draws = self.teacher_server_draws
-        require(1 <= draws <= 32767, "teacher_server_draws", draws, "1 to 32767 draws")
-        for name in ("teacher_server_top_k", "teacher_server_concurrency"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("teacher_server_timeout", "teacher_server_patience"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number of seconds above 0")
-        dtypes = NUMBER_DTYPES[kind]
-        expected = f"one of {', '.join(dtypes)} for {kind}"
-        require(
-            self.teacher_server_dtype in (None, *dtypes), "teacher_server_dtype", self.teacher_server_dtype, expected
-        )
-
-    def _check_teacher_cache(self) -> None:
-        kind = self.teacher_cache_kind
-        require(kind in CACHE_KINDS, "teacher_cache_kind", kind, f"one of {', '.join(CACHE_KINDS)}")
-        draws = self.teacher_cache_draws
-        require(self.teacher_cache_top_k >= 1, "teacher_cache_top_k", self.teacher_cache_top_k, "at least 1 id")
-        require(1 <= draws <= 32767, "teacher_cache_draws", draws, "1 to 32767 draws")
-        dtypes = CACHE_KINDS[kind].dtypes
-        require(
-            self.teacher_cache_dtype in (None, *dtypes),
-            "teacher_cache_dtype",
-            self.teacher_cache_dtype,
-            f"one of {', '.join(dtypes)} for {kind}",
-        )
-        require(
-            self.teacher_cache is not None or (kind == "hidden" and self.teacher_cache_dtype is None),
-            "teacher_cache_dtype" if kind == "hidden" else "teacher_cache_kind",
-            self.teacher_cache_dtype if kind == "hidden" else kind,
-            "`teacher_cache` beside it: the folder of the cache",
-        )
-
-
-def require(condition: bool, name: str, got: Any, expected: str) -> None:
-    """Raise ConfigurationError naming the setting unless `condition` holds."""
-    if not condition:
-        raise ConfigurationError(f"Got `{name}: {got}`; expected {expected}.")
 
 
 def config_from_arguments(config_class: type[DistillConfig], args: TrainingArguments | None) -> DistillConfig:

@@ -174,5 +174,5 @@ def test_the_pairs_can_be_trained_on(builder, make_trainer, saved, tmp_path):
     assert builder(rows=rows) == 0
     train = load_split(str(tmp_path / "pairs.jsonl"))
     trainer = make_trainer(saved.student, saved.teacher, train, method="dpkd", max_steps=2)
-    assert trainer.given_pairs and len(trainer.train_dataset) == len(train)
+    assert not trainer.requirements.samples_completions and len(trainer.train_dataset) == len(train)
     trainer.train()

@@ -19,7 +19,7 @@ from distill_trainers.teachers.remote import RemoteSettings
 from distill_trainers.teachers.remote.endpoints import parse_servers
 from distill_trainers.teachers.remote.wire import PROTOCOL
 from distill_trainers.toy import CHARACTERS
-from distill_trainers.trainers import student as sources
+from distill_trainers.trainers import base
 from distill_trainers.trainers.lifecycle.callbacks import InterruptCallback
 
 RUN = {"lmbda": 0.0, "max_steps": 5, "gradient_accumulation_steps": 2}
@@ -32,7 +32,7 @@ def no_student(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("the student was loaded before the teacher was refused")
 
-    monkeypatch.setattr(sources, "load_student", load)
+    monkeypatch.setattr(base, "load_student", load)
 
 
 @pytest.fixture

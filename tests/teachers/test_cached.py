@@ -16,7 +16,6 @@ from distill_trainers.signals import HiddenStates
 from distill_trainers.teachers import CachedTeacher, LocalTeacher
 from distill_trainers.teachers.cache import teacher as cached
 from distill_trainers.toy import addition_dataset
-from distill_trainers.trainers import student as sources
 
 RUN = {"lmbda": 0.0, "divergence": "forward_kl", "max_steps": -1, "num_train_epochs": 2}
 
@@ -41,14 +40,13 @@ def make(make_trainer, folder):
 def loads(monkeypatch):
     """Names of the teachers that were loaded; the list grows as they are."""
     names = []
-    load = sources.load_teacher
+    load = LocalTeacher.loaded
 
-    def counted(teacher, args, student=None):
-        if not isinstance(teacher, CachedTeacher):
-            names.append(teacher if isinstance(teacher, str) else "a model")
-        return load(teacher, args, student)
+    def counted(pair, args, student=None):
+        names.append(pair.teacher if isinstance(pair.teacher, str) else "a model")
+        return load(pair, args, student)
 
-    monkeypatch.setattr(sources, "load_teacher", counted)
+    monkeypatch.setattr(LocalTeacher, "loaded", counted)
     return names
 
 

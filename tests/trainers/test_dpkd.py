@@ -20,6 +20,7 @@ from distill_trainers.teachers import DeferredTeacher
 from distill_trainers.toy import addition_dataset, addition_rows
 from distill_trainers.trainers.dpkd import references
 from distill_trainers.trainers.dpkd.guard import CollapseGuard
+from distill_trainers.trainers.preflight import prepare_rows
 
 
 def pairs(count=12, seed=0, wrong="7"):
@@ -242,7 +243,7 @@ def test_the_defaults_train_towards_the_teacher_by_themselves(toy, tmp_path):
     trainer = toy.toy_trainer(str(tmp_path), **settings)
     teacher = torch.tensor(toy.TEACHER, dtype=torch.float64) / toy.PARTS
     prompts = Dataset.from_list([{"prompt": toy.PROMPT}] * 32)
-    trainer.train_dataset = trainer.prepare_rows(prompts, trainer.processing_class, "train")
+    trainer.train_dataset = prepare_rows(trainer.args, prompts, trainer.processing_class, "train", trainer.requirements)
     # The chosen side is drawn here: the teacher answers each prompt once, so equal prompts alike.
     ids = trainer.processing_class.convert_tokens_to_ids(list(toy.TOKENS))
     drawn = [w for w, count in enumerate(toy.TEACHER) for _ in range(count * 32 // toy.PARTS)]

@@ -321,7 +321,7 @@ def test_dual_chain_is_imitation_answer_and_innovation(make_trainer, tokenizer, 
 
 def test_without_innovation_nothing_is_sampled(make_trainer):
     trainer = dual_chain(make_trainer, innovation_weight=0.0)
-    assert not trainer.samples_completions and not hasattr(trainer, "engine")
+    assert not trainer.requirements.samples_completions and not hasattr(trainer, "engine")
     trainer.train()
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ...exceptions import ConfigurationError
+from ...losses import check_sparse
+from ...requirements import Requirements
 from ...signals import Head, HiddenStates, Sampled, TeacherSignal, TokenLogits, TopK
 from .identity import CacheIdentity
 from .shards import Answer
@@ -169,3 +171,21 @@ class SampledKind(_SparseKind):
 
 
 CACHE_KINDS: dict[str, type[CacheKind]] = {kind.name: kind for kind in (HiddenKind, TopKKind, SampledKind)}
+
+_SPARSE: dict[str, type[TopK] | type[Sampled]] = {"topk": TopK, "sampled": Sampled}
+
+
+def refuse_sparse(kind: str, setting: str, wants: Requirements) -> None:
+    """Refuse a sparse kind of answers, cached or from afar, where the loss cannot be had from it.
+
+    Raises:
+        ConfigurationError: naming the kind by its `setting`.
+    """
+    if kind not in _SPARSE:
+        return
+    if not wants.accepts_sparse_teachers:
+        raise ConfigurationError(
+            f"{wants.trainer} needs the teacher's whole distribution, but `{setting}: {kind}` tells of "
+            f"a few ids of each token. Use `{setting}: hidden`."
+        )
+    check_sparse(wants.divergence, _SPARSE[kind], wants.kd_temperature)

@@ -14,18 +14,24 @@ from torch import Tensor
 
 from ... import models
 from ...exceptions import CacheError, ConfigurationError
+from ...requirements import Requirements
 from ...signals import Head, HiddenStates, TeacherSignal
-from ..base import Teacher
+from ..base import Pair, Teacher
 from ..heads import read_head_file, write_head
 from ..local import LocalTeacher
+from ..placement import is_collective
 from ..rows import batch_keys, dataset_row_key
-from .identity import CacheIdentity, read_identity, read_learnt, write_learnt
-from .kinds import CACHE_KINDS
+from ..vocabulary import shared_vocabulary
+from .identity import CacheIdentity, read_identity, read_learnt, refuse_differences, write_learnt
+from .kinds import CACHE_KINDS, refuse_sparse
+from .opening import check_vocabulary, config_of, dtype_of, identify, identity_of, rows_of, source_of
 from .shards import Answer, TeacherCache
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
+
+    from ..options import TeacherOptions
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +57,86 @@ class CachedTeacher(Teacher):
     """
 
     provides = frozenset({"distribution"})
+    can_generate = True
+
+    @classmethod
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        """Refuse what a cache cannot serve, alone or in front of a live teacher."""
+        given, local = isinstance(pair.teacher, cls), isinstance(pair.teacher, LocalTeacher)
+        if options.teacher_cache is not None and isinstance(pair.teacher, Teacher) and not local:
+            raise ConfigurationError(
+                f"Got `teacher_cache: {options.teacher_cache}` and a {type(pair.teacher).__name__}; expected a model "
+                "or its name as `teacher_model` beside it. Leave one of them out."
+            )
+        alone = pair.teacher if given else None
+        if options.teacher_placement == "cached" and not given:
+            alone = cls(str(options.teacher_cache))
+        if alone is not None and wants.keeps_reference:
+            raise ConfigurationError(
+                "Got `reference_logps_dir` with a CachedTeacher; expected a model or its name. Leave one of them out."
+            )
+        refuse_sparse(options.teacher_cache_kind if alone is None else alone.identity.kind, "teacher_cache_kind", wants)
+        no_body = alone is not None and not alone.can_load
+        if no_body and wants.replaces_completions:
+            raise ConfigurationError(
+                "The teacher's completions are to take the place of the dataset's, but a teacher cache alone cannot "
+                "write any. Give the dataset completions and leave that setting out, or give a live `teacher_model`."
+            )
+        if not wants.samples_completions:
+            return
+        if no_body:
+            raise ConfigurationError(
+                "The student's own completions are new at every step, so a teacher cache alone cannot judge them. Set "
+                "`lmbda: 0`, or give a live `teacher_model` (with `teacher_cache` for the dataset's rows)."
+            )
+        if not wants.needs_completions and not wants.replaces_completions:
+            raise ConfigurationError(
+                f"Got `teacher_cache: {options.teacher_cache}`, but every step trains on the student's own "
+                "completions, which are never seen twice. Leave `teacher_cache` out, or set lmbda below 1."
+            )
+        if wants.streams_rows:
+            raise ConfigurationError(
+                "Got `teacher_cache` with a stream and student rollouts: which rows come again cannot be known. Pass a "
+                "`datasets.Dataset`, set `lmbda: 0`, or leave `teacher_cache` out."
+            )
+
+    @classmethod
+    def opened(cls, pair: Pair, options: TeacherOptions) -> CachedTeacher:
+        """The cache of `teacher_placement: cached`, or one that was given."""
+        if isinstance(pair.teacher, cls):
+            teacher = pair.teacher
+        else:
+            teacher = cls(str(options.teacher_cache))
+            if pair.teacher is not None:
+                refuse_differences(teacher.cache.folder, teacher.identity, identity_of(pair, options))
+        check_vocabulary(teacher.identity, pair.tokenizer, rows_of(pair.student, options))
+        return teacher
+
+    @classmethod
+    def in_front_of(cls, load: Callable[[], Any], pair: Pair, options: TeacherOptions) -> CachedTeacher:
+        """The configured cache, and a teacher that `load` gives for what it lacks; a new folder is begun.
+
+        Raises:
+            ConfigurationError: the cache was made under other conditions, or belongs to another tokenizer.
+            CacheError: it cannot be read or made.
+        """
+        identity = identify(pair, options)
+        source = source_of(pair.teacher)
+        config = config_of(source, options)
+
+        def collective(accelerator: Accelerator) -> bool:
+            stage, version = models.zero_stage(accelerator), models.fsdp_version(accelerator)
+            return is_collective(options.teacher_placement, stage, version)
+
+        teacher = cls(
+            str(options.teacher_cache),
+            load,
+            hidden_size=config.get_text_config().hidden_size,
+            dtype=dtype_of(source, config, options),
+            collective=collective,
+        )
+        teacher.name = identity.teacher  # the folder may have moved
+        return teacher
 
     def __init__(
         self,
@@ -116,7 +202,23 @@ class CachedTeacher(Teacher):
             recorded = models.generation_eos_ids(self.live().model)
         return list(dict.fromkeys(own + recorded))
 
+    def shared_ids(self, tokenizer: Any, student_rows: int, teacher_tokenizer: Any = None) -> int | None:
+        # Its rows were made with the student's tokenizer.
+        return shared_vocabulary(tokenizer, teacher_tokenizer or tokenizer, student_rows, self.identity.teacher_rows)
+
     # ---- What is recorded -------------------------------------------------------------------------------------------
+
+    def expects(self, rows: Iterable[Mapping[str, Any]] | None, name: str) -> None:
+        if rows is not None:
+            self.expect(rows, why=f"the {name} rows")
+        elif name == "training":
+            self.expect_anything()
+        else:
+            self.keep_live()
+
+    def expects_rollouts(self) -> None:
+        logger.warning("The live teacher is loaded beside its cache: it judges the student's own completions.")
+        self.keep_live()
 
     def expect(self, rows: Iterable[Mapping[str, Any]], *, why: str = "the training rows") -> None:
         """Name tokenised rows that are going to be asked for, so that they are recorded.
@@ -179,11 +281,15 @@ class CachedTeacher(Teacher):
     def flush(self) -> None:
         """Write out what was recorded; once all expected rows are, the live teacher leaves the memory."""
         self.cache.flush()
-        if self._live is None or self._stays or self._wanted is None or self.collective:
+        if self._live is None or self._stays or self._wanted is None or self.is_collective:
             return
         self.cache.refresh()
         if self._wanted and all(key in self.cache for key in self._wanted):
             self._live = self._head = None
+
+    @property
+    def store(self) -> TeacherCache:
+        return self.cache
 
     @property
     def can_load(self) -> bool:
@@ -196,8 +302,7 @@ class CachedTeacher(Teacher):
         return self._live is not None
 
     @property
-    def collective(self) -> bool:
-        """Whether the live teacher is sharded, so that it answers only when all processes ask."""
+    def is_collective(self) -> bool:
         accelerator = self._accelerator
         if accelerator is None or accelerator.num_processes == 1:
             return False
@@ -214,7 +319,7 @@ class CachedTeacher(Teacher):
 
     def _all_ask(self, need: bool) -> bool:
         """Whether the live teacher is asked now: by whoever needs it, or by all processes if any of them does."""
-        if not self.collective:
+        if not self.is_collective:
             return need
         assert self._accelerator is not None
         votes = torch.tensor(float(need), device=self._accelerator.device)

@@ -20,12 +20,8 @@ from .endpoints import Again, Endpoint
 from .wire import PROTOCOL, Question, WireError, pack_question, unpack, unpack_head
 
 TOKEN_ENV = "DISTILL_TEACHER_TOKEN"
-
-
 _DESCRIPTION = ("teacher", "weights", "tokenizer", "vocab_rows", "dtype", "kinds", "hidden_size", "head_sha256")
-
-
-_LIMITS = ("max_rows", "max_tokens", "max_row_tokens", "max_answer_bytes")
+LIMITS = ("max_rows", "max_tokens", "max_row_tokens", "max_answer_bytes")
 
 
 def token_from_environment() -> str | None:
@@ -69,7 +65,7 @@ class Dialect(ABC):
     """How a kind of server is spoken to.
 
     Attributes:
-        info: what the server says of itself, `_DESCRIPTION` and `_LIMITS`; None for what it does not say.
+        info: what the server says of itself, `_DESCRIPTION` and `LIMITS`; None for what it does not say.
     """
 
     info: dict[str, Any]
@@ -98,7 +94,7 @@ class OwnDialect(Dialect):
                 f"The teacher's server {url} has version {info.get('version')} and speaks protocol "
                 f"{info.get('protocol')}, expected {PROTOCOL}. Install the same version there and here."
             )
-        missing = [name for name in (*_DESCRIPTION, *_LIMITS) if name not in info]
+        missing = [name for name in (*_DESCRIPTION, *LIMITS) if name not in info]
         if missing:
             raise ConfigurationError(f"The server {url} does not tell its {', '.join(missing)}. Check the address.")
         self.info = info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,18 +13,23 @@ import torch
 from torch import Tensor
 
 from ...exceptions import ConfigurationError, TeacherServerError
+from ...requirements import Requirements
 from ...signals import Head, TeacherSignal, TokenLogprobs
-from ..base import Teacher
-from ..cache.kinds import CACHE_KINDS
+from ..base import Pair, Teacher, is_remote, named
+from ..cache.kinds import CACHE_KINDS, refuse_sparse
 from ..cache.shards import Answer
 from ..rows import TokenRow, row_key, unpadded_rows
-from .dialects import _LIMITS, TOKEN_ENV, Dialect, OwnDialect, RemoteSettings
+from ..vocabulary import shared_vocabulary
+from .dialects import LIMITS, TOKEN_ENV, Dialect, OwnDialect, RemoteSettings, token_from_environment
 from .endpoints import Again, Attempt, Endpoint, Servers, parse_servers
+from .openai import OpenAIDialect
 from .wire import SERVER_KINDS, Question, Wanted, answer_bytes, answer_identity, empty_answer, problem_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
+
+    from ..options import TeacherOptions
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +40,6 @@ class RemoteTeacher(Teacher):
     Micro-batches that it is told of ahead (`asking_ahead`) are asked for at once and in the background, so that their
     answers are on their way while the student computes. A server that goes away is waited for.
 
-    Attributes:
-        failure: why nobody is asked any more within `holding_failures`; None as long as all is well.
-
     Args:
         servers: addresses, in one string with commas between or as a list; they must serve the same teacher.
         settings: what is asked for.
@@ -46,16 +49,77 @@ class RemoteTeacher(Teacher):
         ConfigurationError: a server is not there, is not one, wants another token, or cannot tell what is asked for.
     """
 
-    def __init__(self, servers: str | Sequence[str], settings: RemoteSettings | None = None, token: str | None = None):
-        from .openai import OpenAIDialect
+    may_be_away = True
+    place = "behind HTTP; it answers and fits"
 
+    @classmethod
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        if not is_remote(pair.teacher) and not isinstance(pair.teacher, cls):
+            raise ConfigurationError(
+                f"Got `teacher_placement: remote` with the teacher {named(pair.teacher)}; expected the address of a "
+                "server, such as `http://127.0.0.1:8000`. Start one with `distill-trainers serve-teacher`."
+            )
+        if options.teacher_cache is not None:
+            raise ConfigurationError(
+                f"Got `teacher_cache: {options.teacher_cache}` with a teacher behind HTTP; expected one of them. Leave "
+                "the cache out, or fill it where the teacher is and bring the folder here."
+            )
+        if wants.keeps_reference:
+            raise ConfigurationError(
+                "Got `reference_logps_dir` with a teacher behind HTTP as the reference; its log-probabilities are kept "
+                "only of local models. Leave `reference_logps_dir` out."
+            )
+        if options.teacher_model_init_kwargs:
+            raise ConfigurationError(
+                "`teacher_model_init_kwargs` act while a teacher is loaded, but this one is behind HTTP. Give them to "
+                "its server (`--dtype`, `--device-map`), and leave them out here."
+            )
+        if isinstance(pair.teacher, str):
+            parse_servers(pair.teacher)
+            kind = options.teacher_server_kind
+        else:
+            kind = pair.teacher.settings.kind
+        told = "token_logprobs" if kind == "token_logprobs" else "distribution"
+        missing = wants.needs - {told} - ({"token_logprobs"} if told == "distribution" else set())
+        if wants.replaces_completions:
+            missing |= {"completions"}
+        if missing:
+            raise ConfigurationError(
+                f"{wants.trainer} needs {sorted(missing)} of its teacher under these settings, but a teacher behind "
+                f"HTTP with `teacher_server_kind: {kind}` gives its {told} alone. Use a local teacher, or settings "
+                "that need less (`teacher_mix_alpha: 0`, no `seq_kd`, another `teacher_server_kind`)."
+            )
+        refuse_sparse(kind, "teacher_server_kind", wants)
+
+    @classmethod
+    def refuse_idle(cls, options: TeacherOptions) -> None:
+        for field in dataclasses.fields(options):
+            value = getattr(options, field.name)
+            if field.name.startswith("teacher_server_") and value != field.default:
+                raise ConfigurationError(
+                    f"Got `{field.name}: {value}`; expected `teacher_model_name_or_path: http://…` beside it: the "
+                    "address of a teacher's server."
+                )
+
+    @classmethod
+    def opened(cls, pair: Pair, options: TeacherOptions) -> RemoteTeacher:
+        """The teacher at an address, once its servers have told that they serve this student."""
+        teacher = pair.teacher
+        if not isinstance(teacher, cls):
+            names = [field.name for field in dataclasses.fields(RemoteSettings) if field.name != "seed"]
+            settings = {name: getattr(options, f"teacher_server_{name}") for name in names}
+            teacher = cls(teacher, RemoteSettings(**settings, seed=options.seed), token_from_environment())
+        teacher.meet(pair.tokenizer, options.max_length)
+        return teacher
+
+    def __init__(self, servers: str | Sequence[str], settings: RemoteSettings | None = None, token: str | None = None):
         self.settings = own = settings or RemoteSettings()
         if own.kind not in SERVER_KINDS:
             raise ConfigurationError(f"Got the kind {own.kind!r}; expected one of {', '.join(SERVER_KINDS)}.")
         urls = parse_servers(servers if isinstance(servers, str) else ",".join(servers))
         self.servers = Servers(urls, token, own.concurrency, own.timeout, own.patience)
         self.provides = frozenset({"token_logprobs" if own.kind == "token_logprobs" else "distribution"})  # type: ignore[misc]
-        found = [self._connect(endpoint, OpenAIDialect) for endpoint in self.servers.endpoints]
+        found = [self._connect(endpoint) for endpoint in self.servers.endpoints]
         self.dialect = found[0]
         self.info = self.dialect.info
         for url, other in zip(urls, found, strict=True):
@@ -70,7 +134,7 @@ class RemoteTeacher(Teacher):
                     f"Got `teacher_server_kind: {own.kind}`, but the server {url} tells only "
                     f"{', '.join(other.info['kinds'])}. Choose one of these."
                 )
-        for name in _LIMITS:  # any of them may be asked any question
+        for name in LIMITS:  # any of them may be asked any question
             limits = [each.info[name] for each in found if each.info[name] is not None]
             self.info[name] = min(limits) if limits else None
         self.name = self.info["teacher"]
@@ -79,16 +143,15 @@ class RemoteTeacher(Teacher):
         self._known_ids: int | None = self.info["vocab_rows"]
         self._ahead: dict[Any, list[Attempt[Answer]]] = {}
         self._announcing = self._holding = False
-        self.failure: TeacherServerError | None = None
 
-    def _connect(self, endpoint: Endpoint, openai: Any) -> Dialect:
+    def _connect(self, endpoint: Endpoint) -> Dialect:
         try:
             try:
                 return OwnDialect(endpoint.json("/v1/info"), endpoint.url)
             except TeacherServerError as error:
                 if error.status != 404:
                     raise
-                return openai(endpoint, self.settings)
+                return OpenAIDialect(endpoint, self.settings)
         except Again as error:
             raise ConfigurationError(
                 f"The teacher's server {endpoint.url} does not answer ({error}). Start it with `distill-trainers "
@@ -125,6 +188,12 @@ class RemoteTeacher(Teacher):
         known = self.info["vocab_rows"]
         self._known_ids = student_rows if known is None else min(known, student_rows)
 
+    def shared_ids(self, tokenizer: Any, student_rows: int, teacher_tokenizer: Any = None) -> int | None:
+        # A server that does not tell its number of ids leaves all of them in.
+        self.limit_ids(student_rows)
+        told = self.info["vocab_rows"]
+        return None if told is None else shared_vocabulary(tokenizer, tokenizer, student_rows, told)
+
     def prepare(self, accelerator: Accelerator) -> None:
         self._device = accelerator.device
         self.servers.start_with(accelerator.process_index)
@@ -141,10 +210,6 @@ class RemoteTeacher(Teacher):
 
     @contextlib.contextmanager
     def holding_failures(self) -> Iterator[None]:
-        """Within it, what `signal` would raise is kept in `failure`, and a signal that says nothing is given instead.
-
-        One of several processes that raised alone would leave the others waiting for it in their next collective.
-        """
         before, self._holding = self._holding, True
         try:
             yield
@@ -180,7 +245,6 @@ class RemoteTeacher(Teacher):
         return self.info["weights"]
 
     def close(self) -> None:
-        """End threads and connections; the teacher cannot be asked any more."""
         self._forget()
         self.servers.close()
 

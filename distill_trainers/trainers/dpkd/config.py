@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from ...data import prepare_pairs
+from ...data.formats import first_row
+from ...data.pairs import is_pair
+from ...exceptions import ConfigurationError
 from ...losses.preference import PREFERENCE_LOSSES
+from ...requirements import Requirements
 from ..config import DistillConfig, require
 from .guard import MODES
 
@@ -99,6 +106,56 @@ class DPKDConfig(DistillConfig):
         if self.reference_logps_dir is not None:
             self.reference_logps_dir = os.path.expanduser(self.reference_logps_dir)
         super().__post_init__()
+
+    @property
+    def samples_completions(self) -> bool:
+        """Where rows are prompts; a dataset of pairs is trained on as it is (see `requirements`)."""
+        return True
+
+    @property
+    def needs_completions(self) -> bool:
+        return self.chosen == "dataset"
+
+    @property
+    def replaces_completions(self) -> bool:
+        return self.chosen == "teacher"
+
+    def requirements(self, first_row: Mapping[str, Any] | None = None, *, streams: bool = False) -> Requirements:
+        wants = super().requirements(first_row, streams=streams)
+        keeps = self.reference == "teacher" and self.reference_logps_dir is not None
+        if self.has_pairs(first_row):
+            wants = replace(wants, samples_completions=False, needs_completions=True, replaces_completions=False)
+        return replace(wants, keeps_reference=keeps)
+
+    def has_pairs(self, row: Mapping[str, Any] | None) -> bool:
+        """Whether the dataset of this row has chosen and rejected responses."""
+        return row is not None and is_pair(row, self.column_mapping)  # type: ignore[arg-type]  # parsed by now
+
+    def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
+        if self.reference_logps_dir is not None and wants.samples_completions:
+            raise ConfigurationError(
+                f"Got `reference_logps_dir: {self.reference_logps_dir}` with a training dataset of prompts; "
+                "expected one of pairs (chosen and rejected): the student's own responses are new at every step. Make "
+                "pairs with `distill-trainers pairs`, or leave it out."
+            )
+
+    def prepare_rows(self, dataset: Any, tokenizer: Any, name: str, wants: Requirements) -> Any:
+        if not self.has_pairs(first_row(dataset, name=name)):
+            return super().prepare_rows(dataset, tokenizer, name, wants)
+        return prepare_pairs(
+            dataset,
+            tokenizer,
+            max_length=self.max_length,
+            column_mapping=self.column_mapping,  # type: ignore[arg-type]  # parsed by now
+            chat_template_kwargs=self.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
+            num_proc=self.dataset_num_proc,
+            drop_bad=self.bad_pairs == "drop",
+            name=name,
+        )
+
+    def answers_prompts(self, name: str, wants: Requirements) -> bool:
+        # The student answers those of evaluation in any case.
+        return name != "train" or super().answers_prompts(name, wants)
 
     def _check(self) -> None:
         super()._check()

@@ -20,7 +20,7 @@ from ...data import DistillCollator
 from ...data.pairs import rows_of_pair
 from ...exceptions import ConfigurationError
 from ...losses.reduction import trained_mask
-from ...teachers import CachedTeacher, DeferredTeacher, LocalTeacher, Teacher
+from ...teachers import LocalTeacher, Teacher
 from ...teachers.cache.identity import (
     CacheIdentity,
     answering_settings,
@@ -31,6 +31,7 @@ from ...teachers.cache.identity import (
     tokenizer_fingerprint,
     write_identity,
 )
+from ...teachers.cache.opening import source_of
 from ...teachers.cache.shards import TeacherCache
 from ...teachers.local import AdapterOff, adapter_is_neutral, base_fingerprint
 from ...teachers.placement import is_collective
@@ -116,9 +117,8 @@ class ReferenceLogps:
 
     def release(self) -> None:
         """Let a teacher that can be loaded again go; one that is sharded stays, since all processes run it."""
-        teacher = self.trainer.teacher
-        if self.store is not None and isinstance(teacher, DeferredTeacher) and not self._collective:
-            teacher.release()
+        if self.store is not None and not self._collective:
+            self.trainer.teacher.release()
 
     @property
     def _collective(self) -> bool:
@@ -274,12 +274,7 @@ def reference_of(
     if args.reference == "teacher" and args.reference_logps_dir is None:
         return None
     if args.reference == "teacher":
-        if isinstance(teacher, CachedTeacher) or args.teacher_placement == "cached":
-            raise ConfigurationError(
-                "Got `reference_logps_dir` with a CachedTeacher; expected a model or its name. Leave one of them out."
-            )
-        source = teacher.model if isinstance(teacher, LocalTeacher) else teacher
-        source = trainer.model if args.teacher_placement == "adapter_off" else source
+        source = trainer.model if args.teacher_placement == "adapter_off" else source_of(teacher)
         weights = None if isinstance(source, str) else trainer.teacher.fingerprint()
         load: Callable[[], Teacher] = partial(getattr, trainer, "teacher")
     else:

@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data import PairCollator, prepare_pairs
-from ...data.formats import first_row
-from ...data.pairs import is_pair
+from ...data import PairCollator
 from ...exceptions import ConfigurationError
 from ...losses.preference import (
     PREFERENCE_LOSSES,
@@ -74,7 +72,6 @@ class DPKDTrainer(DistillTrainer):
     }
 
     def __init__(self, model: Any, teacher_model: Any, args: Any = None, *rest: Any, **kwargs: Any):
-        self.given_pairs = False
         fingerprint = source_fingerprint(model) if not isinstance(model, str | None) else None
         super().__init__(model, teacher_model, args, *rest, **kwargs)
         args = self.args
@@ -90,59 +87,16 @@ class DPKDTrainer(DistillTrainer):
         self.add_callback(FirstResponses(self))
         if self.references is not None:
             self.add_callback(ReferenceKeeper(self.references))
-        if self.samples_completions:
+        if self.requirements.samples_completions:
             window = args.per_device_train_batch_size * args.gradient_accumulation_steps
             capacity = args.replay_buffer_size or window * self.accelerator.num_processes
             self.responses = StudentResponses(self, args.refresh_steps, capacity)
 
     # ---- Data -------------------------------------------------------------------------------------------------------
 
-    def check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
-        super().check_datasets(train_dataset, eval_dataset)
-        self.given_pairs = train_dataset is not None and self._has_pairs(train_dataset, "train")
-        if self.args.reference_logps_dir is not None and not self.given_pairs:
-            raise ConfigurationError(
-                f"Got `reference_logps_dir: {self.args.reference_logps_dir}` with a training dataset of prompts; "
-                "expected one of pairs (chosen and rejected): the student's own responses are new at every step. Make "
-                "pairs with `distill-trainers pairs`, or leave it out."
-            )
-
-    def _has_pairs(self, dataset: Any, name: str) -> bool:
-        return is_pair(first_row(dataset, name=name), self.args.column_mapping)  # type: ignore[arg-type]  # parsed by now
-
-    def prepare_rows(self, dataset: Any, tokenizer: Any, name: str) -> Any:
-        if dataset is None or not self._has_pairs(dataset, name):
-            return super().prepare_rows(dataset, tokenizer, name)
-        args: Any = self.args
-        with args.main_process_first(desc=f"{name} tokenisation"):
-            return prepare_pairs(
-                dataset,
-                tokenizer,
-                max_length=args.max_length,
-                column_mapping=args.column_mapping,
-                chat_template_kwargs=args.chat_template_kwargs,
-                num_proc=args.dataset_num_proc,
-                drop_bad=args.bad_pairs == "drop",
-                name=name,
-            )
-
-    def build_collator(self, tokenizer: Any) -> PairCollator:
-        return PairCollator(tokenizer.pad_token_id, self.args.pad_to_multiple_of, with_prompts=self.samples_completions)
-
-    @property
-    def samples_completions(self) -> bool:
-        return not getattr(self, "given_pairs", False)
-
-    @property
-    def needs_completions(self) -> bool:
-        return not self.samples_completions or self.args.chosen == "dataset"
-
-    @property
-    def replaces_completions(self) -> bool:
-        return self.samples_completions and self.args.chosen == "teacher"
-
-    def answers_prompts(self, name: str) -> bool:
-        return name != "train" or super().answers_prompts(name)  # the student answers those of evaluation in any case
+    def build_collator(self, tokenizer: Any, student_config: Any) -> PairCollator:
+        with_prompts = self.requirements.samples_completions
+        return PairCollator(tokenizer.pad_token_id, self.args.pad_to_multiple_of, with_prompts=with_prompts)
 
     def get_train_dataloader(self) -> Any:
         if self.references is not None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from ...exceptions import ConfigurationError
 from ...losses.divergences import DIVERGENCES, resolve_divergence
+from ...requirements import Requirements
 from ..config import DistillConfig, require
 
 
@@ -60,10 +63,26 @@ class GKDConfig(DistillConfig):
         given = {"beta": self.beta, "alpha": self.alpha, "mu": self.mu, "t": self.t}
         return {name: value for name, value in given.items() if value is not None}
 
+    accepts_sparse_teachers = True
+
     @property
-    def may_sample(self) -> bool:
-        """Whether any step may train on the student's own text."""
+    def samples_completions(self) -> bool:
+        """Any step may train on the student's own text."""
         return self.lmbda > 0 or self.adaptive_rollouts
+
+    @property
+    def needs_completions(self) -> bool:
+        return self.lmbda < 1 and not self.seq_kd
+
+    @property
+    def replaces_completions(self) -> bool:
+        return self.seq_kd
+
+    def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
+        if self.adaptive_rollouts and isinstance(evaluation, dict):
+            raise ConfigurationError(
+                f"Got `adaptive_rollouts` with {len(evaluation)} eval datasets; expected one, whose loss raises λ."
+            )
 
     def _check(self) -> None:
         super()._check()
@@ -71,7 +90,7 @@ class GKDConfig(DistillConfig):
         require(self.lm_loss_weight >= 0, "lm_loss_weight", self.lm_loss_weight, "0 or a positive number")
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         require(
-            self.replay_buffer_size == 0 or (self.replay_buffer_size >= rows and self.may_sample),
+            self.replay_buffer_size == 0 or (self.replay_buffer_size >= rows and self.samples_completions),
             "replay_buffer_size",
             self.replay_buffer_size,
             f"0 (off), or at least the {rows} rows of a step, with lmbda above 0 or adaptive_rollouts",
@@ -83,7 +102,7 @@ class GKDConfig(DistillConfig):
             "an eval_strategy other than 'no', since evaluations raise λ, and lmbda below 1, so that it can rise",
         )
         require(
-            self.max_new_tokens < self.max_length or not (self.may_sample or self.seq_kd),
+            self.max_new_tokens < self.max_length or not (self.samples_completions or self.seq_kd),
             "max_new_tokens",
             self.max_new_tokens,
             f"less than max_length ({self.max_length}), which counts prompt and completion",

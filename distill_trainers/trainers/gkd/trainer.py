@@ -13,7 +13,6 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ...exceptions import ConfigurationError
 from ...losses import token_divergence, token_logps
 from ...losses.divergences import Divergence, TaidSchedule, resolve_divergence, taid
 from ...rollouts import AdaptiveProbability, ReplayBuffer, draws_on_policy
@@ -32,7 +31,6 @@ class GKDTrainer(DistillTrainer):
     args: GKDConfig
     config_class = GKDConfig
     method_name = "GKD"
-    accepts_sparse_teachers = True
     paper = {
         "title": "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
         "id": "2306.13649",
@@ -57,18 +55,6 @@ class GKDTrainer(DistillTrainer):
         if self.args.lm_loss_weight and not (self.on_policy_step and self.model.training):
             weights["lm_loss"] = self.args.lm_loss_weight
         return weights
-
-    @property
-    def samples_completions(self) -> bool:
-        return self.args.may_sample
-
-    @property
-    def needs_completions(self) -> bool:
-        return self.args.lmbda < 1 and not self.args.seq_kd
-
-    @property
-    def replaces_completions(self) -> bool:
-        return self.args.seq_kd
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
         """The dataset's rows, the student's own, or, from a replay buffer, what it wrote some steps ago.
@@ -95,13 +81,6 @@ class GKDTrainer(DistillTrainer):
         if self.args.adaptive_rollouts and self.is_in_train:
             self.lmbda.evaluated(metrics["eval_loss"])
         return metrics
-
-    def check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
-        super().check_datasets(train_dataset, eval_dataset)
-        if self.args.adaptive_rollouts and isinstance(eval_dataset, dict):
-            raise ConfigurationError(
-                f"Got `adaptive_rollouts` with {len(eval_dataset)} eval datasets; expected one, whose loss raises λ."
-            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.adaptive_rollouts and "loss" in logs:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from ...exceptions import TrainingDivergedError
 from ...run_files import is_complete
+from ...teachers import Teacher
 
 if TYPE_CHECKING:
     from ..base import DistillTrainer
@@ -115,3 +116,15 @@ class InterruptCallback(TrainerCallback):
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous = {}
+
+
+class TeacherKeeper(TrainerCallback):
+    """Writes out what a teacher recorded wherever a run may end or go on from."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+
+    def _flush(self, *args: Any, **kwargs: Any) -> None:
+        self.teacher.flush()
+
+    on_epoch_end = on_save = on_evaluate = on_train_end = _flush

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import models
-from ...exceptions import ConfigurationError
 from ...rollouts import CompletionStore, SamplingSettings, local_engine
 from ...rollouts.completing import Prompts, complete_prompts
 from ...rollouts.store import prompt_key
 from ...run_files import COMPLETIONS_NAME
-from ...teachers import CachedTeacher, LocalTeacher, Teacher
+from ...teachers import Teacher
 from ..config import DistillConfig
 
 if TYPE_CHECKING:
@@ -74,15 +72,6 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
     return dataset.map(fill, desc="Teacher completions", load_from_cache_file=False)
 
 
-@contextlib.contextmanager
-def teacher_generating(teacher: LocalTeacher | CachedTeacher, accelerator: Any) -> Iterator[Any]:
-    """The teacher's body, ready to generate; behind a cache it is loaded only now."""
-    local = teacher.live() if isinstance(teacher, CachedTeacher) else teacher
-    layer_by_layer = local.placement in ("zero3", "zero3_offload")  # asked for by name: it is never whole
-    with local.answering(), models.generating(local.model, accelerator, gather=not layer_by_layer) as model:
-        yield model
-
-
 def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, replace: bool) -> Any:
     """The trainer's `dataset` with completions of its teacher; each process generates its share, each prompt once."""
     columns = getattr(dataset, "column_names", None)
@@ -92,11 +81,8 @@ def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, repl
     if not prompts:
         return dataset
     teacher, accelerator, args = trainer.teacher, trainer.accelerator, trainer.args
-    if not isinstance(teacher, LocalTeacher | CachedTeacher):
-        raise ConfigurationError(
-            f"{type(teacher).__name__} cannot generate completions. Give the dataset completions, or use a local "
-            "teacher."
-        )
+    if not teacher.can_generate:
+        teacher.live()  # it says why
     sampling = dataclasses.replace(
         sampling_settings(args, trainer.model, trainer.processing_class, trainer.vocab_size),
         eos_token_ids=teacher.eos_ids(trainer.processing_class),
@@ -107,7 +93,7 @@ def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, repl
         prompts,
         store,
         sampling,
-        teacher_generating(teacher, accelerator),
+        teacher.generating(accelerator),
         seed=args.seed,
         device=accelerator.device,
         batch_size=args.rollout_batch_size,

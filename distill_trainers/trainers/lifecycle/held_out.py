@@ -34,9 +34,8 @@ from ...losses.reduction import trained_mask
 from ...rollouts import CompletionStore, InMemory, complete_prompts, local_engine
 from ...rollouts.store import prompt_key
 from ...storage import content_key
-from ...teachers import LocalTeacher
 from ..step import head_can_be_fused, terms_of_batch
-from .completions import completions_root, teacher_generating
+from .completions import completions_root
 from .side_by_side import SideBySide, log_side_by_side
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ class HeldOutMeasures(TrainerCallback):
         self.trainer, args = trainer, trainer.args
         self.settings = held_out_settings(args)
         self.metrics = [name for name in METRICS if name in (args.eval_measures or [])]
-        self.has_teacher = isinstance(trainer.teacher, LocalTeacher)
+        self.has_teacher = trainer.teacher.can_read_rollouts
         if models.is_encoder_decoder(trainer.model):
             raise ConfigurationError(
                 "Got `eval_measures` for an encoder-decoder student; expected a causal LM. Leave them out: "
@@ -240,11 +239,11 @@ class HeldOutMeasures(TrainerCallback):
         if not self.has_teacher:
             return
         teacher, trainer = self.trainer.teacher, self.trainer
-        assert isinstance(teacher, LocalTeacher) and self.examples is not None
+        assert self.examples is not None
         found = Collected(end_ids=teacher.eos_ids(trainer.processing_class))
 
         def generating() -> Any:
-            return teacher_generating(teacher, trainer.accelerator)
+            return teacher.generating(trainer.accelerator)
 
         found.samples = self._sample(generating, found.end_ids, teacher.fingerprint())
         if "accuracy" in self.metrics:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from ...data import prepare_dataset
+from ...exceptions import DatasetError
 from ...losses import policy_gradient
+from ...requirements import Requirements
 from ..config import DistillConfig, require
 
 
@@ -91,6 +95,39 @@ class MiniLLMConfig(DistillConfig):
     def reuses_rollouts(self) -> bool:
         """Whether one rollout batch serves several optimiser steps."""
         return self.num_minibatches * self.num_inner_epochs > 1
+
+    has_plain_text_loss = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        kinds = {"token_logprobs" if self.estimator == "sampled" else "distribution"}
+        return frozenset(kinds | ({"completions"} if self.alpha else set()))
+
+    @property
+    def samples_completions(self) -> bool:
+        return self.lmbda > 0
+
+    @property
+    def needs_completions(self) -> bool:
+        return self.lmbda < 1
+
+    def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
+        if self.reuses_rollouts and train is not None and wants.streams_rows:
+            raise DatasetError(
+                f"Got a stream with `num_minibatches: {self.num_minibatches}` and `num_inner_epochs: "
+                f"{self.num_inner_epochs}`; expected a `datasets.Dataset`, or 1 for both, since rollout "
+                "batches of a stream cannot be counted."
+            )
+        if text is not None and self.pretraining_weight > 0 and not hasattr(text, "__len__"):
+            raise DatasetError("Got a stream as `pretraining_dataset`; expected a `datasets.Dataset`.")
+
+    def prepare_rows(self, dataset: Any, tokenizer: Any, name: str, wants: Requirements) -> Any:
+        if name != "pretraining":
+            return super().prepare_rows(dataset, tokenizer, name, wants)
+        if not self.pretraining_weight:
+            return dataset
+        size, workers = self.max_length, self.dataset_num_proc
+        return prepare_dataset(dataset, tokenizer, max_length=size, num_proc=workers, name=name)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,8 +12,6 @@ from ...exceptions import ConfigurationError
 from ...losses import token_logps
 from ...rollouts import Mixture, Scored, decode_scored, why_not_scored
 from ...signals import HiddenStates, TokenLogits, TokenSignal
-from ...teachers import CachedTeacher, LocalTeacher
-from ..lifecycle.completions import teacher_generating
 from ..step import ask_ahead, frozen_logps
 from .cycles import with_logps
 
@@ -31,22 +29,18 @@ def check_mixture(trainer: DistillTrainer) -> None:
         ConfigurationError: the teacher does not generate, or one of the models keeps more than keys and values.
     """
     teacher = trainer.teacher
-    if not isinstance(teacher, LocalTeacher | CachedTeacher):
+    if not teacher.can_generate:
         raise ConfigurationError(
             f"Got `teacher_mix_alpha` above 0, but {type(teacher).__name__} cannot write tokens together with the "
             "student. Set `teacher_mix_alpha: 0`, or give a local teacher."
         )
-    for role, model in (("student", trainer.model), ("teacher", _live(teacher).model)):
+    for role, model in (("student", trainer.model), ("teacher", teacher.live().model)):
         reason = why_not_scored(model)
         if reason:
             raise ConfigurationError(
                 f"Got `teacher_mix_alpha` above 0, which takes both models into one decode loop, but it cannot run the "
                 f"{role}: {reason}. Set `teacher_mix_alpha: 0`."
             )
-
-
-def _live(teacher: Any) -> LocalTeacher:
-    return teacher.live() if isinstance(teacher, CachedTeacher) else teacher
 
 
 def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, keep_signal: bool) -> list[Batch]:
@@ -64,7 +58,7 @@ def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, k
     def generate(model: Any, ids: Tensor, mask: Tensor, sampling: Any) -> list[list[int]]:
         teacher: Any = contextlib.nullcontext()
         if alpha:
-            teacher = teacher_generating(trainer.teacher, trainer.accelerator)  # type: ignore[arg-type]  # checked
+            teacher = trainer.teacher.generating(trainer.accelerator)
         with teacher as other:
             mixture = Mixture(other, alpha, keeps_hidden=keep_signal) if alpha else None
             how: dict[str, Any] = {"tokenizer": trainer.processing_class, "mixture": mixture}
@@ -83,7 +77,7 @@ def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, k
         logps = torch.cat([each.logps for each in rows if each.logps is not None]).to(batch["labels"].device)
         if alpha and keep_signal and rows and rows[0].hidden is not None:
             hidden = torch.cat([each.hidden for each in rows if each.hidden is not None])
-            batch = {**batch, SIGNAL: _live(trainer.teacher).signal_of(hidden, trainer.vocab_size)}
+            batch = {**batch, SIGNAL: trainer.teacher.live().signal_of(hidden, trainer.vocab_size)}
         if not alpha:
             teacher_logps, signal = frozen_logps(trainer, trainer.teacher, batch)
             logps = torch.cat([logps, teacher_logps.unsqueeze(1).to(logps.device)], dim=1)

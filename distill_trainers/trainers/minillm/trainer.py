@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data import DistillCollator, prepare_dataset
-from ...exceptions import DatasetError
+from ...data import DistillCollator
 from ...losses import policy_gradient, token_divergence, token_logps
 from ...losses.reduction import IGNORE_INDEX
 from ...rollouts import draws_on_policy
@@ -57,11 +56,6 @@ class MiniLLMTrainer(DistillTrainer):
             check_mixture(self)
 
     # ---- What the loss is made of -----------------------------------------------------------------------------------
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        kinds = {"token_logprobs" if self.args.estimator == "sampled" else "distribution"}
-        return frozenset(kinds | ({"completions"} if self.args.alpha else set()))
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -141,14 +135,6 @@ class MiniLLMTrainer(DistillTrainer):
 
     on_policy_step = True
 
-    @property
-    def samples_completions(self) -> bool:
-        return self.args.lmbda > 0
-
-    @property
-    def needs_completions(self) -> bool:
-        return self.args.lmbda < 1
-
     def next_batches(self, epoch_iterator: Iterator, num_batches: int) -> list[Batch]:
         if not self.args.reuses_rollouts:
             return super().next_batches(epoch_iterator, num_batches)
@@ -225,29 +211,6 @@ class MiniLLMTrainer(DistillTrainer):
         return padded(signal, int(predicts.sum())) if signal is not None and SHAPE in inputs else signal
 
     # ---- Data and checkpoints ---------------------------------------------------------------------------------------
-
-    def check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
-        super().check_datasets(train_dataset, eval_dataset)
-        if self.args.reuses_rollouts and train_dataset is not None and not hasattr(train_dataset, "__len__"):
-            raise DatasetError(
-                f"Got a stream with `num_minibatches: {self.args.num_minibatches}` and `num_inner_epochs: "
-                f"{self.args.num_inner_epochs}`; expected a `datasets.Dataset`, or 1 for both, since rollout "
-                "batches of a stream cannot be counted."
-            )
-        if self.reads_text and not hasattr(self.pretraining_dataset, "__len__"):
-            raise DatasetError("Got a stream as `pretraining_dataset`; expected a `datasets.Dataset`.")
-
-    def prepare_rows(self, dataset: Any, tokenizer: Any, name: str) -> Any:
-        if name == "train" and self.reads_text:
-            with self.args.main_process_first(desc="pretraining tokenisation"):
-                self.pretraining_dataset = prepare_dataset(
-                    self.pretraining_dataset,
-                    tokenizer,
-                    max_length=self.args.max_length,
-                    num_proc=self.args.dataset_num_proc,
-                    name="pretraining",
-                )
-        return super().prepare_rows(dataset, tokenizer, name)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         order = super()._get_train_sampler(train_dataset)

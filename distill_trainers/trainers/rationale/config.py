@@ -7,9 +7,10 @@ from typing import Any
 
 from ...answers.formats import find_format
 from ...answers.verify import ANSWER_KINDS, check_kind
-from ...data.rationales import OBJECTIVES
+from ...data.rationales import OBJECTIVES, RationaleTemplates, RationaleTokenizer, prepare_rationales
 from ...losses import DIVERGENCES, resolve_divergence
 from ...losses.key_steps import WRONG_TERMS
+from ...requirements import Requirements
 from ..config import DistillConfig, require
 
 _STYLES = ("auto", "text", "chat")
@@ -80,6 +81,61 @@ class RationaleConfig(DistillConfig):
             imitation = 1.0 if self.imitation_weight is None else self.imitation_weight
             weights = {"imitation": imitation, "answer": self.answer_weight, "innovation": self.innovation_weight}
         return {**weights, "distillation": self.distill_weight}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"distribution"} if self.distill_weight else ())
+
+    @property
+    def accepts_encoder_decoders(self) -> bool:
+        return self.objective == "step_by_step"
+
+    @property
+    def samples_completions(self) -> bool:
+        return self.objective == "dual_chain" and self.innovation_weight > 0
+
+    @property
+    def needs_completions(self) -> bool:
+        return True
+
+    @property
+    def with_others(self) -> bool:
+        """Whether an example is two sequences: label and rationale, or right and wrong chain."""
+        uses = self.uses
+        return bool(uses.get("rationale") or uses.get("right_steps") or uses.get("wrong_steps"))
+
+    def prepare_rows(self, dataset: Any, tokenizer: Any, name: str, wants: Requirements) -> Any:
+        if "other_input_ids" in (getattr(dataset, "column_names", None) or []):
+            return dataset
+        templates = RationaleTemplates.of(
+            self.prompt_style,
+            tokenizer,
+            label_prompt=self.label_prompt,
+            rationale_prompt=self.rationale_prompt,
+            chain_prompt=self.chain_prompt,
+            chain_completion=self.chain_completion,
+        )
+        work = RationaleTokenizer(
+            tokenizer,
+            templates,
+            self.objective,
+            self.max_length,
+            reserve=self.max_new_tokens if wants.samples_completions else 0,
+            separate=wants.encoder_decoder,
+            chat_settings=self.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
+        )
+        # Evaluation scores the first sequence of every row; in training an example may have the other one alone.
+        either = self.with_others and name == "train"
+        pairs_only = self.objective == "edit" and not self.imitation_weight
+        return prepare_rationales(
+            dataset,
+            work,
+            column_mapping=self.column_mapping,  # type: ignore[arg-type]  # parsed by now
+            needs="other" if pairs_only else "any" if either else "first",
+            with_others=self.with_others,
+            num_proc=self.dataset_num_proc,
+            name=name,
+        )
 
     def _check(self) -> None:
         super()._check()

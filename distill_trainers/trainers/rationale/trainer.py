@@ -21,15 +21,13 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from ... import models
-from ...data.rationales import RationaleCollator, RationaleTemplates, RationaleTokenizer, prepare_rationales
+from ...data.rationales import RationaleCollator
 from ...evaluation import Question, accuracy_metrics, accuracy_sums, answer_questions
 from ...evaluation.accuracy import stated_answer, whole_text
 from ...losses import resolve_divergence, token_divergence, token_logps, wrong_step_loss
 from ...rollouts import local_engine
 from ...signals import TeacherSignal, TokenLogits, TokenSignal
-from .. import student as sources
 from ..base import Batch, DistillTrainer
-from ..config import config_from_arguments
 from .config import RationaleConfig
 from .student_chains import with_students_chains
 
@@ -53,32 +51,11 @@ class RationaleTrainer(DistillTrainer):
         "authors": "Hsieh, Li, Yeh, Nakhost, Fujii, Ratner, Krishna, Lee, Pfister",
         "year": "2023",
     }
-    _decoder_start: int | None = None
 
-    def __init__(self, model: Any, teacher_model: Any = None, args: Any = None, *rest: Any, **more: Any):
-        args = config_from_arguments(RationaleConfig, args)
-        assert isinstance(args, RationaleConfig)
-        self.args = args
-        if model is not None:
-            self._decoder_start = models.decoder_start(sources.student_config(model, args))
-        self.divergence = resolve_divergence(args.divergence, **(args.divergence_params or {}))  # type: ignore[arg-type]
-        super().__init__(model, teacher_model, args, *rest, **more)
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]  # here it depends on the settings
-        return frozenset({"distribution"} if self.args.distill_weight else ())
-
-    @property
-    def accepts_encoder_decoders(self) -> bool:  # type: ignore[override]
-        return self.args.objective == "step_by_step"
-
-    @property
-    def samples_completions(self) -> bool:
-        return self.args.objective == "dual_chain" and self.args.innovation_weight > 0
-
-    @property
-    def needs_completions(self) -> bool:
-        return True
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        given: Any = self.args.divergence_params or {}
+        self.divergence = resolve_divergence(self.args.divergence, **given)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -116,57 +93,23 @@ class RationaleTrainer(DistillTrainer):
 
     def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
         """A teacher that the loss does not need is there for evaluation."""
-        return super().teacher_signal(inputs, predicts) if self.needs or not self.model.training else None
+        return super().teacher_signal(inputs, predicts) if self.args.needs or not self.model.training else None
 
     # ---- Rows and batches -------------------------------------------------------------------------------------------
 
-    @property
-    def _with_others(self) -> bool:
-        uses = self.args.uses
-        return bool(uses.get("rationale") or uses.get("right_steps") or uses.get("wrong_steps"))
-
-    def prepare_rows(self, dataset: Any, tokenizer: Any, name: str) -> Any:
-        if dataset is None or "other_input_ids" in (getattr(dataset, "column_names", None) or []):
-            return dataset
-        args = self.args
-        given = {key: getattr(args, key) for key in ("label_prompt", "rationale_prompt", "chain_prompt")}
-        templates = RationaleTemplates.of(args.prompt_style, tokenizer, **given, chain_completion=args.chain_completion)
-        work = RationaleTokenizer(
-            tokenizer,
-            templates,
-            args.objective,
-            args.max_length,
-            reserve=args.max_new_tokens if self.samples_completions else 0,
-            separate=self._decoder_start is not None,
-            chat_settings=args.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
-        )
-        # Evaluation scores the first sequence of every row; in training an example may have the other one alone.
-        either = self._with_others and name == "train"
-        pairs_only = args.objective == "edit" and not args.imitation_weight
-        with args.main_process_first(desc=f"{name} tokenisation"):
-            return prepare_rationales(
-                dataset,
-                work,
-                column_mapping=args.column_mapping,  # type: ignore[arg-type]  # parsed by now
-                needs="other" if pairs_only else "any" if either else "first",
-                with_others=self._with_others,
-                num_proc=args.dataset_num_proc,
-                name=name,
-            )
-
-    def build_collator(self, tokenizer: Any) -> Any:
+    def build_collator(self, tokenizer: Any, student_config: Any) -> Any:
         return RationaleCollator(
             tokenizer.pad_token_id,
             self.args.objective,
-            with_others=self._with_others,
-            with_prompts=self.samples_completions,
+            with_others=self.args.with_others,
+            with_prompts=self.requirements.samples_completions,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
-            decoder_start=self._decoder_start,
+            decoder_start=models.decoder_start(student_config),
         )
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
         """Adds the student's own chains that reach the right answer in fewer tokens than the teacher's."""
-        return with_students_chains(self, batches) if self.samples_completions else batches
+        return with_students_chains(self, batches) if self.requirements.samples_completions else batches
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,38 @@
+"""What a method, under its settings and on its rows, asks of a dataset, a student and a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """Known before anything is loaded: a config says it (`DistillConfig.requirements`), and `preflight` enforces it.
+
+    Attributes:
+        trainer: name of the trainer, for messages.
+        needs: kinds of signal that the teacher must give (see `Teacher.provides`); with none, there may be no teacher.
+        samples_completions: training batches may get completions of the student, so they must carry prompts.
+        needs_completions: training rows must come with a completion.
+        replaces_completions: the teacher's own completions take the place of the dataset's.
+        streams_rows: training rows come as a stream: nobody knows which of them come again.
+        keeps_reference: the teacher's log-probabilities are kept on disk, apart from any cache.
+        accepts_sparse_teachers: the loss can be had from a few ids of each token (`TokenTopK`, `TokenSampled`).
+        accepts_encoder_decoders: students such as T5 can be trained.
+        encoder_decoder: the student is one: its encoder reads the prompt, its decoder the completion.
+        divergence: that sparse signals are held against.
+        kd_temperature: likewise.
+    """
+
+    trainer: str
+    needs: frozenset[str] = frozenset({"distribution"})
+    samples_completions: bool = False
+    needs_completions: bool = True
+    replaces_completions: bool = False
+    streams_rows: bool = False
+    keeps_reference: bool = False
+    accepts_sparse_teachers: bool = False
+    accepts_encoder_decoders: bool = False
+    encoder_decoder: bool = False
+    divergence: str = "forward_kl"
+    kd_temperature: float = 1.0

@@ -1,0 +1,137 @@
+"""What a teacher cache depends on in a run, whether it is this run's, and what it still lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ... import models
+from ...exceptions import ConfigurationError
+from ..base import Pair
+from ..local import LocalTeacher
+from ..rows import dataset_row_key
+from ..vocabulary import shared_vocabulary
+from .identity import (
+    CacheIdentity,
+    answering_settings,
+    describe_source,
+    hashed,
+    read_identity,
+    refuse_differences,
+    tokenizer_fingerprint,
+    write_identity,
+)
+from .kinds import CACHE_KINDS
+from .shards import TeacherCache
+
+if TYPE_CHECKING:
+    from ..options import TeacherOptions
+
+
+def source_of(teacher: Any) -> Any:
+    """The name or the model behind a teacher as it was given."""
+    return teacher.model if isinstance(teacher, LocalTeacher) else teacher
+
+
+def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
+    """What the answers in a cache of this run depend on."""
+    source = source_of(pair.teacher)
+    kind, sampled = options.teacher_cache_kind, options.teacher_cache_kind == "sampled"
+    teacher_rows = rows_of(source, options)
+    shared = shared_vocabulary(pair.tokenizer, pair.teacher_tokenizer, rows_of(pair.student, options), teacher_rows)
+    by_name = isinstance(source, str)
+    settings: Any = dict(options.teacher_model_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+    if options.teacher_placement.startswith("quantized"):  # it answers otherwise than the whole one
+        settings["placement"] = options.teacher_placement
+    return CacheIdentity(
+        kind=kind,
+        dtype=options.teacher_cache_dtype,
+        top_k=options.teacher_cache_top_k if kind == "topk" else None,
+        draws=options.teacher_cache_draws if sampled else None,
+        seed=options.seed if sampled else None,
+        vocab_size=teacher_rows if kind == "hidden" or shared is None else shared,
+        tokenizer=tokenizer_fingerprint(pair.tokenizer),
+        autocast="bf16" if options.bf16 else "fp16" if options.fp16 else "no",
+        teacher_rows=teacher_rows,
+        teacher_settings=answering_settings(settings),
+        teacher=source if by_name else models.source_of(source) or type(source).__name__,
+        files=describe_source(source, settings.get("revision")) if by_name else None,
+        weights=None if by_name else LocalTeacher(source).fingerprint(),
+    )
+
+
+def identify(pair: Pair, options: TeacherOptions) -> CacheIdentity:
+    """As `identity_of`, held against what the folder says; a new folder is told."""
+    identity, folder = identity_of(pair, options), options.teacher_cache
+    assert folder is not None
+    with options.main_process_first(desc="opening the teacher cache"):
+        recorded = read_identity(folder)
+        if recorded is None:
+            if identity.files is not None:
+                identity = dataclasses.replace(identity, files=hashed(identity.files))
+            write_identity(folder, identity)
+        else:
+            refuse_differences(folder, recorded, identity)
+    return identity
+
+
+def check_vocabulary(identity: CacheIdentity, own: Any, student_rows: int) -> None:
+    """Refuse a cache whose ids are not the student's."""
+    if identity.tokenizer != tokenizer_fingerprint(own):
+        raise ConfigurationError(
+            f"The teacher cache of {identity.teacher!r} was made with another tokenizer than the student's: the same "
+            "ids stand for other tokens. Use the tokenizer it was made with, or make a new cache."
+        )
+    shared = shared_vocabulary(own, own, student_rows, identity.teacher_rows)
+    if identity.kind != "hidden" and (identity.teacher_rows if shared is None else shared) != identity.vocab_size:
+        raise ConfigurationError(
+            f"The teacher cache holds probabilities over {identity.vocab_size} ids, but student and teacher share "
+            f"{shared}. Make a new cache for this student."
+        )
+
+
+def missing_from_cache(
+    pair: Pair, options: TeacherOptions, rows: Iterable[Mapping[str, Any]]
+) -> tuple[int, int, float]:
+    """Tokenised rows that the configured cache lacks, their tokens, and about how many bytes they will take.
+
+    Nothing is loaded or written.
+
+    Raises:
+        ConfigurationError: the cache was made under other conditions.
+    """
+    identity, folder = identity_of(pair, options), options.teacher_cache
+    assert folder is not None
+    recorded = read_identity(folder)
+    known: TeacherCache | set[bytes] = set()
+    if recorded is not None:
+        refuse_differences(folder, recorded, identity)
+        known = TeacherCache(folder, recorded.stamp())
+    config = config_of(pair.teacher, options)
+    kind = CACHE_KINDS[identity.kind](identity)
+    size = kind.token_bytes(config.get_text_config().hidden_size, dtype_of(pair.teacher, config, options))
+    missing = {key: count for key, count in map(dataset_row_key, rows) if count and key not in known}
+    return len(missing), sum(missing.values()), sum(missing.values()) * size
+
+
+def config_of(source: Any, options: TeacherOptions) -> Any:
+    """The configuration of a model, or of a name."""
+    if not isinstance(source, str):
+        return models.causal_lm_of(source).config
+    return models.load_config(source, "student or teacher", trust_remote_code=options.trust_remote_code)
+
+
+def rows_of(source: Any, options: TeacherOptions) -> int:
+    """Rows of its output head."""
+    return config_of(source, options).get_text_config().vocab_size
+
+
+def dtype_of(source: Any, config: Any, options: TeacherOptions) -> torch.dtype:
+    """The dtype that the teacher has or is going to have."""
+    settings: Any = options.teacher_model_init_kwargs or {}
+    return models.dtype_of(
+        settings.get("dtype") if isinstance(source, str) else models.causal_lm_of(source).dtype, config
+    )

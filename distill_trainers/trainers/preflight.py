@@ -1,0 +1,211 @@
+"""Every refusal that needs no weights, in one place: trainers, recipes, dry runs and the doctor all call it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import IterableDataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .. import models
+from ..data.formats import first_row
+from ..exceptions import ConfigurationError, DatasetError
+from ..requirements import Requirements
+from ..rollouts import check_engine
+from ..teachers import loading
+from ..teachers.base import Pair, has_files
+from ..teachers.placement import PLACEMENTS
+from ..teachers.rows import dataset_rows
+from .config import DistillConfig
+from .lifecycle import held_out, publishing
+from .student import student_config, student_tokenizer
+
+
+@dataclass
+class Given:
+    """What a run is made of, before anything of it is loaded.
+
+    Attributes:
+        student, teacher: a name, a model or, for the latter, a `Teacher` or None.
+        train, evaluation, text: raw datasets; the last is that of the loss on plain text.
+        adapted, quantized: whether the student gets an adapter; whether its weights are loaded in 4 or 8 bits.
+        tokenizer, teacher_tokenizer: None reads those saved beside the models.
+        base: the name that an uploaded adapter would give to its base, if not the student's.
+    """
+
+    student: Any
+    teacher: Any
+    args: DistillConfig
+    train: Any = None
+    evaluation: Any = None
+    text: Any = None
+    adapted: bool = False
+    quantized: bool = False
+    tokenizer: PreTrainedTokenizerBase | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    base: str | None = None
+
+
+@dataclass
+class Ready:
+    """What has passed.
+
+    Attributes:
+        pair: student and teacher as they were given, with their tokenizers.
+        wants: what the method asks of rows and teacher.
+    """
+
+    given: Given
+    pair: Pair
+    wants: Requirements
+    config: Any = field(repr=False, default=None)
+
+    def rows(self) -> tuple[Any, Any, Any]:
+        """Tokenised training, evaluation and plain-text rows, cut and refused as the method wants it.
+
+        Raises:
+            DatasetError, ConfigurationError: what is wrong with a dataset, or with a row.
+        """
+        given = self.given
+        evaluation = given.evaluation
+        if isinstance(evaluation, dict):
+            evaluation = {name: self.prepared(part, name) for name, part in evaluation.items()}
+        else:
+            evaluation = self.prepared(evaluation, "eval")
+        text = self.prepared(given.text, "pretraining")
+        return self.prepared(given.train, "train"), evaluation, text
+
+    def prepared(self, dataset: Any, name: str) -> Any:
+        """One dataset's rows; `name` "train" must serve the method, any other only evaluation."""
+        return prepare_rows(self.given.args, dataset, self.pair.tokenizer, name, self.wants)
+
+    def open_teacher(self, train: Any, evaluation: Any) -> Any:
+        """The teacher, opened if that takes no weights, and told which rows will come; else as it was given."""
+        teacher = loading.open_teacher(self.pair, self.given.args)
+        if isinstance(teacher, loading.Teacher):
+            tell_rows(teacher, self.wants, train, evaluation)
+        return teacher
+
+
+def prepare_rows(
+    args: DistillConfig, dataset: Any, tokenizer: PreTrainedTokenizerBase, name: str, wants: Requirements
+) -> Any:
+    """Tokenised rows of a raw dataset, by the main process first; None stays None."""
+    if dataset is None:
+        return None
+    if name == "train" and isinstance(dataset, IterableDataset) and wants.replaces_completions:
+        raise ConfigurationError(
+            "The teacher's completions are generated once for a whole dataset, but `train_dataset` is "
+            "iterable. Pass a `datasets.Dataset`."
+        )
+    with args.main_process_first(desc=f"{name} tokenisation"):
+        return args.prepare_rows(dataset, tokenizer, name, wants)
+
+
+def tell_rows(teacher: loading.Teacher, wants: Requirements, train: Any, evaluation: Any) -> None:
+    """Tell a teacher which rows will come; those without completion are told once they have one."""
+    if wants.samples_completions:
+        teacher.expects_rollouts()
+    if wants.replaces_completions:
+        return
+    evaluated = evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
+    for name, dataset in {"training": train, **evaluated}.items():
+        tell_dataset(teacher, dataset, name)
+
+
+def tell_dataset(teacher: loading.Teacher, dataset: Any, name: str) -> None:
+    """Tell a teacher which rows of one tokenised dataset will come; nothing of a stream but that it is one."""
+    if dataset is not None:
+        teacher.expects(dataset_rows(dataset) if hasattr(dataset, "__len__") else None, name)
+
+
+def preflight(given: Given) -> Ready:
+    """Refuse models, settings and datasets that cannot work, alone or together, before anything is loaded.
+
+    Raises:
+        ConfigurationError, DatasetError, VocabularyError, HubError: what was got, what was expected and what to do.
+    """
+    args, student, teacher = given.args, given.student, given.teacher
+    _check_parallelism(args)
+    adapted = given.adapted or (isinstance(student, nn.Module) and models.is_peft(student))
+    first = None if given.train is None else first_row(given.train)
+    wants = args.requirements(first, streams=given.train is not None and not hasattr(given.train, "__len__"))
+    pair = Pair(teacher, student, adapted)
+    _check_models(pair, args, wants)
+    loading.refuse(pair, args, wants)
+    config = student_config(student, args)
+    wants = dataclasses.replace(wants, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
+    _check_architecture(config, teacher, args, wants)
+    _refuse_shared_weights(student, teacher)
+    _check_datasets(given, wants)
+    publishing.check(args, given.base or student, given.adapted, given.quantized)
+    if wants.samples_completions:
+        check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
+    tokenizer = given.tokenizer or student_tokenizer(student, args)
+    tokenizer = models.with_pad_token(getattr(tokenizer, "tokenizer", tokenizer))
+    other = given.teacher_tokenizer or loading.teacher_tokenizer(teacher, tokenizer, args)
+    pair = dataclasses.replace(pair, tokenizer=tokenizer, teacher_tokenizer=other)
+    loading.compare_vocabularies(pair, args)
+    return Ready(given, pair, wants, config)
+
+
+def _check_parallelism(args: DistillConfig) -> None:
+    config = args.parallelism_config
+    if config is not None and any(getattr(config, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp")):
+        raise ConfigurationError(
+            "Got a parallelism_config with tensor, context or sequence parallelism; expected data parallelism only "
+            "(DDP, ZeRO, FSDP2): the loss needs whole rows of tokens."
+        )
+
+
+def _check_models(pair: Pair, args: DistillConfig, wants: Requirements) -> None:
+    for source, role in ((pair.student, "student"), (pair.teacher, "teacher")):
+        unnamed = not wants.needs or PLACEMENTS[args.teacher_placement].unnamed
+        if source is None and role == "teacher" and unnamed:
+            continue
+        if source is None:
+            raise ConfigurationError(f"Got no {role} model; expected a folder, a Hub id or a model.")
+        if isinstance(source, str) and has_files(source):
+            models.check_model_source(source, role)
+
+
+def _check_architecture(config: Any, teacher: Any, args: DistillConfig, wants: Requirements) -> None:
+    if not wants.encoder_decoder:
+        return
+    if not wants.accepts_encoder_decoders:
+        raise ConfigurationError(
+            f"The student is an encoder-decoder ({config.model_type}), which this method cannot train; expected a "
+            "causal LM. Encoder-decoders are for `method: rationale` with `objective: step_by_step`."
+        )
+    if teacher is not None or args.teacher_placement == "cached":
+        raise ConfigurationError(
+            f"The student is an encoder-decoder ({config.model_type}) and there is a teacher: their tokens do not lie "
+            "in the same places. Leave the teacher out (`distill_weight: 0`), or take a causal LM as student."
+        )
+
+
+def _refuse_shared_weights(student: Any, teacher: Any) -> None:
+    frozen = loading.model_of(teacher)
+    if not isinstance(student, nn.Module) or frozen is None:
+        return
+    shared = {id(p) for p in student.parameters()} & {id(p) for p in frozen.parameters()}
+    if shared:
+        raise ConfigurationError(
+            f"Student and teacher are the same model, or share {len(shared)} of their parameters (as an adapter "
+            "and the base it was put on do), and the teacher's are frozen. Pass a copy as `teacher_model` "
+            "(`copy.deepcopy(model)`, before it gets an adapter), or its name."
+        )
+
+
+def _check_datasets(given: Given, wants: Requirements) -> None:
+    args, evaluation = given.args, given.evaluation
+    if given.train is None and evaluation is None:
+        raise DatasetError("Got neither `train_dataset` nor `eval_dataset`; expected at least one of them.")
+    wants_evaluation = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    if wants_evaluation and evaluation is None:
+        raise DatasetError(f"Got `eval_strategy: {args.eval_strategy}` but no `eval_dataset`; pass one or set 'no'.")
+    held_out.check(args, evaluation)
+    args.check_datasets(given.train, evaluation, given.text, wants)
