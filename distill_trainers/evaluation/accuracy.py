@@ -15,6 +15,7 @@ from ..answers.formats import clean, find_format, parse_response
 from ..answers.verify import verify_answer
 from ..exceptions import DatasetError
 from ..rollouts import DecodeEngine, RolloutEngine, SamplingSettings
+from ..rollouts.sampling import pad_left
 from .intervals import Sums
 
 Parse = Callable[[str], str | None]
@@ -102,9 +103,7 @@ def answer_questions(
     for turn in tqdm(range(turns), desc="Answering", disable=not progress or rank != 0):
         places = batches[turn] if turn < len(batches) else [0]  # of no use, but others may wait for it
         prompts = [questions[place].prompt_ids for place in places]
-        width, pad = max(map(len, prompts)), sampling.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids, mask = pad_left(prompts, sampling.pad_token_id, device)
         completions = engine.generate(model, ids, mask, sampling)
         if turn < len(batches):
             for place, completion in zip(places, completions, strict=True):

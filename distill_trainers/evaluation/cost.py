@@ -11,6 +11,7 @@ from torch import nn
 
 from ..models import num_parameters
 from ..rollouts import RolloutEngine, SamplingSettings
+from ..rollouts.sampling import pad_left
 from .results import Cost
 
 
@@ -29,9 +30,7 @@ def measure_cost(
         model: ready to generate.
         sampling: greedy and without EOS, so that all models write equally much.
     """
-    width, pad = max(map(len, prompts)), sampling.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids, mask = pad_left(prompts, sampling.pad_token_id, device)
     on_cuda = device.type == "cuda"
     engine.generate(model, ids, mask, sampling)
     if on_cuda:

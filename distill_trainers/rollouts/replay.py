@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data import replace_completions
 from .draws import mix
+from .sampling import pad_left
 
 ReplayRow = tuple[list[int], ...]
 Batch = dict[str, Any]
@@ -104,10 +105,8 @@ def with_rows(
     for batch in batches:
         prompts, completions = zip(*rows[start : start + len(batch["prompt_ids"])], strict=True)
         start += len(prompts)
-        width, device = max(map(len, prompts)), batch["prompt_ids"].device
-        ids = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        new = {"prompt_ids": torch.tensor(ids, device=device), "prompt_mask": torch.tensor(mask, device=device)}
+        ids, mask = pad_left(prompts, pad_token_id, batch["prompt_ids"].device)
+        new = {"prompt_ids": ids, "prompt_mask": mask}
         filled = replace_completions({**batch, **new}, completions, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
         replaced.append(filled)
     return replaced

@@ -166,6 +166,16 @@ def trim_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, first:], mask[:, first:]
 
 
+def pad_left(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Stack prompts into ids and mask `[B, P]`, padded on the left."""
+    width = max(map(len, prompts))
+    ids = [[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def join_prompts(prompts: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Join left-padded (ids, mask) pairs `[B, P]` of several batches into one."""
     width = max(ids.shape[1] for ids, _ in prompts)
