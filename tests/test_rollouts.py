@@ -1,10 +1,19 @@
 """Sampling, the λ draw, and completions kept on disk."""
 
+import threading
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from distill_trainers.rollouts import (
+    CompletionSettings,
     CompletionStore,
     SamplingSettings,
+    complete_prompts,
+    completing,
     draws_on_policy,
     generate_completions,
     rollout_rng,
@@ -68,3 +77,38 @@ def test_store_survives_a_torn_line_and_finds_prompts_by_content(tmp_path):
     CompletionStore(tmp_path, {"teacher": "x"}, rank=1).append([(keys[2], [8])])
     assert store.load()[keys[2]] == [8]
     assert CompletionStore(tmp_path, {"teacher": "y"}).load() == {}
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_process_that_looks_late_leaves_nothing_out(tmp_path, monkeypatch, late):
+    """One that has written before the other has looked would leave it with a shorter list, and other batches."""
+    prompts = {prompt_key([n]): [n] for n in range(16)}
+    barrier, parts, outcomes = threading.Barrier(2), [], [{}, {}]
+    echo = SimpleNamespace(generate=lambda model, ids, mask, sampling: ids[:, -1:].tolist())
+    settings = CompletionSettings(SamplingSettings(1, eos_token_ids=[0], pad_token_id=0), 0, 2, echo)
+
+    class LateStore(CompletionStore):
+        def load(self):
+            time.sleep(0.3)
+            return super().load()
+
+    def gather(own):
+        parts.extend(own)
+        barrier.wait()
+        return parts
+
+    def process(rank):
+        store = (LateStore if rank == late else CompletionStore)(tmp_path, {"model": "one"}, rank)
+        processes = SimpleNamespace(
+            num_processes=2, process_index=rank, device=torch.device("cpu"), wait_for_everyone=barrier.wait
+        )
+        outcomes[rank] = complete_prompts(prompts, nullcontext(), processes, settings, store, progress=False)
+
+    monkeypatch.setattr(completing, "gather_object", gather)
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert outcomes == [prompts, prompts]
+    assert CompletionStore(tmp_path, {"model": "one"}, 2).load() == prompts

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,11 +262,11 @@ class _Writer:
     def answer(self, prompts: dict[str, Prompt], attempt: int) -> dict[str, dict[str, Any]]:
         """Text of each response, whether it is finished, and its number of tokens."""
         from ..models import eos_ids
-        from ..rollouts import CompletionStore, complete_prompts, local_engine
+        from ..rollouts import Alone, CompletionStore, complete_prompts
         from ..rollouts.draws import mix
         from ..storage import write_atomically
         from ..teachers.cache.identity import describe_source, hashed
-        from ..trainers.lifecycle.completions import sampling_settings
+        from ..trainers.lifecycle.completions import completion_settings, sampling_settings
 
         args: Any = self.args
         identity = {
@@ -280,22 +280,21 @@ class _Writer:
         }
         store = CompletionStore(self.root, json.loads(json.dumps(identity, default=str)))
         ends_file = store.folder / "ends.json"
-        if not (prompts.keys() <= store.load().keys() and ends_file.is_file()):
+        written = store.load()
+        if not (prompts.keys() <= written.keys() and ends_file.is_file()):
             model = self._load()
             write_atomically(ends_file, json.dumps(eos_ids(model, self.tokenizer)).encode())
             sampling = sampling_settings(args, model, self.tokenizer, len(self.tokenizer))
-            complete_prompts(
+            settings = completion_settings(args, sampling, self.tokenizer)
+            written = complete_prompts(
                 {key: prompt.ids for key, prompt in prompts.items()},
-                store,
-                sampling,
                 contextlib.nullcontext(model),
-                seed=mix(args.seed, attempt),
-                device=args.device,
-                batch_size=args.rollout_batch_size,
-                engine=local_engine(args.rollout_engine, self.tokenizer),
+                Alone(args.device),
+                replace(settings, seed=mix(args.seed, attempt)),
+                store,
                 title=f"{self.role.capitalize()} responses",
             )
-        ends, written = json.loads(ends_file.read_text()), store.load()
+        ends = json.loads(ends_file.read_text())
         return {key: self._response(written[key], ends) for key in prompts}
 
     def _response(self, ids: list[int], ends: list[int]) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
 
     from .. import models
     from ..rationales.local_model import LocalTextModel
-    from ..rollouts import SamplingSettings
+    from ..rollouts import CompletionSettings, DecodeEngine, SamplingSettings
     from ..teachers import LocalTeacher
 
     if any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("DEEPSPEED", "FSDP")):
@@ -219,14 +219,12 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
     local = LocalTextModel(
         models.prepare_frozen(model, accelerator),
         tokenizer,
-        sampling,
+        CompletionSettings(sampling, args.seed, args.batch_size, DecodeEngine(tokenizer)),
         accelerator,
         name=args.teacher,
         weights=weights,
-        batch_size=args.batch_size,
         style=args.prompt_style,
         next_question=args.next_question,
-        seed=args.seed,
     )
     return local, accelerator.process_index
 

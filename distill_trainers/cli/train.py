@@ -174,9 +174,10 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any,
     from torch.utils.data import DataLoader
 
     from ..data import DistillCollator
-    from ..rollouts import complete_prompts, local_engine
+    from ..rollouts import Alone, complete_prompts
     from ..teachers import LocalTeacher
     from ..trainers.lifecycle.completions import (
+        completion_settings,
         completion_store,
         prompts_to_complete,
         sampling_settings,
@@ -194,12 +195,11 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any,
     prompts = prompts_to_complete(dataset, replace=False)
     if prompts:
         sampling = sampling_settings(args, teacher, tokenizer, None)
-        store = completion_store(args, LocalTeacher(teacher), sampling)
-        context = contextlib.nullcontext(teacher.eval())
-        how = {"seed": args.seed, "device": args.device, "batch_size": args.rollout_batch_size}
-        how["engine"] = local_engine(args.rollout_engine, tokenizer)
-        complete_prompts(prompts, store, sampling, context, **how)
-        dataset = with_completions(dataset, store.load(), replace=False)
+        settings = completion_settings(args, sampling, tokenizer)
+        store = completion_store(args, settings, teacher=LocalTeacher(teacher).fingerprint())
+        generating = contextlib.nullcontext(teacher.eval())
+        completions = complete_prompts(prompts, generating, Alone(args.device), settings, store)
+        dataset = with_completions(dataset, completions, replace=False)
     return DataLoader(dataset, batch_size=size, collate_fn=DistillCollator(tokenizer.pad_token_id))
 
 

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from ..rollouts import CompletionStore, DecodeEngine, InMemory, SamplingSettings, complete_prompts
+from ..rollouts import (
+    Alone,
+    CompletionSettings,
+    CompletionStore,
+    DecodeEngine,
+    SamplingSettings,
+    complete_prompts,
+)
 from ..rollouts.store import prompt_key
 from ..signals import TokenLogits
 from ..storage import RecordStore, content_key
@@ -103,23 +110,21 @@ class Workshop:
     def _completions(
         self, subject: Subject, examples: list[Example], sampling: SamplingSettings, seed: int, title: str
     ) -> list[list[int]]:
-        prompts = {prompt_key(each.prompt_ids): each.prompt_ids for each in examples}
-        identity = {"model": subject.facts.fingerprint, "seed": seed, **sampling.as_dict()}
-        store = InMemory() if self.cache is None else CompletionStore(self.cache / "completions", identity)
-        complete_prompts(
+        prompts = {example.key: example.prompt_ids for example in examples}
+        settings = CompletionSettings(sampling, seed, self.settings.batch_size, DecodeEngine(self.tokenizer))
+        store = None
+        if self.cache is not None:
+            store = CompletionStore(self.cache / "completions", settings.identity(model=subject.facts.fingerprint))
+        written = complete_prompts(
             prompts,
-            store,
-            sampling,
             subject.generating(),
-            seed=seed,
-            device=subject.device,
-            batch_size=self.settings.batch_size,
-            engine=DecodeEngine(self.tokenizer),
+            Alone(subject.device),
+            settings,
+            store,
             title=title,
             progress=self.progress,
         )
-        done = store.load()
-        return [done[prompt_key(each.prompt_ids)] for each in examples]
+        return [written[example.key] for example in examples]
 
     # ---- Reading ----------------------------------------------------------------------------------------------------
 

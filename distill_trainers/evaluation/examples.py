@@ -12,6 +12,7 @@ from ..data.formats import detect_dataset_type, is_conversation, to_chatml
 from ..data.rationales import RationaleTemplates
 from ..data.rows import tokenize_row, truncate
 from ..exceptions import DatasetError
+from ..rollouts.store import prompt_key
 from .accuracy import Parse, Question, answer_parser
 from .settings import EvaluationSettings
 
@@ -35,6 +36,11 @@ class Example:
     choices: list[str] = field(default_factory=list)
     task: str = ""
     prompt_text: str = ""
+
+    @property
+    def key(self) -> str:
+        """Identifies its prompt."""
+        return prompt_key(self.prompt_ids)
 
     @property
     def question(self) -> Question:

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from .. import models
-from ..rollouts.draws import rollout_rng
-from ..rollouts.engines import DecodeEngine, RolloutEngine
-from ..rollouts.sampling import SamplingSettings
+from ..rollouts.completing import CompletionSettings, share_batches
 from .prompts import as_text
 from .records import Request, Response
 
@@ -20,34 +18,30 @@ class LocalTextModel:
 
     Args:
         model: prepared for the launch (see `models.prepare_frozen`).
+        settings: what a request gets depends on them, the model and the request's batch, not on when it is run.
         accelerator: of the launch.
         name: of the model, for provenance.
         weights: fingerprint of its weights, so that the answers of another model in the same folder are not taken.
         style: `chat`, `text`, or `auto`: chat where the tokenizer has a template.
         next_question: in style `text`, what begins a question that the model goes on with; nothing behind it counts.
-        seed: of sampling; what a request gets depends on it, the model and the request's batch, not on when it is run.
     """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        sampling: SamplingSettings,
+        settings: CompletionSettings,
         accelerator: Any,
         *,
         name: str,
         weights: str = "",
-        batch_size: int = 16,
         style: str = "auto",
         next_question: str | None = "Q:",
-        seed: int = 0,
-        engine: RolloutEngine | None = None,
     ):
-        self.model, self.tokenizer, self.sampling, self.accelerator = model, tokenizer, sampling, accelerator
-        self.weights = weights
-        self.name, self.batch_size, self.seed, self.next_question = name, batch_size, seed, next_question
+        self.model, self.tokenizer, self.settings, self.accelerator = model, tokenizer, settings, accelerator
+        self.sampling = settings.sampling
+        self.name, self.weights, self.next_question = name, weights, next_question
         self.style = ("chat" if tokenizer.chat_template else "text") if style == "auto" else style
-        self.engine = engine or DecodeEngine(tokenizer)
 
     def identity(self) -> dict[str, Any]:
         shown = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -56,7 +50,7 @@ class LocalTextModel:
             "teacher": self.name,
             "weights": self.weights,
             "style": self.style,
-            "seed": self.seed,
+            "seed": self.settings.seed,
             "sampling": sampling,
         }
 
@@ -67,17 +61,13 @@ class LocalTextModel:
         too_long = [key for key, ids in prompts.items() if len(ids) > self._room]
         for key in too_long:
             del prompts[key]
-        keys = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
-        batches = [keys[i : i + self.batch_size] for i in range(0, len(keys), self.batch_size)]
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        for key in too_long[rank::world]:
+        for key in too_long[self.accelerator.process_index :: self.accelerator.num_processes]:
             yield Response(key, error="prompt too long", attempts=0)
-        for turn in range(-(-len(batches) // world)):
-            place = turn * world + rank
-            batch = batches[min(place, len(batches) - 1)]
-            completions = self._generate([prompts[key] for key in batch], batch[0])
-            if place < len(batches):
-                for key, ids in zip(batch, completions, strict=True):
+        for batch, wanted in share_batches(prompts, self.accelerator, self.settings.batch_size):
+            with models.generating(self.model, self.accelerator) as model:
+                completions = self.settings.complete(model, batch, self.accelerator.device)
+            if wanted:
+                for key, ids in completions.items():
                     yield self._response(key, len(prompts[key]), ids)
         self.accelerator.wait_for_everyone()
 
@@ -95,16 +85,6 @@ class LocalTextModel:
             text = self.tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.tokenizer(as_text(request.messages))["input_ids"]
-
-    def _generate(self, prompts: list[list[int]], first_key: str) -> list[list[int]]:
-        width, pad, device = max(map(len, prompts)), self.sampling.pad_token_id, self.accelerator.device
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        with (
-            models.generating(self.model, self.accelerator) as model,
-            rollout_rng(self.seed, int(first_key[:12], 16), 0, device),
-        ):
-            return self.engine.generate(model, ids, mask, self.sampling)
 
     def _response(self, key: str, prompt_tokens: int, ids: list[int]) -> Response:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,6 +1,6 @@
 """Rollouts: completions sampled from a model, and when to use them."""
 
-from .completing import InMemory, complete_prompts
+from .completing import Alone, CompletionSettings, complete_prompts
 from .decode.loop import decode_completions, decode_scored, why_not_scored
 from .decode.mixture import Mixture
 from .decode.rows import Scored
@@ -23,10 +23,11 @@ from .store import CompletionStore
 __all__ = [
     "ENGINES",
     "AdaptiveProbability",
+    "Alone",
+    "CompletionSettings",
     "CompletionStore",
     "DecodeEngine",
     "HfEngine",
-    "InMemory",
     "Mixture",
     "ReplayBuffer",
     "RolloutEngine",

@@ -1,91 +1,117 @@
-"""Prompts completed in batches, each kept as it is done: what was stopped goes on, what is there is not asked again."""
+"""Prompts completed in batches by all processes together; what is kept from before is not asked again."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .draws import rollout_rng
 from .engines import DecodeEngine, RolloutEngine
-from .sampling import SamplingSettings
+from .sampling import SamplingSettings, pad_left
+from .store import CompletionStore
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_BATCH = 16
 
-
 Prompts = dict[str, list[int]]
+Completions = dict[str, list[int]]
 
 
-class KeptCompletions(Protocol):
-    """Where completions are kept by prompt key: a `CompletionStore`, or `InMemory`."""
+@dataclass(frozen=True)
+class Alone:
+    """Stands for an accelerator where one process works by itself, even in a launch of several."""
 
-    folder: Any
+    device: torch.device
+    num_processes: ClassVar[int] = 1
+    process_index: ClassVar[int] = 0
 
-    def load(self) -> dict[str, list[int]]: ...
+    def wait_for_everyone(self) -> None:
+        """Wait for nobody."""
 
-    def append(self, completions: Iterable[tuple[str, list[int]]]) -> None: ...
+
+@dataclass(frozen=True)
+class CompletionSettings:
+    """What completions depend on, beside the model and the prompts.
+
+    Args:
+        seed: of the random numbers; those of a batch also follow from its first prompt.
+        batch_size: None takes 16.
+        engine: one that runs the model; it serves one model only.
+    """
+
+    sampling: SamplingSettings
+    seed: int
+    batch_size: int | None = None
+    engine: RolloutEngine = field(default_factory=DecodeEngine)
+
+    def identity(self, **writer: str) -> dict[str, Any]:
+        """Tell the store of `writer`'s completions from all others, as in `identity(teacher=fingerprint)`."""
+        return {**writer, "seed": self.seed, **self.sampling.as_dict()}
+
+    def complete(self, model: Any, batch: Prompts, device: torch.device) -> Completions:
+        """Complete one batch by a model that is ready to generate."""
+        ids, mask = pad_left(list(batch.values()), self.sampling.pad_token_id, device)
+        with rollout_rng(self.seed, int(next(iter(batch))[:12], 16), 0, device):
+            return dict(zip(batch, self.engine.generate(model, ids, mask, self.sampling), strict=True))
 
 
-class InMemory:
-    """Keeps completions of a model that is about to change, for as long as they are looked at."""
+def share_batches(
+    prompts: Prompts, accelerator: Accelerator | Alone, batch_size: int | None
+) -> list[tuple[Prompts, bool]]:
+    """Deal out batches of similar prompt length: those that this process runs, and whether the outcome is wanted.
 
-    folder = "memory"
-
-    def __init__(self) -> None:
-        self.completions: dict[str, list[int]] = {}
-
-    def load(self) -> dict[str, list[int]]:
-        return self.completions
-
-    def append(self, completions: Iterable[tuple[str, list[int]]]) -> None:
-        self.completions |= dict(completions)
+    All processes run equally many, because a sharded model generates only when all do.
+    """
+    size, world = batch_size or _DEFAULT_BATCH, accelerator.num_processes
+    keys = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
+    batches = [{key: prompts[key] for key in keys[i : i + size]} for i in range(0, len(keys), size)]
+    places = range(accelerator.process_index, -(-len(batches) // world) * world, world)
+    return [(batches[min(place, len(batches) - 1)], place < len(batches)) for place in places]
 
 
 def complete_prompts(
     prompts: Prompts,
-    store: KeptCompletions,
-    sampling: SamplingSettings,
     generating: AbstractContextManager[Any],
+    accelerator: Accelerator | Alone,
+    settings: CompletionSettings,
+    store: CompletionStore | None = None,
     *,
-    seed: int,
-    device: torch.device,
-    batch_size: int | None = None,
-    world: int = 1,
-    rank: int = 0,
-    engine: RolloutEngine | None = None,
     title: str = "Teacher completions",
     progress: bool = True,
-    wait_for_everyone: Callable[[], None] = lambda: None,
-) -> None:
-    """Generate what the store lacks, in batches of similar prompt length, and keep each batch as it is done.
+) -> Completions:
+    """Generate what the store lacks, and keep each batch as it is done.
 
-    All processes run equally many batches, because a sharded teacher generates only when all processes do. Where they
-    share the store, `wait_for_everyone` keeps the first from writing until the last knows what is missing.
+    Args:
+        generating: gives the model; entered only if a completion is missing.
+        accelerator: of the processes that share the work.
+        store: one per process, in the same folder; None keeps nothing.
+
+    Returns:
+        by key on every process, the completions of all prompts, among others that the store holds.
     """
-    done = store.load()
-    wait_for_everyone()
-    keys = sorted((k for k in prompts if k not in done), key=lambda k: (-len(prompts[k]), k))
-    size = batch_size or _DEFAULT_BATCH
-    engine = engine or DecodeEngine()
-    batches = [keys[i : i + size] for i in range(0, len(keys), size)]
-    if not batches:
-        return
-    logger.info("%s: generating %d (kept in %s).", title, len(keys), store.folder)
-    pad = sampling.pad_token_id
-    with generating as model:
-        for index in tqdm(range(-(-len(batches) // world)), desc=title, disable=rank != 0 or not progress):
-            mine = index * world + rank
-            batch = batches[min(mine, len(batches) - 1)]
-            width = max(len(prompts[k]) for k in batch)
-            ids = torch.tensor([[pad] * (width - len(prompts[k])) + prompts[k] for k in batch], device=device)
-            mask = torch.tensor([[0] * (width - len(prompts[k])) + [1] * len(prompts[k]) for k in batch], device=device)
-            with rollout_rng(seed, int(batch[0][:12], 16), 0, device):  # the seed follows from the prompts
-                completions = engine.generate(model, ids, mask, sampling)
-            if mine < len(batches):
-                store.append(zip(batch, completions, strict=True))
+    completions = {} if store is None else store.load()
+    # Whoever appended before the last has looked would leave it with a shorter list, and other batches.
+    accelerator.wait_for_everyone()
+    missing = {key: ids for key, ids in prompts.items() if key not in completions}
+    written: Completions = {}
+    if missing:
+        logger.info("%s: generating %d (kept in %s).", title, len(missing), store.folder if store else "memory")
+        batches = share_batches(missing, accelerator, settings.batch_size)
+        with generating as model:
+            for batch, wanted in tqdm(batches, desc=title, disable=accelerator.process_index != 0 or not progress):
+                outcome = settings.complete(model, batch, accelerator.device)
+                if wanted:
+                    written |= outcome
+                if wanted and store is not None:
+                    store.append(outcome.items())
+    for part in gather_object([written]) if accelerator.num_processes > 1 else [written]:
+        completions |= part
+    return completions

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from distill_trainers.rationales.local_model import LocalTextModel
 from distill_trainers.rationales.records import Request
 from distill_trainers.rationales.stages import extract
-from distill_trainers.rollouts import SamplingSettings
+from distill_trainers.rollouts import CompletionSettings, SamplingSettings
 from distill_trainers.storage import RecordStore
 
 CHAT = "{% for m in messages %}{{ '+' if m.role == 'user' else '=' }}{{ m.content }}{% endfor %}=="
@@ -35,9 +35,9 @@ class Numbered:
         return [[2 + int(length) % 10, 1] for length in prompt_mask.sum(1)]
 
 
-def local(make_teacher, tokenizer, **settings):
-    sampling = SamplingSettings(8, 1.0, eos_token_ids=[1], pad_token_id=0)
-    return LocalTextModel(make_teacher().eval(), tokenizer, sampling, Accelerator(cpu=True), name="t", **settings)
+def local(make_teacher, tokenizer, style="auto", **settings):
+    settings = CompletionSettings(SamplingSettings(8, 1.0, eos_token_ids=[1], pad_token_id=0), 0, **settings)
+    return LocalTextModel(make_teacher().eval(), tokenizer, settings, Accelerator(cpu=True), name="t", style=style)
 
 
 QUESTIONS = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 150, 13)]

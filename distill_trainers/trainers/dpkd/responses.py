@@ -9,11 +9,10 @@ from transformers import TrainerCallback
 
 from ... import models
 from ...data import join_pairs
-from ...rollouts import CompletionStore, ReplayBuffer, local_engine
-from ...rollouts.completing import complete_prompts
+from ...rollouts import ReplayBuffer, complete_prompts
 from ...rollouts.replay import sampled_rows, with_rows
 from ...rollouts.store import prompt_key
-from ..lifecycle.completions import completions_root, prompts_to_complete
+from ..lifecycle.completions import completion_settings, completion_store, prompts_to_complete
 
 if TYPE_CHECKING:
     from ..base import DistillTrainer
@@ -85,26 +84,10 @@ def with_student_responses(trainer: DistillTrainer, dataset: Any, written_by: st
     """
     prompts = prompts_to_complete(dataset, replace=True)
     args, accelerator = trainer.args, trainer.accelerator
-    identity = {"student": written_by, "seed": args.seed, **trainer.sampling.as_dict()}
-    store = CompletionStore(completions_root(args), identity, accelerator.process_index)
-    accelerator.wait_for_everyone()
-    with_model = models.generating(trainer.model_wrapped, accelerator)
-    complete_prompts(
-        prompts,
-        store,
-        trainer.sampling,
-        with_model,
-        seed=args.seed,
-        device=accelerator.device,
-        batch_size=args.rollout_batch_size,
-        wait_for_everyone=accelerator.wait_for_everyone,
-        world=accelerator.num_processes,
-        rank=accelerator.process_index,
-        engine=local_engine(args.rollout_engine, trainer.processing_class),
-        title="Student responses",
-    )
-    accelerator.wait_for_everyone()
-    written = store.load()
+    settings = completion_settings(args, trainer.sampling, trainer.processing_class)
+    store = completion_store(args, settings, accelerator.process_index, student=written_by)
+    generating = models.generating(trainer.model_wrapped, accelerator)
+    written = complete_prompts(prompts, generating, accelerator, settings, store, title="Student responses")
 
     def add(row: dict[str, Any]) -> dict[str, Any]:
         response = written[prompt_key(row["input_ids"][: row["prompt_length"]])]

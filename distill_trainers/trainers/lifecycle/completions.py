@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import models
-from ...rollouts import CompletionStore, SamplingSettings, local_engine
-from ...rollouts.completing import Prompts, complete_prompts
+from ...rollouts import CompletionSettings, CompletionStore, SamplingSettings, complete_prompts, local_engine
+from ...rollouts.completing import Prompts
 from ...rollouts.store import prompt_key
 from ...run_files import COMPLETIONS_NAME
-from ...teachers import Teacher
 from ..config import DistillConfig
 
 if TYPE_CHECKING:
@@ -35,12 +34,17 @@ def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_siz
     )
 
 
+def completion_settings(args: DistillConfig, sampling: SamplingSettings, tokenizer: Any) -> CompletionSettings:
+    """How prompts are completed under a config, by a model that runs here."""
+    engine = local_engine(args.rollout_engine, tokenizer)
+    return CompletionSettings(sampling, args.seed, args.rollout_batch_size, engine)
+
+
 def completion_store(
-    args: DistillConfig, teacher: Teacher, sampling: SamplingSettings, rank: int = 0
+    args: DistillConfig, settings: CompletionSettings, rank: int = 0, **writer: str
 ) -> CompletionStore:
-    """The store of this teacher's completions under this config."""
-    identity = {"teacher": teacher.fingerprint(), "seed": args.seed, **sampling.as_dict()}
-    return CompletionStore(completions_root(args), identity, rank)
+    """The store of a model's completions under this config, as in `teacher=fingerprint`."""
+    return CompletionStore(completions_root(args), settings.identity(**writer), rank)
 
 
 def completions_root(args: DistillConfig) -> Path:
@@ -87,20 +91,7 @@ def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, repl
         sampling_settings(args, trainer.model, trainer.processing_class, trainer.vocab_size),
         eos_token_ids=teacher.eos_ids(trainer.processing_class),
     )
-    store = completion_store(args, teacher, sampling, accelerator.process_index)
-    accelerator.wait_for_everyone()  # nobody reads the store while another still appends from an earlier call
-    complete_prompts(
-        prompts,
-        store,
-        sampling,
-        teacher.generating(accelerator),
-        seed=args.seed,
-        device=accelerator.device,
-        batch_size=args.rollout_batch_size,
-        wait_for_everyone=accelerator.wait_for_everyone,
-        world=accelerator.num_processes,
-        rank=accelerator.process_index,
-        engine=local_engine(args.rollout_engine, trainer.processing_class),
-    )
-    accelerator.wait_for_everyone()
-    return with_completions(dataset, store.load(), replace=replace)
+    settings = completion_settings(args, sampling, trainer.processing_class)
+    store = completion_store(args, settings, accelerator.process_index, teacher=teacher.fingerprint())
+    completions = complete_prompts(prompts, teacher.generating(accelerator), accelerator, settings, store)
+    return with_completions(dataset, completions, replace=replace)

@@ -31,11 +31,11 @@ from ...evaluation.scores import scores_of
 from ...evaluation.teacher_forced import Text, TokenValues, force
 from ...exceptions import ConfigurationError, DatasetError
 from ...losses.reduction import trained_mask
-from ...rollouts import CompletionStore, InMemory, complete_prompts, local_engine
+from ...rollouts import CompletionSettings, complete_prompts, local_engine
 from ...rollouts.store import prompt_key
 from ...storage import content_key
 from ..step import head_can_be_fused, terms_of_batch
-from .completions import completions_root
+from .completions import completion_store
 from .side_by_side import SideBySide, log_side_by_side
 
 if TYPE_CHECKING:
@@ -332,33 +332,14 @@ class HeldOutMeasures(TrainerCallback):
     ) -> list[list[int]]:
         """Completions by all processes together; kept on disk where the model has a `fingerprint`."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
-        pad = trainer.processing_class.pad_token_id
-        sampling = self.settings.sampling(end_ids, pad, trainer.vocab_size, greedy=greedy)
-        store: Any = InMemory()
-        if fingerprint is not None:
-            identity = {"teacher": fingerprint, "seed": seed, **sampling.as_dict()}
-            store = CompletionStore(completions_root(trainer.args), identity, rank)
-        accelerator.wait_for_everyone()
-        complete_prompts(
-            {prompt_key(each.prompt_ids): each.prompt_ids for each in examples},
-            store,
-            sampling,
-            generating,
-            seed=seed,
-            device=accelerator.device,
-            batch_size=self.settings.batch_size,
-            wait_for_everyone=accelerator.wait_for_everyone,
-            world=world,
-            rank=rank,
-            engine=local_engine(trainer.args.rollout_engine, trainer.processing_class),
-            progress=False,
-        )
-        accelerator.wait_for_everyone()
-        done: dict[str, list[int]] = {}
-        for part in gather_object([store.load()]):
-            done |= part
-        return [done[prompt_key(each.prompt_ids)] for each in examples]
+        tokenizer, rank = trainer.processing_class, accelerator.process_index
+        sampling = self.settings.sampling(end_ids, tokenizer.pad_token_id, trainer.vocab_size, greedy=greedy)
+        engine = local_engine(trainer.args.rollout_engine, tokenizer)
+        settings = CompletionSettings(sampling, seed, self.settings.batch_size, engine)
+        store = None if fingerprint is None else completion_store(trainer.args, settings, rank, teacher=fingerprint)
+        prompts = {example.key: example.prompt_ids for example in examples}
+        written = complete_prompts(prompts, generating, accelerator, settings, store, progress=False)
+        return [written[example.key] for example in examples]
 
     @torch.no_grad()
     def _read(self, model: nn.Module, texts: list[Text]) -> list[TokenValues]:
