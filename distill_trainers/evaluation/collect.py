@@ -21,7 +21,6 @@ from ..rollouts import (
     SamplingSettings,
     complete_prompts,
 )
-from ..rollouts.store import prompt_key
 from ..signals import TokenLogits
 from ..storage import RecordStore, content_key
 from .accuracy import Answer, answer_parser, judge
@@ -56,6 +55,20 @@ class Collected:
     own_text: list[TokenValues] = field(default_factory=list)
     teacher_text: list[TokenValues] = field(default_factory=list)
     cost: Cost | None = None
+
+    def read_answers(
+        self, examples: ExampleSet, metrics: Sequence[str], settings: EvaluationSettings, tokenizer: Any
+    ) -> None:
+        """Judge what the greedy completions answer, and parse the samples of the questions for `consistency`."""
+        parse, kind = answer_parser(settings.answer_formats or ()), settings.answer_kind
+        if self.greedy:
+            pairs = zip(examples.questions, self.greedy, strict=True)
+            self.answers = [judge(example.question, ids, tokenizer, parse, kind) for example, ids in pairs]
+        if "consistency" in metrics:
+            places = {example.key: place for place, example in enumerate(examples.prompted)}
+            for example in examples.questions:
+                texts = [samples[places[example.key]] for samples in self.samples]
+                self.sampled_answers.append([parse(tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts])
 
 
 @dataclass
@@ -163,8 +176,9 @@ class Workshop:
         wanted, found = set(self.metrics), Collected(end_ids=subject.end_ids(self.tokenizer))
         found.samples = self.samples(subject, examples)
         prompts = [each.prompt_ids for each in examples.prompted]
-        if wanted & {"accuracy", "consistency"}:
-            self._answers(subject, examples.questions, prompts, found)
+        if "accuracy" in wanted:
+            found.greedy = self.greedy(subject, examples.questions)
+        found.read_answers(examples, self.metrics, self.settings, self.tokenizer)
         if wanted & {"perplexity", "calibration"} or (teacher and "agreement" in wanted):
             texts = [(each.prompt_ids, each.completion_ids) for each in examples.with_text]
             found.reference = self.read(subject, teacher, texts, "references")
@@ -177,19 +191,6 @@ class Workshop:
         if "speed" in wanted:
             found.cost = self._cost(subject, prompts)
         return found
-
-    def _answers(self, subject: Subject, questions: list[Example], prompts: list[list[int]], found: Collected) -> None:
-        parse, kind = answer_parser(self.settings.answer_formats or ()), self.settings.answer_kind
-        if "accuracy" in self.metrics:
-            found.greedy = self.greedy(subject, questions)
-            pairs = zip(questions, found.greedy, strict=True)
-            found.answers = [judge(q.question, ids, self.tokenizer, parse, kind) for q, ids in pairs]
-        if "consistency" in self.metrics:
-            places = {prompt_key(ids): place for place, ids in enumerate(prompts)}
-            for question in questions:
-                texts = [seed[places[prompt_key(question.prompt_ids)]] for seed in found.samples]
-                decoded = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in texts]
-                found.sampled_answers.append([parse(text) for text in decoded])
 
     def _cost(self, subject: Subject, prompts: list[list[int]]) -> Cost | None:
         settings = self.settings

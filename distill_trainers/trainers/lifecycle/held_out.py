@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from ... import models
 from ...evaluation import METRICS, EvaluationSettings
-from ...evaluation.accuracy import answer_parser, judge
+from ...evaluation.accuracy import answer_parser
 from ...evaluation.agreement import comparison_terms
 from ...evaluation.collect import Collected
 from ...evaluation.examples import Example, ExampleSet
@@ -32,7 +32,6 @@ from ...evaluation.teacher_forced import Text, TokenValues, force
 from ...exceptions import ConfigurationError, DatasetError
 from ...losses.reduction import trained_mask
 from ...rollouts import CompletionSettings, complete_prompts, local_engine
-from ...rollouts.store import prompt_key
 from ...storage import content_key
 from ..step import head_can_be_fused, terms_of_batch
 from .completions import completion_store
@@ -223,16 +222,7 @@ class HeldOutMeasures(TrainerCallback):
 
     def _answer(self, found: Collected) -> None:
         assert self.examples is not None
-        tokenizer, questions = self.trainer.processing_class, self.examples.questions
-        if found.greedy:
-            pairs = zip(questions, found.greedy, strict=True)
-            kind = self.settings.answer_kind
-            found.answers = [judge(q.question, ids, tokenizer, self._parse, kind) for q, ids in pairs]
-        if "consistency" in self.metrics:
-            places = {prompt_key(each.prompt_ids): i for i, each in enumerate(self.examples.prompted)}
-            for question in questions:
-                texts = [seed[places[prompt_key(question.prompt_ids)]] for seed in found.samples]
-                found.sampled_answers.append([self._parse(self._text(ids)) for ids in texts])
+        found.read_answers(self.examples, self.metrics, self.settings, self.trainer.processing_class)
 
     def _take_teacher(self) -> None:
         """The teacher's own completions and scores, once."""
@@ -247,8 +237,9 @@ class HeldOutMeasures(TrainerCallback):
 
         found.samples = self._sample(generating, found.end_ids, teacher.fingerprint())
         if "accuracy" in self.metrics:
-            how: dict[str, Any] = {"greedy": True, "fingerprint": teacher.fingerprint()}
-            found.greedy = self._complete(self.examples.questions, generating(), found.end_ids, **how)
+            found.greedy = self._complete(
+                self.examples.questions, generating(), found.end_ids, greedy=True, fingerprint=teacher.fingerprint()
+            )
         self._answer(found)
         self._teacher = found
         # How the teacher reads references is not measured here.
@@ -262,8 +253,9 @@ class HeldOutMeasures(TrainerCallback):
             length = covered_length([found.samples[0], self._teacher.samples[0]])
         metrics = self.metrics if metrics is None else metrics
         tokenizer = self.trainer.processing_class
-        how: dict[str, Any] = {"is_teacher": is_teacher, "exposure_length": length}
-        return scores_of(found, self.examples, self.settings, metrics, tokenizer, **how)[0]
+        return scores_of(
+            found, self.examples, self.settings, metrics, tokenizer, is_teacher=is_teacher, exposure_length=length
+        )[0]
 
     def _gaps(self, scores: dict[str, float]) -> dict[str, float]:
         """(now − initial) / (teacher − initial), where all three are known and the gap is not 0."""
