@@ -19,7 +19,7 @@ import json, os, sys
 import torch.distributed as dist
 from accelerate import Accelerator
 from distill_trainers.toy import character_tokenizer, tiny_llama
-from distill_trainers.rationales.records import RecordStore
+from distill_trainers.storage import RecordStore
 from distill_trainers.rationales.stages import extract
 from distill_trainers.rollouts import CompletionSettings, SamplingSettings
 from distill_trainers.rationales.local_model import LocalTextModel
