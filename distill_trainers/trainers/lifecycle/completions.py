@@ -35,7 +35,7 @@ def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_siz
 
 
 def completion_settings(args: DistillConfig, sampling: SamplingSettings, tokenizer: Any) -> CompletionSettings:
-    """How prompts are completed under a config, by a model that runs here."""
+    """Say how a model that runs here completes prompts under a config."""
     engine = local_engine(args.rollout_engine, tokenizer)
     return CompletionSettings(sampling, args.seed, args.rollout_batch_size, engine)
 
@@ -43,13 +43,9 @@ def completion_settings(args: DistillConfig, sampling: SamplingSettings, tokeniz
 def completion_store(
     args: DistillConfig, settings: CompletionSettings, rank: int = 0, **writer: str
 ) -> CompletionStore:
-    """The store of a model's completions under this config, as in `teacher=fingerprint`."""
-    return CompletionStore(completions_root(args), settings.identity(**writer), rank)
-
-
-def completions_root(args: DistillConfig) -> Path:
-    """Folder of all stores of completions of a run."""
-    return Path(args.completions_dir or Path(args.output_dir) / COMPLETIONS_NAME)
+    """Open the store of a run for one model's completions, as in `teacher=fingerprint`."""
+    root = Path(args.completions_dir or Path(args.output_dir) / COMPLETIONS_NAME)
+    return CompletionStore(root, settings.identity(**writer), rank)
 
 
 def prompts_to_complete(rows: Iterable[Mapping[str, Any]], *, replace: bool) -> Prompts:
