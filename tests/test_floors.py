@@ -47,16 +47,9 @@ def _room(parts):
 
 
 def _imports(file):
-    """Every import of the package's own modules, wherever it stands: (line, parts below the package, typing only)."""
+    """Every import of the package's own modules, lazy and typing ones too: (line, parts below the package)."""
     package = file.relative_to(ROOT).parent.parts
-    tree = ast.parse(file.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(file.read_text())):
         names: list[tuple[str, ...]] = []
         if isinstance(node, ast.Import):
             names = [tuple(alias.name.split(".")) for alias in node.names]
@@ -70,7 +63,7 @@ def _imports(file):
             names = [(*module, alias.name) if below.is_dir() else module for alias in node.names]
         for name in names:
             if name[0] == "distill_trainers" and len(name) > 1:
-                yield node.lineno, name[1:], id(node) in typing_only
+                yield node.lineno, name[1:]
 
 
 def test_every_room_has_a_floor():
@@ -83,12 +76,29 @@ def test_imports_go_to_lower_floors_only(file):
     here = _room(file.relative_to(ROOT).parts)
     if here == "__init__":
         return  # the package's own exports
-    for line, target, typing_only in _imports(file):
+    for line, target in _imports(file):
         there = _room(target)
         if there not in FLOORS:
             continue  # such as __version__
-        assert typing_only or FLOORS[there] <= FLOORS[here], f"{file}:{line} imports {'.'.join(target)} from above"
+        assert FLOORS[there] <= FLOORS[here], f"{file}:{line} imports {'.'.join(target)} from above"
         assert {here, there} not in STRANGERS, f"{file}:{line}: {here} and {there} do not know each other"
+
+
+def test_no_modules_import_each_other():
+    """No circles, of any length; a package's `__init__` hands on names and does not count."""
+    modules = {file.relative_to(ROOT).with_suffix("").parts: file for file in FILES if file.name != "__init__.py"}
+    below = {
+        name: {t for _, target in _imports(file) for t in _modules(target, modules)} for name, file in modules.items()
+    }
+    while leaves := [name for name, targets in below.items() if not targets & below.keys() - {name}]:
+        for name in leaves:
+            del below[name]
+    assert not below, f"these import each other, or stand on some that do: {sorted('.'.join(n) for n in below)}"
+
+
+def _modules(target, modules):
+    """The module that an import names, or that a name is imported from."""
+    return [part for part in (target, target[:-1]) if part in modules][:1]
 
 
 @by_file
@@ -97,7 +107,7 @@ def test_a_method_is_known_to_nobody_below_it(file):
     here = file.relative_to(ROOT).parts
     if here[0] != "trainers" or here[1:] == ("__init__.py",):
         return  # the METHODS table
-    for line, target, _ in _imports(file):
+    for line, target in _imports(file):
         if target[0] == "trainers" and len(target) > 1:
             assert target[1] not in METHODS - {here[1]}, f"{file}:{line} imports {'.'.join(target)}"
 
@@ -130,5 +140,5 @@ def test_the_check_sees_every_way_to_import(tmp_path, monkeypatch):
         "from .reduction import token_mean\n"
     )
     monkeypatch.setattr(Path, "read_text", lambda self: source)
-    found = [_room(target) for _, target, _ in _imports(file)]
+    found = [_room(target) for _, target in _imports(file)]
     assert sorted(found) == ["cli", "losses", "models", "rollouts", "teachers", "trainers"]

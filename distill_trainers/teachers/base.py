@@ -71,13 +71,15 @@ class Teacher(ABC):
 
     # ---- How it comes to be -----------------------------------------------------------------------------------------
 
-    @classmethod  # noqa: B027
+    @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
         """Refuse what this kind cannot serve, from settings alone.
 
         Raises:
-            ConfigurationError: naming the settings that exclude each other.
+            ConfigurationError: naming what it lacks, or the settings that exclude each other.
         """
+        given = pair.teacher if isinstance(pair.teacher, cls) else cls
+        cls._refuse_missing(wants.needs, given.provides, wants.trainer)
 
     @classmethod  # noqa: B027
     def refuse_idle(cls, options: TeacherOptions) -> None:
@@ -103,13 +105,17 @@ class Teacher(ABC):
 
     def check(self, needs: frozenset[str], method: str) -> None:
         """Raises ConfigurationError if this teacher cannot serve `method`."""
-        missing = needs - self.provides
-        if "distribution" in self.provides:
+        self._refuse_missing(needs, self.provides, method)
+
+    @classmethod
+    def _refuse_missing(cls, needs: frozenset[str], provides: frozenset[str], method: str) -> None:
+        missing = needs - provides
+        if "distribution" in provides:
             missing -= {"token_logprobs"}
         if missing:
             raise ConfigurationError(
-                f"{method} needs {sorted(missing)} of its teacher, but {type(self).__name__} provides only "
-                f"{sorted(self.provides)}. Use a local teacher, or settings that need less."
+                f"{method} needs {sorted(missing)} of its teacher, but {cls.__name__} provides only "
+                f"{sorted(provides)}. Use a local teacher, or settings that need less."
             )
 
     @abstractmethod

@@ -112,16 +112,21 @@ class HeldOutMeasures(TrainerCallback):
         self.trainer, args = trainer, trainer.args
         self.settings = held_out_settings(args)
         self.metrics = [name for name in METRICS if name in (args.eval_measures or [])]
-        self.has_teacher = trainer.teacher.can_read_rollouts
+        teacher = trainer.teacher
+        self.teacher_writes = teacher.can_read_rollouts and teacher.can_generate
         if models.is_encoder_decoder(trainer.model):
             raise ConfigurationError(
                 "Got `eval_measures` for an encoder-decoder student; expected a causal LM. Leave them out: "
                 "`eval_accuracy` scores such students."
             )
-        if not self.has_teacher and set(self.metrics) & NEED_A_TEACHER:
+        lost = set() if teacher.can_read_rollouts else set(self.metrics) & NEED_A_TEACHER
+        if not self.teacher_writes:
+            lost |= set(self.metrics) & {"exposure_bias"}
+        if lost:
+            cannot = "write any" if teacher.can_read_rollouts else "read a student's"
             raise ConfigurationError(
-                f"Got `eval_measures: {self.metrics}`, but the teacher is a {type(trainer.teacher).__name__}, which "
-                f"cannot read a student's text. Leave out {' and '.join(sorted(set(self.metrics) & NEED_A_TEACHER))}."
+                f"Got `eval_measures: {self.metrics}`, but the teacher is a {type(teacher).__name__}, which cannot "
+                f"{cannot} text. Leave out {' and '.join(sorted(lost))}."
             )
         self._parse = answer_parser(self.settings.answer_formats or ())
         self.examples: ExampleSet | None = None
@@ -226,7 +231,7 @@ class HeldOutMeasures(TrainerCallback):
 
     def _take_teacher(self) -> None:
         """The teacher's own completions and scores, once."""
-        if not self.has_teacher:
+        if not self.teacher_writes:
             return
         teacher, trainer = self.trainer.teacher, self.trainer
         assert self.examples is not None
