@@ -191,8 +191,9 @@ class Publishing(Trainer):
                     (self.published_folder / name).parent.mkdir(exist_ok=True)
                     shutil.copy(folder / name, self.published_folder / name)
             self._write_card(self.published_folder, model_card(self, merged=True, plots=plots))
-        for conflict in inherited_terms(self).conflicts:
-            logger.warning("Licences: %s", conflict)
+        terms = inherited_terms(self)
+        for warning in filter(None, [*terms.conflicts, terms.difference()]):
+            logger.warning("Licences: %s", warning)
 
     def _write_card(self, folder: Path, text: str) -> None:
         with writing("the model card", folder, "The student beside it is saved."):
