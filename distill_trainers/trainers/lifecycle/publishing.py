@@ -59,8 +59,7 @@ def check(args: DistillConfig, student: Any, adapted: bool, quantized: bool = Fa
 
     if PartialState().is_main_process:
         name = args.hub_model_id or Path(args.output_dir).absolute().name
-        how = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
-        hub.check_access(name, **how)  # type: ignore[arg-type]
+        hub.check_access(name, token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision)
 
 
 def _what(base: str | None) -> str:
