@@ -33,10 +33,8 @@ def writing(what: str, folder: Path, remedy: str, *, keep_begun: bool = False) -
         for file, stamp in _stamps(folder).items():
             if not keep_begun and before.get(file) != stamp:
                 file.unlink(missing_ok=True)
-        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-        free = shutil.disk_usage(existing).free / 2**20
         raise CheckpointError(
-            f"Could not write {what} to {str(folder)!r}: {error}. {free:.0f} MiB are free there. {remedy}"
+            f"Could not write {what} to {str(folder)!r}: {error}. {_free_mib(folder)} MiB are free there. {remedy}"
         ) from error
 
 
@@ -44,25 +42,43 @@ def _stamps(folder: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in folder.glob("*") if file.is_file()}
 
 
+def write_file(path: Path, data: bytes | str, what: str, remedy: str) -> Path:
+    """Put `what` at `path`: wholly and durably, or not at all; its folder is made.
+
+    Raises:
+        CheckpointError: as `writing`.
+    """
+    with writing(what, path.parent, remedy, keep_begun=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+    return path
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path`: wholly and durably, or not at all.
+    """Put a part of a cache at `path`: wholly and durably, or not at all.
 
     Raises:
         CacheError: the disk is full, or the folder cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _replace(path, data)
     except OSError as error:
         raise CacheError(
             f"Could not write {len(data) / 2**20:.1f} MiB to {path}: {error}. {_free_mib(path.parent)} MiB are free "
             "there. What the cache held before is intact; make room and start again, which goes on from there."
         ) from error
+
+
+def _replace(path: Path, data: bytes | str) -> None:
+    """Write beside `path` and rename, which is one step for whoever reads or is killed meanwhile."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as out:
+            out.write(data.encode("utf-8", "replace") if isinstance(data, str) else data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -79,14 +95,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _free_mib(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free / 2**20:,.0f}"
-    except OSError:
-        return "an unknown number of"
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return f"{shutil.disk_usage(existing).free / 2**20:,.0f}"
 
 
 Record = dict[str, Any]
-
 
 _REMEDY = "What was written earlier is kept: free some space and start again."
 
@@ -100,21 +113,24 @@ class RecordStore:
     """A folder of JSON lines. Each process appends to a file of its own; killed at any moment, it keeps whole lines.
 
     Args:
-        what: the rows, in the message of a disk that is full.
+        what, remedy: of the rows, in the message of a disk that is full.
+        key: the field by which a row is found again.
     """
 
-    def __init__(self, folder: str | Path, rank: int = 0, *, what: str = "rationales"):
-        self.folder, self._what = Path(folder), what
+    def __init__(
+        self, folder: str | Path, rank: int = 0, *, what: str = "rationales", remedy: str = _REMEDY, key: str = "key"
+    ):
+        self.folder, self._what, self._remedy, self._key = Path(folder), what, remedy, key
         self._own = self.folder / f"part-{rank:05d}.jsonl"
 
     def load(self) -> dict[str, Record]:
-        """All rows of all processes, by their `key`."""
+        """All rows of all processes, by their key."""
         found: dict[str, Record] = {}
         for part in sorted(self.folder.glob("part-*.jsonl")):
             for line in part.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
-                    found[row["key"]] = row
+                    found[row[self._key]] = row
                 except (json.JSONDecodeError, KeyError, TypeError):
                     continue  # the line that a killed writer left half-written
         return found
@@ -125,7 +141,7 @@ class RecordStore:
         Raises:
             CheckpointError: there is no room for them.
         """
-        with writing(self._what, self.folder, _REMEDY, keep_begun=True):
+        with writing(self._what, self.folder, self._remedy, keep_begun=True):
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._own.open("a+b") as out:
                 if out.tell():
@@ -139,12 +155,8 @@ class RecordStore:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """A JSONL file, whole or not at all."""
-    with writing("rationales", path.parent, _REMEDY, keep_begun=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        begun = path.with_suffix(".tmp")
-        begun.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        begun.replace(path)
+    """Write a JSONL file, whole or not at all."""
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows), "rationales", _REMEDY)
 
 
 def read_rows(path: str | Path) -> list[Record]:

@@ -51,6 +51,7 @@ CASES = [
 ]
 every_method = pytest.mark.parametrize("method, settings", CASES)
 
+LOGS = ("loss", "grad_norm", "trained_tokens", "rollouts")
 IDS = torch.tensor([[4, 5, 12, 6, 13]])
 
 
@@ -94,35 +95,42 @@ def test_accumulation_changes_nothing(make_trainer, make_student, by_step, tmp_p
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             max_steps=4,
+            seed=1,  # its first four draws at λ = 0.5 are of both kinds
             completions_dir=str(tmp_path / "kept"),
             **settings,
         )
         trainer.train()
-        runs.append((by_step(trainer), by_step(trainer, "grad_norm"), trainer.model.state_dict()))
-    (losses, norms, weights), (other_losses, other_norms, other_weights) = runs
-    assert losses == pytest.approx(other_losses, rel=1e-5)
-    assert norms == pytest.approx(other_norms, rel=1e-5)
+        assert len(by_step(trainer)) == 4
+        runs.append(([by_step(trainer, name) for name in LOGS], trainer.model.state_dict()))
+    (logs, weights), (other_logs, other_weights) = runs
+    for log, other in zip(logs, other_logs, strict=True):
+        assert log == pytest.approx(other, rel=1e-5)
+    if settings.get("lmbda") == 0.5:
+        assert {0.0, 8.0} == set(logs[-1].values()), "steps of both kinds belong to this test"
     for name, value in weights.items():
         assert torch.allclose(value, other_weights[name], rtol=1e-7, atol=1e-9), name
 
 
 @every_method
 def test_a_killed_run_resumes_exactly(make_trainer, make_student, by_step, die_at, tmp_path, method, settings):
+    """Dropout is on, so that the random state has to come back too."""
     settings = {
         **settings,
         "method": method,
         "max_steps": 10,  # 6 steps an epoch
         "save_strategy": "steps",
         "save_steps": 4,
+        "disable_dropout": False,
         "completions_dir": str(tmp_path / "kept"),
     }
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    student = {"attention_dropout": 0.1}
+    whole = make_trainer(make_student(**student), output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
     with pytest.raises(die_at.error):
-        make_trainer(callbacks=[die_at(9)], **settings).train()
-    resumed = make_trainer(make_student(seed=99), **settings)
+        make_trainer(make_student(**student), callbacks=[die_at(9)], **settings).train()
+    resumed = make_trainer(make_student(seed=99, **student), **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert by_step(resumed) == by_step(whole)
+    assert all(by_step(resumed, name) == by_step(whole, name) for name in LOGS)
     weights = whole.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
 

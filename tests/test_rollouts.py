@@ -70,7 +70,7 @@ def test_store_survives_a_torn_line_and_finds_prompts_by_content(tmp_path):
     keys = [prompt_key([1, 2]), prompt_key([1, 2, 3]), prompt_key([12])]
     assert len(set(keys)) == 3
     store.append([(keys[0], [5, 6])])
-    with store._own.open("a") as out:
+    with (store.folder / "part-00000.jsonl").open("a") as out:
         out.write('{"prompt": "half')
     store.append([(keys[1], [7])])
     assert store.load() == {keys[0]: [5, 6], keys[1]: [7]}

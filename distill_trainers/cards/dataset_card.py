@@ -91,8 +91,17 @@ def push_rows(
         dataset_of(cleaned).to_parquet(str(data))
         Path(folder, "README.md").write_text(card, encoding="utf-8", errors="replace")
         only = ["README.md", data.relative_to(folder).as_posix()]
-        how: dict[str, Any] = {"token": token, "private": private, "revision": revision, "only": only}
-        return hub.upload(folder, repo_id, repo_type="dataset", message=f"{len(rows):,} rows", **how)
+        message = f"{len(rows):,} rows"
+        return hub.upload(
+            folder,
+            repo_id,
+            repo_type="dataset",
+            message=message,
+            token=token,
+            private=private,
+            revision=revision,
+            only=only,
+        )
 
 
 def _completed(writers: Writers, rows: Sequence[Mapping[str, Any]]) -> Writers:

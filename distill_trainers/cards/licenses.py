@@ -1,13 +1,12 @@
-"""Licences of what a student was made from: read from cards, put together, and warned about. No legal advice.
+"""Licences of what a student was made from: read from cards, listed, and warned about. No legal advice.
 
-What is not written in a card is unknown, and said to be.
+What is not written in a card is unknown, and said to be. What follows where licences differ is for a person to say.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,74 +14,33 @@ from typing import Any
 
 from ..models import looks_like_path
 
-logger = logging.getLogger(__name__)
-
 _CARD = "README.md"
 _SECONDS = 10  # for the Hub to answer
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a licence asks of a model that was made from what it covers.
-
-    Attributes:
-        passes_on: the student is under it as well (its terms name models trained on outputs, or all derivatives).
-        share_alike: derivatives are under this licence and no further restriction may be added.
-        non_commercial, no_derivatives: as they say.
-        restricts: it restricts use, so that share-alike licences cannot be met beside it.
-        only_improves: names of licences of the only models that may be improved with outputs; None: any.
-        name_prefix: how the student's name must begin.
-        says: what to know, in a few words.
-    """
-
-    passes_on: bool = False
-    share_alike: bool = False
-    non_commercial: bool = False
-    no_derivatives: bool = False
-    restricts: bool = False
-    only_improves: tuple[str, ...] | None = None
-    name_prefix: str = ""
-    says: str = ""
+_OWN_MODELS = "its outputs may be used to improve no other language models than its own family"
+_NAMED = "a model trained on it or on its outputs has a name that begins with Llama, and says what it was built with"
+_NAMES = {"llama3": "Llama 3", "llama3.*": "Llama", "llama4": "Llama"}  # how the student's name must begin
+# What to know of a licence, by the Hub's ids of licences, the first pattern that fits.
+LICENSES: dict[str, str] = {
+    **dict.fromkeys(("apache-2.0", "mit", "bsd*", "isc", "unlicense", "cc0-1.0", "pddl", "cdla-permissive-*"), ""),
+    "cc-by-nc-nd-*": "no commercial use, and no derivatives, which a model trained on it may be",
+    "cc-by-nc-sa-*": "no commercial use, and derivatives are under this licence alone",
+    "cc-by-nc-*": "no commercial use",
+    "cc-by-nd-*": "no derivatives, which a model trained on it may be",
+    **dict.fromkeys(("cc-by-sa-*", "odbl", "lgpl*", "agpl*", "gpl*"), "derivatives are under this licence alone"),
+    **dict.fromkeys(("cc-by-*", "odc-by"), "credit its authors"),
+    "llama2": _OWN_MODELS,
+    "llama3": _OWN_MODELS,
+    **dict.fromkeys(("llama3.*", "llama4"), _NAMED),
+    "gemma": "models trained on its outputs are under its terms too",
+    "*openrail*": "its restrictions of use are passed on to derivatives",
+}
 
 
-_PERMISSIVE = Terms()
-_OWN_MODELS_ONLY = "its outputs may be used to improve no other language models than its own family"
-_LLAMA_NAME = "a model trained on it or on its outputs has a name that begins with {}, and says what it was built with"
-# By the Hub's ids of licences, the first pattern that fits.
-LICENSES: dict[str, Terms] = {
-    "apache-2.0": _PERMISSIVE,
-    "mit": _PERMISSIVE,
-    "bsd*": _PERMISSIVE,
-    "isc": _PERMISSIVE,
-    "unlicense": _PERMISSIVE,
-    "cc0-1.0": _PERMISSIVE,
-    "pddl": _PERMISSIVE,
-    "cdla-permissive-*": _PERMISSIVE,
-    "cc-by-nc-nd-*": Terms(True, non_commercial=True, no_derivatives=True, restricts=True),
-    "cc-by-nc-sa-*": Terms(True, share_alike=True, non_commercial=True, restricts=True),
-    "cc-by-nc-*": Terms(True, non_commercial=True, restricts=True),
-    "cc-by-nd-*": Terms(True, no_derivatives=True),
-    "cc-by-sa-*": Terms(True, share_alike=True),
-    "cc-by-*": Terms(says="credit its authors"),
-    "odc-by": Terms(says="credit its authors"),
-    "odbl": Terms(True, share_alike=True),
-    "lgpl*": Terms(True, share_alike=True),
-    "agpl*": Terms(True, share_alike=True),
-    "gpl*": Terms(True, share_alike=True),
-    "llama2": Terms(True, restricts=True, only_improves=("llama2",), says=_OWN_MODELS_ONLY),
-    "llama3": Terms(
-        True, restricts=True, only_improves=("llama3",), name_prefix="Llama 3", says=_OWN_MODELS_ONLY
-    ),
-    "llama3.*": Terms(True, restricts=True, name_prefix="Llama", says=_LLAMA_NAME.format("Llama")),
-    "llama4": Terms(True, restricts=True, name_prefix="Llama", says=_LLAMA_NAME.format("Llama")),
-    "gemma": Terms(True, restricts=True, says="models trained on its outputs are under its terms too"),
-    "*openrail*": Terms(True, restricts=True, says="its restrictions of use are passed on to derivatives"),
-}  # fmt: skip
-
-
-def terms_of(license_id: str) -> Terms | None:
-    """What is known of a licence; None if it is not in the table."""
-    return next((terms for pattern, terms in LICENSES.items() if fnmatch.fnmatchcase(license_id, pattern)), None)
+def known_of(license_id: str, table: dict[str, str] = LICENSES) -> str | None:
+    """What to know of a licence; None if it is not in the table."""
+    return next((said for pattern, said in table.items() if fnmatch.fnmatchcase(license_id, pattern)), None)
 
 
 @dataclass(frozen=True)
@@ -104,11 +62,11 @@ class Licensed:
 
 @dataclass
 class Inherited:
-    """What follows for the student.
+    """What is known for the student.
 
     Attributes:
-        license: of the student; None where it is unknown or there is none that fits.
-        conflicts: why no licence meets all of the terms.
+        license: of the student, where all licences are the same one or the user says so.
+        conflicts: what a licence asks that the student does not meet.
         unknown: what has to be found out.
         notes: what to observe.
     """
@@ -123,71 +81,48 @@ class Inherited:
         """For the header of a card: nothing where no licence can be named."""
         if self.license is None:
             return {}
-        if terms_of(self.license) and " and " not in self.license:
+        if known_of(self.license) is not None:
             return {"license": self.license}
         return {"license": "other", "license_name": self.license.replace(" ", "-"), "license_link": "README.md"}
 
+    def difference(self) -> str:
+        """Which licences differ; empty where they do not."""
+        names = sorted({source.license for source in self.sources if source.license})
+        told = "read what each asks of what is made from it, and set `card_license`"
+        return f"The licences differ ({', '.join(names)}): {told}." if len(names) > 1 else ""
+
 
 def inherit(sources: Sequence[Licensed], model_name: str | None = None, chosen: str | None = None) -> Inherited:
-    """Put licences together.
+    """List licences, what to know of them, and whether they are all the same one.
 
     Args:
         model_name: of the student's repository, for licences that ask for a name.
-        chosen: the user's own word on the student's licence; conflicts are told all the same.
+        chosen: the user's own word on the student's licence; what has to be found out is told all the same.
     """
-    found = Inherited(list(sources))
-    known: list[tuple[Licensed, Terms]] = []
-    for each in sources:
-        terms = terms_of(each.license) if each.license else None
-        if each.license is None:
-            found.unknown.append(f"The licence of the {each.role} {each.name!r} is unknown: {each.why}.")
-        elif terms is None:
-            found.unknown.append(
-                f"What the licence {each.license!r} of the {each.role} {each.name!r} asks is not known here; read it."
+    terms = Inherited(list(sources))
+    name = (model_name or "").rpartition("/")[2]
+    for source in sources:
+        said = known_of(source.license or "")
+        if source.license is None:
+            terms.unknown.append(f"The licence of the {source.role} {source.name!r} is unknown: {source.why}.")
+            continue
+        if said is None:
+            terms.unknown.append(
+                f"What the licence {source.license!r} of the {source.role} {source.name!r} asks is not known here; "
+                "read it."
             )
-        else:
-            known.append((each, terms))
-    for each, terms in known:
-        if terms.says:
-            found.notes.append(f"{each.license} ({each.role} {each.name!r}): {terms.says}.")
-        if terms.non_commercial:
-            found.notes.append(f"{each.license} ({each.role} {each.name!r}): no commercial use.")
-        prefix, name = terms.name_prefix, (model_name or "").rpartition("/")[2]
+            continue
+        where = f"{source.license} ({source.role} {source.name!r})"
+        if said:  # of no derivatives, no licence of the student could be named
+            (terms.conflicts if "-nd-" in source.license else terms.notes).append(f"{where}: {said}.")
+        prefix = known_of(source.license, _NAMES)
         if prefix and name and not name.lower().replace("-", " ").startswith(prefix.lower()):
-            found.conflicts.append(
-                f"{each.license} ({each.role} {each.name!r}) asks for a name that begins with {prefix!r}; the model is "
-                f"called {name!r}."
-            )
-    found.conflicts += _conflicts(known)
-    found.license = chosen or (None if found.conflicts or found.unknown else _of_student(known))
-    return found
-
-
-def _conflicts(known: Sequence[tuple[Licensed, Terms]]) -> list[str]:
-    found = []
-    for place, (each, terms) in enumerate(known):
-        where = f"{each.license} ({each.role} {each.name!r})"
-        if terms.no_derivatives:
-            found.append(f"{where} allows no derivatives, and a model trained on it may be one.")
-        for other_place, (other, its) in enumerate(known):
-            there = f"{other.license} ({other.role} {other.name!r})"
-            if other.license == each.license:
-                continue
-            if terms.share_alike and (its.restricts or (its.share_alike and place < other_place)):
-                found.append(f"{where} lets derivatives have no terms but its own, and {there} asks for others.")
-            only = terms.only_improves
-            if only is not None and each.role == "teacher" and other.role == "student" and other.license not in only:
-                found.append(f"{where}: {terms.says}; the student's weights are under {there}.")
-    return found
-
-
-def _of_student(known: Sequence[tuple[Licensed, Terms]]) -> str | None:
-    """What is passed on; else the licence of the weights."""
-    passed = sorted({str(each.license) for each, terms in known if terms.passes_on})
-    if passed:
-        return " and ".join(passed)
-    by_role = {each.role: each.license for each, _ in reversed(known)}
-    return by_role.get("student") or by_role.get("data") or by_role.get("teacher")
+            terms.conflicts.append(f"{where} asks for a name that begins with {prefix!r}; this one is called {name!r}.")
+    if terms.difference():
+        terms.unknown.append(terms.difference())
+    agreed = sources[0].license if sources and not terms.unknown and not terms.conflicts else None
+    terms.license = chosen or agreed
+    return terms
 
 
 # ---- Reading cards --------------------------------------------------------------------------------------------------

@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..exceptions import ConfigurationError, refuse_unknown_keys
-from ..recipe.parse import make_parser, read_yaml
-from ..recipe.value_types import check_value_types
+from ..exceptions import ConfigurationError
+from ..recipe.parse import parse_settings
 from ..storage import writing
 from . import report_errors
 
@@ -115,21 +114,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluateArguments, EvaluationS
     """
     from ..evaluation.settings import EvaluationSettings
 
-    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    given = read_yaml(argv)
     classes = (EvaluateArguments, EvaluationSettings)
-    known = {f.name for cls in classes for f in fields(cls)} | {"env"}
-    refuse_unknown_keys(given, known, "the file of settings")
-    named = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
-    refuse_unknown_keys([o for o in named if not o.startswith("no_")], known | {"config", "help"}, "the command line")
-    for cls in classes:
-        check_value_types(given, cls, text_is_parsed=True)
-    try:
-        args, settings = make_parser(classes, "evaluate").parse_args_and_config(argv)
-    except ConfigurationError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"The settings could not be read: {error}") from error
+    args, settings = parse_settings(argv, lambda *_: classes, what="the file of settings", command="evaluate")
     settings.check()
     return args, settings
 

@@ -106,10 +106,8 @@ def parse_arguments(argv: Sequence[str]) -> PipelineArguments:
     Raises:
         ConfigurationError: unknown keys, values of the wrong type, or settings that cannot work.
     """
-    what = {"what": "the file of settings", "command": "rationales"}
-    (args,) = parse_settings(argv, lambda *_: (PipelineArguments,), **what)
+    (args,) = parse_settings(argv, lambda *_: (PipelineArguments,), what="the file of settings", command="rationales")
     args.check()
     if args.push_to_hub and not args.inspect:
-        how: dict[str, Any] = {"token": args.hub_token, "private": args.hub_private_repo}
-        hub.check_access(args.push_to_hub, repo_type="dataset", **how)
+        hub.check_access(args.push_to_hub, repo_type="dataset", token=args.hub_token, private=args.hub_private_repo)
     return args

@@ -60,8 +60,9 @@ def _extract(args: PipelineArguments) -> int:
     questions = _questions(args)
     model, rank = _teacher(args)
     store = RecordStore(args.path("responses"), rank)
-    how = {"samples": args.samples, "exemplars": _exemplars(args), "progress": _progress(rank)}
-    rows, asked = extract(questions, model, store, **how)
+    rows, asked = extract(
+        questions, model, store, samples=args.samples, exemplars=_exemplars(args), progress=_progress(rank)
+    )
     if rank == 0:
         _export(args, "responses", rows)
     return _report(args, "extract", {"cot": asked}, model, rank)
@@ -85,8 +86,7 @@ def _verify(args: PipelineArguments) -> int:
 
     rows = read_rows(args.input or args.path("parsed.jsonl"))
     store = RecordStore(args.path("verdicts"))
-    how = {"kind": args.answer_kind, "majority_share": args.majority_share, "progress": _progress(0)}
-    found = verify(rows, store=store, **how)
+    found = verify(rows, store=store, kind=args.answer_kind, majority_share=args.majority_share, progress=_progress(0))
     _export(args, "verified", found.right)
     write_rows(args.path("wrong.jsonl"), found.wrong)
     _write_report(args, "verify", {"rows": len(rows), **found.counts})
@@ -102,9 +102,17 @@ def _dual(args: PipelineArguments) -> int:
         return _inspect(args)
     right, wrong = read_rows(args.path("verified.jsonl")), read_rows(args.path("wrong.jsonl"))
     model, rank = _teacher(args) if args.ask_for_pairs else (None, 0)
-    how: dict[str, Any] = {"exemplars": _exemplars(args), "formats": args.answer_formats or ()}
-    how |= {"kind": args.answer_kind, "next_question": args.next_question, "progress": _progress(rank)}
-    found = dual(right, wrong, model, RecordStore(args.path("dual"), rank), **how)
+    found = dual(
+        right,
+        wrong,
+        model,
+        RecordStore(args.path("dual"), rank),
+        exemplars=_exemplars(args),
+        formats=args.answer_formats or (),
+        kind=args.answer_kind,
+        next_question=args.next_question,
+        progress=_progress(rank),
+    )
     if rank == 0:
         _export(args, "dual", found.pairs)
         write_rows(args.path("sft.jsonl"), found.right)
@@ -186,10 +194,10 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
     if args.base_url:
         from ..rationales.endpoint_model import RemoteSettings, RemoteTextModel
 
-        shared = {f.name for f in fields(RemoteSettings)} & {f.name for f in fields(args)}
-        how = {name: getattr(args, name) for name in shared} | {"max_tokens": args.max_new_tokens}
-        how["base_url"] = None if args.base_url == "openai" else args.base_url
-        return RemoteTextModel(RemoteSettings(args.teacher, **how)), 0
+        shared = {f.name for f in fields(RemoteSettings)} & {f.name for f in fields(args)} - {"base_url"}
+        settings = {name: getattr(args, name) for name in shared}
+        base_url = None if args.base_url == "openai" else args.base_url
+        return RemoteTextModel(RemoteSettings(args.teacher, base_url, max_tokens=args.max_new_tokens, **settings)), 0
     from accelerate import Accelerator
 
     from .. import models
@@ -204,10 +212,10 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
             "For one too large for a device: `teacher_init_kwargs: {device_map: auto}`, or an endpoint (`base_url`)."
         )
     accelerator = Accelerator(cpu=args.use_cpu)
-    how = {"trust_remote_code": args.trust_remote_code}
-    tokenizer = models.load_tokenizer(args.teacher, **how)
-    how |= args.teacher_init_kwargs or {}  # type: ignore[arg-type]  # parsed by now
-    model = models.load_causal_lm(args.teacher, role="teacher", **how)
+    tokenizer = models.load_tokenizer(args.teacher, trust_remote_code=args.trust_remote_code)
+    given: Any = args.teacher_init_kwargs or {}  # parsed by now
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **given}
+    model = models.load_causal_lm(args.teacher, role="teacher", **init_kwargs)
     sampling = SamplingSettings(
         args.max_new_tokens,
         args.temperature,
@@ -249,8 +257,9 @@ def _export(args: PipelineArguments, name: str, rows: list[dict[str, Any]]) -> N
         from ..cards.dataset_card import Writers, push_rows
 
         teacher = None if args.base_url else args.teacher  # a served model has no card of that name
-        how: dict[str, Any] = {"private": args.hub_private_repo, "token": args.hub_token}
-        print(f"Uploaded to {push_rows(rows, args.push_to_hub, Writers(teacher, args.questions), **how)}.")
+        writers = Writers(teacher, args.questions)
+        place = push_rows(rows, args.push_to_hub, writers, private=args.hub_private_repo, token=args.hub_token)
+        print(f"Uploaded to {place}.")
 
 
 def _report(args: PipelineArguments, stage: str, asked: dict[str, Asked], model: Any, rank: int) -> int:

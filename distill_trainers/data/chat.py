@@ -49,7 +49,7 @@ class Chat:
         """Token ids of rendered text, to which no special token is added: the template wrote them."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _render(self, messages: Sequence[Message], **how: Any) -> str:
+    def _render(self, messages: Sequence[Message], **turn: Any) -> str:
         from jinja2 import TemplateError
 
         if self.tokenizer.chat_template is None and self.template is None:
@@ -60,7 +60,7 @@ class Chat:
             )
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, chat_template=self.template, **how, **self.settings
+                list(messages), tokenize=False, chat_template=self.template, **turn, **self.settings
             )
             return str(text)
         except TemplateError as error:

@@ -146,17 +146,17 @@ def _from_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDa
     return saved.to_iterable_dataset() if streaming else saved
 
 
-def _load(shown: str, source: str, **how: Any) -> Dataset | IterableDataset:
+def _load(shown: str, source: str, split: str, **files: Any) -> Dataset | IterableDataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(source, **how)
+        return load_dataset(source, split=split, **files)
     except (DatasetsError, OSError, ValueError, KeyError) as error:
         cause = error.__cause__ or error
         accepted = ", ".join(READERS)
         raise DatasetError(
-            f"Could not load {shown!r} (split {how.get('split')!r}): {type(cause).__name__}: {cause}. Expected rows "
+            f"Could not load {shown!r} (split {split!r}): {type(cause).__name__}: {cause}. Expected rows "
             f"that share their columns, in a file ending in {accepted}, a folder of such files, or a Hub dataset that "
             "this machine can reach; name and split must be its own."
         ) from error

@@ -102,13 +102,13 @@ def prepare_pairs(
         foreign=foreign,
         name=name,
     )
-    how: dict[str, Any] = {"with_indices": True, "remove_columns": list(row), "features": _features()}
+    map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=_features())
     if isinstance(dataset, Dataset):
         # Not from the cache of `datasets`, which does not see changes of the code that tokenises.
-        prepared = dataset.map(work, num_proc=num_proc, desc=f"Tokenizing {name}", load_from_cache_file=False, **how)
+        prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}", load_from_cache_file=False)
         prepared = _without_bad(prepared, drop_bad=drop_bad, max_length=max_length, name=name)
     else:
-        prepared = dataset.map(work, **how).filter(partial(_is_good, drop_bad=drop_bad, name=name))
+        prepared = map_rows().filter(partial(_is_good, drop_bad=drop_bad, name=name))
     return prepared.remove_columns(["bad", "cut"])
 
 

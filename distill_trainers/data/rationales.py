@@ -205,12 +205,11 @@ def prepare_rationales(
             f"Dataset {name!r} has the columns {sorted(row)}; expected question, answer and rationale (and, if you "
             "like, choices, wrong_rationale, wrong_answer, task). Rename columns with column_mapping."
         )
-    settings: dict[str, Any] = {"needs": needs, "with_others": with_others, "name": name, "code": code_fingerprint()}
-    run = partial(_prepare_example, work=work, **settings)
-    how: dict[str, Any] = {"with_indices": True, "remove_columns": list(row), "features": _features()}
+    run = partial(_prepare_example, work=work, needs=needs, with_others=with_others, name=name, code=code_fingerprint())
+    map_rows: Any = partial(dataset.map, run, with_indices=True, remove_columns=list(row), features=_features())
     if not isinstance(dataset, Dataset):
-        return dataset.map(run, **how).filter(_is_kept).remove_columns("dropped")
-    prepared = dataset.map(run, num_proc=num_proc, desc=f"Tokenizing {name}", **how)
+        return map_rows().filter(_is_kept).remove_columns("dropped")
+    prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
     reasons = Counter(reason for reason in prepared["dropped"] if reason)
     told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     if reasons.total() == len(prepared):

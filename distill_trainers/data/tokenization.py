@@ -86,12 +86,12 @@ def prepare_dataset(
         name=name,
         code=code_fingerprint(),
     )
-    how: dict[str, Any] = {"with_indices": True, "remove_columns": list(row), "features": _features()}
+    map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=_features())
     if isinstance(dataset, Dataset):
-        prepared = dataset.map(work, num_proc=num_proc, desc=f"Tokenizing {name}", **how)
+        prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
         prepared = _drop(prepared, max_length, name)
     else:
-        prepared = dataset.map(work, **how).filter(_is_kept)
+        prepared = map_rows().filter(_is_kept)
     return prepared.remove_columns(["dropped", "prompt_cut", "completion_cut"])
 
 
@@ -106,10 +106,10 @@ def _prepare_row(
     strict: bool,
     name: str,
     code: str,
-    **how: Any,
+    **settings: Any,  # of `tokenize_row`
 ) -> dict[str, Any]:
     try:
-        whole = tokenize_row(row, tokenizer, **how)
+        whole = tokenize_row(row, tokenizer, **settings)
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
     cut = truncate(whole, max_length, reserve, bos_token_id=tokenizer.bos_token_id)

@@ -97,8 +97,8 @@ def _row_ids(row: dict[str, Any], tokenizer: Any, case: Case) -> list[int] | Non
     """A row without the EOS that ends it: where those differ, that is a finding of its own."""
     try:
         kind = detect_dataset_type(row)
-        how: Any = case.args.chat_template_kwargs
-        ids = list(tokenize_row(row, tokenizer, dataset_type=kind, chat_template_kwargs=how)["input_ids"])
+        settings: Any = case.args.chat_template_kwargs
+        ids = list(tokenize_row(row, tokenizer, dataset_type=kind, chat_template_kwargs=settings)["input_ids"])
     except (DatasetError, KeyError):
         return None  # the recipe's own check tells
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..exceptions import DatasetError
-from ..storage import writing
+from ..storage import write_file
 
 FORMAT = "distill_trainers.evaluation"
 VERSION = 1
@@ -256,12 +256,8 @@ class EvaluationResults:
         Raises:
             CheckpointError: it cannot be written.
         """
-        folder = Path(folder)
-        with writing("the results", folder, "Free some space and start again: what was measured is kept."):
-            folder.mkdir(parents=True, exist_ok=True)
-            begun = folder / f".{FILE_NAME}.tmp"
-            begun.write_text(self.to_json(), encoding="utf-8", errors="replace")
-            return begun.replace(folder / FILE_NAME)
+        remedy = "Free some space and start again: what was measured is kept."
+        return write_file(Path(folder) / FILE_NAME, self.to_json(), "the results", remedy)
 
     @classmethod
     def from_json(cls, text: str, name: str = "the text") -> EvaluationResults:

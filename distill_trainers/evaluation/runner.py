@@ -152,8 +152,8 @@ def make_subjects(
         *((str(name), "student", source, kwargs) for name, source in students.items()),
     ]
     found = [
-        Subject(name, role, source, init_kwargs=how, device=device, known=known)
-        for name, role, source, how in given
+        Subject(name, role, source, init_kwargs=init_kwargs, device=device, known=known)
+        for name, role, source, init_kwargs in given
         if source is not None
     ]
     if not found:

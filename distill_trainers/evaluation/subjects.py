@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import models
 from ..exceptions import ConfigurationError, VocabularyError
-from ..storage import writing
+from ..storage import write_file
 from ..teachers import DeferredTeacher, LocalTeacher, shared_vocabulary
 from ..teachers.cache.identity import answering_settings, describe_source
 from ..teachers.local import weights_fingerprint
@@ -48,11 +48,8 @@ class KnownModels:
         if stamp is None or self.file is None:
             return
         self._known[stamp] = asdict(facts)
-        with writing("what models are known", self.file.parent, "Free some space and start again."):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            begun = self.file.with_suffix(".tmp")
-            begun.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
-            begun.replace(self.file)
+        text = json.dumps(self._known, indent=1)
+        write_file(self.file, text, "what models are known", "Free some space and start again.")
 
 
 class Subject:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..answers.edit_distance import edits
+from ..answers.edit_distance import edit_distance
 from ..storage import Record
 from .prompts import chain_text
 
@@ -48,14 +48,14 @@ def pair(right: Mapping[str, Any], wrong: Mapping[str, Any], source: str) -> Rec
         "wrong_answer": wrong.get("parsed_answer") or "",
         "source": source,
     }
-    row["word_edits"] = edits(*(_ids(row["rationale"], row["wrong_rationale"]))).distance
+    row["word_edits"] = edit_distance(*_ids(row["rationale"], row["wrong_rationale"]))
     row["provenance"] = {"right": right.get("provenance"), "wrong": wrong.get("provenance")}
     return row
 
 
 def closest(rights: Sequence[Record], wrong: Record) -> Record:
     """The right chain that takes the fewest word edits: the fewer differ, the more each of them is a key step."""
-    return min(rights, key=lambda row: edits(*_ids(row["rationale"], wrong["rationale"])).distance)
+    return min(rights, key=lambda row: edit_distance(*_ids(row["rationale"], wrong["rationale"])))
 
 
 def as_exemplar(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,10 +144,11 @@ class RemoteTextModel:
         import openai
 
         s = self.settings
-        how: Any = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_tokens}
-        how["messages"] = request.messages
+        messages: Any = request.messages
         try:
-            found = self._client.chat.completions.create(model=s.model, **how)
+            found = self._client.chat.completions.create(
+                model=s.model, messages=messages, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_tokens
+            )
             return self._read(request.key, found), 0.0
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise ConfigurationError(

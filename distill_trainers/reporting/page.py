@@ -9,7 +9,7 @@ import importlib.resources
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..storage import writing
+from ..storage import write_file
 from .curves import curves
 from .distributions import distributions
 from .markup import Html, el
@@ -72,12 +72,7 @@ def write_report(runs: Sequence[Run], file: Path) -> Path:
     Raises:
         CheckpointError: it cannot be written.
     """
-    page = report_page(runs)
-    with writing("the report", file.parent, "Free some space, or set another `--output`."):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        begun = file.with_name(f".{file.name}.tmp")
-        begun.write_text(page, encoding="utf-8")
-        return begun.replace(file)
+    return write_file(file, report_page(runs), "the report", "Free some space, or set another `--output`.")
 
 
 def _asset(name: str) -> str:

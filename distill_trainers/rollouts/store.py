@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..storage import writing
+from ..storage import RecordStore, write_file
 
+_WHAT = "the teacher's completions"
 _REMEDY = "Completions written earlier are kept: free some space, or set `completions_dir`, and start again."
 
 
@@ -34,23 +33,14 @@ class CompletionStore:
     def __init__(self, root: str | Path, identity: Mapping[str, Any], rank: int = 0):
         described = json.dumps(identity, sort_keys=True, default=str)
         self.folder = Path(root) / hashlib.sha256(described.encode()).hexdigest()[:16]
-        self._own = self.folder / f"part-{rank:05d}.jsonl"
-        with self._writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if rank == 0:
-                (self.folder / "identity.json").write_text(json.dumps(identity, indent=2, sort_keys=True, default=str))
+        self._records = RecordStore(self.folder, rank, what=_WHAT, remedy=_REMEDY, key="prompt")
+        if rank == 0:
+            text = json.dumps(identity, indent=2, sort_keys=True, default=str)
+            write_file(self.folder / "identity.json", text, _WHAT, _REMEDY)
 
     def load(self) -> dict[str, list[int]]:
         """All completions of all processes, by prompt key."""
-        found: dict[str, list[int]] = {}
-        for part in sorted(self.folder.glob("part-*.jsonl")):
-            for line in part.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                    found[record["prompt"]] = record["completion"]
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # the line a killed writer left half-written
-        return found
+        return {key: row["completion"] for key, row in self._records.load().items() if "completion" in row}
 
     def append(self, completions: Iterable[tuple[str, list[int]]]) -> None:
         """Add (prompt key, completion) pairs and flush them to disk.
@@ -58,17 +48,4 @@ class CompletionStore:
         Raises:
             CheckpointError: there is no room for them.
         """
-        with self._writing():
-            self._append(completions)
-
-    def _writing(self) -> AbstractContextManager[None]:
-        return writing("the teacher's completions", self.folder, _REMEDY, keep_begun=True)
-
-    def _append(self, completions: Iterable[tuple[str, list[int]]]) -> None:
-        with self._own.open("a+b") as out:
-            if out.tell():
-                out.seek(-1, os.SEEK_END)
-                if out.read(1) != b"\n":  # the line that a killed writer left half-written
-                    out.write(b"\n")
-            for key, completion in completions:
-                out.write((json.dumps({"prompt": key, "completion": completion}) + "\n").encode())
+        self._records.append({"prompt": key, "completion": completion} for key, completion in completions)

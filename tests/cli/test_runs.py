@@ -82,12 +82,13 @@ def test_a_student_made_on_a_full_disk_is_explained(recipe, tmp_path, full_disk,
 def test_completions_on_a_full_disk_are_explained_and_none_is_lost(tmp_path):
     store = CompletionStore(tmp_path, {"teacher": "t"})
     store.append([("a", [1, 2])])
-    kept = store._own.read_text()
-    store._own.rename(store.folder / "part-00001.jsonl")
-    store._own.symlink_to("/dev/full")
+    part, other = (store.folder / f"part-0000{rank}.jsonl" for rank in (0, 1))
+    kept = part.read_text()
+    part.rename(other)
+    part.symlink_to("/dev/full")
     with pytest.raises(CheckpointError, match="completions .*No space left.* free some space"):
         store.append([("b", [3])])
-    assert (store.folder / "part-00001.jsonl").read_text() == kept and store._own.is_symlink()
+    assert other.read_text() == kept and part.is_symlink()
 
 
 # ---- The terminal ---------------------------------------------------------------------------------------------------

@@ -41,12 +41,12 @@ def test_rows_come_back_as_they_were(hub, row):
 
 
 def test_a_card_says_where_rows_come_from(hub):
-    hub.add("org/prompts", "---\nlicense: cc-by-sa-4.0\n---\n", kind="datasets")
+    hub.add("org/prompts", "---\nlicense: apache-2.0\n---\n", kind="datasets")
     hub.add("org/big", "---\nlicense: apache-2.0\n---\n")
     rows = [{**PAIR, "provenance": {"teacher": "org/big", "student": "org/big"}}]
     push_rows(rows, "me/pairs", Writers(data="org/prompts"), private=True)
     card = DatasetCard.load("me/pairs")
-    assert card.data.license == "cc-by-sa-4.0" and "`org/big`" in card.text and "`method: dpkd`" in card.text
+    assert card.data.license == "apache-2.0" and "`org/big`" in card.text and "`method: dpkd`" in card.text
     assert hub.repos[("datasets", "me/pairs")].private
 
 

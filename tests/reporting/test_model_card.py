@@ -63,7 +63,7 @@ def test_a_card_is_whole_and_valid(make_trainer):
     assert re.search(r"pip install .*torch==", card.text) and "distill-trainers train --config" in card.text
 
 
-def test_licences_that_conflict_are_told(make_trainer, tmp_path, caplog):
+def test_licences_that_differ_are_told(make_trainer, tmp_path, caplog):
     for name, license_id in (("big", "llama2"), ("small", "apache-2.0"), ("rows", "mit")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "README.md").write_text(f"---\nlicense: {license_id}\n---\n")
@@ -72,9 +72,11 @@ def test_licences_that_conflict_are_told(make_trainer, tmp_path, caplog):
     trainer.model.config._name_or_path = str(tmp_path / "small")
     trainer.create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "**These licences conflict**" in card and "license" not in _metadata(card)
-    assert "Licences: llama2" in caplog.text and str(tmp_path) not in card
-    (tmp_path / "big" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    told = "The licences differ (apache-2.0, llama2, mit)"
+    assert told in card and "improve no other language models" in card and "license" not in _metadata(card)
+    assert f"Licences: {told}" in caplog.text and str(tmp_path) not in card
+    for name in ("big", "small", "rows"):
+        (tmp_path / name / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     assert _metadata(model_card(trainer))["license"] == "cc-by-nc-4.0"
 
 

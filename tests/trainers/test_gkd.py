@@ -72,33 +72,7 @@ def test_lm_loss_is_added_at_temperature_1(make_trainer, batch_of, dense, by_ste
     assert by_step(trainer, "lm_loss")[1] == pytest.approx(nll, rel=1e-5)
 
 
-# ---- Accumulation and λ ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
-def test_accumulation_changes_nothing(make_trainer, make_student, make_teacher, by_step, lmbda):
-    """In float64, where AdamW does not blow rounding up; logs are float32."""
-    runs = []
-    for batch_size, accumulation in ((8, 1), (2, 4)):
-        trainer = make_trainer(
-            make_student().double(),
-            make_teacher().double(),
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=6,
-            lmbda=lmbda,
-        )
-        trainer.train()
-        names = ("loss", "grad_norm", "trained_tokens", "rollouts")
-        runs.append(([by_step(trainer, name) for name in names], trainer.model.state_dict()))
-    (one, weights), (four, other_weights) = runs
-    for a, b in zip(one, four, strict=True):
-        assert len(a) == (0 if lmbda == 0 and a is one[3] else 6)
-        assert a == pytest.approx(b, rel=1e-5)
-    if lmbda == 0.5:
-        assert set(one[3].values()) == {0.0, 8.0}, "steps of both kinds belong to this test"
-    for name, value in weights.items():
-        assert torch.allclose(value, other_weights[name], rtol=1e-7, atol=1e-9), name
+# ---- λ --------------------------------------------------------------------------------------------------------------
 
 
 def test_lambda_is_a_probability_drawn_from_seed_and_step():

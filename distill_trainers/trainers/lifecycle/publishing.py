@@ -59,8 +59,7 @@ def check(args: DistillConfig, student: Any, adapted: bool, quantized: bool = Fa
 
     if PartialState().is_main_process:
         name = args.hub_model_id or Path(args.output_dir).absolute().name
-        how = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
-        hub.check_access(name, **how)  # type: ignore[arg-type]
+        hub.check_access(name, token=args.hub_token, private=args.hub_private_repo, revision=args.hub_revision)
 
 
 def _what(base: str | None) -> str:
@@ -191,8 +190,9 @@ class Publishing(Trainer):
                     (self.published_folder / name).parent.mkdir(exist_ok=True)
                     shutil.copy(folder / name, self.published_folder / name)
             self._write_card(self.published_folder, model_card(self, merged=True, plots=plots))
-        for conflict in inherited_terms(self).conflicts:
-            logger.warning("Licences: %s", conflict)
+        terms = inherited_terms(self)
+        for warning in filter(None, [*terms.conflicts, terms.difference()]):
+            logger.warning("Licences: %s", warning)
 
     def _write_card(self, folder: Path, text: str) -> None:
         with writing("the model card", folder, "The student beside it is saved."):

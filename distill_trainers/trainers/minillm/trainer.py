@@ -184,11 +184,13 @@ class MiniLLMTrainer(DistillTrainer):
         if not args.scores_rollouts:
             return {**batch, "token_single": own}
         student, sampler, teacher = batch.pop(LOGPS).unbind(-1)
-        shape: dict[str, Any] = {"scale": args.reward_scale, "clip": args.reward_clip}
-        rewards = policy_gradient.sequence_rewards(student, teacher, mask, **shape)
+        rewards = policy_gradient.sequence_rewards(
+            student, teacher, mask, scale=args.reward_scale, clip=args.reward_clip
+        )
         before, through = policy_gradient.importance_weights(student, sampler, mask, args.importance)
-        how: dict[str, Any] = {"gamma": args.gamma, "normalise": args.length_normalization}
-        long = policy_gradient.sequence_advantages(rewards, through, mask, args.importance, **how)
+        long = policy_gradient.sequence_advantages(
+            rewards, through, mask, args.importance, gamma=args.gamma, normalise=args.length_normalization
+        )
         single = before if args.estimator == "exact" else through * rewards
         return {**batch, "token_logps": student, "token_long": long, "token_single": single}
 
