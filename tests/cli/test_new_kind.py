@@ -1,9 +1,9 @@
 """A new kind of teacher costs one class and two rows: a constant distribution, added here and used everywhere.
 
-Everything else asks `Teacher` for its members. What this file touches of the package is the list of what a kind touches:
-`Teacher` (one class), `placement.PLACEMENTS` (its name in recipes) and `loading.KINDS` (its class). In the project that
-is teachers/<kind>.py, teachers/placement.py, teachers/loading.py, a row in benchmarks/parity.py and one in
-docs/placement.md; teachers/options.py too if it has settings of its own.
+Everybody else asks the members of `Teacher`. What this file touches of the package is what a kind touches in the
+project: a file in teachers/ with its class, a row in teachers/placement.py (its name in recipes), a row in
+teachers/loading.py (its class), teachers/options.py if it has settings, a row in benchmarks/parity.py and in
+docs/placement.md.
 """
 
 import json
