@@ -104,7 +104,7 @@ def diagnose(recipe: Any, options: DoctorArguments) -> Any:
                 "address of a server as the teacher, which the local one is compared with. Leave `local_teacher` out."
             )
         if case.tokenizer is not None:  # else that is what there is to mend
-            remote = open_teacher(Pair(case.teacher, case.student, tokenizer=case.tokenizer), recipe.args)
+            remote = open_teacher(Pair(case.student, case.teacher, tokenizer=case.tokenizer), recipe.args)
             case.teacher = options.local_teacher
     return examine(case, findings, deep=not options.quick and gpus is None, rates=rates, remote=remote)
 

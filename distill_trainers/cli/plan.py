@@ -56,7 +56,7 @@ def make_plan(recipe: Recipe) -> Plan:
     checked = check_recipe(recipe)
     train, evaluation, text = checked.ready.rows()
     cache, without_teacher = _teacher_cache(checked.ready, (train, evaluation))
-    teacher = checked.given.teacher
+    teacher = checked.pair.teacher
 
     teacher_size = 0
     if checked.teacher_config is not None:

@@ -190,7 +190,7 @@ def _cache(case: Case) -> bool:
     from ..teachers.cache.opening import missing_from_cache
     from ..teachers.rows import dataset_rows
 
-    pair = Pair(case.teacher, case.student, tokenizer=case.tokenizer, teacher_tokenizer=case.teacher_tokenizer)
+    pair = Pair(case.student, case.teacher, tokenizer=case.tokenizer, teacher_tokenizer=case.teacher_tokenizer)
     try:
         rows = () if case.prepared is None else dataset_rows(case.prepared)
         missing, _, size = missing_from_cache(pair, case.args, rows)

@@ -37,7 +37,7 @@ def check_cache(case: Case) -> Iterator[Finding]:
         recorded = read_identity(folder)
         if recorded is None:
             return
-        pair = Pair(case.teacher, case.student, tokenizer=case.tokenizer, teacher_tokenizer=case.teacher_tokenizer)
+        pair = Pair(case.student, case.teacher, tokenizer=case.tokenizer, teacher_tokenizer=case.teacher_tokenizer)
         missing_from_cache(pair, case.args, [])
         cache = TeacherCache(folder, recorded.stamp())
     except (ConfigurationError, CacheError) as found:
@@ -68,7 +68,7 @@ def check_answers(case: Case, other: Teacher | None = None) -> Iterator[Finding]
         compared.append((f"{other.name!r}", other, [row for row in rows if any(row["loss_mask"])][:_ROWS]))
     if not compared or case.teacher is None:
         return
-    live = LocalTeacher.loaded(Pair(case.teacher, case.student), case.args)
+    live = LocalTeacher.loaded(Pair(case.student, case.teacher), case.args)
     for name, teacher, some in compared:
         apart = disagreement(case, live, teacher, some)
         narrow = case.args.bf16 or case.args.fp16  # what is asked here computes under autocast, the other may not

@@ -42,7 +42,7 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     """
     from ..data import load_split
     from ..run_files import STUDENT_INIT_NAME
-    from ..teachers.base import has_files
+    from ..teachers.base import Pair, has_files
     from ..trainers.preflight import Given, preflight
 
     settings, args = recipe.run, recipe.args
@@ -58,18 +58,10 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     if settings.pretraining_dataset:
         text = load_split(settings.pretraining_dataset, split=settings.pretraining_split)
     train, evaluation = load_datasets(recipe)
-    given = Given(
-        student,
-        teacher,
-        args,
-        train,
-        evaluation,
-        text,
-        adapted=recipe.model.use_peft,
-        quantized=recipe.model.load_in_4bit or recipe.model.load_in_8bit,
-        base=recipe.model.model_name_or_path or str(Path(args.output_dir) / STUDENT_INIT_NAME),
-    )
-    ready = preflight(given)
+    quantized = recipe.model.load_in_4bit or recipe.model.load_in_8bit
+    base = recipe.model.model_name_or_path or str(Path(args.output_dir) / STUDENT_INIT_NAME)
+    pair = Pair(student, teacher, adapted=recipe.model.use_peft)
+    ready = preflight(Given(pair, args, train, evaluation, text, quantized, base))
     _ask_server(ready, student_config)
     return CheckedRecipe(ready, student_config, teacher_config)
 

@@ -28,15 +28,15 @@ class Pair:
     """A student and its teacher before their weights are loaded.
 
     Attributes:
+        student: a name or a model, as the user gave it.
         teacher: a name, a model, a `Teacher` or None, as the user gave it.
-        student: a name or a model.
         adapted: the student is trained with a PEFT adapter.
-        tokenizer: the student's; None until it is read.
-        teacher_tokenizer: None where it is unknown.
+        tokenizer: the student's; None reads the one saved beside it.
+        teacher_tokenizer: likewise; None also where it is unknown.
     """
 
-    teacher: Any
     student: Any
+    teacher: Any
     adapted: bool = False
     tokenizer: Any = None
     teacher_tokenizer: Any = None

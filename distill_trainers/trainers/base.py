@@ -39,6 +39,7 @@ from ..rollouts.sampling import join_prompts
 from ..run_files import check_resumable, last_complete_checkpoint
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import Teacher
+from ..teachers.base import Pair
 from ..teachers.loading import load_teacher
 from .config import DistillConfig, config_from_arguments
 from .evaluation_loop import TeacherForcedEvaluation
@@ -105,20 +106,9 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ):
         self.args = args = config_from_arguments(self.config_class, args)
-        ready = preflight(
-            Given(
-                student=model,
-                teacher=teacher_model,
-                args=args,
-                train=train_dataset,
-                evaluation=eval_dataset,
-                text=self.pretraining_dataset,
-                adapted=peft_config is not None,
-                quantized=quantization_config is not None,
-                tokenizer=processing_class,
-                teacher_tokenizer=teacher_processing_class,
-            )
-        )
+        adapted, quantized = peft_config is not None, quantization_config is not None
+        pair = Pair(model, teacher_model, adapted, processing_class, teacher_processing_class)
+        ready = preflight(Given(pair, args, train_dataset, eval_dataset, self.pretraining_dataset, quantized))
         self.requirements, tokenizer = ready.wants, ready.pair.tokenizer
         self.data_sources = list(hub.hub_ids_of(train_dataset))  # Hub ids, or files and folders
         train_dataset, eval_dataset, self.pretraining_dataset = ready.rows()

@@ -29,23 +29,18 @@ class Given:
     """What a run is made of, before anything of it is loaded.
 
     Attributes:
-        student, teacher: a name, a model or, for the latter, a `Teacher` or None.
+        pair: both models, and tokenizers that were given.
         train, evaluation, text: raw datasets; the last is that of the loss on plain text.
-        adapted, quantized: whether the student gets an adapter; whether its weights are loaded in 4 or 8 bits.
-        tokenizer, teacher_tokenizer: None reads those saved beside the models.
+        quantized: whether the student's weights are loaded in 4 or 8 bits.
         base: the name that an uploaded adapter would give to its base, if not the student's.
     """
 
-    student: Any
-    teacher: Any
+    pair: Pair
     args: DistillConfig
     train: Any = None
     evaluation: Any = None
     text: Any = None
-    adapted: bool = False
     quantized: bool = False
-    tokenizer: PreTrainedTokenizerBase | None = None
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None
     base: str | None = None
 
 
@@ -128,12 +123,12 @@ def preflight(given: Given) -> Ready:
     Raises:
         ConfigurationError, DatasetError, VocabularyError, HubError: what was got, what was expected and what to do.
     """
-    args, student, teacher = given.args, given.student, given.teacher
+    args, student, teacher = given.args, given.pair.student, given.pair.teacher
     _check_parallelism(args)
-    adapted = given.adapted or (isinstance(student, nn.Module) and models.is_peft(student))
+    adapted = given.pair.adapted or (isinstance(student, nn.Module) and models.is_peft(student))
     first = None if given.train is None else first_row(given.train)
     wants = args.requirements(first, streams=given.train is not None and not hasattr(given.train, "__len__"))
-    pair = Pair(teacher, student, adapted)
+    pair = dataclasses.replace(given.pair, adapted=adapted)
     _check_models(pair, args, wants)
     loading.refuse(pair, args, wants)
     config = student_config(student, args)
@@ -141,12 +136,12 @@ def preflight(given: Given) -> Ready:
     _check_architecture(config, teacher, args, wants)
     _refuse_shared_weights(student, teacher)
     _check_datasets(given, wants)
-    publishing.check(args, given.base or student, given.adapted, given.quantized)
+    publishing.check(args, given.base or student, adapted, given.quantized)
     if wants.samples_completions:
         check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
-    tokenizer = given.tokenizer or student_tokenizer(student, args)
+    tokenizer = pair.tokenizer or student_tokenizer(student, args)
     tokenizer = models.with_pad_token(getattr(tokenizer, "tokenizer", tokenizer))
-    other = given.teacher_tokenizer or loading.teacher_tokenizer(teacher, tokenizer, args)
+    other = pair.teacher_tokenizer or loading.teacher_tokenizer(teacher, tokenizer, args)
     pair = dataclasses.replace(pair, tokenizer=tokenizer, teacher_tokenizer=other)
     loading.compare_vocabularies(pair, args)
     return Ready(given, pair, wants, config)
