@@ -192,12 +192,12 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
             "model. (`dual` pairs what is there with `ask_for_pairs: false`.)"
         )
     if args.base_url:
-        from ..rationales.endpoint_model import RemoteSettings, RemoteTextModel
+        from ..rationales.endpoint_model import EndpointSettings, RemoteTextModel
 
-        shared = {f.name for f in fields(RemoteSettings)} & {f.name for f in fields(args)} - {"base_url"}
+        shared = {f.name for f in fields(EndpointSettings)} & {f.name for f in fields(args)} - {"base_url"}
         settings = {name: getattr(args, name) for name in shared}
         base_url = None if args.base_url == "openai" else args.base_url
-        return RemoteTextModel(RemoteSettings(args.teacher, base_url, max_tokens=args.max_new_tokens, **settings)), 0
+        return RemoteTextModel(EndpointSettings(args.teacher, base_url, max_tokens=args.max_new_tokens, **settings)), 0
     from accelerate import Accelerator
 
     from .. import models

@@ -13,7 +13,7 @@ _TEACHERS = ("replicate", "zero3", "zero3_offload", "fsdp2", "quantized-8bit", "
 
 
 @dataclass(frozen=True)
-class Placement:
+class Arrangement:
     """One way, and what a rank takes: a row of the table.
 
     Attributes:
@@ -40,7 +40,7 @@ def launches(gpus: Gpus, mixed_precision: str) -> dict[str, Launch]:
     return named
 
 
-def all_placements(case: Case) -> list[Placement]:
+def all_placements(case: Case) -> list[Arrangement]:
     """Every student's launch with every teacher's placement; none without `gpus` or without a teacher."""
     if case.gpus is None or case.teacher_shape is None:
         return []
@@ -55,5 +55,5 @@ def all_placements(case: Case) -> list[Placement]:
             need = memory_of(case, launch=launch, placement=placement)
             if need is not None:
                 host = sum(need.host.values()) * launch.per_machine
-                rows.append(Placement(name, placement, need, host, need.peak <= available))
+                rows.append(Arrangement(name, placement, need, host, need.peak <= available))
     return rows

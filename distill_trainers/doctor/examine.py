@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .alternatives import Placement, all_placements
+from .alternatives import Arrangement, all_placements
 from .case import Case
 from .disk import check_disk, checkpoint_bytes, num_checkpoints
 from .findings import Finding, Severity, ranked
@@ -37,7 +37,7 @@ class Diagnosis:
     memory: MemoryEstimate | None = None
     room: Room | None = None
     pace: Pace | None = None
-    placements: list[Placement] = field(default_factory=list)
+    placements: list[Arrangement] = field(default_factory=list)
 
     def count(self, severity: Severity) -> int:
         return sum(finding.severity is severity for finding in self.findings)

@@ -20,7 +20,7 @@ _PATIENCE = 20  # requests that fail in a row, none having succeeded, before the
 
 
 @dataclass(frozen=True)
-class RemoteSettings:
+class EndpointSettings:
     """How an endpoint is used.
 
     Args:
@@ -60,7 +60,7 @@ class RemoteTextModel:
             does not know the model, or nothing that is asked gets an answer.
     """
 
-    def __init__(self, settings: RemoteSettings):
+    def __init__(self, settings: EndpointSettings):
         if importlib.util.find_spec("openai") is None:
             raise ConfigurationError(
                 "Asking an endpoint needs the openai client: pip install 'distill-trainers[remote]'."

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("openai", reason="the openai client is not installed")
 
 from distill_trainers.exceptions import ConfigurationError
-from distill_trainers.rationales.endpoint_model import RemoteSettings, RemoteTextModel
+from distill_trainers.rationales.endpoint_model import EndpointSettings, RemoteTextModel
 from distill_trainers.rationales.stages import extract
 from distill_trainers.storage import RecordStore
 
@@ -113,7 +113,7 @@ def serve():
 
 def remote(server, **settings):
     quick = {"timeout": 1.0, "max_retries": 3, "first_wait": 0.01, "concurrency": 4}
-    return RemoteTextModel(RemoteSettings("m", server.url, **{**quick, **settings}))
+    return RemoteTextModel(EndpointSettings("m", server.url, **{**quick, **settings}))
 
 
 def test_every_question_is_answered_once(serve, tmp_path, monkeypatch):
@@ -240,4 +240,4 @@ def test_the_budget_is_kept(serve, tmp_path):
 def test_openai_itself_needs_a_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ConfigurationError, match="OPENAI_API_KEY"):
-        RemoteTextModel(RemoteSettings("m"))
+        RemoteTextModel(EndpointSettings("m"))

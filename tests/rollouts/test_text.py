@@ -141,10 +141,10 @@ def served(saved, tokenizer, tmp_path_factory):
 
 @pytest.mark.slow
 def test_extraction_through_transformers_serve(served, tmp_path):
-    from distill_trainers.rationales.endpoint_model import RemoteSettings, RemoteTextModel
+    from distill_trainers.rationales.endpoint_model import EndpointSettings, RemoteTextModel
 
     name, url = served
-    settings = RemoteSettings(name, url, max_tokens=12, temperature=1.0, concurrency=2, timeout=60, max_retries=0)
+    settings = EndpointSettings(name, url, max_tokens=12, temperature=1.0, concurrency=2, timeout=60, max_retries=0)
     store = RecordStore(tmp_path)
     rows, asked = extract(QUESTIONS, RemoteTextModel(settings), store, samples=2)
     assert asked.done + asked.failed.total() == 2 * len(QUESTIONS) and asked.done > 0
