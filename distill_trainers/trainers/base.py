@@ -33,7 +33,7 @@ from .. import hub, models
 from ..data import DistillCollator, replace_completions
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
-from ..losses.reduction import count_trained_tokens, sum_over_trained, token_mean
+from ..losses.reduction import count_of, step_counts, step_weights, token_mean, trained_mask
 from ..rollouts import build_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
 from ..run_files import check_resumable, last_complete_checkpoint
@@ -51,7 +51,7 @@ from .lifecycle.metrics import RunningMetrics
 from .lifecycle.order import train_sampler
 from .lifecycle.recording import RunRecorder
 from .preflight import Given, preflight, prepare_rows, tell_dataset
-from .step import ask_ahead, head_can_be_fused, terms_of_batch
+from .step import TwoModels
 from .student import load_student
 
 Batch = dict[str, Any]
@@ -164,7 +164,8 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
 
     def _start(self) -> None:
         """The rollout engine, the callbacks, and what is remembered from step to step."""
-        args = self.args
+        args, autocast = self.args, self.compute_loss_context_manager
+        self.two_models = TwoModels(self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast)
         if self.requirements.samples_completions:
             self.engine = build_engine(
                 args.rollout_engine,
@@ -188,7 +189,6 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         self.metrics = RunningMetrics(args.device)
         self._eval_rows: list[Tensor] | None = None
         self._eval_names: list[str] = []
-        self._student_is_fused: bool | None = None
         self.last_eval_metrics: dict[str, float] = {}
         self._train_is_filled = False
         self._eval_is_filled: dict[int, tuple[Any, Any]] = {}
@@ -268,7 +268,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
 
     def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
         """What the teacher says of the tokens that `predicts` marks (`Teacher.signal`); asked for each micro-batch."""
-        return self.teacher.signal(models.forward_inputs(inputs), predicts, self.vocab_size)
+        return self.two_models.signal(inputs, predicts)
 
     def after_step(self, loss: float) -> None:
         """Called on every process after each optimiser step with its loss over all micro-batches and processes."""
@@ -283,7 +283,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
     # ---- The training path ------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one optimiser step, after rollouts, and what their terms are divided by (see `_counts`)."""
+        """The batches of one optimiser step, after rollouts, and what their terms are divided by (`step_counts`)."""
         if 0 < self.state.max_steps <= self.state.global_step:
             # Resumed from the checkpoint of the last step; transformers looks whether a run is done after steps only.
             self.control.should_training_stop = True
@@ -296,8 +296,9 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
                 batches = []
             if batches:
                 batches = self.score(self.rollout(batches))
-                ask_ahead(self, batches)
-        return batches, self.accelerator.reduce(self._counts(batches).to(device), reduction="sum")
+                self.two_models.ask_ahead(batches, self.teacher_signal)
+        counts = step_counts(batches, self.loss_divisors)
+        return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
         """Rollouts for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
@@ -351,53 +352,29 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         Args:
             num_items_in_batch: what `get_batch_samples` counted; None counts this batch alone.
         """
-        counts = self._counts([inputs])
-        step_counts = counts if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        counts = step_counts([inputs], self.loss_divisors)
+        of_step = counts if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         world_size = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        weights = self._step_weights(step_counts)
+        weights = step_weights(self.loss_weights, of_step, self.loss_divisors)
         with self.teacher.holding_failures() if model.training else contextlib.nullcontext():
-            total, terms = self._token_terms(model, inputs, self.distill_terms, weights)
+            total, terms = self.token_terms(model, inputs, self.distill_terms, weights)
         if model.training and self.accelerator.sync_gradients:
             outage.end_together(self)
-        loss = token_mean(total, step_counts.flatten()[0], world_size)
+        loss = token_mean(total, of_step.flatten()[0], world_size)
         if model.training:
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])
             for name, values in terms.items():
-                self.metrics.add_means({name: values.sum()}, self._count_of(name, counts))
+                self.metrics.add_means({name: values.sum()}, count_of(name, counts, self.loss_divisors))
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
 
-    def _counts(self, batches: list[Batch]) -> Tensor:
-        """Trained tokens; and, if the method has `loss_divisors`, behind them the sums of those entries, by name."""
-        tokens = count_trained_tokens(batches)
-        divisors = sorted(set(self.loss_divisors.values()))
-        if not divisors:
-            return tokens
-        return torch.stack([tokens, *(sum_over_trained(batches, name).to(tokens) for name in divisors)])
-
-    def _count_of(self, term: str, counts: Tensor) -> Tensor:
-        """What of `_counts` divides a term."""
-        divisor = self.loss_divisors.get(term)
-        if divisor is None:
-            return counts.flatten()[0]
-        return counts[1 + sorted(set(self.loss_divisors.values())).index(divisor)]
-
-    def _step_weights(self, counts: Tensor) -> dict[str, Any]:
-        """`loss_weights` for a total that is going to be divided by the trained tokens."""
-        weights: dict[str, Any] = dict(self.loss_weights)
-        for name in weights.keys() & self.loss_divisors.keys():
-            own = self._count_of(name, counts)
-            wide = own.float() if own.device.type == "mps" else own.double()  # MPS has no float64
-            weights[name] = weights[name] * (counts[0] / wide.clamp(min=1))
-        return weights
-
-    def _token_terms(
+    def token_terms(
         self, model: nn.Module, inputs: Batch, terms_fn: Any, weights: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run both models on one micro-batch and `terms_fn` on its trained tokens, inside the student's wrapper."""
-        if self._student_is_fused is None:
-            self._student_is_fused = head_can_be_fused(self.model, model, models.forward_inputs(inputs))
-        return terms_of_batch(self, model, inputs, terms_fn, weights, fused=self._student_is_fused)
+        """`TwoModels.terms` of a micro-batch, with what the method asks of the teacher and its terms of rows."""
+        signal = self.teacher_signal(inputs, trained_mask(inputs["labels"]))
+        row_terms = self.row_terms if self.has_row_terms else None
+        return self.two_models.terms(model, inputs, signal, terms_fn, weights, row_terms)
 
     # ---- Logging ----------------------------------------------------------------------------------------------------
 

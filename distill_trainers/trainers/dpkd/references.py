@@ -37,7 +37,6 @@ from ...teachers.local import AdapterOff, adapter_is_neutral, base_fingerprint
 from ...teachers.placement import is_collective
 from ...teachers.rows import batch_keys, dataset_row_key
 from .. import student as sources
-from ..step import frozen_logps
 
 if TYPE_CHECKING:
     from ..base import DistillTrainer
@@ -92,7 +91,7 @@ class ReferenceLogps:
         return torch.nn.functional.pad(values, (1, 0))
 
     def _ask(self, batch: Mapping[str, Tensor], predicts: Tensor) -> Tensor:
-        logps, _ = frozen_logps(self.trainer, self.model, batch)
+        logps, _ = self.trainer.two_models.frozen_logps(self.model, batch)
         return torch.zeros(predicts.shape, dtype=logps.dtype, device=logps.device).masked_scatter(predicts, logps)
 
     # ---- On disk ----------------------------------------------------------------------------------------------------

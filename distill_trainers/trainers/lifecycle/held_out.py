@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ... import models
@@ -34,7 +33,6 @@ from ...losses.reduction import trained_mask
 from ...rollouts import CompletionStore, InMemory, complete_prompts, local_engine
 from ...rollouts.store import prompt_key
 from ...storage import content_key
-from ..step import head_can_be_fused, terms_of_batch
 from .completions import completions_root
 from .side_by_side import SideBySide, log_side_by_side
 
@@ -363,27 +361,17 @@ class HeldOutMeasures(TrainerCallback):
     @torch.no_grad()
     def _read(self, model: nn.Module, texts: list[Text]) -> list[TokenValues]:
         """Per-token measures of the texts by student and teacher, inside the student's wrappers."""
-        trainer = self.trainer
+        trainer, both = self.trainer, self.trainer.two_models
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
         asks = bool(set(self.metrics) & NEED_A_TEACHER)
-        # A batch of plain rows, whatever the method's own batches are made of.
-        reader: Any = SimpleNamespace(
-            teacher=trainer.teacher,
-            teacher_signal=lambda inputs, predicts: (
-                trainer.teacher.signal(models.forward_inputs(inputs), predicts, trainer.vocab_size) if asks else None
-            ),
-            has_row_terms=False,
-            args=trainer.args,
-            vocab_size=trainer.vocab_size,
-        )
 
-        def run(batch: dict[str, Any]) -> Any:
-            if trainer._student_is_fused is None:
-                trainer._student_is_fused = head_can_be_fused(trainer.model, model, models.forward_inputs(batch))
-            assert bool(trained_mask(batch["labels"]).any())
-            with trainer.compute_loss_context_manager():
-                fused = trainer._student_is_fused
-                return terms_of_batch(reader, model, batch, comparison_terms, {}, fused=fused)[1]
+        def run(batch: dict[str, Any]) -> dict[str, Tensor]:
+            """Plain rows, whatever the method's own batches are made of: its hooks have no say here."""
+            predicts = trained_mask(batch["labels"])
+            assert bool(predicts.any())
+            with both.autocast():
+                signal = both.signal(batch, predicts) if asks else None
+                return both.terms(model, batch, signal, comparison_terms, {})[1]
 
         mine = force(
             texts,

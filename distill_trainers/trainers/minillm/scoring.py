@@ -12,7 +12,6 @@ from ...exceptions import ConfigurationError
 from ...losses import token_logps
 from ...rollouts import Mixture, Scored, decode_scored, why_not_scored
 from ...signals import HiddenStates, TokenLogits, TokenSignal
-from ..step import ask_ahead, frozen_logps
 from .cycles import with_logps
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, k
         return [with_logps(batch, _logps_of_both(trainer, batch)) for batch in batches]
     found, start = [], 0
     if not alpha:
-        ask_ahead(trainer, batches)
+        trainer.two_models.ask_ahead(batches, trainer.teacher_signal)
     for batch in batches:
         rows = scored[start : start + len(batch["labels"])]
         start += len(rows)
@@ -79,7 +78,7 @@ def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, k
             hidden = torch.cat([each.hidden for each in rows if each.hidden is not None])
             batch = {**batch, SIGNAL: trainer.teacher.live().signal_of(hidden, trainer.vocab_size)}
         if not alpha:
-            teacher_logps, signal = frozen_logps(trainer, trainer.teacher, batch)
+            teacher_logps, signal = trainer.two_models.frozen_logps(trainer.teacher, batch)
             logps = torch.cat([logps, teacher_logps.unsqueeze(1).to(logps.device)], dim=1)
             if keep_signal and isinstance(signal, HiddenStates):  # anything else may be as large as logits
                 batch = {**batch, SIGNAL: signal}
@@ -103,8 +102,8 @@ def _logps_of_both(trainer: DistillTrainer, batch: Batch) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        with trainer.compute_loss_context_manager():
-            _, found = trainer._token_terms(model, batch, terms, {})
+        with trainer.two_models.autocast():
+            _, found = trainer.token_terms(model, batch, terms, {})
     finally:
         model.train(was_training)
     return torch.stack([found[name] for name in ("student", "drawn", "teacher")], dim=1)
