@@ -160,7 +160,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             raise ConfigurationError(
                 "Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`."
             )
-        publishing.check_merger(self)
+        publishing.check_merger(self.args, self.model, self.accelerator)
 
     def _start(self) -> None:
         """The rollout engine, the callbacks, and what is remembered from step to step."""
@@ -359,7 +359,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         with self.teacher.holding_failures() if model.training else contextlib.nullcontext():
             total, terms = self.token_terms(model, inputs, self.distill_terms, weights)
         if model.training and self.accelerator.sync_gradients:
-            outage.end_together(self)
+            outage.end_together(self, self.last_step)
         loss = token_mean(total, of_step.flatten()[0], world_size)
         if model.training:
             self.window_loss = self.window_loss + loss.detach()
@@ -400,7 +400,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        sampler = train_sampler(self, dataset)
+        sampler = train_sampler(dataset, self.args, lambda: self.state.epoch or 0)
         return super()._get_train_sampler(dataset) if sampler is None else sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -491,7 +491,8 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.last_step = outage.last_step(self)
+        if self.teacher.may_be_away:
+            self.last_step = outage.last_step(self.method_state(), self.args.device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = models.whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # each has a share under FSDP2

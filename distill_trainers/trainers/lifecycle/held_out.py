@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -33,11 +33,9 @@ from ...losses.reduction import trained_mask
 from ...rollouts import CompletionStore, InMemory, complete_prompts, local_engine
 from ...rollouts.store import prompt_key
 from ...storage import content_key
+from ..protocol import Run
 from .completions import completions_root
 from .side_by_side import SideBySide, log_side_by_side
-
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +105,7 @@ class HeldOutMeasures(TrainerCallback):
         ConfigurationError: an encoder-decoder student, or measures that need a live teacher which is not there.
     """
 
-    def __init__(self, trainer: DistillTrainer):
+    def __init__(self, trainer: Run):
         self.trainer, args = trainer, trainer.args
         self.settings = held_out_settings(args)
         self.metrics = [name for name in METRICS if name in (args.eval_measures or [])]
@@ -166,7 +164,9 @@ class HeldOutMeasures(TrainerCallback):
         logged |= {f"gap_closed_{name}": value for name, value in self._gaps(scores).items()}
         logged = {name: value for name, value in logged.items() if value == value}  # a NaN is no score
         self._taken = (step, logged)
-        log_side_by_side(self.trainer, step, self._side_by_side(found))
+        if self.trainer.accelerator.is_main_process:
+            callbacks = self.trainer.callback_handler.callbacks
+            log_side_by_side(self.trainer.args, callbacks, step, self._side_by_side(found))
         return logged
 
     # ---- What -------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class HeldOutMeasures(TrainerCallback):
         key = content_key(prompts, self.settings.metrics, self.settings.seeds, self.settings.max_new_tokens)
         if step == 0:
             self._initial = scores
-            if self.trainer.is_world_process_zero() and self.trainer.is_in_train:
+            if self.trainer.accelerator.is_main_process and self.trainer.is_in_train:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps({"key": key, "scores": scores}))
         elif self._initial is None and file.is_file():

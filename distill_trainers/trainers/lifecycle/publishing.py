@@ -70,14 +70,13 @@ def _what(base: str | None) -> str:
     return f"the local folder {base!r}" if base else "a model in memory"
 
 
-def check_merger(trainer: Any) -> None:
+def check_merger(args: DistillConfig, student: nn.Module, accelerator: Any) -> None:
     """Refuse to merge the adapter of a sharded student that is not there by name: it is merged into what is on disk.
 
     Raises:
         ConfigurationError: the student was made in memory.
     """
-    sharded = _is_sharded(trainer.accelerator)
-    if trainer.args.merge_adapter and sharded and not models.source_of(trainer.model):
+    if args.merge_adapter and _is_sharded(accelerator) and not models.source_of(student):
         raise ConfigurationError(
             "Got `merge_adapter: true` under ZeRO-3 or FSDP2 with a student made in memory; expected one loaded by "
             "name, whose whole weights can be read again. Save it first and pass the folder as `model`."
@@ -191,7 +190,7 @@ class Publishing(Trainer):
             is_encoder_decoder=models.is_encoder_decoder(self.model),
             trained_parameters=models.num_parameters(self.model, trainable_only=True) if adapted else None,
             chats=bool(getattr(self.processing_class, "chat_template", None)),
-            teacher=self.teacher.name if self.teacher.provides else None,
+            teacher=None if self.teacher.is_nobody else self.teacher.name,
             needs_teacher=bool(args.needs),
             data=self.data_sources,
             rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
