@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +25,6 @@ from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
 
 from .. import hub, models
 from ..data import DistillCollator, replace_completions
@@ -36,7 +33,6 @@ from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_of, step_counts, step_weights, token_mean, trained_mask
 from ..rollouts import build_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
-from ..run_files import check_resumable, last_complete_checkpoint
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import Teacher
 from ..teachers.loading import load_teacher
@@ -44,7 +40,7 @@ from .config import DistillConfig, config_from_arguments
 from .evaluation_loop import TeacherForcedEvaluation
 from .lifecycle import outage, publishing
 from .lifecycle.callbacks import StepLoss, TeacherKeeper, divergence_error
-from .lifecycle.checkpoints import read_method_state, remove_torn, stream_position, write_method_state, written_whole
+from .lifecycle.checkpoints import Resuming
 from .lifecycle.completions import fill_with_teacher_completions, sampling_settings
 from .lifecycle.held_out import HeldOutMeasures
 from .lifecycle.metrics import RunningMetrics
@@ -57,7 +53,7 @@ from .student import load_student
 Batch = dict[str, Any]
 
 
-class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
+class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
     """Base of all distillation trainers; use a method's own trainer.
 
     Args:
@@ -183,8 +179,6 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         self.add_callback(self.recorder)
         self.add_callback(TeacherKeeper(self.teacher))
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
-        self.last_step: outage.LastStep | None = None
-        self._method_state_aside: dict[str, Any] | None = None
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self.metrics = RunningMetrics(args.device)
         self._eval_rows: list[Tensor] | None = None
@@ -376,6 +370,12 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         row_terms = self.row_terms if self.has_row_terms else None
         return self.two_models.terms(model, inputs, signal, terms_fn, weights, row_terms)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = models.whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # each has a share under FSDP2
+        if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
+            self.window_loss = self.window_loss + 0 * torch.as_tensor(grad_norm, device=self.args.device)  # keeps NaN
+        return grad_norm
+
     # ---- Logging ----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -424,78 +424,3 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
                 tell_dataset(self.teacher, filled, "evaluation")
             known = self._eval_is_filled[id(eval_dataset)] = (eval_dataset, filled)  # holding it keeps its id taken
         return super().get_eval_dataloader(known[1])
-
-    # ---- Checkpoints and the Hub ------------------------------------------------------------------------------------
-
-    def train(
-        self,
-        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: Any = None,
-    ) -> TrainOutput:
-        """As `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
-        if self.train_dataset is None:
-            raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
-        if isinstance(resume_from_checkpoint, os.PathLike):
-            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        self.run_checkpoints, self.last_step = [], None
-        if isinstance(resume_from_checkpoint, str):
-            check_resumable(resume_from_checkpoint)
-            if self.args.should_save:
-                remove_torn(self.args.output_dir)
-            self.run_checkpoints.append(resume_from_checkpoint)
-            self.load_method_state(read_method_state(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _init_training_state(
-        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
-    ) -> tuple[int, int]:
-        position = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
-        if resume_from_checkpoint is None or hasattr(self.train_dataset, "__len__"):
-            return position
-        # transformers takes all steps so far for steps of a stream's first pass.
-        passes, steps = stream_position(resume_from_checkpoint)
-        return passes, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with written_whole(folder, self.accelerator, self.args.should_save):
-            state = self.method_state() if self._method_state_aside is None else self._method_state_aside
-            if self.args.should_save and state:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_method_state(folder, state)
-            super()._save_checkpoint(model, trial)
-        self.run_checkpoints.append(str(folder))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # What follows is the main process's word that the checkpoint is whole, so all must have written their part.
-        self.accelerator.wait_for_everyone()
-
-    def save_aside(self, method_state: dict[str, Any] | None = None) -> None:
-        """A checkpoint that takes no other's place: nothing is rotated out, nothing uploaded.
-
-        Args:
-            method_state: the method's as of the checkpoint's step, where it has changed since.
-        """
-        args, self._method_state_aside = self.args, method_state
-        settings = args.save_total_limit, args.push_to_hub
-        args.save_total_limit, args.push_to_hub = None, False
-        try:
-            self._save_checkpoint(self.model, trial=None)
-        finally:
-            args.save_total_limit, args.push_to_hub = settings
-            self._method_state_aside = None
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.teacher.may_be_away:
-            self.last_step = outage.last_step(self.method_state(), self.args.device)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = models.whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # each has a share under FSDP2
-        if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
-            self.window_loss = self.window_loss + 0 * torch.as_tensor(grad_norm, device=self.args.device)  # keeps NaN
-        return grad_norm
