@@ -29,11 +29,11 @@ FLOORS = {
     "rollouts": 2,
     "evaluation": 2,
     "cards": 3,
-    "trainers": 3,
-    "recipe": 4,
-    "reporting": 4,
-    "doctor": 4,
-    "cli": 5,
+    "trainers": 4,
+    "recipe": 5,
+    "reporting": 5,
+    "doctor": 5,
+    "cli": 6,
 }
 # Packages of one floor may use each other, but for these pairs.
 STRANGERS = [{"teachers", "rollouts"}]

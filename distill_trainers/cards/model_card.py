@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -16,20 +16,18 @@ from .. import models
 from ..evaluation.results import FILE_NAME, EvaluationResults
 from ..exceptions import DatasetError
 from ..run_files import STUDENT_INIT_NAME, shown
+from .facts import CardFacts
 from .licenses import Inherited, Licensed, inherit, licensed
 from .scores import CardScores, scores_of_evaluation, scores_of_run
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from ..trainers.base import DistillTrainer
 
 _BEGIN, _END = "<!-- scores -->", "<!-- end of scores -->"  # what `with_scores` puts others between
 _PROJECT = "[distill_trainers](https://pypi.org/project/distill-trainers/)"
 _PLOTS = {"loss.png": "Training loss by optimiser step", "agreement.png": "Held-out agreement with the teacher by step"}
 
 
-def model_card(trainer: DistillTrainer, *, merged: bool = False, plots: Sequence[str] = ()) -> str:
+def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] = ()) -> str:
     """Markdown with a YAML header: what was distilled from what, how, with which result, and whom to credit.
 
     Args:
@@ -38,19 +36,18 @@ def model_card(trainer: DistillTrainer, *, merged: bool = False, plots: Sequence
     """
     from huggingface_hub import ModelCardData
 
-    facts, args = trainer.recorder.facts(), trainer.args
-    name = args.hub_model_id or "A distilled student"
-    adapter = models.is_peft(trainer.model) and not merged
-    base = _base(trainer)
-    terms = inherited_terms(trainer)
-    scores = _scores(trainer)
+    record, name = facts.record, facts.repository or "A distilled student"
+    adapter = facts.is_adapter and not merged
+    base = _base(facts)
+    terms = inherited_terms(facts)
+    scores = _scores(facts)
     on_hub = not models.looks_like_path(base) if base else False  # the Hub takes nothing else
     header = ModelCardData(
         base_model=base if on_hub else None,
-        datasets=[each for each in trainer.data_sources if not models.looks_like_path(each)] or None,
+        datasets=[source for source in facts.data if not models.looks_like_path(source)] or None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag=None if models.is_encoder_decoder(trainer.model) else "text-generation",
-        tags=["distill_trainers", "knowledge-distillation", trainer.method_name.lower()],
+        pipeline_tag=None if facts.is_encoder_decoder else "text-generation",
+        tags=["distill_trainers", "knowledge-distillation", record["method"].lower()],
         model_name=name.rpartition("/")[2],
         eval_results=scores.index or None,
     )
@@ -62,40 +59,37 @@ def model_card(trainer: DistillTrainer, *, merged: bool = False, plots: Sequence
         header.pop("model_name")
     lines = [
         *("---", header.to_yaml(), "---", "", f"# {name}", ""),
-        f"{'This adapter' if adapter else 'This model'} was distilled from {_source(trainer)} into {_student(trainer)} "
-        f"with {trainer.method_name}, using {_PROJECT} {facts['versions'].get('distill-trainers', '(unreleased)')}.",
+        f"{'This adapter' if adapter else 'This model'} was distilled from {_source(facts)} into {_student(facts)} "
+        f"with {record['method']}, using {_PROJECT} {record['versions'].get('distill-trainers', '(unreleased)')}.",
         "",
-        *_usage(trainer, name if args.hub_model_id else "path/to/this/folder"),
+        *_usage(facts, name if facts.repository else "path/to/this/folder"),
         *("", "## Scores", "", _BEGIN, *scores.lines, _END, "", "## Training", ""),
-        *_training(trainer, facts),
+        *_training(facts),
         *(line for file in plots for line in ("", f"![{_PLOTS.get(Path(file).name, Path(file).stem)}]({file})")),
         *("", "## How to reproduce", ""),
-        *_reproduction(trainer, facts),
-        *("", "## Limits", "", *_limits(trainer)),
+        *_reproduction(facts),
+        *("", "## Limits", "", *_limits(facts)),
         *("", "## Licence", "", *license_lines(terms)),
-        *("", "## Method and citation", "", *_citation(trainer.paper)),
+        *("", "## Method and citation", "", *_citation(record["paper"])),
     ]
     return "\n".join(lines) + "\n"
 
 
-def inherited_terms(trainer: DistillTrainer) -> Inherited:
+def inherited_terms(facts: CardFacts) -> Inherited:
     """Licences of teacher, initial weights and data, and what follows for the student."""
-    from ..teachers import NoTeacher
-
-    token = trainer.args.hub_token
+    token, teacher = facts.hub_token, facts.teacher
     sources: list[Licensed] = []
-    teacher = None if isinstance(trainer.teacher, NoTeacher) else trainer.teacher.name
     if teacher is not None:
         # A teacher in memory without a source goes by the name of its class.
         named = models.looks_like_path(teacher) or "/" in teacher
         sources.append(
             licensed("teacher", teacher if named else None, shown_as=None if named else teacher, token=token)
         )
-    sources.append(licensed("student", _base(trainer), token=token))
-    if not trainer.data_sources:
+    sources.append(licensed("student", _base(facts), token=token))
+    if not facts.data:
         sources.append(licensed("data", None))
-    sources += [licensed("data", each, token=token) for each in trainer.data_sources]
-    return inherit(sources, trainer.args.hub_model_id, trainer.args.card_license)
+    sources += [licensed("data", source, token=token) for source in facts.data]
+    return inherit(sources, facts.repository, facts.card_license)
 
 
 def with_scores(card: str, results: EvaluationResults, student: str) -> str:
@@ -125,28 +119,23 @@ def _title(card: str) -> str:
     return found[1] if found else ""
 
 
-def _scores(trainer: DistillTrainer) -> CardScores:
-    folder = Path(trainer.args.output_dir)
-    for place in (folder, folder / "evaluation"):
+def _scores(facts: CardFacts) -> CardScores:
+    for place in (facts.folder, facts.folder / "evaluation"):
         if (place / FILE_NAME).is_file():
             try:
-                found = scores_of_evaluation(EvaluationResults.load(place), folder.resolve().name)
+                scores = scores_of_evaluation(EvaluationResults.load(place), facts.folder.resolve().name)
             except DatasetError as error:
                 logger.warning("The card gets the run's own scores: %s", error)
                 continue
-            if found is not None:
-                return found
-    # The log has what callbacks added to an evaluation.
-    logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
-    metrics = {**logged, **trainer.last_eval_metrics}
-    return scores_of_run(metrics, str(trainer.recorder.recipe.get("eval_dataset") or "held-out rows"))
+            if scores is not None:
+                return scores
+    return scores_of_run(facts.metrics, str(facts.record["recipe"].get("eval_dataset") or "held-out rows"))
 
 
-def _base(trainer: DistillTrainer) -> str | None:
+def _base(facts: CardFacts) -> str | None:
     """What the student was before training: the teacher, where it was made from it."""
-    source = models.source_of(trainer.model)
-    made = _made_from(source)
-    return made["teacher"] if made else source
+    made = _made_from(facts.student)
+    return made["teacher"] if made else facts.student
 
 
 def _made_from(source: str | None) -> dict[str, Any] | None:
@@ -158,109 +147,82 @@ def _made_from(source: str | None) -> dict[str, Any] | None:
     return made if made.get("teacher") else None
 
 
-def _student(trainer: DistillTrainer) -> str:
-    source = models.source_of(trainer.model)
-    made = _made_from(source)
+def _student(facts: CardFacts) -> str:
+    made = _made_from(facts.student)
     if made is not None:
         kept = made.get("keep_layers")
         count = len(kept) if isinstance(kept, list) else kept
         return f"{count} of the layers of `{shown(made['teacher'])}`"
-    return f"`{shown(source)}`" if source else f"a `{type(models.causal_lm_of(trainer.model)).__name__}`"
+    return f"`{shown(facts.student)}`" if facts.student else f"a `{facts.student_class}`"
 
 
-def _source(trainer: DistillTrainer) -> str:
-    from ..teachers import NoTeacher
-
-    if isinstance(trainer.teacher, NoTeacher):
-        return "the text of its training data"
-    return f"`{shown(trainer.teacher.name)}`"
+def _source(facts: CardFacts) -> str:
+    return "the text of its training data" if facts.teacher is None else f"`{shown(facts.teacher)}`"
 
 
-def _usage(trainer: DistillTrainer, name: str) -> list[str]:
-    if models.is_encoder_decoder(trainer.model):
+def _usage(facts: CardFacts, name: str) -> list[str]:
+    if facts.is_encoder_decoder:
         loads = ["from transformers import AutoModelForSeq2SeqLM, AutoTokenizer", ""]
         code = [f'model = AutoModelForSeq2SeqLM.from_pretrained("{name}")']
         code += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
     else:
-        chats = bool(getattr(trainer.processing_class, "chat_template", None))
-        prompt = '[{"role": "user", "content": "…"}]' if chats else '"…"'
+        prompt = '[{"role": "user", "content": "…"}]' if facts.chats else '"…"'
         loads = ["from transformers import pipeline", ""]
         code = [f'generate = pipeline("text-generation", model="{name}")']
         code += [f'print(generate({prompt}, max_new_tokens=128)[0]["generated_text"])']
     return ["```python", *loads, *code, "```"]
 
 
-def _training(trainer: DistillTrainer, facts: dict[str, Any]) -> list[str]:
-    args, data = trainer.args, [f"`{shown(each)}`" for each in trainer.data_sources]
-    train: Any = trainer.train_dataset
-    rows = len(train) if hasattr(train, "__len__") else None
-    sizes = [f"{models.num_parameters(trainer.model):,} parameters"]
-    if models.is_peft(trainer.model):
-        sizes.append(f"{models.num_parameters(trainer.model, trainable_only=True):,} of them trained, in an adapter")
-    seconds = sum(float(each.get("train_runtime", 0)) for each in trainer.state.log_history)
-    where = f"{facts['processes']} × {facts['device']}"
+def _training(facts: CardFacts) -> list[str]:
+    record, data = facts.record, [f"`{shown(source)}`" for source in facts.data]
+    sizes = [f"{record['student_parameters']:,} parameters"]
+    if facts.trained_parameters is not None:
+        sizes.append(f"{facts.trained_parameters:,} of them trained, in an adapter")
+    rows = f", {facts.rows:,} rows" if facts.rows is not None else ""
+    seconds = f", {facts.seconds:,.1f} s" if facts.seconds else ""
     lines = [
-        f"- Data: {', '.join(data) or 'a dataset in memory'}" + (f", {rows:,} rows" if rows is not None else ""),
+        f"- Data: {', '.join(data) or 'a dataset in memory'}{rows}",
         f"- Student: {', '.join(sizes)}",
-        f"- Optimiser steps: {trainer.state.global_step:,}, {trainer.state.epoch or 0:.2f} epochs",
-        f"- Run on: {where}" + (f", {seconds:,.1f} s" if seconds else ""),
-        *(f"- `{name}`: {value}" for name, value in _settings(trainer).items()),
+        f"- Optimiser steps: {facts.steps:,}, {facts.epochs:.2f} epochs",
+        f"- Run on: {record['processes']} × {record['device']}{seconds}",
+        *(f"- `{name}`: {value}" for name, value in facts.settings.items()),
     ]
-    return lines if args.max_steps <= 0 or trainer.state.global_step >= args.max_steps else [
-        *lines, "- Training was not finished when this card was written.",
-    ]  # fmt: skip
+    return lines if facts.is_finished else [*lines, "- Training was not finished when this card was written."]
 
 
-def _settings(trainer: DistillTrainer) -> dict[str, Any]:
-    """The method's own settings and the ones of the optimiser that decide a run."""
-    args = trainer.args
-    own = [name for name in type(args).__dataclass_fields__ if name in type(args).__dict__.get("__annotations__", {})]
-    shared = ["learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "weight_decay"]
-    shared += ["per_device_train_batch_size", "gradient_accumulation_steps", "kd_temperature", "temperature", "seed"]
-    shared += ["teacher_cache_kind"] if args.teacher_cache else []
-    shared += ["teacher_placement"] if args.teacher_placement != "auto" else []
-    chosen = {name: getattr(args, name) for name in own + shared}
-    plain = {name: getattr(value, "value", value) for name, value in chosen.items() if value is not None}
-    return {name: shown(value) if isinstance(value, str) else value for name, value in plain.items()}
-
-
-def _reproduction(trainer: DistillTrainer, facts: dict[str, Any]) -> list[str]:
-    from ..trainers import METHODS
-
-    named = [name for name, row in METHODS.items() if row and isinstance(trainer, row[1])]
-    method = named[0] if named else trainer.method_name
-    recipe = {"method": method, **facts["recipe"]}
-    if "teacher_model_name_or_path" not in recipe and trainer.args.needs:
-        recipe["teacher_model_name_or_path"] = facts["teacher"]
+def _reproduction(facts: CardFacts) -> list[str]:
+    record, processes = facts.record, facts.record["processes"]
+    versions = dict(record["versions"])
+    python = versions.pop("python", "3.11")
+    recipe = {"method": facts.recipe_method, **record["recipe"]}
+    if "teacher_model_name_or_path" not in recipe and facts.needs_teacher:
+        recipe["teacher_model_name_or_path"] = record["teacher"]
     if "student_init" not in recipe and "model_name_or_path" not in recipe:
-        recipe["model_name_or_path"] = facts["student"]
-    recipe["seed"] = trainer.args.seed
+        recipe["model_name_or_path"] = record["student"]
+    recipe["seed"] = facts.seed
     recipe = {key: value for key, value in recipe.items() if not key.startswith(("hub_", "push_to_hub", "card_"))}
-    versions = " ".join(
-        f"{name}=={version.partition('+')[0]}" for name, version in facts["versions"].items() if name != "python"
+    packages = " ".join(
+        f"{name}=={version.partition('+')[0]}" for name, version in versions.items() if name != "python"
     )
     command = "distill-trainers train --config recipe.yaml --output_dir student"
-    if facts["processes"] > 1:
-        command = f"accelerate launch --num_processes {facts['processes']} -m distill_trainers.cli.train"
+    if processes > 1:
+        command = f"accelerate launch --num_processes {processes} -m distill_trainers.cli.train"
         command += " --config recipe.yaml --output_dir student"
     return [
-        f"With Python {facts['versions'].get('python', '3.11')}, and this as `recipe.yaml` (names without an owner are "
+        f"With Python {python}, and this as `recipe.yaml` (names without an owner are "
         "files or folders of the machine that it ran on):",
         "",
         *("```yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(), "```", ""),
-        *("```bash", f"pip install {versions}", command, "```"),
+        *("```bash", f"pip install {packages}", command, "```"),
     ]
 
 
-def _limits(trainer: DistillTrainer) -> list[str]:
-    from ..teachers import NoTeacher
-
-    args = trainer.args
-    lines = [f"- Trained on text of up to {args.max_length} tokens; longer text was not seen."]
-    if not isinstance(trainer.teacher, NoTeacher):
+def _limits(facts: CardFacts) -> list[str]:
+    lines = [f"- Trained on text of up to {facts.max_length} tokens; longer text was not seen."]
+    if facts.teacher is not None:
         lines.append("- A student repeats its teacher's mistakes and biases, and adds its own where it is weaker.")
     lines.append("- Only what stands under Scores was measured. Safety was not evaluated.")
-    if models.is_peft(trainer.model):
+    if facts.is_adapter:
         lines.append("- It is trained as an adapter: what the base model cannot do, it mostly cannot do either.")
     return lines
 

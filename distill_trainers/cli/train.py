@@ -82,7 +82,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)  # ProgressReport takes its place
-    trainer.add_callback(InterruptCallback(trainer))
+    trainer.add_callback(InterruptCallback(trainer.teacher, trainer.accelerator))
     trainer.data_sources = [each for each in (settings.dataset, settings.pretraining_dataset) if each]
     trainer.recorder.recipe = changed_settings(settings) | changed_settings(recipe.model) | trainer.recorder.recipe
     return trainer

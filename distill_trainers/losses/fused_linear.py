@@ -25,6 +25,7 @@ from ..exceptions import ConfigurationError, VocabularyError
 from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenSignal
 from .divergences import resolve_divergence
 from .per_token import token_divergence
+from .reduction import weighted_total
 from .workspace import Workspace, graph_is_kept, row_blocks
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
@@ -169,7 +170,7 @@ class _WithGradients(torch.autograd.Function):
         return (None, None, *scaled)
 
 
-def _weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, float], logits: Tensor) -> Tensor:
+def _check_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float], logits: Tensor) -> None:
     for name, values in terms.items():
         if values.shape != logits.shape[:1]:
             raise ConfigurationError(
@@ -181,10 +182,6 @@ def _weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, float], l
         raise ConfigurationError(
             f"Weights are given for {missing}, but the terms are {sorted(terms)}. Name existing terms only."
         )
-    total = logits.new_zeros(())
-    for name, weight in weights.items():
-        total = total + weight * terms[name].sum()
-    return total
 
 
 def _check_operands(
@@ -255,7 +252,8 @@ def fused_linear_terms(
         with torch.set_grad_enabled(bool(gradients)):
             chunk_tokens = {name: values[rows] for name, values in tokens.items()}
             terms = terms_fn(TokenLogits(logits, workspace), teacher_chunk(rows), chunk_tokens)
-            chunk_total = _weighted_total(terms, weights, logits)
+            _check_terms(terms, weights, logits)
+            chunk_total = weighted_total(terms, weights, start=logits.new_zeros(()))
         if chunk_total.requires_grad:
             gradient = torch.autograd.grad(chunk_total, logits)[0]
             gradients.add(rows, student.before_finish(gradient, logits.detach(), workspace), student)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..exceptions import ConfigurationError
 from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenLogprobs
 from .fused_linear import DEFAULT_CHUNK_BYTES, TermsFn, _chunks, _Gradients, _Projection, fused_linear_terms
+from .reduction import weighted_total
 from .sparse import token_logps
 from .workspace import Workspace, row_blocks
 
@@ -172,7 +173,7 @@ def row_terms_of_logits(
     total, terms, tokens, own = _row_terms(logps, known, row_terms_fn, tokens, weights)
     if teacher is not None:
         values = terms_fn(TokenLogits(logits), teacher.chunk(slice(None)), dict(tokens))
-        total = sum((weight * values[name].sum() for name, weight in own.items()), start=total)
+        total = weighted_total(values, own, start=total)
         terms |= {name: each.detach() for name, each in values.items()}
     return total, terms
 
@@ -187,9 +188,8 @@ def _row_terms(
     """Total and terms of the rows; the tokens with what the rows say about them; the weights of other terms."""
     values = row_terms_fn(logps, teacher_logps, tokens)
     entries = {name: each.detach() for name, each in values.items() if name.startswith("token_")}
-    total = logps.sum() * 0.0  # part of the graph whatever the weights
-    for name in (name for name in weights if name in values):
-        total = total + weights[name] * values[name].sum()
+    of_rows = {name: weight for name, weight in weights.items() if name in values}
+    total = weighted_total(values, of_rows, start=logps.sum() * 0.0)  # part of the graph whatever the weights
     terms = {name: each.detach() for name, each in values.items() if name not in entries}
     own = {name: weight for name, weight in weights.items() if name not in values}
     return total, terms, {**tokens, **entries}, own

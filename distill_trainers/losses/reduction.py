@@ -7,6 +7,7 @@ predicted at position t-1, so a label at position 0 is never trained on and mask
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,3 +77,56 @@ def token_mean(total: Tensor, count: Tensor | int, world_size: int = 1) -> Tenso
     """
     count = torch.as_tensor(count, device=total.device)
     return total * world_size / count.clamp(min=1) * (count > 0)
+
+
+def weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, Any], start: Tensor) -> Tensor:
+    """`start` and, in the order of `weights`, each weight times the sum over tokens of the term `[N]` of its name.
+
+    Terms without a weight are metrics.
+    """
+    total = start
+    for name, weight in weights.items():
+        total = total + weight * terms[name].sum()
+    return total
+
+
+# ---- Terms that are not all divided by the same count ---------------------------------------------------------------
+#
+# `divisors` tells of a term which batch entry `[B, T]`, summed over the trained tokens of the whole optimiser step,
+# divides it; a term that it does not name is divided by the number of those tokens.
+
+
+def step_counts(batches: Sequence[Mapping[str, Tensor]], divisors: Mapping[str, str]) -> Tensor:
+    """What terms are divided by: trained tokens, and if there are divisors, behind them the entries' sums, by name.
+
+    Returns:
+        a scalar, or one tensor for all, so that processes add them up in one call.
+    """
+    tokens, entries = count_trained_tokens(batches), sorted(set(divisors.values()))
+    if not entries:
+        return tokens
+    return torch.stack([tokens, *(sum_over_trained(batches, entry).to(tokens) for entry in entries)])
+
+
+def count_of(term: str, counts: Tensor, divisors: Mapping[str, str]) -> Tensor:
+    """What of `step_counts` divides a term."""
+    if term not in divisors:
+        return counts.flatten()[0]
+    return counts[1 + sorted(set(divisors.values())).index(divisors[term])]
+
+
+def step_weights(weights: Mapping[str, float], counts: Tensor, divisors: Mapping[str, str]) -> dict[str, Any]:
+    """The weights for a total that is going to be divided by the trained tokens, whatever divides its terms."""
+    scaled: dict[str, Any] = dict(weights)
+    for name in weights.keys() & divisors.keys():
+        count = count_of(name, counts, divisors)
+        # An integer tensor would take a Python number for float32, and be off by 1e-8. MPS has no float64.
+        wide = count.float() if count.device.type == "mps" else count.double()
+        scaled[name] = scaled[name] * (counts[0] / wide.clamp(min=1))
+    return scaled
+
+
+def means_of_sums(sums: Mapping[str, float], tokens: float, divisors: Mapping[str, str]) -> dict[str, float]:
+    """Means over a whole set from sums over it; the sum of an entry, where there is one, is called `/entry`."""
+    counts = {name: sums.get(f"/{entry}", tokens) for name, entry in divisors.items()}
+    return {name: sums[name] / max(counts.get(name, tokens), 1) for name in sums if not name.startswith("/")}

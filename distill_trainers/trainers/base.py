@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,16 +25,14 @@ from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
 
 from .. import hub, models
 from ..data import DistillCollator, replace_completions
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
-from ..losses.reduction import count_trained_tokens, sum_over_trained, token_mean
+from ..losses.reduction import count_of, step_counts, step_weights, token_mean, trained_mask
 from ..rollouts import build_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
-from ..run_files import check_resumable, last_complete_checkpoint
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import Teacher
 from ..teachers.base import Pair
@@ -45,20 +41,20 @@ from .config import DistillConfig, config_from_arguments
 from .evaluation_loop import TeacherForcedEvaluation
 from .lifecycle import outage, publishing
 from .lifecycle.callbacks import StepLoss, TeacherKeeper, divergence_error
-from .lifecycle.checkpoints import read_method_state, remove_torn, stream_position, write_method_state, written_whole
+from .lifecycle.checkpoints import Resuming
 from .lifecycle.completions import fill_with_teacher_completions, sampling_settings
 from .lifecycle.held_out import HeldOutMeasures
 from .lifecycle.metrics import RunningMetrics
 from .lifecycle.order import train_sampler
 from .lifecycle.recording import RunRecorder
 from .preflight import Given, preflight, prepare_rows, tell_dataset
-from .step import ask_ahead, head_can_be_fused, terms_of_batch
+from .step import TwoModels
 from .student import load_student
 
 Batch = dict[str, Any]
 
 
-class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
+class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
     """Base of all distillation trainers; use a method's own trainer.
 
     Args:
@@ -150,11 +146,12 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
             raise ConfigurationError(
                 "Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`."
             )
-        publishing.check_merger(self)
+        publishing.check_merger(self.args, self.model, self.accelerator)
 
     def _start(self) -> None:
         """The rollout engine, the callbacks, and what is remembered from step to step."""
-        args = self.args
+        args, autocast = self.args, self.compute_loss_context_manager
+        self.two_models = TwoModels(self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast)
         if self.requirements.samples_completions:
             self.engine = build_engine(
                 args.rollout_engine,
@@ -172,13 +169,10 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         self.add_callback(self.recorder)
         self.add_callback(TeacherKeeper(self.teacher))
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
-        self.last_step: outage.LastStep | None = None
-        self._method_state_aside: dict[str, Any] | None = None
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self.metrics = RunningMetrics(args.device)
         self._eval_rows: list[Tensor] | None = None
         self._eval_names: list[str] = []
-        self._student_is_fused: bool | None = None
         self.last_eval_metrics: dict[str, float] = {}
         self._train_is_filled = False
         self._eval_is_filled: dict[int, tuple[Any, Any]] = {}
@@ -258,7 +252,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
 
     def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
         """What the teacher says of the tokens that `predicts` marks (`Teacher.signal`); asked for each micro-batch."""
-        return self.teacher.signal(models.forward_inputs(inputs), predicts, self.vocab_size)
+        return self.two_models.signal(inputs, predicts)
 
     def after_step(self, loss: float) -> None:
         """Called on every process after each optimiser step with its loss over all micro-batches and processes."""
@@ -273,7 +267,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
     # ---- The training path ------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one optimiser step, after rollouts, and what their terms are divided by (see `_counts`)."""
+        """The batches of one optimiser step, after rollouts, and what their terms are divided by (`step_counts`)."""
         if 0 < self.state.max_steps <= self.state.global_step:
             # Resumed from the checkpoint of the last step; transformers looks whether a run is done after steps only.
             self.control.should_training_stop = True
@@ -286,8 +280,9 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
                 batches = []
             if batches:
                 batches = self.score(self.rollout(batches))
-                ask_ahead(self, batches)
-        return batches, self.accelerator.reduce(self._counts(batches).to(device), reduction="sum")
+                self.two_models.ask_ahead(batches, self.teacher_signal)
+        counts = step_counts(batches, self.loss_divisors)
+        return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
         """Rollouts for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
@@ -341,53 +336,35 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
         Args:
             num_items_in_batch: what `get_batch_samples` counted; None counts this batch alone.
         """
-        counts = self._counts([inputs])
-        step_counts = counts if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        counts = step_counts([inputs], self.loss_divisors)
+        of_step = counts if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         world_size = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        weights = self._step_weights(step_counts)
+        weights = step_weights(self.loss_weights, of_step, self.loss_divisors)
         with self.teacher.holding_failures() if model.training else contextlib.nullcontext():
-            total, terms = self._token_terms(model, inputs, self.distill_terms, weights)
+            total, terms = self.token_terms(model, inputs, self.distill_terms, weights)
         if model.training and self.accelerator.sync_gradients:
-            outage.end_together(self)
-        loss = token_mean(total, step_counts.flatten()[0], world_size)
+            outage.end_together(self, self.last_step)
+        loss = token_mean(total, of_step.flatten()[0], world_size)
         if model.training:
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])
             for name, values in terms.items():
-                self.metrics.add_means({name: values.sum()}, self._count_of(name, counts))
+                self.metrics.add_means({name: values.sum()}, count_of(name, counts, self.loss_divisors))
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
 
-    def _counts(self, batches: list[Batch]) -> Tensor:
-        """Trained tokens; and, if the method has `loss_divisors`, behind them the sums of those entries, by name."""
-        tokens = count_trained_tokens(batches)
-        divisors = sorted(set(self.loss_divisors.values()))
-        if not divisors:
-            return tokens
-        return torch.stack([tokens, *(sum_over_trained(batches, name).to(tokens) for name in divisors)])
-
-    def _count_of(self, term: str, counts: Tensor) -> Tensor:
-        """What of `_counts` divides a term."""
-        divisor = self.loss_divisors.get(term)
-        if divisor is None:
-            return counts.flatten()[0]
-        return counts[1 + sorted(set(self.loss_divisors.values())).index(divisor)]
-
-    def _step_weights(self, counts: Tensor) -> dict[str, Any]:
-        """`loss_weights` for a total that is going to be divided by the trained tokens."""
-        weights: dict[str, Any] = dict(self.loss_weights)
-        for name in weights.keys() & self.loss_divisors.keys():
-            own = self._count_of(name, counts)
-            wide = own.float() if own.device.type == "mps" else own.double()  # MPS has no float64
-            weights[name] = weights[name] * (counts[0] / wide.clamp(min=1))
-        return weights
-
-    def _token_terms(
+    def token_terms(
         self, model: nn.Module, inputs: Batch, terms_fn: Any, weights: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run both models on one micro-batch and `terms_fn` on its trained tokens, inside the student's wrapper."""
-        if self._student_is_fused is None:
-            self._student_is_fused = head_can_be_fused(self.model, model, models.forward_inputs(inputs))
-        return terms_of_batch(self, model, inputs, terms_fn, weights, fused=self._student_is_fused)
+        """`TwoModels.terms` of a micro-batch, with what the method asks of the teacher and its terms of rows."""
+        signal = self.teacher_signal(inputs, trained_mask(inputs["labels"]))
+        row_terms = self.row_terms if self.has_row_terms else None
+        return self.two_models.terms(model, inputs, signal, terms_fn, weights, row_terms)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = models.whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # each has a share under FSDP2
+        if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
+            self.window_loss = self.window_loss + 0 * torch.as_tensor(grad_norm, device=self.args.device)  # keeps NaN
+        return grad_norm
 
     # ---- Logging ----------------------------------------------------------------------------------------------------
 
@@ -413,7 +390,7 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        sampler = train_sampler(self, dataset)
+        sampler = train_sampler(dataset, self.args, lambda: self.state.epoch or 0)
         return super()._get_train_sampler(dataset) if sampler is None else sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -437,77 +414,3 @@ class DistillTrainer(publishing.Publishing, TeacherForcedEvaluation):
                 tell_dataset(self.teacher, filled, "evaluation")
             known = self._eval_is_filled[id(eval_dataset)] = (eval_dataset, filled)  # holding it keeps its id taken
         return super().get_eval_dataloader(known[1])
-
-    # ---- Checkpoints and the Hub ------------------------------------------------------------------------------------
-
-    def train(
-        self,
-        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: Any = None,
-    ) -> TrainOutput:
-        """As `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
-        if self.train_dataset is None:
-            raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
-        if isinstance(resume_from_checkpoint, os.PathLike):
-            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        self.run_checkpoints, self.last_step = [], None
-        if isinstance(resume_from_checkpoint, str):
-            check_resumable(resume_from_checkpoint)
-            if self.args.should_save:
-                remove_torn(self.args.output_dir)
-            self.run_checkpoints.append(resume_from_checkpoint)
-            self.load_method_state(read_method_state(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _init_training_state(
-        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
-    ) -> tuple[int, int]:
-        position = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
-        if resume_from_checkpoint is None or hasattr(self.train_dataset, "__len__"):
-            return position
-        # transformers takes all steps so far for steps of a stream's first pass.
-        passes, steps = stream_position(resume_from_checkpoint)
-        return passes, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with written_whole(folder, self.accelerator, self.args.should_save):
-            state = self.method_state() if self._method_state_aside is None else self._method_state_aside
-            if self.args.should_save and state:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_method_state(folder, state)
-            super()._save_checkpoint(model, trial)
-        self.run_checkpoints.append(str(folder))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # What follows is the main process's word that the checkpoint is whole, so all must have written their part.
-        self.accelerator.wait_for_everyone()
-
-    def save_aside(self, method_state: dict[str, Any] | None = None) -> None:
-        """A checkpoint that takes no other's place: nothing is rotated out, nothing uploaded.
-
-        Args:
-            method_state: the method's as of the checkpoint's step, where it has changed since.
-        """
-        args, self._method_state_aside = self.args, method_state
-        settings = args.save_total_limit, args.push_to_hub
-        args.save_total_limit, args.push_to_hub = None, False
-        try:
-            self._save_checkpoint(self.model, trial=None)
-        finally:
-            args.save_total_limit, args.push_to_hub = settings
-            self._method_state_aside = None
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.last_step = outage.last_step(self)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = models.whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # each has a share under FSDP2
-        if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
-            self.window_loss = self.window_loss + 0 * torch.as_tensor(grad_norm, device=self.args.device)  # keeps NaN
-        return grad_norm

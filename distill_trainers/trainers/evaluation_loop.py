@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics
 from ..exceptions import DatasetError
-from ..losses.reduction import count_trained_tokens, sum_per_example, token_mean, trained_mask
+from ..losses.reduction import count_trained_tokens, means_of_sums, sum_per_example, token_mean, trained_mask
 from ..signals import TokenLogits
 from .lifecycle.held_out import HeldOutMeasures
 
@@ -27,7 +27,7 @@ class TeacherForcedEvaluation(Trainer):
         last_eval_metrics: dict[str, float]
         distill_terms: Any
         agreement_terms: Any
-        _token_terms: Any
+        token_terms: Any
         _eval_rows: list[Tensor] | None
         _eval_names: list[str]
 
@@ -59,8 +59,7 @@ class TeacherForcedEvaluation(Trainer):
                 f"The {description.lower()} set has no tokens to score: no row has a completion that fits into "
                 f"max_length ({self.args.max_length}). Give its rows completions, or raise max_length."
             )
-        divisors = {name: sums.get(f"/{entry}", tokens) for name, entry in self.loss_divisors.items()}
-        means = {name: sums[name] / max(divisors.get(name, tokens), 1) for name in sums if not name.startswith("/")}
+        means = means_of_sums(sums, tokens, self.loss_divisors)
         metrics = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
         metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
         metrics |= agreement_metrics(means) | {"tokens": tokens}
@@ -81,7 +80,7 @@ class TeacherForcedEvaluation(Trainer):
 
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            total, terms = self._token_terms(model, inputs, terms_fn, self.loss_weights)
+            total, terms = self.token_terms(model, inputs, terms_fn, self.loss_weights)
         predicts = trained_mask(inputs["labels"])
         entries = sorted(set(self.loss_divisors.values()) & inputs.keys())  # in one order on all processes
         terms |= {f"/{entry}": inputs[entry][:, 1:][predicts] for entry in entries}

@@ -1,95 +1,135 @@
-"""One micro-batch through both models: the teacher's signal, the student's wrapper, and the loss inside its head."""
+"""One micro-batch through both models: the teacher's signal, the student's wrapper, and the loss inside its head.
+
+Shapes: B rows, T positions, N trained tokens, V ids, D width of hidden states.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..losses.fused_linear import fused_linear_terms
+from ..losses.fused_linear import TermsFn, fused_linear_terms
 from ..losses.fused_logps import fused_row_terms, row_terms_of_logits, signal_token_logps
-from ..losses.reduction import trained_mask
-from ..signals import TokenLogits
+from ..losses.reduction import trained_mask, weighted_total
+from ..signals import TeacherSignal, TokenLogits
 from ..teachers import Teacher
-
-if TYPE_CHECKING:
-    from .base import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
+SignalFn = Callable[[dict[str, Any], Tensor], TeacherSignal | None]
 
-def terms_of_batch(
-    trainer: DistillTrainer,
-    model: nn.Module,
-    inputs: dict[str, Any],
-    terms_fn: Any,
-    weights: Mapping[str, Any],
-    *,
-    fused: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of the terms of one micro-batch, and the terms `[N]` of its trained tokens by name.
+
+class TwoModels:
+    """Runs teacher and student over a micro-batch; training, evaluation, measures and scoring all go through it.
 
     Args:
-        model: the student in its wrappers; all that needs its weights runs inside their forward.
-        terms_fn: see `fused_linear_terms`.
-        weights: of the terms that make up the total.
-        fused: whether the head's product may be taken chunk by chunk.
+        teacher: see `Teacher`.
+        vocab_size: ids from here on are padding and leave the softmax of both; None keeps all.
+        chunk_bytes: size of one chunk of logits, see `fused_linear_terms`.
+        autocast: makes the context of the run's mixed precision.
+
+    Attributes:
+        head_is_fused: whether the student's logits are had from its hidden states; the first batch tells.
     """
-    labels, predicts = inputs["labels"], trained_mask(inputs["labels"])
-    forward_inputs = models.forward_inputs(inputs)
-    signal = trainer.teacher_signal(inputs, predicts)
-    tokens = {"labels": labels[:, 1:][predicts]}
-    tokens |= {k: v[:, 1:][predicts] for k, v in inputs.items() if k.startswith("token_")}
-    row_fn = functools.partial(trainer.row_terms, num_rows=len(labels)) if trainer.has_row_terms else None
-    if row_fn is not None:
-        tokens["row"] = predicts.nonzero()[:, 0]
 
-    with contextlib.nullcontext() if signal is None else trainer.teacher.whole_head(signal) as signal:
-        if fused:
-            budget = trainer.args.loss_chunk_bytes
+    def __init__(
+        self,
+        teacher: Teacher,
+        vocab_size: int | None,
+        chunk_bytes: int,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    ):
+        self.teacher = teacher
+        self.vocab_size = vocab_size
+        self.chunk_bytes = chunk_bytes
+        self.autocast = autocast
+        self.head_is_fused: bool | None = None
 
-            def on_hidden(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
-                rows, head = hidden[:, :-1][predicts], head.cut_to(trainer.vocab_size)
-                if row_fn is None:
-                    return fused_linear_terms(rows, head, signal, terms_fn, tokens, weights, chunk_bytes=budget)
-                return fused_row_terms(rows, head, signal, terms_fn, row_fn, tokens, weights, chunk_bytes=budget)
+    def signal(self, inputs: Mapping[str, Any], predicts: Tensor) -> TeacherSignal:
+        """What the teacher says of the tokens that `predicts` `[B, T-1]` marks (`Teacher.signal`)."""
+        return self.teacher.signal(models.forward_inputs(inputs), predicts, self.vocab_size)
 
-            return model(**forward_inputs, on_hidden=on_hidden)
-        logits = model(**forward_inputs).logits[:, :-1][predicts][:, : trainer.vocab_size].float()
-        if row_fn is not None:
-            return row_terms_of_logits(logits, signal, terms_fn, row_fn, tokens, weights)
-        terms = terms_fn(TokenLogits(logits), None if signal is None else signal.chunk(slice(None)), tokens)
-        total = sum((w * terms[name].sum() for name, w in weights.items()), start=logits.sum() * 0.0)
-        return total, {name: value.detach() for name, value in terms.items()}
+    def ask_ahead(self, batches: Iterable[Mapping[str, Any]], teacher_signal: SignalFn) -> None:
+        """Tell a teacher that answers from afar what it is going to be asked, so that it works while the student does.
+
+        Args:
+            teacher_signal: what will ask it, with the same batches.
+        """
+        with self.teacher.asking_ahead() as is_useful:
+            for batch in batches if is_useful else ():
+                teacher_signal(dict(batch), trained_mask(batch["labels"]))
+
+    def terms(
+        self,
+        student: nn.Module,
+        inputs: Mapping[str, Any],
+        signal: TeacherSignal | None,
+        terms_fn: TermsFn,
+        weights: Mapping[str, Any],
+        row_terms: Callable[..., Mapping[str, Tensor]] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of the terms of one micro-batch, and the terms `[N]` of its trained tokens by name.
+
+        Args:
+            student: in its wrappers; all that needs its weights runs inside their forward.
+            inputs: a batch with `labels` `[B, T]`; `terms_fn` gets its entries `token_*` too.
+            signal: of the teacher, for the N tokens.
+            terms_fn: see `fused_linear_terms`.
+            weights: of the terms that make up the total.
+            row_terms: see `DistillTrainer.row_terms`.
+        """
+        labels, predicts = inputs["labels"], trained_mask(inputs["labels"])
+        tokens = {"labels": labels[:, 1:][predicts]}
+        tokens |= {k: v[:, 1:][predicts] for k, v in inputs.items() if k.startswith("token_")}
+        if row_terms is not None:
+            tokens["row"] = predicts.nonzero()[:, 0]
+            row_terms = functools.partial(row_terms, num_rows=len(labels))
+        forward_inputs = models.forward_inputs(inputs)
+        if self.head_is_fused is None:
+            self.head_is_fused = _head_can_be_fused(student, forward_inputs)
+
+        def on_hidden(hidden_BTD: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            hidden_ND, head = hidden_BTD[:, :-1][predicts], head.cut_to(self.vocab_size)
+            given = (hidden_ND, head, whole_signal, terms_fn)
+            if row_terms is None:
+                return fused_linear_terms(*given, tokens, weights, chunk_bytes=self.chunk_bytes)
+            return fused_row_terms(*given, row_terms, tokens, weights, chunk_bytes=self.chunk_bytes)
+
+        # Under ZeRO-3 and FSDP2 a process holds a share of the teacher's head, and its logits need all of it.
+        with contextlib.nullcontext() if signal is None else self.teacher.whole_head(signal) as whole_signal:
+            if self.head_is_fused:
+                # The student's head is whole inside its own forward alone, where the wrappers see the loss as well.
+                return student(**forward_inputs, on_hidden=on_hidden)
+            logits_NV = student(**forward_inputs).logits[:, :-1][predicts][:, : self.vocab_size].float()
+            if row_terms is not None:
+                return row_terms_of_logits(logits_NV, whole_signal, terms_fn, row_terms, tokens, weights)
+            said = None if whole_signal is None else whole_signal.chunk(slice(None))
+            terms = terms_fn(TokenLogits(logits_NV), said, tokens)
+            # Without a token the total must be part of the graph still: backward is collective.
+            total = weighted_total(terms, weights, start=logits_NV.sum() * 0.0)
+            return total, {name: values.detach() for name, values in terms.items()}
+
+    @torch.no_grad()
+    def frozen_logps(self, frozen: Teacher, batch: Mapping[str, Tensor]) -> tuple[Tensor, TeacherSignal]:
+        """A frozen model's log-probabilities `[N]` of the trained tokens of a batch, and the signal they come from."""
+        predicts = trained_mask(batch["labels"])
+        labels = batch["labels"][:, 1:][predicts]
+        with self.autocast():
+            signal = frozen.signal(models.forward_inputs(batch), predicts, self.vocab_size)
+            with frozen.whole_head(signal) as whole_signal:
+                return signal_token_logps(whole_signal, labels, chunk_bytes=self.chunk_bytes), signal
 
 
-@torch.no_grad()
-def frozen_logps(trainer: DistillTrainer, teacher: Teacher, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
-    """A frozen model's log-probabilities `[N]` of the trained tokens of a batch, and the signal they come from."""
-    predicts = trained_mask(batch["labels"])
-    labels = batch["labels"][:, 1:][predicts]
-    with trainer.compute_loss_context_manager():
-        signal = teacher.signal(models.forward_inputs(batch), predicts, trainer.vocab_size)
-        with teacher.whole_head(signal) as whole:
-            return signal_token_logps(whole, labels, chunk_bytes=trainer.args.loss_chunk_bytes), signal
-
-
-def ask_ahead(trainer: DistillTrainer, batches: Sequence[Mapping[str, Any]]) -> None:
-    """Tell a teacher that answers from afar what it is going to be asked, so that it works while the student does."""
-    with trainer.teacher.asking_ahead() as useful:
-        for batch in batches if useful else ():
-            trainer.teacher_signal(dict(batch), trained_mask(batch["labels"]))
-
-
-def head_can_be_fused(student: nn.Module, wrapped: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+def _head_can_be_fused(student: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
     """Whether the student's logits can be had from its hidden states; a warning says so if not."""
-    if models.head_is_fusable(student) and models.head_reproduces_logits(wrapped, inputs):
+    if models.head_is_fusable(student) and models.head_reproduces_logits(student, inputs):
         return True
     logger.warning(
         "The output head of %s cannot be fused with the loss (an adapter with dropout on it, or changes to its "

@@ -38,7 +38,7 @@ def test_the_card_names_a_student_of_the_hub(make_trainer):
 
     trainer = make_trainer()
     trainer.model.config._name_or_path = "org/small"
-    assert yaml.safe_load(model_card(trainer).split("---")[1])["base_model"] == "org/small"
+    assert yaml.safe_load(model_card(trainer.card_facts()).split("---")[1])["base_model"] == "org/small"
 
 
 # ---- Full disks -----------------------------------------------------------------------------------------------------

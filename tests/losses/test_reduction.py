@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill_trainers.losses.reduction import count_trained_tokens, masked_sum, sum_per_row, token_mean, trained_mask
+from distill_trainers.losses.reduction import (
+    count_of,
+    count_trained_tokens,
+    masked_sum,
+    means_of_sums,
+    step_counts,
+    step_weights,
+    sum_per_row,
+    token_mean,
+    trained_mask,
+    weighted_total,
+)
 
 LABELS = torch.tensor([[7, -100, 3, 4], [-100, -100, -100, -100], [5, 6, -100, 8]])
 
@@ -71,3 +82,30 @@ def test_token_mean_of_nothing_is_zero_and_keeps_the_graph(count):
 
 def test_token_mean_keeps_double_precision():
     assert token_mean(torch.tensor(1.0, dtype=torch.float64), torch.tensor(3)).item() == 1 / 3
+
+
+def test_each_term_is_divided_by_its_own_count_whatever_the_micro_batches():
+    """`right` is a mean over the tokens whose entry is 1, `row` over those with 1 once a row, `nll` over all."""
+    labels = torch.tensor([[9, 1, 1, 1], [9, 1, 1, -100], [9, 1, -100, -100]])
+    entries = {"token_right": torch.tensor([[1, 1, 0, 1], [1, 0, 1, 1], [1, 0, 1, 1]])}
+    entries["token_first"] = torch.tensor([[0, 1, 0, 0]]).expand(3, 4)
+    batch = {"labels": labels, **entries}
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, 3))]
+    divisors = {"right": "token_right", "row": "token_first", "unused": "token_right"}
+    counts = step_counts(parts, divisors)
+    assert counts.tolist() == [6, 3, 3] and step_counts(parts, {}).item() == 6
+    assert [count_of(name, counts, divisors).item() for name in ("nll", "right", "row")] == [6, 3, 3]
+
+    values = torch.rand(6, dtype=torch.float64)
+    mask = trained_mask(labels)
+    right, first = (entries[f"token_{name}"][:, 1:][mask].double() for name in ("right", "first"))
+    terms = {"nll": values, "right": values * right, "row": 2 * values * first, "metric": values * torch.nan}
+    weights = {"nll": 0.5, "right": 2.0, "row": 1.0}
+    scaled = step_weights(weights, counts, divisors)
+    total = weighted_total(terms, scaled, start=torch.zeros(()))
+    expected = 0.5 * values.mean() + 2.0 * (values * right).sum() / 3 + (2 * values * first).sum() / 3
+    torch.testing.assert_close(token_mean(total, counts[0]), expected)
+
+    sums = {name: values.sum().item() for name, values in terms.items() if name in weights} | {"/token_right": 3.0}
+    means = means_of_sums(sums, 6.0, divisors)
+    assert means == {"nll": sums["nll"] / 6, "right": sums["right"] / 3, "row": sums["row"] / 6}

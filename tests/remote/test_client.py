@@ -251,7 +251,7 @@ def test_a_run_that_is_asked_to_end_does_not_wait_for_a_server(make_trainer, ser
     """SIGTERM: whoever sent it soon sends SIGKILL."""
     served = serve()
     trainer = make_trainer(teacher=served.url, teacher_server_patience=600.0, **RUN)
-    trainer.add_callback(InterruptCallback(trainer))
+    trainer.add_callback(InterruptCallback(trainer.teacher, trainer.accelerator))
     trainer.add_callback(At(1, served.stop))
     asked = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
     asked.start()

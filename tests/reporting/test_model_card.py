@@ -49,7 +49,7 @@ def _trained(make_trainer, **settings):
 def test_a_card_is_whole_and_valid(make_trainer):
     trainer = _trained(make_trainer, hub_model_id="me/student", seed=7, divergence="reverse_kl")
     trainer.data_sources = ["org/rows"]
-    card = ModelCard(model_card(trainer))
+    card = ModelCard(model_card(trainer.card_facts()))
     (_, scores) = model_index_to_eval_results(card.data.to_dict()["model-index"])
     metrics = trainer.last_eval_metrics
     assert {s.metric_type: s.metric_value for s in scores}["kl"] == pytest.approx(metrics["eval_kl"], rel=1e-4)
@@ -77,11 +77,11 @@ def test_licences_that_differ_are_told(make_trainer, tmp_path, caplog):
     assert f"Licences: {told}" in caplog.text and str(tmp_path) not in card
     for name in ("big", "small", "rows"):
         (tmp_path / name / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-    assert _metadata(model_card(trainer))["license"] == "cc-by-nc-4.0"
+    assert _metadata(model_card(trainer.card_facts()))["license"] == "cc-by-nc-4.0"
 
 
 def test_no_evaluation_is_said(make_trainer):
-    card = model_card(make_trainer())
+    card = model_card(make_trainer().card_facts())
     assert "No evaluation was run." in card and "model-index" not in _metadata(card)
     ModelCard(card)
 
@@ -89,7 +89,7 @@ def test_no_evaluation_is_said(make_trainer):
 def test_measures_of_the_evaluations_in_training_are_in_the_card(make_trainer):
     trainer = _trained(make_trainer)
     trainer.log({"eval_rouge_l": 33.0, "eval_completion_tokens": 7.0, "eval_gap_closed_rouge_l": 0.4})
-    card = model_card(trainer)
+    card = model_card(trainer.card_facts())
     index = {each.metric_type: each.metric_value for each in ModelCard(card).data.eval_results}
     assert index["rouge_l"] == 33.0 and "gap_closed_rouge_l" not in index and "kl" in index
     assert "| Rouge-L (F x 100) | 33.0000 |" in card and "| Gap closed: Rouge-L | 0.4000 |" in card
@@ -99,16 +99,16 @@ def test_several_sets(make_trainer):
     sets = {"easy": addition_dataset(8, seed=5), "hard": addition_dataset(8, seed=6)}
     trainer = make_trainer(eval_dataset=sets)
     trainer.evaluate()
-    index = _metadata(model_card(trainer))["model-index"][0]["results"]
+    index = _metadata(model_card(trainer.card_facts()))["model-index"][0]["results"]
     assert {result["dataset"]["name"] for result in index} == {"easy", "hard"}
 
 
 def test_scores_of_an_evaluation_come_with_intervals_and_the_gap(make_trainer, tmp_path):
     trainer = make_trainer(hub_model_id="me/student")
-    before = model_card(trainer)
+    before = model_card(trainer.card_facts())
     (tmp_path / "out").mkdir(exist_ok=True)
     _results().save(tmp_path / "out")
-    for card in (model_card(trainer), with_scores(before, _results(), "out")):
+    for card in (model_card(trainer.card_facts()), with_scores(before, _results(), "out")):
         assert "| Perplexity | 10.000 [9.000, 11.000] | 60.000 [59.000, 61.000] | 29.000 [28.000, 30.000] |" in card
         assert "62 % [50, 70]" in card and "90 % intervals" in card and card.count("<!-- scores -->") == 1
         (score,) = ModelCard(card).data.eval_results
@@ -123,11 +123,11 @@ def test_scores_of_another_student_are_refused(make_trainer):
     results = _results()
     results.models.append(ModelResults("second", "student", "second", "f"))
     with pytest.raises(DatasetError, match="of 'mine', they are of out, second"):
-        with_scores(model_card(make_trainer()), results, "mine")
+        with_scores(model_card(make_trainer().card_facts()), results, "mine")
 
 
 def test_a_gap_within_noise_is_no_result(make_trainer):
-    card = with_scores(model_card(make_trainer()), _results(gap=GapClosed(0.62, -3.0, 4.0)), "out")
+    card = with_scores(model_card(make_trainer().card_facts()), _results(gap=GapClosed(0.62, -3.0, 4.0)), "out")
     (score,) = ModelCard(card).data.eval_results
     assert "(62 %)" in card and "gap_closed" not in score.metric_args
 
@@ -136,14 +136,14 @@ def test_a_damaged_evaluation_costs_no_card(make_trainer, tmp_path, caplog):
     trainer = make_trainer()
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "evaluation.json").write_text("{")
-    assert "No evaluation was run." in model_card(trainer) and "own scores" in caplog.text
+    assert "No evaluation was run." in model_card(trainer.card_facts()) and "own scores" in caplog.text
 
 
 def test_adapters_and_their_base(make_trainer):
     trainer = make_trainer(peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     trainer.model.get_base_model().config._name_or_path = "org/small"
-    metadata = _metadata(model_card(trainer))
+    metadata = _metadata(model_card(trainer.card_facts()))
     assert metadata["library_name"] == "peft" and metadata["base_model_relation"] == "adapter"
     assert metadata["base_model"] == "org/small"
-    merged = _metadata(model_card(trainer, merged=True))
+    merged = _metadata(model_card(trainer.card_facts(), merged=True))
     assert merged["library_name"] == "transformers" and merged["base_model_relation"] == "finetune"

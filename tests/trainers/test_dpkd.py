@@ -184,7 +184,7 @@ def test_a_head_that_cannot_be_fused_gives_the_same(make_pair_trainer, batch_of)
     losses = []
     for fused in (True, False):
         trainer = make_pair_trainer(lm_loss_weight=1.0, logprob_mse_weight=1.0)
-        trainer._student_is_fused = fused
+        trainer.two_models.head_is_fused = fused
         loss = loss_and_terms(trainer, batch_of(trainer))[0]
         loss.backward()
         losses.append((loss.item(), trainer.model.model.embed_tokens.weight.grad.norm().item()))

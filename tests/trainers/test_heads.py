@@ -78,10 +78,11 @@ def test_fused_and_logits_paths_equal_the_models_own_logits(make_trainer, make_s
     expected = _gradients(own_student)
     assert loss.item() > 1e-3
     for student_fused, teacher_fused in ((None, None), (False, None), (None, False), (False, False)):
-        trainer._student_is_fused, trainer.teacher._fused = student_fused, teacher_fused
+        trainer.two_models.head_is_fused, trainer.teacher._fused = student_fused, teacher_fused
         student.zero_grad()
         found = trainer.compute_loss(student, batch)
-        assert trainer._student_is_fused is (student_fused is None), "the fused head must be taken where it can be"
+        taken = trainer.two_models.head_is_fused
+        assert taken is (student_fused is None), "the fused head must be taken where it can be"
         assert trainer.teacher._fused is (teacher_fused is None)
         found.backward()
         assert found.item() == pytest.approx(loss.item(), rel=1e-5)
@@ -102,7 +103,7 @@ def test_changes_to_logits_that_nobody_knows_of_take_the_logits_path(make_traine
     trainer = make_trainer(student, lmbda=0.0)
     batch = batch_of(trainer, range(8))
     loss = trainer.compute_loss(trainer.model, batch)
-    assert trainer._student_is_fused is False
+    assert trainer.two_models.head_is_fused is False
     assert loss.item() == pytest.approx(_reference(student, trainer.teacher.model, batch).item(), rel=1e-5)
 
 
@@ -114,7 +115,7 @@ def test_a_backbone_that_the_class_does_not_name_takes_the_logits_path(
     trainer = make_trainer(student, teacher, lmbda=0.0)
     batch = batch_of(trainer, range(8))
     loss = trainer.compute_loss(trainer.model, batch)
-    assert trainer._student_is_fused is trainer.teacher._fused is False
+    assert trainer.two_models.head_is_fused is trainer.teacher._fused is False
     assert loss.item() == pytest.approx(_reference(student, teacher, batch).item(), rel=1e-5)
 
 
@@ -137,7 +138,7 @@ def test_padded_vocabularies_of_one_tokenizer_just_work(
     """Padding ids leave both softmaxes; filling the smaller one up with logit 0 would give them probability."""
     student, teacher = make_student(vocab_size=rows[0]), make_teacher(vocab_size=rows[1])
     trainer = make_trainer(student, teacher, teacher_processing_class=character_tokenizer(), lmbda=0.0)
-    trainer._student_is_fused = trainer.teacher._fused = fused
+    trainer.two_models.head_is_fused = trainer.teacher._fused = fused
     batch = batch_of(trainer, range(8))
     loss = trainer.compute_loss(student, batch)
     loss.backward()

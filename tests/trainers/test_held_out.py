@@ -204,25 +204,21 @@ def test_samples_go_to_the_trackers_that_were_asked_for(monkeypatch, tmp_path):
     texts = []
     board = SimpleNamespace(tb_writer=SimpleNamespace(add_text=lambda *args: texts.append(args)))
 
-    def trainer(report_to):
-        return SimpleNamespace(
-            args=SimpleNamespace(output_dir=str(tmp_path), report_to=report_to),
-            callback_handler=SimpleNamespace(callbacks=[board]),
-            is_world_process_zero=lambda: True,
-        )
+    def log(report_to, step):
+        args = SimpleNamespace(output_dir=str(tmp_path), report_to=report_to)
+        log_side_by_side(args, [board], step, [SideBySide("2+2=", "4", "a | b", "4")])
 
-    sample = SideBySide("2+2=", "4", "a | b", "4")
-    log_side_by_side(trainer(["tensorboard", "wandb", "trackio"]), 7, [sample])
+    log(["tensorboard", "wandb", "trackio"], 7)
     (name, text, step) = texts[0]
     assert (name, step) == ("eval_samples", 7) and "| 7 | 2+2= | 4 | a / b | 4 |" in text
     (table,) = [values["eval_samples"] for values in trackers["wandb"].logged]
     assert table["data"] == [[7, "2+2=", "4", "a | b", "4"]]
     (frame,) = [values["eval_samples"]["dataframe"] for values in trackers["trackio"].logged]
     assert frame.loc[0, "student"] == "a | b"
-    log_side_by_side(trainer([]), 8, [sample])
+    log([], 8)
     assert len(trackers["wandb"].logged) == len(trackers["trackio"].logged) == 1
     monkeypatch.setattr(trackers["wandb"], "log", lambda values: 1 / 0)
-    log_side_by_side(trainer(["wandb"]), 9, [sample])  # a tracker's trouble ends no run
+    log(["wandb"], 9)  # a tracker's trouble ends no run
 
 
 # ---- What cannot work -----------------------------------------------------------------------------------------------

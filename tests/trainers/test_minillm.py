@@ -273,13 +273,13 @@ def test_the_teacher_does_not_read_the_text(make, monkeypatch, settings):
 def test_text_without_a_weight_is_not_read(make, by_step):
     settings = {"max_steps": 2, "teacher_mix_alpha": 0.0}
     plain, trainer = make(**settings), make(pretraining=text_dataset(), pretraining_weight=0.0, **settings)
-    asked, inner = [], trainer._token_terms
+    asked, inner = [], trainer.token_terms
 
     def spy(model, inputs, *args):
         asked.append(len(inputs["labels"]))
         return inner(model, inputs, *args)
 
-    trainer._token_terms = spy
+    trainer.token_terms = spy
     plain.train()
     trainer.train()
     assert set(asked) == {4}

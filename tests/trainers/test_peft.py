@@ -90,7 +90,7 @@ def _with_head_adapter(make_student, **settings):
 
 
 def _loss_and_gradients(trainer, batch, fused):
-    trainer._student_is_fused = fused
+    trainer.two_models.head_is_fused = fused
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
@@ -101,7 +101,7 @@ def test_an_adapter_on_the_head_is_trained_in_the_fused_path(make_trainer, make_
     trainer = make_trainer(_with_head_adapter(make_student), lmbda=0.0)
     batch = batch_of(trainer)
     fused, gradients = _loss_and_gradients(trainer, batch, None)
-    assert trainer._student_is_fused is True
+    assert trainer.two_models.head_is_fused is True
     plain, expected = _loss_and_gradients(trainer, batch, False)
     assert fused == pytest.approx(plain, rel=1e-5)
     assert fused == pytest.approx(
@@ -121,7 +121,7 @@ def test_a_head_adapter_that_is_no_matrix_product_takes_the_logits_path(
     trainer = make_trainer(_with_head_adapter(make_student, **settings), lmbda=0.0)
     batch = batch_of(trainer)
     loss = trainer.compute_loss(trainer.model, batch)
-    assert trainer._student_is_fused is False
+    assert trainer.two_models.head_is_fused is False
     expected = jsd_mean(dense(trainer.model, trainer.teacher.model, trainer.train_dataset))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
@@ -137,7 +137,7 @@ def test_a_head_trained_whole_beside_an_adapter(make_trainer, make_student, batc
         head = next(p for name, p in student.named_parameters() if "modules_to_save" in name)
         head += 0.1 * torch.randn_like(head)
     fused, gradients = _loss_and_gradients(trainer, batch, None)
-    assert trainer._student_is_fused is True
+    assert trainer.two_models.head_is_fused is True
     plain, expected = _loss_and_gradients(trainer, batch, False)
     assert fused == pytest.approx(plain, rel=1e-5)
     assert sum("lm_head" in name for name in expected) == 1

@@ -14,6 +14,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from distill_trainers import DistillConfig, DistillTrainer, GKDConfig, GKDTrainer, RationaleConfig
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.losses import token_logps
+from distill_trainers.losses.reduction import step_counts
 from distill_trainers.toy import addition_rationales
 from distill_trainers.trainers.lifecycle.cache_filling import fill_cache
 
@@ -135,7 +136,7 @@ def test_tasks_keep_their_own_counts_in_a_window_of_unlike_batches(make_trainer,
     rows = [*trainer.train_dataset]
     rows[0] = {**rows[0], "other_input_ids": [], "other_loss_mask": [], "other_marks": []}  # a label alone
     parts = [trainer.data_collator(rows[:2]), trainer.data_collator(rows[2:8])]
-    counts = trainer._counts(parts)
+    counts = step_counts(parts, trainer.loss_divisors)
     total = sum(trainer.compute_loss(trainer.model, part, num_items_in_batch=counts) for part in parts)
     first, other = halves(trainer, rows[:8])
     expected = nlls(trainer.model, first).mean() + nlls(trainer.model, other[1:]).mean()

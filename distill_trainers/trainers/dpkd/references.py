@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,15 +36,18 @@ from ...teachers.cache.shards import TeacherCache
 from ...teachers.local import AdapterOff, adapter_is_neutral, base_fingerprint
 from ...teachers.placement import is_collective
 from ...teachers.rows import batch_keys, dataset_row_key
-from .. import student as sources
-from ..step import frozen_logps
-
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
-
-Batch = dict[str, Any]
+from ..protocol import Run
+from ..student import load_student
+from .config import DPKDConfig
 
 _FLUSH_SECONDS = 30.0  # what a killed run may lose
+
+
+class PreferenceRun(Run, Protocol):
+    """A run with the settings of preferences."""
+
+    @property
+    def args(self) -> DPKDConfig: ...
 
 
 class ReferenceLogps:
@@ -54,13 +57,13 @@ class ReferenceLogps:
     not hold is asked of the model and, for rows of a dataset, kept.
 
     Args:
-        trainer: whose batches these are.
+        run: whose batches these are.
         load: gives the reference, ready to answer; called when it is first needed.
         store: where answers are kept; None asks every time.
     """
 
-    def __init__(self, trainer: DistillTrainer, load: Callable[[], Teacher], store: TeacherCache | None = None):
-        self.trainer = trainer
+    def __init__(self, run: PreferenceRun, load: Callable[[], Teacher], store: TeacherCache | None = None):
+        self.run = run
         self.store = store
         self._load = load
         self._model: Teacher | None = None
@@ -92,7 +95,7 @@ class ReferenceLogps:
         return torch.nn.functional.pad(values, (1, 0))
 
     def _ask(self, batch: Mapping[str, Tensor], predicts: Tensor) -> Tensor:
-        logps, _ = frozen_logps(self.trainer, self.model, batch)
+        logps, _ = self.run.two_models.frozen_logps(self.model, batch)
         return torch.zeros(predicts.shape, dtype=logps.dtype, device=logps.device).masked_scatter(predicts, logps)
 
     # ---- On disk ----------------------------------------------------------------------------------------------------
@@ -118,12 +121,11 @@ class ReferenceLogps:
     def release(self) -> None:
         """Let a teacher that can be loaded again go; one that is sharded stays, since all processes run it."""
         if self.store is not None and not self._collective:
-            self.trainer.teacher.release()
+            self.run.teacher.release()
 
     @property
     def _collective(self) -> bool:
-        accelerator = self.trainer.accelerator
-        args: Any = self.trainer.args
+        accelerator, args = self.run.accelerator, self.run.args
         placement = args.teacher_placement if args.reference == "teacher" else "auto"  # the student lies as launched
         sharded = is_collective(placement, models.zero_stage(accelerator), models.fsdp_version(accelerator))
         return accelerator.num_processes > 1 and sharded
@@ -132,8 +134,8 @@ class ReferenceLogps:
         """Whether the reference is asked: by whoever needs it, or by all processes where it is sharded."""
         if not self._collective:
             return need
-        votes = torch.tensor(float(need), device=self.trainer.args.device)
-        return bool(self.trainer.accelerator.reduce(votes, reduction="sum").item())
+        votes = torch.tensor(float(need), device=self.run.args.device)
+        return bool(self.run.accelerator.reduce(votes, reduction="sum").item())
 
     def fill(self, pairs: Any) -> int:
         """Ask for all rows of a dataset of tokenised pairs that the store lacks; returns how many there were.
@@ -142,7 +144,7 @@ class ReferenceLogps:
         """
         if self.store is None or not hasattr(pairs, "__len__"):
             return 0
-        trainer, accelerator = self.trainer, self.trainer.accelerator
+        run, accelerator = self.run, self.run.accelerator
         accelerator.wait_for_everyone()
         self.store.refresh()
         todo: dict[bytes, dict[str, Any]] = {}
@@ -151,14 +153,14 @@ class ReferenceLogps:
             if count and key not in self.store:
                 todo[key] = row
         accelerator.wait_for_everyone()  # nobody writes before all know what is missing
-        size = trainer.args.per_device_eval_batch_size
+        size = run.args.per_device_eval_batch_size
         rows = sorted(todo.values(), key=lambda row: -len(row["input_ids"]))
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         world, rank = accelerator.num_processes, accelerator.process_index
-        collate = DistillCollator(trainer.processing_class.pad_token_id)
+        collate = DistillCollator(run.processing_class.pad_token_id)
         for turn in tqdm(range(-(-len(batches) // world)), desc="Reference log-probabilities", disable=rank != 0):
             mine = min(turn * world + rank, len(batches) - 1)
-            self.of(trainer._prepare_inputs(collate(batches[mine])))
+            self.of({name: entry.to(run.args.device) for name, entry in collate(batches[mine]).items()})
         self.flush()
         accelerator.wait_for_everyone()
         self.store.refresh()
@@ -185,21 +187,21 @@ class ReferenceKeeper(TrainerCallback):
 # ---- Which model is the reference -----------------------------------------------------------------------------------
 
 
-def initial_student(trainer: DistillTrainer, source: Any, quantization_config: Any) -> Callable[[], LocalTeacher]:
+def initial_student(run: Run, source: Any, quantization_config: Any) -> Callable[[], LocalTeacher]:
     """How to get the student as it was given: itself without a new adapter, its folder again, or a frozen copy.
 
     Raises:
         ConfigurationError: its weights are sharded already, and it has no name to be loaded by.
     """
-    student, args = trainer.model, trainer.args
+    student, args = run.model, run.args
     if models.is_peft(student) and adapter_is_neutral(student):
-        reference = AdapterOff(lambda: trainer.model_wrapped)
+        reference = AdapterOff(lambda: run.model_wrapped)
         return lambda: reference
     if isinstance(source, str) and not models.is_peft(student):
 
         def load() -> LocalTeacher:
-            loaded = LocalTeacher(sources.load_student(source, args, None, quantization_config), name=source)
-            loaded.prepare(trainer.accelerator)
+            loaded = LocalTeacher(load_student(source, args, None, quantization_config), name=source)
+            loaded.prepare(run.accelerator)
             return loaded
 
         return load
@@ -209,7 +211,7 @@ def initial_student(trainer: DistillTrainer, source: Any, quantization_config: A
             "copied. Pass the student by name, or train a new adapter (`peft_config`)."
         )
     frozen = LocalTeacher(copy.deepcopy(student), name="the student before training")
-    frozen.prepare(trainer.accelerator)
+    frozen.prepare(run.accelerator)
     return lambda: frozen
 
 
@@ -218,7 +220,7 @@ def source_fingerprint(source: Any) -> str | None:
     return None if isinstance(source, str) else base_fingerprint(source)
 
 
-def open_store(trainer: DistillTrainer, folder: str, source: Any, weights: str | None) -> TeacherCache:
+def open_store(run: PreferenceRun, folder: str, source: Any, weights: str | None) -> TeacherCache:
     """The store of a reference's log-probabilities, made if it is not there.
 
     Args:
@@ -229,7 +231,7 @@ def open_store(trainer: DistillTrainer, folder: str, source: Any, weights: str |
         ConfigurationError: the folder was made with another reference, tokenizer, vocabulary or precision.
         CacheError: it cannot be read or made.
     """
-    args, by_name = trainer.args, isinstance(source, str)
+    args, by_name = run.args, isinstance(source, str)
     teacher_is_it = source is not None and weights is None
     settings: Any = (args.teacher_model_init_kwargs if teacher_is_it else args.model_init_kwargs) or {}
     config = models.load_config(source, "reference", trust_remote_code=args.trust_remote_code) if by_name else None
@@ -240,8 +242,8 @@ def open_store(trainer: DistillTrainer, folder: str, source: Any, weights: str |
         top_k=None,
         draws=None,
         seed=None,
-        vocab_size=rows if trainer.vocab_size is None else trainer.vocab_size,
-        tokenizer=tokenizer_fingerprint(trainer.processing_class),
+        vocab_size=rows if run.vocab_size is None else run.vocab_size,
+        tokenizer=tokenizer_fingerprint(run.processing_class),
         autocast="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         teacher_rows=rows,
         teacher_settings=answering_settings(settings),
@@ -262,23 +264,23 @@ def open_store(trainer: DistillTrainer, folder: str, source: Any, weights: str |
 
 
 def reference_of(
-    trainer: DistillTrainer, student: Any, teacher: Any, fingerprint: str | None, quantization_config: Any
+    run: PreferenceRun, student: Any, teacher: Any, fingerprint: str | None, quantization_config: Any
 ) -> ReferenceLogps | None:
-    """The reference that a trainer's config names; None where the teacher's own signal says all that is needed.
+    """The reference that a run's config names; None where the teacher's own signal says all that is needed.
 
     Args:
-        student, teacher: as the trainer was given them.
+        student, teacher: as the run was given them.
         fingerprint: of a student in memory, before it got an adapter.
     """
-    args: Any = trainer.args
+    args = run.args
     if args.reference == "teacher" and args.reference_logps_dir is None:
         return None
     if args.reference == "teacher":
-        source = trainer.model if args.teacher_placement == "adapter_off" else source_of(teacher)
-        weights = None if isinstance(source, str) else trainer.teacher.fingerprint()
-        load: Callable[[], Teacher] = partial(getattr, trainer, "teacher")
+        source = run.model if args.teacher_placement == "adapter_off" else source_of(teacher)
+        weights = None if isinstance(source, str) else run.teacher.fingerprint()
+        load: Callable[[], Teacher] = partial(getattr, run, "teacher")
     else:
         source, weights = student, fingerprint
-        load = initial_student(trainer, student, quantization_config)
-    store = None if args.reference_logps_dir is None else open_store(trainer, args.reference_logps_dir, source, weights)
-    return ReferenceLogps(trainer, load, store)
+        load = initial_student(run, student, quantization_config)
+    store = None if args.reference_logps_dir is None else open_store(run, args.reference_logps_dir, source, weights)
+    return ReferenceLogps(run, load, store)

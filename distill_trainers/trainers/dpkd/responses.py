@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
@@ -13,11 +13,7 @@ from ...rollouts import ReplayBuffer, complete_prompts
 from ...rollouts.replay import sampled_rows, with_rows
 from ...rollouts.store import prompt_key
 from ..lifecycle.completions import completion_settings, completion_store, prompts_to_complete
-
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
-
-Batch = dict[str, Any]
+from ..protocol import Batch, Run
 
 
 class StudentResponses:
@@ -33,7 +29,7 @@ class StudentResponses:
         capacity: number of pairs kept.
     """
 
-    def __init__(self, trainer: DistillTrainer, refresh_steps: int, capacity: int):
+    def __init__(self, trainer: Run, refresh_steps: int, capacity: int):
         self.trainer = trainer
         self.refresh_steps = refresh_steps
         self.kept = ReplayBuffer(capacity, parts=3)
@@ -65,7 +61,7 @@ class StudentResponses:
 class FirstResponses(TrainerCallback):
     """Has the student answer the evaluation prompts before its first step, or they would tell of another student."""
 
-    def __init__(self, trainer: DistillTrainer):
+    def __init__(self, trainer: Run):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +70,7 @@ class FirstResponses(TrainerCallback):
             self.trainer.get_eval_dataloader(name)
 
 
-def with_student_responses(trainer: DistillTrainer, dataset: Any, written_by: str) -> Any:
+def with_student_responses(trainer: Run, dataset: Any, written_by: str) -> Any:
     """`dataset` with a rejected response of the student to each prompt, sampled once and kept on disk.
 
     Evaluation compares steps on the same pairs, so its rejected responses never change during a run.

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ...exceptions import ConfigurationError
 from ...losses.reduction import trained_mask
-from ...teachers import Teacher
 from ...teachers.rows import dataset_row_key, examples_of
-
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
+from ..protocol import Run
 
 
-def fill_cache(trainer: DistillTrainer, batch_size: int | None = None) -> dict[str, int]:
+def fill_cache(run: Run, batch_size: int | None = None) -> dict[str, int]:
     """Ask the teacher for all training and evaluation rows that its cache lacks; processes share them.
 
     Args:
@@ -26,14 +23,14 @@ def fill_cache(trainer: DistillTrainer, batch_size: int | None = None) -> dict[s
         numbers: `rows` that training and evaluation need, `computed` by all processes, `tokens` in the cache.
 
     Raises:
-        ConfigurationError: the trainer has no teacher cache, or its data is a stream.
+        ConfigurationError: the run has no teacher cache, or its data is a stream.
         CacheError: the cache cannot be written.
     """
-    teacher, accelerator = trainer.teacher, trainer.accelerator
+    teacher, accelerator = run.teacher, run.accelerator
     store = teacher.store
     if store is None:
         raise ConfigurationError("No teacher cache was named; set `teacher_cache` to a folder.")
-    datasets = _datasets(trainer)
+    datasets = _datasets(run)
     if not all(hasattr(dataset, "__len__") for dataset in datasets):
         raise ConfigurationError(
             "A stream cannot be cached ahead of training, since nobody knows its rows. Train with `teacher_cache`, "
@@ -53,37 +50,36 @@ def fill_cache(trainer: DistillTrainer, batch_size: int | None = None) -> dict[s
             needed |= keys
             missing |= new
     accelerator.wait_for_everyone()  # nobody writes before all know what is missing
-    size = batch_size or trainer.args.per_device_eval_batch_size
+    size = batch_size or run.args.per_device_eval_batch_size
     longest_first = sorted(todo, key=lambda each: -each[0])
     batches = [longest_first[i : i + size] for i in range(0, len(longest_first), size)]
-    _ask_for(trainer, teacher, batches)
+    _ask_for(run, batches)
     teacher.flush()
     accelerator.wait_for_everyone()
     store.refresh()
     return {"rows": len(needed), "computed": len(missing), "tokens": store.num_tokens}
 
 
-def _ask_for(trainer: DistillTrainer, teacher: Teacher, batches: list[Any]) -> None:
+def _ask_for(run: Run, batches: list[Any]) -> None:
     """Each process takes every so-manieth batch; a sharded teacher is asked equally often by all of them."""
-    accelerator = trainer.accelerator
-    world, rank = accelerator.num_processes, accelerator.process_index
+    world, rank = run.accelerator.num_processes, run.accelerator.process_index
     for turn in tqdm(range(-(-len(batches) // world)), desc="Teacher cache", disable=rank != 0):
         mine = turn * world + rank
-        if mine >= len(batches) and not teacher.is_collective:
+        if mine >= len(batches) and not run.teacher.is_collective:
             break
         chosen = batches[min(mine, len(batches) - 1)]
-        batch: Any = trainer._prepare_inputs(trainer.data_collator([dataset[number] for _, dataset, number in chosen]))
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            teacher.signal(inputs, trained_mask(batch["labels"]), trainer.vocab_size)
+        batch = run.data_collator([dataset[number] for _, dataset, number in chosen])
+        inputs = {name: batch[name].to(run.args.device) for name in ("input_ids", "attention_mask", "labels")}
+        with torch.no_grad(), run.two_models.autocast():
+            run.two_models.signal(inputs, trained_mask(inputs["labels"]))
 
 
-def _datasets(trainer: DistillTrainer) -> list[Any]:
+def _datasets(run: Run) -> list[Any]:
     """Training and evaluation rows as they will be trained on: with the teacher's completions where they are due."""
     found = []
-    if trainer.train_dataset is not None:
-        found.append(trainer.get_train_dataloader().dataset)
-    evaluated = trainer.eval_dataset
+    if run.train_dataset is not None:
+        found.append(run.get_train_dataloader().dataset)
+    evaluated = run.eval_dataset
     for name in evaluated if isinstance(evaluated, dict) else [None] if evaluated is not None else []:
-        found.append(trainer.get_eval_dataloader(name).dataset)
+        found.append(run.get_eval_dataloader(name).dataset)
     return found

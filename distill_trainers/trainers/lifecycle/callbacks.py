@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
+from ... import models
 from ...exceptions import TrainingDivergedError
 from ...run_files import is_complete
 from ...teachers import Teacher
+from ..protocol import Run
 
 if TYPE_CHECKING:
-    from ..base import DistillTrainer
+    from accelerate import Accelerator
 
 
 class StepLoss(TrainerCallback):
@@ -25,39 +28,39 @@ class StepLoss(TrainerCallback):
     One synchronisation per optimiser step, none per micro-step.
     """
 
-    def __init__(self, trainer: DistillTrainer):
-        self.trainer = trainer
+    def __init__(self, run: Run):
+        self.run = run
         self.loss = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.after_step(self.loss)
+        self.run.after_step(self.loss)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        window, trainer.window_loss = trainer.window_loss, torch.zeros_like(trainer.window_loss)
-        self.loss = trainer.accelerator.reduce(window, reduction="mean").item()
+        run = self.run
+        window, run.window_loss = run.window_loss, torch.zeros_like(run.window_loss)
+        self.loss = run.accelerator.reduce(window, reduction="mean").item()
         if math.isfinite(self.loss):
             return
-        raise divergence_error(trainer, "The loss or gradient", save=True)
+        raise divergence_error(run, "The loss or gradient", save=True)
 
 
-def divergence_error(trainer: DistillTrainer, what: str, *, save: bool = False) -> TrainingDivergedError:
+def divergence_error(run: Run, what: str, *, save: bool = False) -> TrainingDivergedError:
     """What to raise when `what` of the coming optimiser step is not finite.
 
     Args:
         save: keep the state before that step as a checkpoint, if its weights are finite. All processes must ask.
     """
-    step, finite = trainer.state.global_step, _weights_are_finite(trainer)
+    step, finite = run.state.global_step, _weights_are_finite(run.model, run.accelerator)
     last = f"checkpoint-{step}"
-    earlier = [path for path in trainer.run_checkpoints if is_complete(path)]
+    earlier = [path for path in run.run_checkpoints if is_complete(path)]
     if finite is False:
         earlier = [path for path in earlier if Path(path).name != last]
     kept = f"The last good checkpoint is {earlier[-1]}." if earlier else "No checkpoint had been written by this run."
     if save and finite and step > 0 and not any(Path(path).name == last for path in earlier):
-        trainer.save_aside()
-        kept += f" The state before the failing step is kept in {trainer.run_checkpoints[-1]}."
+        run.save_aside()
+        kept += f" The state before the failing step is kept in {run.run_checkpoints[-1]}."
     changed = "training stopped before that step changed a weight"
-    if trainer.is_deepspeed_enabled:
+    if models.zero_stage(run.accelerator) is not None:
         changed = "training stopped, but DeepSpeed has taken that step: do not save the weights that are in memory"
     return TrainingDivergedError(
         f"{what} of optimiser step {step + 1} is NaN or infinite; {changed}. "
@@ -65,21 +68,26 @@ def divergence_error(trainer: DistillTrainer, what: str, *, save: bool = False) 
     )
 
 
-def _weights_are_finite(trainer: DistillTrainer) -> bool | None:
+def _weights_are_finite(model: nn.Module, accelerator: Accelerator) -> bool | None:
     """None where that is not known: DeepSpeed has already stepped, and shards would need everyone."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if models.zero_stage(accelerator) is not None or models.fsdp_version(accelerator) is not None:
         return None
-    return all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters() if p.requires_grad)
+    return all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad)
 
 
 class InterruptCallback(TrainerCallback):
     """Ctrl-C and SIGTERM end the running step, save a checkpoint and stop; a second Ctrl-C stops at once.
 
     SIGTERM is what schedulers send before they take a machine away, and launchers when another process has died.
+
+    Args:
+        teacher: is not waited for any longer.
+        accelerator: of all processes, which must stop at the same step.
     """
 
-    def __init__(self, trainer: DistillTrainer | None = None):
-        self.trainer = trainer
+    def __init__(self, teacher: Teacher, accelerator: Accelerator):
+        self.teacher = teacher
+        self.accelerator = accelerator
         self.asked = False
         self._previous: dict[int, Any] = {}
 
@@ -97,15 +105,14 @@ class InterruptCallback(TrainerCallback):
                 "\nInterrupted: finishing this step and saving a checkpoint (Ctrl-C again stops at once).", flush=True
             )
         self.asked = True
-        if self.trainer is not None:
-            self.trainer.teacher.stop_waiting()
+        self.teacher.stop_waiting()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         asked = self.asked
-        if self.trainer is not None and self.trainer.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1:
             # Signals reach the processes at different steps; all must stop at the same one.
             votes = torch.tensor(float(asked), device=args.device)
-            asked = bool(self.trainer.accelerator.reduce(votes, reduction="sum").item())
+            asked = bool(self.accelerator.reduce(votes, reduction="sum").item())
         if asked:
             self.asked = True
             control.should_save = True

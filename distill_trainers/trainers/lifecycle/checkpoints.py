@@ -1,4 +1,4 @@
-"""Which checkpoints can be resumed from, and the method's own state in them."""
+"""Checkpoints that can be resumed from, with the method's own state in them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
-from ...exceptions import CheckpointError
-from ...run_files import is_complete
+from ...exceptions import CheckpointError, DatasetError
+from ...run_files import check_resumable, is_complete, last_complete_checkpoint
+from ...teachers import Teacher
+from . import outage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -111,3 +116,86 @@ def _split(state: dict[str, Any], path: str = "") -> tuple[dict[str, Any], dict[
         else:
             plain[name] = value
     return plain, tensors
+
+
+class Resuming(Trainer):
+    """What of `DistillTrainer` writes checkpoints, and goes on from them."""
+
+    last_step: outage.LastStep | None = None
+    _method_state_aside: dict[str, Any] | None = None
+
+    if TYPE_CHECKING:
+        args: Any
+        teacher: Teacher
+        run_checkpoints: list[str]
+
+        def method_state(self) -> dict[str, Any]: ...
+
+        def load_method_state(self, state: dict[str, Any]) -> None: ...
+
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> TrainOutput:
+        """As `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
+        if self.train_dataset is None:
+            raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        self.run_checkpoints, self.last_step = [], None
+        if isinstance(resume_from_checkpoint, str):
+            check_resumable(resume_from_checkpoint)
+            if self.args.should_save:
+                remove_torn(self.args.output_dir)
+            self.run_checkpoints.append(resume_from_checkpoint)
+            self.load_method_state(read_method_state(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is None or hasattr(self.train_dataset, "__len__"):
+            return position
+        # transformers takes all steps so far for steps of a stream's first pass.
+        passes, steps = stream_position(resume_from_checkpoint)
+        return passes, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with written_whole(folder, self.accelerator, self.args.should_save):
+            state = self.method_state() if self._method_state_aside is None else self._method_state_aside
+            if self.args.should_save and state:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_method_state(folder, state)
+            super()._save_checkpoint(model, trial)
+        self.run_checkpoints.append(str(folder))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # What follows is the main process's word that the checkpoint is whole, so all must have written their part.
+        self.accelerator.wait_for_everyone()
+
+    def save_aside(self, method_state: dict[str, Any] | None = None) -> None:
+        """A checkpoint that takes no other's place: nothing is rotated out, nothing uploaded.
+
+        Args:
+            method_state: the method's as of the checkpoint's step, where it has changed since.
+        """
+        args, self._method_state_aside = self.args, method_state
+        settings = args.save_total_limit, args.push_to_hub
+        args.save_total_limit, args.push_to_hub = None, False
+        try:
+            self._save_checkpoint(self.model, trial=None)
+        finally:
+            args.save_total_limit, args.push_to_hub = settings
+            self._method_state_aside = None
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.teacher.may_be_away:
+            self.last_step = outage.last_step(self.method_state(), self.args.device)

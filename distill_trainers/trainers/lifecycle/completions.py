@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ... import models
 from ...rollouts import CompletionSettings, CompletionStore, SamplingSettings, complete_prompts, local_engine
@@ -13,9 +13,7 @@ from ...rollouts.completing import Prompts
 from ...rollouts.store import prompt_key
 from ...run_files import COMPLETIONS_NAME
 from ..config import DistillConfig
-
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
+from ..protocol import Run
 
 
 def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_size: int | None) -> SamplingSettings:
@@ -72,7 +70,7 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
     return dataset.map(fill, desc="Teacher completions", load_from_cache_file=False)
 
 
-def fill_with_teacher_completions(trainer: DistillTrainer, dataset: Any, *, replace: bool) -> Any:
+def fill_with_teacher_completions(trainer: Run, dataset: Any, *, replace: bool) -> Any:
     """The trainer's `dataset` with completions of its teacher; each process generates its share, each prompt once."""
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or "loss_mask" not in columns or not hasattr(dataset, "__len__"):

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ... import models
@@ -33,12 +32,9 @@ from ...exceptions import ConfigurationError, DatasetError
 from ...losses.reduction import trained_mask
 from ...rollouts import CompletionSettings, complete_prompts, local_engine
 from ...storage import content_key
-from ..step import head_can_be_fused, terms_of_batch
+from ..protocol import Run
 from .completions import completion_store
 from .side_by_side import SideBySide, log_side_by_side
-
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +104,7 @@ class HeldOutMeasures(TrainerCallback):
         ConfigurationError: an encoder-decoder student, or measures that need a live teacher which is not there.
     """
 
-    def __init__(self, trainer: DistillTrainer):
+    def __init__(self, trainer: Run):
         self.trainer, args = trainer, trainer.args
         self.settings = held_out_settings(args)
         self.metrics = [name for name in METRICS if name in (args.eval_measures or [])]
@@ -172,7 +168,9 @@ class HeldOutMeasures(TrainerCallback):
         logged |= {f"gap_closed_{name}": value for name, value in self._gaps(scores).items()}
         logged = {name: value for name, value in logged.items() if value == value}  # a NaN is no score
         self._taken = (step, logged)
-        log_side_by_side(self.trainer, step, self._side_by_side(found))
+        if self.trainer.accelerator.is_main_process:
+            callbacks = self.trainer.callback_handler.callbacks
+            log_side_by_side(self.trainer.args, callbacks, step, self._side_by_side(found))
         return logged
 
     # ---- What -------------------------------------------------------------------------------------------------------
@@ -279,7 +277,7 @@ class HeldOutMeasures(TrainerCallback):
         key = content_key(prompts, self.settings.metrics, self.settings.seeds, self.settings.max_new_tokens)
         if step == 0:
             self._initial = scores
-            if self.trainer.is_world_process_zero() and self.trainer.is_in_train:
+            if self.trainer.accelerator.is_main_process and self.trainer.is_in_train:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps({"key": key, "scores": scores}))
         elif self._initial is None and file.is_file():
@@ -341,27 +339,17 @@ class HeldOutMeasures(TrainerCallback):
     @torch.no_grad()
     def _read(self, model: nn.Module, texts: list[Text]) -> list[TokenValues]:
         """Per-token measures of the texts by student and teacher, inside the student's wrappers."""
-        trainer = self.trainer
+        trainer, both = self.trainer, self.trainer.two_models
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
         asks = bool(set(self.metrics) & NEED_A_TEACHER)
-        # A batch of plain rows, whatever the method's own batches are made of.
-        reader: Any = SimpleNamespace(
-            teacher=trainer.teacher,
-            teacher_signal=lambda inputs, predicts: (
-                trainer.teacher.signal(models.forward_inputs(inputs), predicts, trainer.vocab_size) if asks else None
-            ),
-            has_row_terms=False,
-            args=trainer.args,
-            vocab_size=trainer.vocab_size,
-        )
 
-        def run(batch: dict[str, Any]) -> Any:
-            if trainer._student_is_fused is None:
-                trainer._student_is_fused = head_can_be_fused(trainer.model, model, models.forward_inputs(batch))
-            assert bool(trained_mask(batch["labels"]).any())
-            with trainer.compute_loss_context_manager():
-                fused = trainer._student_is_fused
-                return terms_of_batch(reader, model, batch, comparison_terms, {}, fused=fused)[1]
+        def run(batch: dict[str, Any]) -> dict[str, Tensor]:
+            """Plain rows, whatever the method's own batches are made of: its hooks have no say here."""
+            predicts = trained_mask(batch["labels"])
+            assert bool(predicts.any())
+            with both.autocast():
+                signal = both.signal(batch, predicts) if asks else None
+                return both.terms(model, batch, signal, comparison_terms, {})[1]
 
         mine = force(
             texts,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
+from ..config import DistillConfig
 
 
 class EpochSampler(Sampler[int]):
@@ -20,15 +19,17 @@ class EpochSampler(Sampler[int]):
     run; accelerate does not tell its shuffling sampler the epoch when several processes resume.
 
     Args:
-        trainer: its state tells the epoch.
         rows: number of rows.
+        args: seeds and batch sizes.
+        epoch: tells the epoch.
         lengths: of the rows, to group them; None only shuffles.
     """
 
-    def __init__(self, trainer: DistillTrainer, rows: int, lengths: Sequence[int] | None = None):
-        args = trainer.args
-        self.trainer = trainer
+    def __init__(
+        self, rows: int, args: DistillConfig, epoch: Callable[[], float], lengths: Sequence[int] | None = None
+    ):
         self.rows = rows
+        self.epoch = epoch
         self.lengths = lengths
         self.seed = args.seed if args.data_seed is None else args.data_seed
         self.group = args.train_batch_size * args.gradient_accumulation_steps
@@ -37,19 +38,18 @@ class EpochSampler(Sampler[int]):
         return self.rows
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + int(self.trainer.state.epoch or 0))
+        generator = torch.Generator().manual_seed(self.seed + int(self.epoch()))
         if self.lengths is None:
             return iter(torch.randperm(self.rows, generator=generator).tolist())
         return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
 
 
-def train_sampler(trainer: DistillTrainer, dataset: Any) -> EpochSampler | None:
-    """The sampler of the trainer's `train_sampling_strategy`, where it is one that draws; else None."""
-    args = trainer.args
+def train_sampler(dataset: Any, args: DistillConfig, epoch: Callable[[], float]) -> EpochSampler | None:
+    """The sampler of `train_sampling_strategy`, where it is one that draws; else None."""
     if not hasattr(dataset, "__len__") or args.train_sampling_strategy not in ("random", "group_by_length"):
         return None
     if args.train_sampling_strategy == "random":
-        return EpochSampler(trainer, len(dataset))
+        return EpochSampler(len(dataset), args, epoch)
     if args.length_column_name in (getattr(dataset, "column_names", None) or []):
-        return EpochSampler(trainer, len(dataset), list(dataset[args.length_column_name]))
-    return EpochSampler(trainer, len(dataset), [len(row["input_ids"]) for row in dataset])
+        return EpochSampler(len(dataset), args, epoch, list(dataset[args.length_column_name]))
+    return EpochSampler(len(dataset), args, epoch, [len(row["input_ids"]) for row in dataset])

@@ -1,4 +1,9 @@
-"""How a run ends when its teacher stays away."""
+"""How a run ends when its teacher stays away.
+
+A process whose teacher does not answer cannot simply raise: the others may be anywhere in the step, and would wait for
+it in their next collective. So it goes through the step with signals that say nothing (`Teacher.holding_failures`), and
+before the step's last backward, in which DeepSpeed steps, all processes learn of it and end at the same place.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +11,13 @@ import copy
 import dataclasses
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ...exceptions import TeacherServerError
-
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
-
-#
-# A process whose teacher does not answer cannot simply raise: the others may be anywhere in the step, and would wait
-# for it in their next collective. So it goes through the step with signals that say nothing (`holding_failures`), and
-# before the step's last backward, in which DeepSpeed steps, all processes learn of it and end at the same place.
+from ..protocol import Run
 
 
 @dataclasses.dataclass
@@ -35,43 +33,42 @@ class LastStep:
     draws: dict[str, Any]
 
 
-def last_step(trainer: DistillTrainer) -> LastStep | None:
-    """To be remembered at the end of each step; None with a teacher that cannot be away."""
-    if not trainer.teacher.may_be_away:
-        return None
-    device = trainer.args.device
+def last_step(method_state: dict[str, Any], device: torch.device) -> LastStep:
+    """Remember the step that is over."""
     draws = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     draws |= {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return LastStep(copy.deepcopy(trainer.method_state()), draws)
+    return LastStep(copy.deepcopy(method_state), draws)
 
 
-def end_together(trainer: DistillTrainer) -> None:
+def end_together(run: Run, last: LastStep | None) -> None:
     """If the teacher of any process has failed, save the last finished step and end; all processes must ask.
+
+    Args:
+        last: None before the run has finished a step.
 
     Raises:
         TeacherServerError: on all of them, after the checkpoint.
     """
-    teacher = trainer.teacher
+    teacher = run.teacher
     if not teacher.may_be_away:
         return
     failure, teacher.failure = teacher.failure, None
-    failed = torch.tensor(float(failure is not None), device=trainer.args.device)
-    if not trainer.accelerator.reduce(failed, reduction="sum").item():
+    failed = torch.tensor(float(failure is not None), device=run.args.device)
+    if not run.accelerator.reduce(failed, reduction="sum").item():
         return
     reason = failure or "The teacher's server gave another process no answer."
-    raise TeacherServerError(f"{reason} {_keep_last_step(trainer)}") from failure
+    raise TeacherServerError(f"{reason} {_keep_last_step(run, last)}") from failure
 
 
-def _keep_last_step(trainer: DistillTrainer) -> str:
+def _keep_last_step(run: Run, last: LastStep | None) -> str:
     """Write the checkpoint of the last finished step unless it is there; what to tell of it."""
-    step, last = trainer.state.global_step, trainer.last_step
     if last is None:
         return "This run had not finished a step."
-    if not any(Path(path).name == f"checkpoint-{step}" for path in trainer.run_checkpoints):
+    if not any(Path(path).name == f"checkpoint-{run.state.global_step}" for path in run.run_checkpoints):
         random.setstate(last.draws["python"])
         np.random.set_state(last.draws["numpy"])
         torch.set_rng_state(last.draws["torch"])
         if "cuda" in last.draws:
-            torch.cuda.set_rng_state(last.draws["cuda"], trainer.args.device)
-        trainer.save_aside(last.method)
-    return f"Its last step is kept in {trainer.run_checkpoints[-1]}."
+            torch.cuda.set_rng_state(last.draws["cuda"], run.args.device)
+        run.save_aside(last.method)
+    return f"Its last step is kept in {run.run_checkpoints[-1]}."

@@ -11,6 +11,9 @@ from torch import nn
 from transformers import GenerationConfig, Trainer
 
 from ... import hub, models
+from ...cards.facts import CardFacts, shown_settings
+from ...cards.model_card import inherited_terms, model_card
+from ...cards.plots import plot_history
 from ...data.chat import turn_end_id
 from ...exceptions import ConfigurationError
 from ...storage import writing
@@ -66,14 +69,13 @@ def _what(base: str | None) -> str:
     return f"the local folder {base!r}" if base else "a model in memory"
 
 
-def check_merger(trainer: Any) -> None:
+def check_merger(args: DistillConfig, student: nn.Module, accelerator: Any) -> None:
     """Refuse to merge the adapter of a sharded student that is not there by name: it is merged into what is on disk.
 
     Raises:
         ConfigurationError: the student was made in memory.
     """
-    sharded = _is_sharded(trainer.accelerator)
-    if trainer.args.merge_adapter and sharded and not models.source_of(trainer.model):
+    if args.merge_adapter and _is_sharded(accelerator) and not models.source_of(student):
         raise ConfigurationError(
             "Got `merge_adapter: true` under ZeRO-3 or FSDP2 with a student made in memory; expected one loaded by "
             "name, whose whole weights can be read again. Save it first and pass the folder as `model`."
@@ -170,27 +172,57 @@ class Publishing(Trainer):
             **(self.args.model_init_kwargs or {}),
         }
 
-    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
+    def card_facts(self: Any) -> CardFacts:
+        """What the student's card says of this run."""
+        from .. import METHODS  # the table above all methods; by now it is there
+
+        args, state, adapted = self.args, self.state, models.is_peft(self.model)
+        names = [name for name, row in METHODS.items() if row and isinstance(self, row[1])]
+        logged = {name: value for entry in state.log_history for name, value in entry.items()}  # callbacks' values, too
+        return CardFacts(
+            record=self.recorder.facts(),
+            recipe_method=names[0] if names else self.method_name,
+            repository=args.hub_model_id,
+            folder=Path(args.output_dir),
+            student=models.source_of(self.model),
+            student_class=type(models.causal_lm_of(self.model)).__name__,
+            is_encoder_decoder=models.is_encoder_decoder(self.model),
+            trained_parameters=models.num_parameters(self.model, trainable_only=True) if adapted else None,
+            chats=bool(getattr(self.processing_class, "chat_template", None)),
+            teacher=None if self.teacher.is_nobody else self.teacher.name,
+            needs_teacher=bool(args.needs),
+            data=self.data_sources,
+            rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            settings=shown_settings(args),
+            max_length=args.max_length,
+            seed=args.seed,
+            steps=state.global_step,
+            epochs=state.epoch or 0,
+            seconds=sum(float(entry.get("train_runtime", 0)) for entry in state.log_history),
+            is_finished=args.max_steps <= 0 or state.global_step >= args.max_steps,
+            metrics={**logged, **self.last_eval_metrics},
+            card_license=args.card_license,
+            hub_token=args.hub_token,
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write README.md and its plots into the output directory, and beside the merged student."""
         if not self.is_world_process_zero():
             return
-        from ...cards.model_card import inherited_terms, model_card
-        from ...cards.plots import plot_history
-
-        folder, history = Path(self.args.output_dir), self.state.log_history
+        folder, history, facts = Path(self.args.output_dir), self.state.log_history, self.card_facts()
         plots: list[str] = []
         if any("loss" in entry for entry in history):
             drawn = plot_history(history, folder / "plots")
             evaluated = any("eval_kl" in entry for entry in history)
             plots = [f"plots/{file.name}" for file in drawn if evaluated or file.name != "agreement.png"]
-        self._write_card(folder, model_card(self, plots=plots))
+        self._write_card(folder, model_card(facts, plots=plots))
         if self.args.merge_adapter and self.published_folder.is_dir():
             for name in [*plots, "metrics.json"]:
                 if (folder / name).is_file():
                     (self.published_folder / name).parent.mkdir(exist_ok=True)
                     shutil.copy(folder / name, self.published_folder / name)
-            self._write_card(self.published_folder, model_card(self, merged=True, plots=plots))
-        terms = inherited_terms(self)
+            self._write_card(self.published_folder, model_card(facts, merged=True, plots=plots))
+        terms = inherited_terms(facts)
         for warning in filter(None, [*terms.conflicts, terms.difference()]):
             logger.warning("Licences: %s", warning)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -20,10 +20,7 @@ from transformers import TrainerCallback
 from ... import models
 from ...run_files import FORMAT, RECORD_NAME, VERSION, read_record, shown
 from ...storage import writing
-
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
-
+from ..protocol import Run
 
 # Keys that may hold secrets or tell about the machine, and those that say nothing about the run.
 _PRIVATE = re.compile(r"((?<!eos_)token|password|secret|api_key|_dir|_file|(?<!or)_path)$")
@@ -55,9 +52,9 @@ class RunRecorder(TrainerCallback):
         recipe: what was set, by key; those who read a recipe add what the trainer does not see.
     """
 
-    def __init__(self, trainer: DistillTrainer):
-        self.trainer = trainer
-        self.recipe: dict[str, Any] = changed_settings(trainer.args)
+    def __init__(self, run: Run):
+        self.run = run
+        self.recipe: dict[str, Any] = changed_settings(run.args)
         self._earlier: list[dict[str, Any]] = []
         self._session = Session("", 0, 0, 0.0)
         self._clock = 0.0
@@ -86,7 +83,7 @@ class RunRecorder(TrainerCallback):
         session, energy = self._session, energy_joules(args.device)
         spent = float("nan") if energy is None or self._energy is None else energy - self._energy
         own = torch.tensor([[peak_mib(args.device), spent]], device=args.device, dtype=torch.float32)
-        everyone = self.trainer.accelerator.gather(own).double()
+        everyone = self.run.accelerator.gather(own).double()
         session.to_step, session.seconds = state.global_step, time.monotonic() - self._clock
         session.peak_mib, session.energy_joules = _number(everyone[:, 0].max()), _number(everyone[:, 1].sum())
         if not args.should_save:
@@ -101,19 +98,18 @@ class RunRecorder(TrainerCallback):
 
     def facts(self) -> dict[str, Any]:
         """What was run, without paths of this machine."""
-        trainer = self.trainer
-        student = models.causal_lm_of(trainer.model)
-        source = models.source_of(trainer.model)
+        run, student = self.run, models.causal_lm_of(self.run.model)
+        source = models.source_of(run.model)
         return {
             "format": FORMAT,
             "version": VERSION,
-            "method": trainer.method_name,
-            "paper": dict(trainer.paper),
+            "method": run.method_name,
+            "paper": dict(run.paper),
             "student": shown(source) if source else type(student).__name__,
-            "student_parameters": models.num_parameters(trainer.model),
-            "teacher": shown(trainer.teacher.name),
-            "processes": trainer.accelerator.num_processes,
-            "device": _device_name(trainer.args.device),
+            "student_parameters": models.num_parameters(run.model),
+            "teacher": shown(run.teacher.name),
+            "processes": run.accelerator.num_processes,
+            "device": _device_name(run.args.device),
             "versions": _versions(),
             "recipe": self.recipe,
         }

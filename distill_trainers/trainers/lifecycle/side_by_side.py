@@ -9,12 +9,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import TrainerCallback
 
 from ...run_files import SAMPLES_NAME
-
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
+from ..config import DistillConfig
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +32,28 @@ class SideBySide:
     teacher: str = ""
 
 
-def log_side_by_side(trainer: DistillTrainer, step: int, samples: Sequence[SideBySide]) -> None:
-    """Append to `<output_dir>/samples.jsonl`, and send a table to TensorBoard, wandb and trackio where they track."""
-    if not samples or not trainer.is_world_process_zero():
+def log_side_by_side(
+    args: DistillConfig, callbacks: Sequence[TrainerCallback], step: int, samples: Sequence[SideBySide]
+) -> None:
+    """Append to `<output_dir>/samples.jsonl`, and send a table to TensorBoard, wandb and trackio where they track.
+
+    One process does so.
+
+    Args:
+        callbacks: of the run, among which TensorBoard's may be.
+    """
+    if not samples:
         return
     rows = [{"step": step, **asdict(sample)} for sample in samples]
-    file = Path(trainer.args.output_dir) / SAMPLES_NAME
+    file = Path(args.output_dir) / SAMPLES_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8", errors="replace") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    for callback in trainer.callback_handler.callbacks:
+    for callback in callbacks:
         writer = getattr(callback, "tb_writer", None)
         if writer is not None:
             writer.add_text(TABLE, _markdown(rows), step)
-    reports = trainer.args.report_to or []
+    reports = args.report_to or []
     for name in ("wandb", "trackio"):
         if name in reports and importlib.util.find_spec(name) is not None:
             _send_table(importlib.import_module(name), name, rows)

@@ -12,7 +12,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -24,11 +24,8 @@ from ...exceptions import CheckpointError, DatasetError
 from ...losses.reduction import IGNORE_INDEX
 from ...rollouts.draws import mix
 from ...rollouts.replay import sampled_rows
+from ..protocol import Batch, Run
 
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
-
-Batch = dict[str, Any]
 LOGPS = "sampled_logps"  # the batch entry `[B, T, K]` that travels with sampled rows
 ROWS_PER_STEP = "rows per optimiser step"
 WITHOUT_CYCLES = {"num_minibatches": 1, "num_inner_epochs": 1}
@@ -76,13 +73,13 @@ class RolloutCycles:
     """The sampled rows of the running cycle, and where in it the run is.
 
     Args:
-        trainer: its state tells the step.
+        run: its state tells the step.
         minibatches: M, optimiser steps of one inner epoch (fewer in the last cycle of an epoch).
         inner_epochs: E, how often each row is trained on.
     """
 
-    def __init__(self, trainer: DistillTrainer, minibatches: int, inner_epochs: int):
-        self.trainer = trainer
+    def __init__(self, run: Run, minibatches: int, inner_epochs: int):
+        self.run = run
         self.minibatches = minibatches
         self.inner_epochs = inner_epochs
         self.rows: list[RolloutRow] = []
@@ -110,7 +107,7 @@ class RolloutCycles:
         self, epoch_iterator: Iterator, num_batches: int, sample: Callable[[list[Batch]], list[Batch]]
     ) -> list[Batch]:
         """The rows of the coming optimiser step; at the beginning of a cycle they are sampled, for all its steps."""
-        step, per_pass = self.trainer.state.global_step, self._sampler.steps * self.inner_epochs
+        step, per_pass = self.run.state.global_step, self._sampler.steps * self.inner_epochs
         within = step % per_pass
         first = within - within % (self.minibatches * self.inner_epochs)
         steps = min(self.minibatches, self._sampler.steps - first // self.inner_epochs)
@@ -130,22 +127,22 @@ class RolloutCycles:
         epoch, minibatch = divmod(position, steps)
         order = list(range(len(self.rows)))
         if epoch:
-            random.Random(mix(self.trainer.args.seed, self.start, epoch, 3)).shuffle(order)
+            random.Random(mix(self.run.args.seed, self.start, epoch, 3)).shuffle(order)
         size = len(order) // steps
         return self._batches([self.rows[i] for i in order[minibatch * size : (minibatch + 1) * size]])
 
     @property
     def _world(self) -> int:
-        return self.trainer.accelerator.num_processes
+        return self.run.accelerator.num_processes
 
     @property
     def _batch_rows(self) -> int:
-        return self.trainer.args.train_batch_size
+        return self.run.args.train_batch_size
 
     @property
     def _step_rows(self) -> int:
         """Rows of one optimiser step over all processes."""
-        return self.trainer.args.gradient_accumulation_steps * self._batch_rows * self._world
+        return self.run.args.gradient_accumulation_steps * self._batch_rows * self._world
 
     @property
     def _settings(self) -> dict[str, int]:
@@ -165,14 +162,14 @@ class RolloutCycles:
 
     def _batches(self, rows: list[RolloutRow]) -> list[Batch]:
         """This process's batches of one optimiser step."""
-        size, trainer = self._batch_rows, self.trainer
-        starts = range(trainer.accelerator.process_index * size, len(rows), self._world * size)
+        size, run = self._batch_rows, self.run
+        starts = range(run.accelerator.process_index * size, len(rows), self._world * size)
         return [
             batch_of(
                 rows[start : start + size],
-                trainer.sampling.pad_token_id,
-                trainer.args.pad_to_multiple_of,
-                trainer.args.device,
+                run.sampling.pad_token_id,
+                run.args.pad_to_multiple_of,
+                run.args.device,
             )
             for start in starts
         ]

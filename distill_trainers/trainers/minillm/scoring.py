@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...exceptions import ConfigurationError
 from ...losses import token_logps
+from ...losses.reduction import trained_mask
 from ...rollouts import Mixture, Scored, decode_scored, why_not_scored
 from ...signals import HiddenStates, TokenLogits, TokenSignal
-from ..step import ask_ahead, frozen_logps
+from ...teachers import Teacher
+from ..protocol import Batch, Run
 from .cycles import with_logps
 
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
-
-Batch = dict[str, Any]
 SIGNAL = "teacher_signal"  # the batch entry that keeps what a teacher has said already
 
 
-def check_mixture(trainer: DistillTrainer) -> None:
+def check_mixture(student: nn.Module, teacher: Teacher) -> None:
     """Refuse models that the decode loop cannot run together.
 
     Raises:
         ConfigurationError: the teacher does not generate, or one of the models keeps more than keys and values.
     """
-    teacher = trainer.teacher
     if not teacher.can_generate:
         raise ConfigurationError(
             f"Got `teacher_mix_alpha` above 0, but {type(teacher).__name__} cannot write tokens together with the "
             "student. Set `teacher_mix_alpha: 0`, or give a local teacher."
         )
-    for role, model in (("student", trainer.model), ("teacher", teacher.live().model)):
+    for role, model in (("student", student), ("teacher", teacher.live().model)):
         reason = why_not_scored(model)
         if reason:
             raise ConfigurationError(
@@ -43,7 +40,7 @@ def check_mixture(trainer: DistillTrainer) -> None:
             )
 
 
-def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, keep_signal: bool) -> list[Batch]:
+def sample_scored(run: Run, batches: list[Batch], alpha: float, keep_signal: bool) -> list[Batch]:
     """The batches with completions sampled, and log-probabilities of them as `cycles.LOGPS` `[B, T, 3]`.
 
     They are those of the student, of the sampler and of the teacher. The first two come from generation itself where
@@ -52,34 +49,34 @@ def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, k
     Args:
         keep_signal: leave what the teacher said in the batch, for a loss on the very same rows.
     """
-    args, scored = trainer.args, list[Scored]()
-    decodes = args.rollout_engine == "decode" and why_not_scored(trainer.model) is None
+    args, scored = run.args, list[Scored]()
+    decodes = args.rollout_engine == "decode" and why_not_scored(run.model) is None
 
     def generate(model: Any, ids: Tensor, mask: Tensor, sampling: Any) -> list[list[int]]:
         teacher: Any = contextlib.nullcontext()
         if alpha:
-            teacher = trainer.teacher.generating(trainer.accelerator)
+            teacher = run.teacher.generating(run.accelerator)
         with teacher as other:
             mixture = Mixture(other, alpha, keeps_hidden=keep_signal) if alpha else None
-            how: dict[str, Any] = {"tokenizer": trainer.processing_class, "mixture": mixture}
+            how: dict[str, Any] = {"tokenizer": run.processing_class, "mixture": mixture}
             scored.extend(decode_scored(model, ids, mask, sampling, args.rollout_batch_size, **how))
         return [each.ids for each in scored]
 
-    batches = trainer.sample_completions(batches, generate if decodes else None)
+    batches = run.sample_completions(batches, generate if decodes else None)
     if not decodes:
-        return [with_logps(batch, _logps_of_both(trainer, batch)) for batch in batches]
+        return [with_logps(batch, _logps_of_both(run, batch)) for batch in batches]
     found, start = [], 0
     if not alpha:
-        ask_ahead(trainer, batches)
+        run.two_models.ask_ahead(batches, run.teacher_signal)
     for batch in batches:
         rows = scored[start : start + len(batch["labels"])]
         start += len(rows)
         logps = torch.cat([each.logps for each in rows if each.logps is not None]).to(batch["labels"].device)
         if alpha and keep_signal and rows and rows[0].hidden is not None:
             hidden = torch.cat([each.hidden for each in rows if each.hidden is not None])
-            batch = {**batch, SIGNAL: trainer.teacher.live().signal_of(hidden, trainer.vocab_size)}
+            batch = {**batch, SIGNAL: run.teacher.live().signal_of(hidden, run.vocab_size)}
         if not alpha:
-            teacher_logps, signal = frozen_logps(trainer, trainer.teacher, batch)
+            teacher_logps, signal = run.two_models.frozen_logps(run.teacher, batch)
             logps = torch.cat([logps, teacher_logps.unsqueeze(1).to(logps.device)], dim=1)
             if keep_signal and isinstance(signal, HiddenStates):  # anything else may be as large as logits
                 batch = {**batch, SIGNAL: signal}
@@ -88,9 +85,9 @@ def sample_scored(trainer: DistillTrainer, batches: list[Batch], alpha: float, k
 
 
 @torch.no_grad()
-def _logps_of_both(trainer: DistillTrainer, batch: Batch) -> Tensor:
+def _logps_of_both(run: Run, batch: Batch) -> Tensor:
     """`[N, 3]` for completions of an engine that does not tell: one forward of each model over the given tokens."""
-    temperature = trainer.sampling.temperature
+    temperature = run.sampling.temperature
 
     def terms(student: TokenLogits, teacher: TokenSignal | None, tokens: Any) -> dict[str, Tensor]:
         labels = tokens["labels"]
@@ -99,12 +96,13 @@ def _logps_of_both(trainer: DistillTrainer, batch: Batch) -> Tensor:
         told = token_logps(teacher, labels) if isinstance(teacher, TokenLogits) else teacher.values  # type: ignore
         return {"student": own, "drawn": drawn, "teacher": told}
 
-    model: Any = trainer.model_wrapped
+    model: Any = run.model_wrapped
     was_training = model.training
     model.eval()
     try:
-        with trainer.compute_loss_context_manager():
-            _, found = trainer._token_terms(model, batch, terms, {})
+        with run.two_models.autocast():
+            signal = run.teacher_signal(batch, trained_mask(batch["labels"]))
+            _, found = run.two_models.terms(model, batch, signal, terms, {})
     finally:
         model.train(was_training)
     return torch.stack([found[name] for name in ("student", "drawn", "teacher")], dim=1)

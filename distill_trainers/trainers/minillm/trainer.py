@@ -53,7 +53,7 @@ class MiniLLMTrainer(DistillTrainer):
             rows = self.args.pretraining_batch_size or self.args.per_device_train_batch_size
             self.text = PlainText(self.pretraining_dataset, rows, collator, self.args.seed)
         if self.args.alpha:
-            check_mixture(self)
+            check_mixture(self.model, self.teacher)
 
     # ---- What the loss is made of -----------------------------------------------------------------------------------
 

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 from ...answers.formats import parse_response
 from ...answers.verify import verify_answer
 from ...data import unpadded_prompts
 from ...data.collator import IGNORED
 from ...data.rationales import with_innovations
-
-if TYPE_CHECKING:
-    from ..base import DistillTrainer
-
-Batch = dict[str, Any]
+from ..protocol import Batch, Run
+from .config import RationaleConfig
 
 
-def with_students_chains(trainer: DistillTrainer, batches: list[Batch]) -> list[Batch]:
+class RationaleRun(Run, Protocol):
+    """A run with the settings of rationales."""
+
+    @property
+    def args(self) -> RationaleConfig: ...
+
+
+def with_students_chains(run: RationaleRun, batches: list[Batch]) -> list[Batch]:
     """Batches of `dual_chain` with rows added for chains sampled from the student that stand the checks."""
-    args: Any = trainer.args
+    args = run.args
     each, names = args.innovation_samples, ("prompt_ids", "prompt_mask")
     asked = [{n: batch[n].repeat_interleave(each, dim=0) for n in names if n in batch} for batch in batches]
-    pad, multiple = trainer.sampling.pad_token_id, args.pad_to_multiple_of
-    sampled = trainer.sample_completions(asked)
-    found = [_innovations(trainer, *pair) for pair in zip(batches, sampled, strict=True)]
-    trainer.metrics.add_sums(innovations=sum(map(len, found)))
+    pad, multiple = run.sampling.pad_token_id, args.pad_to_multiple_of
+    sampled = run.sample_completions(asked)
+    found = [_innovations(run, *pair) for pair in zip(batches, sampled, strict=True)]
+    run.metrics.add_sums(innovations=sum(map(len, found)))
     return [with_innovations(batch, rows, pad, multiple) for batch, rows in zip(batches, found, strict=True)]
 
 
-def _innovations(trainer: DistillTrainer, batch: Batch, sampled: Batch) -> list[tuple[list[int], int]]:
+def _innovations(run: RationaleRun, batch: Batch, sampled: Batch) -> list[tuple[list[int], int]]:
     """Ids of prompt and chain, and the prompt's length, of chains that ended, are right, shorter, and new."""
-    args: Any = trainer.args
+    args = run.args
     lengths = (batch["labels"] != IGNORED).sum(1).tolist()
     kept: dict[tuple[int, ...], tuple[list[int], int]] = {}
     rows = zip(unpadded_prompts(sampled), sampled["labels"].tolist(), strict=True)
     for place, (prompt, labels) in enumerate(rows):
         row = place // args.innovation_samples
         ids = [token for token in labels if token != IGNORED]
-        if not ids or ids[-1] not in trainer.sampling.eos_token_ids or len(ids) >= lengths[row]:
+        if not ids or ids[-1] not in run.sampling.eos_token_ids or len(ids) >= lengths[row]:
             continue
-        text = str(trainer.processing_class.decode(ids, skip_special_tokens=True))
+        text = str(run.processing_class.decode(ids, skip_special_tokens=True))
         parsed = parse_response(text, args.answer_formats or ())
         reference, choices = batch["references"][row]
         verdict = verify_answer(parsed.answer, reference, args.answer_kind, choices or None)

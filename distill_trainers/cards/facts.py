@@ -1,0 +1,74 @@
+"""What a model card says of a run: filled in by those who ran it, so that cards know no trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..run_files import shown
+
+_SHARED_SETTINGS = """
+    learning_rate lr_scheduler_type num_train_epochs max_steps weight_decay per_device_train_batch_size
+    gradient_accumulation_steps kd_temperature temperature seed
+""".split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """A run and the student that came of it.
+
+    Attributes:
+        record: what `run.json` says: method, paper, parameters, processes, device, versions and recipe.
+        recipe_method: the method as a recipe names it.
+        repository: the student's on the Hub, if it has one.
+        folder: where the run has written it.
+        student: name or folder that its first weights came from; None for a model made in memory.
+        teacher: its name or folder; None for a method that asked none.
+        needs_teacher: whether a recipe must name one.
+        trained_parameters: those of the adapter; None where the whole model was trained.
+        chats: whether its tokenizer has a chat template.
+        data: Hub ids, files and folders of the training rows.
+        rows: their number; None for a stream.
+        metrics: the last of each name, as logged.
+    """
+
+    record: dict[str, Any]
+    recipe_method: str
+    repository: str | None
+    folder: Path
+    student: str | None
+    student_class: str
+    is_encoder_decoder: bool
+    trained_parameters: int | None
+    chats: bool
+    teacher: str | None
+    needs_teacher: bool
+    data: list[str]
+    rows: int | None
+    settings: dict[str, Any]
+    max_length: int
+    seed: int
+    steps: int
+    epochs: float
+    seconds: float
+    is_finished: bool
+    metrics: dict[str, Any]
+    card_license: str | None
+    hub_token: str | None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the student is a base and an adapter."""
+        return self.trained_parameters is not None
+
+
+def shown_settings(args: Any) -> dict[str, Any]:
+    """The method's own settings, and those of the optimiser that decide a run, without paths of this machine."""
+    names = [name for name in type(args).__dataclass_fields__ if name in type(args).__dict__.get("__annotations__", {})]
+    names += _SHARED_SETTINGS
+    names += ["teacher_cache_kind"] if args.teacher_cache else []
+    names += ["teacher_placement"] if args.teacher_placement != "auto" else []
+    chosen = {name: getattr(args, name) for name in names}
+    plain = {name: getattr(value, "value", value) for name, value in chosen.items() if value is not None}
+    return {name: shown(value) if isinstance(value, str) else value for name, value in plain.items()}
