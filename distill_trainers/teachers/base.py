@@ -171,9 +171,11 @@ class Teacher(ABC):
             f"{type(self).__name__} cannot generate completions. Give the dataset completions, or use a local teacher."
         )
 
-    def generating(self, accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
-        """Within it, the model that it yields is ready to generate."""
-        return self.live().generating(accelerator)
+    @contextlib.contextmanager
+    def generating(self, accelerator: Accelerator) -> Iterator[Any]:
+        """Within it, the model that it yields is ready to generate; it is loaded only now."""
+        with self.live().generating(accelerator) as model:
+            yield model
 
     def eos_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens that end its completions."""
@@ -243,6 +245,11 @@ class NoTeacher(Teacher):
 
     is_nobody = True
     name = "none"
+
+    @classmethod
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        if wants.needs:
+            raise ConfigurationError("Got no teacher model; expected a folder, a Hub id or a model.")
 
     @classmethod
     def opened(cls, pair: Pair, options: TeacherOptions) -> NoTeacher:

@@ -17,7 +17,6 @@ from ..requirements import Requirements
 from ..rollouts import check_engine
 from ..teachers import loading
 from ..teachers.base import Pair, has_files
-from ..teachers.placement import PLACEMENTS
 from ..teachers.rows import dataset_rows
 from .config import DistillConfig
 from .lifecycle import held_out, publishing
@@ -129,7 +128,7 @@ def preflight(given: Given) -> Ready:
     first = None if given.train is None else first_row(given.train)
     wants = args.requirements(first, streams=given.train is not None and not hasattr(given.train, "__len__"))
     pair = dataclasses.replace(given.pair, adapted=adapted)
-    _check_models(pair, args, wants)
+    _check_models(pair)
     loading.refuse(pair, args, wants)
     config = student_config(student, args)
     wants = dataclasses.replace(wants, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
@@ -156,13 +155,10 @@ def _check_parallelism(args: DistillConfig) -> None:
         )
 
 
-def _check_models(pair: Pair, args: DistillConfig, wants: Requirements) -> None:
+def _check_models(pair: Pair) -> None:
+    if pair.student is None:
+        raise ConfigurationError("Got no student model; expected a folder, a Hub id or a model.")
     for source, role in ((pair.student, "student"), (pair.teacher, "teacher")):
-        unnamed = not wants.needs or PLACEMENTS[args.teacher_placement].unnamed
-        if source is None and role == "teacher" and unnamed:
-            continue
-        if source is None:
-            raise ConfigurationError(f"Got no {role} model; expected a folder, a Hub id or a model.")
         if isinstance(source, str) and has_files(source):
             models.check_model_source(source, role)
 

@@ -12,11 +12,12 @@ from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from distill_trainers import models
 from distill_trainers.exceptions import CacheError, ConfigurationError
 from distill_trainers.teachers import CachedTeacher, LocalTeacher
+from distill_trainers.teachers.base import Pair
+from distill_trainers.teachers.loading import refuse
 from distill_trainers.teachers.local import AdapterOff
 from distill_trainers.teachers.placement import PLACEMENTS, is_collective
 from distill_trainers.toy import addition_dataset
 from distill_trainers.trainers import GKDConfig
-from distill_trainers.trainers.student import check
 
 RUN = {"lmbda": 0.0, "max_steps": 3}
 KINDS = {
@@ -94,7 +95,7 @@ def test_a_teacher_that_cannot_be_so_placed_is_refused_before_loading(
     )
     teacher = getattr(saved, teacher, teacher) if teacher else None
     with pytest.raises(ConfigurationError, match=expected):
-        check(saved.student, teacher, args)
+        refuse(Pair(saved.student, teacher), args, args.requirements())
 
 
 def test_models_in_memory_and_teachers_that_are_placed_are_refused(make_trainer, make_teacher, make_student):
@@ -113,8 +114,9 @@ def test_a_device_map_is_for_one_process_unless_it_names_devices(tmp_path, saved
         return found
 
     with pytest.raises(ConfigurationError, match="2 processes"):
-        check(saved.student, saved.teacher, args())
-    check(saved.student, saved.teacher, args(teacher_model_init_kwargs={"device_map": {"": "cpu"}}))
+        refuse(Pair(saved.student, saved.teacher), args(), args().requirements())
+    named = args(teacher_model_init_kwargs={"device_map": {"": "cpu"}})
+    refuse(Pair(saved.student, saved.teacher), named, named.requirements())
 
 
 def test_student_and_teacher_cannot_decode_together_from_one_body(make_trainer):

@@ -86,13 +86,12 @@ def test_gradient_of_step_by_step(make_trainer, make_student, batch_of):
 
 
 class LabelConfig(DistillConfig):
-    pass
+    needs = frozenset()
 
 
 class PlainTrainer(DistillTrainer):
     """Fine-tuning on completions: −log q and nothing else."""
 
-    needs = frozenset()
     loss_weights = {"nll": 1.0}
 
     def distill_terms(self, student, teacher, tokens):
