@@ -59,7 +59,7 @@ def case_of(
         wants = recipe.args.requirements()
     case.samples = wants.samples_completions
     if train is not None and case.tokenizer is not None:
-        _look_at_rows(recipe, case, wants, train)
+        _look_at_rows(recipe, case, wants, train, findings)
     _sizes(recipe, case, findings)
     if on_paper:
         findings.append(
@@ -130,8 +130,8 @@ def _read_apart(
     return None if read is None else read[0]
 
 
-def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any) -> None:
-    """The first rows, whole and as they are trained on. What is wrong with them, the recipe's own check has said."""
+def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, findings: list[Finding]) -> None:
+    """The first rows, whole and as they are trained on; what a run would refuse of them is a finding."""
     from ..recipe.checks import optimiser_steps
     from ..trainers.preflight import prepare_rows
 
@@ -146,15 +146,26 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any) -
         case.prepared = prepare_rows(recipe.args, few, case.tokenizer, "train", wants)
         kind = detect_dataset_type(rows[0])
         if kind not in ("preference", "rationale"):
-            how: dict[str, Any] = {"assistant_only_loss": recipe.args.assistant_only_loss}
-            how["chat_template_kwargs"] = recipe.args.chat_template_kwargs
-            whole = [tokenize_row(row, case.tokenizer, dataset_type=kind, **how) for row in rows]
+            whole = [
+                tokenize_row(
+                    row,
+                    case.tokenizer,
+                    dataset_type=kind,
+                    assistant_only_loss=recipe.args.assistant_only_loss,
+                    chat_template_kwargs=recipe.args.chat_template_kwargs,
+                )
+                for row in rows
+            ]
         else:
             whole = [row for row in case.prepared if "input_ids" in row]
         case.lengths = [len(row["input_ids"]) for row in whole]
         case.prompt_lengths = [row["prompt_length"] for row in whole]
-    except (*_MENDABLE, KeyError):
+    except KeyError:
         return
+    except _MENDABLE as error:
+        refusal = Finding.of_error("data", error)
+        if refusal.what not in {finding.what for finding in findings}:  # the recipe's own check may have told it
+            findings.append(refusal)
 
 
 def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:

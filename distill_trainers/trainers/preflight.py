@@ -195,8 +195,8 @@ def _check_datasets(given: Given, wants: Requirements) -> None:
     args, evaluation = given.args, given.evaluation
     if given.train is None and evaluation is None:
         raise DatasetError("Got neither `train_dataset` nor `eval_dataset`; expected at least one of them.")
-    wants_evaluation = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
-    if wants_evaluation and evaluation is None:
-        raise DatasetError(f"Got `eval_strategy: {args.eval_strategy}` but no `eval_dataset`; pass one or set 'no'.")
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if strategy != "no" and evaluation is None:
+        raise DatasetError(f"Got `eval_strategy: {strategy}` but no `eval_dataset`; pass one or set 'no'.")
     held_out.check(args, evaluation)
     args.check_datasets(given.train, evaluation, given.text, wants)

@@ -1,0 +1,92 @@
+"""One place for every refusal: the constructor, the dry run and the doctor say the same words, and load nothing."""
+
+import json
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from distill_trainers import GKDConfig, models
+from distill_trainers.cli import main
+from distill_trainers.exceptions import ConfigurationError, DatasetError, VocabularyError
+from distill_trainers.trainers import METHODS
+
+
+@pytest.fixture
+def everywhere(tmp_path, saved, capsys, monkeypatch):
+    """`everywhere(rows, **settings)`: what the constructor, the dry run and the doctor say of one run."""
+    monkeypatch.setattr(models, "load_causal_lm", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+
+    def refusals(rows, **settings):
+        method = settings.pop("method", "gkd")
+        shared = {"output_dir": str(tmp_path / "out"), "max_steps": 2, "use_cpu": True, "max_length": 24}
+        shared |= {"max_new_tokens": 4, "report_to": "none", **settings}
+        config_class, trainer_class = METHODS[method]
+        with pytest.raises((ConfigurationError, DatasetError, VocabularyError)) as refused:
+            trainer_class(saved.student, saved.teacher, config_class(**shared), Dataset.from_list(rows))
+        constructor = " ".join(str(refused.value).split())
+        data = tmp_path / "rows.jsonl"
+        data.write_text("\n".join(map(json.dumps, rows)))
+        path = tmp_path / "recipe.yaml"
+        names = {"model_name_or_path": saved.student, "teacher_model_name_or_path": saved.teacher}
+        path.write_text(yaml.safe_dump({"method": method, "dataset": str(data), **names, **shared}))
+        said = [constructor]
+        for command in (["train", "--dry_run", "true"], ["train"], ["doctor", "--quick", "--json"]):
+            assert main([command[0], "--config", str(path), *command[1:]]) == 2, command
+            printed = capsys.readouterr()
+            if command[0] == "doctor":  # it parts a message in two: what is wrong, and what to do
+                findings = json.loads(printed.out)["findings"]
+                told = [f"{finding['what']} {finding['remedy']}" for finding in findings]
+                told = [text.replace(". Expected ", "; expected ").removesuffix(NO_REMEDY) for text in told]
+                said.append(next((text for text in told if text == constructor), str(told)))
+            else:
+                said.append(" ".join(printed.err.split()).removeprefix("error: "))
+        return said
+
+    return refusals
+
+
+NO_REMEDY = " Change what the message names."
+PROMPTS = [{"prompt": f"{a}+{a}="} for a in range(8)]
+ROWS = [{"prompt": f"{a}+{a}=", "completion": str(2 * a)} for a in range(8)]
+
+
+def assert_all_say(said, words):
+    assert words in said[0]
+    assert all(text == said[0] for text in said), said
+
+
+def test_a_fault_in_one_requirement_is_told_in_the_same_words_everywhere(everywhere, monkeypatch):
+    """λ = 1 trains on prompts alone; a config that says otherwise is believed by everybody."""
+    monkeypatch.setattr(GKDConfig, "needs_completions", property(lambda self: True))
+    assert_all_say(everywhere(PROMPTS, lmbda=1.0), "completion")
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        (PROMPTS, {"lmbda": 0.0}, "completion"),
+        (ROWS, {"teacher_placement": "adapter_off"}, "expected no teacher"),
+        (ROWS, {"teacher_server_top_k": 3}, "the address of a teacher's server"),
+        (ROWS, {"method": "dpkd", "reference_logps_dir": "kept"}, "expected one of pairs"),
+        (ROWS, {"eval_strategy": "steps", "eval_steps": 1}, "no `eval_dataset`"),
+        (ROWS, {"merge_adapter": True}, "the student has no adapter"),
+        (ROWS, {"teacher_cache": "kept", "lmbda": 1.0}, "never seen twice"),
+    ],
+    ids=str,
+)
+def test_refusals_are_told_in_the_same_words_everywhere(everywhere, tmp_path, rows, settings, words):
+    paths = {name: str(tmp_path / value) for name, value in settings.items() if value == "kept"}
+    assert_all_say(everywhere(rows, **{**settings, **paths}), words)
+
+
+def test_requirements_of_dpkd_follow_the_layout_of_its_data(tmp_path):
+    config = METHODS["dpkd"][0](output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    prompts, pairs = (
+        config.requirements(PROMPTS[0]),
+        config.requirements({"prompt": "1", "chosen": "a", "rejected": "b"}),
+    )
+    assert prompts.samples_completions and prompts.replaces_completions and not prompts.needs_completions
+    assert pairs.needs_completions and not (pairs.samples_completions or pairs.replaces_completions)
+    off_policy = GKDConfig(output_dir=str(tmp_path), lmbda=0.0, report_to="none", use_cpu=True)
+    assert off_policy.requirements(ROWS[0]).needs_completions
