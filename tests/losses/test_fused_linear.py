@@ -288,7 +288,7 @@ def test_low_precision_operands_are_computed_in_float32(dtypes):
         torch.autograd.grad(loss, low), torch.autograd.grad(expected, exact), dtypes, strict=True
     ):
         assert gradient.dtype == dtype
-        worst = 4 * torch.finfo(dtype).eps
+        worst = 4 * max(torch.finfo(dtype).eps, 1e-5)  # 16 bits are rounded once, at the end; float32 all the way
         assert (gradient.double() - reference).abs().max() <= worst * reference.abs().max()
 
 
