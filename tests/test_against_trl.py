@@ -54,9 +54,10 @@ def both(tokenizer, settings_of_both):
     """A function that builds TRL's trainer and ours from one set of settings, each with its own copy of the models."""
 
     def build(beta=0.5, divergence="jsd", student=None, teacher=None, dataset=None, ours=None, theirs=None, **settings):
-        # Sharp distributions, so that divergences are far from zero and from each other.
-        student = student or tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3)
-        teacher = teacher or tiny_llama(tokenizer, 48, 2, seed=2, initializer_range=0.3)
+        # Sharp distributions, so that divergences are far from zero and from each other. In float64, where TRL's
+        # mixture and AdamW do not blow rounding up: Llama normalises in float32, which leaves 1e-7 or so.
+        student = student or tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3).double()
+        teacher = teacher or tiny_llama(tokenizer, 48, 2, seed=2, initializer_range=0.3).double()
         settings = settings_of_both(**{**GKD_SETTINGS, **settings})
         own = {"divergence": divergence, **({"beta": beta} if divergence == "jsd" else {}), **(ours or {})}
         dataset = messages_dataset() if dataset is None else dataset
@@ -369,7 +370,7 @@ def test_bfloat16_models_get_a_float32_loss(both, tokenizer):
         loss = trainer.compute_loss(trainer.model, dict(batch))
         errors.append(abs(loss.item() - exact) / exact)
         assert loss.dtype == (torch.bfloat16 if trainer is theirs else torch.float32)
-    assert errors[1] < 0.05 < errors[0]
+    assert errors[1] < 0.02 and errors[0] > 10 * errors[1]  # 0.15 % and 6.5 % on one processor
 
 
 def test_left_padding_shifts_absolute_positions(both, tokenizer):

@@ -30,13 +30,13 @@ def both(settings_of_both):
 
     def build(theirs, **ours):
         tokenizer = character_tokenizer()
-        student = tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3)
+        student = tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3).double()
         settings = settings_of_both(bf16=False, max_length=32, max_steps=3, beta=0.3)
         args = trl.DPOConfig(**settings, loss_type=theirs, activation_checkpointing=False)
         models = copy.deepcopy(student), copy.deepcopy(student)
         their = trl.DPOTrainer(*models, args=args, train_dataset=pairs(), processing_class=tokenizer)
         args = DPKDConfig(**settings, reference="student", lm_loss_weight=0.0, **ours)
-        teacher = tiny_llama(tokenizer, 48, 2, seed=2)
+        teacher = tiny_llama(tokenizer, 48, 2, seed=2).double()
         our = DPKDTrainer(copy.deepcopy(student), teacher, args, pairs(), processing_class=tokenizer)
         for trainer in (their, our):
             generator = torch.Generator().manual_seed(3)
@@ -70,7 +70,8 @@ def test_one_batch_has_the_same_loss_and_gradient(both, theirs, ours):
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for (name, p), q in zip(our.model.named_parameters(), their.model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+        near = 1e-5 * q.grad.abs().max().item()  # Llama normalises in float32
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=near, msg=name)
 
 
 def test_rows_and_rewards_are_the_same(both):
