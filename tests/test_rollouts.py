@@ -23,7 +23,7 @@ from distill_trainers.rollouts.store import prompt_key
 
 def test_lambda_is_drawn_with_its_probability_and_only_from_seed_and_step():
     draws = [draws_on_policy(0.3, seed=1, step=s) for s in range(4000)]
-    assert abs(sum(draws) / 4000 - 0.3) < 0.025
+    assert abs(sum(draws) / 4000 - 0.3) < 0.04  # 5 standard errors
     assert draws == [draws_on_policy(0.3, seed=1, step=s) for s in range(4000)]
     assert draws != [draws_on_policy(0.3, seed=2, step=s) for s in range(4000)]
     assert not any(draws_on_policy(0.0, 0, s) for s in range(500))

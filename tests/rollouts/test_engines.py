@@ -108,7 +108,7 @@ def test_both_local_engines_sample_one_law(make_model, pad_left, prompts):
             tokens = [text[0] for text in engine.generate(make_model(), *batch, sampling)]
         shares.append(torch.bincount(torch.tensor(tokens), minlength=24) / 4000)
     for share in shares[1:]:
-        assert (shares[0] - share).abs().max() < 0.03
+        assert (shares[0] - share).abs().max() < 0.05  # 5 standard errors
         assert torch.equal(shares[0] > 0.01, share > 0.01) and (share > 0).sum() > 3
 
 

@@ -44,7 +44,7 @@ def test_draws_are_of_seed_step_and_rank_and_cover_the_buffer():
     for step in range(2000):
         for prompt, _ in buffer.sample(3, seed=0, step=step, rank=0):
             counts[prompt[0]] += 1
-    assert (counts / 2000 - 0.3).abs().max() < 0.05
+    assert (counts / 2000 - 0.3).abs().max() < 0.06  # 5 standard errors
     assert len(buffer.sample(25, **DRAW)) == 25, "more than there are: with repetition"
 
 
@@ -115,8 +115,8 @@ def test_fresh_replayed_and_given_text_have_their_shares(make_trainer, batch_of,
         assert trainer.on_policy_step == (kinds[-1] != "given")
     thirds = [kinds[i : i + total // 3] for i in range(0, total, total // 3)]
     for index, part in enumerate(thirds):
-        assert part.count("given") / len(part) == pytest.approx(0.4, abs=0.05)
-        assert part.count("fresh") / len(part) == pytest.approx(0.6 * (5 - 2 * index) / 6, abs=0.05)
+        assert part.count("given") / len(part) == pytest.approx(0.4, abs=0.08)  # 5 standard errors
+        assert part.count("fresh") / len(part) == pytest.approx(0.6 * (5 - 2 * index) / 6, abs=0.08)
     assert len(trainer.replay) == 8
 
 

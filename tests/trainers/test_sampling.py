@@ -196,7 +196,7 @@ def test_samples_follow_the_students_distribution(make_trainer, make_student, to
     first = rolled["labels"][:, 4]
     found = torch.bincount(first, minlength=14) / 2000
     logits = student.eval()(input_ids=batch["prompt_ids"][:1]).logits[0, -1]
-    assert torch.allclose(found, F.softmax(logits / 1.5, dim=-1), atol=0.04)
+    assert torch.allclose(found, F.softmax(logits / 1.5, dim=-1), atol=0.06)  # 5 standard errors
 
 
 @pytest.mark.parametrize("replay", [0, 4])
