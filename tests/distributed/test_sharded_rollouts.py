@@ -75,5 +75,5 @@ def test_a_process_whose_rows_have_ended_keeps_step_with_the_others(tmp_path):
         (ids, logps), (whole_ids, whole_logps) = report["mixed"]  # in step with the other process, the loop itself
         assert ids == whole_ids
         for row, whole_row in zip(logps, whole_logps, strict=True):
-            assert torch.allclose(torch.tensor(row), torch.tensor(whole_row), atol=1e-5)
+            assert torch.allclose(torch.tensor(row), torch.tensor(whole_row), atol=1e-4)
     assert {len(text) for text in first["expected"]} == {1} and max(map(len, second["expected"])) > 3

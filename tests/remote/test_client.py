@@ -496,7 +496,7 @@ def test_few_ids_are_those_of_our_own_server(vllm, serve):
     theirs, ours = (teacher.signal(*inputs(), None) for teacher in found)
     assert torch.equal(theirs.ids, ours.ids)
     torch.testing.assert_close(theirs.logps, ours.logps)
-    torch.testing.assert_close(theirs.tail_logps.exp(), ours.tail_logps.exp(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(theirs.tail_logps.exp(), ours.tail_logps.exp(), atol=1e-5, rtol=0)
     for teacher in found:
         teacher.close()
 

