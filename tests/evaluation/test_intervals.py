@@ -52,26 +52,29 @@ def test_one_prompt_has_no_spread():
 
 
 def test_intervals_cover_what_they_say():
-    """Means of 60 exponential draws: 90 % intervals hold the true mean in about 90 of 100 data sets."""
+    """Means of 60 exponential draws: 90 % intervals hold the true mean in about 90 of 100 data sets.
+
+    In 88 for so few draws; the bounds are 5 standard errors from there, and so in the next test.
+    """
     draw = np.random.default_rng(0)
     covered = 0
-    for trial in range(300):
+    for trial in range(1000):
         found = score(means(draw.exponential(2.0, 60)), bootstrap_counts(60, 400, trial), 0.90)
         covered += found.low <= 2.0 <= found.high
-    assert 0.83 <= covered / 300 <= 0.95
+    assert 0.83 <= covered / 1000 <= 0.95
 
 
 def test_the_interval_of_a_ratio_covers_too():
     """Tokens per prompt differ; the truth is exp of the mean over tokens."""
     draw = np.random.default_rng(1)
     covered = 0
-    for trial in range(200):
+    for trial in range(600):
         lengths = draw.integers(1, 30, 80)
         totals = np.array([draw.gamma(2.0, 0.5, n).sum() for n in lengths])
         sums = Sums.of_means(totals, lengths, exp_ratio)
         found = score(sums, bootstrap_counts(80, 300, trial), 0.95)
         covered += found.low <= math.e <= found.high
-    assert 0.90 <= covered / 200 <= 0.99
+    assert 0.875 <= covered / 600 <= 0.99
 
 
 def test_a_difference_is_one_of_paired_prompts():
