@@ -1,4 +1,10 @@
-"""Shared fixtures: a character tokenizer, tiny models, trainers that run in milliseconds, and a dense reference."""
+"""Shared fixtures: a character tokenizer, tiny models, trainers that run in milliseconds, and a dense reference.
+
+How bounds are set. Every processor rounds in its own way (the width of its vectors, whether it multiplies bfloat16), so
+a comparison is made in float64, or its bound stands ten times above what rounding gave. That was measured with AMX and
+AVX-512, with AVX2, and with no vectors at all. A fault of a formula gives a hundredth or more. What is drawn at random
+has a bound of 5 standard errors. What must be the same bit for bit, as a resumed run, is compared with `==`.
+"""
 
 from __future__ import annotations
 
