@@ -164,8 +164,8 @@ def test_columns_of_padding_never_change_loss_or_gradient(make_trainer, batch_of
         loss.backward()
         results.append((loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
     for loss, gradient in results[1:]:
-        assert loss == pytest.approx(results[0][0], rel=1e-6)
-        assert torch.allclose(gradient, results[0][1], rtol=1e-4, atol=1e-8)
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert torch.allclose(gradient, results[0][1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{}, {"pad_to_multiple_of": 8}, {"pad_to_multiple_of": 64}])
