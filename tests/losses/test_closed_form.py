@@ -90,7 +90,7 @@ def test_exactly_zero_at_equality(name, dtype, ids):
     logits, _ = logits_pair(tokens=3, ids=ids, dtype=dtype, spread=4.0)
     value, gradient = by_rule(DIVERGENCES[name], logits, logits)
     assert (value == 0).all()
-    assert gradient.abs().max() < 100 * torch.finfo(dtype).eps  # rounding gave 6
+    assert gradient.abs().max() < 200 * torch.finfo(dtype).eps  # rounding gave 10
 
 
 @pytest.mark.parametrize("name", CLOSED)
