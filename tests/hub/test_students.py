@@ -75,7 +75,7 @@ def test_a_merged_student_has_the_adapters_logits(make_trainer, hub, tokenizer):
     names = _names(hub)
     assert "model.safetensors" in names and not any("adapter" in name for name in names)
     pulled, ids = AutoModelForCausalLM.from_pretrained("me/student"), torch.tensor([[4, 5, 12, 6, 13]])
-    assert torch.allclose(pulled(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5)
+    assert torch.allclose(pulled(ids).logits, trainer.model.eval()(ids).logits, atol=1e-4)
     assert torch.equal(_tokens(pulled, tokenizer), _tokens(trainer.model, tokenizer))
     assert not any("forward" in vars(module) for module in pulled.modules())
 

@@ -467,7 +467,7 @@ def test_kept_log_probabilities_train_alike_without_the_teacher(make_trainer, sa
     again.train()
     for theirs in (first, again):
         for ours, other in zip(logged(by_step, live), logged(by_step, theirs), strict=True):
-            assert ours == pytest.approx(other, rel=1e-5)
+            assert ours == pytest.approx(other, rel=1e-4)
 
 
 def test_a_killed_fill_goes_on_where_it_was(make_trainer, saved, tmp_path, monkeypatch):
@@ -524,14 +524,14 @@ def test_a_teacher_cache_holds_both_rows_of_a_pair(make_trainer, saved, tmp_path
         assert done["rows"] == done["computed"] == 24 and fill_cache(first)["computed"] == 0
     else:
         first.train()
-        assert by_step(first) == pytest.approx(by_step(live), rel=1e-5)
+        assert by_step(first) == pytest.approx(by_step(live), rel=1e-4)
     again = make_trainer(saved.student, saved.teacher, **settings)
     monkeypatch.setattr(type(again.teacher), "live", lambda self: pytest.fail("asked again"))
     again.train()
-    assert by_step(again) == pytest.approx(by_step(live), rel=1e-5)
+    assert by_step(again) == pytest.approx(by_step(live), rel=1e-4)
     alone = make_trainer(saved.student, None, **settings, teacher_placement="cached")
     alone.train()
-    assert by_step(alone) == pytest.approx(by_step(live), rel=1e-5)
+    assert by_step(alone) == pytest.approx(by_step(live), rel=1e-4)
 
 
 def test_a_cache_alone_answers_no_prompts(make_trainer, saved, tmp_path):

@@ -346,7 +346,7 @@ def test_log_probabilities_of_tokens_are_enough_for_the_sampled_estimator(make, 
     remote = make(teacher=teacher, **settings)
     local.train()
     remote.train()
-    assert by_step(remote) == pytest.approx(by_step(local), rel=1e-5)
+    assert by_step(remote) == pytest.approx(by_step(local), rel=1e-4)
     assert teacher.asked == 4, "for rewards alone"
     scores, theirs = remote.evaluate(), local.evaluate()
     assert scores["eval_perplexity"] == pytest.approx(theirs["eval_perplexity"], rel=1e-4)

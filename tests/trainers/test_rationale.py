@@ -117,7 +117,7 @@ def test_a_tiny_weight_of_rationales_is_nearly_none(make_trainer, batch_of):
     none = rationale_trainer(make_trainer, rationale_weight=0.0)
     tiny = rationale_trainer(make_trainer, rationale_weight=1e-12)
     assert len(batch_of(tiny, range(8))["input_ids"]) == 2 * len(batch_of(none, range(8))["input_ids"])
-    assert loss_of(tiny, batch_of).item() == pytest.approx(loss_of(none, batch_of).item(), rel=1e-6)
+    assert loss_of(tiny, batch_of).item() == pytest.approx(loss_of(none, batch_of).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.8, 1.0])
@@ -532,7 +532,7 @@ def test_a_teacher_cache_holds_the_rows_of_all_tasks(make_trainer, saved, tmp_pa
     cache["teacher_placement"] = "cached"
     alone = rationale_trainer(make_trainer, student=saved.student, teacher=None, **cache, **settings)
     alone.train()
-    assert by_step(alone) == pytest.approx(by_step(live), rel=1e-5)
+    assert by_step(alone) == pytest.approx(by_step(live), rel=1e-4)
 
 
 def test_a_teacher_is_needed_for_distillation_only(make_trainer, make_student, tokenizer, tmp_path):
