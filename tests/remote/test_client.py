@@ -495,7 +495,7 @@ def test_few_ids_are_those_of_our_own_server(vllm, serve):
     found = [RemoteTeacher(url, RemoteSettings("topk", top_k=4)) for url in (vllm().url, serve().url)]
     theirs, ours = (teacher.signal(*inputs(), None) for teacher in found)
     assert torch.equal(theirs.ids, ours.ids)
-    torch.testing.assert_close(theirs.logps, ours.logps)
+    torch.testing.assert_close(theirs.logps, ours.logps, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(theirs.tail_logps.exp(), ours.tail_logps.exp(), atol=1e-5, rtol=0)
     for teacher in found:
         teacher.close()

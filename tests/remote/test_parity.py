@@ -45,7 +45,7 @@ def test_a_run_is_that_of_the_local_teacher(make_trainer, serve, by_step, make_t
     local = losses_and_norms(make_trainer(method=method, teacher=make_teacher(), **RUN, **settings), by_step)
     trainer = make_trainer(method=method, teacher=serve().url, **RUN, **settings, **told)
     assert isinstance(trainer.teacher, RemoteTeacher)
-    assert_same(losses_and_norms(trainer, by_step), local, 1e-5)
+    assert_same(losses_and_norms(trainer, by_step), local, 1e-4)
 
 
 def test_evaluation_is_that_of_the_local_teacher(make_trainer, serve, make_teacher):
@@ -63,7 +63,7 @@ def test_padded_vocabularies_and_heads_with_more_to_them(make_trainer, serve, by
             local = make_trainer(teacher=make_teacher(**config), lmbda=0.0, max_steps=4, **padded())
             remote = make_trainer(teacher=serve(make_teacher(**config)).url, lmbda=0.0, max_steps=4, **told)
             assert remote.vocab_size == local.vocab_size == 14
-            assert_same(losses_and_norms(remote, by_step), losses_and_norms(local, by_step), 1e-5)
+            assert_same(losses_and_norms(remote, by_step), losses_and_norms(local, by_step), 1e-4)
 
 
 def padded():
@@ -98,13 +98,13 @@ def test_each_kind_says_what_the_teacher_says(serve, make_teacher, monkeypatch, 
         said = teacher.signal(inputs, predicts, None)
         assert len(said) == int(predicts.sum())
         if isinstance(said, HiddenStates):
-            torch.testing.assert_close(said.chunk(slice(None)).logps(), truth)
+            torch.testing.assert_close(said.chunk(slice(None)).logps(), truth, atol=1e-4, rtol=1e-4)
         elif isinstance(said, TokenLogprobs):
-            torch.testing.assert_close(said.values, truth.gather(-1, labels[:, None]).squeeze(-1))
+            torch.testing.assert_close(said.values, truth.gather(-1, labels[:, None]).squeeze(-1), atol=1e-4, rtol=1e-4)
         elif isinstance(said, TopK):
             best = truth.topk(5)
             assert torch.equal(said.ids.long(), best.indices)
-            torch.testing.assert_close(said.logps, best.values)
+            torch.testing.assert_close(said.logps, best.values, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(said.tail_logps.exp(), 1 - best.values.exp().sum(-1), atol=1e-5, rtol=1e-5)
         else:
             shares = torch.zeros_like(truth).scatter_add_(-1, said.ids.long(), said.weights)
@@ -121,7 +121,7 @@ def test_answers_do_not_depend_on_parts_servers_or_company(serve, make_teacher):
     teacher = RemoteTeacher(servers)
     for _ in range(3):
         found = teacher.signal(inputs, predicts, 12)
-        torch.testing.assert_close(found.hidden, expected.hidden)
+        torch.testing.assert_close(found.hidden, expected.hidden, atol=1e-4, rtol=1e-4)
         assert found.head.num_ids == 12
     teacher.close()
 

@@ -169,7 +169,7 @@ def test_repeated_and_untrained_rows(make, batch_of):
     direct = LocalTeacher(trainer.teacher.live().model).signal(
         {name: batch[name] for name in ("input_ids", "attention_mask")}, predicts, None
     )
-    assert torch.allclose(signal.hidden, direct.hidden, atol=1e-5) and len(signal) == int(predicts.sum())
+    assert torch.allclose(signal.hidden, direct.hidden, atol=1e-4) and len(signal) == int(predicts.sum())
     trainer.teacher.flush()
     assert len(trainer.teacher.cache) == 2
     empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
