@@ -243,7 +243,7 @@ def test_a_checkpoint_of_the_last_step_is_not_written_twice(make_trainer, serve,
     settings = {**RUN, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     trainer = make_trainer(teacher=served.url, callbacks=[At(2, served.stop)], teacher_server_patience=0.3, **settings)
     trainer.save_aside = None
-    with pytest.raises(TeacherServerError, match="last step is kept in .*checkpoint-3"):
+    with pytest.raises(TeacherServerError, match="last step is kept in .*checkpoint-[23]"):
         trainer.train()
 
 

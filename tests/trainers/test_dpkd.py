@@ -671,5 +671,5 @@ def test_whether_all_processes_ask_the_reference_follows_its_placement(monkeypat
     monkeypatch.setattr(references.models, "fsdp_version", lambda accelerator: None)
     args = SimpleNamespace(reference=reference, teacher_placement=placement)
     asked = object.__new__(references.ReferenceLogps)
-    asked.trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2), args=args)
+    asked.run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2), args=args)
     assert asked._collective == together

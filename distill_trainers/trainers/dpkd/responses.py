@@ -24,53 +24,53 @@ class StudentResponses:
     processes take the same branch and a resumed run goes on as it would have.
 
     Args:
-        trainer: with an engine that samples.
+        run: with an engine that samples.
         refresh_steps: R; 1 samples at every step.
         capacity: number of pairs kept.
     """
 
-    def __init__(self, trainer: Run, refresh_steps: int, capacity: int):
-        self.trainer = trainer
+    def __init__(self, run: Run, refresh_steps: int, capacity: int):
+        self.run = run
         self.refresh_steps = refresh_steps
         self.kept = ReplayBuffer(capacity, parts=3)
 
     def pairs(self, batches: list[Batch]) -> list[Batch]:
         """Batches `[B, T]` of prompts with chosen responses as batches `[2B, T]` of pairs."""
-        step = self.trainer.state.global_step
+        step = self.run.state.global_step
         rows = sum(len(batch["prompt_ids"]) for batch in batches)
         if step % self.refresh_steps and len(self.kept) >= rows:
             return self._replayed(batches, rows, step)
-        sampled = self.trainer.sample_completions(batches)
+        sampled = self.run.sample_completions(batches)
         if self.refresh_steps > 1:
             both = zip(sampled_rows(batches), sampled_rows(sampled), strict=True)
             self.kept.push(gather_object([(prompt, chosen, rejected) for (prompt, chosen), (_, rejected) in both]))
         return [self._join(*each) for each in zip(batches, sampled, strict=True)]
 
     def _replayed(self, batches: list[Batch], count: int, step: int) -> list[Batch]:
-        trainer = self.trainer
-        rows = self.kept.sample(count, seed=trainer.args.seed, step=step, rank=trainer.accelerator.process_index)
-        pad, multiple = trainer.sampling.pad_token_id, trainer.args.pad_to_multiple_of
+        run = self.run
+        rows = self.kept.sample(count, seed=run.args.seed, step=step, rank=run.accelerator.process_index)
+        pad, multiple = run.sampling.pad_token_id, run.args.pad_to_multiple_of
         sides = ([(row[0], row[side]) for row in rows] for side in (1, 2))
         chosen, rejected = (with_rows(batches, side, pad, multiple) for side in sides)
         return [self._join(*each) for each in zip(chosen, rejected, strict=True)]
 
     def _join(self, chosen: Batch, rejected: Batch) -> Batch:
-        return join_pairs(chosen, rejected, self.trainer.sampling.pad_token_id)
+        return join_pairs(chosen, rejected, self.run.sampling.pad_token_id)
 
 
 class FirstResponses(TrainerCallback):
     """Has the student answer the evaluation prompts before its first step, or they would tell of another student."""
 
-    def __init__(self, trainer: Run):
-        self.trainer = trainer
+    def __init__(self, run: Run):
+        self.run = run
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        evaluated = self.trainer.eval_dataset
+        evaluated = self.run.eval_dataset
         for name in evaluated if isinstance(evaluated, dict) else [None] if evaluated is not None else []:
-            self.trainer.get_eval_dataloader(name)
+            self.run.get_eval_dataloader(name)
 
 
-def with_student_responses(trainer: Run, dataset: Any, written_by: str) -> Any:
+def with_student_responses(run: Run, dataset: Any, written_by: str) -> Any:
     """`dataset` with a rejected response of the student to each prompt, sampled once and kept on disk.
 
     Evaluation compares steps on the same pairs, so its rejected responses never change during a run.
@@ -79,10 +79,10 @@ def with_student_responses(trainer: Run, dataset: Any, written_by: str) -> Any:
         written_by: names the student that the responses are of.
     """
     prompts = prompts_to_complete(dataset, replace=True)
-    args, accelerator = trainer.args, trainer.accelerator
-    settings = completion_settings(args, trainer.sampling, trainer.processing_class)
+    args, accelerator = run.args, run.accelerator
+    settings = completion_settings(args, run.sampling, run.processing_class)
     store = completion_store(args, settings, accelerator.process_index, student=written_by)
-    generating = models.generating(trainer.model_wrapped, accelerator)
+    generating = models.generating(run.model_wrapped, accelerator)
     written = complete_prompts(prompts, generating, accelerator, settings, store, title="Student responses")
 
     def add(row: dict[str, Any]) -> dict[str, Any]:

@@ -70,22 +70,22 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
     return dataset.map(fill, desc="Teacher completions", load_from_cache_file=False)
 
 
-def fill_with_teacher_completions(trainer: Run, dataset: Any, *, replace: bool) -> Any:
-    """The trainer's `dataset` with completions of its teacher; each process generates its share, each prompt once."""
+def fill_with_teacher_completions(run: Run, dataset: Any, *, replace: bool) -> Any:
+    """A run's `dataset` with completions of its teacher; each process generates its share, each prompt once."""
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or "loss_mask" not in columns or not hasattr(dataset, "__len__"):
         return dataset
     prompts = prompts_to_complete(dataset, replace=replace)
     if not prompts:
         return dataset
-    teacher, accelerator, args = trainer.teacher, trainer.accelerator, trainer.args
+    teacher, accelerator, args = run.teacher, run.accelerator, run.args
     if not teacher.can_generate:
         teacher.live()  # it says why
     sampling = dataclasses.replace(
-        sampling_settings(args, trainer.model, trainer.processing_class, trainer.vocab_size),
-        eos_token_ids=teacher.eos_ids(trainer.processing_class),
+        sampling_settings(args, run.model, run.processing_class, run.vocab_size),
+        eos_token_ids=teacher.eos_ids(run.processing_class),
     )
-    settings = completion_settings(args, sampling, trainer.processing_class)
+    settings = completion_settings(args, sampling, run.processing_class)
     store = completion_store(args, settings, accelerator.process_index, teacher=teacher.fingerprint())
     completions = complete_prompts(prompts, teacher.generating(accelerator), accelerator, settings, store)
     return with_completions(dataset, completions, replace=replace)

@@ -98,19 +98,19 @@ class HeldOutMeasures(TrainerCallback):
     """Takes the measures of a run; `DistillTrainer` adds it where `eval_measures` asks for any.
 
     Args:
-        trainer: with its models in place.
+        run: with its models in place.
 
     Raises:
         ConfigurationError: an encoder-decoder student, or measures that need a live teacher which is not there.
     """
 
-    def __init__(self, trainer: Run):
-        self.trainer, args = trainer, trainer.args
+    def __init__(self, run: Run):
+        self.run, args = run, run.args
         self.settings = held_out_settings(args)
         self.metrics = [name for name in METRICS if name in (args.eval_measures or [])]
-        teacher = trainer.teacher
+        teacher = run.teacher
         self.teacher_writes = teacher.can_read_rollouts and teacher.can_generate
-        if models.is_encoder_decoder(trainer.model):
+        if models.is_encoder_decoder(run.model):
             raise ConfigurationError(
                 "Got `eval_measures` for an encoder-decoder student; expected a causal LM. Leave them out: "
                 "`eval_accuracy` scores such students."
@@ -137,7 +137,7 @@ class HeldOutMeasures(TrainerCallback):
         """The scores of the student before training, from which the gap is counted."""
         self._taken = None
         if state.global_step == 0:
-            self.take(self.trainer.get_eval_dataloader(_first_set(self.trainer.eval_dataset)).dataset)
+            self.take(self.run.get_eval_dataloader(_first_set(self.run.eval_dataset)).dataset)
 
     def take(self, rows: Any) -> dict[str, float]:
         """The scores at this step by their logged name, without `eval_`; several evaluation sets share one taking.
@@ -145,13 +145,13 @@ class HeldOutMeasures(TrainerCallback):
         Args:
             rows: prepared rows; those of the first call are kept.
         """
-        step = self.trainer.state.global_step
-        if self._taken is not None and self._taken[0] == step and self.trainer.is_in_train:
+        step = self.run.state.global_step
+        if self._taken is not None and self._taken[0] == step and self.run.is_in_train:
             return self._taken[1]
         if self.examples is None:
             self.examples = ExampleSet(self._examples(rows))
             self._take_teacher()
-        model = self.trainer.model_wrapped
+        model = self.run.model_wrapped
         was_training = model.training
         model.eval()
         try:
@@ -168,9 +168,9 @@ class HeldOutMeasures(TrainerCallback):
         logged |= {f"gap_closed_{name}": value for name, value in self._gaps(scores).items()}
         logged = {name: value for name, value in logged.items() if value == value}  # a NaN is no score
         self._taken = (step, logged)
-        if self.trainer.accelerator.is_main_process:
-            callbacks = self.trainer.callback_handler.callbacks
-            log_side_by_side(self.trainer.args, callbacks, step, self._side_by_side(found))
+        if self.run.accelerator.is_main_process:
+            callbacks = self.run.callback_handler.callbacks
+            log_side_by_side(self.run.args, callbacks, step, self._side_by_side(found))
         return logged
 
     # ---- What -------------------------------------------------------------------------------------------------------
@@ -188,14 +188,14 @@ class HeldOutMeasures(TrainerCallback):
             references = [reference] if reference else []
             choices, task = list(row.get("choices") or []), row.get("task") or ""
             found.append(Example(ids[:start][-room:], completion, references, answer, choices, task))
-            if len(found) == self.trainer.args.eval_measures_rows:
+            if len(found) == self.run.args.eval_measures_rows:
                 break
         examples = ExampleSet(found)
         missing = {"rouge_l": "references", "accuracy": "questions", "consistency": "questions"}
         wrong = [name for name in self.metrics if not examples.subsets[missing.get(name, "prompts")]]
         if wrong:
             raise DatasetError(
-                f"Got `eval_measures: {self.metrics}`, but the first {self.trainer.args.eval_measures_rows} rows of "
+                f"Got `eval_measures: {self.metrics}`, but the first {self.run.args.eval_measures_rows} rows of "
                 f"the evaluation set have no {missing.get(wrong[0], 'prompts')} for {wrong[0]}. Leave it out, or give "
                 "them."
             )
@@ -204,12 +204,12 @@ class HeldOutMeasures(TrainerCallback):
     def _collect(self, model: nn.Module) -> Collected:
         """What the student writes and how it reads, over all processes."""
         assert self.examples is not None
-        trainer, examples = self.trainer, self.examples
-        found = Collected(end_ids=list(trainer.sampling.eos_token_ids))
+        run, examples = self.run, self.examples
+        found = Collected(end_ids=list(run.sampling.eos_token_ids))
         prompts = [each.prompt_ids for each in examples.prompted]
-        found.samples = self._sample(lambda: models.generating(model, trainer.accelerator), found.end_ids)
+        found.samples = self._sample(lambda: models.generating(model, run.accelerator), found.end_ids)
         if "accuracy" in self.metrics:
-            generating = models.generating(model, trainer.accelerator)
+            generating = models.generating(model, run.accelerator)
             found.greedy = self._complete(examples.questions, generating, found.end_ids, greedy=True)
         self._answer(found)
         wanted = set(self.metrics)
@@ -225,18 +225,18 @@ class HeldOutMeasures(TrainerCallback):
 
     def _answer(self, found: Collected) -> None:
         assert self.examples is not None
-        found.read_answers(self.examples, self.metrics, self.settings, self.trainer.processing_class)
+        found.read_answers(self.examples, self.metrics, self.settings, self.run.processing_class)
 
     def _take_teacher(self) -> None:
         """The teacher's own completions and scores, once."""
         if not self.teacher_writes:
             return
-        teacher, trainer = self.trainer.teacher, self.trainer
+        teacher, run = self.run.teacher, self.run
         assert self.examples is not None
-        found = Collected(end_ids=teacher.eos_ids(trainer.processing_class))
+        found = Collected(end_ids=teacher.eos_ids(run.processing_class))
 
         def generating() -> Any:
-            return teacher.generating(trainer.accelerator)
+            return teacher.generating(run.accelerator)
 
         found.samples = self._sample(generating, found.end_ids, teacher.fingerprint())
         if "accuracy" in self.metrics:
@@ -255,7 +255,7 @@ class HeldOutMeasures(TrainerCallback):
         if "exposure_bias" in self.metrics and self._teacher is not None:
             length = covered_length([found.samples[0], self._teacher.samples[0]])
         metrics = self.metrics if metrics is None else metrics
-        tokenizer = self.trainer.processing_class
+        tokenizer = self.run.processing_class
         return scores_of(
             found, self.examples, self.settings, metrics, tokenizer, is_teacher=is_teacher, exposure_length=length
         )[0]
@@ -272,12 +272,12 @@ class HeldOutMeasures(TrainerCallback):
     def _remember(self, scores: dict[str, float], step: int) -> None:
         """Initial scores survive in a file, for a run that goes on from a checkpoint."""
         assert self.examples is not None
-        file = Path(self.trainer.args.output_dir) / INITIAL_NAME
+        file = Path(self.run.args.output_dir) / INITIAL_NAME
         prompts = [each.prompt_ids for each in self.examples.examples]
         key = content_key(prompts, self.settings.metrics, self.settings.seeds, self.settings.max_new_tokens)
         if step == 0:
             self._initial = scores
-            if self.trainer.accelerator.is_main_process and self.trainer.is_in_train:
+            if self.run.accelerator.is_main_process and self.run.is_in_train:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps({"key": key, "scores": scores}))
         elif self._initial is None and file.is_file():
@@ -287,7 +287,7 @@ class HeldOutMeasures(TrainerCallback):
     def _side_by_side(self, found: Collected) -> list[SideBySide]:
         assert self.examples is not None
         samples = []
-        for i, example in enumerate(self.examples.prompted[: self.trainer.args.eval_measures_shown]):
+        for i, example in enumerate(self.examples.prompted[: self.run.args.eval_measures_shown]):
             texts = {"student": found, "teacher": self._teacher}
             written = {
                 name: self._text(each.samples[0][i])
@@ -300,7 +300,7 @@ class HeldOutMeasures(TrainerCallback):
         return samples
 
     def _text(self, ids: list[int]) -> str:
-        return str(self.trainer.processing_class.decode(ids, skip_special_tokens=True))
+        return str(self.run.processing_class.decode(ids, skip_special_tokens=True))
 
     # ---- How --------------------------------------------------------------------------------------------------------
 
@@ -326,12 +326,12 @@ class HeldOutMeasures(TrainerCallback):
         fingerprint: str | None = None,
     ) -> list[list[int]]:
         """Completions by all processes together; kept on disk where the model has a `fingerprint`."""
-        trainer, accelerator = self.trainer, self.trainer.accelerator
-        tokenizer, rank = trainer.processing_class, accelerator.process_index
-        sampling = self.settings.sampling(end_ids, tokenizer.pad_token_id, trainer.vocab_size, greedy=greedy)
-        engine = local_engine(trainer.args.rollout_engine, tokenizer)
+        run, accelerator = self.run, self.run.accelerator
+        tokenizer, rank = run.processing_class, accelerator.process_index
+        sampling = self.settings.sampling(end_ids, tokenizer.pad_token_id, run.vocab_size, greedy=greedy)
+        engine = local_engine(run.args.rollout_engine, tokenizer)
         settings = CompletionSettings(sampling, seed, self.settings.batch_size, engine)
-        store = None if fingerprint is None else completion_store(trainer.args, settings, rank, teacher=fingerprint)
+        store = None if fingerprint is None else completion_store(run.args, settings, rank, teacher=fingerprint)
         prompts = {example.key: example.prompt_ids for example in examples}
         written = complete_prompts(prompts, generating, accelerator, settings, store, progress=False)
         return [written[example.key] for example in examples]
@@ -339,11 +339,11 @@ class HeldOutMeasures(TrainerCallback):
     @torch.no_grad()
     def _read(self, model: nn.Module, texts: list[Text]) -> list[TokenValues]:
         """Per-token measures of the texts by student and teacher, inside the student's wrappers."""
-        trainer, both = self.trainer, self.trainer.two_models
-        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        run, both = self.run, self.run.two_models
+        rank, world = run.accelerator.process_index, run.accelerator.num_processes
         asks = bool(set(self.metrics) & NEED_A_TEACHER)
 
-        def run(batch: dict[str, Any]) -> dict[str, Tensor]:
+        def read(batch: dict[str, Any]) -> dict[str, Tensor]:
             """Plain rows, whatever the method's own batches are made of: its hooks have no say here."""
             predicts = trained_mask(batch["labels"])
             assert bool(predicts.any())
@@ -353,9 +353,9 @@ class HeldOutMeasures(TrainerCallback):
 
         mine = force(
             texts,
-            run,
-            pad_token_id=trainer.processing_class.pad_token_id,
-            device=trainer.accelerator.device,
+            read,
+            pad_token_id=run.processing_class.pad_token_id,
+            device=run.accelerator.device,
             batch_size=self.settings.batch_size,
             progress=False,
             rank=rank,
