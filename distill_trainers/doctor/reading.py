@@ -152,7 +152,7 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, f
                     case.tokenizer,
                     dataset_type=kind,
                     assistant_only_loss=recipe.args.assistant_only_loss,
-                    chat_template_kwargs=recipe.args.chat_template_kwargs,
+                    chat_template_kwargs=recipe.args.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
                 )
                 for row in rows
             ]

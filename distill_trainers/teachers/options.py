@@ -5,25 +5,29 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError, require
 from .cache.kinds import CACHE_KINDS
 from .placement import PLACEMENTS
 from .remote.wire import NUMBER_DTYPES, SERVER_KINDS
 
+if TYPE_CHECKING:
 
-class _Config:
-    """Fields of the config that options are a part of."""
+    class _Config:
+        """Fields of the config that options are a part of."""
 
-    trust_remote_code: Any
-    seed: Any
-    bf16: Any
-    fp16: Any
-    max_length: Any
-    device: Any
-    world_size: Any
-    main_process_first: Any
+        trust_remote_code: Any
+        seed: Any
+        bf16: Any
+        fp16: Any
+        max_length: Any
+        device: Any
+        world_size: Any
+        main_process_first: Any
+
+else:  # at run time their types are those of the config
+    _Config = object
 
 
 @dataclass

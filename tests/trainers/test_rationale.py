@@ -103,7 +103,7 @@ def test_without_rationales_it_is_plain_fine_tuning_on_labels(make_trainer, make
     settings = {n: getattr(trainer.args, n) for n in ("max_steps", "learning_rate", "per_device_train_batch_size")}
     settings |= {"lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none", "use_cpu": True}
     rows = [{"prompt": f"={r['question']}=", "completion": r["answer"]} for r in addition_rationales(24)]
-    args = DistillConfig(output_dir=str(tmp_path), max_length=40, logging_steps=1, disable_tqdm=True, **settings)
+    args = LabelConfig(output_dir=str(tmp_path), max_length=40, logging_steps=1, disable_tqdm=True, **settings)
     plain = PlainTrainer(make_student(), None, args, Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
     plain.train()

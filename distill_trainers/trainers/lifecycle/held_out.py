@@ -115,14 +115,16 @@ class HeldOutMeasures(TrainerCallback):
                 "Got `eval_measures` for an encoder-decoder student; expected a causal LM. Leave them out: "
                 "`eval_accuracy` scores such students."
             )
-        lost = set() if teacher.can_read_rollouts else set(self.metrics) & NEED_A_TEACHER
-        if not self.teacher_writes:
-            lost |= set(self.metrics) & {"exposure_bias"}
-        if lost:
-            cannot = "write any" if teacher.can_read_rollouts else "read a student's"
+        lost = set(self.metrics) & NEED_A_TEACHER
+        if lost and not teacher.can_read_rollouts:
             raise ConfigurationError(
-                f"Got `eval_measures: {self.metrics}`, but the teacher is a {type(teacher).__name__}, which cannot "
-                f"{cannot} text. Leave out {' and '.join(sorted(lost))}."
+                f"Got `eval_measures: {self.metrics}`, but the teacher is a {type(teacher).__name__}, which "
+                f"cannot read a student's text. Leave out {' and '.join(sorted(lost))}."
+            )
+        if "exposure_bias" in lost and not self.teacher_writes:
+            raise ConfigurationError(
+                f"Got `eval_measures: {self.metrics}`, but the teacher is a {type(teacher).__name__}, which writes no "
+                "text of its own. Leave out exposure_bias."
             )
         self._parse = answer_parser(self.settings.answer_formats or ())
         self.examples: ExampleSet | None = None
