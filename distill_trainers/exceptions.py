@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
-from typing import Any
 
 
 class ConfigurationError(ValueError):
@@ -58,9 +57,3 @@ def refuse_unknown_keys(given: Iterable[str], known: Collection[str], where: str
             close = difflib.get_close_matches(str(key), known, n=3)
             hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known: {', '.join(sorted(known))}."
             raise ConfigurationError(f"Unknown key {key!r} in {where}. {hint}")
-
-
-def require(condition: bool, name: str, got: Any, expected: str) -> None:
-    """Raise ConfigurationError naming the setting unless `condition` holds."""
-    if not condition:
-        raise ConfigurationError(f"Got `{name}: {got}`; expected {expected}.")

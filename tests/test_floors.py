@@ -14,6 +14,7 @@ FLOORS = {
     "exceptions": 0,
     "storage": 0,
     "requirements": 0,
+    "settings": 0,
     "signals": 0,
     "losses": 0,
     "hub": 1,

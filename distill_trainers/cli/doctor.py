@@ -9,10 +9,11 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..exceptions import ConfigurationError
+from ..settings import setting
 from . import report_errors
 
 LONG_RUN = 100  # optimiser steps from which on a run is looked at before it starts
@@ -22,27 +23,19 @@ LONG_RUN = 100  # optimiser steps from which on a run is looked at before it sta
 class DoctorArguments:
     """What the doctor needs beside the recipe."""
 
-    launch: str | None = field(
-        default=None, metadata={"help": "accelerate's configuration that the run will be started with."}
+    launch: str | None = setting(None, "accelerate's configuration that the run will be started with.")
+    gpus: str | None = setting(None, "Judge for other hardware: 8x80 is 8 GPUs of 80 GB, 2x8x80 two machines of those.")
+    architectures: str | None = setting(
+        None, "Folder of config.json files by model (owner--name.json), for models that are not at hand."
     )
-    gpus: str | None = field(
-        default=None,
-        metadata={"help": "Judge for other hardware: 8x80 is 8 GPUs of 80 GB, 2x8x80 two machines of those."},
+    tflops: float | None = setting(None, "With gpus: 10¹² operations per second of one GPU, for the expected time.")
+    bandwidth: float = setting(2.0, "With tflops: TB per second that a GPU reads its memory.")
+    local_teacher: str | None = setting(
+        None, "With a remote teacher: the same model here, to compare both on some rows."
     )
-    architectures: str | None = field(
-        default=None,
-        metadata={"help": "Folder of config.json files by model (owner--name.json), for models that are not at hand."},
-    )
-    tflops: float | None = field(
-        default=None, metadata={"help": "With gpus: 10¹² operations per second of one GPU, for the expected time."}
-    )
-    bandwidth: float = field(default=2.0, metadata={"help": "With tflops: TB per second that a GPU reads its memory."})
-    local_teacher: str | None = field(
-        default=None, metadata={"help": "With a remote teacher: the same model here, to compare both on some rows."}
-    )
-    quick: bool = field(default=False, metadata={"help": "Leave out what loads a teacher or measures this device."})
-    strict: bool = field(default=False, metadata={"help": "Exit with 1 if there are warnings."})
-    json: bool = field(default=False, metadata={"help": "Print the diagnosis as JSON."})
+    quick: bool = setting(False, "Leave out what loads a teacher or measures this device.")
+    strict: bool = setting(False, "Exit with 1 if there are warnings.")
+    json: bool = setting(False, "Print the diagnosis as JSON.")
 
 
 def main(argv: Sequence[str]) -> int:

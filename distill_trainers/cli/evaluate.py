@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
 from ..recipe.parse import parse_settings
+from ..settings import setting
 from ..storage import writing
 from . import report_errors
 
@@ -34,33 +35,27 @@ on. The settings are in docs/evaluation.md."""
 class EvaluateArguments:
     """Models and data; how they are evaluated is in `EvaluationSettings`."""
 
-    student: str | None = field(default=None, metadata={"help": "The model to evaluate: a folder or Hub id."})
-    students: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Several of them, by the name that tables give them (JSON)."}
+    student: str | None = setting(None, "The model to evaluate: a folder or Hub id.")
+    students: dict[str, Any] | str | None = setting(None, "Several of them, by the name that tables give them (JSON).")
+    teacher: str | None = setting(None, "Their teacher.")
+    baseline: str | None = setting(None, "The student before training, from which the gap is counted.")
+    model_init_kwargs: dict[str, Any] | str | None = setting(
+        None, "For from_pretrained of all models, such as {dtype: bfloat16} (JSON)."
     )
-    teacher: str | None = field(default=None, metadata={"help": "Their teacher."})
-    baseline: str | None = field(
-        default=None, metadata={"help": "The student before training, from which the gap is counted."}
+    teacher_model_init_kwargs: dict[str, Any] | str | None = setting(
+        None, "For from_pretrained of the teacher, in place of those (JSON)."
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For from_pretrained of all models, such as {dtype: bfloat16} (JSON)."}
+    trust_remote_code: bool = setting(False, "Allow models that bring code of their own.")
+    dataset: str | None = setting(None, "Data: a file, a folder or a Hub id. Required.")
+    dataset_config: str | None = setting(None, "Configuration of a Hub dataset.")
+    dataset_split: str = setting("test", "Split of a folder or Hub dataset.")
+    column_mapping: dict[str, Any] | str | None = setting(
+        None, "Rename columns, such as {instruction: prompt, output: completion} (JSON)."
     )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For from_pretrained of the teacher, in place of those (JSON)."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models that bring code of their own."})
-    dataset: str | None = field(default=None, metadata={"help": "Data: a file, a folder or a Hub id. Required."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_split: str = field(default="test", metadata={"help": "Split of a folder or Hub dataset."})
-    column_mapping: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Rename columns, such as {instruction: prompt, output: completion} (JSON)."}
-    )
-    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where the results go."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where completions are kept; by default `<output_dir>/cache`."}
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
-    dry_run: bool = field(default=False, metadata={"help": "Check everything and load no weights."})
+    output_dir: str = setting("runs/evaluation", "Where the results go.")
+    cache_dir: str | None = setting(None, "Where completions are kept; by default `<output_dir>/cache`.")
+    use_cpu: bool = setting(False, "Run on the CPU.")
+    dry_run: bool = setting(False, "Check everything and load no weights.")
 
     def named_students(self) -> dict[str, str]:
         """The students by name.

@@ -12,13 +12,14 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import hub
 from ..exceptions import ConfigurationError, DatasetError
 from ..recipe.parse import Recipe, parse_recipe
+from ..settings import setting
 from . import report_errors
 
 logger = logging.getLogger(__name__)
@@ -42,18 +43,12 @@ the same command goes on. Prompts that come twice are answered once, and pairs o
 class PairArguments:
     """What making pairs needs beside a recipe."""
 
-    pairs_file: str | None = field(default=None, metadata={"help": "Where the pairs go (<output_dir>/pairs.jsonl)."})
-    verify: str = field(
-        default="none", metadata={"help": f"Check chosen responses: one of {', '.join(VERIFICATIONS)}."}
-    )
-    answer_column: str = field(default="answer", metadata={"help": "The dataset's column with the right answer."})
-    attempts: int = field(default=1, metadata={"help": "How often the teacher may try to be right."})
-    keep_unfinished: bool = field(
-        default=True, metadata={"help": "Keep pairs with a response that max_new_tokens cut off."}
-    )
-    pairs_repo: str | None = field(
-        default=None, metadata={"help": "Also upload the pairs as this dataset of the Hub (owner/name)."}
-    )
+    pairs_file: str | None = setting(None, "Where the pairs go (<output_dir>/pairs.jsonl).")
+    verify: str = setting("none", f"Check chosen responses: one of {', '.join(VERIFICATIONS)}.")
+    answer_column: str = setting("answer", "The dataset's column with the right answer.")
+    attempts: int = setting(1, "How often the teacher may try to be right.")
+    keep_unfinished: bool = setting(True, "Keep pairs with a response that max_new_tokens cut off.")
+    pairs_repo: str | None = setting(None, "Also upload the pairs as this dataset of the Hub (owner/name).")
 
 
 @dataclass

@@ -3,75 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import hub
 from ..exceptions import ConfigurationError
 from ..recipe.parse import parse_settings
+from ..settings import setting
 
 
 @dataclass
 class PipelineArguments:
     """Settings of all stages; each reads the ones it has a use for."""
 
-    folder: str = field(default="", metadata={"help": "Where all stages keep their files. Required."})
-    input: str | None = field(default=None, metadata={"help": "A JSONL file in place of the previous stage's."})
-    questions: str | None = field(default=None, metadata={"help": "Data with `question`: a file, a folder, a Hub id."})
-    questions_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    questions_split: str = field(default="train", metadata={"help": "Split of it."})
-    column_mapping: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Rename columns, such as {input: question, label: answer} (JSON)."}
+    folder: str = setting("", "Where all stages keep their files. Required.")
+    input: str | None = setting(None, "A JSONL file in place of the previous stage's.")
+    questions: str | None = setting(None, "Data with `question`: a file, a folder, a Hub id.")
+    questions_config: str | None = setting(None, "Configuration of a Hub dataset.")
+    questions_split: str = setting("train", "Split of it.")
+    column_mapping: dict[str, Any] | str | None = setting(
+        None, "Rename columns, such as {input: question, label: answer} (JSON)."
     )
-    reference_format: str | None = field(
-        default=None, metadata={"help": "Format in which the data's `answer` holds its answer; hash for GSM8K."}
+    reference_format: str | None = setting(
+        None, "Format in which the data's `answer` holds its answer; hash for GSM8K."
     )
-    max_questions: int | None = field(default=None, metadata={"help": "Only the first so many."})
+    max_questions: int | None = setting(None, "Only the first so many.")
 
-    teacher: str | None = field(default=None, metadata={"help": "A folder or Hub id; with base_url, the served name."})
-    base_url: str | None = field(default=None, metadata={"help": "OpenAI-compatible endpoint; `openai` is OpenAI's."})
-    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
-    teacher_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For from_pretrained of a local teacher (JSON)."}
+    teacher: str | None = setting(None, "A folder or Hub id; with base_url, the served name.")
+    base_url: str | None = setting(None, "OpenAI-compatible endpoint; `openai` is OpenAI's.")
+    api_key_env: str = setting("OPENAI_API_KEY", "Environment variable with its key.")
+    teacher_init_kwargs: dict[str, Any] | str | None = setting(None, "For from_pretrained of a local teacher (JSON).")
+    trust_remote_code: bool = setting(False, "Allow code of a local teacher's own.")
+    use_cpu: bool = setting(False, "Run a local teacher on the CPU.")
+    prompt_style: str = setting("auto", "text, chat or auto, for a local teacher.")
+    exemplars: str = setting("arithmetic", "Built-in set (arithmetic, choice), or a file.")
+    shots: int = setting(4, "Exemplars in a prompt.")
+
+    samples: int = setting(1, "Chains per question.")
+    temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.")
+    top_p: float = setting(1.0, "Nucleus filter.")
+    max_new_tokens: int = setting(512, "Longest chain, in tokens.")
+    seed: int = setting(0, "Of a local teacher's sampling.")
+    batch_size: int = setting(16, "Prompts a local teacher works on together.")
+
+    concurrency: int = setting(8, "Requests in flight at once.")
+    requests_per_minute: float | None = setting(None, "At most so many.")
+    timeout: float = setting(120.0, "Seconds for one attempt.")
+    max_retries: int = setting(5, "Further attempts after errors that may pass.")
+    first_wait: float = setting(1.0, "Seconds before the first of them, then doubled.")
+    price_in: float = setting(0.0, "Price of a million prompt tokens.")
+    price_out: float = setting(0.0, "Price of a million completion tokens.")
+    max_cost: float | None = setting(None, "Ask nothing more once so much was spent.")
+
+    answer_formats: list[str] | None = setting(
+        None, "hash, boxed, answer_is, choice, or regex:PATTERN; the first that fits."
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code of a local teacher's own."})
-    use_cpu: bool = field(default=False, metadata={"help": "Run a local teacher on the CPU."})
-    prompt_style: str = field(default="auto", metadata={"help": "text, chat or auto, for a local teacher."})
-    exemplars: str = field(default="arithmetic", metadata={"help": "Built-in set (arithmetic, choice), or a file."})
-    shots: int = field(default=4, metadata={"help": "Exemplars in a prompt."})
+    next_question: str = setting("Q:", "Begins a question that a model goes on with.")
+    answer_kind: str = setting("auto", "auto, number, math, exact or choice.")
+    majority_share: float = setting(0.5, "Without references: more than this share agrees.")
+    ask_for_pairs: bool = setting(True, "dual asks the teacher for missing halves of pairs.")
 
-    samples: int = field(default=1, metadata={"help": "Chains per question."})
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus filter."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest chain, in tokens."})
-    seed: int = field(default=0, metadata={"help": "Of a local teacher's sampling."})
-    batch_size: int = field(default=16, metadata={"help": "Prompts a local teacher works on together."})
-
-    concurrency: int = field(default=8, metadata={"help": "Requests in flight at once."})
-    requests_per_minute: float | None = field(default=None, metadata={"help": "At most so many."})
-    timeout: float = field(default=120.0, metadata={"help": "Seconds for one attempt."})
-    max_retries: int = field(default=5, metadata={"help": "Further attempts after errors that may pass."})
-    first_wait: float = field(default=1.0, metadata={"help": "Seconds before the first of them, then doubled."})
-    price_in: float = field(default=0.0, metadata={"help": "Price of a million prompt tokens."})
-    price_out: float = field(default=0.0, metadata={"help": "Price of a million completion tokens."})
-    max_cost: float | None = field(default=None, metadata={"help": "Ask nothing more once so much was spent."})
-
-    answer_formats: list[str] | None = field(
-        default=None, metadata={"help": "hash, boxed, answer_is, choice, or regex:PATTERN; the first that fits."}
-    )
-    next_question: str = field(default="Q:", metadata={"help": "Begins a question that a model goes on with."})
-    answer_kind: str = field(default="auto", metadata={"help": "auto, number, math, exact or choice."})
-    majority_share: float = field(default=0.5, metadata={"help": "Without references: more than this share agrees."})
-    ask_for_pairs: bool = field(default=True, metadata={"help": "dual asks the teacher for missing halves of pairs."})
-
-    save_as: str = field(default="jsonl", metadata={"help": "jsonl, or dataset: a `datasets` folder as well."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Upload the stage's rows as this dataset."})
-    hub_private_repo: bool | None = field(default=None, metadata={"help": "Make that dataset private."})
-    hub_token: str | None = field(default=None, metadata={"help": "Of the Hub; by default that of `hf auth login`."})
-    inspect: bool = field(default=False, metadata={"help": "dual: show pairs that are there, with their key steps."})
-    inspect_rows: int = field(default=5, metadata={"help": "So many of them on the terminal; the page has all."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Mark this tokenizer's tokens instead of words."})
+    save_as: str = setting("jsonl", "jsonl, or dataset: a `datasets` folder as well.")
+    push_to_hub: str | None = setting(None, "Upload the stage's rows as this dataset.")
+    hub_private_repo: bool | None = setting(None, "Make that dataset private.")
+    hub_token: str | None = setting(None, "Of the Hub; by default that of `hf auth login`.")
+    inspect: bool = setting(False, "dual: show pairs that are there, with their key steps.")
+    inspect_rows: int = setting(5, "So many of them on the terminal; the page has all.")
+    tokenizer: str | None = setting(None, "Mark this tokenizer's tokens instead of words.")
 
     def check(self) -> None:
         """Refuse what cannot work, by name."""

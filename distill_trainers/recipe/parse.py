@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..settings import setting
 from .value_types import check_value_types, names_of_mappings, parse_mapping
 
 if TYPE_CHECKING:
@@ -22,39 +23,32 @@ if TYPE_CHECKING:
 class RecipeArguments:
     """What a run needs beside the method's own config and TRL's `ModelConfig` (which names the student)."""
 
-    method: str = field(default="gkd", metadata={"help": "Method of the recipe: one of the keys of METHODS."})
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Teacher: a folder, a Hub id, or http://… of its servers; some methods need none."},
+    method: str = setting("gkd", "Method of the recipe: one of the keys of METHODS.")
+    teacher_model_name_or_path: str | None = setting(
+        None, "Teacher: a folder, a Hub id, or http://… of its servers; some methods need none."
     )
-    student_init: dict | str | None = field(
-        default=None,
-        metadata={"help": "Make the student from the teacher, such as {from_teacher: true, keep_layers: 12} (JSON)."},
+    student_init: dict | str | None = setting(
+        None, "Make the student from the teacher, such as {from_teacher: true, keep_layers: 12} (JSON)."
     )
-    dataset: str | None = field(default=None, metadata={"help": "Training data: a file, a folder or a Hub id."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data, named like `dataset`."})
-    eval_split: str = field(default="test", metadata={"help": "Split of a Hub `eval_dataset`."})
-    eval_fraction: float | None = field(
-        default=None, metadata={"help": "Without `eval_dataset`: hold out this share (below 1) or number of rows."}
+    dataset: str | None = setting(None, "Training data: a file, a folder or a Hub id.")
+    dataset_config: str | None = setting(None, "Configuration name of a Hub dataset.")
+    dataset_split: str = setting("train", "Split to train on.")
+    eval_dataset: str | None = setting(None, "Evaluation data, named like `dataset`.")
+    eval_split: str = setting("test", "Split of a Hub `eval_dataset`.")
+    eval_fraction: float | None = setting(
+        None, "Without `eval_dataset`: hold out this share (below 1) or number of rows."
     )
-    pretraining_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Plain text for the language-model loss of minillm: a file, a folder or a Hub id."},
+    pretraining_dataset: str | None = setting(
+        None, "Plain text for the language-model loss of minillm: a file, a folder or a Hub id."
     )
-    pretraining_split: str = field(default="train", metadata={"help": "Split of a Hub `pretraining_dataset`."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first rows of the training data."}
+    pretraining_split: str = setting("train", "Split of a Hub `pretraining_dataset`.")
+    max_train_samples: int | None = setting(None, "Use only the first rows of the training data.")
+    streaming: bool = setting(False, "Read the training data as a stream (needs max_steps).")
+    early_stopping_patience: int | None = setting(
+        None, "Stop after so many evaluations without a better metric_for_best_model."
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the training data as a stream (needs max_steps)."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
-    )
-    doctor: bool = field(
-        default=True, metadata={"help": "Before runs of 100 steps and more, look for what would go wrong."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, load no weights."})
+    doctor: bool = setting(True, "Before runs of 100 steps and more, look for what would go wrong.")
+    dry_run: bool = setting(False, "Check everything, print the plan, load no weights.")
 
 
 @dataclass

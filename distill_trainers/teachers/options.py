@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..exceptions import ConfigurationError, require
+from ..exceptions import ConfigurationError
+from ..settings import Checked, require, setting
 from .cache.kinds import CACHE_KINDS
 from .placement import PLACEMENTS
 from .remote.wire import NUMBER_DTYPES, SERVER_KINDS
@@ -31,7 +32,7 @@ else:  # at run time their types are those of the config
 
 
 @dataclass
-class TeacherOptions(_Config):
+class TeacherOptions(Checked, _Config):
     """Where a teacher's answers come from, and how. A config adds them to `TrainingArguments`, whose fields it reads.
 
     Raises:
@@ -39,60 +40,44 @@ class TeacherOptions(_Config):
     """
 
     # Weights
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of `from_pretrained` for a teacher given by name (JSON)."}
+    teacher_model_init_kwargs: dict[str, Any] | str | None = setting(
+        None, "Keyword arguments of `from_pretrained` for a teacher given by name (JSON)."
     )
-    teacher_placement: str = field(
-        default="auto",
-        metadata={"help": f"Where the teacher's weights are, whatever the student's: one of {', '.join(PLACEMENTS)}."},
+    teacher_placement: str = setting(
+        "auto", f"Where the teacher's weights are, whatever the student's: one of {', '.join(PLACEMENTS)}."
     )
-    teacher_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "With adapter_off: the teacher is this adapter on the student's base (name, folder, Hub id)."
-        },
+    teacher_adapter: str | None = setting(
+        None, "With adapter_off: the teacher is this adapter on the student's base (name, folder, Hub id)."
     )
 
     # Teacher cache
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder in which the teacher's answers are kept; what is missing is added as it is met."},
+    teacher_cache: str | None = setting(
+        None, "Folder in which the teacher's answers are kept; what is missing is added as it is met."
     )
-    teacher_cache_kind: str = field(
-        default="hidden",
-        metadata={"help": f"What is kept of each trained token: one of {', '.join(CACHE_KINDS)}; hidden is exact."},
+    teacher_cache_kind: str = setting(
+        "hidden", f"What is kept of each trained token: one of {', '.join(CACHE_KINDS)}; hidden is exact."
     )
-    teacher_cache_top_k: int = field(default=64, metadata={"help": "Ids kept per token by the kind topk."})
-    teacher_cache_draws: int = field(default=50, metadata={"help": "Draws per token of the kind sampled."})
-    teacher_cache_dtype: str | None = field(
-        default=None,
-        metadata={"help": "Of what is kept; by default hidden states as the teacher gives them, else float32."},
+    teacher_cache_top_k: int = setting(64, "Ids kept per token by the kind topk.")
+    teacher_cache_draws: int = setting(50, "Draws per token of the kind sampled.")
+    teacher_cache_dtype: str | None = setting(
+        None, "Of what is kept; by default hidden states as the teacher gives them, else float32."
     )
 
     # Teacher behind HTTP
-    teacher_server_kind: str = field(
-        default="hidden",
-        metadata={"help": f"What a teacher's server is asked for: one of {', '.join(SERVER_KINDS)}; hidden is exact."},
+    teacher_server_kind: str = setting(
+        "hidden", f"What a teacher's server is asked for: one of {', '.join(SERVER_KINDS)}; hidden is exact."
     )
-    teacher_server_top_k: int = field(default=64, metadata={"help": "Ids per token of the kind topk."})
-    teacher_server_draws: int = field(default=50, metadata={"help": "Draws per token of the kind sampled."})
-    teacher_server_dtype: str | None = field(
-        default=None,
-        metadata={"help": "Of what is sent; by default hidden states as the teacher gives them, else float32."},
+    teacher_server_top_k: int = setting(64, "Ids per token of the kind topk.")
+    teacher_server_draws: int = setting(50, "Draws per token of the kind sampled.")
+    teacher_server_dtype: str | None = setting(
+        None, "Of what is sent; by default hidden states as the teacher gives them, else float32."
     )
-    teacher_server_model: str | None = field(
-        default=None,
-        metadata={"help": "The teacher as an OpenAI-compatible server names it; by default the only one it serves."},
+    teacher_server_model: str | None = setting(
+        None, "The teacher as an OpenAI-compatible server names it; by default the only one it serves."
     )
-    teacher_server_concurrency: int = field(
-        default=8, metadata={"help": "Questions to teacher servers in flight at once, in each process."}
-    )
-    teacher_server_timeout: float = field(
-        default=120.0, metadata={"help": "Seconds without an answer after which an attempt has failed."}
-    )
-    teacher_server_patience: float = field(
-        default=300.0, metadata={"help": "Seconds for which a teacher server that is away is waited for."}
-    )
+    teacher_server_concurrency: int = setting(8, "Questions to teacher servers in flight at once, in each process.")
+    teacher_server_timeout: float = setting(120.0, "Seconds without an answer after which an attempt has failed.")
+    teacher_server_patience: float = setting(300.0, "Seconds for which a teacher server that is away is waited for.")
 
     @property
     def defers_teacher(self) -> bool:
@@ -109,31 +94,24 @@ class TeacherOptions(_Config):
 
     def _check_teacher_server(self) -> None:
         kind = self.teacher_server_kind
-        require(kind in SERVER_KINDS, "teacher_server_kind", kind, f"one of {', '.join(SERVER_KINDS)}")
-        draws = self.teacher_server_draws
-        require(1 <= draws <= 32767, "teacher_server_draws", draws, "1 to 32767 draws")
+        self._require("teacher_server_kind", kind in SERVER_KINDS, f"one of {', '.join(SERVER_KINDS)}")
+        self._require("teacher_server_draws", 1 <= self.teacher_server_draws <= 32767, "1 to 32767 draws")
         for name in ("teacher_server_top_k", "teacher_server_concurrency"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("teacher_server_timeout", "teacher_server_patience"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number of seconds above 0")
+            self._require(name, getattr(self, name) > 0, "a number of seconds above 0")
         dtypes = NUMBER_DTYPES[kind]
         expected = f"one of {', '.join(dtypes)} for {kind}"
-        require(
-            self.teacher_server_dtype in (None, *dtypes), "teacher_server_dtype", self.teacher_server_dtype, expected
-        )
+        self._require("teacher_server_dtype", self.teacher_server_dtype in (None, *dtypes), expected)
 
     def _check_teacher_cache(self) -> None:
         kind = self.teacher_cache_kind
-        require(kind in CACHE_KINDS, "teacher_cache_kind", kind, f"one of {', '.join(CACHE_KINDS)}")
-        draws = self.teacher_cache_draws
-        require(self.teacher_cache_top_k >= 1, "teacher_cache_top_k", self.teacher_cache_top_k, "at least 1 id")
-        require(1 <= draws <= 32767, "teacher_cache_draws", draws, "1 to 32767 draws")
+        self._require("teacher_cache_kind", kind in CACHE_KINDS, f"one of {', '.join(CACHE_KINDS)}")
+        self._require("teacher_cache_top_k", self.teacher_cache_top_k >= 1, "at least 1 id")
+        self._require("teacher_cache_draws", 1 <= self.teacher_cache_draws <= 32767, "1 to 32767 draws")
         dtypes = CACHE_KINDS[kind].dtypes
-        require(
-            self.teacher_cache_dtype in (None, *dtypes),
-            "teacher_cache_dtype",
-            self.teacher_cache_dtype,
-            f"one of {', '.join(dtypes)} for {kind}",
+        self._require(
+            "teacher_cache_dtype", self.teacher_cache_dtype in (None, *dtypes), f"one of {', '.join(dtypes)} for {kind}"
         )
         require(
             self.teacher_cache is not None or (kind == "hidden" and self.teacher_cache_dtype is None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import TrainingArguments
@@ -11,9 +11,10 @@ from transformers import TrainingArguments
 from ..data import prepare_dataset
 from ..data.tokenization import Needs
 from ..evaluation.measures import METRICS, higher_is_better
-from ..exceptions import ConfigurationError, require
+from ..exceptions import ConfigurationError
 from ..requirements import Requirements
 from ..rollouts import ENGINES
+from ..settings import require, setting
 from ..teachers.options import TeacherOptions
 
 
@@ -32,112 +33,77 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         output_dir: str = "trainer_output"  # declared optional, but never None once TrainingArguments has filled it in
 
     # Defaults of TrainingArguments that suit distillation better.
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log every so many optimiser steps (below 1: a share of all)."}
+    logging_steps: float = setting(10, "Log every so many optimiser steps (below 1: a share of all).")
+    lr_scheduler_type: str = setting("cosine", "Learning-rate schedule.")
+    weight_decay: float = setting(1e-4, "Weight decay of AdamW.")
+    logging_nan_inf_filter: bool = setting(
+        False, "Off: a NaN stops training instead of being hidden, and no micro-step waits for the device."
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Off: a NaN stops training instead of being hidden, and no micro-step waits for the device."},
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay off: the collator reads more than forward does."}
-    )
+    remove_unused_columns: bool = setting(False, "Must stay off: the collator reads more than forward does.")
 
     # Models
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of `from_pretrained` for a student given by name (JSON)."}
+    model_init_kwargs: dict[str, Any] | str | None = setting(
+        None, "Keyword arguments of `from_pretrained` for a student given by name (JSON)."
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow models and tokenizers with code of their own."}
-    )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Set the student's dropout to 0: its noise would be matched against the teacher."},
+    trust_remote_code: bool = setting(False, "Allow models and tokenizers with code of their own.")
+    disable_dropout: bool = setting(
+        True, "Set the student's dropout to 0: its noise would be matched against the teacher."
     )
 
     # Data
-    max_length: int = field(default=1024, metadata={"help": "Longest prompt plus completion, in tokens."})
-    assistant_only_loss: bool = field(
-        default=False, metadata={"help": "With `messages`: train on every assistant turn, not only on the last."}
+    max_length: int = setting(1024, "Longest prompt plus completion, in tokens.")
+    assistant_only_loss: bool = setting(False, "With `messages`: train on every assistant turn, not only on the last.")
+    column_mapping: dict[str, str] | str | None = setting(
+        None, "Rename dataset columns, such as {question: prompt, answer: completion} (JSON)."
     )
-    column_mapping: dict[str, str] | str | None = field(
-        default=None,
-        metadata={"help": "Rename dataset columns, such as {question: prompt, answer: completion} (JSON)."},
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Extra variables for the chat template (JSON)."}
-    )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for tokenisation."})
-    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad batches to a multiple of this length."})
+    chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Extra variables for the chat template (JSON).")
+    dataset_num_proc: int | None = setting(None, "Processes for tokenisation.")
+    pad_to_multiple_of: int | None = setting(None, "Pad batches to a multiple of this length.")
 
     # Loss
-    kd_temperature: float = field(
-        default=1.0, metadata={"help": "Divides the logits of student and teacher inside the divergence."}
-    )
-    loss_chunk_mib: float | None = field(
-        default=None,
-        metadata={"help": "Budget for one chunk of logits in the fused head, in MiB per buffer (32 on CPU, else 256)."},
+    kd_temperature: float = setting(1.0, "Divides the logits of student and teacher inside the divergence.")
+    loss_chunk_mib: float | None = setting(
+        None, "Budget for one chunk of logits in the fused head, in MiB per buffer (32 on CPU, else 256)."
     )
 
     # Rollouts
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest sampled completion, in tokens."})
-    temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature of rollouts; 0 takes the most likely token."}
+    max_new_tokens: int = setting(128, "Longest sampled completion, in tokens.")
+    temperature: float = setting(1.0, "Sampling temperature of rollouts; 0 takes the most likely token.")
+    top_p: float = setting(1.0, "Nucleus filter of rollouts; 1 is off.")
+    top_k: int = setting(0, "Top-k filter of rollouts; 0 is off.")
+    min_p: float = setting(0.0, "Drop tokens below this share of the likeliest token's probability; 0 is off.")
+    repetition_penalty: float = setting(
+        1.0, "Above 1, tokens already in prompt or completion become less likely; 1 is off."
     )
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus filter of rollouts; 1 is off."})
-    top_k: int = field(default=0, metadata={"help": "Top-k filter of rollouts; 0 is off."})
-    min_p: float = field(
-        default=0.0, metadata={"help": "Drop tokens below this share of the likeliest token's probability; 0 is off."}
+    stop_strings: list[str] | None = setting(None, "A completion also ends with the first of these, which it keeps.")
+    rollout_engine: str = setting("decode", f"Who samples the student's completions: one of {', '.join(ENGINES)}.")
+    rollout_batch_size: int | None = setting(
+        None, "Prompts sampled together; by default the whole accumulation window at once."
     )
-    repetition_penalty: float = field(
-        default=1.0, metadata={"help": "Above 1, tokens already in prompt or completion become less likely; 1 is off."}
+    vllm_kwargs: dict[str, Any] | str | None = setting(
+        None, "For rollout_engine vllm: arguments of TRL's VLLMGeneration, such as {mode: server} (JSON)."
     )
-    stop_strings: list[str] | None = field(
-        default=None, metadata={"help": "A completion also ends with the first of these, which it keeps."}
-    )
-    rollout_engine: str = field(
-        default="decode", metadata={"help": f"Who samples the student's completions: one of {', '.join(ENGINES)}."}
-    )
-    rollout_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Prompts sampled together; by default the whole accumulation window at once."},
-    )
-    vllm_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "For rollout_engine vllm: arguments of TRL's VLLMGeneration, such as {mode: server} (JSON)."},
-    )
-    completions_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where the teacher's completions are kept; by default `<output_dir>/completions`."},
+    completions_dir: str | None = setting(
+        None, "Where the teacher's completions are kept; by default `<output_dir>/completions`."
     )
 
     # The finished student
-    merge_adapter: bool = field(
-        default=False,
-        metadata={"help": "Also save the student with its adapter merged, in `<output_dir>/merged`, and upload that."},
+    merge_adapter: bool = setting(
+        False, "Also save the student with its adapter merged, in `<output_dir>/merged`, and upload that."
     )
-    card_license: str | None = field(
-        default=None,
-        metadata={"help": "Licence in the model card; by default what follows from teacher, student and data."},
+    card_license: str | None = setting(
+        None, "Licence in the model card; by default what follows from teacher, student and data."
     )
 
     # Evaluation
-    eval_measures: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Measured as well at each evaluation, on held-out prompts: agreement, rouge_l, accuracy, "
-            "diversity, consistency, exposure_bias, calibration."
-        },
+    eval_measures: list[str] | None = setting(
+        None,
+        "Measured as well at each evaluation, on held-out prompts: agreement, rouge_l, accuracy, diversity, "
+        "consistency, exposure_bias, calibration.",
     )
-    eval_measures_rows: int = field(
-        default=16, metadata={"help": "They are taken on so many of the first rows of the evaluation set."}
-    )
-    eval_measures_seeds: int = field(default=1, metadata={"help": "Samples of each of these prompts."})
-    eval_measures_shown: int = field(
-        default=3, metadata={"help": "Prompts whose completions by student and teacher are logged side by side."}
-    )
+    eval_measures_rows: int = setting(16, "They are taken on so many of the first rows of the evaluation set.")
+    eval_measures_seeds: int = setting(1, "Samples of each of these prompts.")
+    eval_measures_shown: int = setting(3, "Prompts whose completions by student and teacher are logged side by side.")
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
         "model_init_kwargs",
@@ -248,34 +214,29 @@ class DistillConfig(TeacherOptions, TrainingArguments):
 
     def _check(self) -> None:
         """Refuse what cannot work; subclasses extend it."""
-        require(self.kd_temperature > 0, "kd_temperature", self.kd_temperature, "a number above 0")
-        require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or a positive number")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive number")
-        require(0 <= self.min_p < 1, "min_p", self.min_p, "a number in [0, 1)")
-        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")
-        require(self.rollout_engine in ENGINES, "rollout_engine", self.rollout_engine, f"one of {', '.join(ENGINES)}")
-        require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1 token")
-        require(
-            self.loss_chunk_mib is None or self.loss_chunk_mib > 0,
-            "loss_chunk_mib",
-            self.loss_chunk_mib,
-            "a positive number of MiB",
+        self._require("kd_temperature", self.kd_temperature > 0, "a number above 0")
+        self._require("temperature", self.temperature >= 0, "0 (greedy) or a positive number")
+        self._require("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
+        self._require("top_k", self.top_k >= 0, "0 (off) or a positive number")
+        self._require("min_p", 0 <= self.min_p < 1, "a number in [0, 1)")
+        self._require("repetition_penalty", self.repetition_penalty > 0, "a number above 0")
+        self._require("rollout_engine", self.rollout_engine in ENGINES, f"one of {', '.join(ENGINES)}")
+        self._require("max_length", self.max_length >= 2, "at least 2 tokens")
+        self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1 token")
+        self._require(
+            "loss_chunk_mib", self.loss_chunk_mib is None or self.loss_chunk_mib > 0, "a positive number of MiB"
         )
         self._check_eval_measures()
         self.check_teacher_options()
-        require(not self.remove_unused_columns, "remove_unused_columns", True, "False: the collator needs the columns")
-        require(
-            self.label_smoothing_factor == 0,
+        self._require("remove_unused_columns", not self.remove_unused_columns, "False: the collator needs the columns")
+        self._require(
             "label_smoothing_factor",
-            self.label_smoothing_factor,
+            self.label_smoothing_factor == 0,
             "0: a teacher's distribution takes the place of smoothed labels",
         )
-        require(
-            not self.use_liger_kernel,
+        self._require(
             "use_liger_kernel",
-            True,
+            not self.use_liger_kernel,
             "False: its fused cross-entropy replaces the forward that the distillation loss runs in",
         )
 
@@ -284,7 +245,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         unknown = [name for name in self.eval_measures or [] if name not in known]
         require(not unknown, "eval_measures", unknown[:1], f"any of {', '.join(known)}")
         for name, least in (("eval_measures_rows", 1), ("eval_measures_seeds", 1), ("eval_measures_shown", 0)):
-            require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
+            self._require(name, getattr(self, name) >= least, f"{least} or more")
 
 
 def config_from_arguments(config_class: type[DistillConfig], args: TrainingArguments | None) -> DistillConfig:

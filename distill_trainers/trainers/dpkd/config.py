@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...data import prepare_pairs
@@ -13,7 +13,8 @@ from ...data.pairs import is_pair
 from ...exceptions import ConfigurationError
 from ...losses.preference import PREFERENCE_LOSSES
 from ...requirements import Requirements
-from ..config import DistillConfig, require
+from ...settings import setting
+from ..config import DistillConfig
 from .guard import MODES
 
 CONTRASTIVE = "contrastive_skew"
@@ -24,69 +25,46 @@ LOSS_TYPES = (*PREFERENCE_LOSSES, CONTRASTIVE)
 class DPKDConfig(DistillConfig):
     """Settings of `DPKDTrainer`; see each field's help."""
 
-    loss_type: str = field(default="sigmoid", metadata={"help": f"Loss of a pair: one of {', '.join(LOSS_TYPES)}."})
-    beta: float = field(
-        default=1.0,
-        metadata={
-            "help": "β: scale of the implicit rewards. On fixed pairs the optimum moves away from the teacher like the "
-            "power 1/β."
-        },
+    loss_type: str = setting("sigmoid", f"Loss of a pair: one of {', '.join(LOSS_TYPES)}.")
+    beta: float = setting(
+        1.0,
+        "β: scale of the implicit rewards. On fixed pairs the optimum moves away from the teacher like the power 1/β.",
     )
-    length_normalized: bool = field(
-        default=True, metadata={"help": "Divide the log-ratio of each response by its number of tokens."}
+    length_normalized: bool = setting(True, "Divide the log-ratio of each response by its number of tokens.")
+    lm_loss_weight: float | None = setting(
+        None, "λ: weight of −log q of the chosen responses; if not set 1, and 0 for contrastive_skew."
     )
-    lm_loss_weight: float | None = field(
-        default=None,
-        metadata={"help": "λ: weight of −log q of the chosen responses; if not set 1, and 0 for contrastive_skew."},
+    reference: str = setting(
+        "teacher", "Reference of the rewards: teacher (DPKD), or student, as it was before training (DPO)."
     )
-    reference: str = field(
-        default="teacher",
-        metadata={"help": "Reference of the rewards: teacher (DPKD), or student, as it was before training (DPO)."},
+    logprob_mse_weight: float = setting(
+        0.0, "Weight of the squared difference of both models' mean log-probabilities of each response."
     )
-    logprob_mse_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the squared difference of both models' mean log-probabilities of each response."},
+    target_margin: float | None = setting(
+        None, "γ of simpo, the margin from which a pair counts as learnt; 0.5 if not set."
     )
-    target_margin: float | None = field(
-        default=None, metadata={"help": "γ of simpo, the margin from which a pair counts as learnt; 0.5 if not set."}
+    chosen: str = setting(
+        "teacher", "Of a dataset without pairs: take the teacher's responses, or the dataset's, as chosen."
     )
-    chosen: str = field(
-        default="teacher",
-        metadata={"help": "Of a dataset without pairs: take the teacher's responses, or the dataset's, as chosen."},
+    refresh_steps: int = setting(
+        1, "Sample rejected responses every so many optimiser steps and train on them until then."
     )
-    refresh_steps: int = field(
-        default=1,
-        metadata={"help": "Sample rejected responses every so many optimiser steps and train on them until then."},
+    replay_buffer_size: int | None = setting(
+        None, "Pairs kept for the steps between; by default those of the last sampling step."
     )
-    replay_buffer_size: int | None = field(
-        default=None,
-        metadata={"help": "Pairs kept for the steps between; by default those of the last sampling step."},
+    skew_alpha: float = setting(0.1, "α₀ of contrastive_skew: the largest skew.")
+    contrastive_schedules: bool = setting(
+        True, "contrastive_skew: adapt α to each response, and raise the rejected side's weight from ½ to ¾."
     )
-    skew_alpha: float = field(default=0.1, metadata={"help": "α₀ of contrastive_skew: the largest skew."})
-    contrastive_schedules: bool = field(
-        default=True,
-        metadata={
-            "help": "contrastive_skew: adapt α to each response, and raise the rejected side's weight from ½ to ¾."
-        },
+    reference_logps_dir: str | None = setting(
+        None,
+        "With a dataset of pairs: keep the reference's log-probabilities here, so that a teacher given by name is "
+        "loaded only for what is missing and for evaluation.",
     )
-    reference_logps_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "With a dataset of pairs: keep the reference's log-probabilities here, so that a teacher given by "
-            "name is loaded only for what is missing and for evaluation."
-        },
-    )
-    bad_pairs: str = field(
-        default="error",
-        metadata={"help": "What happens to given pairs that cannot be trained on: error, or drop."},
-    )
-    guard: str = field(
-        default="warn",
-        metadata={"help": f"When the student runs away from both responses: one of {', '.join(MODES)}."},
-    )
-    guard_limit: float = field(
-        default=1.0,
-        metadata={"help": "Rise of the rejected NLL, in nats per token, that trips the guard if the chosen NLL is up."},
+    bad_pairs: str = setting("error", "What happens to given pairs that cannot be trained on: error, or drop.")
+    guard: str = setting("warn", f"When the student runs away from both responses: one of {', '.join(MODES)}.")
+    guard_limit: float = setting(
+        1.0, "Rise of the rejected NLL, in nats per token, that trips the guard if the chosen NLL is up."
     )
 
     @property
@@ -166,60 +144,52 @@ class DPKDConfig(DistillConfig):
             ("bad_pairs", ("error", "drop")),
             ("guard", MODES),
         ):
-            value = getattr(self, name)
-            require(value in allowed, name, value, f"one of {', '.join(allowed)}")
-        require(self.beta > 0, "beta", self.beta, "a positive number")
-        require(self.lm_weight >= 0, "lm_loss_weight", self.lm_loss_weight, "0 or a positive number")
-        require(self.logprob_mse_weight >= 0, "logprob_mse_weight", self.logprob_mse_weight, "0 or a positive number")
-        require(self.guard_limit > 0, "guard_limit", self.guard_limit, "a positive number of nats per token")
-        require(self.refresh_steps >= 1, "refresh_steps", self.refresh_steps, "1 (every step) or more")
-        require(0.01 <= self.skew_alpha < 1, "skew_alpha", self.skew_alpha, "a number from 0.01 to 1")
-        require(
-            self.target_margin is None or self.loss_type == "simpo",
+            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        self._require("beta", self.beta > 0, "a positive number")
+        self._require("lm_loss_weight", self.lm_weight >= 0, "0 or a positive number")
+        self._require("logprob_mse_weight", self.logprob_mse_weight >= 0, "0 or a positive number")
+        self._require("guard_limit", self.guard_limit > 0, "a positive number of nats per token")
+        self._require("refresh_steps", self.refresh_steps >= 1, "1 (every step) or more")
+        self._require("skew_alpha", 0.01 <= self.skew_alpha < 1, "a number from 0.01 to 1")
+        self._require(
             "target_margin",
-            self.target_margin,
+            self.target_margin is None or self.loss_type == "simpo",
             "`loss_type: simpo` beside it, whose margin it is",
         )
-        require(
-            self.length_normalized or self.loss_type != "simpo",
+        self._require(
             "length_normalized",
-            False,
+            self.length_normalized or self.loss_type != "simpo",
             "true with `loss_type: simpo`, whose rewards are per token",
         )
-        require(
-            self.reference == "teacher" or self.loss_type not in ("simpo", CONTRASTIVE),
+        self._require(
             "reference",
-            self.reference,
+            self.reference == "teacher" or self.loss_type not in ("simpo", CONTRASTIVE),
             f"teacher with `loss_type: {self.loss_type}`, which compares with nothing else",
         )
         self._check_rows()
 
     def _check_rows(self) -> None:
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        require(
-            self.replay_buffer_size is None or (self.replay_buffer_size >= rows and self.refresh_steps > 1),
+        self._require(
             "replay_buffer_size",
-            self.replay_buffer_size,
+            self.replay_buffer_size is None or (self.replay_buffer_size >= rows and self.refresh_steps > 1),
             f"at least the {rows} pairs of a step, with refresh_steps above 1",
         )
-        require(
-            self.reference_logps_dir is None or self.loss_type not in ("simpo", CONTRASTIVE),
+        self._require(
             "reference_logps_dir",
-            self.reference_logps_dir,
+            self.reference_logps_dir is None or self.loss_type not in ("simpo", CONTRASTIVE),
             f"another loss_type than {self.loss_type}, which has no use for it",
         )
-        require(
-            self.kd_temperature == 1 or self.loss_type == CONTRASTIVE,
+        self._require(
             "kd_temperature",
-            self.kd_temperature,
+            self.kd_temperature == 1 or self.loss_type == CONTRASTIVE,
             f"1 with `loss_type: {self.loss_type}`: log-probabilities of responses are not softened",
         )
-        require(
-            self.teacher_cache_kind == "hidden",
+        self._require(
             "teacher_cache_kind",
-            self.teacher_cache_kind,
+            self.teacher_cache_kind == "hidden",
             "hidden: the others do not hold the log-probability of every token",
         )
-        require(
-            not self.assistant_only_loss, "assistant_only_loss", True, "false: a pair differs in its last turn alone"
+        self._require(
+            "assistant_only_loss", not self.assistant_only_loss, "false: a pair differs in its last turn alone"
         )

@@ -2,61 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ...exceptions import ConfigurationError
 from ...losses.divergences import DIVERGENCES, resolve_divergence
 from ...requirements import Requirements
-from ..config import DistillConfig, require
+from ...settings import setting
+from ..config import DistillConfig
 
 
 @dataclass
 class GKDConfig(DistillConfig):
     """Settings of `GKDTrainer`; see each field's help."""
 
-    lmbda: float = field(
-        default=0.5,
-        metadata={"help": "λ: probability that an optimiser step trains on student rollouts; 0 never samples."},
+    lmbda: float = setting(0.5, "λ: probability that an optimiser step trains on student rollouts; 0 never samples.")
+    divergence: str = setting("jsd", f"Per-token divergence: one of {', '.join(DIVERGENCES)}.")
+    beta: float | None = setting(None, "β of jsd: weight of the teacher in the mixture; 0.5 if not set.")
+    alpha: float | None = setting(None, "α of the skew divergences; 0.1 if not set.")
+    mu: float | None = setting(None, "μ of adaptive_kl: mass of the teacher's head; 0.5 if not set.")
+    t: float | None = setting(
+        None, "t of taid: fixed share of the teacher in the target; by default it rises from 0.4 to 1."
     )
-    divergence: str = field(default="jsd", metadata={"help": f"Per-token divergence: one of {', '.join(DIVERGENCES)}."})
-    beta: float | None = field(
-        default=None, metadata={"help": "β of jsd: weight of the teacher in the mixture; 0.5 if not set."}
+    replay_buffer_size: int = setting(
+        0,
+        "Keep this many student completions and train on them again (DistiLLM; 1000 there): with probability λ·(1 − "
+        "t/T) a step samples, with λ it trains on the student's text. 0 samples every time.",
     )
-    alpha: float | None = field(default=None, metadata={"help": "α of the skew divergences; 0.1 if not set."})
-    mu: float | None = field(
-        default=None, metadata={"help": "μ of adaptive_kl: mass of the teacher's head; 0.5 if not set."}
+    adaptive_rollouts: bool = setting(
+        False, "Raise λ from lmbda by 0.1 at each evaluation whose loss did not fall (DistiLLM starts at 0)."
     )
-    t: float | None = field(
-        default=None,
-        metadata={"help": "t of taid: fixed share of the teacher in the target; by default it rises from 0.4 to 1."},
+    seq_kd: bool = setting(
+        False, "Replace the dataset's completions by the teacher's own, generated once and kept on disk."
     )
-    replay_buffer_size: int = field(
-        default=0,
-        metadata={
-            "help": "Keep this many student completions and train on them again (DistiLLM; 1000 there): with "
-            "probability λ·(1 − t/T) a step samples, with λ it trains on the student's text. 0 samples every time."
-        },
+    lm_loss_weight: float = setting(
+        0.0, "Weight of −log q(y) of given completions, added to the divergence (never on student rollouts)."
     )
-    adaptive_rollouts: bool = field(
-        default=False,
-        metadata={
-            "help": "Raise λ from lmbda by 0.1 at each evaluation whose loss did not fall (DistiLLM starts at 0)."
-        },
-    )
-    seq_kd: bool = field(
-        default=False,
-        metadata={"help": "Replace the dataset's completions by the teacher's own, generated once and kept on disk."},
-    )
-    lm_loss_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of −log q(y) of given completions, added to the divergence (never on student rollouts)."
-        },
-    )
-    tau_squared: bool = field(
-        default=False, metadata={"help": "Multiply the divergence by kd_temperature², which keeps gradients' size."}
-    )
+    tau_squared: bool = setting(False, "Multiply the divergence by kd_temperature², which keeps gradients' size.")
 
     def divergence_params(self) -> dict[str, float]:
         """The parameters of the divergence that were set."""
@@ -86,31 +68,27 @@ class GKDConfig(DistillConfig):
 
     def _check(self) -> None:
         super()._check()
-        require(0 <= self.lmbda <= 1, "lmbda", self.lmbda, "a probability in [0, 1]")
-        require(self.lm_loss_weight >= 0, "lm_loss_weight", self.lm_loss_weight, "0 or a positive number")
+        self._require("lmbda", 0 <= self.lmbda <= 1, "a probability in [0, 1]")
+        self._require("lm_loss_weight", self.lm_loss_weight >= 0, "0 or a positive number")
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        require(
-            self.replay_buffer_size == 0 or (self.replay_buffer_size >= rows and self.samples_completions),
+        self._require(
             "replay_buffer_size",
-            self.replay_buffer_size,
+            self.replay_buffer_size == 0 or (self.replay_buffer_size >= rows and self.samples_completions),
             f"0 (off), or at least the {rows} rows of a step, with lmbda above 0 or adaptive_rollouts",
         )
-        require(
-            not self.adaptive_rollouts or (self.eval_strategy != "no" and self.lmbda < 1),
+        self._require(
             "adaptive_rollouts",
-            True,
+            not self.adaptive_rollouts or (self.eval_strategy != "no" and self.lmbda < 1),
             "an eval_strategy other than 'no', since evaluations raise λ, and lmbda below 1, so that it can rise",
         )
-        require(
-            self.max_new_tokens < self.max_length or not (self.samples_completions or self.seq_kd),
+        self._require(
             "max_new_tokens",
-            self.max_new_tokens,
+            self.max_new_tokens < self.max_length or not (self.samples_completions or self.seq_kd),
             f"less than max_length ({self.max_length}), which counts prompt and completion",
         )
-        require(
-            not (self.seq_kd and self.lmbda == 1),
+        self._require(
             "seq_kd",
-            True,
+            not (self.seq_kd and self.lmbda == 1),
             "lmbda below 1: with lmbda = 1 every step trains on student rollouts and the teacher's text is never used",
         )
         resolve_divergence(self.divergence, **self.divergence_params())

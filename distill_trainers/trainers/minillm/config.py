@@ -2,82 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ...data import prepare_dataset
 from ...exceptions import DatasetError
 from ...losses import policy_gradient
 from ...requirements import Requirements
-from ..config import DistillConfig, require
+from ...settings import require, setting
+from ..config import DistillConfig
 
 
 @dataclass
 class MiniLLMConfig(DistillConfig):
     """Settings of `MiniLLMTrainer`; see each field's help."""
 
-    objective: str = field(
-        default="sequence",
-        metadata={
-            "help": "sequence: the reverse KL of whole sequences; token: that of each token by itself, without Long."
-        },
+    objective: str = setting(
+        "sequence", "sequence: the reverse KL of whole sequences; token: that of each token by itself, without Long."
     )
-    estimator: str = field(
-        default="exact",
-        metadata={
-            "help": "Single by the sum over the vocabulary (exact), or by the sampled tokens alone (sampled), for "
-            "which a teacher has to know no more than their log-probabilities."
-        },
+    estimator: str = setting(
+        "exact",
+        "Single by the sum over the vocabulary (exact), or by the sampled tokens alone (sampled), for which a teacher "
+        "has to know no more than their log-probabilities.",
     )
-    lmbda: float = field(
-        default=1.0,
-        metadata={"help": "λ: with objective token, the probability that a step trains on student rollouts."},
+    lmbda: float = setting(1.0, "λ: with objective token, the probability that a step trains on student rollouts.")
+    teacher_mix_alpha: float | None = setting(
+        None, "α: share of the teacher in the sampler; if not set 0.2 (the paper's) for sequences, 0 for tokens."
     )
-    teacher_mix_alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "α: share of the teacher in the sampler; if not set 0.2 (the paper's) for sequences, 0 for tokens."
-        },
+    importance: str = setting(
+        "token", "Weights of teacher-mixed samples: token (the paper's, biased) or prefix (exact)."
     )
-    importance: str = field(
-        default="token",
-        metadata={"help": "Weights of teacher-mixed samples: token (the paper's, biased) or prefix (exact)."},
+    length_normalization: bool = setting(True, "Long takes the mean of the rewards that follow a token, not their sum.")
+    gamma: float = setting(1.0, "γ: discount of rewards by their distance from the token.")
+    reward_scale: float = setting(
+        1.0,
+        "Factor on the rewards log p − log q: those of Long alone with estimator exact, whose Single has none, and of "
+        "both with sampled.",
     )
-    length_normalization: bool = field(
-        default=True, metadata={"help": "Long takes the mean of the rewards that follow a token, not their sum."}
+    reward_clip: float | None = setting(
+        None, "Bound on the size of a scaled reward, in Long or in both as reward_scale."
     )
-    gamma: float = field(default=1.0, metadata={"help": "γ: discount of rewards by their distance from the token."})
-    reward_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "Factor on the rewards log p − log q: those of Long alone with estimator exact, whose Single has "
-            "none, and of both with sampled."
-        },
+    clip_range: float | None = setting(
+        0.2, "PPO: bound on how far q now / q at sampling may leave 1; null does not clip."
     )
-    reward_clip: float | None = field(
-        default=None, metadata={"help": "Bound on the size of a scaled reward, in Long or in both as reward_scale."}
+    num_minibatches: int = setting(1, "Optimiser steps whose prompts are sampled in one go (the paper: 4 of 64 rows).")
+    num_inner_epochs: int = setting(1, "How often each rollout is trained on (the paper: 4); 1 is strictly on-policy.")
+    loss_reduction: str = setting(
+        "token", "token: mean over tokens (the paper's code); sequence: sum of each row, mean over rows."
     )
-    clip_range: float | None = field(
-        default=0.2, metadata={"help": "PPO: bound on how far q now / q at sampling may leave 1; null does not clip."}
-    )
-    num_minibatches: int = field(
-        default=1, metadata={"help": "Optimiser steps whose prompts are sampled in one go (the paper: 4 of 64 rows)."}
-    )
-    num_inner_epochs: int = field(
-        default=1, metadata={"help": "How often each rollout is trained on (the paper: 4); 1 is strictly on-policy."}
-    )
-    loss_reduction: str = field(
-        default="token",
-        metadata={"help": "token: mean over tokens (the paper's code); sequence: sum of each row, mean over rows."},
-    )
-    lm_loss_weight: float = field(
-        default=0.0, metadata={"help": "With objective token: weight of −log q(y) of given completions."}
-    )
-    pretraining_weight: float = field(
-        default=1.0, metadata={"help": "Weight of −log q of the pretraining dataset's text; at 0 it is not read."}
-    )
-    pretraining_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows of text beside each micro-batch; by default as many as it has."}
+    lm_loss_weight: float = setting(0.0, "With objective token: weight of −log q(y) of given completions.")
+    pretraining_weight: float = setting(1.0, "Weight of −log q of the pretraining dataset's text; at 0 it is not read.")
+    pretraining_batch_size: int | None = setting(
+        None, "Rows of text beside each micro-batch; by default as many as it has."
     )
 
     @property
@@ -137,28 +113,26 @@ class MiniLLMConfig(DistillConfig):
     def _check(self) -> None:
         super()._check()
         for name, choices in CHOICES.items():
-            require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
+            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         scored, alpha = self.scores_rollouts, self.alpha
-        require(0 <= self.lmbda <= 1, "lmbda", self.lmbda, "a probability in [0, 1]")
+        self._require("lmbda", 0 <= self.lmbda <= 1, "a probability in [0, 1]")
         wants_rollouts = "1 with objective sequence or estimator sampled, which need the student's own text"
-        require(self.lmbda == 1 or not scored, "lmbda", self.lmbda, wants_rollouts)
+        self._require("lmbda", self.lmbda == 1 or not scored, wants_rollouts)
         require(0 <= alpha < 1, "teacher_mix_alpha", alpha, "a share in [0, 1)")
         mixes = "0 with objective token, which has no importance weights"
         require(alpha == 0 or self.objective == "sequence", "teacher_mix_alpha", alpha, mixes)
         loop = "decode: only its loop mixes the teacher in. Or set `teacher_mix_alpha: 0`"
-        require(alpha == 0 or self.rollout_engine == "decode", "rollout_engine", self.rollout_engine, loop)
+        self._require("rollout_engine", alpha == 0 or self.rollout_engine == "decode", loop)
         one = "1 while the teacher is mixed in. Or set `teacher_mix_alpha: 0`"
-        require(alpha == 0 or self.temperature == 1, "temperature", self.temperature, one)
+        self._require("temperature", alpha == 0 or self.temperature == 1, one)
         if scored:
-            require(
-                self.temperature > 0, "temperature", self.temperature, "a positive number: greedy text is no sample"
-            )
+            self._require("temperature", self.temperature > 0, "a positive number: greedy text is no sample")
             for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0)):
                 value = getattr(self, name)
                 require(value == off, name, value, f"{off}: tokens that are never drawn bias the policy gradient")
-            require(self.kd_temperature == 1, "kd_temperature", self.kd_temperature, "1: rewards are at temperature 1")
-        require(0 <= self.gamma <= 1, "gamma", self.gamma, "a number in [0, 1]")
-        require(self.reward_scale > 0, "reward_scale", self.reward_scale, "a number above 0")
+            self._require("kd_temperature", self.kd_temperature == 1, "1: rewards are at temperature 1")
+        self._require("gamma", 0 <= self.gamma <= 1, "a number in [0, 1]")
+        self._require("reward_scale", self.reward_scale > 0, "a number above 0")
         for name in ("reward_clip", "clip_range"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "a number above 0, or null")
@@ -168,16 +142,16 @@ class MiniLLMConfig(DistillConfig):
             require(optional or (type(value) is int and value >= 1), name, value, "a whole number, at least 1")
         reused = "1 with objective token and estimator exact, which has no ratio that tells how old a rollout is"
         for name in ("num_minibatches", "num_inner_epochs"):
-            require(scored or getattr(self, name) == 1, name, getattr(self, name), reused)
+            self._require(name, scored or getattr(self, name) == 1, reused)
         for name in ("ignore_data_skip", "auto_find_batch_size"):
-            require(not self.reuses_rollouts or not getattr(self, name), name, getattr(self, name), COUNTED)
-        require(self.lm_loss_weight >= 0, "lm_loss_weight", self.lm_loss_weight, "0 or a positive number")
+            self._require(name, not self.reuses_rollouts or not getattr(self, name), COUNTED)
+        self._require("lm_loss_weight", self.lm_loss_weight >= 0, "0 or a positive number")
         given = "0 where no step trains on given completions (lmbda is 1). Pass a pretraining dataset instead"
-        require(self.lm_loss_weight == 0 or self.lmbda < 1, "lm_loss_weight", self.lm_loss_weight, given)
-        require(self.pretraining_weight >= 0, "pretraining_weight", self.pretraining_weight, "0 or a positive number")
+        self._require("lm_loss_weight", self.lm_loss_weight == 0 or self.lmbda < 1, given)
+        self._require("pretraining_weight", self.pretraining_weight >= 0, "0 or a positive number")
         room = f"less than max_length ({self.max_length}), which counts prompt and completion"
         fits = self.max_new_tokens < self.max_length or self.lmbda == 0
-        require(fits, "max_new_tokens", self.max_new_tokens, room)
+        self._require("max_new_tokens", fits, room)
 
 
 COUNTED = "false with num_minibatches or num_inner_epochs above 1: rollouts are reused by a fixed count of rows a step"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ...answers.formats import find_format
@@ -11,7 +11,8 @@ from ...data.rationales import OBJECTIVES, RationaleTemplates, RationaleTokenize
 from ...losses import DIVERGENCES, resolve_divergence
 from ...losses.key_steps import WRONG_TERMS
 from ...requirements import Requirements
-from ..config import DistillConfig, require
+from ...settings import require, setting
+from ..config import DistillConfig
 
 _STYLES = ("auto", "text", "chat")
 
@@ -20,51 +21,41 @@ _STYLES = ("auto", "text", "chat")
 class RationaleConfig(DistillConfig):
     """Settings of `RationaleTrainer`; see each field's help."""
 
-    objective: str = field(default="step_by_step", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
-    rationale_weight: float = field(default=1.0, metadata={"help": "λ of step_by_step: L = L_label + λ L_rationale."})
-    alpha: float | None = field(
-        default=None, metadata={"help": "Instead of λ: L = α L_label + (1 − α) L_rationale, 0 < α ≤ 1."}
+    objective: str = setting("step_by_step", f"One of {', '.join(OBJECTIVES)}.")
+    rationale_weight: float = setting(1.0, "λ of step_by_step: L = L_label + λ L_rationale.")
+    alpha: float | None = setting(None, "Instead of λ: L = α L_label + (1 − α) L_rationale, 0 < α ≤ 1.")
+    right_weight: float = setting(1.0, "ω⁺ of edit: weight of key steps of right chains.")
+    wrong_weight: float = setting(0.025, "ω⁻ of edit: weight of key steps of wrong chains.")
+    wrong_term: str = setting(
+        "likelihood", f"Loss of wrong steps: {' (log q, to the floor) or '.join(WRONG_TERMS)} (−log(1 − q))."
     )
-    right_weight: float = field(default=1.0, metadata={"help": "ω⁺ of edit: weight of key steps of right chains."})
-    wrong_weight: float = field(default=0.025, metadata={"help": "ω⁻ of edit: weight of key steps of wrong chains."})
-    wrong_term: str = field(
-        default="likelihood",
-        metadata={"help": f"Loss of wrong steps: {' (log q, to the floor) or '.join(WRONG_TERMS)} (−log(1 − q))."},
+    wrong_floor: float = setting(-10.0, "Log-probability below which a wrong step is not pushed (likelihood).")
+    imitation_weight: float | None = setting(
+        None, "Weight of whole right chains: 1 in dual_chain and 0 in edit if not set."
     )
-    wrong_floor: float = field(
-        default=-10.0, metadata={"help": "Log-probability below which a wrong step is not pushed (likelihood)."}
+    answer_weight: float = setting(1.0, "Weight of the answer that ends a chain (dual_chain).")
+    innovation_weight: float = setting(
+        0.5, "Weight of the student's own right and shorter chains (dual_chain); 0 is off."
     )
-    imitation_weight: float | None = field(
-        default=None, metadata={"help": "Weight of whole right chains: 1 in dual_chain and 0 in edit if not set."}
+    innovation_samples: int = setting(4, "Chains sampled per question and step (dual_chain).")
+    distill_weight: float = setting(
+        0.0, "Weight of a divergence from the teacher on the same tokens; 0 needs no teacher."
     )
-    answer_weight: float = field(default=1.0, metadata={"help": "Weight of the answer that ends a chain (dual_chain)."})
-    innovation_weight: float = field(
-        default=0.5, metadata={"help": "Weight of the student's own right and shorter chains (dual_chain); 0 is off."}
+    divergence: str = setting("forward_kl", f"Of distillation: {', '.join(DIVERGENCES)}.")
+    divergence_params: dict[str, Any] | str | None = setting(
+        None, "Parameters of the divergence, such as {beta: 0.1} (JSON)."
     )
-    innovation_samples: int = field(default=4, metadata={"help": "Chains sampled per question and step (dual_chain)."})
-    distill_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of a divergence from the teacher on the same tokens; 0 needs no teacher."},
+    prompt_style: str = setting("auto", "text, chat, or auto: chat where the tokenizer has a template.")
+    label_prompt: str | None = setting(None, "Asks for the answer; holds {question}.")
+    rationale_prompt: str | None = setting(None, "Asks for the rationale; holds {question}.")
+    chain_prompt: str | None = setting(None, "Asks for both; holds {question}.")
+    chain_completion: str | None = setting(None, "Rationale and answer as one text; holds {rationale}, then {answer}.")
+    answer_formats: list[str] | None = setting(
+        None, "How answers of chains are found; by default hash, boxed, answer_is."
     )
-    divergence: str = field(default="forward_kl", metadata={"help": f"Of distillation: {', '.join(DIVERGENCES)}."})
-    divergence_params: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Parameters of the divergence, such as {beta: 0.1} (JSON)."}
-    )
-    prompt_style: str = field(
-        default="auto", metadata={"help": "text, chat, or auto: chat where the tokenizer has a template."}
-    )
-    label_prompt: str | None = field(default=None, metadata={"help": "Asks for the answer; holds {question}."})
-    rationale_prompt: str | None = field(default=None, metadata={"help": "Asks for the rationale; holds {question}."})
-    chain_prompt: str | None = field(default=None, metadata={"help": "Asks for both; holds {question}."})
-    chain_completion: str | None = field(
-        default=None, metadata={"help": "Rationale and answer as one text; holds {rationale}, then {answer}."}
-    )
-    answer_formats: list[str] | None = field(
-        default=None, metadata={"help": "How answers of chains are found; by default hash, boxed, answer_is."}
-    )
-    answer_kind: str = field(default="auto", metadata={"help": f"How answers are compared: {', '.join(ANSWER_KINDS)}."})
-    eval_accuracy: bool = field(default=True, metadata={"help": "Answer the evaluation questions, and score that."})
-    eval_accuracy_samples: int | None = field(default=None, metadata={"help": "Answer only so many of them."})
+    answer_kind: str = setting("auto", f"How answers are compared: {', '.join(ANSWER_KINDS)}.")
+    eval_accuracy: bool = setting(True, "Answer the evaluation questions, and score that.")
+    eval_accuracy_samples: int | None = setting(None, "Answer only so many of them.")
 
     _VALID_DICT_FIELDS = DistillConfig._VALID_DICT_FIELDS + ["divergence_params"]
 
@@ -139,35 +130,32 @@ class RationaleConfig(DistillConfig):
 
     def _check(self) -> None:
         super()._check()
-        require(self.objective in OBJECTIVES, "objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
-        require(self.prompt_style in _STYLES, "prompt_style", self.prompt_style, f"one of {', '.join(_STYLES)}")
-        require(self.alpha is None or 0 < self.alpha <= 1, "alpha", self.alpha, "a number in (0, 1]")
-        require(
-            self.alpha is None or self.rationale_weight == 1,
+        self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        self._require("prompt_style", self.prompt_style in _STYLES, f"one of {', '.join(_STYLES)}")
+        self._require("alpha", self.alpha is None or 0 < self.alpha <= 1, "a number in (0, 1]")
+        self._require(
             "alpha",
-            self.alpha,
+            self.alpha is None or self.rationale_weight == 1,
             "either `alpha` or `rationale_weight`, which say the same in two ways (λ = (1 − α)/α, and L times α)",
         )
         for name, weight in self.uses.items():
             require(weight >= 0, name, weight, "a weight of 0 or more")
-        require(any(self.uses.values()), "objective", self.objective, "some weight above 0")
-        require(self.wrong_term in WRONG_TERMS, "wrong_term", self.wrong_term, f"one of {', '.join(WRONG_TERMS)}")
-        require(self.wrong_floor < 0, "wrong_floor", self.wrong_floor, "a log-probability below 0")
-        require(self.innovation_samples >= 1, "innovation_samples", self.innovation_samples, "1 or more")
-        require(
-            self.teacher_cache is None or self.distill_weight > 0,
+        self._require("objective", any(self.uses.values()), "some weight above 0")
+        self._require("wrong_term", self.wrong_term in WRONG_TERMS, f"one of {', '.join(WRONG_TERMS)}")
+        self._require("wrong_floor", self.wrong_floor < 0, "a log-probability below 0")
+        self._require("innovation_samples", self.innovation_samples >= 1, "1 or more")
+        self._require(
             "teacher_cache",
-            self.teacher_cache,
+            self.teacher_cache is None or self.distill_weight > 0,
             "none, or `distill_weight` above 0: no other term asks the teacher",
         )
         for name in ("label_prompt", "rationale_prompt", "chain_prompt"):
             prompt = getattr(self, name)
             require(prompt is None or "{question}" in prompt, name, prompt, "a text that holds {question}")
         chain = self.chain_completion
-        require(
-            chain is None or 0 <= chain.find("{rationale}") < chain.find("{answer}"),
+        self._require(
             "chain_completion",
-            chain,
+            chain is None or 0 <= chain.find("{rationale}") < chain.find("{answer}"),
             "a text that holds {rationale} and, behind it, {answer}",
         )
         check_kind(self.answer_kind)
