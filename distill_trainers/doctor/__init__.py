@@ -6,20 +6,3 @@ from .findings import Finding, Severity
 from .launch import Gpus, Launch, launch_here, read_launch
 from .memory import MemoryEstimate, Workload, estimate
 from .shapes import ModelShape, shape_of
-
-__all__ = [
-    "Case",
-    "Diagnosis",
-    "Finding",
-    "Gpus",
-    "Launch",
-    "MemoryEstimate",
-    "ModelShape",
-    "Severity",
-    "Workload",
-    "estimate",
-    "examine",
-    "launch_here",
-    "read_launch",
-    "shape_of",
-]

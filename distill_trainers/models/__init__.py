@@ -6,7 +6,6 @@ wrapper* (`install_token_forward`), its output `Head`, and the context in which 
 
 from .adapters import add_adapter, answering_with, causal_lm_of, is_peft, load_adapter, unwrapped
 from .forward import (
-    OnHidden,
     disable_dropout,
     forward_inputs,
     gives_hidden_states,
@@ -15,9 +14,8 @@ from .forward import (
     install_token_forward,
     merged_copy,
     read_head,
-    without_token_forward,
 )
-from .frozen import loading_placed, placement_of_launch, prepare_frozen
+from .frozen import loading_placed, prepare_frozen
 from .generation import eos_ids, generating, generation_eos_ids
 from .loading import (
     check_model_source,
@@ -47,52 +45,3 @@ from .sharding import (
     zero_stage,
 )
 from .upload_hook import uploading
-
-__all__ = [
-    "merged_copy",
-    "without_token_forward",
-    "OnHidden",
-    "add_adapter",
-    "answering_with",
-    "causal_lm_of",
-    "check_model_source",
-    "decoder_start",
-    "disable_dropout",
-    "dtype_of",
-    "emulates_bfloat16",
-    "eos_ids",
-    "forward_inputs",
-    "fsdp_version",
-    "let_fsdp_shard_on_cpu",
-    "generating",
-    "generation_eos_ids",
-    "gives_hidden_states",
-    "head_is_fusable",
-    "head_reproduces_logits",
-    "install_token_forward",
-    "is_encoder_decoder",
-    "is_peft",
-    "load_adapter",
-    "keep_optimizer",
-    "load_causal_lm",
-    "load_config",
-    "load_merged_adapter",
-    "load_tokenizer",
-    "loading_placed",
-    "looks_like_path",
-    "model_class",
-    "must_stay_in_step",
-    "num_parameters",
-    "placement_of_launch",
-    "prepare_frozen",
-    "read_head",
-    "recomputes_activations",
-    "source_of",
-    "unwrapped",
-    "uploading",
-    "whole",
-    "whole_loading",
-    "whole_parameters",
-    "with_pad_token",
-    "zero_stage",
-]

@@ -13,17 +13,3 @@ METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {
     "dpkd": (DPKDConfig, DPKDTrainer),
     "rationale": (RationaleConfig, RationaleTrainer),
 }
-
-__all__ = [
-    "METHODS",
-    "DPKDConfig",
-    "DPKDTrainer",
-    "DistillConfig",
-    "DistillTrainer",
-    "GKDConfig",
-    "GKDTrainer",
-    "MiniLLMConfig",
-    "MiniLLMTrainer",
-    "RationaleConfig",
-    "RationaleTrainer",
-]

@@ -2,5 +2,3 @@
 
 from .dialects import RemoteSettings
 from .teacher import RemoteTeacher
-
-__all__ = ["RemoteSettings", "RemoteTeacher"]

@@ -2,5 +2,3 @@
 
 from .config import DPKDConfig
 from .trainer import DPKDTrainer
-
-__all__ = ["DPKDConfig", "DPKDTrainer"]

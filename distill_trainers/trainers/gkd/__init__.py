@@ -2,5 +2,3 @@
 
 from .config import GKDConfig
 from .trainer import GKDTrainer
-
-__all__ = ["GKDConfig", "GKDTrainer"]

@@ -2,5 +2,3 @@
 
 from .config import MiniLLMConfig
 from .trainer import MiniLLMTrainer
-
-__all__ = ["MiniLLMConfig", "MiniLLMTrainer"]

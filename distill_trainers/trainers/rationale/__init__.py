@@ -2,5 +2,3 @@
 
 from .config import RationaleConfig
 from .trainer import RationaleTrainer
-
-__all__ = ["RationaleConfig", "RationaleTrainer"]
