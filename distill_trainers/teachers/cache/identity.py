@@ -56,14 +56,14 @@ class CacheIdentity:
     """
 
     kind: str
-    dtype: str | None
-    top_k: int | None
-    draws: int | None
-    seed: int | None
     vocab_size: int
     tokenizer: str
     autocast: str
     teacher_rows: int
+    dtype: str | None = None
+    top_k: int | None = None
+    draws: int | None = None
+    seed: int | None = None
     teacher_settings: dict[str, str] = field(default_factory=dict)
     teacher: str = ""
     files: Files | None = None

@@ -42,7 +42,6 @@ def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
     kind, sampled = options.teacher_cache_kind, options.teacher_cache_kind == "sampled"
     teacher_rows = rows_of(source, options)
     shared = shared_vocabulary(pair.tokenizer, pair.teacher_tokenizer, rows_of(pair.student, options), teacher_rows)
-    by_name = isinstance(source, str)
     settings: Any = dict(options.teacher_model_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
     if options.teacher_placement.startswith("quantized"):  # it answers otherwise than the whole one
         settings["placement"] = options.teacher_placement
@@ -53,29 +52,42 @@ def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
         draws=options.teacher_cache_draws if sampled else None,
         seed=options.seed if sampled else None,
         vocab_size=teacher_rows if kind == "hidden" or shared is None else shared,
-        tokenizer=tokenizer_fingerprint(pair.tokenizer),
-        autocast="bf16" if options.bf16 else "fp16" if options.fp16 else "no",
         teacher_rows=teacher_rows,
-        teacher_settings=answering_settings(settings),
-        teacher=source if by_name else models.source_of(source) or type(source).__name__,
-        files=describe_source(source, settings.get("revision")) if by_name else None,
-        weights=None if by_name else LocalTeacher(source).fingerprint(),
+        weights=None if isinstance(source, str) else LocalTeacher(source).fingerprint(),
+        **whose_answers(source, settings, pair.tokenizer, options),
     )
 
 
-def identify(pair: Pair, options: TeacherOptions) -> CacheIdentity:
-    """As `identity_of`, held against what the folder says; a new folder is told."""
-    identity, folder = identity_of(pair, options), options.teacher_cache
-    assert folder is not None
-    with options.main_process_first(desc="opening the teacher cache"):
+def whose_answers(source: Any, settings: Any, tokenizer: Any, options: TeacherOptions) -> dict[str, Any]:
+    """The fields of an identity that say which model answers, in which precision, about which tokens.
+
+    Args:
+        source: a name, or a model.
+        settings: keyword arguments of `from_pretrained`.
+    """
+    by_name = isinstance(source, str)
+    return {
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "autocast": "bf16" if options.bf16 else "fp16" if options.fp16 else "no",
+        "teacher_settings": answering_settings(settings),
+        "teacher": source if by_name else models.source_of(source) or type(source).__name__,
+        "files": describe_source(source, settings.get("revision")) if by_name else None,
+    }
+
+
+def record_identity(
+    folder: str, identity: CacheIdentity, options: TeacherOptions, setting: str = "teacher_cache"
+) -> CacheIdentity:
+    """What the folder that `setting` names says it holds, compared with `identity`; a new folder is told."""
+    with options.main_process_first(desc=f"opening {setting}"):
         recorded = read_identity(folder)
         if recorded is None:
-            if identity.files is not None:
-                identity = dataclasses.replace(identity, files=hashed(identity.files))
-            write_identity(folder, identity)
+            files = None if identity.files is None else hashed(identity.files)
+            recorded = dataclasses.replace(identity, files=files)
+            write_identity(folder, recorded)
         else:
-            refuse_differences(folder, recorded, identity)
-    return identity
+            refuse_differences(folder, recorded, identity, setting)
+    return recorded
 
 
 def check_vocabulary(identity: CacheIdentity, own: Any, student_rows: int) -> None:
@@ -117,11 +129,11 @@ def missing_from_cache(
     return len(missing), sum(missing.values()), sum(missing.values()) * size
 
 
-def config_of(source: Any, options: TeacherOptions) -> Any:
+def config_of(source: Any, options: TeacherOptions, role: str = "student or teacher") -> Any:
     """The configuration of a model, or of a name."""
     if not isinstance(source, str):
         return models.causal_lm_of(source).config
-    return models.load_config(source, "student or teacher", trust_remote_code=options.trust_remote_code)
+    return models.load_config(source, role, trust_remote_code=options.trust_remote_code)
 
 
 def rows_of(source: Any, options: TeacherOptions) -> int:

@@ -24,7 +24,7 @@ from ..rows import batch_keys, dataset_row_key
 from ..vocabulary import shared_vocabulary
 from .identity import CacheIdentity, read_identity, read_learnt, refuse_differences, write_learnt
 from .kinds import CACHE_KINDS, refuse_sparse
-from .opening import check_vocabulary, config_of, dtype_of, identify, identity_of, rows_of, source_of
+from .opening import check_vocabulary, config_of, dtype_of, identity_of, record_identity, rows_of, source_of
 from .shards import Answer, TeacherCache
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ class CachedTeacher(Teacher):
             ConfigurationError: the cache was made under other conditions, or belongs to another tokenizer.
             CacheError: it cannot be read or made.
         """
-        identity = identify(pair, options)
+        identity = identity_of(pair, options)
+        record_identity(str(options.teacher_cache), identity, options)
         source = source_of(pair.teacher)
         config = config_of(source, options)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,17 +20,8 @@ from ...data.pairs import rows_of_pair
 from ...exceptions import ConfigurationError
 from ...losses.reduction import trained_mask
 from ...teachers import LocalTeacher, Teacher
-from ...teachers.cache.identity import (
-    CacheIdentity,
-    answering_settings,
-    describe_source,
-    hashed,
-    read_identity,
-    refuse_differences,
-    tokenizer_fingerprint,
-    write_identity,
-)
-from ...teachers.cache.opening import source_of
+from ...teachers.cache.identity import CacheIdentity
+from ...teachers.cache.opening import config_of, record_identity, source_of, whose_answers
 from ...teachers.cache.shards import TeacherCache
 from ...teachers.local import AdapterOff, adapter_is_neutral, base_fingerprint
 from ...teachers.placement import is_collective
@@ -231,36 +221,18 @@ def open_store(run: PreferenceRun, folder: str, source: Any, weights: str | None
         ConfigurationError: the folder was made with another reference, tokenizer, vocabulary or precision.
         CacheError: it cannot be read or made.
     """
-    args, by_name = run.args, isinstance(source, str)
+    args = run.args
     teacher_is_it = source is not None and weights is None
     settings: Any = (args.teacher_model_init_kwargs if teacher_is_it else args.model_init_kwargs) or {}
-    config = models.load_config(source, "reference", trust_remote_code=args.trust_remote_code) if by_name else None
-    rows = (config or models.causal_lm_of(source).config).get_text_config().vocab_size
+    rows = config_of(source, args, "reference").get_text_config().vocab_size
     identity = CacheIdentity(
         kind="logps",
-        dtype=None,
-        top_k=None,
-        draws=None,
-        seed=None,
         vocab_size=rows if run.vocab_size is None else run.vocab_size,
-        tokenizer=tokenizer_fingerprint(run.processing_class),
-        autocast="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         teacher_rows=rows,
-        teacher_settings=answering_settings(settings),
-        teacher=source if by_name else models.source_of(source) or type(source).__name__,
-        files=describe_source(source, settings.get("revision")) if by_name else None,
         weights=weights,
+        **whose_answers(source, settings, run.processing_class, args),
     )
-    with args.main_process_first(desc="opening the reference log-probabilities"):
-        recorded = read_identity(folder)
-        if recorded is None:
-            if identity.files is not None:
-                identity = dataclasses.replace(identity, files=hashed(identity.files))
-            write_identity(folder, identity)
-        else:
-            refuse_differences(folder, recorded, identity, "reference_logps_dir")
-            identity = recorded
-    return TeacherCache(folder, identity.stamp())
+    return TeacherCache(folder, record_identity(folder, identity, args, "reference_logps_dir").stamp())
 
 
 def reference_of(
