@@ -27,11 +27,7 @@ class CheckpointError(OSError):
 
 
 class TeacherServerError(OSError):
-    """A teacher behind HTTP does not answer any more, or answers what it should not.
-
-    Args:
-        status: of HTTP, where a server refused.
-    """
+    """A teacher behind HTTP does not answer any more, or answers what it should not; `status` is that of HTTP."""
 
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
@@ -44,6 +40,11 @@ class CacheError(OSError):
 
 class HubError(OSError):
     """The Hub could not be reached or refused; what lies on this machine is left as it was."""
+
+
+# What the user mends before anything has run, and what ends a run that has.
+BAD_INPUT = (ConfigurationError, DatasetError, VocabularyError)
+FAILURES = (CacheError, CheckpointError, HubError, TeacherServerError, TrainingDivergedError)
 
 
 def refuse_unknown_keys(given: Iterable[str], known: Collection[str], where: str) -> None:

@@ -66,15 +66,12 @@ def kind_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def push_rows(
-    rows: Sequence[dict[str, Any]],
-    repo_id: str,
-    writers: Writers,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
+    rows: Sequence[dict[str, Any]], repo_id: str, writers: Writers, *, token: str | None = None, **options: Any
 ) -> str:
     """Upload pairs or rationales as a dataset with a card; returns its address.
+
+    Args:
+        options: `private` and `revision`, see `hub.upload`.
 
     Raises:
         DatasetError: they are neither, or there are none.
@@ -83,7 +80,8 @@ def push_rows(
     if not rows:
         raise DatasetError("There are no rows to upload.")
     writers = _completed(writers, rows)
-    cleaned = [published_row(row) for row in rows]
+    # Provenance may name paths and addresses of this machine.
+    cleaned = [{k: _without_places(v) if k == "provenance" else v for k, v in row.items()} for row in rows]
     card = dataset_card(cleaned, repo_id, writers, token)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data", "train-00000-of-00001.parquet")
@@ -92,16 +90,7 @@ def push_rows(
         Path(folder, "README.md").write_text(card, encoding="utf-8", errors="replace")
         only = ["README.md", data.relative_to(folder).as_posix()]
         message = f"{len(rows):,} rows"
-        return hub.upload(
-            folder,
-            repo_id,
-            repo_type="dataset",
-            message=message,
-            token=token,
-            private=private,
-            revision=revision,
-            only=only,
-        )
+        return hub.upload(folder, repo_id, repo_type="dataset", message=message, token=token, only=only, **options)
 
 
 def _completed(writers: Writers, rows: Sequence[Mapping[str, Any]]) -> Writers:
@@ -110,11 +99,6 @@ def _completed(writers: Writers, rows: Sequence[Mapping[str, Any]]) -> Writers:
     told = told.get("right") or told  # of dual chains
     teacher = None if "endpoint" in told else told.get("teacher")
     return Writers(writers.teacher or teacher, writers.data, writers.student or told.get("student"))
-
-
-def published_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without paths and addresses of this machine in its provenance."""
-    return {name: _without_places(value) if name == "provenance" else value for name, value in row.items()}
 
 
 def _without_places(value: Any) -> Any:

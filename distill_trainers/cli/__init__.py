@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -41,27 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report_errors(module.main, args[1:])
 
 
+def shows_usage(argv: Sequence[str], usage: str) -> bool:
+    """Whether help was asked for, which is printed; else the command begins, with warnings alone in its log."""
+    if argv and argv[0] not in ("-h", "--help"):
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+        return False
+    print(usage)
+    return True
+
+
 def report_errors(command, argv: Sequence[str]) -> int:
     """Run `command(argv)`; errors that the user can mend are printed without a traceback."""
-    from ..exceptions import (
-        CacheError,
-        CheckpointError,
-        ConfigurationError,
-        DatasetError,
-        HubError,
-        TeacherServerError,
-        TrainingDivergedError,
-        VocabularyError,
-    )
+    from ..exceptions import BAD_INPUT, FAILURES
 
     try:
         return command(argv) or 0
-    except (ConfigurationError, DatasetError, VocabularyError) as error:
+    except (*BAD_INPUT, *FAILURES) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except (CacheError, CheckpointError, HubError, TeacherServerError, TrainingDivergedError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, BAD_INPUT) else 1
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130

@@ -5,7 +5,6 @@ accelerate launch [--config_file …] -m distill_trainers.cli.cache_teacher --co
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigurationError
-from . import report_errors
+from . import report_errors, shows_usage
 
 _USAGE = """usage: distill-trainers cache-teacher --config RECIPE [--teacher_cache FOLDER] [--KEY_OF_THE_RECIPE VALUE]
        distill-trainers cache-teacher --inspect FOLDER
@@ -25,10 +24,7 @@ and reads all of it to find damage (exit status 1 if there is any)."""
 
 def main(argv: Sequence[str]) -> int:
     """Fill a cache, or inspect one."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    argv = list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
+    if shows_usage(argv, _USAGE):
         return 0
     if "--inspect" in argv:
         return inspect(argv)

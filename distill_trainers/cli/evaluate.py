@@ -5,7 +5,6 @@ distill-trainers evaluate --config evaluation.yaml
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from ..exceptions import ConfigurationError
 from ..recipe.parse import parse_settings
 from ..settings import setting
 from ..storage import writing
-from . import report_errors
+from . import report_errors, shows_usage
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationResults, EvaluationSettings
@@ -79,10 +78,7 @@ class EvaluateArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, check, evaluate, save and print."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    argv = list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
+    if shows_usage(argv, _USAGE):
         return 0
     args, settings = parse_arguments(argv)
     evaluation = prepare_evaluation(args, settings)

@@ -19,8 +19,8 @@ from typing import Any
 from .. import hub
 from ..exceptions import ConfigurationError, DatasetError
 from ..recipe.parse import Recipe, parse_recipe
-from ..settings import setting
-from . import report_errors
+from ..settings import require, setting
+from . import report_errors, shows_usage
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,7 @@ class Prompt:
 
 def main(argv: Sequence[str]) -> int:
     """Make pairs; the exit status is 0, or 2 for bad input."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    argv = list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
+    if shows_usage(argv, _USAGE):
         return 0
     recipe = parse_recipe(argv, PairArguments)
     found = make_pairs(recipe, recipe.extra)
@@ -150,12 +147,9 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
 
 
 def _check(own: PairArguments, temperature: float) -> None:
-    if own.verify not in VERIFICATIONS:
-        raise ConfigurationError(f"Got `verify: {own.verify}`; expected one of {', '.join(VERIFICATIONS)}.")
-    if own.attempts < 1 or (own.attempts > 1 and own.verify == "none"):
-        raise ConfigurationError(
-            f"Got `attempts: {own.attempts}`; expected 1, or more with `verify`, which says what a right answer is."
-        )
+    require(own.verify in VERIFICATIONS, "verify", own.verify, f"one of {', '.join(VERIFICATIONS)}")
+    verified = own.attempts == 1 or (own.attempts > 1 and own.verify != "none")
+    require(verified, "attempts", own.attempts, "1, or more with `verify`, which says what a right answer is")
     if own.attempts > 1 and temperature == 0:
         raise ConfigurationError(
             f"Got `attempts: {own.attempts}` at `temperature: 0`, where every attempt gives the same answer. Raise the "

@@ -9,12 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipe.checks import (
-    CheckedRecipe,
-    check_recipe,
-    optimiser_steps,
-    without_weights,
-)
+from ..recipe.checks import CheckedRecipe, check_recipe, optimiser_steps, without_weights
 from ..recipe.parse import Recipe
 
 if TYPE_CHECKING:
@@ -67,9 +62,8 @@ def make_plan(recipe: Recipe) -> Plan:
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = optimiser_steps(args, None if lengths is None else len(lengths))
     mean_length = sum(lengths) / len(lengths) if lengths is not None else None
-    existing = next(
-        p for p in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents) if p.exists()
-    )
+    output = Path(args.output_dir).absolute()
+    existing = next(place for place in (output, *output.parents) if place.exists())
     return Plan(
         method=settings.method,
         student=_student_name(recipe),

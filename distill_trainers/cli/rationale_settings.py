@@ -10,11 +10,11 @@ from typing import Any
 from .. import hub
 from ..exceptions import ConfigurationError
 from ..recipe.parse import parse_settings
-from ..settings import setting
+from ..settings import Checked, setting
 
 
 @dataclass
-class PipelineArguments:
+class PipelineArguments(Checked):
     """Settings of all stages; each reads the ones it has a use for."""
 
     folder: str = setting("", "Where all stages keep their files. Required.")
@@ -80,17 +80,14 @@ class PipelineArguments:
         if not self.folder:
             raise ConfigurationError("No folder was named; set `folder` to where the stages keep their files.")
         for name in ("samples", "max_new_tokens", "batch_size", "concurrency", "shots", "inspect_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"Got `{name}: {getattr(self, name)}`; expected 1 or more.")
+            self._require(name, getattr(self, name) >= 1, "1 or more")
         if self.samples > 1 and self.temperature == 0:
             raise ConfigurationError(
                 f"Got `samples: {self.samples}` at `temperature: 0`, which gives the same chain each time. Raise one, "
                 "or set samples to 1."
             )
-        if self.save_as not in ("jsonl", "dataset"):
-            raise ConfigurationError(f"Got `save_as: {self.save_as}`; expected jsonl or dataset.")
-        if not 0 <= self.majority_share < 1:
-            raise ConfigurationError(f"Got `majority_share: {self.majority_share}`; expected a share in [0, 1).")
+        self._require("save_as", self.save_as in ("jsonl", "dataset"), "jsonl or dataset")
+        self._require("majority_share", 0 <= self.majority_share < 1, "a share in [0, 1)")
         for name in [*(self.answer_formats or []), *([self.reference_format] if self.reference_format else [])]:
             find_format(name)
         check_kind(self.answer_kind)

@@ -7,7 +7,6 @@ accelerate launch [--config_file …] -m distill_trainers.cli.rationales extract
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections import Counter
@@ -16,7 +15,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
-from . import report_errors
+from . import report_errors, shows_usage
 from .rationale_settings import PipelineArguments, parse_arguments
 
 if TYPE_CHECKING:
@@ -38,10 +37,7 @@ docs/rationales.md."""
 
 def main(argv: Sequence[str]) -> int:
     """Run one stage; exit status 1 if some requests failed, which another run asks again."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    argv = list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
+    if shows_usage(argv, _USAGE):
         return 0
     stage, options = argv[0], argv[1:]
     if stage not in STAGES:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..exceptions import ConfigurationError, refuse_unknown_keys
-from ..settings import setting
+from ..settings import require, setting
 from .value_types import check_value_types, names_of_mappings, parse_mapping
 
 if TYPE_CHECKING:
@@ -210,8 +210,7 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         )
     for name in ("max_train_samples", "early_stopping_patience"):
         value = getattr(run, name)
-        if value is not None and value < 1:
-            raise ConfigurationError(f"Got `{name}: {value}`; expected 1 or more, or leave it out.")
+        require(value is None or value >= 1, name, value, "1 or more, or leave it out")
     if run.pretraining_dataset and not args.has_plain_text_loss:
         raise ConfigurationError(
             f"Got `pretraining_dataset: {run.pretraining_dataset}` with `method: {run.method}`, which has no loss on "

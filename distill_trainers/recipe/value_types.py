@@ -31,7 +31,6 @@ def check_value_types(values: Mapping[str, Any], settings: type, *, text_is_pars
 
     Args:
         values: by the name of their field.
-        settings: the dataclass.
         text_is_parsed: let text through, because a parser is going to turn it into the declared type, or to refuse it.
 
     Raises:
