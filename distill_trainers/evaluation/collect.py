@@ -13,14 +13,7 @@ from typing import Any
 
 import torch
 
-from ..rollouts import (
-    Alone,
-    CompletionSettings,
-    CompletionStore,
-    DecodeEngine,
-    SamplingSettings,
-    complete_prompts,
-)
+from ..rollouts import Alone, CompletionSettings, CompletionStore, DecodeEngine, SamplingSettings, complete_prompts
 from ..signals import TokenLogits
 from ..storage import RecordStore, content_key
 from .accuracy import Answer, answer_parser, judge
@@ -76,7 +69,6 @@ class Workshop:
     """What all work on the models of one evaluation shares.
 
     Args:
-        metrics: what is wanted.
         cache: folder of everything that is kept; None keeps nothing.
         vocab_size: ids in the softmax of all models, or None for all rows.
     """
@@ -129,13 +121,7 @@ class Workshop:
         if self.cache is not None:
             store = CompletionStore(self.cache / "completions", settings.identity(model=subject.facts.fingerprint))
         written = complete_prompts(
-            prompts,
-            subject.generating(),
-            Alone(subject.device),
-            settings,
-            store,
-            title=title,
-            progress=self.progress,
+            prompts, subject.generating(), Alone(subject.device), settings, store, title=title, progress=self.progress
         )
         return [written[example.key] for example in examples]
 

@@ -27,7 +27,6 @@ def measure_cost(
     """Decode all prompts together, each to `sampling.max_new_tokens` tokens, once to warm up and once by the clock.
 
     Args:
-        model: ready to generate.
         sampling: greedy and without EOS, so that all models write equally much.
     """
     ids, mask = pad_left(prompts, sampling.pad_token_id, device)

@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import Any
 
 from ..exceptions import ConfigurationError
+from ..settings import require
 from ..storage import RecordStore, content_key
 from .results import EvaluationResults, GapClosed, MeasureInfo, MeasureScore, Score
 from .settings import EvaluationSettings
@@ -134,8 +135,7 @@ def _manager_that_has(wanted: Sequence[str], folder: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     if folder is not None:
-        if not Path(folder).is_dir():
-            raise ConfigurationError(f"Got `lm_eval_include_path: {folder}`; expected a folder with task files.")
+        require(Path(folder).is_dir(), "lm_eval_include_path", folder, "a folder with task files")
         own = TaskManager(include_path=folder, include_defaults=False)
         if set(wanted) <= set(own.all_subtasks):  # a group may name tasks that are not in the folder
             return own

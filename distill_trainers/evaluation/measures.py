@@ -11,9 +11,7 @@ class Measure:
 
     Attributes:
         name: its key in results and, behind `eval_`, in the logs of a run.
-        title: for tables.
         metric: the setting that asks for it, one of `METRICS`.
-        unit: of its value.
         higher_is_better: None where neither direction is better by itself.
         paper: arXiv number of its definition, or that of the ACL anthology, where it has one.
         over: which examples it is a score over: those with reference `texts`, `prompts`, `references`, `questions`.

@@ -138,10 +138,8 @@ class TokenComparison:
     """One completion, token by token, as student and teacher see it; all lists have its length.
 
     Attributes:
-        model: the student.
         text: `reference` or `student`.
         example: its place, as in `EvaluationResults.subsets`.
-        tokens: as text.
         student_top, teacher_top: both models' likeliest next tokens at each place.
     """
 
@@ -184,7 +182,6 @@ class ModelResults:
     """All that is known of one model.
 
     Attributes:
-        role: `teacher`, `baseline` or `student`.
         source: the folder's name or Hub id it came from; never a path of this machine.
         exposure: ExAccErr by length, from 1 token on.
         notes: what was not measured of it, and why.

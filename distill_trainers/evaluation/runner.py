@@ -105,39 +105,26 @@ def prepare(
     """An evaluation that has passed every check, with no weights loaded; arguments are those of `evaluate_models`."""
     settings.check()
     one_process_only()
-    subjects = make_subjects(
-        students,
-        teacher,
-        baseline,
-        cache=None if cache_dir is None else Path(cache_dir),
-        kwargs=model_init_kwargs,
-        teacher_kwargs=teacher_model_init_kwargs,
-        device=torch.device("cpu") if use_cpu else default_device(),
-    )
+    cache = None if cache_dir is None else Path(cache_dir)
+    device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
+    shared = {"device": device, "known": KnownModels(cache)}
+    subjects = make_subjects(students, teacher, baseline, model_init_kwargs, teacher_model_init_kwargs, **shared)
     tokenizer, vocab_size = reference_tokenizer(subjects, tokenizer)
     examples = ExampleSet(read_examples(dataset, tokenizer, settings, name=data_name))
     metrics, notes = choose_metrics(settings, examples, has_teacher=teacher is not None)
-    cache = None if cache_dir is None else Path(cache_dir)
     workshop = Workshop(settings, metrics, tokenizer, vocab_size, cache, progress=progress)
     return Evaluation(workshop, subjects, examples, Harness(settings), notes, data_name)
-
-
-def default_device() -> torch.device:
-    """The accelerator of this machine, or its CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def make_subjects(
     students: Mapping[str, str | nn.Module],
     teacher: str | nn.Module | None,
     baseline: str | nn.Module | None,
-    *,
-    cache: Path | None,
     kwargs: Mapping[str, Any] | None,
     teacher_kwargs: Mapping[str, Any] | None,
-    device: torch.device,
+    **shared: Any,
 ) -> list[Subject]:
-    """Teacher, baseline, students, in this order; nothing is loaded.
+    """Teacher, baseline, students, in this order, each with what they share; nothing is loaded.
 
     Raises:
         ConfigurationError: no model at all, a name that is taken, or a model that is not there.
@@ -145,17 +132,13 @@ def make_subjects(
     taken = [name for name in students if name in ("teacher", "baseline") or not str(name).strip()]
     if taken:
         raise ConfigurationError(f"A student is called {taken[0]!r}; expected another name than teacher and baseline.")
-    known = KnownModels(cache)
     given: list[tuple[str, str, str | nn.Module | None, Mapping[str, Any] | None]] = [
         ("teacher", "teacher", teacher, kwargs if teacher_kwargs is None else teacher_kwargs),
         ("baseline", "baseline", baseline, kwargs),
         *((str(name), "student", source, kwargs) for name, source in students.items()),
     ]
-    found = [
-        Subject(name, role, source, init_kwargs=init_kwargs, device=device, known=known)
-        for name, role, source, init_kwargs in given
-        if source is not None
-    ]
+    there = [(name, role, source, own) for name, role, source, own in given if source is not None]
+    found = [Subject(name, role, source, init_kwargs=own, **shared) for name, role, source, own in there]
     if not found:
         raise ConfigurationError("Got no model to evaluate; expected `students`, a `teacher` or a `baseline`.")
     return found
@@ -174,9 +157,7 @@ def choose_metrics(
     for metric in METRICS:
         if metric in NEED_A_TEACHER and not has_teacher:
             reasons[metric] = "there is no teacher"
-        elif (
-            metric in NEED_SAMPLES | {"accuracy", "speed"} and not examples.subsets["prompts"] and metric != "agreement"
-        ):
+        elif metric in (NEED_SAMPLES - {"agreement"}) | {"accuracy", "speed"} and not examples.subsets["prompts"]:
             reasons[metric] = "the data has no prompts"
         elif metric in _LIBRARIES and importlib.util.find_spec(_LIBRARIES[metric]) is None:
             reasons[metric] = "its library is not installed (`pip install 'distill-trainers[evaluation]'`)"

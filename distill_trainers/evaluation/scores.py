@@ -9,15 +9,12 @@ from .accuracy import accuracy_by_question
 from .calibration import calibration_sums
 from .collect import Collected
 from .consistency import agree, consistency_sums
-from .diversity import distinct_sums, ended_sums, length_sums, self_bleu_sums
 from .examples import ExampleSet
 from .exposure import exposure_sums
-from .intervals import Sums
+from .intervals import Sums, exp_ratio
 from .measures import AGREEMENT, MEASURES
-from .perplexity import perplexity_sums
-from .rouge import rouge_l, rouge_sums
 from .settings import EvaluationSettings
-from .teacher_forced import TokenValues
+from .text_scores import distinct_sums, ended_sums, length_sums, rouge_l, rouge_sums, self_bleu_sums
 
 
 def scores_of(
@@ -46,7 +43,7 @@ def scores_of(
         sure, right = ([row[name] for row in found.reference] for name in ("confidence", "correct"))
         sums["ece"] = calibration_sums(sure, right, settings.calibration_bins)
     if "exposure_bias" in metrics and exposure_length is not None:
-        texts = _zeros(found.samples[0]) if is_teacher else [row["kl"] for row in found.own_text]
+        texts = [[0.0] * len(ids) for ids in found.samples[0]] if is_teacher else [row["kl"] for row in found.own_text]
         given = texts if is_teacher else [row["kl"] for row in found.teacher_text]
         sums["exposure_error"] = exposure_sums(texts, given, exposure_length)
     if found.samples and "rouge_l" in metrics:
@@ -78,16 +75,11 @@ def _agreement(found: Collected, examples: ExampleSet, is_teacher: bool) -> dict
         }
     read = {"": found.reference, "student_text_": found.own_text}
     return {
-        f"{prefix}{name}": mean_over_tokens(values, name)
+        f"{prefix}{name}": Sums.of_means([sum(row[name]) for row in values], [len(row[name]) for row in values])
         for prefix, values in read.items()
         for name in AGREEMENT
         if values and all(name in row for row in values)
     }
-
-
-def mean_over_tokens(values: Sequence[TokenValues], name: str) -> Sums:
-    """The mean of a per-token measure over all tokens of all prompts."""
-    return Sums.of_means([sum(row[name]) for row in values], [len(row[name]) for row in values])
 
 
 def _rouge(found: Collected, examples: ExampleSet, tokenizer: Any) -> tuple[Sums, list[Sums]]:
@@ -115,5 +107,10 @@ def _diversity(found: Collected, tokenizer: Any) -> dict[str, Sums]:
     return sums | {"ended": ended_sums(found.samples, found.end_ids)}
 
 
-def _zeros(texts: Sequence[Sequence[int]]) -> list[list[float]]:
-    return [[0.0] * len(ids) for ids in texts]
+def perplexity_sums(nll: Sequence[Sequence[float]]) -> Sums:
+    """exp of the mean negative log-likelihood over all tokens, not over prompts; end-of-text tokens count.
+
+    Args:
+        nll: −log q(y) of every token, in nats, by prompt.
+    """
+    return Sums.of_means([sum(row) for row in nll], [len(row) for row in nll], exp_ratio)

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..answers.verify import check_kind
-from ..exceptions import ConfigurationError
 from ..rollouts import SamplingSettings
-from ..settings import Checked, setting
+from ..settings import Checked, require, setting
 from .accuracy import answer_parser
 from .measures import METRICS
-from .rouge import require_library
+from .text_scores import require_library
 
 DEFAULT_SEEDS = (10, 20, 30, 40, 50)
 
@@ -63,9 +62,8 @@ class EvaluationSettings(Checked):
             ConfigurationError: naming the setting, what was got and what was expected.
         """
         unknown = [name for name in self.metrics or [] if name not in METRICS]
-        if unknown or self.metrics == []:
-            got = unknown[0] if unknown else "[]"
-            raise ConfigurationError(f"Got `metrics: {got}`; expected any of {', '.join(METRICS)}.")
+        got = unknown[0] if unknown else self.metrics
+        require(not unknown and got != [], "metrics", got, f"any of {', '.join(METRICS)}")
         counts = ("max_new_tokens", "batch_size", "bootstrap_samples", "calibration_bins", "top_tokens")
         for name in (*counts, "speed_prompts", "speed_tokens"):
             self._require(name, getattr(self, name) >= 1, "1 or more")

@@ -56,10 +56,7 @@ class Subject:
     """One model of an evaluation.
 
     Args:
-        name: in tables.
-        role: teacher, baseline or student.
         source: a folder (also of an adapter, which is merged) or Hub id, or a model in memory.
-        init_kwargs: of `from_pretrained`.
         loads: counts how often weights were loaded.
 
     Raises:
@@ -77,21 +74,21 @@ class Subject:
         known: KnownModels | None = None,
     ):
         self.name, self.role, self._source = name, role, source
-        self._kwargs, self._device = dict(init_kwargs or {}), device or torch.device("cpu")
+        self._kwargs, self.device = dict(init_kwargs or {}), device or torch.device("cpu")
         self._known = known or KnownModels(None)
         self._facts: Facts | None = None
         self.loads = 0
         if isinstance(source, str):
             self.config = self._read_config(source)
-            self._model: LocalTeacher = DeferredTeacher(self._load, self.config, source)
+            self.model: LocalTeacher = DeferredTeacher(self._load, self.config, source)
         else:
             self.config = models.causal_lm_of(source).config
             self._refuse_encoder_decoder()
             trained, self._was_training = [p for p in source.parameters() if p.requires_grad], source.training
-            self._model = LocalTeacher(source, name)
+            self.model = LocalTeacher(source, name)
             for parameter in trained:  # it is only read here, and may go on training
                 parameter.requires_grad_(True)
-            self._device = next(source.parameters()).device
+            self.device = next(source.parameters()).device
         self._refuse_encoder_decoder()
 
     # ---- Before anything is loaded ----------------------------------------------------------------------------------
@@ -161,11 +158,6 @@ class Subject:
                 self._known.add(stamp, self._facts)
         return self._facts
 
-    @property
-    def model(self) -> LocalTeacher:
-        """The frozen model, as something that gives signals."""
-        return self._model
-
     @contextlib.contextmanager
     def generating(self) -> Iterator[Any]:
         """The model, ready to generate; loaded only now."""
@@ -175,13 +167,9 @@ class Subject:
 
     def release(self) -> None:
         """Let weights go that were loaded here; a model that was given is left as it came."""
-        self._model.release()
+        self.model.release()
         if not isinstance(self._source, str):
-            self._model.model.train(self._was_training)
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
+            self.model.model.train(self._was_training)
 
     def end_ids(self, tokenizer: Any) -> list[int]:
         """Tokens that end its completions."""
@@ -193,7 +181,7 @@ class Subject:
         self.loads += 1
         load = models.load_merged_adapter if _adapted_base(self._source) else models.load_causal_lm
         model = load(self._source, role=self.role, **{"dtype": "auto", **self._kwargs})
-        return model if getattr(model, "hf_device_map", None) else model.to(self._device)
+        return model if getattr(model, "hf_device_map", None) else model.to(self.device)
 
 
 def _adapted_base(name: str) -> str | None:

@@ -15,7 +15,7 @@ from distill_trainers.evaluation.intervals import (
     gap_closed,
     score,
 )
-from distill_trainers.evaluation.perplexity import perplexity_sums
+from distill_trainers.evaluation.scores import perplexity_sums
 from distill_trainers.exceptions import ConfigurationError
 
 

@@ -8,10 +8,17 @@ import pytest
 from distill_trainers.evaluation.accuracy import answer_parser
 from distill_trainers.evaluation.calibration import calibration_bins, calibration_sums
 from distill_trainers.evaluation.consistency import agree, consistency_sums
-from distill_trainers.evaluation.diversity import distinct_sums, ended_sums, length_sums, self_bleu, self_bleu_sums
 from distill_trainers.evaluation.exposure import covered_length, exposure_curve, exposure_sums
 from distill_trainers.evaluation.measures import MEASURES, METRICS, higher_is_better
-from distill_trainers.evaluation.rouge import rouge_l, rouge_sums
+from distill_trainers.evaluation.text_scores import (
+    distinct_sums,
+    ended_sums,
+    length_sums,
+    rouge_l,
+    rouge_sums,
+    self_bleu,
+    self_bleu_sums,
+)
 from distill_trainers.exceptions import ConfigurationError
 
 # ---- Rouge-L --------------------------------------------------------------------------------------------------------

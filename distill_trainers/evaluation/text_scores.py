@@ -1,21 +1,49 @@
-"""How much sampled completions differ: distinct-n over all of them, self-BLEU among those of one prompt.
+"""Scores of sampled texts: how near they are to references, and how much they differ from each other.
 
-Distillation that seeks modes (reverse KL) may close in on its teacher's likeliest answers and lose the others; scores
-of quality do not show it.
+**Rouge-L** (Lin 2004, W04-1013), as the papers on distillation report it: F-measure of the longest common subsequence
+of words, stemmed, the best over references, times 100; computed by rouge-score, whose words are runs of a-z and 0-9:
+text in other scripts has none, and scores 0.
+
+**Diversity**: distinct-n over all completions, self-BLEU among those of one prompt. Distillation that seeks modes
+(reverse KL) may close in on its teacher's likeliest answers and lose the others; scores of quality do not show it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 
+from ..exceptions import ConfigurationError
 from .intervals import Sums
-from .rouge import require_library
 
 
-def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    """All n-grams of a completion's tokens, in order."""
-    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+def require_library(module: str, package: str, metric: str) -> None:
+    """Refuse a metric whose library is missing.
+
+    Raises:
+        ConfigurationError: which one, and how to install it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ConfigurationError(
+            f"The metric {metric} needs {package}, which is not installed: `pip install "
+            f"'distill-trainers[evaluation]'`, or leave {metric} out of `metrics`."
+        )
+
+
+def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Rouge-L × 100 of each text against its references, the best of them."""
+    require_library("rouge_score", "rouge-score", "rouge_l")
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = zip(texts, references, strict=True)
+    return [100 * scorer.score_multi(list(those), text)["rougeL"].fmeasure for text, those in pairs]
+
+
+def rouge_sums(by_seed: Sequence[Sequence[float]]) -> Sums:
+    """The mean over prompts of the mean over seeds; `by_seed[s][i]` is prompt i's score with seed s."""
+    return Sums.of_means([sum(each) / len(each) for each in zip(*by_seed, strict=True)], [1.0] * len(by_seed[0]))
 
 
 def distinct_sums(by_seed: Sequence[Sequence[Sequence[int]]], n: int = 4) -> Sums:
@@ -29,7 +57,7 @@ def distinct_sums(by_seed: Sequence[Sequence[Sequence[int]]], n: int = 4) -> Sum
     """
     totals, counts = [0.0] * len(by_seed[0]), [0.0] * len(by_seed[0])
     for completions in by_seed:
-        grams = [ngrams(ids, n) for ids in completions]
+        grams = [[tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in completions]
         times = Counter(gram for each in grams for gram in each)
         for prompt, each in enumerate(grams):
             totals[prompt] += sum(1 / times[gram] for gram in each)
@@ -54,9 +82,7 @@ def self_bleu_sums(by_seed: Sequence[Sequence[str]]) -> Sums:
 
 def length_sums(by_seed: Sequence[Sequence[Sequence[int]]]) -> Sums:
     """Mean tokens per completion, the token that ends it included."""
-    return Sums.of_means(
-        [sum(map(len, each)) / len(each) for each in zip(*by_seed, strict=True)], [1] * len(by_seed[0])
-    )
+    return Sums.of_means([sum(map(len, row)) / len(row) for row in zip(*by_seed, strict=True)], [1] * len(by_seed[0]))
 
 
 def ended_sums(by_seed: Sequence[Sequence[Sequence[int]]], eos_token_ids: Sequence[int]) -> Sums:
