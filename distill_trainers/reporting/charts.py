@@ -7,11 +7,11 @@ title and a description for those who do not see it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .axes import Scale, nice_ticks, short, spread
 from .markup import Html, el, join
 
 WIDTH, HEIGHT = 420, 250
@@ -127,7 +127,6 @@ def line_chart(
     """Lines with their intervals.
 
     Args:
-        zero: the axis of y begins at 0.
         limits: of x and y; by default those of the data.
         diagonal: with the line y = x, where a calibrated model would be.
     """
@@ -194,7 +193,6 @@ def interval_chart(
 
     Args:
         rows: name, style, value, low, high, and the value as text.
-        bounds: of the axis.
     """
     numbers = [v for _, _, value, low, high, _ in rows for v in (value, low, high) if v is not None]
     ticks = nice_ticks(*(bounds or spread(numbers)), wanted=4)
@@ -245,3 +243,55 @@ def histogram_chart(
     told = f"{sum(counts)} values of {x_label}; most, {max(counts, default=0)}, between "
     told += f"{short(edges[fullest])} and {short(edges[fullest + 1])}." if counts else "nothing."
     return _drawing(title, told, 190, join(parts))
+
+
+# ---- Scales, ticks and numbers --------------------------------------------------------------------------------------
+
+
+def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """About `wanted` round numbers (1, 2 or 5 times a power of ten) that enclose [low, high]."""
+    if not high > low:
+        margin = abs(low) * 0.1 or 1.0
+        low, high = low - margin, high + margin
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(factor for factor in (1, 2, 5, 10) if rough <= factor * power * 1.0001)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) if abs(i * step) < 1e6 else i * step for i in range(first, last + 1)]
+
+
+def short(value: float | None) -> str:
+    """A number for an axis or a label: four digits at most."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            divisor = 1e3 if letter == "k" else limit
+            return f"{value / divisor:.4g}{letter}"
+    if size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From values to places in a drawing."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + min(max(share, -0.02), 1.02) * (self.end - self.start), 1)
+
+
+def spread(values: Iterable[float], *, zero: bool = False) -> tuple[float, float]:
+    """Smallest and largest of the values; with `zero`, no smaller than that of them and 0."""
+    kept = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    return (min(0.0, *kept), max(0.0, *kept)) if zero else (min(kept), max(kept))

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation.measures import MEASURES
-from .axes import short
-from .charts import Series, legend, line_chart
+from .charts import Series, legend, line_chart, short
 from .markup import Html, el, figure, missing, section, table
 from .overview import BOOKKEEPING, titled
 from .runs import Run

@@ -9,8 +9,7 @@ import numpy as np
 
 from ..evaluation.measures import AGREEMENT, MEASURES
 from ..evaluation.results import EvaluationResults, ModelResults, PositionCurve
-from .axes import nice_ticks, short
-from .charts import Series, histogram_chart, legend, line_chart
+from .charts import Series, histogram_chart, legend, line_chart, nice_ticks, short
 from .markup import Html, el, figure, missing, section, table
 from .runs import Run
 from .score_tables import heading, how_to_evaluate, in_order, style_of

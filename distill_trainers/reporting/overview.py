@@ -11,7 +11,7 @@ import yaml
 from ..evaluation.measures import MEASURES
 from ..evaluation.results import EvaluationResults, MeasureScore, Score
 from ..evaluation.tables import number, share_of_gap, tables_of, with_interval
-from .axes import short
+from .charts import short
 from .markup import Html, el, missing, section, stacked, table
 from .runs import Run
 

@@ -31,7 +31,6 @@ class Run:
         name: of its folder; no two runs of a report have the same.
         history: entries of the trainer's log, each with its `step`.
         record: `run.json`; empty where there is none.
-        metrics: `metrics.json`.
         samples: texts by `prompt` and by who wrote them, as the training left them: those of its last evaluation.
         notes: what could not be read, for the reader of the report.
     """

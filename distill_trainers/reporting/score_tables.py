@@ -207,9 +207,7 @@ def _of_demo(found: dict[str, Any]) -> Html:
     models = {str(name): values for name, values in found.items() if isinstance(values, dict)}
     names = list(dict.fromkeys(name for values in models.values() for name in values))
     order = sorted(models, key=lambda name: name == "teacher")
-    rows = [
-        [titled(name), *(_plain(models[model].get(name), _DEMO.get(name, "")) for model in order)] for name in names
-    ]
+    rows = [[titled(name), *(_plain(models[m].get(name), _DEMO.get(name, "")) for m in order)] for name in names]
     return table("Scores on held-out data, from metrics.json", ["", *order], rows)
 
 

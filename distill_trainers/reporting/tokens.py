@@ -154,9 +154,7 @@ def _data(compared: TokenComparison) -> dict[str, Any]:
         return texts.setdefault(shown_token(token), len(texts))
 
     def tops(found: list[list[TopToken]]) -> list[list[int]]:
-        return [
-            [part for top in place for part in (name(top.token), _ints([top.probability], 1e4)[0])] for place in found
-        ]
+        return [[part for top in row for part in (name(top.token), _ints([top.probability], 1e4)[0])] for row in found]
 
     return {
         "kl": _ints(compared.kl, 1e3),

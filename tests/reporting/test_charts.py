@@ -4,8 +4,17 @@ import re
 
 import pytest
 
-from distill_trainers.reporting.axes import Scale, nice_ticks, short
-from distill_trainers.reporting.charts import Series, histogram_chart, interval_chart, legend, line_chart, thinned
+from distill_trainers.reporting.charts import (
+    Scale,
+    Series,
+    histogram_chart,
+    interval_chart,
+    legend,
+    line_chart,
+    nice_ticks,
+    short,
+    thinned,
+)
 
 
 @pytest.mark.parametrize(
