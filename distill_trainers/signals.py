@@ -176,71 +176,63 @@ class TokenSampled:
         return cls(unique, logps.gather(-1, unique), weights)
 
 
+class _OfTokens:
+    """What is said of N tokens: N rows of the first field."""
+
+    def __len__(self) -> int:
+        return len(next(iter(vars(self).values())))
+
+
 @dataclass(frozen=True)
-class HiddenStates:
+class HiddenStates(_OfTokens):
     """The teacher's last hidden states `[N, D]` and its head: exact, and small."""
 
     hidden: Tensor
     head: Head
-
-    def __len__(self) -> int:
-        return self.hidden.shape[0]
 
     def chunk(self, rows: slice) -> TokenLogits:
         return TokenLogits(self.head.logits(self.hidden[rows]))
 
 
 @dataclass(frozen=True)
-class Logits:
+class Logits(_OfTokens):
     """The teacher's full logits `[N, V]`: exact, and large."""
 
     values: Tensor
-
-    def __len__(self) -> int:
-        return self.values.shape[0]
 
     def chunk(self, rows: slice) -> TokenLogits:
         return TokenLogits(_wide(self.values[rows]))
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(_OfTokens):
     """`TokenTopK` of N tokens, as kept on disk: ids of any integer dtype, log-probabilities of any floating one."""
 
     ids: Tensor
     logps: Tensor
     tail_logps: Tensor
 
-    def __len__(self) -> int:
-        return self.ids.shape[0]
-
     def chunk(self, rows: slice) -> TokenTopK:
         return TokenTopK(self.ids[rows].long(), _wide(self.logps[rows]), _wide(self.tail_logps[rows]))
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(_OfTokens):
     """`TokenSampled` of N tokens, as kept on disk: ids of any integer dtype, the others of any floating one."""
 
     ids: Tensor
     logps: Tensor
     weights: Tensor
 
-    def __len__(self) -> int:
-        return self.ids.shape[0]
-
     def chunk(self, rows: slice) -> TokenSampled:
         return TokenSampled(self.ids[rows].long(), _wide(self.logps[rows]), _wide(self.weights[rows]))
 
 
 @dataclass(frozen=True)
-class TokenLogprobs:
+class TokenLogprobs(_OfTokens):
     """Log-probabilities `[N]` of the given tokens alone, at temperature 1: all that many remote teachers tell."""
 
     values: Tensor
-
-    def __len__(self) -> int:
-        return self.values.shape[0]
 
     def chunk(self, rows: slice) -> TokenLogprobs:
         return TokenLogprobs(_wide(self.values[rows]))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ..exceptions import ConfigurationError
+from ..settings import require
 from .formats import DEFAULT_FORMATS, parse_response
 from .numbers import as_number, normalised, same_number
 from .symbolic import SymbolicEquality, is_available, require_math_verify
@@ -49,8 +49,7 @@ def check_kind(kind: str) -> None:
     Raises:
         ConfigurationError: which one, and what to do.
     """
-    if kind not in ANSWER_KINDS:
-        raise ConfigurationError(f"Got `kind: {kind}`; expected one of {', '.join(ANSWER_KINDS)}.")
+    require(kind in ANSWER_KINDS, "kind", kind, f"one of {', '.join(ANSWER_KINDS)}")
     if kind == "math":
         require_math_verify()
 

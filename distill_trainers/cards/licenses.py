@@ -51,7 +51,6 @@ class Licensed:
         role: `teacher`, `student` (the weights that training started from) or `data`.
         name: a Hub id, or the name of a folder or file.
         license: the Hub's id of it; None where no card tells one.
-        why: why it is not known.
     """
 
     role: str

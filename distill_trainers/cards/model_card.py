@@ -201,9 +201,7 @@ def _reproduction(facts: CardFacts) -> list[str]:
         recipe["model_name_or_path"] = record["student"]
     recipe["seed"] = facts.seed
     recipe = {key: value for key, value in recipe.items() if not key.startswith(("hub_", "push_to_hub", "card_"))}
-    packages = " ".join(
-        f"{name}=={version.partition('+')[0]}" for name, version in versions.items() if name != "python"
-    )
+    packages = " ".join(f"{name}=={text.partition('+')[0]}" for name, text in versions.items() if name != "python")
     command = "distill-trainers train --config recipe.yaml --output_dir student"
     if processes > 1:
         command = f"accelerate launch --num_processes {processes} -m distill_trainers.cli.train"

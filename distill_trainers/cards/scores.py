@@ -34,7 +34,6 @@ class CardScores:
     """What a card tells of scores.
 
     Attributes:
-        lines: Markdown.
         index: the same, for the metadata.
     """
 
@@ -55,7 +54,8 @@ def scores_of_evaluation(results: EvaluationResults, student: str) -> CardScores
     shown = [*others, own]
     data, rows = str(results.data.get("name") or "evaluation set"), results.data.get("rows", 0)
     confidence = results.settings.get("confidence", 0.95)
-    table = [["Measure", *(_heading(model) for model in shown), "Gap closed"]]
+    headings = {"teacher": "Teacher", "baseline": "Before", "student": "This model"}
+    table = [["Measure", *(headings[model.role] for model in shown), "Gap closed"]]
     for name, info in results.measures.items():
         cells = []
         for model in shown:
@@ -78,10 +78,6 @@ def _find(results: EvaluationResults, student: str) -> ModelResults | None:
     students = results.of_role("student")
     named = [model for model in students if student in (model.source, model.name)]
     return named[0] if named else students[0] if len(students) == 1 else None
-
-
-def _heading(model: ModelResults) -> str:
-    return {"teacher": "Teacher", "baseline": "Before", "student": "This model"}[model.role]
 
 
 def _args(score: Any, confidence: float) -> dict[str, Any]:

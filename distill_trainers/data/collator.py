@@ -89,9 +89,7 @@ def replace_completions(
     if len(prompts) != len(completion_ids):
         raise ValueError(f"Got {len(completion_ids)} completions for {len(prompts)} prompts, expected one for each.")
     ids = [[*prompt, *completion] for prompt, completion in zip(prompts, completion_ids, strict=True)]
-    trained = [
-        [0] * len(prompt) + [1] * len(completion) for prompt, completion in zip(prompts, completion_ids, strict=True)
-    ]
+    trained = [[0] * len(ids) + [1] * len(completion) for ids, completion in zip(prompts, completion_ids, strict=True)]
     rebuilt = _training_tensors(ids, trained, pad_token_id, pad_to_multiple_of)
     device = batch["prompt_ids"].device
     return {**batch, **{key: value.to(device) for key, value in rebuilt.items()}}

@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 # File suffix to the name of the reader in `datasets`.
-READERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 
 
 def load_split(

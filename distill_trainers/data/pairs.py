@@ -150,9 +150,7 @@ def split_pair(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     from trl.data_utils import maybe_extract_prompt
 
     sides = {side: _as_chat(row[side]) for side in ("chosen", "rejected")}
-    prompt = next(
-        (_as_chat(row[column]) for column in ("prompt", "messages", "conversations") if row.get(column)), None
-    )
+    prompt = next((_as_chat(row[name]) for name in ("prompt", "messages", "conversations") if row.get(name)), None)
     if prompt is None and "prompt" in row and isinstance(row["prompt"], str | list):
         prompt = row["prompt"]
     if sides["chosen"] == sides["rejected"]:  # nothing tells where a common beginning ends
@@ -202,9 +200,7 @@ def _cut(sides: Sequence[Mapping[str, Any]], max_length: int) -> dict[str, Any]:
     masks = [side["loss_mask"][start : start + room] for side in sides]
     cut = any(len(side["input_ids"]) > max_length for side in sides)
     bad = (_ALIKE_WHEN_CUT if cut else _IDENTICAL) if ids[0] == ids[1] else ""
-    bad = bad or next(
-        (reason for mask, reason in zip(masks, (_NO_CHOSEN, _NO_REJECTED), strict=True) if not any(mask)), ""
-    )
+    bad = bad or next((why for mask, why in zip(masks, (_NO_CHOSEN, _NO_REJECTED), strict=True) if not any(mask)), "")
     return {
         "input_ids": sides[0]["input_ids"][:start] + ids[0],
         "loss_mask": [0] * start + masks[0],

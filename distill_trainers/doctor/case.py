@@ -21,7 +21,6 @@ class Case:
     """A run on paper.
 
     Attributes:
-        args: the method's config.
         student, teacher: folders or Hub ids; the teacher's may be an address (http…), or None.
         tokenizer, teacher_tokenizer: None where there is none to be read.
         stops: ids that end a completion by the student's generation config.

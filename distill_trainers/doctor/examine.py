@@ -77,12 +77,7 @@ class Diagnosis:
 
 
 def examine(
-    case: Case,
-    found: Sequence[Finding] = (),
-    *,
-    deep: bool = False,
-    rates: Rates | None = None,
-    remote: Any = None,
+    case: Case, found: Sequence[Finding] = (), *, deep: bool = False, rates: Rates | None = None, remote: Any = None
 ) -> Diagnosis:
     """Run the checks.
 

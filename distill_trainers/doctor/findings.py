@@ -22,8 +22,6 @@ class Finding:
 
     Attributes:
         concern: which check found it: `tokens`, `lengths`, `precision`, `memory`, `disk`, `teacher`, `recipe`.
-        what: what was found, with the figures.
-        remedy: what to do about it.
     """
 
     severity: Severity

@@ -26,7 +26,6 @@ class Launch:
         offloads_optimizer, offloads_parameters: DeepSpeed keeps them in the host's memory.
         on_cpu: processes share the machine's memory, and there is no GPU.
         mixed_precision: what the file says: `no`, `bf16` or `fp16`.
-        name: for tables.
     """
 
     processes: int = 1

@@ -85,7 +85,6 @@ class Workload:
     Attributes:
         rows, length: of a micro-batch; tokens of a row, prompt and completion.
         weight_bytes: b of the student as it is loaded; frozen_bytes: of the weights below an adapter.
-        teacher_bytes: b of the teacher.
         mixed: bf16 or fp16 of the trainer.
         state_bytes: of the optimiser per trained parameter, where weights have 4 bytes (Adam: 8).
         rollout_rows, prompt, new_tokens: rows sampled together and their tokens; 0 rows without rollouts.

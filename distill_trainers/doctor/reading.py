@@ -12,15 +12,10 @@ from .. import models
 from ..data.formats import apply_column_mapping, detect_dataset_type
 from ..data.rows import tokenize_row
 from ..exceptions import CacheError, ConfigurationError, DatasetError, VocabularyError
-from ..recipe.checks import (
-    CheckedRecipe,
-    check_recipe,
-    load_datasets,
-    student_and_teacher,
-    without_weights,
-)
+from ..recipe.checks import CheckedRecipe, check_recipe, load_datasets, student_and_teacher, without_weights
 from ..recipe.parse import Recipe
 from ..requirements import Requirements
+from ..settings import require
 from . import Case, Finding, Gpus, Launch
 from .findings import note
 from .shapes import ModelShape, shape_of
@@ -91,10 +86,7 @@ def _paper(name: str, architectures: str | None) -> dict[str, Any] | None:
     if architectures is None:
         return None
     folder = Path(architectures)
-    if not folder.is_dir():
-        raise ConfigurationError(
-            f"Got `architectures: {architectures}`; expected a folder of `owner--name.json` files."
-        )
+    require(folder.is_dir(), "architectures", architectures, "a folder of `owner--name.json` files")
     file = folder / f"{name.replace('/', '--')}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 

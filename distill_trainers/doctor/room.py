@@ -9,7 +9,6 @@ from pathlib import Path
 
 from .case import Case
 from .findings import Finding, error, warning
-from .launch import Launch
 from .memory import RESERVED, MemoryEstimate, estimate
 
 # The formula is within these of measured peaks (docs/doctor.md), so that only what lies beyond is called an error.
@@ -102,7 +101,7 @@ def _remedy(case: Case, room: Room) -> str:
         for strategy in ("zero2", "zero3"):
             if strategy > launch.strategy or launch.strategy == "ddp":
                 placement = "zero3" if strategy == "zero3" and case.placement == "replicate" else case.placement
-                other = _by(launch, strategy)
+                other = replace(launch, strategy=strategy)
                 tried.append((f"a {strategy} launch", memory_of(case, work=small, launch=other, placement=placement)))
     if work.rollout_rows > 1:
         few = replace(small, rollout_rows=1)
@@ -118,7 +117,3 @@ def _remedy(case: Case, room: Room) -> str:
     best = min((need.peak for _, need in tried if need), default=0.0)
     still = f" (checkpointing, small batches and sharding leave {best / 2**30:,.1f} GiB)" if best else ""
     return f"Nothing that keeps these models fits{still}: train an adapter (`use_peft: true`), or use more GPUs."
-
-
-def _by(launch: Launch, strategy: str) -> Launch:
-    return replace(launch, strategy=strategy)

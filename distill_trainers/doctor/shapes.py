@@ -16,7 +16,6 @@ class ModelShape:
 
     Attributes:
         trainable: parameters that get a gradient: all, or an adapter's.
-        layers: decoder layers.
         layer: parameters of the largest decoder layer.
         linear: weights of linear layers but the head: what quantisation makes small.
         head: parameters of the output head, `[V, D]`; the same as the embedding's where `tied`.
@@ -25,7 +24,6 @@ class ModelShape:
         intermediate: units between the linear layers of an MLP.
         gated: whether the MLP has a gate (SwiGLU and its like).
         norms_queries: whether queries and keys are normalised.
-        head_trains: whether the head gets a gradient.
         absolute_positions: whether positions are looked up in a table, which ends.
         context: positions that the model was made for; None if it does not say.
     """

@@ -27,7 +27,6 @@ def workload(
     """The workload of a run.
 
     Args:
-        args: the method's config.
         samples: whether steps sample the student's completions.
     """
     rows = args.per_device_train_batch_size

@@ -179,10 +179,7 @@ _LEGAL: dict[str, tuple[str, Callable[[float], bool]]] = {
         f"0, 1, or from {_SMALLEST_SKEW} to {1 - _SMALLEST_SKEW}",
         lambda value: value in (0, 1) or _SMALLEST_SKEW <= value <= 1 - _SMALLEST_SKEW,
     ),
-    "alpha": (
-        f"0, or from {_SMALLEST_SKEW} to below 1",
-        lambda value: value == 0 or _SMALLEST_SKEW <= value < 1,
-    ),
+    "alpha": (f"0, or from {_SMALLEST_SKEW} to below 1", lambda value: value == 0 or _SMALLEST_SKEW <= value < 1),
     "mu": ("from 0 to 1", lambda value: 0 <= value <= 1),
     "t": ("from 0 to 1", lambda value: 0 <= value <= 1),
 }

@@ -35,9 +35,8 @@ def sum_over_trained(batches: Sequence[Mapping[str, Tensor]], name: str) -> Tens
     """Sum of the entry `name` `[B, T]` over the trained tokens of `batches`, a float32 scalar; no batches give 0."""
     if not batches:
         return torch.zeros(())
-    return torch.stack(
-        [masked_sum(batch[name][:, 1:].float(), trained_mask(batch["labels"])) for batch in batches]
-    ).sum()
+    sums = [masked_sum(batch[name][:, 1:].float(), trained_mask(batch["labels"])) for batch in batches]
+    return torch.stack(sums).sum()
 
 
 def sum_per_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

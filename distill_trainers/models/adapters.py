@@ -121,11 +121,7 @@ def load_adapter(model: nn.Module, source: str) -> str:
                 f"Got `teacher_adapter: {source}`; expected one of the student's adapters "
                 f"({', '.join(peft.peft_config)}), or a folder or Hub id of an adapter on the same base: {reason}"
             ) from error
-    for parameter in adapter_parameters(peft, name):
-        parameter.requires_grad_(False)
+    for key, parameter in peft.named_parameters():
+        if name in key.split("."):
+            parameter.requires_grad_(False)
     return name
-
-
-def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """The parameters that a PEFT model has for one of its adapters."""
-    return [parameter for name, parameter in model.named_parameters() if adapter in name.split(".")]

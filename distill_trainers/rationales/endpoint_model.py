@@ -24,7 +24,6 @@ class EndpointSettings:
     """How an endpoint is used.
 
     Args:
-        model: as the endpoint names it.
         base_url: of the endpoint, such as `http://localhost:8000/v1`; None is OpenAI's own.
         api_key_env: environment variable that holds the key; a local server needs none.
         concurrency: requests in flight at once.

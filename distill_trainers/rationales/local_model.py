@@ -19,8 +19,6 @@ class LocalTextModel:
     Args:
         model: prepared for the launch (see `models.prepare_frozen`).
         settings: what a request gets depends on them, the model and the request's batch, not on when it is run.
-        accelerator: of the launch.
-        name: of the model, for provenance.
         weights: fingerprint of its weights, so that the answers of another model in the same folder are not taken.
         style: `chat`, `text`, or `auto`: chat where the tokenizer has a template.
         next_question: in style `text`, what begins a question that the model goes on with; nothing behind it counts.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..settings import require
 from .decode.loop import decode_completions, why_not_decodable
 from .hf import generate_completions
 from .sampling import SamplingSettings, up_to_eos
@@ -66,16 +67,13 @@ class HfEngine(RolloutEngine):
 class DecodeEngine(HfEngine):
     """Our decode loop; models that it cannot run go to `generate`, which is said once."""
 
-    def __init__(self, tokenizer: Any = None, batch_size: int | None = None):
-        super().__init__(tokenizer, batch_size)
-        self._reason: str | None = None
-        self._asked = False
+    _asked, _reason = False, ""
 
     def generate(
         self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, sampling: SamplingSettings
     ) -> list[list[int]]:
         if not self._asked:
-            self._asked, self._reason = True, why_not_decodable(model)
+            self._asked, self._reason = True, why_not_decodable(model) or ""
             if self._reason:
                 logger.info("Rollouts use `generate` of transformers, since %s.", self._reason)
         if self._reason:
@@ -135,8 +133,7 @@ def check_engine(name: str, vllm_options: Mapping[str, Any] | None = None) -> No
     Raises:
         ConfigurationError: unknown name, vLLM not installed, or options that `VLLMGeneration` does not have.
     """
-    if name not in ENGINES:
-        raise ConfigurationError(f"Got `rollout_engine: {name}`; expected one of {', '.join(ENGINES)}.")
+    require(name in ENGINES, "rollout_engine", name, f"one of {', '.join(ENGINES)}")
     if name != "vllm":
         return
     if importlib.util.find_spec("vllm") is None:

@@ -24,17 +24,9 @@ def generate_completions(
     *,
     tokenizer: Any = None,
 ) -> list[list[int]]:
-    """Sample one completion for each prompt.
+    """As `decode_completions`, of any causal LM; `batch_size` prompts go into one call of `generate`.
 
-    Args:
-        model: an unwrapped causal LM in eval mode (see `models.generating`).
-        prompt_ids, prompt_mask: `[B, P]`, padded on the left.
-        batch_size: prompts per call of `generate`; None takes all in one.
-        tokenizer: only needed for stop strings.
-
-    Returns:
-        B lists of ids: up to and including the first EOS or stop string, cut by position and never by the pad id, so
-        that an EOS which also serves as padding stays.
+    Completions are cut by position and never by the pad id, so that an EOS which also serves as padding stays.
     """
     config = sampling.generation_config(vocab_rows=model.get_output_embeddings().weight.shape[0])
     config.decoder_start_token_id = models.decoder_start(models.causal_lm_of(model).config)

@@ -29,7 +29,6 @@ class ReplayBuffer:
     Every process holds the same rows, so that one checkpoint serves any number of processes.
 
     Args:
-        capacity: number of rows.
         parts: token lists per row; 3 for (prompt, chosen, rejected).
     """
 

@@ -25,7 +25,6 @@ class CompletionStore:
     Killed at any moment, it keeps every line that was complete; the next run generates only what is missing.
 
     Args:
-        root: folder for all stores.
         identity: whatever the completions depend on beside the prompt: teacher fingerprint, sampling settings.
         rank: this process.
     """

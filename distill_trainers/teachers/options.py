@@ -122,8 +122,7 @@ class TeacherOptions(Checked, _Config):
 
     def _check_placement(self) -> None:
         placement = self.teacher_placement
-        if placement not in PLACEMENTS:
-            raise ConfigurationError(f"Got `teacher_placement: {placement}`; expected one of {', '.join(PLACEMENTS)}.")
+        self._require("teacher_placement", placement in PLACEMENTS, f"one of {', '.join(PLACEMENTS)}")
         if self.teacher_adapter is not None and placement != "adapter_off":
             raise ConfigurationError(
                 f"Got `teacher_adapter: {self.teacher_adapter}` with `teacher_placement: {placement}`; expected "

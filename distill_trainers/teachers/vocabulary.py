@@ -16,10 +16,7 @@ PROBE = "It costs $1234.50 in 2024!\n\n2. naïve  café — \tdef f(x): return x
 
 
 def shared_vocabulary(
-    student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase | None,
-    student_rows: int,
-    teacher_rows: int,
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, student_rows: int, teacher_rows: int
 ) -> int | None:
     """Number of ids that stay in the softmax of both models, or None to keep every row.
 

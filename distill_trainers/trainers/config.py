@@ -223,9 +223,8 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         self._require("rollout_engine", self.rollout_engine in ENGINES, f"one of {', '.join(ENGINES)}")
         self._require("max_length", self.max_length >= 2, "at least 2 tokens")
         self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1 token")
-        self._require(
-            "loss_chunk_mib", self.loss_chunk_mib is None or self.loss_chunk_mib > 0, "a positive number of MiB"
-        )
+        mib = self.loss_chunk_mib
+        self._require("loss_chunk_mib", mib is None or mib > 0, "a positive number of MiB")
         self._check_eval_measures()
         self.check_teacher_options()
         self._require("remove_unused_columns", not self.remove_unused_columns, "False: the collator needs the columns")

@@ -18,7 +18,6 @@ class Scored:
     """A completion of L tokens and log-probabilities of them, in nats.
 
     Args:
-        ids: L ids.
         logps: `[L, K]`: under the student at temperature 1, without filters; as drawn, so with temperature, filters and
             mixture; and, of a mixture, under its other model at temperature 1. None where they were not kept.
         hidden: `[L, D]`, the states from which the mixture's other model predicted them, if it keeps them.

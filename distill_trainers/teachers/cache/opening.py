@@ -62,7 +62,6 @@ def whose_answers(source: Any, settings: Any, tokenizer: Any, options: TeacherOp
     """The fields of an identity that say which model answers, in which precision, about which tokens.
 
     Args:
-        source: a name, or a model.
         settings: keyword arguments of `from_pretrained`.
     """
     by_name = isinstance(source, str)

@@ -45,7 +45,6 @@ class RemoteSettings:
         top_k, draws, seed: of the kinds topk and sampled.
         dtype: of the numbers on the wire; None is the teacher's own for hidden states, else float32.
         model: as an OpenAI-compatible server names it; None takes the only one that it has.
-        concurrency: questions in flight at once.
         timeout: seconds without an answer after which one attempt has failed.
         patience: seconds for which servers that are away are waited for.
     """

@@ -33,7 +33,6 @@ class Again(Exception):
     """An attempt failed in a way that may pass.
 
     Args:
-        reason: for messages.
         retry_after: seconds that the server asks to wait.
         broken: the server was there, but failed or answered nonsense, which waiting may not mend.
     """
@@ -153,7 +152,6 @@ class Servers:
 
     Args:
         token: that requests bear.
-        concurrency: calls in flight at once.
         timeout: seconds without a sign of an answer after which an attempt has failed.
         patience: seconds for which servers that are away are waited for.
     """

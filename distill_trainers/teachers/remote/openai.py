@@ -132,13 +132,7 @@ class OpenAIDialect(Dialect):
 
     def _complete(self, prompts: list[list[int]], k: int, endpoint: Endpoint) -> list[Any]:
         """`prompt_logprobs` of each prompt, in order."""
-        body = {
-            "model": self.model,
-            "prompt": prompts,
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "prompt_logprobs": k,
-        }
+        body = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
         answer = endpoint.json("/v1/completions", body)
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ... import __version__, models
-from ...exceptions import ConfigurationError
 from ...losses.fused_logps import signal_token_logps
 from ...losses.reduction import trained_mask
+from ...settings import require
 from ...signals import HiddenStates, Logits
 from ..cache.identity import tokenizer_fingerprint
 from ..cache.kinds import CACHE_KINDS
@@ -44,9 +44,8 @@ class Limits:
     """What a server takes on.
 
     Attributes:
-        max_body_mib: size of a question.
-        max_rows, max_tokens: of a question.
-        max_answer_mib: size of an answer.
+        max_body_mib, max_rows, max_tokens: of a question.
+        max_answer_mib: of an answer.
         max_row_tokens: of a row; None is what the model's positions allow.
         max_queue: questions that wait; more are told to come again.
         batch_tokens: of one forward, padding counted.
@@ -67,8 +66,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and not value > 0:
-                raise ConfigurationError(f"Got `{field.name}: {value}`; expected a number above 0.")
+            require(value is None or value > 0, field.name, value, "a number above 0")
 
     @property
     def max_body_bytes(self) -> int:
@@ -79,7 +77,6 @@ class Refusal(Exception):
     """Why a question is not answered.
 
     Args:
-        status: of HTTP.
         retry_after: seconds after which it may be asked again; None where that is of no use.
     """
 

@@ -42,7 +42,6 @@ class RemoteTeacher(Teacher):
 
     Args:
         servers: addresses, in one string with commas between or as a list; they must serve the same teacher.
-        settings: what is asked for.
         token: that the servers want; never part of a recipe.
 
     Raises:

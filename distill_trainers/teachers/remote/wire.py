@@ -186,7 +186,6 @@ def problem_of(answer: Answer, count: int, wanted: Wanted, info: dict[str, Any],
     """Why an answer cannot be about `count` tokens; None if it can.
 
     Args:
-        info: what the server says of itself.
         known_ids: ids from here on are in no vocabulary; None if that is not known.
     """
     try:

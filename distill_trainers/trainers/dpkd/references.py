@@ -47,7 +47,6 @@ class ReferenceLogps:
     not hold is asked of the model and, for rows of a dataset, kept.
 
     Args:
-        run: whose batches these are.
         load: gives the reference, ready to answer; called when it is first needed.
         store: where answers are kept; None asks every time.
     """

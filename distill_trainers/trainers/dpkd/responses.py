@@ -26,7 +26,6 @@ class StudentResponses:
     Args:
         run: with an engine that samples.
         refresh_steps: R; 1 samples at every step.
-        capacity: number of pairs kept.
     """
 
     def __init__(self, run: Run, refresh_steps: int, capacity: int):

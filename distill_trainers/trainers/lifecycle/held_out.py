@@ -139,7 +139,9 @@ class HeldOutMeasures(TrainerCallback):
         """The scores of the student before training, from which the gap is counted."""
         self._taken = None
         if state.global_step == 0:
-            self.take(self.run.get_eval_dataloader(_first_set(self.run.eval_dataset)).dataset)
+            sets = self.run.eval_dataset
+            first = next(iter(sets)) if isinstance(sets, dict) else None
+            self.take(self.run.get_eval_dataloader(first).dataset)
 
     def take(self, rows: Any) -> dict[str, float]:
         """The scores at this step by their logged name, without `eval_`; several evaluation sets share one taking.
@@ -163,9 +165,7 @@ class HeldOutMeasures(TrainerCallback):
         scores = {name: sums.value for name, sums in self._scores(found).items()}
         self._remember(scores, step)
         logged = dict(scores)
-        own = {
-            name: value for name, value in self._teacher_scores.items() if MEASURES[name].metric not in NEED_A_TEACHER
-        }
+        own = {name: v for name, v in self._teacher_scores.items() if MEASURES[name].metric not in NEED_A_TEACHER}
         logged |= {f"teacher_{name}": value for name, value in own.items() if name in scores}
         logged |= {f"gap_closed_{name}": value for name, value in self._gaps(scores).items()}
         logged = {name: value for name, value in logged.items() if value == value}  # a NaN is no score
@@ -367,8 +367,3 @@ class HeldOutMeasures(TrainerCallback):
         for other, part in enumerate(gather_object([mine])):
             whole[other::world] = part
         return whole
-
-
-def _first_set(eval_dataset: Any) -> str | None:
-    """Of several evaluation sets the first."""
-    return next(iter(eval_dataset)) if isinstance(eval_dataset, dict) else None

@@ -19,9 +19,6 @@ class EpochSampler(Sampler[int]):
     run; accelerate does not tell its shuffling sampler the epoch when several processes resume.
 
     Args:
-        rows: number of rows.
-        args: seeds and batch sizes.
-        epoch: tells the epoch.
         lengths: of the rows, to group them; None only shuffles.
     """
 

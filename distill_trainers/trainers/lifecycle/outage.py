@@ -22,12 +22,7 @@ from ..protocol import Run
 
 @dataclasses.dataclass
 class LastStep:
-    """What a checkpoint of the last finished step needs, and the step after it changes.
-
-    Attributes:
-        method: the method's state.
-        draws: the states of all random generators.
-    """
+    """What a checkpoint of the last finished step needs, and the step after it changes."""
 
     method: dict[str, Any]
     draws: dict[str, Any]

@@ -31,7 +31,6 @@ def check(args: DistillConfig, student: Any, adapted: bool, quantized: bool = Fa
     """Refuse uploads and mergers that cannot work, before anything is loaded.
 
     Args:
-        student: its name or the model itself.
         adapted: whether it gets, or has, an adapter.
         quantized: whether its weights are loaded in 4 or 8 bits.
 
@@ -149,11 +148,13 @@ class Publishing(Trainer):
         return folder / MERGED_NAME if self.args.merge_adapter else folder
 
     def _save_merged(self) -> None:
-        if not self.args.should_save:
+        args = self.args
+        if not args.should_save:
             return
         if _is_sharded(self.accelerator):
             with models.whole_loading():
-                merged = models.load_merged_adapter(self.args.output_dir, **self._base_kwargs())
+                own = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+                merged = models.load_merged_adapter(args.output_dir, **own | (args.model_init_kwargs or {}))
             make_generable(merged, self.processing_class)
         else:
             merged = models.merged_copy(self.model)
@@ -164,13 +165,6 @@ class Publishing(Trainer):
             merged.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
-
-    def _base_kwargs(self) -> dict[str, Any]:
-        return {
-            "dtype": "float32",
-            "trust_remote_code": self.args.trust_remote_code,
-            **(self.args.model_init_kwargs or {}),
-        }
 
     def card_facts(self: Any) -> CardFacts:
         """What the student's card says of this run."""

@@ -98,7 +98,7 @@ class RunRecorder(TrainerCallback):
 
     def facts(self) -> dict[str, Any]:
         """What was run, without paths of this machine."""
-        run, student = self.run, models.causal_lm_of(self.run.model)
+        run, student, device = self.run, models.causal_lm_of(self.run.model), self.run.args.device
         source = models.source_of(run.model)
         return {
             "format": FORMAT,
@@ -109,7 +109,7 @@ class RunRecorder(TrainerCallback):
             "student_parameters": models.num_parameters(run.model),
             "teacher": shown(run.teacher.name),
             "processes": run.accelerator.num_processes,
-            "device": _device_name(run.args.device),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": _versions(),
             "recipe": self.recipe,
         }
@@ -168,10 +168,6 @@ def peak_mib(device: torch.device) -> float:
 
 def _number(value: torch.Tensor) -> float | None:
     return float(value) if torch.isfinite(value) else None
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _versions() -> dict[str, str]:

@@ -201,9 +201,7 @@ class RolloutCycles:
         parts = iter(state["ids"].split([each for pair in lengths for each in pair]))
         logps = state["logps"].split([completion for _, completion in lengths])
         pairs = zip(parts, parts, logps, strict=True)
-        self.rows = [
-            RolloutRow(prompt.tolist(), completion.tolist(), kept.clone()) for prompt, completion, kept in pairs
-        ]
+        self.rows = [RolloutRow(prompt.tolist(), answer.tolist(), kept.clone()) for prompt, answer, kept in pairs]
 
     def _check(self, written: Mapping[str, int]) -> None:
         own = self._settings
