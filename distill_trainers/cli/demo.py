@@ -101,9 +101,8 @@ def _compare_generation(trainer: Any, initial: Path, scores: dict[str, dict[str,
             ids = torch.tensor([prompt])
             start = time.monotonic()
             with torch.no_grad():
-                answer = model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False
-                )
+                mask = torch.ones_like(ids)
+                answer = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=48, do_sample=False)
             seconds += time.monotonic() - start
             tokens += answer.shape[1] - ids.shape[1]
             sample[name] = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()

@@ -185,10 +185,9 @@ def layer_bytes(shape: ModelShape, work: Workload, compute: str) -> float:
         compute: `float32`, `autocast` or `16 bits`.
     """
     w = 4 if compute == "float32" else 2
-    norms = (
-        {"float32": 24, "autocast": 26, "16 bits": 16} if shape.gated else {"float32": 16, "autocast": 12, "16 bits": 8}
-    )
-    mlp = 4 if shape.gated else 5
+    norms, mlp = {"float32": 16, "autocast": 12, "16 bits": 8}, 5
+    if shape.gated:
+        norms, mlp = {"float32": 24, "autocast": 26, "16 bits": 16}, 4
     per_token = norms[compute] * shape.hidden + w * (4 * shape.attended + mlp * shape.intermediate)
     if shape.norms_queries:
         per_token += (4 + w) * (shape.attended + shape.kept)

@@ -186,9 +186,8 @@ class Workshop:
         sampling = replace(self._sampling(subject, greedy=True), max_new_tokens=settings.speed_tokens)
         sampling = replace(sampling, eos_token_ids=[], stop_strings=[])
         device = subject.device
-        place = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}/{torch.get_num_threads()}"
-        )
+        on_cpu = f"{device.type}/{torch.get_num_threads()}"
+        place = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
         identity = [subject.facts.fingerprint, place, sampling.as_dict(), prompts]
         store, key = self._store("cost", identity, "measured costs"), "cost"
         kept = {} if store is None else store.load()

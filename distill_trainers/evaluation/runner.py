@@ -243,9 +243,7 @@ class Evaluation:
                 is_teacher=subject is self.teacher,
                 exposure_length=length,
             )
-        models = [
-            self._model(subject, collected[subject.name], sums, by_seed[subject.name]) for subject in self.subjects
-        ]
+        models = [self._model(s, collected[s.name], sums, by_seed[s.name]) for s in self.subjects]
         if self.teacher is not None and (base := models[0].cost) is not None:
             for model in models:
                 if model.cost is not None:

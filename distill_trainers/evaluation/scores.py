@@ -65,10 +65,9 @@ def _agreement(found: Collected, examples: ExampleSet, is_teacher: bool) -> dict
     if is_teacher:
         reference = [each.completion_ids if each.prompt_ids else each.completion_ids[1:] for each in examples.with_text]
         texts = {"": reference, "student_text_": found.samples[0] if found.samples else []}
+        agreed = {name: 1.0 if name == "top1_agreement" else 0.0 for name in AGREEMENT}
         return {
-            f"{prefix}{name}": Sums.of_means(
-                [float(len(ids)) if name == "top1_agreement" else 0.0 for ids in text], [len(ids) for ids in text]
-            )
+            f"{prefix}{name}": Sums.of_means([agreed[name] * len(ids) for ids in text], [len(ids) for ids in text])
             for prefix, text in texts.items()
             for name in AGREEMENT
             if text

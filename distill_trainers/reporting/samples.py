@@ -57,9 +57,7 @@ def _filter() -> Html:
 
 def _card(sample: Sample, results: EvaluationResults, tag: str, opened: bool) -> Html:
     models = in_order(results)
-    written = [
-        _text(heading(model), sample.completions[model.name]) for model in models if model.name in sample.completions
-    ]
+    written = [_text(heading(m), sample.completions[m.name]) for m in models if m.name in sample.completions]
     greedy = [
         _text(f"{heading(model)}, greedy", sample.greedy[model.name], sample.verdicts.get(model.name))
         for model in models

@@ -100,10 +100,8 @@ def heat_map(compared: TokenComparison, *, opened: bool) -> Html:
     values = [value for value in compared.kl if value is not None]
     told = f"mean forward KL {number(sum(values) / len(values))}" if values else "no tokens"
     name = name_of(compared.model)
-    title = f"Row {compared.example}, "
-    title += (
-        f"written by {name}" if compared.text == "student" else f"{TEXTS.get(compared.text, compared.text)}, {name}"
-    )
+    text = TEXTS.get(compared.text, compared.text)
+    title = f"Row {compared.example}, " + (f"written by {name}" if compared.text == "student" else f"{text}, {name}")
     spans = "".join(
         f'<span class="k{level(value)}"{_FIRST if i == 0 else ""}>{escaped(shown_token(token))}</span>'
         for i, (token, value) in enumerate(zip(compared.tokens, compared.kl, strict=False))

@@ -21,9 +21,8 @@ TokenRow = tuple[
 def row_key(input_ids: Sequence[int] | np.ndarray, predicts: Sequence[int] | np.ndarray) -> bytes:
     """Identifies a row by its unpadded `input_ids` `[T]` and the positions that predict a trained token, rising."""
     ids, positions = (np.ascontiguousarray(values, dtype="<i8") for values in (input_ids, predicts))
-    return hashlib.blake2b(
-        ids.tobytes() + positions.tobytes() + len(ids).to_bytes(8, "little"), digest_size=16
-    ).digest()
+    content = ids.tobytes() + positions.tobytes() + len(ids).to_bytes(8, "little")
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def unpadded_rows(inputs: Mapping[str, Tensor], predicts: Tensor) -> list[TokenRow]:

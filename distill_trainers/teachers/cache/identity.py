@@ -165,9 +165,8 @@ def _teacher_differences(folder: str | Path, recorded: CacheIdentity, now: Cache
         return [f"teacher {now.teacher!r}: {each}" for each in _file_differences(recorded.files, now.files)]
     if now.weights is not None:
         then = recorded.weights or read_learnt(folder).get("weights")
-        return (
-            [] if then == now.weights else [f"weights or configuration of the teacher: {then} then, {now.weights} now"]
-        )
+        same = then == now.weights
+        return [] if same else [f"weights or configuration of the teacher: {then} then, {now.weights} now"]
     return ["the teacher was given as a model then and by name now, which cannot be compared"]
 
 

@@ -143,6 +143,5 @@ def rows_of(source: Any, options: TeacherOptions) -> int:
 def dtype_of(source: Any, config: Any, options: TeacherOptions) -> torch.dtype:
     """The dtype that the teacher has or is going to have."""
     settings: Any = options.teacher_model_init_kwargs or {}
-    return models.dtype_of(
-        settings.get("dtype") if isinstance(source, str) else models.causal_lm_of(source).dtype, config
-    )
+    told = settings.get("dtype") if isinstance(source, str) else models.causal_lm_of(source).dtype
+    return models.dtype_of(told, config)

@@ -188,9 +188,8 @@ class DPKDTrainer(DistillTrainer):
             "rejected_length": at_pair(lengths[pairs:]),
         }
         if args.loss_type != CONTRASTIVE:
-            terms["preference"] = at_pair(
-                PREFERENCE_LOSSES[args.loss_type](args.beta, args.target_margin or 0.0)(margin)
-            )
+            preference = PREFERENCE_LOSSES[args.loss_type](args.beta, args.target_margin or 0.0)
+            terms["preference"] = at_pair(preference(margin))
         elif args.contrastive_schedules and self.model.training:
             assert teacher_logps is not None
             counts = lengths.clamp(min=1)  # a sampler may answer with nothing

@@ -166,10 +166,7 @@ class RolloutCycles:
         starts = range(run.accelerator.process_index * size, len(rows), self._world * size)
         return [
             batch_of(
-                rows[start : start + size],
-                run.sampling.pad_token_id,
-                run.args.pad_to_multiple_of,
-                run.args.device,
+                rows[start : start + size], run.sampling.pad_token_id, run.args.pad_to_multiple_of, run.args.device
             )
             for start in starts
         ]

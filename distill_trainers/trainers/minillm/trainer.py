@@ -184,9 +184,8 @@ class MiniLLMTrainer(DistillTrainer):
         if not args.scores_rollouts:
             return {**batch, "token_single": own}
         student, sampler, teacher = batch.pop(LOGPS).unbind(-1)
-        rewards = policy_gradient.sequence_rewards(
-            student, teacher, mask, scale=args.reward_scale, clip=args.reward_clip
-        )
+        scale, clip = args.reward_scale, args.reward_clip
+        rewards = policy_gradient.sequence_rewards(student, teacher, mask, scale=scale, clip=clip)
         before, through = policy_gradient.importance_weights(student, sampler, mask, args.importance)
         long = policy_gradient.sequence_advantages(
             rewards, through, mask, args.importance, gamma=args.gamma, normalise=args.length_normalization
