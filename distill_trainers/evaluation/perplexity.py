@@ -8,7 +8,7 @@ from .intervals import Sums, exp_ratio
 
 
 def perplexity_sums(nll: Sequence[Sequence[float]]) -> Sums:
-    """A mean over all tokens, not over prompts.
+    """Sum up a mean over all tokens, not over prompts.
 
     Args:
         nll: −log q(y) of every token, in nats, by prompt.

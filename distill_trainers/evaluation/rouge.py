@@ -27,7 +27,7 @@ def require_library(module: str, package: str, metric: str) -> None:
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Rouge-L × 100 of each text against its references, the best of them."""
+    """Return Rouge-L × 100 of each text against its references, the best of them."""
     require_library("rouge_score", "rouge-score", "rouge_l")
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -37,5 +37,5 @@ def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
 
 
 def rouge_sums(by_seed: Sequence[Sequence[float]]) -> Sums:
-    """The mean over prompts of the mean over seeds; `by_seed[s][i]` is prompt i's score with seed s."""
-    return Sums.of_means([sum(each) / len(each) for each in zip(*by_seed, strict=True)], [1.0] * len(by_seed[0]))
+    """Average over prompts the mean over seeds; `by_seed[s][i]` is prompt i's score with seed s."""
+    return Sums.of_means([sum(scores) / len(scores) for scores in zip(*by_seed, strict=True)], [1.0] * len(by_seed[0]))
