@@ -111,7 +111,7 @@ class VllmEngine(RolloutEngine):
 
 
 def vllm_sampling(sampling: SamplingSettings, vocab_rows: int) -> dict[str, Any]:
-    """The attributes of `VLLMGeneration` that stand for these settings."""
+    """Return the attributes of `VLLMGeneration` that stand for these settings."""
     extra: dict[str, Any] = {"stop_token_ids": list(sampling.eos_token_ids)}
     if sampling.stop_strings:
         extra |= {"stop": list(sampling.stop_strings), "include_stop_str_in_output": True}
@@ -160,7 +160,7 @@ def build_engine(
     batch_size: int | None = None,
     vllm_options: Mapping[str, Any] | None = None,
 ) -> RolloutEngine:
-    """The engine of a trainer.
+    """Build the engine of a trainer.
 
     Args:
         name: one of `ENGINES`.
@@ -187,5 +187,5 @@ def build_engine(
 
 
 def local_engine(name: str, tokenizer: Any, batch_size: int | None = None) -> HfEngine:
-    """An engine for any model in this process; `vllm`, which serves only the student, stands for `decode`."""
+    """Build an engine for any model in this process; `decode` stands in for `vllm`, which serves only the student."""
     return HfEngine(tokenizer, batch_size) if name == "hf" else DecodeEngine(tokenizer, batch_size)
