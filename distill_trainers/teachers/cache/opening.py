@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 def source_of(teacher: Any) -> Any:
-    """The name or the model behind a teacher as it was given."""
+    """Return the name or the model behind a teacher as it was given."""
     return teacher.model if isinstance(teacher, LocalTeacher) else teacher
 
 
 def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
-    """What the answers in a cache of this run depend on."""
+    """Return what the answers in a cache of this run depend on."""
     source = source_of(pair.teacher)
     kind, sampled = options.teacher_cache_kind, options.teacher_cache_kind == "sampled"
     teacher_rows = rows_of(source, options)
@@ -64,7 +64,7 @@ def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
 
 
 def identify(pair: Pair, options: TeacherOptions) -> CacheIdentity:
-    """As `identity_of`, held against what the folder says; a new folder is told."""
+    """Do as `identity_of`, and compare with what the folder records; a new folder records it."""
     identity, folder = identity_of(pair, options), options.teacher_cache
     assert folder is not None
     with options.main_process_first(desc="opening the teacher cache"):
@@ -78,14 +78,14 @@ def identify(pair: Pair, options: TeacherOptions) -> CacheIdentity:
     return identity
 
 
-def check_vocabulary(identity: CacheIdentity, own: Any, student_rows: int) -> None:
+def check_vocabulary(identity: CacheIdentity, tokenizer: Any, student_rows: int) -> None:
     """Refuse a cache whose ids are not the student's."""
-    if identity.tokenizer != tokenizer_fingerprint(own):
+    if identity.tokenizer != tokenizer_fingerprint(tokenizer):
         raise ConfigurationError(
             f"The teacher cache of {identity.teacher!r} was made with another tokenizer than the student's: the same "
             "ids stand for other tokens. Use the tokenizer it was made with, or make a new cache."
         )
-    shared = shared_vocabulary(own, own, student_rows, identity.teacher_rows)
+    shared = shared_vocabulary(tokenizer, tokenizer, student_rows, identity.teacher_rows)
     if identity.kind != "hidden" and (identity.teacher_rows if shared is None else shared) != identity.vocab_size:
         raise ConfigurationError(
             f"The teacher cache holds probabilities over {identity.vocab_size} ids, but student and teacher share "
@@ -96,7 +96,7 @@ def check_vocabulary(identity: CacheIdentity, own: Any, student_rows: int) -> No
 def missing_from_cache(
     pair: Pair, options: TeacherOptions, rows: Iterable[Mapping[str, Any]]
 ) -> tuple[int, int, float]:
-    """Tokenised rows that the configured cache lacks, their tokens, and about how many bytes they will take.
+    """Count the tokenised rows that the configured cache lacks, their tokens, and about their bytes.
 
     Nothing is loaded or written.
 
@@ -118,19 +118,19 @@ def missing_from_cache(
 
 
 def config_of(source: Any, options: TeacherOptions) -> Any:
-    """The configuration of a model, or of a name."""
+    """Return the configuration of a model, or of a name."""
     if not isinstance(source, str):
         return models.causal_lm_of(source).config
     return models.load_config(source, "student or teacher", trust_remote_code=options.trust_remote_code)
 
 
 def rows_of(source: Any, options: TeacherOptions) -> int:
-    """Rows of its output head."""
+    """Count the rows of its output head."""
     return config_of(source, options).get_text_config().vocab_size
 
 
 def dtype_of(source: Any, config: Any, options: TeacherOptions) -> torch.dtype:
-    """The dtype that the teacher has or is going to have."""
+    """Return the dtype that the teacher has or is going to have."""
     settings: Any = options.teacher_model_init_kwargs or {}
     return models.dtype_of(
         settings.get("dtype") if isinstance(source, str) else models.causal_lm_of(source).dtype, config
