@@ -28,7 +28,7 @@ ZERO3 = ("zero3", "zero3_offload")
 
 
 def placement_of_launch() -> str:
-    """What the launch does with models that are loaded now: `zero3`, `fsdp2` or `replicate`."""
+    """Say what the launch does with models loaded now: `zero3`, `fsdp2` or `replicate`."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
@@ -40,7 +40,7 @@ def placement_of_launch() -> str:
 def loading_placed(
     name: str, placement: str, device: torch.device, init_kwargs: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Within it, `load_causal_lm(name, **yielded)` puts the weights where `placement` says, shard by shard.
+    """Let `load_causal_lm(name, **yielded)`, within it, put weights where `placement` says, shard by shard.
 
     `zero3` partitions each weight as it is made, and the main process reads the files; `fsdp2` makes the model on the
     meta device, and each process reads its own rows. Files are mapped, so what is read of them can leave memory again.
@@ -90,7 +90,7 @@ def _whole_kwargs(name: str, placement: str, device: torch.device, kwargs: Mappi
 
 
 def partitions(placement: str) -> bool:
-    """Whether a placement splits or moves weights here: in one process, only offloading does.
+    """Tell whether a placement splits or moves weights here: in one process, only offloading does.
 
     Raises:
         ConfigurationError: there is no process group, which DeepSpeed needs also in one process.
