@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """About `wanted` round numbers (1, 2 or 5 times a power of ten) that enclose [low, high]."""
+    """Choose about `wanted` round numbers (1, 2 or 5 times a power of ten) that enclose [low, high]."""
     if not high > low:
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
@@ -20,7 +20,7 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def short(value: float | None) -> str:
-    """A number for an axis or a label: four digits at most."""
+    """Write a number for an axis or a label: four digits at most."""
     if value is None:
         return "–"
     if value == 0:
@@ -51,6 +51,6 @@ class Scale:
 
 
 def spread(values: Iterable[float], *, zero: bool = False) -> tuple[float, float]:
-    """Smallest and largest of the values; with `zero`, no smaller than that of them and 0."""
-    kept = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    return (min(0.0, *kept), max(0.0, *kept)) if zero else (min(kept), max(kept))
+    """Return smallest and largest of the values; with `zero`, 0 counts among them."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    return (min(0.0, *finite), max(0.0, *finite)) if zero else (min(finite), max(finite))
