@@ -35,7 +35,7 @@ class StudentResponses:
         self.kept = ReplayBuffer(capacity, parts=3)
 
     def pairs(self, batches: list[Batch]) -> list[Batch]:
-        """Batches `[B, T]` of prompts with chosen responses as batches `[2B, T]` of pairs."""
+        """Turn batches `[B, T]` of prompts with chosen responses into batches `[2B, T]` of pairs."""
         step = self.trainer.state.global_step
         rows = sum(len(batch["prompt_ids"]) for batch in batches)
         if step % self.refresh_steps and len(self.kept) >= rows:
@@ -44,7 +44,7 @@ class StudentResponses:
         if self.refresh_steps > 1:
             both = zip(sampled_rows(batches), sampled_rows(sampled), strict=True)
             self.kept.push(gather_object([(prompt, chosen, rejected) for (prompt, chosen), (_, rejected) in both]))
-        return [self._join(*each) for each in zip(batches, sampled, strict=True)]
+        return [self._join(*sides) for sides in zip(batches, sampled, strict=True)]
 
     def _replayed(self, batches: list[Batch], count: int, step: int) -> list[Batch]:
         trainer = self.trainer
@@ -52,7 +52,7 @@ class StudentResponses:
         pad, multiple = trainer.sampling.pad_token_id, trainer.args.pad_to_multiple_of
         sides = ([(row[0], row[side]) for row in rows] for side in (1, 2))
         chosen, rejected = (with_rows(batches, side, pad, multiple) for side in sides)
-        return [self._join(*each) for each in zip(chosen, rejected, strict=True)]
+        return [self._join(*both) for both in zip(chosen, rejected, strict=True)]
 
     def _join(self, chosen: Batch, rejected: Batch) -> Batch:
         return join_pairs(chosen, rejected, self.trainer.sampling.pad_token_id)
@@ -71,7 +71,7 @@ class FirstResponses(TrainerCallback):
 
 
 def with_student_responses(trainer: Run, dataset: Any, written_by: str) -> Any:
-    """`dataset` with a rejected response of the student to each prompt, sampled once and kept on disk.
+    """Add a rejected response of the student to each prompt of `dataset`, sampled once and kept on disk.
 
     Evaluation compares steps on the same pairs, so its rejected responses never change during a run.
 

@@ -172,8 +172,8 @@ class MiniLLMConfig(DistillConfig):
         for name in ("ignore_data_skip", "auto_find_batch_size"):
             require(not self.reuses_rollouts or not getattr(self, name), name, getattr(self, name), COUNTED)
         require(self.lm_loss_weight >= 0, "lm_loss_weight", self.lm_loss_weight, "0 or a positive number")
-        given = "0 where no step trains on given completions (lmbda is 1). Pass a pretraining dataset instead"
-        require(self.lm_loss_weight == 0 or self.lmbda < 1, "lm_loss_weight", self.lm_loss_weight, given)
+        expected = "0 where no step trains on given completions (lmbda is 1). Pass a pretraining dataset instead"
+        require(self.lm_loss_weight == 0 or self.lmbda < 1, "lm_loss_weight", self.lm_loss_weight, expected)
         require(self.pretraining_weight >= 0, "pretraining_weight", self.pretraining_weight, "0 or a positive number")
         room = f"less than max_length ({self.max_length}), which counts prompt and completion"
         fits = self.max_new_tokens < self.max_length or self.lmbda == 0
