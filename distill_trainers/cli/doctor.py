@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def diagnose(recipe: Any, options: DoctorArguments) -> Any:
-    """The diagnosis of a recipe.
+    """Return the diagnosis of a recipe.
 
     Raises:
         ConfigurationError: options that cannot be read.
@@ -110,7 +110,7 @@ def diagnose(recipe: Any, options: DoctorArguments) -> Any:
 
 
 def look_before(recipe: Any, checked: Any) -> None:
-    """The cheap checks, ahead of a long run; what they find is printed.
+    """Run the cheap checks ahead of a long run, and print what they find.
 
     Raises:
         ConfigurationError: they found an error.
