@@ -47,7 +47,7 @@ def install_token_forward(model: nn.Module) -> nn.Module:
     def forward(self, *args: Any, on_hidden: OnHidden | None = None, **kwargs: Any) -> Any:
         if on_hidden is None:
             return self._distill_original_forward(*args, **kwargs)
-        # PEFT passes labels, return_dict and the like along as None.
+        # PEFT passes labels, return_dict and the like along as None. A cache would keep keys and values for nothing.
         inputs = {k: v for k, v in kwargs.items() if v is not None and k not in ("labels", "return_dict")}
         hidden = self.base_model(*args, **{"use_cache": False, **inputs}).last_hidden_state
         return _inside_head(self, hidden, on_hidden)

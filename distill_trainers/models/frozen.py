@@ -81,10 +81,7 @@ def _whole_kwargs(name: str, placement: str, device: torch.device, kwargs: Mappi
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     else:
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     return {"quantization_config": quantization, "device_map": {"": device}, "dtype": dtype}
 
@@ -170,7 +167,7 @@ def _zero3_loading(settings: dict[str, Any]) -> Iterator[None]:
 
     _choose_deepspeed_accelerator()
     reference = integration._hf_deepspeed_config_weak_ref
-    held = integration.HfDeepSpeedConfig(settings)  # known to transformers by a weak reference
+    held = integration.HfDeepSpeedConfig(settings)  # transformers refers to it weakly: unheld, it is gone at once
     try:
         yield
     finally:
@@ -190,6 +187,7 @@ def _zero3_engine(model: nn.Module, placement: str) -> nn.Module:
 
 
 def _choose_deepspeed_accelerator() -> None:
+    # Left alone, DeepSpeed goes by installed packages (`torch_npu`, …) first, whether or not such a device is there.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -203,7 +201,7 @@ def _fully_sharded(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     causal_lm = causal_lm_of(model)
-    if isinstance(causal_lm, FSDPModule):  # as it was loaded
+    if isinstance(causal_lm, FSDPModule):  # as transformers loaded it: the head stays whole after a forward
         causal_lm.set_reshard_after_forward(True)
         return model
     model.to(accelerator.device)
@@ -211,5 +209,6 @@ def _fully_sharded(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     for layers in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
         for layer in layers:
             fully_shard(layer, mesh=mesh)
+    # By default a root's own weights (embedding, head) stay whole after a forward, for a backward that never comes.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model

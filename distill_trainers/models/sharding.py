@@ -64,6 +64,7 @@ def whole_loading() -> Iterator[None]:
     """Let `from_pretrained`, within it, load whole weights on this process also when ZeRO-3 is configured."""
     from transformers.integrations import deepspeed as integration
 
+    # While this reference names ZeRO-3, transformers partitions what it loads, and refuses a `device_map`.
     reference = integration._hf_deepspeed_config_weak_ref
     integration._hf_deepspeed_config_weak_ref = None
     try:

@@ -124,7 +124,7 @@ def vllm_sampling(sampling: SamplingSettings, vocab_rows: int) -> dict[str, Any]
         "min_p": sampling.min_p,
         "repetition_penalty": sampling.repetition_penalty,
         "max_completion_length": sampling.max_new_tokens,
-        "logprobs": None,
+        "logprobs": None,  # TRL's own 0 has vLLM return one per token
         "generation_kwargs": extra,
     }
 

@@ -125,7 +125,7 @@ class LocalTeacher(Teacher):
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
-        self.model.eval()
+        self.model.eval()  # with `adapter_off` it is the student, which may be in training mode
         if self._fused is None:
             self._fused = models.head_is_fusable(self.model) and models.head_reproduces_logits(self.model, inputs)
         if not self._fused:

@@ -136,7 +136,7 @@ class Publishing(Trainer):
         if is_run_folder:
             self._finish_current_push()  # which reads the files that are written now
         make_generable(self.model, self.processing_class)
-        super().save_model(output_dir, _internal_call=True)
+        super().save_model(output_dir, _internal_call=True)  # else it uploads before `merged` is there
         if is_run_folder and self.args.merge_adapter:
             self._save_merged()
         if self.args.push_to_hub and not _internal_call:
