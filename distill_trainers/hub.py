@@ -96,7 +96,7 @@ def reason(error: BaseException) -> str:
         if isinstance(link, HfHubHTTPError) and link.response is not None:
             status = link.response.status_code
             if status == 401:
-                return "the Hub does not accept the token (401). Log in anew with `hf auth login`, or mend HF_TOKEN."
+                return "the Hub does not accept the token (401). Log in anew with `hf auth login`, or fix HF_TOKEN."
             if status == 403:
                 return "the token may not write there (403). Take one with write access, or a name of your own."
             message = (link.server_message or str(link)).strip().partition("\n")[0].rstrip(".")
@@ -154,7 +154,7 @@ def check_access(
         cause = error.__cause__
         refused = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
         if refused or isinstance(cause, LocalTokenNotFoundError):
-            raise ConfigurationError(str(error)) from cause  # to be mended before anything is computed
+            raise ConfigurationError(str(error)) from cause  # to be fixed before anything is computed
         raise
     if private and is_private is False:
         raise ConfigurationError(

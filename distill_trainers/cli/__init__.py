@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report_errors(command, argv: Sequence[str]) -> int:
-    """Run `command(argv)`; errors that the user can mend are printed without a traceback."""
+    """Run `command(argv)`; errors that the user can fix are printed without a traceback."""
     from ..exceptions import (
         CacheError,
         CheckpointError,

@@ -124,7 +124,7 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
     """Read configs, tokenizers and data, and see that all of it fits together. No weights are loaded.
 
     Raises:
-        ConfigurationError, DatasetError, VocabularyError: what has to be mended.
+        ConfigurationError, DatasetError, VocabularyError: what has to be fixed.
     """
     from ..data import load_split
     from ..evaluation.runner import prepare

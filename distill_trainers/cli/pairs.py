@@ -99,7 +99,7 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
     """Write the pairs of a recipe's prompts; return how many, and how many prompts were left out and why.
 
     Raises:
-        ConfigurationError, DatasetError: what must be mended, before any model is loaded.
+        ConfigurationError, DatasetError: what must be fixed, before any model is loaded.
         CheckpointError, CacheError: responses or pairs could not be written; those before are kept.
     """
     from ..recipe.checks import check_recipe
@@ -159,7 +159,7 @@ def _check(settings: PairArguments, temperature: float) -> None:
         raise ConfigurationError(f"Got `verify: {settings.verify}`; expected one of {', '.join(VERIFICATIONS)}.")
     if settings.attempts < 1 or (settings.attempts > 1 and settings.verify == "none"):
         raise ConfigurationError(
-            f"Got `attempts: {settings.attempts}`; expected 1, or more with `verify`, which tells a right answer."
+            f"Got `attempts: {settings.attempts}`; expected 1, or more with `verify`, which checks the answers."
         )
     if settings.attempts > 1 and temperature == 0:
         raise ConfigurationError(

@@ -250,7 +250,7 @@ def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str
         if not drop_bad or not good:
             raise DatasetError(
                 f"{problem}Expected a prompt shorter than max_length={max_length} and two different responses that are "
-                "not empty, written for this tokenizer (as conversations, they get its own template). Mend the rows, "
+                "not empty, written for this tokenizer (as conversations, they get its own template). Fix the rows, "
                 + ("or set `bad_pairs: drop` to leave them out." if good else "there is none to train on.")
             )
         logger.warning("%sThey are left out.", problem)
@@ -263,7 +263,7 @@ def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str
 def _is_good(row: Mapping[str, Any], *, drop_bad: bool, name: str) -> bool:
     if row["bad"] and not drop_bad:
         raise DatasetError(
-            f"A pair of the stream {name!r} cannot be trained on: {row['bad']}. Mend it, or set `bad_pairs: drop`."
+            f"A pair of the stream {name!r} cannot be trained on: {row['bad']}. Fix it, or set `bad_pairs: drop`."
         )
     return not row["bad"]
 

@@ -66,7 +66,7 @@ class Harness:
         except Exception as error:  # of a library of data, or of the task's own code: anything
             raise ConfigurationError(
                 f"Got `lm_eval_tasks: {name}`, but lm-eval cannot load that task: {type(error).__name__}: {error}. "
-                "Mend it, fetch its data once with the network there, or leave it out."
+                "Fix it, fetch its data once with the network there, or leave it out."
             ) from error
 
     def add_scores(

@@ -38,7 +38,7 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     """Read configs, tokenizers and datasets, and see that all of it fits together; a teacher's server is asked.
 
     Raises:
-        ConfigurationError, DatasetError, VocabularyError: what has to be mended.
+        ConfigurationError, DatasetError, VocabularyError: what has to be fixed.
     """
     from ..data import load_split
     from ..run_files import STUDENT_INIT_NAME

@@ -35,7 +35,7 @@ class Again(Exception):
     Args:
         reason: for messages.
         retry_after: seconds that the server asks to wait.
-        broken: the server was there, but failed or answered nonsense, which waiting may not mend.
+        broken: the server was there, but failed or answered nonsense, which waiting may not fix.
     """
 
     def __init__(self, reason: str, retry_after: float = 0.0, broken: bool = False):

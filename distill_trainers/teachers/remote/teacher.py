@@ -155,7 +155,7 @@ class RemoteTeacher(Teacher):
         except Again as error:
             raise ConfigurationError(
                 f"The teacher's server {endpoint.url} does not answer ({error}). Start it with `distill-trainers "
-                "serve-teacher --model …` and wait until it says that it serves, or mend `teacher_model_name_or_path`."
+                "serve-teacher --model …` and wait until it says that it serves, or fix `teacher_model_name_or_path`."
             ) from error
         except TeacherServerError as error:
             remedy = "Check the address"

@@ -90,7 +90,7 @@ def make_generable(model: nn.Module, tokenizer: Any) -> None:
     """Give a model the generation config with which it ends as it was trained to end, wherever it is loaded.
 
     Its ends are the tokenizer's EOS, those it had, and the chat template's end of turn. A config that transformers
-    would refuse to save (temperature without sampling) is mended.
+    would refuse to save (temperature without sampling) is fixed.
     """
     causal_lm: Any = models.causal_lm_of(model)
     config = getattr(causal_lm, "generation_config", None)
