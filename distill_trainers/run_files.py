@@ -20,22 +20,22 @@ SAMPLES_NAME = "samples.jsonl"  # completions of held-out prompts, by evaluation
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """The newest checkpoint that was written to its end (the trainer state is written last).
+    """Return the newest checkpoint that was written to its end (the trainer state is written last).
 
     Raises:
         CheckpointError: there is none.
     """
-    found = find_last_complete_checkpoint(output_dir)
-    if found is None:
+    folder = find_last_complete_checkpoint(output_dir)
+    if folder is None:
         raise CheckpointError(
             f"Asked to resume, but {str(output_dir)!r} holds no complete checkpoint. Start without "
             "`resume_from_checkpoint`, or name the checkpoint's folder."
         )
-    return found
+    return folder
 
 
 def find_last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """As `last_complete_checkpoint`, but None where there is none.
+    """Do as `last_complete_checkpoint`, but return None where there is none.
 
     The newest is the one written last: one of a later step may be of a run that was given up, and gone back from.
     """
@@ -56,7 +56,7 @@ def find_last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a checkpoint was written to its end: the trainer state comes last and can be read."""
+    """Tell whether a checkpoint was written to its end: the trainer state comes last and can be read."""
     try:
         json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -71,8 +71,8 @@ def check_resumable(folder: str | Path) -> None:
         CheckpointError: it was written with `save_only_model`.
     """
     folder = Path(folder)
-    kept = ("optimizer*", "global_step*")  # the latter by DeepSpeed
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in kept):
+    patterns = ("optimizer*", "global_step*")  # the latter by DeepSpeed
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns):
         raise CheckpointError(
             f"The checkpoint {str(folder)!r} holds no optimizer state (`save_only_model: true`), so a run cannot go on "
             "from it: optimizer and learning rate would start anew. Start a new run with it as the student's `model`, "
@@ -90,12 +90,12 @@ VERSION = 1
 
 
 def shown(name: str) -> str:
-    """A Hub id, or the last part of a path: where it lies is nobody's business."""
+    """Return a Hub id, or the last part of a path: where it lies is nobody's business."""
     return Path(name).name if models.looks_like_path(name) else name
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """What `run.json` of a run holds; empty where there is none that can be read."""
+    """Read `run.json` of a run; empty where there is none that can be read."""
     try:
         read = json.loads((Path(folder) / RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -47,23 +47,23 @@ class Head:
         return rows if self.vocab_size is None else min(rows, self.vocab_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[n, D]` hidden states to `[n, V]` logits, at least float32 whatever the operands' dtype."""
+        """Turn `[n, D]` hidden states into `[n, V]` logits, at least float32 whatever the operands' dtype."""
         raw = self.project(hidden)
         return self.finish(raw)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """The matrix product alone: `[n, D]` to `[n, V]`, at least float32."""
+        """Take the matrix product alone: `[n, D]` to `[n, V]`, at least float32."""
         hidden, weight = self.operands(hidden)
         return hidden @ weight.T
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The two sides of that product, hidden states and weight, in the dtype that it is taken in."""
+        """Return the two sides of that product, hidden states and weight, in the dtype of the product."""
         weight = self.weight[: self.num_ids]
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
         return hidden.to(dtype), weight.to(dtype)
 
     def finish(self, raw: Tensor) -> Tensor:
-        """What the model does after the product: bias, scale, soft cap."""
+        """Do what the model does after the product: bias, scale, soft cap."""
         logits = raw
         if self.bias is not None:
             logits = logits + self.bias[: self.num_ids].to(logits.dtype)
@@ -74,7 +74,7 @@ class Head:
         return logits
 
     def finish_(self, raw: Tensor) -> Tensor:
-        """`finish` in place, for tensors without a graph."""
+        """Do `finish` in place, for tensors without a graph."""
         if self.bias is not None:
             raw.add_(self.bias[: self.num_ids])
         if self.scale != 1.0:
@@ -84,13 +84,13 @@ class Head:
         return raw
 
     def unfinish_(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Turns the gradient with respect to `logits`, in place, into that with respect to the product and bias."""
+        """Turn the gradient with respect to `logits`, in place, into that with respect to the product and bias."""
         if self.soft_cap is not None:
             gradient.mul_((logits / self.soft_cap).square_().neg_().add_(1))
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
 
     def cut_to(self, vocab_size: int | None) -> Head:
-        """The same head with ids from `vocab_size` on treated as padding."""
+        """Return the same head with ids from `vocab_size` on treated as padding."""
         return replace(self, vocab_size=vocab_size)
 
 
@@ -107,21 +107,21 @@ class TokenLogits:
     workspace: Workspace | None = field(default=None, repr=False, compare=False)
 
     def logps(self, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities `[n, V]` at `temperature`."""
+        """Return log-probabilities `[n, V]` at `temperature`."""
         logits = self.logits if temperature == 1.0 else self.logits / temperature
         return F.log_softmax(logits, dim=-1)
 
     @torch.no_grad()
     def top_k(self, k: int) -> TokenTopK:
-        """The `k` most likely ids (all of them where V is smaller) and the mass of the others."""
+        """Return the `k` most likely ids (all of them where V is smaller) and the mass of the others."""
         _require_positive("k", k)
         logps = self.logps()
-        kept, ids = logps.topk(min(k, logps.shape[-1]), dim=-1)
-        return TokenTopK(ids, kept, logps.scatter(-1, ids, -math.inf).logsumexp(-1))
+        top_logps, ids = logps.topk(min(k, logps.shape[-1]), dim=-1)
+        return TokenTopK(ids, top_logps, logps.scatter(-1, ids, -math.inf).logsumexp(-1))
 
     @torch.no_grad()
     def sample(self, draws: int, generator: torch.Generator | None = None) -> TokenSampled:
-        """`draws` independent draws per token."""
+        """Draw `draws` times per token, independently."""
         _require_positive("draws", draws)
         logps = self.logps()
         ids = torch.multinomial(logps.exp(), draws, replacement=True, generator=generator)
@@ -143,7 +143,7 @@ class TokenTopK:
     tail_logps: Tensor
 
     def buckets(self) -> Tensor:
-        """Log-probabilities `[n, K + 1]`, the tail last, normalised anew since storage may have rounded them."""
+        """Return log-probabilities `[n, K + 1]`, tail last, normalised anew: storage may have rounded them."""
         return F.log_softmax(torch.cat([self.logps, self.tail_logps.unsqueeze(-1)], dim=-1), dim=-1)
 
 
@@ -163,7 +163,7 @@ class TokenSampled:
 
     @classmethod
     def from_draws(cls, draws: Tensor, logps: Tensor) -> TokenSampled:
-        """Counts the draws `[n, N]` made from the log-probabilities `[n, V]`."""
+        """Count the draws `[n, N]` made from the log-probabilities `[n, V]`."""
         ids = draws.sort(dim=-1).values
         is_new = torch.ones_like(ids, dtype=torch.bool)
         is_new[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -239,10 +239,10 @@ class TokenLogprobs(_OfTokens):
 
 
 def padded(signal: TeacherSignal, count: int) -> TeacherSignal:
-    """The signal followed by zeros for tokens of which the teacher says nothing, to `count` tokens in all."""
+    """Append zeros to the signal for tokens of which the teacher says nothing, to `count` tokens in all."""
     more = count - len(signal)
-    own = {f.name: getattr(signal, f.name) for f in fields(signal) if f.name != "head"}
-    return replace(signal, **{k: F.pad(v, (0, 0) * (v.ndim - 1) + (0, more)) for k, v in own.items()})  # type: ignore
+    values = {f.name: getattr(signal, f.name) for f in fields(signal) if f.name != "head"}
+    return replace(signal, **{k: F.pad(v, (0, 0) * (v.ndim - 1) + (0, more)) for k, v in values.items()})  # type: ignore
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .exceptions import CacheError, CheckpointError, DatasetError
 
 @contextlib.contextmanager
 def writing(what: str, folder: Path, remedy: str, *, keep_begun: bool = False) -> Iterator[None]:
-    """Within it, `what` is written into `folder`; if that fails, files begun are removed unless `keep_begun`.
+    """Write, within it, `what` into `folder`; if that fails, remove files begun unless `keep_begun`.
 
     Raises:
         CheckpointError: what could not be written where and why, how much space there is, and the remedy.
@@ -105,7 +105,7 @@ _REMEDY = "What was written earlier is kept: free some space and start again."
 
 
 def content_key(*parts: Any) -> str:
-    """Identifies a request or a row by its content, whatever its place in a file."""
+    """Identify a request or a row by its content, whatever its place in a file."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
@@ -124,16 +124,16 @@ class RecordStore:
         self._own = self.folder / f"part-{rank:05d}.jsonl"
 
     def load(self) -> dict[str, Record]:
-        """All rows of all processes, by their key."""
-        found: dict[str, Record] = {}
+        """Read all rows of all processes, by their key."""
+        rows: dict[str, Record] = {}
         for part in sorted(self.folder.glob("part-*.jsonl")):
             for line in part.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
-                    found[row[self._key]] = row
+                    rows[row[self._key]] = row
                 except (json.JSONDecodeError, KeyError, TypeError):
                     continue  # the line that a killed writer left half-written
-        return found
+        return rows
 
     def append(self, rows: Iterable[Record]) -> None:
         """Add rows and flush them to disk.
@@ -160,7 +160,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: str | Path) -> list[Record]:
-    """The rows of a JSONL file.
+    """Read the rows of a JSONL file.
 
     Raises:
         DatasetError: it is not there, or a line is no JSON object.

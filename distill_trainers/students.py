@@ -31,7 +31,7 @@ _Call = tuple[Tensor, Any]  # a layer's input, and its output in the form it giv
 
 
 def prune_layers(model: PreTrainedModel, keep: int | Sequence[int], *, copy: bool = True) -> PreTrainedModel:
-    """A model of the same architecture with only some of the decoder layers.
+    """Make a model of the same architecture with only some of the decoder layers.
 
     Args:
         model: a causal LM whose decoder layers are one `ModuleList` (Llama, Qwen, GPT-2, GPT-NeoX, ...).
@@ -47,9 +47,9 @@ def prune_layers(model: PreTrainedModel, keep: int | Sequence[int], *, copy: boo
     """
     _refuse_unprunable(model)
     path, layers = find_decoder_layers(model)
-    kept = kept_layers(len(layers), keep)
+    indices = kept_layers(len(layers), keep)
 
-    model.set_submodule(path, nn.ModuleList(layers[index] for index in kept))
+    model.set_submodule(path, nn.ModuleList(layers[index] for index in indices))
     student = model
     if copy:
         try:
@@ -57,13 +57,13 @@ def prune_layers(model: PreTrainedModel, keep: int | Sequence[int], *, copy: boo
         finally:
             model.set_submodule(path, layers)
     _renumber(cast(nn.ModuleList, student.get_submodule(path)))
-    _shrink_config(student.config.get_text_config(decoder=True), kept, len(layers))
+    _shrink_config(student.config.get_text_config(decoder=True), indices, len(layers))
     _check_config_describes(student)
     return student.requires_grad_(True)
 
 
 def kept_layers(total: int, keep: int | Sequence[int]) -> list[int]:
-    """Which of `total` layers `prune_layers` keeps.
+    """Choose which of `total` layers `prune_layers` keeps.
 
     Raises:
         ConfigurationError: layers that do not exist, or are named twice or out of order.
@@ -72,7 +72,7 @@ def kept_layers(total: int, keep: int | Sequence[int]) -> list[int]:
 
 
 def even_layers(total: int, keep: int) -> list[int]:
-    """`keep` of `total` layer indices, evenly spaced, the first and the last among them (the first alone if 1)."""
+    """Choose `keep` of `total` layers, evenly spaced, first and last among them (the first alone if 1)."""
     _check_count(total, keep)
     if keep == 1:
         return [0]
@@ -81,20 +81,20 @@ def even_layers(total: int, keep: int) -> list[int]:
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Where the decoder layers are and what they are: the one outermost `ModuleList` with `num_hidden_layers` items."""
+    """Find the decoder layers and where they are: the outermost `ModuleList` with `num_hidden_layers` items."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         # Experts or heads inside a layer may happen to be as many as the layers.
-        inside_another = any(name.startswith(f"{outer}.") for outer in found)
+        inside_another = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) == count and not inside_another:
-            found[name] = module
-    if len(found) != 1:
+            lists[name] = module
+    if len(lists) != 1:
         raise ConfigurationError(
-            f"{type(model).__name__} has {len(found)} lists of {count} modules ({', '.join(found) or 'none'}); "
+            f"{type(model).__name__} has {len(lists)} lists of {count} modules ({', '.join(lists) or 'none'}); "
             "expected one, the decoder layers. Layers of this architecture cannot be chosen; use a ready-made student."
         )
-    return next(iter(found.items()))
+    return next(iter(lists.items()))
 
 
 def _check_count(total: int, keep: int) -> None:
@@ -103,13 +103,13 @@ def _check_count(total: int, keep: int) -> None:
 
 
 def _checked_layers(keep: Sequence[int], total: int) -> list[int]:
-    kept = list(keep)
-    ascending = all(isinstance(index, int) for index in kept) and kept == sorted(set(kept))
-    if not kept or not ascending or kept[0] < 0 or kept[-1] >= total:
+    indices = list(keep)
+    ascending = all(isinstance(index, int) for index in indices) and indices == sorted(set(indices))
+    if not indices or not ascending or indices[0] < 0 or indices[-1] >= total:
         raise ConfigurationError(
-            f"Asked to keep the layers {kept}; expected different numbers from 0 to {total - 1}, ascending."
+            f"Asked to keep the layers {indices}; expected different numbers from 0 to {total - 1}, ascending."
         )
-    return kept
+    return indices
 
 
 def _refuse_unprunable(model: PreTrainedModel) -> None:
@@ -134,12 +134,12 @@ def _renumber(layers: nn.ModuleList) -> None:
                 module.layer_idx = index  # type: ignore[assignment]  # torch types attributes as tensors or modules
 
 
-def _shrink_config(config: PretrainedConfig, kept: list[int], total: int) -> None:
-    config.num_hidden_layers = len(kept)
+def _shrink_config(config: PretrainedConfig, indices: list[int], total: int) -> None:
+    config.num_hidden_layers = len(indices)
     for name in config.to_dict():
         value = getattr(config, name, None)  # several EOS ids may happen to be as many as the layers
         if isinstance(value, list) and len(value) == total and not name.endswith("_token_id"):
-            setattr(config, name, [value[index] for index in kept])
+            setattr(config, name, [value[index] for index in indices])
 
 
 def _check_config_describes(model: PreTrainedModel) -> None:
@@ -166,7 +166,7 @@ def layer_importance(
     chunk_size: int = 256,
     progress: Progress | None = None,
 ) -> list[float]:
-    """How much each decoder layer matters on some text; larger is more important.
+    """Measure how much each decoder layer matters on some text; larger is more important.
 
     Measures:
         "kl": forward KL of the whole model to the model without that one layer, in nats per token. Costs 1 + L/2
@@ -219,7 +219,7 @@ def layer_importance(
 
 
 def choose_layers(importance: Sequence[float], keep: int) -> list[int]:
-    """The `keep` layers of largest importance, ascending; of equals the lower one is kept."""
+    """Choose the `keep` layers of largest importance, ascending; of equals the lower one is kept."""
     _check_count(len(importance), keep)
     by_importance = sorted(range(len(importance)), key=lambda index: (-importance[index], index))
     return sorted(by_importance[:keep])
@@ -256,14 +256,14 @@ def _recorded_pass(model: PreTrainedModel, layers: nn.ModuleList, inputs: Batch)
 def _without_layer(layers: nn.ModuleList, index: int, calls: list[_Call]) -> Iterator[None]:
     """Layer `index` hands on its recorded input, and the layers below, whose work that input is, do nothing."""
     hidden, _ = calls[index]
-    own = [layer.__dict__.get("forward") for layer in layers]  # offloading hooks put a forward of theirs there
+    forwards = [layer.__dict__.get("forward") for layer in layers]  # offloading hooks put a forward of theirs there
     try:
         for layer, (_, output) in zip(layers[: index + 1], calls, strict=False):
             result = (hidden, *output[1:]) if isinstance(output, tuple) else hidden
             layer.forward = lambda *args, _result=result, **kwargs: _result
         yield
     finally:
-        for layer, forward in zip(layers, own, strict=True):
+        for layer, forward in zip(layers, forwards, strict=True):
             layer.__dict__.pop("forward", None)
             if forward is not None:
                 layer.forward = forward
@@ -297,7 +297,7 @@ _MEASURES: dict[str, Callable[..., Iterator[float]]] = {"kl": _removal_kl, "angu
 def summed_forward_kl(
     teacher: PreTrainedModel, teacher_ND: Tensor, student: PreTrainedModel, student_ND: Tensor, chunk_size: int = 256
 ) -> float:
-    """Sum over N tokens of KL(teacher || student) in nats, from last hidden states `[N, D]`, chunk by chunk."""
+    """Sum KL(teacher || student) in nats over N tokens, from last hidden states `[N, D]`, chunk by chunk."""
     teacher_head, student_head = read_head(teacher), read_head(student)
     total = 0.0
     for whole, pruned in zip(teacher_ND.split(chunk_size), student_ND.split(chunk_size), strict=True):
@@ -315,7 +315,7 @@ def make_student(
     batches: Iterable[Batch] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A student with some of the teacher's layers; the teacher is left as it is.
+    """Make a student of some of the teacher's layers; the teacher stays as it is.
 
     On SmolLM2-135M (20 of 30 layers, untrained) the KL to the teacher was 7.7 nats per token with "even" and 2.0 with
     "importance": prefer the latter wherever there is text to measure on.
@@ -388,12 +388,12 @@ class StudentInit:
     def build(
         self, teacher: PreTrainedModel, batches: Iterable[Batch] | None = None, **options: Any
     ) -> PreTrainedModel:
-        """The student, from the first `importance_batches` of `batches` if the strategy needs them.
+        """Make the student, from the first `importance_batches` of `batches` if the strategy needs them.
 
         `options` (`autocast_dtype`, `progress`) go to `layer_importance`.
         """
-        few = None if batches is None else islice(batches, self.importance_batches)
-        return make_student(teacher, self.keep_layers, self.strategy, batches=few, measure=self.measure, **options)
+        first = None if batches is None else islice(batches, self.importance_batches)
+        return make_student(teacher, self.keep_layers, self.strategy, batches=first, measure=self.measure, **options)
 
 
 def _check_strategy(keep_layers: int | Sequence[int], strategy: str) -> None:

@@ -23,7 +23,7 @@ INITIALIZER_RANGE = 0.1
 
 
 def character_tokenizer() -> PreTrainedTokenizerBase:
-    """One token per character, with `<pad>` and `<eos>`."""
+    """Make a tokenizer of one token per character, with `<pad>` and `<eos>`."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -38,7 +38,7 @@ def character_tokenizer() -> PreTrainedTokenizerBase:
 def tiny_llama(
     tokenizer: PreTrainedTokenizerBase, hidden_size: int = 128, layers: int = 4, seed: int = 0, **config: Any
 ) -> PreTrainedModel:
-    """A Llama of random weights for `tokenizer`: 128 wide and 4 deep is the task's teacher, 48 by 2 its student."""
+    """Make a Llama of random weights: 128 wide and 4 deep is the task's teacher, 48 by 2 its student."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings: dict[str, Any] = {
@@ -61,7 +61,7 @@ def tiny_llama(
 
 
 def addition_rows(count: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """`count` different problems (all 10 000 by default) with their right answers, in an order fixed by `seed`."""
+    """Make `count` different problems (all 10 000 by default) with right answers, in an order fixed by `seed`."""
     pairs = [(a, b) for a in range(100) for b in range(100)]
     random.Random(seed).shuffle(pairs)
     return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs[:count]]
@@ -78,7 +78,7 @@ RATIONALE_PROMPTS: dict[str, Any] = {
 
 
 def addition_rationales(count: int | None = None, seed: int = 0) -> Dataset:
-    """Problems with their steps, digit by digit, and with a slip in one of them: 7+8=15=3+5+1=9 for 37+58."""
+    """Write problems with their steps, digit by digit, and with a slip in one: 7+8=15=3+5+1=9 for 37+58."""
     from datasets import Dataset
 
     return Dataset.from_list([_with_steps(row["prompt"].rstrip("=")) for row in addition_rows(count, seed)])
@@ -105,7 +105,7 @@ def _with_steps(question: str) -> dict[str, str]:
 
 
 def addition_dataset(count: int | None = None, seed: int = 0) -> Dataset:
-    """`addition_rows` as a prompt-completion dataset."""
+    """Return `addition_rows` as a prompt-completion dataset."""
     from datasets import Dataset
 
     return Dataset.from_list(addition_rows(count, seed))
@@ -120,7 +120,7 @@ def fit_on_gold(
     learning_rate: float = 3e-3,
     output_dir: str = "runs/addition",
 ) -> None:
-    """Plain cross-entropy on right answers: how the task's teacher learns, and the baseline of its students."""
+    """Train by cross-entropy on right answers: how the task's teacher learns, and its students' baseline."""
     from datasets import Dataset
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -151,7 +151,7 @@ def fit_on_gold(
 
 @torch.no_grad()
 def addition_accuracy(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> float:
-    """Share of problems answered rightly by greedy decoding."""
+    """Measure the share of problems answered rightly by greedy decoding."""
     was_training = model.training
     model.eval()
     side, tokenizer.padding_side = tokenizer.padding_side, "left"

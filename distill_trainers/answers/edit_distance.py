@@ -33,7 +33,7 @@ class Edits:
 
 
 def edits(first: Sequence[int], second: Sequence[int]) -> Edits:
-    """The edits that turn `first` `[n]` into `second` `[m]`, in order; memory n · m / 4 bytes."""
+    """Return the edits that turn `first` `[n]` into `second` `[m]`, in order; memory n · m / 4 bytes."""
     # Read from the end: of equally short ways, that one agrees most often with the way of the first release.
     steps = Levenshtein.editops(first[::-1], second[::-1])
     places = [(s.tag, len(first) - 1 - s.src_pos, len(second) - 1 - s.dest_pos) for s in reversed(list(steps))]
@@ -45,12 +45,12 @@ def edits(first: Sequence[int], second: Sequence[int]) -> Edits:
 
 
 def edit_distance(first: Sequence[int], second: Sequence[int]) -> int:
-    """Levenshtein distance of two sequences of ids."""
+    """Return the Levenshtein distance of two sequences of ids."""
     return Levenshtein.distance(first, second)
 
 
 def key_tokens(right: Sequence[int], wrong: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Which tokens of a right and of a wrong chain are key steps.
+    """Tell which tokens of a right and of a wrong chain are key steps.
 
     Returns:
         1 for every inserted or replaced token of the right chain `[n]`, and for every deleted or replaced token of the

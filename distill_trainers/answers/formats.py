@@ -48,7 +48,7 @@ class Parsed:
 
 
 def parse_response(text: str, formats: Sequence[str] = (), *, next_question: str | None = "Q:") -> Parsed:
-    """Rationale and answer of a response: the first of `formats` that finds an answer decides.
+    """Read rationale and answer of a response: the first of `formats` that finds an answer decides.
 
     Args:
         text: what a model wrote.
@@ -61,14 +61,14 @@ def parse_response(text: str, formats: Sequence[str] = (), *, next_question: str
     """
     text = cut_at_next_question(text, next_question)[-_LONGEST:]
     for name in formats or DEFAULT_FORMATS:
-        found = find_format(name)(text)
-        if found is not None and found[1]:
-            return Parsed(text[: found[0]].strip(), found[1], name)
+        answer_at = find_format(name)(text)
+        if answer_at is not None and answer_at[1]:
+            return Parsed(text[: answer_at[0]].strip(), answer_at[1], name)
     return Parsed(text.strip(), None, None)
 
 
 def cut_at_next_question(text: str, marker: str | None = "Q:") -> str:
-    """`text` up to the first line, but the very first, that begins with `marker`."""
+    """Cut `text` before the first line, but the very first, that begins with `marker`."""
     if not marker:
         return text
     end = text.find("\n" + marker)
@@ -76,7 +76,7 @@ def cut_at_next_question(text: str, marker: str | None = "Q:") -> str:
 
 
 def find_format(name: str) -> Callable[[str], Found | None]:
-    """The function of a format.
+    """Return the function of a format.
 
     Raises:
         ConfigurationError: an unknown name, or a pattern that does not compile.
@@ -114,19 +114,19 @@ def _answer_is(text: str) -> Found | None:
 def _boxed(text: str) -> Found | None:
     r"""The last `\boxed{…}` that is closed, with whatever is nested in it; what states it belongs to the statement."""
     open_at: list[tuple[int, int] | None] = []
-    found = None
+    last = None
     for token in _BRACES.finditer(text):
         if token[0].endswith("{"):
             open_at.append(token.span() if len(token[0]) > 1 else None)
         elif token[0] == "}" and open_at:
             box = open_at.pop()
             if box is not None:  # a box around it would close later, and be found later
-                found = box[0], clean(_BOX.sub("", text[box[1] : token.start()]))
-    if found is None:
+                last = box[0], clean(_BOX.sub("", text[box[1] : token.start()]))
+    if last is None:
         return None
-    line = text.rfind("\n", 0, found[0]) + 1
-    stated = _ANSWER_IS.search(text, line, found[0])
-    return (stated.start() if stated else found[0]), found[1]
+    line = text.rfind("\n", 0, last[0]) + 1
+    stated = _ANSWER_IS.search(text, line, last[0])
+    return (stated.start() if stated else last[0]), last[1]
 
 
 def _choice(text: str) -> Found | None:
@@ -141,10 +141,10 @@ def _choice(text: str) -> Found | None:
 
 def _last(matches: Iterator[Any]) -> Any:
     """The last of some matches, or None."""
-    found = None
-    for found in matches:  # noqa: B007
+    match = None
+    for match in matches:  # noqa: B007
         pass
-    return found
+    return match
 
 
 def _letter_of(match: re.Match[str]) -> str:
@@ -188,7 +188,7 @@ def _first_statement(text: str) -> str:
 
 
 def clean(answer: str) -> str:
-    """An answer without white space, quotes, emphasis and `$` around it, and without a full stop."""
+    """Strip an answer of white space, quotes, emphasis and `$` around it, and of a full stop."""
     previous = None
     answer = answer.strip()
     while answer != previous:
@@ -202,6 +202,6 @@ def clean(answer: str) -> str:
 
 
 def question_text(question: str, choices: Sequence[str] | None = None) -> str:
-    """A question with its choices below it, lettered."""
+    """Write a question with its choices below it, lettered."""
     letters = zip(string.ascii_uppercase, choices or (), strict=False)
     return "\n".join([question, *(f"({letter}) {choice}" for letter, choice in letters)])

@@ -26,14 +26,14 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def normalised(text: str) -> str:
-    """Text with compatible characters unified (full-width and other scripts' digits become ASCII) and single spaces."""
+    """Unify compatible characters (full-width and other scripts' digits become ASCII) and spaces."""
     text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("×", "*").replace("÷", "/")
     digits = (str(unicodedata.digit(c)) if not c.isascii() and c.isdecimal() else c for c in text)
     return " ".join("".join(digits).split())
 
 
 def as_number(text: str) -> Fraction | None:
-    """The number that `text` is, or None.
+    """Return the number that `text` is, or None.
 
     Read are integers, decimals, thousands with commas, fractions, a unit or currency around one number (`$18`, `18
     dollars`, `50 %`, whose sign counts as a unit), and + − · / with parentheses over numbers. Powers are not, so that
@@ -54,7 +54,7 @@ def as_number(text: str) -> Fraction | None:
 
 
 def same_number(one: Fraction, other: Fraction) -> bool:
-    """Equality: of whole numbers exact, else up to a relative 1e-6 and 1/200, so that 33.3333333 is 100/3."""
+    """Compare: whole numbers exactly, else up to a relative 1e-6 and 1/200, so that 33.3333333 is 100/3."""
     if one.denominator == other.denominator == 1:
         return one == other
     return abs(one - other) <= min(abs(other) / 10**6, Fraction(1, 200))

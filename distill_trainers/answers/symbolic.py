@@ -21,12 +21,12 @@ _LONGEST = 500  # characters of an expression
 
 
 def is_available() -> bool:
-    """Whether math-verify is installed."""
+    """Tell whether math-verify is installed."""
     return importlib.util.find_spec("math_verify") is not None
 
 
 def require_math_verify() -> None:
-    """Raises ConfigurationError without math-verify."""
+    """Raise ConfigurationError without math-verify."""
     if not is_available():
         raise ConfigurationError(
             "Comparing mathematical expressions needs math-verify: pip install 'distill-trainers[rationales]'. Or set "
@@ -63,12 +63,12 @@ class SymbolicEquality:
             try:
                 self._process.stdin.write(json.dumps([reference, answer]) + "\n")
                 self._process.stdin.flush()
-                found = self._answers.get(timeout=self.start_seconds if is_new else self.seconds)
+                reply = self._answers.get(timeout=self.start_seconds if is_new else self.seconds)
             except (queue.Empty, OSError):
                 self.timeouts += 1
                 self.close()
                 return None
-        return json.loads(found) if found else None
+        return json.loads(reply) if reply else None
 
     def close(self) -> None:
         """End the process, if there is one."""

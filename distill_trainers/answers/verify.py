@@ -103,13 +103,13 @@ def verify_answer(
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number of an answer in one of the default formats; without such an answer, the last number of the text."""
+    """Read the number of an answer in a default format; without such an answer, the text's last number."""
     answer = parse_response(text, (*DEFAULT_FORMATS, _LAST_NUMBER)).answer
     return None if answer is None else as_number(answer)
 
 
 def same_text(one: str, other: str) -> bool:
-    """Equality but for case, articles, punctuation and white space. Beside digits punctuation counts: 3,4 is not 34."""
+    """Compare but for case, articles, punctuation and spaces. Beside digits punctuation counts: 3,4 is not 34."""
     one, other = normalised(one).casefold(), normalised(other).casefold()
     if any(c.isdigit() for c in one + other):
         return one == other
@@ -123,7 +123,7 @@ def group_answers(
     choices: Sequence[str] | None = None,
     symbolic: SymbolicEquality | None = None,
 ) -> list[list[str]]:
-    """Answers that mean the same, together; the largest group first. None is no answer, and in no group."""
+    """Group answers that mean the same, the largest group first. None is no answer, and in no group."""
     groups: list[list[str]] = []
     for answer in answers:
         if answer is None:
@@ -143,7 +143,7 @@ def majority_answer(
     choices: Sequence[str] | None = None,
     symbolic: SymbolicEquality | None = None,
 ) -> tuple[str | None, float]:
-    """The answer that most samples agree on (self-consistency, arXiv 2203.11171), and their share of all samples.
+    """Return the answer that most samples agree on (self-consistency, arXiv 2203.11171), and their share of all.
 
     A tie, or no answer at all, gives None.
     """
@@ -153,13 +153,13 @@ def majority_answer(
 
 
 def majority_of(groups: Sequence[Sequence[str]]) -> str | None:
-    """The answer of the largest of `group_answers`; None where there is none, or two are as large."""
+    """Return the answer of the largest of `group_answers`; None without any, or where two are as large."""
     tie = len(groups) > 1 and len(groups[0]) == len(groups[1])
     return None if tie or not groups else groups[0][0]
 
 
-def _verdict(equal: bool, how: str) -> Verdict:
-    return Verdict(RIGHT if equal else WRONG, how)
+def _verdict(equal: bool, reason: str) -> Verdict:
+    return Verdict(RIGHT if equal else WRONG, reason)
 
 
 def _same_choice(answer: str, reference: str, choices: Sequence[str]) -> bool:

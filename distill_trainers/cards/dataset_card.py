@@ -49,7 +49,7 @@ class Writers:
 
 
 def kind_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`pairs` or `rationales`.
+    """Return `pairs` or `rationales`.
 
     Raises:
         DatasetError: they are neither.
@@ -68,7 +68,7 @@ def kind_of(rows: Sequence[Mapping[str, Any]]) -> str:
 def push_rows(
     rows: Sequence[dict[str, Any]], repo_id: str, writers: Writers, *, token: str | None = None, **options: Any
 ) -> str:
-    """Upload pairs or rationales as a dataset with a card; returns its address.
+    """Upload pairs or rationales as a dataset with a card; return its address.
 
     Args:
         options: `private` and `revision`, see `hub.upload`.
@@ -95,20 +95,20 @@ def push_rows(
 
 def _completed(writers: Writers, rows: Sequence[Mapping[str, Any]]) -> Writers:
     """Those that are missing from the first row with a provenance; a served model has no card of its name."""
-    told: Any = next((row["provenance"] for row in rows if isinstance(row.get("provenance"), Mapping)), {})
-    told = told.get("right") or told  # of dual chains
-    teacher = None if "endpoint" in told else told.get("teacher")
-    return Writers(writers.teacher or teacher, writers.data, writers.student or told.get("student"))
+    provenance: Any = next((row["provenance"] for row in rows if isinstance(row.get("provenance"), Mapping)), {})
+    provenance = provenance.get("right") or provenance  # of dual chains
+    teacher = None if "endpoint" in provenance else provenance.get("teacher")
+    return Writers(writers.teacher or teacher, writers.data, writers.student or provenance.get("student"))
 
 
 def _without_places(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _without_places(each) for name, each in value.items() if name not in _PRIVATE}
+        return {name: _without_places(item) for name, item in value.items() if name not in _PRIVATE}
     return shown(value) if isinstance(value, str) and not re.search(r"\s", value) else value
 
 
 def dataset_card(rows: Sequence[Mapping[str, Any]], repo_id: str, writers: Writers, token: str | None = None) -> str:
-    """Markdown with a YAML header: what the rows are, who wrote them, and under which terms."""
+    """Write Markdown with a YAML header: what the rows are, who wrote them, and under which terms."""
     from huggingface_hub import DatasetCardData
 
     kind = kind_of(rows)
@@ -153,5 +153,5 @@ def dataset_card(rows: Sequence[Mapping[str, Any]], repo_id: str, writers: Write
 def _teachers(provenance: Any) -> set[str]:
     if not isinstance(provenance, Mapping):
         return set()
-    own = {provenance["teacher"]} if isinstance(provenance.get("teacher"), str) else set()
-    return own.union(*(_teachers(each) for each in provenance.values()))
+    names = {provenance["teacher"]} if isinstance(provenance.get("teacher"), str) else set()
+    return names.union(*(_teachers(part) for part in provenance.values()))

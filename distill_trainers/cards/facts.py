@@ -64,7 +64,7 @@ class CardFacts:
 
 
 def shown_settings(args: Any) -> dict[str, Any]:
-    """The method's own settings, and those of the optimiser that decide a run, without paths of this machine."""
+    """Return the method's own settings and those of the optimiser that decide a run, without local paths."""
     names = [name for name in type(args).__dataclass_fields__ if name in type(args).__dict__.get("__annotations__", {})]
     names += _SHARED_SETTINGS
     names += ["teacher_cache_kind"] if args.teacher_cache else []

@@ -39,8 +39,8 @@ LICENSES: dict[str, str] = {
 
 
 def known_of(license_id: str, table: dict[str, str] = LICENSES) -> str | None:
-    """What to know of a licence; None if it is not in the table."""
-    return next((said for pattern, said in table.items() if fnmatch.fnmatchcase(license_id, pattern)), None)
+    """Tell what to know of a licence; None if it is not in the table."""
+    return next((note for pattern, note in table.items() if fnmatch.fnmatchcase(license_id, pattern)), None)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Inherited:
     notes: list[str] = field(default_factory=list)
 
     def metadata(self) -> dict[str, str]:
-        """For the header of a card: nothing where no licence can be named."""
+        """Write the header of a card: nothing where no licence can be named."""
         if self.license is None:
             return {}
         if known_of(self.license) is not None:
@@ -85,10 +85,10 @@ class Inherited:
         return {"license": "other", "license_name": self.license.replace(" ", "-"), "license_link": "README.md"}
 
     def difference(self) -> str:
-        """Which licences differ; empty where they do not."""
+        """Tell which licences differ; empty where they do not."""
         names = sorted({source.license for source in self.sources if source.license})
-        told = "read what each asks of what is made from it, and set `card_license`"
-        return f"The licences differ ({', '.join(names)}): {told}." if len(names) > 1 else ""
+        advice = "read what each asks of what is made from it, and set `card_license`"
+        return f"The licences differ ({', '.join(names)}): {advice}." if len(names) > 1 else ""
 
 
 def inherit(sources: Sequence[Licensed], model_name: str | None = None, chosen: str | None = None) -> Inherited:
@@ -101,19 +101,19 @@ def inherit(sources: Sequence[Licensed], model_name: str | None = None, chosen: 
     terms = Inherited(list(sources))
     name = (model_name or "").rpartition("/")[2]
     for source in sources:
-        said = known_of(source.license or "")
+        note = known_of(source.license or "")
         if source.license is None:
             terms.unknown.append(f"The licence of the {source.role} {source.name!r} is unknown: {source.why}.")
             continue
-        if said is None:
+        if note is None:
             terms.unknown.append(
                 f"What the licence {source.license!r} of the {source.role} {source.name!r} asks is not known here; "
                 "read it."
             )
             continue
         where = f"{source.license} ({source.role} {source.name!r})"
-        if said:  # of no derivatives, no licence of the student could be named
-            (terms.conflicts if "-nd-" in source.license else terms.notes).append(f"{where}: {said}.")
+        if note:  # of no derivatives, no licence of the student could be named
+            (terms.conflicts if "-nd-" in source.license else terms.notes).append(f"{where}: {note}.")
         prefix = known_of(source.license, _NAMES)
         if prefix and name and not name.lower().replace("-", " ").startswith(prefix.lower()):
             terms.conflicts.append(f"{where} asks for a name that begins with {prefix!r}; this one is called {name!r}.")
@@ -128,7 +128,7 @@ def inherit(sources: Sequence[Licensed], model_name: str | None = None, chosen: 
 
 
 def licensed(role: str, source: str | None, *, shown_as: str | None = None, token: str | None = None) -> Licensed:
-    """What the card of a model or dataset says.
+    """Read what the card of a model or dataset says.
 
     Args:
         source: a folder, a file (whose folder may hold a card), or a Hub id; None for something made in memory.
@@ -140,12 +140,12 @@ def licensed(role: str, source: str | None, *, shown_as: str | None = None, toke
         path = path if path.is_dir() else path.parent
         name = shown_as or Path(source).expanduser().resolve().name
         try:
-            found, why = _license_in(_metadata(path / _CARD)), "its card names none"
+            license_id, why = _license_in(_metadata(path / _CARD)), "its card names none"
         except (OSError, ValueError):
-            found, why = None, f"there is no {_CARD} with metadata beside it"
-        return Licensed(role, name, found, "" if found else why)
-    found, why = _from_hub(source, "dataset" if role == "data" else "model", token)
-    return Licensed(role, shown_as or source, found, why)
+            license_id, why = None, f"there is no {_CARD} with metadata beside it"
+        return Licensed(role, name, license_id, "" if license_id else why)
+    license_id, why = _from_hub(source, "dataset" if role == "data" else "model", token)
+    return Licensed(role, shown_as or source, license_id, why)
 
 
 def _metadata(file: Path) -> dict[str, Any]:
@@ -156,22 +156,22 @@ def _metadata(file: Path) -> dict[str, Any]:
 
 def _license_in(metadata: Any) -> str | None:
     """The licence of a card; of `other`, its name."""
-    found = metadata.get("license") if metadata else None
-    if isinstance(found, list):
-        found = found[0] if len(found) == 1 else None
-    if found == "other":
-        found = metadata.get("license_name")
-    return str(found).lower() if found and found not in ("unknown", "other") else None
+    license_id = metadata.get("license") if metadata else None
+    if isinstance(license_id, list):
+        license_id = license_id[0] if len(license_id) == 1 else None
+    if license_id == "other":
+        license_id = metadata.get("license_name")
+    return str(license_id).lower() if license_id and license_id not in ("unknown", "other") else None
 
 
 def _from_hub(name: str, kind: str, token: str | None) -> tuple[str | None, str]:
     from huggingface_hub import HfApi
 
     try:
-        found = _license_on(HfApi().endpoint, name, kind, token)
+        license_id = _license_on(HfApi().endpoint, name, kind, token)
     except Exception as error:  # away, offline, private, gated: a card is written all the same
         return None, f"its card on the Hub could not be read ({type(error).__name__})"
-    return found, "" if found else "its card names none"
+    return license_id, "" if license_id else "its card names none"
 
 
 @functools.lru_cache(maxsize=64)  # a card is written with every checkpoint

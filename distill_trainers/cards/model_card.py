@@ -28,7 +28,7 @@ _PLOTS = {"loss.png": "Training loss by optimiser step", "agreement.png": "Held-
 
 
 def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] = ()) -> str:
-    """Markdown with a YAML header: what was distilled from what, how, with which result, and whom to credit.
+    """Write Markdown with a YAML header: what was distilled from what, how, with which result, credits.
 
     Args:
         merged: of the student with its adapter merged into it.
@@ -76,7 +76,7 @@ def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] =
 
 
 def inherited_terms(facts: CardFacts) -> Inherited:
-    """Licences of teacher, initial weights and data, and what follows for the student."""
+    """Find licences of teacher, initial weights and data, and what follows for the student."""
     token, teacher = facts.hub_token, facts.teacher
     sources: list[Licensed] = []
     if teacher is not None:
@@ -93,7 +93,7 @@ def inherited_terms(facts: CardFacts) -> Inherited:
 
 
 def with_scores(card: str, results: EvaluationResults, student: str) -> str:
-    """A card with the scores of an evaluation in place of those it had.
+    """Put the scores of an evaluation into a card in place of those it had.
 
     Raises:
         DatasetError: the student is not among the results, or the text is no card of this package.
@@ -115,8 +115,8 @@ def with_scores(card: str, results: EvaluationResults, student: str) -> str:
 
 
 def _title(card: str) -> str:
-    found = re.search(r"^# (.+)$", card, re.MULTILINE)
-    return found[1] if found else ""
+    heading = re.search(r"^# (.+)$", card, re.MULTILINE)
+    return heading[1] if heading else ""
 
 
 def _scores(facts: CardFacts) -> CardScores:
@@ -150,8 +150,8 @@ def _made_from(source: str | None) -> dict[str, Any] | None:
 def _student(facts: CardFacts) -> str:
     made = _made_from(facts.student)
     if made is not None:
-        kept = made.get("keep_layers")
-        count = len(kept) if isinstance(kept, list) else kept
+        layers = made.get("keep_layers")
+        count = len(layers) if isinstance(layers, list) else layers
         return f"{count} of the layers of `{shown(made['teacher'])}`"
     return f"`{shown(facts.student)}`" if facts.student else f"a `{facts.student_class}`"
 
@@ -226,16 +226,16 @@ def _limits(facts: CardFacts) -> list[str]:
 
 
 def license_lines(terms: Inherited, what: str = "this model") -> list[str]:
-    """Markdown: what each licence is, conflicts, what is unknown, and what follows."""
-    lines = [f"- {each.role}: {each.name} — {each.license or 'unknown'}" for each in terms.sources]
+    """Write Markdown: what each licence is, conflicts, what is unknown, and what follows."""
+    lines = [f"- {source.role}: {source.name} — {source.license or 'unknown'}" for source in terms.sources]
     if terms.conflicts:
         lines += ["", f"**These licences conflict**, so none follows for {what}:", ""]
-        lines += [f"- {each}" for each in terms.conflicts]
+        lines += [f"- {line}" for line in terms.conflicts]
     if terms.unknown:
         lines += ["", f"Not known, and to be found out before {what} is used or passed on:", ""]
-        lines += [f"- {each}" for each in terms.unknown]
+        lines += [f"- {line}" for line in terms.unknown]
     if terms.notes:
-        lines += ["", *(f"- {each}" for each in terms.notes)]
+        lines += ["", *(f"- {line}" for line in terms.notes)]
     if terms.license:
         lines += ["", f"Licence of {what}: {terms.license}."]
     return [*lines, "", "Put together from cards by rule; this is no legal advice."]

@@ -42,16 +42,16 @@ class CardScores:
 
 
 def scores_of_evaluation(results: EvaluationResults, student: str) -> CardScores | None:
-    """Scores with intervals beside baseline and teacher, and the gap closed; None if the student is not in them.
+    """Return scores with intervals, baseline, teacher and the gap closed; None if the student is not there.
 
     Args:
         student: the name of its folder or its Hub id, by which it is found among several.
     """
-    own = _find(results, student)
-    if own is None:
+    of_student = _find(results, student)
+    if of_student is None:
         return None
     others = [model for model in results.models if model.role in ("teacher", "baseline")]
-    shown = [*others, own]
+    shown = [*others, of_student]
     data, rows = str(results.data.get("name") or "evaluation set"), results.data.get("rows", 0)
     confidence = results.settings.get("confidence", 0.95)
     headings = {"teacher": "Teacher", "baseline": "Before", "student": "This model"}
@@ -62,14 +62,14 @@ def scores_of_evaluation(results: EvaluationResults, student: str) -> CardScores
             score = model.scores.get(name)
             cells.append("–" if score is None else with_interval(Score(score.value, score.low, score.high), info.unit))
         unit = f" ({info.unit})" if info.unit and info.unit != "share" else ""
-        gap = own.scores[name].gap_closed if name in own.scores else None
+        gap = of_student.scores[name].gap_closed if name in of_student.scores else None
         table.append([f"{info.title}{unit}", *cells, share_of_gap(gap)])
     text = f"On {rows} rows of `{data}`, with {100 * confidence:.0f} % intervals by bootstrap over prompts."
     text += " The gap closed is (student − before) / (teacher − before); in brackets where the gap is within noise."
     index = [
         _entry(name, info.title, score.value, data, _args(score, confidence))
         for name, info in results.measures.items()
-        if (score := own.scores.get(name)) and score.value is not None
+        if (score := of_student.scores.get(name)) and score.value is not None
     ]
     return CardScores([text, "", *_markdown(table)], index)
 
@@ -81,16 +81,16 @@ def _find(results: EvaluationResults, student: str) -> ModelResults | None:
 
 
 def _args(score: Any, confidence: float) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    args: dict[str, Any] = {}
     if score.low is not None and score.high is not None:
-        found |= {"confidence": confidence, "low": _short(score.low), "high": _short(score.high)}
+        args |= {"confidence": confidence, "low": _short(score.low), "high": _short(score.high)}
     if score.gap_closed is not None and score.gap_closed.value is not None and score.gap_closed.decided:
-        found["gap_closed"] = _short(score.gap_closed.value)
-    return found
+        args["gap_closed"] = _short(score.gap_closed.value)
+    return args
 
 
 def scores_of_run(metrics: Mapping[str, float], data: str) -> CardScores:
-    """The run's own evaluation, one column per set: `eval_loss` of the only one, `eval_<set>_loss` of several."""
+    """Return the run's own evaluation by set: `eval_loss` of the only one, `eval_<set>_loss` of several."""
     sets = [key.removesuffix("_loss") for key in metrics if key.startswith("eval_") and key.endswith("_loss")]
     sets = [key for key in sets if f"{key}_tokens" in metrics]
     if not sets:

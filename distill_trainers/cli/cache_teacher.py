@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def fill(argv: Sequence[str]) -> int:
-    """Ask the teacher for what the recipe's cache lacks; returns the exit status."""
+    """Ask the teacher for what the recipe's cache lacks; return the exit status."""
     from ..recipe.parse import parse_recipe
     from ..trainers.lifecycle.cache_filling import fill_cache
     from .train import build_trainer
@@ -61,7 +61,7 @@ def fill(argv: Sequence[str]) -> int:
 
 
 def inspect(argv: Sequence[str]) -> int:
-    """Print what a cache holds; returns 1 if some of it is damaged."""
+    """Print what a cache holds; return 1 if some of it is damaged."""
     from ..teachers.cache.report import inspect_cache
 
     position = list(argv).index("--inspect") + 1

@@ -75,8 +75,8 @@ def _scores(before: dict[str, float], after: dict[str, float]) -> dict[str, dict
         names = {"kl": "eval_kl", "top1_agreement": "eval_top1_agreement", "perplexity": "eval_perplexity"}
         return {name: metrics[key] for name, key in names.items()}
 
-    own = {"kl": 0.0, "top1_agreement": 1.0, "perplexity": after["eval_teacher_perplexity"]}
-    return {"teacher": own, "student before": row(before), "student after": row(after)}
+    teacher_row = {"kl": 0.0, "top1_agreement": 1.0, "perplexity": after["eval_teacher_perplexity"]}
+    return {"teacher": teacher_row, "student before": row(before), "student after": row(after)}
 
 
 def _compare_generation(trainer: Any, initial: Path, scores: dict[str, dict[str, float]]) -> list[dict[str, str]]:

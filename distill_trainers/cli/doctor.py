@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def diagnose(recipe: Any, options: DoctorArguments) -> Any:
-    """The diagnosis of a recipe.
+    """Return the diagnosis of a recipe.
 
     Raises:
         ConfigurationError: options that cannot be read.
@@ -96,14 +96,14 @@ def diagnose(recipe: Any, options: DoctorArguments) -> Any:
                 f"Got `local_teacher: {options.local_teacher}` and the teacher {case.teacher!r}; expected the "
                 "address of a server as the teacher, which the local one is compared with. Leave `local_teacher` out."
             )
-        if case.tokenizer is not None:  # else that is what there is to mend
+        if case.tokenizer is not None:  # else that is what there is to fix
             remote = open_teacher(Pair(case.student, case.teacher, tokenizer=case.tokenizer), recipe.args)
             case.teacher = options.local_teacher
     return examine(case, findings, deep=not options.quick and gpus is None, rates=rates, remote=remote)
 
 
 def look_before(recipe: Any, checked: Any) -> None:
-    """The cheap checks, ahead of a long run; what they find is printed.
+    """Run the cheap checks ahead of a long run, and print what they find.
 
     Raises:
         ConfigurationError: they found an error.
@@ -126,7 +126,7 @@ def look_before(recipe: Any, checked: Any) -> None:
     errors = diagnosis.count(Severity.ERROR)
     if errors:
         raise ConfigurationError(
-            f"The doctor found {errors} error{'s' * (errors != 1)} in this run: {diagnosis.findings[0].what} Mend the "
+            f"The doctor found {errors} error{'s' * (errors != 1)} in this run: {diagnosis.findings[0].what} Fix the "
             "recipe (`distill-trainers doctor` shows the whole picture), or start it all the same with `--no_doctor`."
         )
 

@@ -57,7 +57,7 @@ class EvaluateArguments:
     dry_run: bool = setting(False, "Check everything and load no weights.")
 
     def named_students(self) -> dict[str, str]:
-        """The students by name.
+        """Return the students by name.
 
         Raises:
             ConfigurationError: `student` and `students` at once, or a name without a model.
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[EvaluateArguments, EvaluationSettings]:
-    """Settings from `--config` and the command line.
+    """Parse settings from `--config` and the command line.
 
     Raises:
         ConfigurationError: unknown keys, values of the wrong type, or settings that cannot work.
@@ -115,7 +115,7 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
     """Read configs, tokenizers and data, and see that all of it fits together. No weights are loaded.
 
     Raises:
-        ConfigurationError, DatasetError, VocabularyError: what has to be mended.
+        ConfigurationError, DatasetError, VocabularyError: what has to be fixed.
     """
     from ..data import load_split
     from ..evaluation.runner import prepare
@@ -145,18 +145,18 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
 
 
 def print_results(results: EvaluationResults) -> None:
-    """The tables on a terminal, and what was left out."""
+    """Print the tables, and what was left out."""
     from rich.console import Console
     from rich.table import Table
 
     from ..evaluation.tables import tables_of
 
     console = Console()
-    for each in tables_of(results):
-        table = Table(title=each.title)
-        for place, heading in enumerate(each.headings):
+    for results_table in tables_of(results):
+        table = Table(title=results_table.title)
+        for place, heading in enumerate(results_table.headings):
             table.add_column(heading, justify="right" if place else "left")
-        for row in each.rows:
+        for row in results_table.rows:
             table.add_row(*row)
         console.print(table)
     for note in results.notes:

@@ -65,33 +65,33 @@ def main(argv: Sequence[str]) -> int:
     if shows_usage(argv, _USAGE):
         return 0
     recipe = parse_recipe(argv, PairArguments)
-    found = make_pairs(recipe, recipe.extra)
-    counts = ", ".join(f"{number} {what}" for what, number in found.items() if number)
+    numbers = make_pairs(recipe, recipe.extra)
+    counts = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
     print(f"{counts}. They are in {_file(recipe, recipe.extra)}.")
     if recipe.extra.pairs_repo:
         print(f"Uploaded to {_push(recipe, recipe.extra)}.")
     return 0
 
 
-def _push(recipe: Recipe, own: PairArguments) -> str:
+def _push(recipe: Recipe, settings: PairArguments) -> str:
     from ..cards.dataset_card import Writers, push_rows
     from ..storage import read_rows
 
     teacher, args = recipe.run.teacher_model_name_or_path, recipe.args
     writers = Writers(teacher, recipe.run.dataset, recipe.model.model_name_or_path or teacher)
-    how = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
-    return push_rows(read_rows(_file(recipe, own)), str(own.pairs_repo), writers, **how)  # type: ignore[arg-type]
+    options = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
+    return push_rows(read_rows(_file(recipe, settings)), str(settings.pairs_repo), writers, **options)  # type: ignore[arg-type]
 
 
-def _file(recipe: Recipe, own: PairArguments) -> Path:
-    return Path(own.pairs_file or Path(recipe.args.output_dir) / "pairs.jsonl").expanduser()
+def _file(recipe: Recipe, settings: PairArguments) -> Path:
+    return Path(settings.pairs_file or Path(recipe.args.output_dir) / "pairs.jsonl").expanduser()
 
 
-def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
-    """Write the pairs of a recipe's prompts; returns how many there are, and how many prompts were left out and why.
+def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
+    """Write the pairs of a recipe's prompts; return how many, and how many prompts were left out and why.
 
     Raises:
-        ConfigurationError, DatasetError: what must be mended, before any model is loaded.
+        ConfigurationError, DatasetError: what must be fixed, before any model is loaded.
         CheckpointError, CacheError: responses or pairs could not be written; those before are kept.
     """
     from ..recipe.checks import check_recipe
@@ -99,15 +99,15 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
     from ..teachers.loading import kind_of
     from .train import make_initial_student
 
-    _check(own, recipe.args.temperature)
+    _check(settings, recipe.args.temperature)
     if not kind_of(recipe.run.teacher_model_name_or_path, recipe.args).can_generate:
         raise ConfigurationError(
             f"The teacher {recipe.run.teacher_model_name_or_path} is behind HTTP and writes no responses; pairs need a "
             "teacher's folder or Hub id."
         )
-    if own.pairs_repo:
+    if settings.pairs_repo:
         hub.check_access(
-            own.pairs_repo,
+            settings.pairs_repo,
             repo_type="dataset",
             token=recipe.args.hub_token,
             private=recipe.args.hub_private_repo,
@@ -115,14 +115,14 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
         )
     checked = check_recipe(recipe)
     counts: Counter[str] = Counter()
-    prompts = _prompts(checked, recipe, own, counts)
+    prompts = _prompts(checked, recipe, settings, counts)
     student = recipe.model.model_name_or_path
     if student is None:
         student = str(make_initial_student(recipe, checked.ready.rows()[0]))
-    target = _file(recipe, own)
+    target = _file(recipe, settings)
     target.parent.mkdir(parents=True, exist_ok=True)
     teacher = str(recipe.run.teacher_model_name_or_path)
-    chosen = _teacher_answers(teacher, prompts, recipe, own, checked.pair.tokenizer, target)
+    chosen = _teacher_answers(teacher, prompts, recipe, settings, checked.pair.tokenizer, target)
     rejected = _Writer(student, "student", recipe, checked.pair.tokenizer, target).answer(
         {key: prompt for key, prompt in prompts.items() if key in chosen}, 0
     )
@@ -132,7 +132,7 @@ def make_pairs(recipe: Recipe, own: PairArguments) -> dict[str, int]:
     for key, prompt in prompts.items():
         if key not in chosen:
             continue
-        pair, reason = _pair(prompt, chosen[key], rejected[key], own, source)
+        pair, reason = _pair(prompt, chosen[key], rejected[key], settings, source)
         if reason:
             counts[reason] += 1
         else:
@@ -152,12 +152,12 @@ def _check(own: PairArguments, temperature: float) -> None:
     require(verified, "attempts", own.attempts, "1, or more with `verify`, which says what a right answer is")
     if own.attempts > 1 and temperature == 0:
         raise ConfigurationError(
-            f"Got `attempts: {own.attempts}` at `temperature: 0`, where every attempt gives the same answer. Raise the "
-            "temperature, or set attempts to 1."
+            f"Got `attempts: {own.attempts}` at `temperature: 0`, where every attempt gives the same answer. "
+            "Raise the temperature, or set attempts to 1."
         )
 
 
-def _prompts(checked: Any, recipe: Recipe, own: PairArguments, counts: Counter[str]) -> dict[str, Prompt]:
+def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Counter[str]) -> dict[str, Prompt]:
     """Different prompts that leave room for a response, by key."""
     from ..data import apply_column_mapping, detect_dataset_type, tokenize_row
     from ..rollouts.store import prompt_key
@@ -182,7 +182,7 @@ def _prompts(checked: Any, recipe: Recipe, own: PairArguments, counts: Counter[s
         elif key in prompts:
             counts["prompts that came twice"] += 1
         else:
-            prompts[key] = Prompt(_written_prompt(row, kind), ids, _right_answer(row, number, own))
+            prompts[key] = Prompt(_written_prompt(row, kind), ids, _right_answer(row, number, settings))
     if not prompts:
         raise DatasetError(f"No prompt of the dataset can be answered: {dict(counts)}. Raise `max_length`.")
     return prompts
@@ -198,17 +198,17 @@ def _written_prompt(row: Mapping[str, Any], kind: str) -> Any:
     return messages[:last]
 
 
-def _right_answer(row: Mapping[str, Any], number: int, own: PairArguments) -> str:
+def _right_answer(row: Mapping[str, Any], number: int, settings: PairArguments) -> str:
     from ..answers.verify import final_number
 
-    if own.verify == "none":
+    if settings.verify == "none":
         return ""
-    if own.answer_column not in row:
+    if settings.answer_column not in row:
         raise DatasetError(
-            f"`verify: {own.verify}` needs the right answers, but the dataset has no column {own.answer_column!r}, "
-            f"only {sorted(row)}. Name it in `answer_column`."
+            f"`verify: {settings.verify}` needs the right answers, but the dataset has no column "
+            f"{settings.answer_column!r}, only {sorted(row)}. Name it in `answer_column`."
         )
-    answer = str(row[own.answer_column])
+    answer = str(row[settings.answer_column])
     if final_number(answer) is None:
         raise DatasetError(f"Row {number}: the right answer {answer[:80]!r} holds no number to compare with.")
     return answer
@@ -217,22 +217,22 @@ def _right_answer(row: Mapping[str, Any], number: int, own: PairArguments) -> st
 def _is_right(response: str, answer: str) -> bool:
     from ..answers.verify import final_number, same_number
 
-    said, right = final_number(response), final_number(answer)
-    return said is not None and right is not None and same_number(said, right)
+    stated, right = final_number(response), final_number(answer)
+    return stated is not None and right is not None and same_number(stated, right)
 
 
 def _teacher_answers(
-    teacher: str, prompts: dict[str, Prompt], recipe: Recipe, own: PairArguments, tokenizer: Any, target: Path
+    teacher: str, prompts: dict[str, Prompt], recipe: Recipe, settings: PairArguments, tokenizer: Any, target: Path
 ) -> dict[str, Any]:
     """The teacher's first response to each prompt that stands the check."""
     writer = _Writer(teacher, "teacher", recipe, tokenizer, target)
-    found: dict[str, Any] = {}
-    for attempt in range(own.attempts):
-        asked = {key: prompt for key, prompt in prompts.items() if key not in found}
-        for key, response in writer.answer(asked, attempt).items():
-            if own.verify == "none" or _is_right(response["text"], prompts[key].answer):
-                found[key] = {**response, "attempt": attempt}
-    return found
+    answers: dict[str, Any] = {}
+    for attempt in range(settings.attempts):
+        unanswered = {key: prompt for key, prompt in prompts.items() if key not in answers}
+        for key, response in writer.answer(unanswered, attempt).items():
+            if settings.verify == "none" or _is_right(response["text"], prompts[key].answer):
+                answers[key] = {**response, "attempt": attempt}
+    return answers
 
 
 class _Writer:
@@ -297,27 +297,27 @@ class _Writer:
         if self._model is None:
             gc.collect()  # the model before this one
             is_teacher = self.role == "teacher"
-            own: Any = self.args.teacher_model_init_kwargs if is_teacher else self.args.model_init_kwargs
-            kwargs = {"trust_remote_code": self.args.trust_remote_code, **(own or {})}
+            init_kwargs: Any = self.args.teacher_model_init_kwargs if is_teacher else self.args.model_init_kwargs
+            kwargs = {"trust_remote_code": self.args.trust_remote_code, **(init_kwargs or {})}
             self._model = load_causal_lm(self.name, role=self.role, **kwargs).to(self.args.device).eval()
         return self._model
 
 
 def _pair(
-    prompt: Prompt, chosen: dict[str, Any], rejected: dict[str, Any], own: PairArguments, source: dict[str, Any]
+    prompt: Prompt, chosen: dict[str, Any], rejected: dict[str, Any], settings: PairArguments, source: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
     """One line of the file, or why there is none."""
     if chosen["text"].strip() == rejected["text"].strip():
         return {}, "pairs of equal responses"
     if not chosen["text"].strip() or not rejected["text"].strip():
         return {}, "pairs with an empty response"
-    if not own.keep_unfinished and not (chosen["finished"] and rejected["finished"]):
+    if not settings.keep_unfinished and not (chosen["finished"] and rejected["finished"]):
         return {}, "pairs with an unfinished response"
     provenance = dict(source)
     for side, response in (("chosen", chosen), ("rejected", rejected)):
         provenance |= {f"{side}_tokens": response["tokens"], f"{side}_finished": response["finished"]}
-    if own.verify != "none":
-        provenance["verified"] = own.verify
+    if settings.verify != "none":
+        provenance["verified"] = settings.verify
         provenance["rejected_is_right"] = _is_right(rejected["text"], prompt.answer)
     is_text = isinstance(prompt.written, str)
     sides = {

@@ -85,7 +85,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def print_plan(plan: Plan) -> None:
-    """The plan as a table."""
+    """Print the plan as a table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -74,8 +74,8 @@ def prove(output: Path, steps: int, teacher_steps: int) -> list[dict[str, Any]]:
     report("Teacher", teacher, 0.0, started)
     started = time.monotonic()
     baseline = tiny_llama(tokenizer, 48, 2, seed=1)
-    few, folder = rows[:GOLD_ROWS], str(output / "baseline")
-    fit_on_gold(baseline, tokenizer, few, steps, learning_rate=LEARNING_RATE, output_dir=folder)
+    gold, folder = rows[:GOLD_ROWS], str(output / "baseline")
+    fit_on_gold(baseline, tokenizer, gold, steps, learning_rate=LEARNING_RATE, output_dir=folder)
     report(f"Student, {GOLD_ROWS} right answers, no teacher", baseline, None, started)
     for title, method, settings in PROOFS:
         started = time.monotonic()
@@ -86,7 +86,7 @@ def prove(output: Path, steps: int, teacher_steps: int) -> list[dict[str, Any]]:
 
 
 def distill(student, teacher, tokenizer, rows, held_out, method, settings, output: Path, steps: int) -> float:
-    """Train `student` by one method on prompts alone; the held-out KL to the teacher in nats per token."""
+    """Train `student` by one method on prompts; return the held-out KL to the teacher in nats per token."""
     from datasets import Dataset
     from transformers import PrinterCallback
 

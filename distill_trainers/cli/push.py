@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def push_run(folder: Path, options: argparse.Namespace) -> str:
-    """Upload a folder that holds a student; returns the address."""
+    """Upload a folder that holds a student; return the address."""
     from .. import hub
 
     if not hub.stale_weights(folder):
@@ -81,20 +81,20 @@ def _with_scores(folder: Path, evaluation: str | None) -> None:
 
     card, run = folder / "README.md", folder.parent if folder.name == MERGED_NAME else folder
     places = [Path(evaluation)] if evaluation else [place / FILE_NAME for place in (folder, run, run / "evaluation")]
-    found = next((place for place in places if place.exists()), None)
-    if found is None or not card.is_file():
+    file = next((place for place in places if place.exists()), None)
+    if file is None or not card.is_file():
         if evaluation:
             raise ConfigurationError(
                 f"There is no {evaluation!r}, or no card in {str(folder)!r} to put its scores into."
             )
         return
-    text = with_scores(card.read_text(encoding="utf-8"), EvaluationResults.load(found), run.resolve().name)
+    text = with_scores(card.read_text(encoding="utf-8"), EvaluationResults.load(file), run.resolve().name)
     with writing("the model card", folder, "The student is as it was.", keep_begun=True):
         card.write_text(text, encoding="utf-8")
 
 
 def push_file(file: Path, options: argparse.Namespace) -> str:
-    """Upload rows as a dataset; returns its address."""
+    """Upload rows as a dataset; return its address."""
     from ..cards.dataset_card import Writers, push_rows
     from ..storage import read_rows
 

@@ -97,7 +97,7 @@ class PipelineArguments(Checked):
 
 
 def parse_arguments(argv: Sequence[str]) -> PipelineArguments:
-    """Settings from `--config` and the command line.
+    """Parse settings from `--config` and the command line.
 
     Raises:
         ConfigurationError: unknown keys, values of the wrong type, or settings that cannot work.

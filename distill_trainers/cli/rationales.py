@@ -56,12 +56,12 @@ def _extract(args: PipelineArguments) -> int:
     questions = _questions(args)
     model, rank = _teacher(args)
     store = RecordStore(args.path("responses"), rank)
-    rows, asked = extract(
+    rows, spent = extract(
         questions, model, store, samples=args.samples, exemplars=_exemplars(args), progress=_progress(rank)
     )
     if rank == 0:
         _export(args, "responses", rows)
-    return _report(args, "extract", {"cot": asked}, model, rank)
+    return _report(args, "extract", {"cot": spent}, model, rank)
 
 
 def _parse(args: PipelineArguments) -> int:
@@ -82,11 +82,11 @@ def _verify(args: PipelineArguments) -> int:
 
     rows = read_rows(args.input or args.path("parsed.jsonl"))
     store = RecordStore(args.path("verdicts"))
-    found = verify(rows, store=store, kind=args.answer_kind, majority_share=args.majority_share, progress=_progress(0))
-    _export(args, "verified", found.right)
-    write_rows(args.path("wrong.jsonl"), found.wrong)
-    _write_report(args, "verify", {"rows": len(rows), **found.counts})
-    _print_counts(f"{len(rows)} responses", found.counts)
+    judged = verify(rows, store=store, kind=args.answer_kind, majority_share=args.majority_share, progress=_progress(0))
+    _export(args, "verified", judged.right)
+    write_rows(args.path("wrong.jsonl"), judged.wrong)
+    _write_report(args, "verify", {"rows": len(rows), **judged.counts})
+    _print_counts(f"{len(rows)} responses", judged.counts)
     return 0
 
 
@@ -98,7 +98,7 @@ def _dual(args: PipelineArguments) -> int:
         return _inspect(args)
     right, wrong = read_rows(args.path("verified.jsonl")), read_rows(args.path("wrong.jsonl"))
     model, rank = _teacher(args) if args.ask_for_pairs else (None, 0)
-    found = dual(
+    chains = dual(
         right,
         wrong,
         model,
@@ -110,10 +110,10 @@ def _dual(args: PipelineArguments) -> int:
         progress=_progress(rank),
     )
     if rank == 0:
-        _export(args, "dual", found.pairs)
-        write_rows(args.path("sft.jsonl"), found.right)
-        _print_counts(f"{len(right)} right and {len(wrong)} wrong chains", found.counts)
-    return _report(args, "dual", found.asked, model, rank)
+        _export(args, "dual", chains.pairs)
+        write_rows(args.path("sft.jsonl"), chains.right)
+        _print_counts(f"{len(right)} right and {len(wrong)} wrong chains", chains.counts)
+    return _report(args, "dual", chains.asked, model, rank)
 
 
 def _inspect(args: PipelineArguments) -> int:
@@ -166,8 +166,8 @@ def _questions(args: PipelineArguments) -> list[dict[str, Any]]:
     if args.reference_format:
         find = find_format(args.reference_format)
         for row in rows:
-            found = find(str(row.get("answer") or ""))
-            row["answer"] = found[1] if found else None
+            answer_at = find(str(row.get("answer") or ""))
+            row["answer"] = answer_at[1] if answer_at else None
     return rows
 
 
@@ -176,8 +176,8 @@ def _exemplars(args: PipelineArguments) -> list[dict[str, Any]]:
     from ..rationales.exemplars import EXEMPLARS
     from ..rationales.prompts import exemplars_of
 
-    given = args.exemplars if args.exemplars in EXEMPLARS else [dict(row) for row in load_split(args.exemplars)]
-    return exemplars_of(given, args.shots)
+    source = args.exemplars if args.exemplars in EXEMPLARS else [dict(row) for row in load_split(args.exemplars)]
+    return exemplars_of(source, args.shots)
 
 
 def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
@@ -209,8 +209,8 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
         )
     accelerator = Accelerator(cpu=args.use_cpu)
     tokenizer = models.load_tokenizer(args.teacher, trust_remote_code=args.trust_remote_code)
-    given: Any = args.teacher_init_kwargs or {}  # parsed by now
-    init_kwargs = {"trust_remote_code": args.trust_remote_code, **given}
+    extra_kwargs: Any = args.teacher_init_kwargs or {}  # parsed by now
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **extra_kwargs}
     model = models.load_causal_lm(args.teacher, role="teacher", **init_kwargs)
     sampling = SamplingSettings(
         args.max_new_tokens,
@@ -258,18 +258,18 @@ def _export(args: PipelineArguments, name: str, rows: list[dict[str, Any]]) -> N
         print(f"Uploaded to {place}.")
 
 
-def _report(args: PipelineArguments, stage: str, asked: dict[str, Asked], model: Any, rank: int) -> int:
+def _report(args: PipelineArguments, stage: str, spent: dict[str, Asked], model: Any, rank: int) -> int:
     """What was asked, answered, spent, and why requests failed: printed, and kept beside the rows."""
     from accelerate.utils import gather_object
 
     several = not args.base_url and model is not None and model.accelerator.num_processes > 1
-    shares = gather_object([asked]) if several else [asked]
-    failed = sum((each.failed for share in shares for each in share.values()), Counter[str]())
+    shares = gather_object([spent]) if several else [spent]
+    failed = sum((entry.failed for share in shares for entry in share.values()), Counter[str]())
     totals: dict[str, Any] = {
-        name: sum(getattr(each, name) for share in shares for each in share.values())
+        name: sum(getattr(entry, name) for share in shares for entry in share.values())
         for name in ("done", "prompt_tokens", "completion_tokens")
     }
-    totals["known"] = sum(each.known for each in asked.values())
+    totals["known"] = sum(entry.known for entry in spent.values())
     cost = (totals["prompt_tokens"] * args.price_in + totals["completion_tokens"] * args.price_out) / 1e6
     if rank == 0 and model is not None:
         _write_report(args, stage, {**totals, "cost": cost, "failed": dict(failed)})

@@ -21,7 +21,7 @@ machines, put it behind a tunnel or a proxy with TLS. SIGTERM and Ctrl-C finish 
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options, with their defaults."""
+    """Define the options, with their defaults."""
     from ..teachers.remote.service import Limits
 
     parser = argparse.ArgumentParser(
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def load_service(options: Any, limits: Any) -> Any:
-    """The teacher that the options name, loaded, as a service."""
+    """Load the teacher that the options name, as a service."""
     import torch
 
     from ..models import load_causal_lm, load_tokenizer

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = None) -> Any:
-    """The recipe's trainer, ready to train. What can be refused without weights is refused before any are loaded.
+    """Build the recipe's trainer, ready to train. What can be refused without weights is refused before they load.
 
     Args:
         look: called with what the checks have read, before anything is loaded.
@@ -66,14 +66,14 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
         args.metric_for_best_model = args.metric_for_best_model or "eval_perplexity"
         args.greater_is_better = bool(args.greater_is_better)  # None means that less is better
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
-    given = checked.given
-    more = {} if given.text is None else {"pretraining_dataset": given.text}
+    data = checked.given
+    more = {} if data.text is None else {"pretraining_dataset": data.text}
     trainer = METHODS[settings.method][1](
         model=student,
         teacher_model=settings.teacher_model_name_or_path,
         args=args,
-        train_dataset=given.train,
-        eval_dataset=given.evaluation,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
         callbacks=callbacks,
         peft_config=get_peft_config(recipe.model),
         quantization_config=get_quantization_config(recipe.model),
@@ -83,13 +83,13 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
 
     trainer.remove_callback(PrinterCallback)  # ProgressReport takes its place
     trainer.add_callback(InterruptCallback(trainer.teacher, trainer.accelerator))
-    trainer.data_sources = [each for each in (settings.dataset, settings.pretraining_dataset) if each]
+    trainer.data_sources = [source for source in (settings.dataset, settings.pretraining_dataset) if source]
     trainer.recorder.recipe = changed_settings(settings) | changed_settings(recipe.model) | trainer.recorder.recipe
     return trainer
 
 
 def run(recipe: Recipe) -> Any:
-    """Train, evaluate, save and upload the recipe's student; returns the trainer."""
+    """Train, evaluate, save and upload the recipe's student; return the trainer."""
     from .progress import stop_progress
 
     trainer = build_trainer(recipe, look_before if recipe.run.doctor else None)
@@ -140,12 +140,12 @@ def make_initial_student(recipe: Recipe, rows: Any) -> Path:
 
     folder = Path(recipe.args.output_dir) / STUDENT_INIT_NAME
     marker = folder / "student_init.json"
-    wanted = {"teacher": recipe.run.teacher_model_name_or_path, **recipe.run.student_init}  # type: ignore[dict-item]
+    identity = {"teacher": recipe.run.teacher_model_name_or_path, **recipe.run.student_init}  # type: ignore[dict-item]
     with PartialState().main_process_first():
-        if not (marker.is_file() and json.loads(marker.read_text()) == wanted):
+        if not (marker.is_file() and json.loads(marker.read_text()) == identity):
             marker.unlink(missing_ok=True)
             _make_student(recipe, rows, folder)
-            marker.write_text(json.dumps(wanted))
+            marker.write_text(json.dumps(identity))
     return folder
 
 

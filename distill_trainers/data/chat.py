@@ -34,19 +34,19 @@ class Chat:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text after which the assistant starts a turn, its header included."""
+        """Render the text after which the assistant starts a turn, its header included."""
         return self._render(messages, add_generation_prompt=True)
 
     def begun_turn(self, messages: Sequence[Message]) -> str:
-        """The text after which the assistant goes on with the last message, which is its own."""
+        """Render the text after which the assistant goes on with the last message, which is its own."""
         return self._render(messages, continue_final_message=True)
 
     def conversation(self, messages: Sequence[Message]) -> str:
-        """The text of finished turns."""
+        """Render the text of finished turns."""
         return self._render(messages)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of rendered text, to which no special token is added: the template wrote them."""
+        """Tokenise rendered text, to which no special token is added: the template wrote them."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _render(self, messages: Sequence[Message], **turn: Any) -> str:
@@ -74,7 +74,7 @@ class Chat:
 def split_conversation(
     chat: Chat, prompt: Sequence[Message], completion: Sequence[Message]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt (generation prompt included) and of what the template renders after it.
+    """Tokenise the prompt (generation prompt included) and what the template renders after it.
 
     The prompt's ids are exactly those from which generation starts, so training and rollouts share them.
 
@@ -99,7 +99,7 @@ def split_conversation(
 
 
 def close_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Ends a rendered completion where generation would end it.
+    """End a rendered completion where generation would end it.
 
     White space that the template writes after the end-of-turn token goes. A foreign EOS is not added to an end-of-turn
     token; a template that writes no special token at the end gets the tokenizer's EOS, or the student never stops.
@@ -113,7 +113,7 @@ def close_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 def assistant_mask(
     chat: Chat, messages: Sequence[Message], ids: Sequence[int], *, generation_prompt: bool
 ) -> list[int]:
-    """1 for every token of `ids` that an assistant turn of `messages` wrote, its end of turn included.
+    """Mark with 1 every token of `ids` that an assistant turn of `messages` wrote, its end of turn included.
 
     Args:
         chat: with a template that marks assistant turns, or one that renders earlier turns the same whatever follows.
@@ -141,7 +141,7 @@ def assistant_mask(
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """TRL's template with {% generation %} markers for the tokenizer's, or None where there is no need or no such."""
+    """Return TRL's template with {% generation %} markers for the tokenizer's; None where it has or needs none."""
     template = tokenizer.chat_template
     return _training_template(tokenizer, str(template)) if template else None
 
@@ -200,7 +200,7 @@ def _close_turns(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: S
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token with which the tokenizer's chat template ends an assistant's turn; None without one of either."""
+    """Return the token with which the tokenizer's chat template ends an assistant's turn; None without one."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:

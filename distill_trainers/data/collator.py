@@ -65,7 +65,7 @@ def replace_completions(
     *,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, Tensor]:
-    """The batch with its prompts followed by new completions, every token of which is trained.
+    """Put new completions, every token of which is trained, behind the prompts of a batch.
 
     `input_ids`, `attention_mask` and `labels` are built anew, right-padded to their own longest row; whatever else the
     batch holds (the prompts among it) is carried over. An empty completion leaves a row without trained tokens.
@@ -96,7 +96,7 @@ def replace_completions(
 
 
 def unpadded_prompts(batch: Mapping[str, Tensor]) -> list[list[int]]:
-    """The prompts of a batch as lists of ids, padding taken off by `prompt_mask`."""
+    """Return the prompts of a batch as lists of ids, without padding (by `prompt_mask`)."""
     ids, mask = batch["prompt_ids"].tolist(), batch["prompt_mask"].tolist()
     return [[token for token, real in zip(*row, strict=True) if real] for row in zip(ids, mask, strict=True)]
 
@@ -120,7 +120,7 @@ def _lengths_mask(rows: Sequence[Sequence[int]], multiple: int | None, *, left: 
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, multiple: int | None, *, left: bool = False) -> Tensor:
-    """Lists of ids as one int64 tensor, as wide as the longest (rounded up to `multiple`)."""
+    """Pad lists of ids to one int64 tensor, as wide as the longest (rounded up to `multiple`)."""
     width = max(map(len, rows))
     if multiple:
         width = -(-width // multiple) * multiple

@@ -35,7 +35,7 @@ _ROLES = {
 
 
 def detect_dataset_type(row: Mapping[str, Any], *, name: str = "train") -> DatasetType:
-    """The type of a dataset, read off the columns of one of its rows.
+    """Tell the type of a dataset from the columns of one of its rows.
 
     `prompt` + `completion` wins over `messages`, which wins over `prompt` alone (chat datasets often carry their
     first question in a `prompt` column besides the whole conversation).
@@ -70,12 +70,12 @@ def detect_dataset_type(row: Mapping[str, Any], *, name: str = "train") -> Datas
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a column value is a non-empty list of messages."""
+    """Tell whether a column value is a non-empty list of messages."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def to_chatml(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Messages as {role, content} with the roles that chat templates know; the input is left as it was.
+    """Convert messages to {role, content} with the roles that chat templates know; the input stays as it was.
 
     Accepts ShareGPT's {from, value} and its speakers (human, gpt, observation, function_call).
 
@@ -96,7 +96,7 @@ def to_chatml(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 def as_messages(value: Any, *, role: str) -> list[Message]:
-    """A column value as messages: a conversation is converted, a string becomes one message of `role`."""
+    """Read a column value as messages: a conversation is converted, a string becomes one message of `role`."""
     if value is None or value == "" or value == []:
         return []
     if isinstance(value, str):
@@ -109,7 +109,7 @@ def as_messages(value: Any, *, role: str) -> list[Message]:
 
 
 def as_text(value: Any, *, column: str) -> str:
-    """A column value as text; a missing value is the empty string.
+    """Read a column value as text; a missing value is the empty string.
 
     Raises:
         DatasetError: the value is something else (a number, a list, …).
@@ -126,7 +126,7 @@ def as_text(value: Any, *, column: str) -> str:
 
 
 def first_row(dataset: Dataset | IterableDataset, *, name: str = "train") -> dict[str, Any]:
-    """The first row; of a stream it is read without using it up.
+    """Return the first row; of a stream it is read without using it up.
 
     Raises:
         DatasetError: there is none.
@@ -139,7 +139,7 @@ def first_row(dataset: Dataset | IterableDataset, *, name: str = "train") -> dic
 def apply_column_mapping(
     dataset: Dataset | IterableDataset, mapping: Mapping[str, str] | None, *, name: str = "train"
 ) -> Dataset | IterableDataset:
-    """Renames columns: `mapping` goes from the dataset's names to those of a layout, e.g. {question: prompt}.
+    """Rename columns: `mapping` goes from the dataset's names to those of a layout, e.g. {question: prompt}.
 
     Raises:
         DatasetError: a column to rename is missing, or a new name is taken or given twice.

@@ -29,7 +29,7 @@ def load_split(
     streaming: bool = False,
     column_mapping: Mapping[str, str] | None = None,
 ) -> Dataset | IterableDataset:
-    """One split of a dataset.
+    """Load one split of a dataset.
 
     Args:
         name_or_path: a file (.json, .jsonl, .csv, .parquet, .arrow, .txt), a folder of such files, a folder written by
@@ -64,7 +64,7 @@ def load_split(
 def train_eval_split(
     dataset: Dataset | IterableDataset, eval_fraction_or_count: float | int, seed: int
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
-    """Holds rows out for evaluation; the same seed holds out the same rows.
+    """Hold rows out for evaluation; the same seed holds out the same rows.
 
     Args:
         eval_fraction_or_count: a float between 0 and 1 is the share of rows (at least one row), an int their number. A
@@ -80,17 +80,17 @@ def train_eval_split(
     """
     from datasets import IterableDataset
 
-    asked = eval_fraction_or_count
-    is_count = isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1
-    if not is_count and not (isinstance(asked, float) and 0.0 < asked < 1.0):
+    amount = eval_fraction_or_count
+    is_count = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
+    if not is_count and not (isinstance(amount, float) and 0.0 < amount < 1.0):
         raise ConfigurationError(
-            f"Cannot hold out {asked!r} of a dataset: expected a fraction between 0 and 1, or a number of rows from 1."
+            f"Cannot hold out {amount!r} of a dataset: expected a fraction between 0 and 1, or a number of rows from 1."
         )
     if isinstance(dataset, IterableDataset):
         if not is_count:
-            raise ConfigurationError(f"A stream has no length to take {asked} of. Give a number of rows.")
-        return dataset.skip(int(asked)), dataset.take(int(asked))
-    count = int(asked) if is_count else max(1, round(asked * len(dataset)))
+            raise ConfigurationError(f"A stream has no length to take {amount} of. Give a number of rows.")
+        return dataset.skip(int(amount)), dataset.take(int(amount))
+    count = int(amount) if is_count else max(1, round(amount * len(dataset)))
     if count >= len(dataset):
         raise DatasetError(
             f"Holding out {count} of {len(dataset)} rows leaves none to train on. Hold out fewer, or pass an "
@@ -108,8 +108,8 @@ def _from_file(path: Path, split: str, streaming: bool) -> Dataset | IterableDat
         )
     if path.stat().st_size == 0:
         raise DatasetError(f"{str(path)!r} is an empty file. Expected rows to train on.")
-    wanted = re.match(r"\w+", split)
-    files = {wanted.group() if wanted else "train": str(path)}
+    split_name = re.match(r"\w+", split)
+    files = {split_name.group() if split_name else "train": str(path)}
     return _load(str(path), reader, split=split, data_files=files, streaming=streaming)
 
 

@@ -62,7 +62,7 @@ _LONG_PROMPT = "prompt as long as max_length or longer"
 
 
 def is_pair(row: Mapping[str, Any], column_mapping: Mapping[str, str] | None = None) -> bool:
-    """Whether a row of a dataset, its columns renamed by `column_mapping`, holds a preference pair."""
+    """Tell whether a row, its columns renamed by `column_mapping`, holds a preference pair."""
     names = {(column_mapping or {}).get(column, column) for column in row}
     return {"chosen", "rejected"} <= names
 
@@ -78,7 +78,7 @@ def prepare_pairs(
     drop_bad: bool = False,
     name: str = "train",
 ) -> Dataset | IterableDataset:
-    """A dataset of pairs as tokenised pairs, with the `length` of the longer row of each.
+    """Tokenise a dataset of pairs, with the `length` of the longer row of each.
 
     Prompts stay whole, and responses lose their end beyond `max_length`.
 
@@ -142,7 +142,7 @@ def _prepare_row(
 
 
 def split_pair(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Prompt, chosen and rejected of a row, the prompt taken from the start of both responses where it is there.
+    """Split a row into prompt, chosen and rejected; the prompt may stand at the start of both responses.
 
     As in TRL, a prompt column of another kind than the responses (a string beside conversations) only repeats what they
     begin with. `messages` or `conversations` beside the pair are its prompt, and a single message is a response.
@@ -159,8 +159,8 @@ def split_pair(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         return prompt, sides["chosen"] or "", sides["rejected"] or ""
     if prompt is not None:
         sides["prompt"] = prompt
-    found = maybe_extract_prompt(sides)
-    return found["prompt"], found["chosen"], found["rejected"]
+    pair = maybe_extract_prompt(sides)
+    return pair["prompt"], pair["chosen"], pair["rejected"]
 
 
 def _as_chat(value: Any) -> Any:
@@ -178,8 +178,8 @@ def _bad_text(prompt: Any, chosen: Any, rejected: Any, foreign: Sequence[str]) -
     if not _text_of(prompt).strip():
         return _NO_PROMPT
     texts = [_text_of(value) for value in (prompt, chosen, rejected)]
-    found = next((marker for marker in foreign if any(marker in text for text in texts)), None)
-    return "" if found is None else f"{found} belongs to the chat template of another tokenizer"
+    marker = next((m for m in foreign if any(m in text for text in texts)), None)
+    return "" if marker is None else f"{marker} belongs to the chat template of another tokenizer"
 
 
 def _text_of(value: Any) -> str:
@@ -187,7 +187,7 @@ def _text_of(value: Any) -> str:
     if isinstance(value, str) or value is None:
         return value or ""
     if is_conversation(value):
-        parts = (each for message in value for key, each in message.items() if key != "role" and each)
+        parts = (part for message in value for key, part in message.items() if key != "role" and part)
         return "\n".join(map(str, parts))
     return str(value)
 
@@ -239,17 +239,17 @@ def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str
     if len(good) < len(reasons):
         counted = ", ".join(f"{count} × {reason}" for reason, count in Counter(filter(None, reasons)).items())
         first = next(i for i, reason in enumerate(reasons) if reason)
-        found = (
+        problem = (
             f"{len(reasons) - len(good)} of the {len(reasons)} pairs of dataset {name!r} cannot be trained on: "
             f"{counted} (the first is row {first}). "
         )
         if not drop_bad or not good:
             raise DatasetError(
-                f"{found}Expected a prompt shorter than max_length={max_length} and two different responses that are "
-                "not empty, written for this tokenizer (as conversations, they get its own template). Mend the rows, "
+                f"{problem}Expected a prompt shorter than max_length={max_length} and two different responses that are "
+                "not empty, written for this tokenizer (as conversations, they get its own template). Fix the rows, "
                 + ("or set `bad_pairs: drop` to leave them out." if good else "there is none to train on.")
             )
-        logger.warning("%sThey are left out.", found)
+        logger.warning("%sThey are left out.", problem)
     cut = sum(dataset["cut"][i] for i in good)
     if cut:
         logger.warning("Dataset %r: max_length=%d cut the end of responses of %d pairs.", name, max_length, cut)
@@ -259,7 +259,7 @@ def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str
 def _is_good(row: Mapping[str, Any], *, drop_bad: bool, name: str) -> bool:
     if row["bad"] and not drop_bad:
         raise DatasetError(
-            f"A pair of the stream {name!r} cannot be trained on: {row['bad']}. Mend it, or set `bad_pairs: drop`."
+            f"A pair of the stream {name!r} cannot be trained on: {row['bad']}. Fix it, or set `bad_pairs: drop`."
         )
     return not row["bad"]
 
@@ -279,7 +279,7 @@ class PairCollator(DistillCollator):
 
 
 def rejected_row(pair: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompt of a tokenised pair with its rejected response, as a tokenised row."""
+    """Return the prompt of a tokenised pair with its rejected response, as a tokenised row."""
     start = pair["prompt_length"]
     return {
         "input_ids": [*pair["input_ids"][:start], *pair["rejected_ids"]],
@@ -289,12 +289,12 @@ def rejected_row(pair: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rows_of_pair(pair: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The chosen and the rejected row of a tokenised pair."""
+    """Return the chosen and the rejected row of a tokenised pair."""
     return [{name: pair[name] for name in ("input_ids", "loss_mask", "prompt_length")}, rejected_row(pair)]
 
 
 def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    """One batch of two, whose rows of the same number follow the same prompt.
+    """Make one batch of two, whose rows of the same number follow the same prompt.
 
     Args:
         chosen, rejected: `input_ids`, `attention_mask` and `labels` `[B, T]`, of any two T; whatever else `chosen`

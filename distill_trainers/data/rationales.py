@@ -70,15 +70,15 @@ class RationaleTemplates:
     chain_completion: str = _CHAIN
 
     @classmethod
-    def of(cls, style: str, tokenizer: PreTrainedTokenizerBase, **given: str | None) -> RationaleTemplates:
-        """The defaults of a style with what is given in their place; `auto` is chat where there is a template."""
+    def of(cls, style: str, tokenizer: PreTrainedTokenizerBase, **templates: str | None) -> RationaleTemplates:
+        """Take a style's defaults but for `templates`; `auto` is chat where the tokenizer has a template."""
         if style == "auto":
             style = "chat" if getattr(tokenizer, "chat_template", None) else "text"
-        chosen = {**_DEFAULTS[style], **{name: text for name, text in given.items() if text is not None}}
+        chosen = {**_DEFAULTS[style], **{name: text for name, text in templates.items() if text is not None}}
         return cls(style, **chosen)
 
     def chain(self, rationale: str, answer: str) -> tuple[str, str]:
-        """The completion that holds both, cut in two where the rationale ends."""
+        """Return the completion that holds both, cut in two where the rationale ends."""
         before, after = self.chain_completion.split("{rationale}", 1)
         return before + rationale, after.replace("{answer}", answer)
 
@@ -101,7 +101,7 @@ class RationaleTokenizer:
     chat_settings: Mapping[str, Any] | None = None
 
     def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """One row as `first` and `other` sequence; `other` is None where the row has none.
+        """Tokenise one row as `first` and `other` sequence; `other` is None where the row has none.
 
         Raises:
             DatasetError: a value that is no text or number, or a conversation that the template cannot split.
@@ -151,12 +151,12 @@ class RationaleTokenizer:
         prompt, tokenizer = template.replace("{question}", question), self.tokenizer
         if self.templates.style == "chat":
             chat = Chat(tokenizer, settings=dict(self.chat_settings or {}))
-            asked = [{"role": "user", "content": prompt}]
+            question_turn = [{"role": "user", "content": prompt}]
             if completion:
-                told = [{"role": "assistant", "content": completion}]
-                prompt_ids, completion_ids = split_conversation(chat, asked, told)
+                answer_turn = [{"role": "assistant", "content": completion}]
+                prompt_ids, completion_ids = split_conversation(chat, question_turn, answer_turn)
             else:
-                prompt_ids, completion_ids = chat.ids(chat.prompt(asked)), []
+                prompt_ids, completion_ids = chat.ids(chat.prompt(question_turn)), []
         else:
             prompt_ids = tokenizer(prompt)["input_ids"] if self.separate else prompt_ids_of(prompt, tokenizer)
             completion_ids = (
@@ -171,9 +171,9 @@ class RationaleTokenizer:
         ids = sequence["input_ids"]
         places = {**sequence, "input_ids": list(range(len(ids)))}
         bos = 0 if ids[:1] == [self.tokenizer.bos_token_id] else None
-        kept = truncate(places, self.max_length, self.reserve, bos_token_id=bos)
-        cut = {name: [sequence[name][i] for i in kept["input_ids"]] for name in ("input_ids", "loss_mask", "marks")}
-        return {**cut, "prompt_length": kept["prompt_length"]}
+        left = truncate(places, self.max_length, self.reserve, bos_token_id=bos)
+        cut = {name: [sequence[name][i] for i in left["input_ids"]] for name in ("input_ids", "loss_mask", "marks")}
+        return {**cut, "prompt_length": left["prompt_length"]}
 
 
 def prepare_rationales(
@@ -186,7 +186,7 @@ def prepare_rationales(
     num_proc: int | None = None,
     name: str = "train",
 ) -> Any:
-    """A dataset of the layout `rationale` as tokenised examples; rows that cannot train are dropped and counted.
+    """Tokenise a dataset of the layout `rationale`; rows that cannot train are dropped and counted.
 
     Args:
         needs: what a row must have trained tokens in: `first`, `other`, or `any`; `none` keeps every row that has a
@@ -211,24 +211,24 @@ def prepare_rationales(
         return map_rows().filter(_is_kept).remove_columns("dropped")
     prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
     reasons = Counter(reason for reason in prepared["dropped"] if reason)
-    told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     if reasons.total() == len(prepared):
-        raise DatasetError(f"None of the {len(prepared)} rows of dataset {name!r} can be trained on: {told}.")
+        raise DatasetError(f"None of the {len(prepared)} rows of dataset {name!r} can be trained on: {counts}.")
     if reasons:
-        logger.warning("Dataset %r, %d rows: %d dropped (%s).", name, len(prepared), reasons.total(), told)
-    kept = [i for i, reason in enumerate(prepared["dropped"]) if not reason]
-    return prepared.select(kept).remove_columns("dropped")
+        logger.warning("Dataset %r, %d rows: %d dropped (%s).", name, len(prepared), reasons.total(), counts)
+    usable = [i for i, reason in enumerate(prepared["dropped"]) if not reason]
+    return prepared.select(usable).remove_columns("dropped")
 
 
 def _prepare_example(
     row: Mapping[str, Any], index: int, *, work: RationaleTokenizer, needs: str, with_others: bool, name: str, code: str
 ) -> dict[str, Any]:
     try:
-        found = work.example(row)
+        example = work.example(row)
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
     nothing: dict[str, Any] = {"input_ids": [], "loss_mask": [], "marks": [], "prompt_length": 0}
-    first, other = found["first"], (found["other"] if with_others else None) or nothing
+    first, other = example["first"], (example["other"] if with_others else None) or nothing
     return {
         **first,
         **{f"other_{name}": value for name, value in other.items()},
@@ -279,7 +279,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 
 def rows_of_rationales(example: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sequences of a tokenised example, as rows: the first, and the other if there is one."""
+    """Return the sequences of a tokenised example as rows: the first, and the other if there is one."""
     names = ("input_ids", "loss_mask", "prompt_length")
     rows = [{name: example[f"{side}{name}"] for name in names} for side in ("", "other_")]
     return rows if rows[1]["input_ids"] else rows[:1]
@@ -314,16 +314,16 @@ class RationaleCollator:
         others = [{name: row[f"other_{name}"] for name in _SEQUENCE} for row in rows] if self.with_others else []
         sequences = firsts + [other if other["input_ids"] else self._nothing() for other in others]
         split = self.decoder_start is not None
-        batch: dict[str, Any] = self._plain()([self._decoder_side(each) for each in sequences] if split else sequences)
+        batch: dict[str, Any] = self._plain()([self._decoder_side(row) for row in sequences] if split else sequences)
         if split:
-            prompts = [each["input_ids"][: each["prompt_length"]] for each in sequences]
+            prompts = [row["input_ids"][: row["prompt_length"]] for row in sequences]
             batch["encoder_ids"] = pad_rows(prompts, self.pad_token_id, self.pad_to_multiple_of)
             batch["encoder_mask"] = pad_rows([[1] * len(p) for p in prompts], 0, self.pad_to_multiple_of)
         batch["examples"] = torch.arange(len(sequences)) % len(rows)
         batch |= self._entries(batch, sequences, len(rows))
         if self.with_prompts:
-            asked = DistillCollator(self.pad_token_id, self.pad_to_multiple_of, with_prompts=True)(firsts)
-            batch |= {name: asked[name] for name in ("prompt_ids", "prompt_mask")}
+            prompt_batch = DistillCollator(self.pad_token_id, self.pad_to_multiple_of, with_prompts=True)(firsts)
+            batch |= {name: prompt_batch[name] for name in ("prompt_ids", "prompt_mask")}
             batch["references"] = [(row["reference"], list(row["choices"])) for row in rows]
         return batch
 
@@ -345,7 +345,7 @@ class RationaleCollator:
 
     def _entries(self, batch: Mapping[str, Tensor], sequences: list[TokenizedRow], examples: int) -> dict[str, Tensor]:
         split = self.decoder_start is not None
-        marks = [[0, *each["marks"][each["prompt_length"] :]] if split else each["marks"] for each in sequences]
+        marks = [[0, *row["marks"][row["prompt_length"] :]] if split else row["marks"] for row in sequences]
         trained = (batch["labels"] != IGNORED).float()
         marked = pad_rows(marks, 0, self.pad_to_multiple_of).float() * trained
         is_first = (torch.arange(len(sequences)) < examples).float()[:, None]
@@ -367,28 +367,28 @@ _SEQUENCE = ("input_ids", "loss_mask", "marks", "prompt_length")
 def with_innovations(
     batch: Mapping[str, Any], rows: Sequence[tuple[Sequence[int], int]], pad_token_id: int, multiple: int | None = None
 ) -> dict[str, Any]:
-    """The batch of `dual_chain` with further rows: prompt and completion, whose `token_innovation` is 1.
+    """Add rows to a batch of `dual_chain`: prompt and completion, whose `token_innovation` is 1.
 
     Args:
         rows: ids of prompt and completion, and the length of the prompt.
     """
-    kept = {name: value for name, value in batch.items() if name not in ("prompt_ids", "prompt_mask", "references")}
+    old = {name: value for name, value in batch.items() if name not in ("prompt_ids", "prompt_mask", "references")}
     if not rows:
-        return kept
+        return old
     sequences = [{"input_ids": ids, "loss_mask": [0] * n + [1] * (len(ids) - n), "prompt_length": n} for ids, n in rows]
     added = DistillCollator(pad_token_id, multiple)(sequences)
     trained = (added["labels"] != IGNORED).float()
     none = torch.zeros_like(trained)
-    added |= {name: none for name in kept if name.startswith("token_")}
+    added |= {name: none for name in old if name.startswith("token_")}
     added |= {"token_innovation": trained, "token_given": trained}
-    width = max(kept["labels"].shape[1], added["labels"].shape[1])
+    width = max(old["labels"].shape[1], added["labels"].shape[1])
     fill = {"input_ids": pad_token_id, "labels": IGNORED}
     joined = {
-        name: torch.cat([_widened(part[name], width, fill.get(name, 0)) for part in (_to(kept, added), added)])
+        name: torch.cat([_widened(part[name], width, fill.get(name, 0)) for part in (_to(old, added), added)])
         for name in added
     }
-    device = kept["labels"].device
-    return {**kept, **{name: value.to(device) for name, value in joined.items()}, "examples": kept["examples"]}
+    device = old["labels"].device
+    return {**old, **{name: value.to(device) for name, value in joined.items()}, "examples": old["examples"]}
 
 
 def _to(batch: Mapping[str, Any], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def tokenize_row(
     assistant_only_loss: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> TokenizedRow:
-    """One row as `{"input_ids", "loss_mask", "prompt_length"}`.
+    """Tokenise one row as `{"input_ids", "loss_mask", "prompt_length"}`.
 
     Prompt and completion are tokenised apart, so that the prompt of a rollout is the training prompt, token for token.
     A row without a completion (or with an empty one) becomes a prompt: `prompt_length == len(input_ids)`.
@@ -66,7 +66,7 @@ def tokenize_row(
 def truncate(
     row: TokenizedRow, max_length: int | None, reserve: int = 0, *, bos_token_id: int | None = None
 ) -> TokenizedRow:
-    """Cuts a tokenised row to `max_length` tokens.
+    """Cut a tokenised row to `max_length` tokens.
 
     The prompt loses its beginning, until what follows it has `min(len(completion), max_length // 2)` tokens, or
     `reserve` if that is more; then the completion loses its end (and with it its EOS: the text did not end there).
@@ -86,10 +86,10 @@ def truncate(
     if lost == 0 and len(ids) <= max_length:
         return row
     first = int(prompt_length > lost > 0 and ids[0] == bos_token_id)
-    kept = [*range(first), *range(lost + first, len(ids))][:max_length]
+    places = [*range(first), *range(lost + first, len(ids))][:max_length]
     return {
-        "input_ids": [ids[i] for i in kept],
-        "loss_mask": [mask[i] for i in kept],
+        "input_ids": [ids[i] for i in places],
+        "loss_mask": [mask[i] for i in places],
         "prompt_length": prompt_length - lost,
     }
 
@@ -193,7 +193,7 @@ def _joined(prompt_ids: list[int], completion_ids: list[int]) -> TokenizedRow:
 
 
 def prompt_ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt, with the special tokens that begin a text but none that ends it."""
+    """Tokenise a prompt, with the special tokens that begin a text but none that ends it."""
     ids = tokenizer(text)["input_ids"]
     eos = tokenizer.eos_token_id
     # Some tokenizers end everything with EOS: a prompt is not at its end. (A BOS that is the EOS, as in GPT-2, stays.)
@@ -203,20 +203,20 @@ def prompt_ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end in the tokenizer's EOS, if it has one."""
+    """End ids in the tokenizer's EOS, if it has one."""
     eos = tokenizer.eos_token_id
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
 def _is_silent(message: Message) -> bool:
     content = message.get("content")
-    said = content.strip() if isinstance(content, str) else content
-    return not said and not message.get("tool_calls") and not message.get("reasoning_content")
+    text = content.strip() if isinstance(content, str) else content
+    return not text and not message.get("tool_calls") and not message.get("reasoning_content")
 
 
 def _template_settings(row: Mapping[str, Any], settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    own = row.get("chat_template_kwargs") or {}
-    merged = {**(settings or {}), **{key: value for key, value in own.items() if value is not None}}
+    row_settings = row.get("chat_template_kwargs") or {}
+    merged = {**(settings or {}), **{key: value for key, value in row_settings.items() if value is not None}}
     tools = row.get("tools")
     if tools:
         merged["tools"] = json.loads(tools) if isinstance(tools, str) else tools

@@ -45,7 +45,7 @@ def prepare_dataset(
     strict: bool = False,
     name: str = "train",
 ) -> Dataset | IterableDataset:
-    """A dataset of any layout as tokenised rows, with their `length` for batches of like-sized rows.
+    """Tokenise a dataset of any layout, with the `length` of each row for batches of like-sized rows.
 
     Rows that cannot train are dropped. What was cut and dropped is logged once, in numbers; a stream is prepared as it
     is read, so nothing is counted there.
@@ -146,9 +146,9 @@ def _is_kept(row: Mapping[str, Any]) -> bool:
 def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
     flags = dataset.select_columns(["dropped", "prompt_cut", "completion_cut"])[:]
     reasons = Counter(reason for reason in flags["dropped"] if reason)
-    kept = [i for i, reason in enumerate(flags["dropped"]) if not reason]
+    usable = [i for i, reason in enumerate(flags["dropped"]) if not reason]
     parts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    if not kept:
+    if not usable:
         raise DatasetError(
             f"None of the {len(dataset)} rows of dataset {name!r} can be trained on: {parts} (row 0: "
             f"{flags['dropped'][0]}). Check the columns (column_mapping), and max_length={max_length}."
@@ -156,9 +156,9 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
     news = []
     if reasons:
         first = next(i for i, reason in enumerate(flags["dropped"]) if reason)
-        news.append(f"{len(dataset) - len(kept)} rows dropped ({parts}; the first is row {first})")
-    cut_prompts = sum(flags["prompt_cut"][i] for i in kept)
-    cut_completions = sum(flags["completion_cut"][i] for i in kept)
+        news.append(f"{len(dataset) - len(usable)} rows dropped ({parts}; the first is row {first})")
+    cut_prompts = sum(flags["prompt_cut"][i] for i in usable)
+    cut_completions = sum(flags["completion_cut"][i] for i in usable)
     if cut_prompts or cut_completions:
         news.append(
             f"max_length={max_length} cut the beginning of {cut_prompts} prompts and the end of "
@@ -166,7 +166,7 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
         )
     if news:
         logger.warning("Dataset %r, %d rows: %s.", name, len(dataset), "; ".join(news))
-    return dataset.select(kept) if reasons else dataset
+    return dataset.select(usable) if reasons else dataset
 
 
 def _features() -> Features:
@@ -235,7 +235,7 @@ def _check_type_serves(dataset_type: DatasetType, needs: Needs, assistant_only_l
 
 @cache
 def code_fingerprint() -> str:
-    """Identifies the code that tokenises."""
+    """Identify the code that tokenises."""
     # datasets caches results of `map` under the arguments of the function, but not its code: a new release of this
     # package must not read rows that an older one tokenised.
     here = Path(__file__).parent

@@ -29,7 +29,7 @@ class Arrangement:
 
 
 def launches(gpus: Gpus, mixed_precision: str) -> dict[str, Launch]:
-    """The launches of accelerate_configs/, on these GPUs."""
+    """List the launches of accelerate_configs/, on these GPUs."""
     base = Launch(processes=gpus.count, machines=gpus.machines, mixed_precision=mixed_precision)
     named = {name: replace(base, strategy=name, name=name) for name in ("ddp", "zero2", "zero3", "fsdp2")}
     named["zero3_offload"] = replace(
@@ -41,7 +41,7 @@ def launches(gpus: Gpus, mixed_precision: str) -> dict[str, Launch]:
 
 
 def all_placements(case: Case) -> list[Arrangement]:
-    """Every student's launch with every teacher's placement; none without `gpus` or without a teacher."""
+    """Try every student's launch with every teacher's placement; none without `gpus` or without a teacher."""
     if case.gpus is None or case.teacher_shape is None:
         return []
     available = room_for(case).bytes

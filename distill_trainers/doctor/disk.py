@@ -14,7 +14,7 @@ _TIGHT = 0.8
 
 
 def check_disk(case: Case) -> Iterator[Finding]:
-    """What a run writes, by file system, against what is free there; nothing for hardware that is not here."""
+    """Compare what a run writes, by file system, with what is free; nothing for hardware that is not here."""
     if case.gpus is not None:
         return
     needs: dict[int, tuple[Path, dict[str, float]]] = {}
@@ -37,7 +37,7 @@ def check_disk(case: Case) -> Iterator[Finding]:
 
 
 def checkpoint_bytes(case: Case) -> float:
-    """One checkpoint: the student, and what its optimiser needs to go on."""
+    """Estimate one checkpoint: the student, and what its optimiser needs to go on."""
     shape, work = case.student_shape, case.work
     if shape is None or work is None:
         return 0.0
@@ -50,7 +50,7 @@ def checkpoint_bytes(case: Case) -> float:
 
 
 def num_checkpoints(case: Case) -> int:
-    """How many are on the disk at once, at the most; a new one is written before the oldest goes."""
+    """Count the checkpoints on disk at once, at the most; a new one is written before the oldest goes."""
     args = case.args
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     if strategy == "no":

@@ -43,13 +43,13 @@ class Diagnosis:
         return sum(finding.severity is severity for finding in self.findings)
 
     def exit_status(self, *, strict: bool = False) -> int:
-        """0: healthy; 2: errors; 1: warnings, which count only if `strict`."""
+        """Return 0: healthy; 2: errors; 1: warnings, which count only if `strict`."""
         if self.count(Severity.ERROR):
             return 2
         return 1 if strict and self.count(Severity.WARNING) else 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`: sizes in bytes, times in seconds."""
+        """Return what `--json` prints: sizes in bytes, times in seconds."""
         case, pace = self.case, self.pace
         shapes = {"student": case.student_shape, "teacher": case.teacher_shape}
         need = self.memory

@@ -31,11 +31,11 @@ class Finding:
 
     @classmethod
     def of_error(cls, concern: str, error: Exception) -> Finding:
-        """An error of this package, whose message ends in what to do."""
+        """Make a finding of this package's error, whose message ends in what to do."""
         text = " ".join(str(error).split())
         for border in ("; expected ", ". "):
-            what, found, remedy = text.rstrip(".").rpartition(border)
-            if found:
+            what, separator, remedy = text.rstrip(".").rpartition(border)
+            if separator:
                 remedy = f"Expected {remedy}." if border.startswith(";") else f"{remedy}."
                 return cls(Severity.ERROR, concern, f"{what}.", remedy)
         return cls(Severity.ERROR, concern, text, "Change what the message names.")
@@ -57,6 +57,6 @@ def note(concern: str, what: str, remedy: str) -> Finding:
 
 
 def ranked(findings: Iterable[Finding]) -> list[Finding]:
-    """The worst first; equal ones in the order in which they were found, each once."""
+    """Sort findings, the worst first; equal ones in their order, each once."""
     order = list(Severity)
     return sorted(dict.fromkeys(findings), key=lambda finding: order.index(finding.severity))

@@ -47,7 +47,7 @@ class Launch:
         return max(1, self.processes // self.machines)
 
     def on(self, gpus: Gpus) -> Launch:
-        """The same on other hardware; one process alone becomes DDP on several GPUs."""
+        """Return the same on other hardware; one process alone becomes DDP on several GPUs."""
         strategy = "ddp" if self.strategy == "single" and gpus.count > 1 else self.strategy
         return replace(self, processes=gpus.count, machines=gpus.machines, strategy=strategy, on_cpu=False)
 
@@ -67,19 +67,19 @@ class Gpus:
 
     @classmethod
     def parse(cls, text: str) -> Gpus:
-        """Raises ConfigurationError unless `text` is like `8x80` or `2x8x80`."""
-        found = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)(?:gb)?", text.strip().lower())
-        if not found or 0 in (int(found[1] or 1), int(found[2])) or float(found[3]) == 0:
+        """Read a text like `8x80` or `2x8x80`; raise ConfigurationError for any other."""
+        parts = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)(?:gb)?", text.strip().lower())
+        if not parts or 0 in (int(parts[1] or 1), int(parts[2])) or float(parts[3]) == 0:
             raise ConfigurationError(
                 f"Got `gpus: {text}`; expected GPUs and gigabytes such as 8x80, or machines, GPUs and gigabytes such "
                 "as 2x8x80."
             )
-        machines = int(found[1] or 1)
-        return cls(machines * int(found[2]), float(found[3]), machines)
+        machines = int(parts[1] or 1)
+        return cls(machines * int(parts[2]), float(parts[3]), machines)
 
 
 def read_launch(path: str | Path) -> Launch:
-    """A launch configuration of accelerate.
+    """Read a launch configuration of accelerate.
 
     Raises:
         ConfigurationError: it is not there, or not one.
@@ -143,7 +143,7 @@ def _of_engine_file(path: str | None) -> dict[str, Any]:
 
 
 def launch_here(environment: Mapping[str, str] | None = None, *, on_cpu: bool = False) -> Launch:
-    """The launch that this process is part of, from what `accelerate launch` leaves in the environment."""
+    """Tell the launch that this process is part of, from the environment that `accelerate launch` sets."""
     env = os.environ if environment is None else environment
     processes = int(env.get("WORLD_SIZE", "1"))
     strategy = "ddp" if processes > 1 else "single"

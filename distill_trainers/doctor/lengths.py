@@ -11,19 +11,19 @@ _CUT = 0.1  # share of rows that may lose their end unmentioned
 
 
 def check_lengths(case: Case) -> Iterator[Finding]:
-    """Context lengths of both models, and how much of the data is cut."""
+    """Check the context lengths of both models, and how much of the data is cut."""
     limit = case.args.max_length
     longest = min(limit, max(case.lengths, default=limit))
     reached = limit if case.samples else longest
     for role, shape in (("student", case.student_shape), ("teacher", case.teacher_shape)):
         if shape is None or shape.context is None or limit <= shape.context:
             continue
-        how = "fails on" if shape.absolute_positions else "was never trained on"
+        effect = "fails on" if shape.absolute_positions else "was never trained on"
         tell = error if reached > shape.context else warning
         yield tell(
             "lengths",
             f"Rows may have {limit} tokens (`max_length`), the longest of {len(case.lengths)} looked at has {longest}, "
-            f"but the {role} was made for {shape.context} positions and {how} what lies beyond.",
+            f"but the {role} was made for {shape.context} positions and {effect} what lies beyond.",
             f"Set `max_length: {shape.context}`, or take a {role} with a longer context.",
         )
     cut = [length for length in case.lengths if length > limit]

@@ -142,44 +142,44 @@ class MemoryEstimate:
 def estimate(
     student: ModelShape, teacher: ModelShape | None, work: Workload, launch: Launch, placement: str
 ) -> MemoryEstimate:
-    """Memory of one rank; the docstring of the module derives it.
+    """Estimate the memory of one rank; the docstring of the module derives it.
 
     Args:
         placement: of the teacher, one of `teachers.placement.PLACEMENTS` but `auto`.
     """
-    own = _Student(student, work, launch)
+    ours = _Student(student, work, launch)
     if placement == "adapter_off":  # the student's base answers: nothing of its own, but a forward and its logits
-        teacher, work = student, replace(work, teacher_bytes=own.width)
-    theirs = _Teacher(teacher, work, launch, placement)
-    resident, offloaded = own.held()
+        teacher, work = student, replace(work, teacher_bytes=ours.width)
+    other = _Teacher(teacher, work, launch, placement)
+    resident, offloaded = ours.held()
     moments = {
         "end of forward": {
-            "activations": own.activations(),
-            **own.loss(teacher),
-            **own.gathered(),
-            **(own.gradients() if work.accumulation > 1 else {}),
-            "the teacher's head, whole": theirs.gathered_head(),
+            "activations": ours.activations(),
+            **ours.loss(teacher),
+            **ours.gathered(),
+            **(ours.gradients() if work.accumulation > 1 else {}),
+            "the teacher's head, whole": other.gathered_head(),
         },
-        "end of backward": {**own.gradients(), "embedding's gradient": own.dense_embedding(), **own.gathered()},
-        "optimiser step": {**own.gradients(), **own.step()},
+        "end of backward": {**ours.gradients(), "embedding's gradient": ours.dense_embedding(), **ours.gathered()},
+        "optimiser step": {**ours.gradients(), **ours.step()},
     }
     if teacher is not None:
         moments["teacher's forward"] = {
-            **theirs.forward(),
-            **(own.gathered() if placement == "adapter_off" and launch.strategy in SHARDED else {}),
-            **(own.gradients() if work.accumulation > 1 else {}),
+            **other.forward(),
+            **(ours.gathered() if placement == "adapter_off" and launch.strategy in SHARDED else {}),
+            **(ours.gradients() if work.accumulation > 1 else {}),
         }
     if work.rollout_rows:
-        moments["rollouts"] = {**own.rollouts(), **theirs.rollouts()}
+        moments["rollouts"] = {**ours.rollouts(), **other.rollouts()}
     return MemoryEstimate(
-        held=_without_nothing({**resident, "teacher": theirs.held()}),
+        held=_without_nothing({**resident, "teacher": other.held()}),
         moments={name: _without_nothing(parts) for name, parts in moments.items()},
-        host=_without_nothing({**offloaded, "teacher": theirs.host()}),
+        host=_without_nothing({**offloaded, "teacher": other.host()}),
     )
 
 
 def layer_bytes(shape: ModelShape, work: Workload, compute: str) -> float:
-    """What autograd saves of one decoder layer for a micro-batch.
+    """Estimate what autograd saves of one decoder layer for a micro-batch.
 
     Args:
         compute: `float32`, `autocast` or `16 bits`.
@@ -196,7 +196,7 @@ def layer_bytes(shape: ModelShape, work: Workload, compute: str) -> float:
 
 
 def at_work(shape: ModelShape, tokens: int, width: float) -> float:
-    """What a layer holds for a moment, beside what it saves."""
+    """Estimate what a layer holds for a moment, beside what it saves."""
     return tokens * (2 * shape.hidden + (3 if shape.gated else 2) * shape.intermediate) * width
 
 
@@ -238,18 +238,18 @@ class _Student:
         ranks = launch.processes if launch.by_deepspeed or launch.strategy == "fsdp2" else 1
         states = self.work.state_bytes * (1.0 if launch.by_deepspeed else self.bytes / 4)
         optimiser = {"optimiser": trained * states / ranks}
-        here: Parts = {}
+        on_gpu: Parts = {}
         if launch.by_deepspeed:
             optimiser["float32 weights"] = 4 * trained / ranks
             if launch.strategy == "zero3":
-                here["gradients' shares"] = self.bytes * trained / ranks
-                here["bucket of gradients"] = min(_BUCKET, trained) * self.bytes
+                on_gpu["gradients' shares"] = self.bytes * trained / ranks
+                on_gpu["bucket of gradients"] = min(_BUCKET, trained) * self.bytes
         if launch.strategy == "ddp":
-            here["buckets"] = self.bytes * trained
+            on_gpu["buckets"] = self.bytes * trained
         host: Parts = {}
-        (host if launch.offloads_parameters else here).update(weights)
-        (host if launch.offloads_optimizer or launch.offloads_parameters else here).update(optimiser)
-        return here, host
+        (host if launch.offloads_parameters else on_gpu).update(weights)
+        (host if launch.offloads_optimizer or launch.offloads_parameters else on_gpu).update(optimiser)
+        return on_gpu, host
 
     def gradients(self) -> Parts:
         trained, launch = self.shape.trainable, self.launch
@@ -292,10 +292,10 @@ class _Student:
         shape, n = self.shape, self.work.tokens
         chunk = min(self.work.chunk_bytes, 4 * n * shape.vocab)
         hidden = n * shape.hidden * (4 + self.width)
-        theirs = 0 if teacher is None else n * teacher.hidden * self.work.teacher_bytes
+        teacher_hidden = 0 if teacher is None else n * teacher.hidden * self.work.teacher_bytes
         parts = {
             "chunks of logits": (3 if teacher is not None else 2) * chunk,
-            "last hidden states": hidden + theirs,
+            "last hidden states": hidden + teacher_hidden,
             "head's gradient": 4.0 * shape.head if shape.head_trains else 0.0,
         }
         if self.launch.on_cpu:  # heads in 16 bits are converted

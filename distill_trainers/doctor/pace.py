@@ -48,7 +48,7 @@ class Pace:
 
 
 def pace_of(case: Case, rates: Rates | None) -> Pace | None:
-    """Work and least time of one step."""
+    """Estimate work and least time of one step."""
     student, work = case.student_shape, case.work
     if student is None or work is None:
         return None
@@ -83,7 +83,7 @@ def _forward(shape: ModelShape, tokens: float, length: float) -> float:
 
 
 def measured_rates(device: Any, dtype: torch.dtype, processes: int = 1) -> Rates:
-    """What this device does now: the best of a few products of square matrices, and of a few copies.
+    """Measure this device: the best of a few products of square matrices, and of a few copies.
 
     Args:
         processes: ranks that share it.

@@ -10,20 +10,20 @@ from .findings import Finding, error, warning
 
 
 def check_precision(case: Case) -> Iterator[Finding]:
-    """dtypes of both models against the launch and the trainer's own setting."""
+    """Check the dtypes of both models against the launch and the trainer's own setting."""
     args, launch = case.args, case.launch
-    asked = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    if launch.name and launch.mixed_precision != asked and not (launch.mixed_precision == "no" and launch.on_cpu):
+    mode = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if launch.name and launch.mixed_precision != mode and not (launch.mixed_precision == "no" and launch.on_cpu):
         yield warning(
             "precision",
-            f"The recipe trains with mixed precision {asked!r}, the launch configuration {launch.name!r} says "
+            f"The recipe trains with mixed precision {mode!r}, the launch configuration {launch.name!r} says "
             f"{launch.mixed_precision!r}.",
-            f"Say the same in both: `{launch.mixed_precision}: true` in the recipe, or `mixed_precision: {asked}` in "
+            f"Say the same in both: `{launch.mixed_precision}: true` in the recipe, or `mixed_precision: {mode}` in "
             "the launch configuration."
             if launch.mixed_precision != "no"
-            else f"Say the same in both: `mixed_precision: {asked}` in the launch configuration.",
+            else f"Say the same in both: `mixed_precision: {mode}` in the launch configuration.",
         )
-    elif asked == "no" and not launch.on_cpu and case.student_dtype == "float32":
+    elif mode == "no" and not launch.on_cpu and case.student_dtype == "float32":
         yield warning(
             "precision",
             "The student is trained in float32 on GPUs: twice the memory of activations, and several times slower.",
@@ -32,7 +32,7 @@ def check_precision(case: Case) -> Iterator[Finding]:
     narrow = [
         setting
         for setting, used in (
-            ("bf16: false", asked == "bf16"),
+            ("bf16: false", mode == "bf16"),
             ("teacher_model_init_kwargs: {dtype: float32}", case.teacher_dtype == "bfloat16"),
             ("dtype: float32", case.student_dtype == "bfloat16"),
         )
@@ -60,10 +60,10 @@ def check_precision(case: Case) -> Iterator[Finding]:
             "Leave `dtype` out (float32 weights with `bf16: true`), use a DeepSpeed launch, which keeps float32 "
             "weights, or train an adapter.",
         )
-    if case.teacher_dtype == "float32" and case.teacher_shape is not None and asked != "no" and not launch.on_cpu:
+    if case.teacher_dtype == "float32" and case.teacher_shape is not None and mode != "no" and not launch.on_cpu:
         yield warning(
             "precision",
             f"The teacher is loaded in float32 ({case.teacher_shape.parameters * 4 / 1e9:,.1f} GB) although the run "
-            f"computes in {asked}.",
+            f"computes in {mode}.",
             "Set `teacher_model_init_kwargs: {dtype: bfloat16}`.",
         )

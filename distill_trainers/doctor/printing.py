@@ -12,7 +12,7 @@ _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOT
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:
-    """Plan and cost, placements where hardware was named, findings with the worst first."""
+    """Print plan and cost, placements where hardware was named, findings with the worst first."""
     from rich.console import Console
 
     console = Console()
@@ -30,7 +30,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
 
 
 def print_findings(diagnosis: Diagnosis, console: Any) -> None:
-    """One paragraph each: what, and its remedy."""
+    """Print a paragraph for each: what, and its remedy."""
     from rich.text import Text
 
     for finding in diagnosis.findings:
@@ -87,8 +87,8 @@ def _placements(diagnosis: Diagnosis) -> Any:
     for teacher in dict.fromkeys(p.teacher for p in diagnosis.placements):
         cells = []
         for student in students:
-            each = next((p for p in diagnosis.placements if (p.student, p.teacher) == (student, teacher)), None)
-            cells.append("" if each is None else _cell(each))
+            fit = next((p for p in diagnosis.placements if (p.student, p.teacher) == (student, teacher)), None)
+            cells.append("" if fit is None else _cell(fit))
         table.add_row(teacher, *cells)
     return table
 
@@ -100,5 +100,5 @@ def _cell(placement: Any) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes as text."""
+    """Write bytes as text."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -32,7 +32,7 @@ def case_of(
     architectures: str | None = None,
     checked: CheckedRecipe | None = None,
 ) -> tuple[Case, list[Finding]]:
-    """The case, and what could not even be read.
+    """Return the case, and what could not even be read.
 
     Args:
         architectures: folder of config.json files named after models (`owner--name.json`), for models that are not at
@@ -43,7 +43,7 @@ def case_of(
     on_paper = {name for name in (student, teacher) if name and _paper(name, architectures) is not None}
     findings: list[Finding] = []
     if checked is None and not on_paper:
-        checked = _attempt(findings, "recipe", lambda: check_recipe(recipe), told=VocabularyError)
+        checked = _attempt(findings, "recipe", lambda: check_recipe(recipe), ignored=VocabularyError)
     case = Case(recipe.args, launch, student, teacher, gpus=gpus, peft=recipe.model.use_peft)
     if checked is not None:
         case.student_config, case.teacher_config = checked.student_config, checked.teacher_config
@@ -69,12 +69,12 @@ def case_of(
 
 
 def _attempt(
-    findings: list[Finding], concern: str, call: Callable[[], Any], told: type[Exception] | tuple[()] = ()
+    findings: list[Finding], concern: str, call: Callable[[], Any], ignored: type[Exception] | tuple[()] = ()
 ) -> Any:
-    """What `call` returns, or None and a finding; errors of the kind `told` are another check's to tell."""
+    """What `call` returns, or None and a finding; errors of the kind `ignored` are another check's to tell."""
     try:
         return call()
-    except told:
+    except ignored:
         return None
     except _MENDABLE as error:
         findings.append(Finding.of_error(concern, error))
@@ -131,11 +131,11 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, f
     case.num_rows = len(train) if hasattr(train, "__len__") else None
     case.steps = optimiser_steps(recipe.args, case.num_rows, case.launch.processes)
     try:
-        few = train.take(_SAMPLE)
+        first_rows = train.take(_SAMPLE)
         mapping: Any = recipe.args.column_mapping
-        rows = list(islice(iter(apply_column_mapping(few, mapping, name="train")), _SAMPLE))
+        rows = list(islice(iter(apply_column_mapping(first_rows, mapping, name="train")), _SAMPLE))
         case.sample = rows
-        case.prepared = prepare_rows(recipe.args, few, case.tokenizer, "train", wants)
+        case.prepared = prepare_rows(recipe.args, first_rows, case.tokenizer, "train", wants)
         kind = detect_dataset_type(rows[0])
         if kind not in ("preference", "rationale"):
             whole = [
@@ -165,8 +165,8 @@ def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:
     args, model = recipe.args, recipe.model
     kwargs: dict[str, Any] = args.model_init_kwargs or {}  # type: ignore[assignment]
     case.student_dtype = _dtype(kwargs.get("dtype", model.dtype), case.student_config, "float32")
-    theirs: dict[str, Any] = args.teacher_model_init_kwargs or {}  # type: ignore[assignment]
-    case.teacher_dtype = _dtype(theirs.get("dtype", "auto"), case.teacher_config, "float32")
+    teacher_kwargs: dict[str, Any] = args.teacher_model_init_kwargs or {}  # type: ignore[assignment]
+    case.teacher_dtype = _dtype(teacher_kwargs.get("dtype", "auto"), case.teacher_config, "float32")
     case.student_shape = _shape(recipe, case.student_config, findings, adapted=True)
     case.teacher_shape = _shape(recipe, case.teacher_config, findings, adapted=False)
     frozen = {True: 0.52, False: 1.0}[model.load_in_4bit] if model.load_in_4bit or model.load_in_8bit else None
@@ -222,8 +222,8 @@ def _stop_ids(name: str, config: Any) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _dtype(asked: Any, config: Any, default: str) -> str:
-    if asked in (None, "auto"):
-        asked = getattr(config, "dtype", None) or default
-    name = str(asked).removeprefix("torch.")
+def _dtype(dtype: Any, config: Any, default: str) -> str:
+    if dtype in (None, "auto"):
+        dtype = getattr(config, "dtype", None) or default
+    name = str(dtype).removeprefix("torch.")
     return name if name in BYTES else default

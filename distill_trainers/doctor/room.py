@@ -26,7 +26,7 @@ class Room:
 
 
 def room_for(case: Case) -> Room:
-    """What one rank finds: a GPU, or its part of this machine's memory."""
+    """Tell the memory of one rank: a GPU's, or its part of this machine's."""
     import torch
 
     if case.gpus is not None:
@@ -35,16 +35,16 @@ def room_for(case: Case) -> Room:
         # A process of a launch asks its own: each that is asked keeps a context of hundreds of MB.
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         count = min(case.launch.per_machine, torch.cuda.device_count())
-        asked = [case.args.device] if launched else range(count)
-        total = min(torch.cuda.mem_get_info(device)[0] for device in asked)
-        return Room(total - RESERVED, f"free on {torch.cuda.get_device_name(asked[0])}")
-    each = host_memory() / case.launch.per_machine - _IMPORTS
+        devices = [case.args.device] if launched else range(count)
+        total = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+        return Room(total - RESERVED, f"free on {torch.cuda.get_device_name(devices[0])}")
+    share = host_memory() / case.launch.per_machine - _IMPORTS
     shared = f", for each of {case.launch.per_machine} processes" if case.launch.per_machine > 1 else ""
-    return Room(each, f"free memory of this machine{shared}")
+    return Room(share, f"free memory of this machine{shared}")
 
 
 def host_memory() -> float:
-    """Bytes of this machine's memory that are free, within what its container may use."""
+    """Count the bytes of this machine's memory that are free, within what its container may use."""
     import psutil
 
     free = float(psutil.virtual_memory().available)
@@ -53,7 +53,7 @@ def host_memory() -> float:
 
 
 def memory_of(case: Case, **changes: object) -> MemoryEstimate | None:
-    """The estimate for a case, or for the same with another `work`, `launch` or `placement`."""
+    """Estimate memory for a case, or for the same with another `work`, `launch` or `placement`."""
     changed = replace(case, **changes)  # type: ignore[arg-type]
     if changed.student_shape is None or changed.work is None:
         return None
@@ -61,7 +61,7 @@ def memory_of(case: Case, **changes: object) -> MemoryEstimate | None:
 
 
 def check_memory(case: Case) -> Iterator[Finding]:
-    """The peak of one rank against what it finds, and what is offloaded against the host's memory."""
+    """Compare the peak of one rank with its memory, and what is offloaded with the host's memory."""
     need = memory_of(case)
     if need is None:
         return
@@ -104,14 +104,14 @@ def _remedy(case: Case, room: Room) -> str:
                 other = replace(launch, strategy=strategy)
                 tried.append((f"a {strategy} launch", memory_of(case, work=small, launch=other, placement=placement)))
     if work.rollout_rows > 1:
-        few = replace(small, rollout_rows=1)
-        tried.append(("`rollout_batch_size: 1` with all of that", memory_of(case, work=few)))
+        one_row = replace(small, rollout_rows=1)
+        tried.append(("`rollout_batch_size: 1` with all of that", memory_of(case, work=one_row)))
     if launch.strategy == "zero3" and not launch.offloads_optimizer:
         offloaded = replace(launch, offloads_optimizer=True, offloads_parameters=True)
         tried.append(("offloading the student to the host (ZeRO-3)", memory_of(case, launch=offloaded)))
     if case.placement in ("replicate", "zero3") and case.teacher_shape is not None and not case.samples:
         tried.append(("`teacher_cache`, filled ahead", memory_of(case, work=small, placement="cached")))
-    fits = [f"{how} ({need.peak / 2**30:,.1f} GiB)" for how, need in tried if need and need.peak <= room.bytes * _TIGHT]
+    fits = [f"{way} ({need.peak / 2**30:,.1f} GiB)" for way, need in tried if need and need.peak <= room.bytes * _TIGHT]
     if fits:
         return "By the same estimate these fit: " + "; ".join(fits[:3]) + "."
     best = min((need.peak for _, need in tried if need), default=0.0)

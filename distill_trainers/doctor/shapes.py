@@ -53,7 +53,7 @@ class ModelShape:
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """The sizes of a causal LM (or of a PeftModel around one), on whatever device it is."""
+    """Read the sizes of a causal LM (or of a PeftModel around one), on whatever device it is."""
     causal_lm: Any = models.causal_lm_of(model)
     text = causal_lm.config.get_text_config(decoder=True)
     head = causal_lm.get_output_embeddings()

@@ -29,7 +29,7 @@ _CHUNK = 256
 
 
 def check_cache(case: Case) -> Iterator[Finding]:
-    """Whether the teacher cache was made under this run's conditions, and can be read."""
+    """Check that the teacher cache was made under this run's conditions, and can be read."""
     folder = case.args.teacher_cache
     if folder is None or case.tokenizer is None or case.teacher is None:
         return
@@ -40,8 +40,8 @@ def check_cache(case: Case) -> Iterator[Finding]:
         pair = Pair(case.student, case.teacher, tokenizer=case.tokenizer, teacher_tokenizer=case.teacher_tokenizer)
         missing_from_cache(pair, case.args, [])
         cache = TeacherCache(folder, recorded.stamp())
-    except (ConfigurationError, CacheError) as found:
-        yield Finding.of_error("teacher", found)
+    except (ConfigurationError, CacheError) as error:
+        yield Finding.of_error("teacher", error)
         return
     for name, reason in list(cache.damaged.items())[:3]:
         yield warning(
@@ -52,7 +52,7 @@ def check_cache(case: Case) -> Iterator[Finding]:
 
 
 def check_answers(case: Case, other: Teacher | None = None) -> Iterator[Finding]:
-    """The live teacher against its cache, and against `other` (a remote one), on a few rows. Loads the teacher.
+    """Load the teacher; compare its answers with its cache's, and with `other`'s (a remote one), on a few rows.
 
     Raises:
         ConfigurationError: the teacher cannot be loaded.
@@ -69,14 +69,14 @@ def check_answers(case: Case, other: Teacher | None = None) -> Iterator[Finding]
     if not compared or case.teacher is None:
         return
     live = LocalTeacher.loaded(Pair(case.student, case.teacher), case.args)
-    for name, teacher, some in compared:
-        apart = disagreement(case, live, teacher, some)
+    for name, teacher, part in compared:
+        gap = disagreement(case, live, teacher, part)
         narrow = case.args.bf16 or case.args.fp16  # what is asked here computes under autocast, the other may not
         limit = 0.1 if narrow else _TOLERANCE.get(case.teacher_dtype, 0.1)
-        if not apart <= limit:
+        if not gap <= limit:
             yield error(
                 "teacher",
-                f"The teacher {case.teacher!r} and {name} are {apart:.3g} nats per token apart on {len(some)} rows of "
+                f"The teacher {case.teacher!r} and {name} are {gap:.3g} nats per token apart on {len(part)} rows of "
                 f"the data ({limit:g} would be rounding).",
                 "They are not the same model, or not in the same precision: make the cache anew, or serve the weights "
                 "that the recipe names.",
@@ -85,7 +85,7 @@ def check_answers(case: Case, other: Teacher | None = None) -> Iterator[Finding]
 
 @torch.no_grad()
 def disagreement(case: Case, one: Teacher, other: Teacher, rows: Sequence[Any]) -> float:
-    """Mean over trained tokens of Σ p |log p − log p'| over the ids that both tell, in nats; p of the first."""
+    """Average Σ p |log p − log p'| over trained tokens and the ids that both tell, in nats; p of the first."""
     assert case.tokenizer is not None
     fields = ("input_ids", "loss_mask", "prompt_length")
     batch = DistillCollator(case.tokenizer.pad_token_id)([{k: row[k] for k in fields} for row in rows])
@@ -121,14 +121,14 @@ def _place(teacher: Teacher, case: Case) -> None:
         model.to(case.args.device)
 
 
-def _apart(logps: Tensor, said: Any, labels: Tensor) -> float:
-    if isinstance(said, TokenLogits):
-        return float((logps.exp() * (logps - said.logps()).abs()).sum())
-    if isinstance(said, TokenTopK):
-        mine = logps.gather(-1, said.ids)
-        return float((mine.exp() * (mine - said.logps).abs()).sum())
-    if isinstance(said, TokenSampled):
-        mine = logps.gather(-1, said.ids)
-        return float((said.weights * (mine - said.logps).abs())[said.weights > 0].sum())
-    assert isinstance(said, TokenLogprobs)
-    return float((logps.gather(-1, labels[:, None])[:, 0] - said.values).abs().sum())
+def _apart(logps: Tensor, answer: Any, labels: Tensor) -> float:
+    if isinstance(answer, TokenLogits):
+        return float((logps.exp() * (logps - answer.logps()).abs()).sum())
+    if isinstance(answer, TokenTopK):
+        live_logps = logps.gather(-1, answer.ids)
+        return float((live_logps.exp() * (live_logps - answer.logps).abs()).sum())
+    if isinstance(answer, TokenSampled):
+        live_logps = logps.gather(-1, answer.ids)
+        return float((answer.weights * (live_logps - answer.logps).abs())[answer.weights > 0].sum())
+    assert isinstance(answer, TokenLogprobs)
+    return float((logps.gather(-1, labels[:, None])[:, 0] - answer.values).abs().sum())

@@ -24,13 +24,13 @@ _CONVERSATION = (
 
 
 def check_tokens(case: Case) -> Iterator[Finding]:
-    """Vocabularies, text, chat templates and special tokens of a pair."""
+    """Compare vocabularies, text, chat templates and special tokens of a pair."""
     if case.tokenizer is None:
         return
     yield from _special_tokens(case)
     vocabulary = list(_vocabulary(case))
     yield from vocabulary
-    if any(found.severity is Severity.ERROR for found in vocabulary):
+    if any(finding.severity is Severity.ERROR for finding in vocabulary):
         return  # everything else would differ, too
     if case.teacher_tokenizer is None:
         if has_files(case.teacher):
@@ -53,8 +53,8 @@ def _vocabulary(case: Case) -> Iterator[Finding]:
     rows = [config.get_text_config().vocab_size for config in (case.student_config, case.teacher_config)]
     try:
         shared = shared_vocabulary(case.tokenizer, case.teacher_tokenizer, *rows)
-    except VocabularyError as found:
-        yield Finding.of_error("tokens", found)
+    except VocabularyError as error:
+        yield Finding.of_error("tokens", error)
         return
     if shared is not None:
         yield note(
@@ -70,24 +70,24 @@ def _vocabulary(case: Case) -> Iterator[Finding]:
 
 def _text(case: Case) -> Iterator[Finding]:
     """The first row (or else a probe of numbers, spaces and scripts) that the two split differently."""
-    own, other = case.tokenizer, case.teacher_tokenizer
-    assert own is not None and other is not None
-    ours, theirs = own.encode(PROBE), other.encode(PROBE)
+    student, teacher = case.tokenizer, case.teacher_tokenizer
+    assert student is not None and teacher is not None
+    student_ids, teacher_ids = student.encode(PROBE), teacher.encode(PROBE)
     what = "a probe of numbers, white space and scripts"
-    if ours == theirs:
+    if student_ids == teacher_ids:
         for number, row in enumerate(case.sample[:_ROWS]):
             if _is_chat(row):
                 continue  # templates are compared by themselves
-            pair = [_row_ids(row, tokenizer, case) for tokenizer in (own, other)]
+            pair = [_row_ids(row, tokenizer, case) for tokenizer in (student, teacher)]
             if None not in pair and pair[0] != pair[1]:
-                (ours, theirs), what = pair, f"row {number} of the training data"
+                (student_ids, teacher_ids), what = pair, f"row {number} of the training data"
                 break
         else:
             return
     yield warning(
         "tokens",
         f"Student and teacher share their vocabulary but read {what} as different tokens: "
-        f"{first_difference(ours, theirs, own)}.",
+        f"{first_difference(student_ids, teacher_ids, student)}.",
         "The teacher is given the student's tokens and judges text in a form it rarely saw: use the teacher's "
         "tokenizer files for both (copy them beside the student), or a teacher of the student's family.",
     )
@@ -105,7 +105,7 @@ def _row_ids(row: dict[str, Any], tokenizer: Any, case: Case) -> list[int] | Non
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int], tokenizer: Any, other: Any = None) -> str:
-    """Where two sequences of ids part: position, the text before it, and the next tokens of both."""
+    """Tell where two sequences of ids part: position, the text before it, the next tokens of both."""
     at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
     at = min(len(ours), len(theirs)) if at is None else at
     before = tokenizer.decode(list(ours[max(0, at - 8) : at]))
@@ -127,7 +127,7 @@ def _is_chat(row: dict[str, Any]) -> bool:
 
 
 def _conversations(case: Case) -> list[list[dict[str, Any]]]:
-    found = []
+    conversations = []
     for row in case.sample[:_ROWS]:
         if not _is_chat(row):
             continue
@@ -136,18 +136,18 @@ def _conversations(case: Case) -> list[list[dict[str, Any]]]:
             messages = messages + as_messages(row.get("completion") or [], role="assistant")
         else:
             messages = as_messages(row.get("messages") or row.get("conversations"), role="user")
-        found.append(messages)
-    return found
+        conversations.append(messages)
+    return conversations
 
 
 def _templates(case: Case, already: bool) -> Iterator[Finding]:
     """Whether both render a conversation alike: the data's own, or an invented one where the data is none."""
-    own, other = case.tokenizer, case.teacher_tokenizer
-    assert own is not None and other is not None
+    student, teacher = case.tokenizer, case.teacher_tokenizer
+    assert student is not None and teacher is not None
     rows = _conversations(case)
     if not rows:
         return  # templates are not used
-    if other.chat_template is None and own.chat_template is not None:
+    if teacher.chat_template is None and student.chat_template is not None:
         yield warning(
             "tokens",
             f"The data are conversations, but the teacher {case.teacher!r} has no chat template: it is a base model, "
@@ -155,21 +155,21 @@ def _templates(case: Case, already: bool) -> Iterator[Finding]:
             "Take the instruction-tuned teacher of that family, or give prompt and completion as strings.",
         )
         return
-    if own.chat_template is None or already:
+    if student.chat_template is None or already:
         return
     settings: Any = case.args.chat_template_kwargs or {}
     for number, messages in enumerate(rows):
-        ours, theirs = (_rendered(tokenizer, messages, settings) for tokenizer in (own, other))
+        ours, theirs = (_rendered(tokenizer, messages, settings) for tokenizer in (student, teacher))
         if ours is None or theirs is None or ours == theirs:
             continue
         at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
         at = min(len(ours), len(theirs)) if at is None else at
-        ids = [Chat(tokenizer).ids(text) for tokenizer, text in ((own, ours), (other, theirs))]
+        ids = [Chat(tokenizer).ids(text) for tokenizer, text in ((student, ours), (teacher, theirs))]
         yield warning(
             "tokens",
             f"The chat templates differ: conversation {number} of the data is {ours[max(0, at - 20) : at + 40]!r} to "
             f"the student and {theirs[max(0, at - 20) : at + 40]!r} to the teacher; "
-            f"{first_difference(ids[0], ids[1], own, other)}.",
+            f"{first_difference(ids[0], ids[1], student, teacher)}.",
             "The student's template is used for both, so the teacher judges turns in a form it was not trained on: "
             "copy the teacher's template to the student (`tokenizer.chat_template = teacher_tokenizer.chat_template`), "
             "or set `chat_template_kwargs` with which both agree.",
@@ -188,42 +188,42 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]], settings: dict[str
 
 
 def _special_tokens(case: Case) -> Iterator[Finding]:
-    own, other = case.tokenizer, case.teacher_tokenizer
-    assert own is not None
+    student, teacher = case.tokenizer, case.teacher_tokenizer
+    assert student is not None
     yield from _stops(case)
-    if other is not None and own.eos_token_id != other.eos_token_id:
+    if teacher is not None and student.eos_token_id != teacher.eos_token_id:
         yield warning(
             "tokens",
-            f"The end of text is {_named(own, own.eos_token_id)} to the student and "
-            f"{_named(other, other.eos_token_id)} to the teacher.",
+            f"The end of text is {_named(student, student.eos_token_id)} to the student and "
+            f"{_named(teacher, teacher.eos_token_id)} to the teacher.",
             "A completion ends in the student's, which the teacher never expects there: set `tokenizer.eos_token` of "
             "the student to the teacher's and save it.",
         )
-    if own.bos_token_id is not None and other is not None and other.bos_token_id != own.bos_token_id:
+    if student.bos_token_id is not None and teacher is not None and teacher.bos_token_id != student.bos_token_id:
         yield warning(
             "tokens",
-            f"Text begins with {_named(own, own.bos_token_id)} to the student and with "
-            f"{_named(other, other.bos_token_id)} to the teacher.",
+            f"Text begins with {_named(student, student.bos_token_id)} to the student and with "
+            f"{_named(teacher, teacher.bos_token_id)} to the teacher.",
             "Set `tokenizer.bos_token` of the student to the teacher's and save it.",
         )
 
 
 def _stops(case: Case) -> Iterator[Finding]:
     """Completions must end where sampling stops, and nothing else may stop it."""
-    own = case.tokenizer
-    assert own is not None
+    tokenizer = case.tokenizer
+    assert tokenizer is not None
     rows = case.student_config.get_text_config().vocab_size if case.student_config is not None else None
-    if own.eos_token_id is None:
+    if tokenizer.eos_token_id is None:
         yield error(
             "tokens", "The student's tokenizer has no EOS token, so completions never end.", "Set and save one."
         )
         return
-    stops = [own.eos_token_id, *case.stops]
+    stops = [tokenizer.eos_token_id, *case.stops]
     for stop in dict.fromkeys(case.stops):
         if rows is not None and stop >= rows:
             what = f"id {stop}, for which the student has no row ({rows} rows)"
-        elif not _is_special(own, stop):
-            what = f"{_named(own, stop)}, which is no special token of its tokenizer"
+        elif not _is_special(tokenizer, stop):
+            what = f"{_named(tokenizer, stop)}, which is no special token of its tokenizer"
         else:
             continue
         yield warning(
@@ -232,17 +232,17 @@ def _stops(case: Case) -> Iterator[Finding]:
             "Set `eos_token_id` in the student's generation_config.json to the tokens that end a turn.",
         )
     conversations = _conversations(case)
-    if not conversations or own.chat_template is None:
+    if not conversations or tokenizer.chat_template is None:
         return
-    text = _rendered(own, list(_CONVERSATION), case.args.chat_template_kwargs or {})  # type: ignore[arg-type]
+    text = _rendered(tokenizer, list(_CONVERSATION), case.args.chat_template_kwargs or {})  # type: ignore[arg-type]
     if text is None:
         return
-    end = close_turn(own, Chat(own).ids(text))[-1]
+    end = close_turn(tokenizer, Chat(tokenizer).ids(text))[-1]
     if end not in stops:
         yield warning(
             "tokens",
-            f"The chat template ends an answer with {_named(own, end)}, but sampling stops at "
-            f"{', '.join(_named(own, i) for i in dict.fromkeys(stops))} only: rollouts would run on to max_new_tokens.",
+            f"The chat template ends an answer with {_named(tokenizer, end)}, but sampling stops at "
+            f"{', '.join(_named(tokenizer, i) for i in dict.fromkeys(stops))} only: rollouts run on to max_new_tokens.",
             "Add it to `eos_token_id` in the student's generation_config.json, or make it the tokenizer's `eos_token`.",
         )
 

@@ -24,7 +24,7 @@ def workload(
     teacher_dtype: str = "float32",
     samples: bool = False,
 ) -> Workload:
-    """The workload of a run.
+    """Return the workload of a run.
 
     Args:
         samples: whether steps sample the student's completions.
@@ -74,7 +74,7 @@ def _state_bytes(optimiser: str) -> float:
 
 
 def placement_of(args: Any, teacher: str | None, launch: Launch, *, cached: bool) -> str:
-    """Where the teacher is: what `teacher_placement` says, or what follows from the launch.
+    """Tell where the teacher is: what `teacher_placement` says, or what follows from the launch.
 
     Args:
         cached: whether all that a run asks of its teacher is in its cache.

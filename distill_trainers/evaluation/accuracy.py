@@ -43,17 +43,17 @@ class Answer:
 
 
 def whole_text(text: str) -> str | None:
-    """The first line of a text as its answer, for students that write nothing else."""
+    """Return the first line of a text as its answer, for students that write nothing else."""
     return clean(text.strip().split("\n", 1)[0]) or None
 
 
 def stated_answer(formats: Sequence[str] = ()) -> Parse:
-    """The answer that a chain of thought ends in, in one of the given formats."""
+    """Return the answer that a chain of thought ends in, in one of the given formats."""
     return lambda text: parse_response(text, formats).answer
 
 
 def answer_parser(formats: Sequence[str] = ()) -> Parse:
-    """The answer in one of `formats`; behind or without others, `first_line` takes the first line of the text.
+    """Read the answer in one of `formats`; behind or without others, `first_line` takes the first line of the text.
 
     Raises:
         ConfigurationError: an unknown format.
@@ -81,7 +81,7 @@ def answer_questions(
     world: int = 1,
     progress: bool = False,
 ) -> list[Answer]:
-    """This process's share of the answers; all processes run equally many batches, as a sharded model needs.
+    """Answer this process's share; all processes run equally many batches, as a sharded model needs.
 
     Args:
         model: ready to generate (see `models.generating`).
@@ -95,11 +95,11 @@ def answer_questions(
     if not questions:
         raise DatasetError("Got no questions to answer; expected at least one row with a question and an answer.")
     engine = engine or DecodeEngine(tokenizer)
-    mine = list(range(rank, len(questions), world))
-    order = sorted(mine, key=lambda i: -len(questions[i].prompt_ids))
+    places_of_rank = list(range(rank, len(questions), world))
+    order = sorted(places_of_rank, key=lambda i: -len(questions[i].prompt_ids))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     turns = math.ceil(math.ceil(len(questions) / world) / batch_size)
-    found: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}
     for turn in tqdm(range(turns), desc="Answering", disable=not progress or rank != 0):
         places = batches[turn] if turn < len(batches) else [0]  # of no use, but others may wait for it
         prompts = [questions[place].prompt_ids for place in places]
@@ -107,12 +107,12 @@ def answer_questions(
         completions = engine.generate(model, ids, mask, sampling)
         if turn < len(batches):
             for place, completion in zip(places, completions, strict=True):
-                found[place] = judge(questions[place], completion, tokenizer, parse, kind)
-    return [found[place] for place in mine]
+                answers[place] = judge(questions[place], completion, tokenizer, parse, kind)
+    return [answers[place] for place in places_of_rank]
 
 
 def accuracy_sums(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, float]:
-    """What `accuracy_metrics` needs, as sums that may be added over processes."""
+    """Return what `accuracy_metrics` needs, as sums that may be added over processes."""
     sums: Counter[str] = Counter(questions=0, right=0, answered=0, tokens=0)
     for question, answer in zip(questions, answers, strict=True):
         right = answer.reason == "right"
@@ -123,7 +123,7 @@ def accuracy_sums(questions: Sequence[Question], answers: Sequence[Answer]) -> d
 
 
 def accuracy_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """accuracy (share of questions, without an answer counting as wrong), answered, tokens_per_answer, and by task."""
+    """Return accuracy (share of questions; without an answer: wrong), answered, tokens_per_answer, and by task."""
     total = max(sums["questions"], 1)
     metrics = {
         "accuracy": sums["right"] / total,
@@ -137,7 +137,7 @@ def accuracy_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 
 def accuracy_by_question(answers: Sequence[Answer]) -> dict[str, Sums]:
-    """`accuracy`, `answered` and `tokens_per_answer` as scores over questions."""
+    """Score `accuracy`, `answered` and `tokens_per_answer` over questions."""
     ones = [1.0] * len(answers)
     return {
         "accuracy": Sums.of_means([float(answer.reason == "right") for answer in answers], ones),
@@ -147,7 +147,7 @@ def accuracy_by_question(answers: Sequence[Answer]) -> dict[str, Sums]:
 
 
 def judge(question: Question, completion: list[int], tokenizer: Any, parse: Parse, kind: str) -> Answer:
-    """What `completion` answers to `question`, and whether that is right."""
+    """Tell what `completion` answers to `question`, and whether that is right."""
     text = tokenizer.decode(completion, skip_special_tokens=True)
     answer = parse(text)
     verdict = verify_answer(answer, question.reference, kind, question.choices or None)

@@ -18,7 +18,7 @@ AGREEMENT_TERMS = ("nll", "teacher_nll", "kl", "top1_agreement")
 def agreement_terms(
     student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Per-token measures `[n]` at temperature 1; without a teacher, `nll` alone.
+    """Measure every token `[n]` at temperature 1; without a teacher, `nll` alone.
 
     Returns:
         nll, teacher_nll: −log q(y) and −log p(y) of the given tokens, in nats; the latter not from a sparse teacher.
@@ -55,7 +55,7 @@ def agreement_terms(
 def comparison_terms(
     student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """All per-token measures of a report `[n]`, at temperature 1; what the teacher cannot tell is left out.
+    """Measure every token `[n]` for a report, at temperature 1; what the teacher cannot tell is left out.
 
     Returns:
         nll, confidence (the student's probability of its likeliest token), correct (1 where that is the given one);
@@ -83,7 +83,7 @@ def comparison_terms(
 
 
 def agreement_metrics(means: Mapping[str, float]) -> dict[str, float]:
-    """Token means to reported metrics: perplexities beside KL (nats/token) and top-1 agreement (share of tokens)."""
+    """Turn token means into metrics: perplexities, KL (nats/token) and top-1 agreement (share of tokens)."""
     metrics = {"perplexity": _exp(means["nll"])}
     if "teacher_nll" in means:
         metrics["teacher_perplexity"] = _exp(means["teacher_nll"])

@@ -17,7 +17,7 @@ def _bins_of(confidence: ArrayLike, bins: int) -> NDArray[np.int64]:
 
 
 def calibration_sums(confidence: Sequence[Sequence[float]], correct: Sequence[Sequence[float]], bins: int) -> Sums:
-    """ECE = Σ |B_m| / N · |accuracy − confidence| over bins of equal width (Guo et al., arXiv 1706.04599, eq. 3).
+    """Sum up ECE = Σ |B_m| / N · |accuracy − confidence| over equal bins (Guo et al., arXiv 1706.04599, eq. 3).
 
     Args:
         confidence: probability of the likeliest next token, by prompt and token.
@@ -41,13 +41,13 @@ def calibration_sums(confidence: Sequence[Sequence[float]], correct: Sequence[Se
 def calibration_bins(
     confidence: Sequence[Sequence[float]], correct: Sequence[Sequence[float]], bins: int
 ) -> list[CalibrationBin]:
-    """The reliability diagram: tokens, mean confidence and accuracy of each bin."""
+    """Draw the reliability diagram: tokens, mean confidence and accuracy of each bin."""
     sure = np.array([value for row in confidence for value in row], float)
     right = np.array([value for row in correct for value in row], float)
-    places, found = _bins_of(sure, bins), []
+    bin_of, diagram = _bins_of(sure, bins), []
     for m in range(bins):
-        inside = places == m
+        inside = bin_of == m
         tokens = int(inside.sum())
         means = (float(sure[inside].mean()), float(right[inside].mean())) if tokens else (None, None)
-        found.append(CalibrationBin(m / bins, (m + 1) / bins, tokens, *means))
-    return found
+        diagram.append(CalibrationBin(m / bins, (m + 1) / bins, tokens, *means))
+    return diagram

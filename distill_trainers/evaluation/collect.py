@@ -84,7 +84,7 @@ class Workshop:
     # ---- Text -------------------------------------------------------------------------------------------------------
 
     def samples(self, subject: Subject, examples: ExampleSet) -> list[list[list[int]]]:
-        """Completions by seed; the first seed's alone where no metric looks at several."""
+        """Return completions by seed; the first seed's alone where no metric looks at several."""
         if not set(self.metrics) & NEED_SAMPLES:
             return []
         seeds = self.settings.sampled_seeds
@@ -97,13 +97,13 @@ class Workshop:
         ]
 
     def first_samples(self, subject: Subject, examples: ExampleSet) -> list[list[int]]:
-        """Completions of the first seed, whatever the metrics."""
+        """Return completions of the first seed, whatever the metrics."""
         seed = self.settings.sampled_seeds[0]
         title = f"{subject.name}: sampling, seed {seed}"
         return self._completions(subject, examples.prompted, self._sampling(subject), seed, title)
 
     def greedy(self, subject: Subject, questions: list[Example]) -> list[list[int]]:
-        """The likeliest completion of each question."""
+        """Return the likeliest completion of each question."""
         sampling = self._sampling(subject, greedy=True)
         return self._completions(subject, questions, sampling, 0, f"{subject.name}: answering")
 
@@ -128,7 +128,7 @@ class Workshop:
     # ---- Reading ----------------------------------------------------------------------------------------------------
 
     def read(self, subject: Subject, teacher: Subject | None, texts: Sequence[Text], what: str) -> list[TokenValues]:
-        """Per-token measures of the completions under a model and, if there is one, its teacher."""
+        """Measure every token of the completions under a model and, if there is one, its teacher."""
         identity = [subject.facts.fingerprint, teacher.facts.fingerprint if teacher else None, self.vocab_size]
         store = self._store("tokens", identity, "measures of tokens")
 
@@ -153,30 +153,30 @@ class Workshop:
     # ---- All of one model -------------------------------------------------------------------------------------------
 
     def collect(self, subject: Subject, teacher: Subject | None, examples: ExampleSet, given: Collected) -> Collected:
-        """Everything that the metrics need of `subject`.
+        """Collect everything that the metrics need of `subject`.
 
         Args:
             teacher: None for the teacher itself, which has no distance from itself.
             given: the teacher's own, whose text is read too; a model's `samples` may be there already.
         """
-        wanted, found = set(self.metrics), Collected(end_ids=subject.end_ids(self.tokenizer))
-        found.samples = self.samples(subject, examples)
-        prompts = [each.prompt_ids for each in examples.prompted]
+        wanted, collected = set(self.metrics), Collected(end_ids=subject.end_ids(self.tokenizer))
+        collected.samples = self.samples(subject, examples)
+        prompts = [example.prompt_ids for example in examples.prompted]
         if "accuracy" in wanted:
-            found.greedy = self.greedy(subject, examples.questions)
-        found.read_answers(examples, self.metrics, self.settings, self.tokenizer)
+            collected.greedy = self.greedy(subject, examples.questions)
+        collected.read_answers(examples, self.metrics, self.settings, self.tokenizer)
         if wanted & {"perplexity", "calibration"} or (teacher and "agreement" in wanted):
-            texts = [(each.prompt_ids, each.completion_ids) for each in examples.with_text]
-            found.reference = self.read(subject, teacher, texts, "references")
-        if teacher and wanted & {"agreement", "exposure_bias"} and found.samples:
-            own = list(zip(prompts, found.samples[0], strict=True))
-            found.own_text = self.read(subject, teacher, own, "its own text")
+            texts = [(example.prompt_ids, example.completion_ids) for example in examples.with_text]
+            collected.reference = self.read(subject, teacher, texts, "references")
+        if teacher and wanted & {"agreement", "exposure_bias"} and collected.samples:
+            own_pairs = list(zip(prompts, collected.samples[0], strict=True))
+            collected.own_text = self.read(subject, teacher, own_pairs, "its own text")
         if teacher and "exposure_bias" in wanted:
-            theirs = list(zip(prompts, given.samples[0], strict=True))
-            found.teacher_text = self.read(subject, teacher, theirs, "the teacher's text")
+            teacher_pairs = list(zip(prompts, given.samples[0], strict=True))
+            collected.teacher_text = self.read(subject, teacher, teacher_pairs, "the teacher's text")
         if "speed" in wanted:
-            found.cost = self._cost(subject, prompts)
-        return found
+            collected.cost = self._cost(subject, prompts)
+        return collected
 
     def _cost(self, subject: Subject, prompts: list[list[int]]) -> Cost | None:
         settings = self.settings
@@ -190,9 +190,9 @@ class Workshop:
         place = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
         identity = [subject.facts.fingerprint, place, sampling.as_dict(), prompts]
         store, key = self._store("cost", identity, "measured costs"), "cost"
-        kept = {} if store is None else store.load()
-        if key in kept:
-            return Cost(**kept[key]["cost"])
+        records = {} if store is None else store.load()
+        if key in records:
+            return Cost(**records[key]["cost"])
         with subject.generating() as model:
             cost = measure_cost(model, DecodeEngine(self.tokenizer), prompts, sampling, device)
         if store is not None:
@@ -204,23 +204,23 @@ class Workshop:
     def compare_tokens(
         self, subject: Subject, teacher: Subject, text: Text, values: TokenValues, *, kind: str, example: int
     ) -> TokenComparison:
-        """One completion as both models see it, with their likeliest tokens at each place."""
+        """Show one completion as both models see it, with their likeliest tokens at each place."""
         prompt, completion = text
         identity = [subject.facts.fingerprint, teacher.facts.fingerprint, self.vocab_size, self.settings.top_tokens]
         store, key = self._store("top_tokens", identity, "likeliest tokens"), content_key(*text)
-        kept = {} if store is None else store.load()
-        if key not in kept:
-            seen = {name: self._top(each, text) for name, each in (("student", subject), ("teacher", teacher))}
-            kept[key] = {"key": key, **seen}
+        records = {} if store is None else store.load()
+        if key not in records:
+            seen = {name: self._top(model, text) for name, model in (("student", subject), ("teacher", teacher))}
+            records[key] = {"key": key, **seen}
             if store is not None:
-                store.append([kept[key]])
-        tops, given = kept[key], completion if prompt else completion[1:]
+                store.append([records[key]])
+        tops, tokens = records[key], completion if prompt else completion[1:]
         return TokenComparison(
             model=subject.name,
             text=kind,
             example=example,
             prompt=self.tokenizer.decode(prompt, skip_special_tokens=True),
-            tokens=[self.tokenizer.decode([token]) for token in given],
+            tokens=[self.tokenizer.decode([token]) for token in tokens],
             kl=values["kl"],
             reverse_kl=values["reverse_kl"],
             jsd=values["jsd"],
@@ -241,14 +241,14 @@ class Workshop:
         labels = ids[:, 1:][predicts]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         signal = subject.model.signal(inputs, predicts, self.vocab_size)
-        given: list[float] = []
+        probabilities: list[float] = []
         top: list[list[list[float]]] = []
         for start in range(0, len(labels), 32):
             said = signal.chunk(slice(start, start + 32))
             assert isinstance(said, TokenLogits)  # a model of this process gives nothing else
             best = said.top_k(self.settings.top_tokens)
             chunk = said.logps().gather(-1, labels[start : start + 32, None]).squeeze(-1)
-            given += [round(p, 6) for p in chunk.exp().tolist()]
+            probabilities += [round(p, 6) for p in chunk.exp().tolist()]
             rows = zip(best.ids.tolist(), best.logps.exp().tolist(), strict=True)
             top += [[[token, round(p, 6)] for token, p in zip(*row, strict=True)] for row in rows]
-        return {"given": given, "top": top}
+        return {"given": probabilities, "top": top}

@@ -18,7 +18,7 @@ class Agreed:
 
 
 def agree(answers: Sequence[str | None], reference: str, kind: str = "auto", choices: Sequence[str] = ()) -> Agreed:
-    """Samples without an answer agree with nothing; a tie has a share, but no majority (Wang et al., 2203.11171).
+    """Vote: samples without an answer agree with nothing; a tie has no majority (Wang et al., 2203.11171).
 
     Args:
         answers: parsed from k samples, None where one gives none.
@@ -29,10 +29,10 @@ def agree(answers: Sequence[str | None], reference: str, kind: str = "auto", cho
     return Agreed(len(groups[0]) / len(answers) if groups else 0.0, right)
 
 
-def consistency_sums(found: Sequence[Agreed]) -> dict[str, Sums]:
-    """Means over questions."""
-    ones = [1.0] * len(found)
+def consistency_sums(agreed: Sequence[Agreed]) -> dict[str, Sums]:
+    """Return means over questions."""
+    ones = [1.0] * len(agreed)
     return {
-        "consistency": Sums.of_means([each.share for each in found], ones),
-        "majority_accuracy": Sums.of_means([float(each.right) for each in found], ones),
+        "consistency": Sums.of_means([question.share for question in agreed], ones),
+        "majority_accuracy": Sums.of_means([float(question.right) for question in agreed], ones),
     }

@@ -16,9 +16,9 @@ from .results import Cost
 
 
 def weights_mib(model: nn.Module) -> float:
-    """Size of parameters and buffers; those that are shared count once."""
-    tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
-    return sum(each.numel() * each.element_size() for each in tensors.values()) / 2**20
+    """Return the size of parameters and buffers; those that are shared count once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20
 
 
 def measure_cost(

@@ -50,7 +50,7 @@ class Example:
 def read_examples(
     dataset: Iterable[Mapping[str, Any]], tokenizer: Any, settings: EvaluationSettings, *, name: str = "evaluation"
 ) -> list[Example]:
-    """Rows of `dataset` as examples: at most `max_samples`, those without prompt and text left out.
+    """Read rows of `dataset` as examples: at most `max_samples`, without those that lack prompt and text.
 
     Beside the layouts of training, rows may have `references` (a list of texts), `answer` and `choices`; and `question`
     with `answer` is asked by `question_prompt`.
@@ -60,7 +60,7 @@ def read_examples(
     """
     parse = answer_parser(settings.answer_formats or ())
     read = _Reader(tokenizer, settings, parse)
-    found: list[Example] = []
+    examples: list[Example] = []
     seen = 0
     for index, row in enumerate(dataset):
         seen += 1
@@ -69,15 +69,15 @@ def read_examples(
         except DatasetError as error:
             raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
         if example is not None:
-            found.append(example)
-        if settings.max_samples is not None and len(found) >= settings.max_samples:
+            examples.append(example)
+        if settings.max_samples is not None and len(examples) >= settings.max_samples:
             break
-    if not found:
+    if not examples:
         raise DatasetError(
             f"None of the {seen} rows of dataset {name!r} can be evaluated: they are empty, or their references have "
             f"fewer than min_reference_words={settings.min_reference_words} words. Check the columns (column_mapping)."
         )
-    return found
+    return examples
 
 
 class _Reader:
@@ -86,7 +86,7 @@ class _Reader:
         self.templates = RationaleTemplates.of("auto", tokenizer, label_prompt=settings.question_prompt)
 
     def __call__(self, row: Mapping[str, Any], name: str) -> Example | None:
-        choices = [str(each) for each in row.get("choices") or []]
+        choices = [str(choice) for choice in row.get("choices") or []]
         asked = self._as_prompt(row, choices) if self._is_question(row) else row
         row_type = detect_dataset_type(asked, name=name)
         kwargs: Any = self.settings.chat_template_kwargs or None
@@ -135,9 +135,9 @@ class _Reader:
         return [self.tokenizer.decode(completion_ids, skip_special_tokens=True)] if completion_ids else []
 
     def _answer(self, row: Mapping[str, Any], references: list[str]) -> str | None:
-        given = row.get("answer")
-        if isinstance(given, str | int | float) and str(given).strip():
-            return self.parse(str(given)) or str(given)
+        answer = row.get("answer")
+        if isinstance(answer, str | int | float) and str(answer).strip():
+            return self.parse(str(answer)) or str(answer)
         return self.parse(references[0]) if references else None
 
 
@@ -174,10 +174,10 @@ class ExampleSet:
         every = list(enumerate(self.examples))
         return {
             # The first token of a text without a prompt has nothing that predicts it.
-            "texts": [i for i, each in every if len(each.completion_ids) > (0 if each.prompt_ids else 1)],
-            "prompts": [i for i, each in every if each.prompt_ids],
-            "references": [i for i, each in every if each.prompt_ids and each.references],
-            "questions": [i for i, each in every if each.prompt_ids and each.answer is not None],
+            "texts": [i for i, example in every if len(example.completion_ids) > (0 if example.prompt_ids else 1)],
+            "prompts": [i for i, example in every if example.prompt_ids],
+            "references": [i for i, example in every if example.prompt_ids and example.references],
+            "questions": [i for i, example in every if example.prompt_ids and example.answer is not None],
         }
 
     def of(self, subset: str) -> list[Example]:
@@ -198,7 +198,7 @@ class ExampleSet:
         return self.of("questions")
 
     def with_texts_of(self, completions: Sequence[list[int]]) -> ExampleSet:
-        """With a teacher's completions of `prompted` in place of the references that the data lacks."""
+        """Put a teacher's completions of `prompted` in place of the references that the data lacks."""
         written = iter(completions)
-        changed = [replace(each, completion_ids=next(written)) if each.prompt_ids else each for each in self.examples]
+        changed = [replace(old, completion_ids=next(written)) if old.prompt_ids else old for old in self.examples]
         return ExampleSet(changed, "the teacher")

@@ -21,19 +21,19 @@ Values = Sequence[Sequence[float]]  # by prompt and position
 
 
 def covered_length(texts: Sequence[Values], share: float = 0.5) -> int:
-    """The largest l that at least this share of the completions of every set reach; at least 1."""
+    """Return the largest l that this share of the completions of every set reach; at least 1."""
     lengths = [sorted(map(len, text), reverse=True) for text in texts]
-    return max(1, min(each[max(0, int(np.ceil(share * len(each))) - 1)] for each in lengths))
+    return max(1, min(reached[max(0, int(np.ceil(share * len(reached))) - 1)] for reached in lengths))
 
 
 def by_position(values: Values, length: int) -> tuple[Array, Array]:
-    """Values and their presence, `[P, length]` each; 0 behind the end of a completion."""
-    found, there = np.zeros((len(values), length)), np.zeros((len(values), length))
+    """Return values and their presence, `[P, length]` each; 0 behind the end of a completion."""
+    padded, present = np.zeros((len(values), length)), np.zeros((len(values), length))
     for prompt, row in enumerate(values):
-        kept = np.asarray(row[:length], float)
-        found[prompt, : len(kept)] = kept
-        there[prompt, : len(kept)] = 1
-    return found, there
+        row_values = np.asarray(row[:length], float)
+        padded[prompt, : len(row_values)] = row_values
+        present[prompt, : len(row_values)] = 1
+    return padded, present
 
 
 def _accumulated(sums: Array, length: int) -> tuple[Array, Array]:
@@ -49,19 +49,19 @@ def _accumulated(sums: Array, length: int) -> tuple[Array, Array]:
 
 def _excess(sums: Array, length: int) -> Array:
     """ExAccErr(l) in per cent, `[..., length]`; 0 where nothing adds up on either text."""
-    own, given = _accumulated(sums, length)
+    on_own, on_teachers = _accumulated(sums, length)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(own == given, 0.0, 100 * (own - given) / given)
+        return np.where(on_own == on_teachers, 0.0, 100 * (on_own - on_teachers) / on_teachers)
 
 
 def exposure_sums(student_text: Values, teacher_text: Values, length: int) -> Sums:
-    """ExAccErr at `length`, from KL(p‖q) by prompt and position on both texts of the same prompts."""
+    """Compute ExAccErr at `length`, from KL(p‖q) by prompt and position on both texts of the same prompts."""
     columns = np.concatenate([*by_position(student_text, length), *by_position(teacher_text, length)], axis=1)
     return Sums(columns, lambda sums: _excess(sums, length)[..., -1], has_prompt_values=False)
 
 
 def exposure_curve(sums: Sums) -> list[float | None]:
-    """ExAccErr(l) for l = 1 … `length` of `exposure_sums`."""
+    """Compute ExAccErr(l) for l = 1 … `length` of `exposure_sums`."""
     length = sums.columns.shape[1] // 4
     curve = _excess(sums.columns.sum(0), length)
     return [float(value) if np.isfinite(value) else None for value in curve]

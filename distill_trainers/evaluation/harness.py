@@ -44,20 +44,20 @@ class Harness:
                 "or leave them out."
             )
         self._manager = _manager_that_has(settings.lm_eval_tasks, settings.lm_eval_include_path)
-        for wanted in settings.lm_eval_tasks:
-            self.tasks += [name for name in self._matching(wanted) if name not in self.tasks]
+        for pattern in settings.lm_eval_tasks:
+            self.tasks += [name for name in self._matching(pattern) if name not in self.tasks]
         for name in self.tasks:
             self._read_data(name)
 
-    def _matching(self, wanted: str) -> list[str]:
+    def _matching(self, pattern: str) -> list[str]:
         """Names of the tasks that a name or a pattern means."""
-        found = self._manager.match_tasks([wanted])
-        if found:
-            return list(found)
-        near = difflib.get_close_matches(wanted, self._manager.all_tasks, n=3)
+        names = self._manager.match_tasks([pattern])
+        if names:
+            return list(names)
+        near = difflib.get_close_matches(pattern, self._manager.all_tasks, n=3)
         hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ConfigurationError(
-            f"Got `lm_eval_tasks: {wanted}`, which lm-eval {version('lm-eval')} does not have. {hint}"
+            f"Got `lm_eval_tasks: {pattern}`, which lm-eval {version('lm-eval')} does not have. {hint}"
             "`lm-eval ls tasks` lists its tasks; `lm_eval_include_path` names a folder of your own."
         )
 
@@ -67,7 +67,7 @@ class Harness:
         except Exception as error:  # of a library of data, or of the task's own code: anything
             raise ConfigurationError(
                 f"Got `lm_eval_tasks: {name}`, but lm-eval cannot load that task: {type(error).__name__}: {error}. "
-                "Mend it, fetch its data once with the network there, or leave it out."
+                "Fix it, fetch its data once with the network there, or leave it out."
             ) from error
 
     def add_scores(
@@ -83,12 +83,12 @@ class Harness:
         z = NormalDist().inv_cdf((1 + self.settings.confidence) / 2)
         for subject in subjects:
             model = results.model(subject.name)
-            for name, each in self._run(subject, tokenizer, cache).items():
-                spread = z * each["stderr"] if each["stderr"] is not None else None
-                low, high = (None, None) if spread is None else (each["value"] - spread, each["value"] + spread)
-                model.scores[name] = MeasureScore(each["value"], low, high, over=name.removeprefix(PREFIX))
+            for name, entry in self._run(subject, tokenizer, cache).items():
+                spread = z * entry["stderr"] if entry["stderr"] is not None else None
+                low, high = (None, None) if spread is None else (entry["value"] - spread, entry["value"] + spread)
+                model.scores[name] = MeasureScore(entry["value"], low, high, over=name.removeprefix(PREFIX))
                 title = " ".join(name.removeprefix(PREFIX).split("/")) + " (lm-eval)"
-                results.measures.setdefault(name, MeasureInfo(title, "", each["higher_is_better"]))
+                results.measures.setdefault(name, MeasureInfo(title, "", entry["higher_is_better"]))
         _compare(results)
 
     def _run(self, subject: Subject, tokenizer: Any, cache: Path | None) -> dict[str, Any]:
@@ -99,16 +99,16 @@ class Harness:
         store = (
             None if cache is None else RecordStore(cache / "lm_eval" / content_key(identity), what="scores of lm-eval")
         )
-        kept = {} if store is None else store.load()
-        found: dict[str, Any] = {}
+        records = {} if store is None else store.load()
+        scores: dict[str, Any] = {}
         for task in self.tasks:
-            if task not in kept:
-                kept[task] = {"key": task, "scores": self._evaluate(subject, tokenizer, task)}
+            if task not in records:
+                records[task] = {"key": task, "scores": self._evaluate(subject, tokenizer, task)}
                 if store is not None:
-                    store.append([kept[task]])
-            found |= kept[task]["scores"]
+                    store.append([records[task]])
+            scores |= records[task]["scores"]
         subject.release()
-        return found
+        return scores
 
     def _evaluate(self, subject: Subject, tokenizer: Any, task: str) -> dict[str, Any]:
         import lm_eval
@@ -130,14 +130,14 @@ class Harness:
         return harness_scores(answer or {})
 
 
-def _manager_that_has(wanted: Sequence[str], folder: str | None) -> Any:
+def _manager_that_has(tasks: Sequence[str], folder: str | None) -> Any:
     """lm-eval's index of tasks. Its own is read from 14 000 files, so a folder that has all of them is enough."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None:
         require(Path(folder).is_dir(), "lm_eval_include_path", folder, "a folder with task files")
         own = TaskManager(include_path=folder, include_defaults=False)
-        if set(wanted) <= set(own.all_subtasks):  # a group may name tasks that are not in the folder
+        if set(tasks) <= set(own.all_subtasks):  # a group may name tasks that are not in the folder
             return own
     return TaskManager(include_path=folder)
 
@@ -165,8 +165,8 @@ def _in_this_process() -> Iterator[None]:
 
 
 def harness_scores(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` answers, as value, standard error and direction by our name of the score."""
-    found: dict[str, Any] = {}
+    """Read an answer of `lm_eval.simple_evaluate`: value, standard error and direction by our name of the score."""
+    table: dict[str, Any] = {}
     for task, metrics in answer.get("results", {}).items():
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
@@ -176,8 +176,8 @@ def harness_scores(answer: Mapping[str, Any]) -> dict[str, Any]:
             known = isinstance(error, int | float) and math.isfinite(error)
             name = f"{PREFIX}{task}/{metric}" + ("" if kind == "none" else f",{kind}")
             better = answer.get("higher_is_better", {}).get(task, {}).get(metric)
-            found[name] = {"value": float(value), "stderr": float(error) if known else None, "higher_is_better": better}
-    return found
+            table[name] = {"value": float(value), "stderr": float(error) if known else None, "higher_is_better": better}
+    return table
 
 
 def _compare(results: EvaluationResults) -> None:
@@ -186,20 +186,20 @@ def _compare(results: EvaluationResults) -> None:
     if before is None:
         return
     for student in results.of_role("student"):
-        for name, own in student.scores.items():
+        for name, after in student.scores.items():
             base = before.scores.get(name)
-            if not name.startswith(PREFIX) or base is None or own.value is None or base.value is None:
+            if not name.startswith(PREFIX) or base is None or after.value is None or base.value is None:
                 continue
-            own.difference = Score(own.value - base.value)
+            after.difference = Score(after.value - base.value)
             reached = teacher.scores.get(name) if teacher else None
             if reached is not None and reached.value is not None:
-                own.gap_closed = _gap(own.value, base, reached)
+                after.gap_closed = _gap(after.value, base, reached)
 
 
-def _gap(own: float, base: MeasureScore, reached: MeasureScore) -> GapClosed:
+def _gap(after: float, base: MeasureScore, reached: MeasureScore) -> GapClosed:
     assert base.value is not None and reached.value is not None
     gap = reached.value - base.value
     if not gap:
         return GapClosed(None)
-    spreads = [each.high - each.value for each in (base, reached) if each.high is not None and each.value is not None]
-    return GapClosed((own - base.value) / gap, decided=abs(gap) > math.hypot(*spreads))
+    spreads = [end.high - end.value for end in (base, reached) if end.high is not None and end.value is not None]
+    return GapClosed((after - base.value) / gap, decided=abs(gap) > math.hypot(*spreads))

@@ -21,13 +21,13 @@ Finish = Callable[[Array], Array]
 
 
 def ratio(sums: Array) -> Array:
-    """Column 0 over column 1: a mean; NaN of nothing."""
+    """Divide column 0 by column 1: a mean; NaN of nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(sums[..., 1] != 0, sums[..., 0] / sums[..., 1], np.nan)
 
 
 def exp_ratio(sums: Array) -> Array:
-    """exp of a mean: perplexity from a sum of NLL and a number of tokens."""
+    """Return exp of a mean: perplexity from a sum of NLL and a number of tokens."""
     with np.errstate(over="ignore"):
         return np.exp(ratio(sums))
 
@@ -48,7 +48,7 @@ class Sums:
 
     @classmethod
     def of_means(cls, totals: Sequence[float], counts: Sequence[float], finish: Finish = ratio) -> Sums:
-        """Totals and counts by prompt, of which the score is the overall mean."""
+        """Keep totals and counts by prompt, of which the score is the overall mean."""
         return cls(np.stack([np.asarray(totals, float), np.asarray(counts, float)], axis=1), finish)
 
     def __len__(self) -> int:
@@ -59,34 +59,34 @@ class Sums:
         return float(self.finish(self.columns.sum(0)))
 
     def per_prompt(self) -> list[float | None]:
-        """The score of each prompt alone; empty where that means nothing."""
+        """Return the score of each prompt alone; empty where that means nothing."""
         return [_finite(value) for value in self.finish(self.columns)] if self.has_prompt_values else []
 
     def resampled(self, counts: Array) -> Array:
-        """Scores `[R]` under counts `[R, P]`."""
+        """Return scores `[R]` under counts `[R, P]`."""
         with np.errstate(invalid="ignore"):  # an infinite sum times a prompt that was not drawn
             return self.finish(counts @ self.columns)
 
 
 def bootstrap_counts(prompts: int, resamples: int, seed: int) -> Array:
-    """How often each of P prompts is drawn in each of R resamples, `[R, P]`; the same for the same arguments."""
+    """Count how often each of P prompts is drawn in each of R resamples, `[R, P]`; same arguments, same counts."""
     draw = np.random.default_rng([seed, prompts])
     return draw.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples).astype(float)
 
 
 def score(sums: Sums, counts: Array, confidence: float) -> Score:
-    """The score over all prompts and its interval."""
+    """Return the score over all prompts and its interval."""
     return _score(sums.value, sums.resampled(counts), confidence)
 
 
 def difference(one: Sums, other: Sums, counts: Array, confidence: float) -> Score:
-    """`one` − `other` on the same prompts, with the interval of paired prompts."""
+    """Return `one` − `other` on the same prompts, with the interval of paired prompts."""
     _require_same_prompts(one, other)
     return _score(one.value - other.value, one.resampled(counts) - other.resampled(counts), confidence)
 
 
 def gap_closed(after: Sums, before: Sums, teacher: Sums, counts: Array, confidence: float) -> GapClosed:
-    """(after − before) / (teacher − before): 1 where the student has reached its teacher, 0 where it stands as before.
+    """Return (after − before) / (teacher − before): 1 where the student has reached its teacher, 0 where it stays.
 
     Returns:
         no value where teacher and student scored alike to begin with; `decided` tells whether the interval of the gap
@@ -98,19 +98,19 @@ def gap_closed(after: Sums, before: Sums, teacher: Sums, counts: Array, confiden
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(teacher != before, (after - before) / (teacher - before), np.nan)
 
-    values = [np.asarray(each.value) for each in (after, before, teacher)]
-    resampled = [each.resampled(counts) for each in (after, before, teacher)]
-    found = _score(float(share(*values)), share(*resampled), confidence)
+    values = [np.asarray(sums.value) for sums in (after, before, teacher)]
+    resampled = [sums.resampled(counts) for sums in (after, before, teacher)]
+    closed = _score(float(share(*values)), share(*resampled), confidence)
     gap = _score(0.0, resampled[2] - resampled[1], confidence)
     decided = gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
-    return GapClosed(found.value, found.low, found.high, decided and found.value is not None)
+    return GapClosed(closed.value, closed.low, closed.high, decided and closed.value is not None)
 
 
 def _score(value: float, resampled: Array, confidence: float) -> Score:
-    kept = resampled[np.isfinite(resampled)]
-    if not len(kept) or not np.isfinite(value):
+    finite = resampled[np.isfinite(resampled)]
+    if not len(finite) or not np.isfinite(value):
         return Score(_finite(value))
-    low, high = np.quantile(kept, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(finite, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Score(_finite(value), float(low), float(high))
 
 
@@ -119,8 +119,8 @@ def _finite(value: float) -> float | None:
 
 
 def _require_same_prompts(*sums: Sums) -> None:
-    if len({len(each) for each in sums}) > 1:
+    if len({len(score) for score in sums}) > 1:
         raise ConfigurationError(
-            f"Got scores over {[len(each) for each in sums]} prompts; expected the same prompts for all models. "
+            f"Got scores over {[len(score) for score in sums]} prompts; expected the same prompts for all models. "
             "Evaluate them together."
         )

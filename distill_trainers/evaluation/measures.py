@@ -79,7 +79,7 @@ _SMALLER_IS_BETTER = ("loss", "nll", "perplexity", "kl", "divergence")
 
 
 def higher_is_better(metric: str) -> bool:
-    """Which direction of a logged metric is the better one: a measure's own, else by the end of its name."""
+    """Tell the better direction of a logged metric: a measure's own, else by the end of its name."""
     name = metric.removeprefix("eval_").removeprefix("teacher_")
     if name.startswith("gap_closed_"):
         return True

@@ -238,11 +238,11 @@ class EvaluationResults:
     version: int = VERSION
 
     def model(self, name: str) -> ModelResults:
-        """The results of a model by name."""
-        return next(each for each in self.models if each.name == name)
+        """Return the results of a model by name."""
+        return next(model for model in self.models if model.name == name)
 
     def of_role(self, role: str) -> list[ModelResults]:
-        return [each for each in self.models if each.role == role]
+        return [model for model in self.models if model.role == role]
 
     def to_json(self) -> str:
         return json.dumps(_plain(self), allow_nan=False, ensure_ascii=False)
@@ -258,7 +258,7 @@ class EvaluationResults:
 
     @classmethod
     def from_json(cls, text: str, name: str = "the text") -> EvaluationResults:
-        """Results from what `to_json` wrote.
+        """Read results from what `to_json` wrote.
 
         Raises:
             DatasetError: it is something else, or of a version that is not known here.
@@ -284,7 +284,7 @@ class EvaluationResults:
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResults:
-        """Results from a file, or from the folder that holds `evaluation.json`."""
+        """Read results from a file, or from the folder that holds `evaluation.json`."""
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
@@ -297,10 +297,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _build(hint: Any, value: Any) -> Any:
@@ -308,15 +308,15 @@ def _build(hint: Any, value: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
-        (hint,) = [each for each in get_args(hint) if each is not type(None)]
+        (hint,) = [option for option in get_args(hint) if option is not type(None)]
     if is_dataclass(hint):
         hints = _hints(hint)  # type: ignore[arg-type]
-        return hint(**{name: _build(hints[name], each) for name, each in value.items() if name in hints})  # type: ignore[operator]
+        return hint(**{name: _build(hints[name], item) for name, item in value.items() if name in hints})  # type: ignore[operator]
     if get_origin(hint) is list:
         (of,) = get_args(hint)
-        return list(value) if of in (str, int, float) else [_build(of, each) for each in value]
+        return list(value) if of in (str, int, float) else [_build(of, item) for item in value]
     if get_origin(hint) is dict:
-        return {name: _build(get_args(hint)[1], each) for name, each in value.items()}
+        return {name: _build(get_args(hint)[1], item) for name, item in value.items()}
     return value
 
 
@@ -324,4 +324,4 @@ def _build(hint: Any, value: Any) -> Any:
 def _hints(of: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, worked out once: a report reads tens of thousands of objects."""
     hints = get_type_hints(of)
-    return {each.name: hints[each.name] for each in fields(of)}
+    return {entry.name: hints[entry.name] for entry in fields(of)}

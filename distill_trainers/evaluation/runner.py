@@ -102,7 +102,7 @@ def prepare(
     data_name: str = "the data",
     progress: bool = True,
 ) -> Evaluation:
-    """An evaluation that has passed every check, with no weights loaded; arguments are those of `evaluate_models`."""
+    """Make an evaluation that has passed every check, with no weights loaded; arguments as of `evaluate_models`."""
     settings.check()
     one_process_only()
     cache = None if cache_dir is None else Path(cache_dir)
@@ -138,16 +138,16 @@ def make_subjects(
         *((str(name), "student", source, kwargs) for name, source in students.items()),
     ]
     there = [(name, role, source, own) for name, role, source, own in given if source is not None]
-    found = [Subject(name, role, source, init_kwargs=own, **shared) for name, role, source, own in there]
-    if not found:
+    subjects = [Subject(name, role, source, init_kwargs=own, **shared) for name, role, source, own in there]
+    if not subjects:
         raise ConfigurationError("Got no model to evaluate; expected `students`, a `teacher` or a `baseline`.")
-    return found
+    return subjects
 
 
 def choose_metrics(
     settings: EvaluationSettings, examples: ExampleSet, *, has_teacher: bool
 ) -> tuple[list[str], list[str]]:
-    """The metrics that models and data allow, and why others were left out.
+    """Choose the metrics that models and data allow; say why others are left out.
 
     Raises:
         ConfigurationError, DatasetError: a metric that was asked for by name cannot be measured.
@@ -201,22 +201,22 @@ class Evaluation:
     ):
         self.workshop, self.subjects, self.examples, self.harness = workshop, subjects, examples, harness
         self.settings, self.notes, self.data_name = workshop.settings, notes, data_name
-        self.teacher = next((each for each in subjects if each.role == "teacher"), None)
+        self.teacher = next((subject for subject in subjects if subject.role == "teacher"), None)
         self._counts: dict[int, Array] = {}
 
     def run(self) -> EvaluationResults:
-        """All results; models are loaded one beside the teacher, and only where something is missing."""
+        """Return all results; models are loaded one beside the teacher, and only where something is missing."""
         collected: dict[str, Collected] = {}
         tokens: list[TokenComparison] = []
-        given = Collected()
+        of_teacher = Collected()
         if self.teacher is not None and not self.examples.subsets["texts"]:
             written = self.workshop.first_samples(self.teacher, self.examples)
             self.examples = self.examples.with_texts_of(written)
         for subject in self.subjects:
             teacher = self.teacher if subject is not self.teacher else None
-            collected[subject.name] = self.workshop.collect(subject, teacher, self.examples, given)
+            collected[subject.name] = self.workshop.collect(subject, teacher, self.examples, of_teacher)
             if subject is self.teacher:
-                given = collected[subject.name]
+                of_teacher = collected[subject.name]
             elif self.teacher is not None and "agreement" in self.workshop.metrics:
                 tokens += self._compare_tokens(subject, collected[subject.name])
             if subject is not self.teacher:
@@ -248,7 +248,7 @@ class Evaluation:
             for model in models:
                 if model.cost is not None:
                     model.cost.speedup = model.cost.tokens_per_second / base.tokens_per_second
-        occurring = [name for name in MEASURES if any(name in each for each in sums.values())]
+        occurring = [name for name in MEASURES if any(name in of_model for of_model in sums.values())]
         return EvaluationResults(
             models=models,
             measures={name: _info(name) for name in occurring},
@@ -268,20 +268,20 @@ class Evaluation:
 
     def _exposure_length(self, collected: dict[str, Collected]) -> int | None:
         """How far the completions of all models reach, so that their scores are at the same length."""
-        texts = [each.samples[0] for each in collected.values() if each.samples]
+        texts = [of_model.samples[0] for of_model in collected.values() if of_model.samples]
         return covered_length(texts) if texts and "exposure_bias" in self.workshop.metrics else None
 
     def counts(self, prompts: int) -> Array:
-        """Resamples of so many prompts, the same for all models and measures."""
+        """Return resamples of so many prompts, the same for all models and measures."""
         if prompts not in self._counts:
             self._counts[prompts] = bootstrap_counts(prompts, self.settings.bootstrap_samples, BOOTSTRAP_SEED)
         return self._counts[prompts]
 
     def _model(
-        self, subject: Subject, found: Collected, sums: dict[str, dict[str, Sums]], by_seed: dict[str, list[Sums]]
+        self, subject: Subject, collected: Collected, sums: dict[str, dict[str, Sums]], by_seed: dict[str, list[Sums]]
     ) -> ModelResults:
-        texts = {"reference": found.reference, "student": found.own_text} if subject is not self.teacher else {}
-        reference = found.reference if "calibration" in self.workshop.metrics else []
+        texts = {"reference": collected.reference, "student": collected.own_text} if subject is not self.teacher else {}
+        reference = collected.reference if "calibration" in self.workshop.metrics else []
         sure, right = ([row[name] for row in reference] for name in ("confidence", "correct"))
         exposure = sums[subject.name].get("exposure_error")
         return ModelResults(
@@ -291,33 +291,33 @@ class Evaluation:
             fingerprint=subject.facts.fingerprint,
             scores={name: self._score(name, subject, sums, by_seed.get(name, [])) for name in sums[subject.name]},
             positions=[curve for text, values in texts.items() for curve in self._curves(text, values)],
-            lengths=_histogram(found.samples, self.settings.max_new_tokens) if found.samples else None,
+            lengths=_histogram(collected.samples, self.settings.max_new_tokens) if collected.samples else None,
             calibration=calibration_bins(sure, right, self.settings.calibration_bins) if reference else [],
             exposure=exposure_curve(exposure) if exposure is not None and subject is not self.teacher else [],
-            cost=found.cost,
+            cost=collected.cost,
         )
 
     def _score(
         self, name: str, subject: Subject, sums: dict[str, dict[str, Sums]], by_seed: list[Sums]
     ) -> MeasureScore:
-        own, confidence = sums[subject.name][name], self.settings.confidence
-        counts = self.counts(len(own))
-        value = score(own, counts, confidence)
-        found = MeasureScore(
+        totals, confidence = sums[subject.name][name], self.settings.confidence
+        counts = self.counts(len(totals))
+        value = score(totals, counts, confidence)
+        result = MeasureScore(
             value.value,
             value.low,
             value.high,
             over=MEASURES[name].over,
-            per_prompt=own.per_prompt(),
-            per_seed=[score(each, counts[:1], confidence).value for each in by_seed],
+            per_prompt=totals.per_prompt(),
+            per_seed=[score(seed_totals, counts[:1], confidence).value for seed_totals in by_seed],
         )
         before = sums.get("baseline", {}).get(name)
         if subject.role == "student" and before is not None:
-            found.difference = difference(own, before, counts, confidence)
+            result.difference = difference(totals, before, counts, confidence)
             reached = sums.get("teacher", {}).get(name)
             if reached is not None:
-                found.gap_closed = gap_closed(own, before, reached, counts, confidence)
-        return found
+                result.gap_closed = gap_closed(totals, before, reached, counts, confidence)
+        return result
 
     def _curves(self, text: str, values: Sequence[TokenValues]) -> list[PositionCurve]:
         """Means by position with their intervals, as far as any completion goes."""
@@ -344,32 +344,32 @@ class Evaluation:
             example = examples.examples[place]
             prompt = example.prompt_text or decode(example.prompt_ids, skip_special_tokens=True)
             sample = Sample(place, prompt, example.references, example.answer)
-            for name, found in collected.items():
-                if found.samples:
-                    sample.completions[name] = decode(found.samples[0][i], skip_special_tokens=True)
-                if found.answers and place in questions:
-                    sample.greedy[name] = found.answers[questions[place]].text
-                    sample.verdicts[name] = found.answers[questions[place]].reason
+            for name, of_model in collected.items():
+                if of_model.samples:
+                    sample.completions[name] = decode(of_model.samples[0][i], skip_special_tokens=True)
+                if of_model.answers and place in questions:
+                    sample.greedy[name] = of_model.answers[questions[place]].text
+                    sample.verdicts[name] = of_model.answers[questions[place]].reason
             samples.append(sample)
         return samples
 
-    def _compare_tokens(self, subject: Subject, found: Collected) -> list[TokenComparison]:
+    def _compare_tokens(self, subject: Subject, collected: Collected) -> list[TokenComparison]:
         """A few completions token by token: references, and what the model wrote itself."""
         assert self.teacher is not None
-        wanted, compared = self.settings.token_samples, []
+        number, compared = self.settings.token_samples, []
         examples = self.examples.examples
         texts = {
             "reference": [
                 (place, (examples[place].prompt_ids, examples[place].completion_ids), values)
-                for place, values in zip(self.examples.subsets["texts"], found.reference, strict=False)
+                for place, values in zip(self.examples.subsets["texts"], collected.reference, strict=False)
             ],
             "student": [
-                (place, (examples[place].prompt_ids, found.samples[0][i]), found.own_text[i])
-                for i, place in enumerate(self.examples.subsets["prompts"][: len(found.own_text)])
+                (place, (examples[place].prompt_ids, collected.samples[0][i]), collected.own_text[i])
+                for i, place in enumerate(self.examples.subsets["prompts"][: len(collected.own_text)])
             ],
         }
         for kind, rows in texts.items():
-            for place, text, values in rows[:wanted]:
+            for place, text, values in rows[:number]:
                 compared.append(
                     self.workshop.compare_tokens(subject, self.teacher, text, values, kind=kind, example=place)
                 )
@@ -382,8 +382,8 @@ def _info(name: str) -> MeasureInfo:
 
 
 def _quantile(values: Array, q: float) -> float | None:
-    kept = values[np.isfinite(values)]
-    return float(np.quantile(kept, q)) if len(kept) else None
+    finite = values[np.isfinite(values)]
+    return float(np.quantile(finite, q)) if len(finite) else None
 
 
 def _histogram(samples: Sequence[Sequence[Sequence[int]]], longest: int, bins: int = 20) -> Histogram:
@@ -394,13 +394,13 @@ def _histogram(samples: Sequence[Sequence[Sequence[int]]], longest: int, bins: i
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Versions and machine, without names of it."""
-    found = {"python": platform.python_version(), "device": device.type}
+    """Return versions and kind of machine, without names of it."""
+    versions = {"python": platform.python_version(), "device": device.type}
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
+        versions["device"] = torch.cuda.get_device_name(device)
     for package in ("distill-trainers", "torch", "transformers", "rouge-score", "sacrebleu"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

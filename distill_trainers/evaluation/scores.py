@@ -18,7 +18,7 @@ from .text_scores import distinct_sums, ended_sums, length_sums, rouge_l, rouge_
 
 
 def scores_of(
-    found: Collected,
+    collected: Collected,
     examples: ExampleSet,
     settings: EvaluationSettings,
     metrics: Sequence[str],
@@ -27,7 +27,7 @@ def scores_of(
     is_teacher: bool = False,
     exposure_length: int | None = None,
 ) -> tuple[dict[str, Sums], dict[str, list[Sums]]]:
-    """All scores of one model by name, in the order of `MEASURES`; and those of each seed, of sampled text.
+    """Score one model by name, in the order of `MEASURES`; sampled text also by seed.
 
     Args:
         is_teacher: its distances from itself are 0, and its agreement with itself 1.
@@ -35,36 +35,40 @@ def scores_of(
     """
     sums: dict[str, Sums] = {}
     by_seed: dict[str, list[Sums]] = {}
-    if found.reference and "perplexity" in metrics:
-        sums["perplexity"] = perplexity_sums([row["nll"] for row in found.reference])
+    if collected.reference and "perplexity" in metrics:
+        sums["perplexity"] = perplexity_sums([row["nll"] for row in collected.reference])
     if "agreement" in metrics:
-        sums |= _agreement(found, examples, is_teacher)
-    if found.reference and "calibration" in metrics:
-        sure, right = ([row[name] for row in found.reference] for name in ("confidence", "correct"))
+        sums |= _agreement(collected, examples, is_teacher)
+    if collected.reference and "calibration" in metrics:
+        sure, right = ([row[name] for row in collected.reference] for name in ("confidence", "correct"))
         sums["ece"] = calibration_sums(sure, right, settings.calibration_bins)
     if "exposure_bias" in metrics and exposure_length is not None:
-        texts = [[0.0] * len(ids) for ids in found.samples[0]] if is_teacher else [row["kl"] for row in found.own_text]
-        given = texts if is_teacher else [row["kl"] for row in found.teacher_text]
+        texts = (
+            [[0.0] * len(ids) for ids in collected.samples[0]]
+            if is_teacher
+            else [row["kl"] for row in collected.own_text]
+        )
+        given = texts if is_teacher else [row["kl"] for row in collected.teacher_text]
         sums["exposure_error"] = exposure_sums(texts, given, exposure_length)
-    if found.samples and "rouge_l" in metrics:
-        sums["rouge_l"], by_seed["rouge_l"] = _rouge(found, examples, tokenizer)
-    if found.samples and "diversity" in metrics:
-        sums |= _diversity(found, tokenizer)
-        bare = _without_ends(found)
+    if collected.samples and "rouge_l" in metrics:
+        sums["rouge_l"], by_seed["rouge_l"] = _rouge(collected, examples, tokenizer)
+    if collected.samples and "diversity" in metrics:
+        sums |= _diversity(collected, tokenizer)
+        bare = _without_ends(collected)
         by_seed["distinct_4"] = [distinct_sums([completions]) for completions in bare]
     if "accuracy" in metrics:
-        sums |= accuracy_by_question(found.answers)
-    if found.sampled_answers and "consistency" in metrics:
-        pairs = zip(found.sampled_answers, examples.questions, strict=True)
+        sums |= accuracy_by_question(collected.answers)
+    if collected.sampled_answers and "consistency" in metrics:
+        pairs = zip(collected.sampled_answers, examples.questions, strict=True)
         kind = settings.answer_kind
         sums |= consistency_sums([agree(answers, q.answer or "", kind, q.choices) for answers, q in pairs])
     return {name: sums[name] for name in MEASURES if name in sums}, by_seed
 
 
-def _agreement(found: Collected, examples: ExampleSet, is_teacher: bool) -> dict[str, Sums]:
+def _agreement(collected: Collected, examples: ExampleSet, is_teacher: bool) -> dict[str, Sums]:
     if is_teacher:
-        reference = [each.completion_ids if each.prompt_ids else each.completion_ids[1:] for each in examples.with_text]
-        texts = {"": reference, "student_text_": found.samples[0] if found.samples else []}
+        reference = [row.completion_ids if row.prompt_ids else row.completion_ids[1:] for row in examples.with_text]
+        texts = {"": reference, "student_text_": collected.samples[0] if collected.samples else []}
         agreed = {name: 1.0 if name == "top1_agreement" else 0.0 for name in AGREEMENT}
         return {
             f"{prefix}{name}": Sums.of_means([agreed[name] * len(ids) for ids in text], [len(ids) for ids in text])
@@ -72,7 +76,7 @@ def _agreement(found: Collected, examples: ExampleSet, is_teacher: bool) -> dict
             for name in AGREEMENT
             if text
         }
-    read = {"": found.reference, "student_text_": found.own_text}
+    read = {"": collected.reference, "student_text_": collected.own_text}
     return {
         f"{prefix}{name}": Sums.of_means([sum(row[name]) for row in values], [len(row[name]) for row in values])
         for prefix, values in read.items()
@@ -81,29 +85,29 @@ def _agreement(found: Collected, examples: ExampleSet, is_teacher: bool) -> dict
     }
 
 
-def _rouge(found: Collected, examples: ExampleSet, tokenizer: Any) -> tuple[Sums, list[Sums]]:
+def _rouge(collected: Collected, examples: ExampleSet, tokenizer: Any) -> tuple[Sums, list[Sums]]:
     prompts = examples.subsets["prompts"]
     places = [prompts.index(i) for i in examples.subsets["references"]]
-    references = [each.references for each in examples.of("references")]
+    references = [example.references for example in examples.of("references")]
     scored = []
-    for seed in found.samples:
+    for seed in collected.samples:
         texts = [tokenizer.decode(seed[i], skip_special_tokens=True) for i in places]
         scored.append(rouge_l(texts, references))
-    return rouge_sums(scored), [rouge_sums([each]) for each in scored]
+    return rouge_sums(scored), [rouge_sums([rouge]) for rouge in scored]
 
 
-def _without_ends(found: Collected) -> list[list[list[int]]]:
-    ends = set(found.end_ids)
-    return [[ids[:-1] if ids and ids[-1] in ends else ids for ids in completions] for completions in found.samples]
+def _without_ends(collected: Collected) -> list[list[list[int]]]:
+    ends = set(collected.end_ids)
+    return [[ids[:-1] if ids and ids[-1] in ends else ids for ids in completions] for completions in collected.samples]
 
 
-def _diversity(found: Collected, tokenizer: Any) -> dict[str, Sums]:
-    sums = {"distinct_4": distinct_sums(_without_ends(found))}
-    if len(found.samples) > 1:
-        texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in seed] for seed in found.samples]
+def _diversity(collected: Collected, tokenizer: Any) -> dict[str, Sums]:
+    sums = {"distinct_4": distinct_sums(_without_ends(collected))}
+    if len(collected.samples) > 1:
+        texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in seed] for seed in collected.samples]
         sums["self_bleu"] = self_bleu_sums(texts)
-    sums["completion_tokens"] = length_sums(found.samples)
-    return sums | {"ended": ended_sums(found.samples, found.end_ids)}
+    sums["completion_tokens"] = length_sums(collected.samples)
+    return sums | {"ended": ended_sums(collected.samples, collected.end_ids)}
 
 
 def perplexity_sums(nll: Sequence[Sequence[float]]) -> Sums:

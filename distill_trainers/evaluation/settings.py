@@ -95,7 +95,7 @@ class EvaluationSettings(Checked):
     def sampling(
         self, eos_token_ids: list[int], pad_token_id: int, vocab_size: int | None, *, greedy: bool = False
     ) -> SamplingSettings:
-        """How a model with these end-of-text tokens is sampled."""
+        """Say how a model with these end-of-text tokens is sampled."""
         return SamplingSettings(
             max_new_tokens=self.max_new_tokens,
             temperature=0.0 if greedy else self.temperature,

@@ -112,7 +112,7 @@ class Subject:
         return self.config.get_text_config().vocab_size
 
     def tokenizer(self) -> Any:
-        """The tokenizer that lies beside it, or None."""
+        """Return the tokenizer that lies beside it, or None."""
         name = self._source if isinstance(self._source, str) else models.source_of(self._source)
         for place in (name, _adapted_base(name) if name else None):
             if place:
@@ -160,7 +160,7 @@ class Subject:
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[Any]:
-        """The model, ready to generate; loaded only now."""
+        """Yield the model, ready to generate; it is loaded only now."""
         with torch.no_grad():
             model = self.model.model.eval()
             yield models.unwrapped(model)
@@ -172,9 +172,9 @@ class Subject:
             self.model.model.train(self._was_training)
 
     def end_ids(self, tokenizer: Any) -> list[int]:
-        """Tokens that end its completions."""
-        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return list(dict.fromkeys(own + self.facts.end_ids))
+        """Return the tokens that end its completions."""
+        of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return list(dict.fromkeys(of_tokenizer + self.facts.end_ids))
 
     def _load(self) -> nn.Module:
         assert isinstance(self._source, str)
@@ -194,7 +194,7 @@ def _adapted_base(name: str) -> str | None:
 
 
 def reference_tokenizer(subjects: Sequence[Subject], tokenizer: Any = None) -> tuple[Any, int | None]:
-    """The tokenizer that reads the data, and the number of ids in the softmax of all models (None for all rows).
+    """Return the tokenizer that reads the data, and the number of ids in the softmax of all models (None for all rows).
 
     Args:
         tokenizer: of the caller; by default that of the teacher, else of the first model that has one.
@@ -203,17 +203,17 @@ def reference_tokenizer(subjects: Sequence[Subject], tokenizer: Any = None) -> t
         ConfigurationError: no model has a tokenizer beside it.
         VocabularyError: two models do not mean the same token by the same id. Before weights are loaded.
     """
-    own = {subject.name: subject.tokenizer() for subject in subjects}
-    reference = tokenizer or next((found for found in own.values() if found is not None), None)
+    tokenizers = {subject.name: subject.tokenizer() for subject in subjects}
+    reference = tokenizer or next((beside for beside in tokenizers.values() if beside is not None), None)
     if reference is None:
         raise ConfigurationError(
-            f"None of the models {list(own)} has a tokenizer beside it. Save one into a model's folder "
+            f"None of the models {list(tokenizers)} has a tokenizer beside it. Save one into a model's folder "
             "(`tokenizer.save_pretrained(folder)`), or pass `tokenizer=…`."
         )
     reference = models.with_pad_token(reference)
     first, sizes = subjects[0], []
     for subject in subjects:
-        other = own[subject.name] or (reference if tokenizer is not None else None)
+        other = tokenizers[subject.name] or (reference if tokenizer is not None else None)
         try:
             sizes.append(shared_vocabulary(reference, other, first.rows, subject.rows))
         except VocabularyError as error:

@@ -17,7 +17,7 @@ class TextTable:
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """A score with the digits that tell something; shares as per cent."""
+    """Write a score with the digits that tell something; shares as per cent."""
     if value is None:
         return "–"
     if unit == "share":
@@ -28,26 +28,26 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def with_interval(score: Score, unit: str = "") -> str:
-    """value [low, high]"""
+    """Write `value [low, high]`."""
     shown = number(score.value, unit)
     if score.low is None or score.high is None:
         return shown
-    low, high = (number(each, unit).removesuffix(" %") for each in (score.low, score.high))
+    low, high = (number(bound, unit).removesuffix(" %") for bound in (score.low, score.high))
     return f"{shown} [{low}, {high}]"
 
 
 def share_of_gap(gap: GapClosed | None) -> str:
-    """Per cent of the gap with its interval; in brackets where the gap itself is not more than noise."""
+    """Write per cent of the gap with its interval; in brackets where the gap is not more than noise."""
     if gap is None or gap.value is None:
         return "–"
-    value, low, high = (None if each is None else round(100 * each) for each in (gap.value, gap.low, gap.high))
+    value, low, high = (None if share is None else round(100 * share) for share in (gap.value, gap.low, gap.high))
     if not gap.decided:
         return f"({value} %)"
     return f"{value} %" if low is None or high is None else f"{value} % [{low}, {high}]"
 
 
 def tables_of(results: EvaluationResults) -> list[TextTable]:
-    """Scores with intervals; the gap closed by each student; what the models cost."""
+    """Make the tables: scores with intervals, the gap closed by each student, what the models cost."""
     confidence = results.settings.get("confidence", 0.95)
     names = [model.name for model in results.models]
     arrows = {True: " ↑", False: " ↓", None: ""}
@@ -60,7 +60,7 @@ def tables_of(results: EvaluationResults) -> list[TextTable]:
         ]
         scores.append([f"{info.title}{unit}{arrows[info.higher_is_better]}", *cells])
     rows = results.data.get("rows", 0)
-    found = [TextTable(f"Scores on {rows} rows, {100 * confidence:.0f} % intervals", ["", *names], scores)]
+    tables = [TextTable(f"Scores on {rows} rows, {100 * confidence:.0f} % intervals", ["", *names], scores)]
     students = results.of_role("student")
     gaps = [
         [info.title, *(share_of_gap(s.gap_closed if (s := model.scores.get(name)) else None) for model in students)]
@@ -69,11 +69,11 @@ def tables_of(results: EvaluationResults) -> list[TextTable]:
     ]
     if gaps:
         title = "Gap to the teacher that was closed (in brackets: the gap is within noise)"
-        found.append(TextTable(title, ["", *(model.name for model in students)], gaps))
+        tables.append(TextTable(title, ["", *(model.name for model in students)], gaps))
     costs = [model for model in results.models if model.cost is not None]
     if costs:
-        found.append(_costs(costs))
-    return found
+        tables.append(_costs(costs))
+    return tables
 
 
 def _costs(models: list) -> TextTable:
@@ -94,7 +94,7 @@ def _costs(models: list) -> TextTable:
 
 
 def markdown(results: EvaluationResults) -> str:
-    """All tables, notes and samples as a Markdown document."""
+    """Write all tables, notes and samples as a Markdown document."""
     lines = ["# Evaluation", ""]
     sources = ", ".join(f"{model.name}: `{model.source}`" for model in results.models)
     lines += [f"{sources}. Data: {results.data.get('name', '')}, {results.data.get('rows', 0)} rows; forced text: "

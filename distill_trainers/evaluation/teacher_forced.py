@@ -40,7 +40,7 @@ def force(
     rank: int = 0,
     world: int = 1,
 ) -> list[TokenValues]:
-    """Measures of every token of the completions, in the order of `texts`; those in the `store` are not computed.
+    """Measure every token of the completions, in the order of `texts`; those in the `store` are not computed.
 
     Plain text (an empty prompt) has no measure of its first token, which nothing predicts.
 
@@ -61,8 +61,8 @@ def force(
     for batch in tqdm(batches, desc=title, disable=not progress or not batches or rank != 0):
         rows = [_row(*text) for text in ([missing[key] for key in batch] or anybodys)]
         inputs = {name: value.to(device) for name, value in collate(rows).items()}
-        found = _by_row(run(inputs), inputs["labels"])[: len(batch)]
-        done |= dict(zip(batch, found, strict=True))
+        values = _by_row(run(inputs), inputs["labels"])[: len(batch)]
+        done |= dict(zip(batch, values, strict=True))
         if store is not None:
             store.append({"key": key, "values": done[key]} for key in batch)
     return [done[key] for key in keys]
@@ -87,20 +87,20 @@ def pair_runner(
     chunk_bytes: int,
     terms: TermsFn = comparison_terms,
 ) -> RunBatch:
-    """What `force` runs for two models of this process; without a teacher, what needs none is measured."""
+    """Return what `force` runs for two models of this process; without a teacher, it measures what needs none."""
 
     @torch.no_grad()
     def run(batch: Batch) -> Mapping[str, Tensor]:
         predicts = trained_mask(batch["labels"])
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         tokens = {"labels": batch["labels"][:, 1:][predicts]}
-        own = student.signal(inputs, predicts, vocab_size)
-        said = None if teacher is None else teacher.signal(inputs, predicts, vocab_size)
-        if isinstance(own, HiddenStates):
-            return fused_linear_terms(own.hidden, own.head, said, terms, tokens, {}, chunk_bytes=chunk_bytes)[1]
+        signal = student.signal(inputs, predicts, vocab_size)
+        target = None if teacher is None else teacher.signal(inputs, predicts, vocab_size)
+        if isinstance(signal, HiddenStates):
+            return fused_linear_terms(signal.hidden, signal.head, target, terms, tokens, {}, chunk_bytes=chunk_bytes)[1]
         everything = slice(None)
-        logits = own.chunk(everything)
+        logits = signal.chunk(everything)
         assert isinstance(logits, TokenLogits)  # a model of this process gives nothing else
-        return terms(logits, None if said is None else said.chunk(everything), tokens)
+        return terms(logits, None if target is None else target.chunk(everything), tokens)
 
     return run

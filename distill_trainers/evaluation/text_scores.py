@@ -47,7 +47,7 @@ def rouge_sums(by_seed: Sequence[Sequence[float]]) -> Sums:
 
 
 def distinct_sums(by_seed: Sequence[Sequence[Sequence[int]]], n: int = 4) -> Sums:
-    """distinct-n (Li et al., arXiv 1510.03055): different n-grams over n-grams, of each seed's completions together.
+    """Sum up distinct-n (Li et al., arXiv 1510.03055): different n-grams over n-grams, within each seed.
 
     An n-gram that occurs c times counts 1/c at each of them, so that the prompts' sums add up to the number of
     different ones. A bootstrap keeps c as it is: drawing a prompt twice must not pass for repetition.
@@ -66,7 +66,7 @@ def distinct_sums(by_seed: Sequence[Sequence[Sequence[int]]], n: int = 4) -> Sum
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Mean BLEU (0 to 100) of each text against all others (Zhu et al., arXiv 1802.01886); 100 where all are alike."""
+    """Return mean BLEU (0 to 100) of each text against all others (Zhu et al., arXiv 1802.01886); 100: all alike."""
     require_library("sacrebleu", "sacrebleu", "diversity")
     from sacrebleu.metrics import BLEU
 
@@ -76,7 +76,7 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 
 def self_bleu_sums(by_seed: Sequence[Sequence[str]]) -> Sums:
-    """Self-BLEU among the samples of each prompt, averaged over prompts; `[S][P]` texts with S ≥ 2."""
+    """Average Self-BLEU among the samples of each prompt over prompts; `[S][P]` texts with S ≥ 2."""
     return Sums.of_means([self_bleu(samples) for samples in zip(*by_seed, strict=True)], [1.0] * len(by_seed[0]))
 
 
@@ -86,9 +86,9 @@ def length_sums(by_seed: Sequence[Sequence[Sequence[int]]]) -> Sums:
 
 
 def ended_sums(by_seed: Sequence[Sequence[Sequence[int]]], eos_token_ids: Sequence[int]) -> Sums:
-    """Share of completions whose last token ends them, and not `max_new_tokens`."""
+    """Return the share of completions whose last token ends them, and not `max_new_tokens`."""
 
-    def share(samples: Sequence[Sequence[int]]) -> float:
-        return sum(bool(ids) and ids[-1] in eos_token_ids for ids in samples) / len(samples)
+    def share(completions: Sequence[Sequence[int]]) -> float:
+        return sum(bool(ids) and ids[-1] in eos_token_ids for ids in completions) / len(completions)
 
-    return Sums.of_means([share(each) for each in zip(*by_seed, strict=True)], [1] * len(by_seed[0]))
+    return Sums.of_means([share(samples) for samples in zip(*by_seed, strict=True)], [1] * len(by_seed[0]))

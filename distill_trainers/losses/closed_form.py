@@ -158,7 +158,7 @@ _RULES: dict[Any, Rule] = {
 
 
 def closed_form(divergence: Divergence) -> Rule | None:
-    """The rule of one of `DIVERGENCES`, its parameters fixed as in `functools.partial`; None if there is none."""
+    """Return the rule of one of `DIVERGENCES`, its parameters fixed as in `functools.partial`; None without one."""
     partial = divergence if isinstance(divergence, functools.partial) else functools.partial(divergence)
     rule = _RULES.get(partial.func)
     if rule is None or partial.args:
@@ -173,12 +173,12 @@ def _evaluate(rule: Rule, student: Tensor, teacher: Tensor, temperature: float, 
     rows_of_block = min(blocks[0].stop, len(student)) if blocks else 0
     scratch = [torch.empty_like(student[:rows_of_block]) for _ in range(_SCRATCH + 2 * (temperature != 1.0))]
     for rows in blocks:
-        mine, theirs = student[rows], teacher[rows]
-        free = [each[: len(mine)] for each in scratch]
+        student_rows, teacher_rows = student[rows], teacher[rows]
+        free = [buffer[: len(student_rows)] for buffer in scratch]
         if temperature != 1.0:
-            mine = torch.div(mine, temperature, out=free[_SCRATCH])
-            theirs = torch.div(theirs, temperature, out=free[_SCRATCH + 1])
-        values[rows] = rule(mine, theirs, None if gradient is None else gradient[rows], free[:_SCRATCH])
+            student_rows = torch.div(student_rows, temperature, out=free[_SCRATCH])
+            teacher_rows = torch.div(teacher_rows, temperature, out=free[_SCRATCH + 1])
+        values[rows] = rule(student_rows, teacher_rows, None if gradient is None else gradient[rows], free[:_SCRATCH])
     return values.clamp_(min=0)
 
 
@@ -206,7 +206,7 @@ class _ClosedForm(torch.autograd.Function):
 def closed_form_divergence(
     rule: Rule, student: Tensor, teacher: Tensor, temperature: float, workspace: Workspace | None
 ) -> Tensor:
-    """Per-token values `[n]` of a rule on logits `[n, V]`, differentiable once with respect to the student's.
+    """Return per-token values `[n]` of a rule on logits `[n, V]`, differentiable once in the student's.
 
     Args:
         workspace: where the gradient `[n, V]` is taken from; None allocates it.

@@ -55,13 +55,13 @@ def _log_mixture_ratio(log_ratio: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def forward_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """KL(p || q): covers every mode of the teacher (Hinton et al., arXiv 1503.02531, for soft targets)."""
+    """Compute KL(p || q): covers every mode of the teacher (Hinton et al., arXiv 1503.02531, for soft targets)."""
     teacher_logps = teacher_logps.detach()
     return _without_negative_rounding(_expectation(teacher_logps.exp(), teacher_logps - student_logps))
 
 
 def reverse_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """KL(q || p), the student's entropy included: without it the minimiser would be a one-hot at argmax p.
+    """Compute KL(q || p), with the student's entropy: without it the minimiser would be a one-hot at argmax p.
 
     The step-wise loss of MiniLLM (arXiv 2306.08543, eq. 5, "Single"). Infinite where q > 0 = p.
     """
@@ -69,7 +69,7 @@ def reverse_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
 
 
 def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: float | Tensor = 0.1) -> Tensor:
-    """KL(p || alpha p + (1 - alpha) q), at most -ln alpha (DistiLLM, arXiv 2402.03898, eq. 3).
+    """Compute KL(p || alpha p + (1 - alpha) q), at most -ln alpha (DistiLLM, arXiv 2402.03898, eq. 3).
 
     `alpha` = 0 is forward KL. The smaller `alpha`, the less float32 can tell it from 0: keep it above 1e-4. A tensor
     `[..., 1]` gives each token its own.
@@ -82,7 +82,7 @@ def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: floa
 
 
 def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: float | Tensor = 0.1) -> Tensor:
-    """KL(q || (1 - alpha) p + alpha q), at most -ln alpha (DistiLLM, arXiv 2402.03898, section 3.1).
+    """Compute KL(q || (1 - alpha) p + alpha q), at most -ln alpha (DistiLLM, arXiv 2402.03898, section 3.1).
 
     The student inside the mixture is live. `alpha` = 0 is reverse KL; see `skew_forward_kl` for small values.
     """
@@ -93,7 +93,7 @@ def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: floa
 
 
 def jsd(student_logps: Tensor, teacher_logps: Tensor, *, beta: float = 0.5) -> Tensor:
-    """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649, eq. 1).
+    """Compute the generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649, eq. 1).
 
     beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, the student in m live. It is computed as
     the mixture of two skew divergences that it is. It vanishes like beta (1 - beta) at both ends; as in TRL, `beta`
@@ -110,7 +110,7 @@ def jsd(student_logps: Tensor, teacher_logps: Tensor, *, beta: float = 0.5) -> T
 
 @torch.no_grad()
 def adaptive_kl_head_weight(student_logps: Tensor, teacher_logps: Tensor, *, mu: float = 0.5) -> Tensor:
-    """Share `[...]` of |p - q| that lies in the teacher's head: the fewest ids that hold mass `mu`. 1/2 if p = q."""
+    """Return the share `[...]` of |p - q| in the teacher's head: the fewest ids with mass `mu`. 1/2 if p = q."""
     teacher_probs = teacher_logps.exp()
     gaps = (teacher_probs - student_logps.exp()).abs()
     descending, ids = teacher_probs.sort(dim=-1, descending=True)
@@ -121,7 +121,7 @@ def adaptive_kl_head_weight(student_logps: Tensor, teacher_logps: Tensor, *, mu:
 
 
 def adaptive_kl(student_logps: Tensor, teacher_logps: Tensor, *, mu: float = 0.5) -> Tensor:
-    """Forward KL weighted by the gap in the teacher's head, reverse KL by the gap in its tail (arXiv 2404.02657).
+    """Weight forward KL by the gap in the teacher's head, reverse KL by that in its tail (arXiv 2404.02657).
 
     The two weights are constants that sum to one; see `adaptive_kl_head_weight`.
     """
@@ -130,12 +130,12 @@ def adaptive_kl(student_logps: Tensor, teacher_logps: Tensor, *, mu: float = 0.5
 
 
 def total_variation(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """Half the sum of |p - q|, in [0, 1]; what speculative decoding rejects (DistillSpec, arXiv 2310.08461)."""
+    """Compute half the sum of |p - q|, in [0, 1]: what speculative decoding rejects (arXiv 2310.08461)."""
     return 0.5 * (teacher_logps.detach().exp() - student_logps.exp()).abs().sum(-1)
 
 
 def taid(student_logps: Tensor, teacher_logps: Tensor, *, t: float = 0.4) -> Tensor:
-    """KL(p_t || q), p_t = softmax((1 - t) sg(log q) + t log p), a constant target (TAID, arXiv 2501.16937, eq. 3-4).
+    """Compute KL(p_t || q), p_t = softmax((1 - t) sg(log q) + t log p) constant (TAID, arXiv 2501.16937, eq. 3-4).
 
     `t` = 0 gives no gradient, `t` = 1 forward KL; `TaidSchedule` moves it from one towards the other.
     """
@@ -147,7 +147,7 @@ def taid(student_logps: Tensor, teacher_logps: Tensor, *, t: float = 0.4) -> Ten
 
 
 def logit_mse(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """Mean over V of the squared difference of logits, each centred over V (after Ba & Caruana, arXiv 1312.6184).
+    """Average over V the squared difference of logits, each centred over V (after Ba & Caruana, arXiv 1312.6184).
 
     Centring removes the constant in which log-probabilities and logits differ, so both give the same value; logits at
     temperature τ count as divided by τ. Infinite where the teacher has probability 0.
@@ -186,13 +186,13 @@ _LEGAL: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def default_params(function: Callable[..., Tensor]) -> dict[str, float]:
-    """The parameters of one of `DIVERGENCES` and their defaults."""
+    """Return the parameters of one of `DIVERGENCES` and their defaults."""
     parameters = inspect.signature(function).parameters.values()
-    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 def resolve_divergence(name: str, **params: float) -> Divergence:
-    """The divergence called `name` with its parameters fixed: `f(student_logps, teacher_logps)` to per-token values.
+    """Return the divergence `name`, its parameters fixed: `f(student_logps, teacher_logps)` to per-token values.
 
     Raises:
         ConfigurationError: an unknown name, a parameter that this divergence does not have, or a value out of range.
@@ -259,7 +259,7 @@ class TaidSchedule:
         return self._state.t
 
     def step(self, loss: float, progress: float) -> float:
-        """Moves t once per optimiser step and returns it.
+        """Move t once per optimiser step and return it.
 
         Args:
             loss: of the step just made, the same number on every rank.
@@ -282,9 +282,9 @@ class TaidSchedule:
         return self.t
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a checkpoint."""
+        """Return plain numbers, for a checkpoint."""
         return asdict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from what `state_dict` gave."""
+        """Continue from what `state_dict` gave."""
         self._state = _TaidState(**state)

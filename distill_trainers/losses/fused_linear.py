@@ -117,7 +117,7 @@ class _Gradients:
         return cls(make(hidden, torch.zeros), make(head.weight, torch.empty), make(head.bias, torch.zeros))
 
     def __bool__(self) -> bool:
-        return any(each is not None for each in (self.hidden, self.weight, self.bias))
+        return any(gradient is not None for gradient in (self.hidden, self.weight, self.bias))
 
     def add(self, rows: slice, gradient: Tensor, student: _Projection) -> None:
         """Takes in the gradient `[n, V]` with respect to a chunk's bare product."""
@@ -150,19 +150,19 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: _Gradients, *operands: Tensor | None) -> Tensor:
-        ctx.dtypes = [None if each is None else each.dtype for each in operands]
+        ctx.dtypes = [None if operand is None else operand.dtype for operand in operands]
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         return total.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        kept = graph_is_kept()
+        runs_again = graph_is_kept()
         scaled: list[Tensor | None] = []
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             if gradient is None:
                 scaled.append(None)
-            elif gradient.dtype == dtype and not kept:
+            elif gradient.dtype == dtype and not runs_again:
                 scaled.append(gradient.mul_(upstream))
             else:
                 # Written straight into the operand's dtype: no second wide copy of a `[V, D]` gradient.
@@ -219,7 +219,7 @@ def fused_linear_terms(
     *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over tokens of weighted per-token terms of the logits, and the terms themselves.
+    """Return the sum over tokens of weighted per-token terms of the logits, and the terms themselves.
 
     Args:
         student_hidden: `[N, D]`; N may be 0, the total is then 0 with zero gradients, still part of the graph.
@@ -257,9 +257,9 @@ def fused_linear_terms(
         if chunk_total.requires_grad:
             gradient = torch.autograd.grad(chunk_total, logits)[0]
             gradients.add(rows, student.before_finish(gradient, logits.detach(), workspace), student)
-        kept = {name: values.detach().clone() for name, values in terms.items()}  # a term may be a view of the logits
+        copies = {name: values.detach().clone() for name, values in terms.items()}  # a term may be a view of the logits
         workspace.reset()
-        return chunk_total.detach(), kept
+        return chunk_total.detach(), copies
 
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         chunks = _chunks(len(student_hidden), max(1, chunk_bytes // (student.head.num_ids * student.wide.itemsize)))
@@ -268,7 +268,7 @@ def fused_linear_terms(
     if gradients:
         gradients.complete(student.head.num_ids)
         total = _WithGradients.apply(total, gradients, student_hidden, student_head.weight, student_head.bias)
-    return total, {name: torch.cat([each[name] for each in terms]) for name in terms[0]}
+    return total, {name: torch.cat([chunk[name] for chunk in terms]) for name in terms[0]}
 
 
 def _chunks(tokens: int, at_most: int) -> list[slice]:
@@ -311,7 +311,7 @@ def fused_linear_divergence(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     **divergence_params: float,
 ) -> Tensor:
-    """Sum over tokens of a divergence between two models, from their hidden states.
+    """Sum a divergence between two models over tokens, from their hidden states.
 
     Args:
         student_hidden: `[N, Ds]`.

@@ -65,8 +65,8 @@ class _FusedLogps(torch.autograd.Function):
 
         def accumulator(place: int, of: Any) -> Tensor | None:
             operand = (hidden, weight, bias)[place]
-            wanted = ctx.needs_input_grad[place]
-            return of(operand.shape, dtype=student.wide, device=operand.device) if wanted else None
+            needed = ctx.needs_input_grad[place]
+            return of(operand.shape, dtype=student.wide, device=operand.device) if needed else None
 
         gradients = _Gradients(accumulator(0, torch.zeros), accumulator(1, torch.empty), accumulator(2, torch.zeros))
         workspace = Workspace()
@@ -87,7 +87,7 @@ class _FusedLogps(torch.autograd.Function):
 
 
 def fused_token_logps(hidden: Tensor, head: Head, ids: Tensor, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Tensor:
-    """Log-probabilities of given tokens at temperature 1, without `[N, V]` logits in forward or backward.
+    """Compute log-probabilities of given tokens at temperature 1, without `[N, V]` logits, forward or backward.
 
     Args:
         hidden: `[N, D]`; N may be 0.
@@ -99,7 +99,7 @@ def fused_token_logps(hidden: Tensor, head: Head, ids: Tensor, *, chunk_bytes: i
         values `[N]`, at least float32, differentiable once with respect to hidden states, head weight and bias.
     """
     operands = [hidden, head.weight, *([] if head.bias is None else [head.bias])]
-    if torch.is_grad_enabled() and any(each.requires_grad for each in operands):
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
         return _FusedLogps.apply(hidden, head.weight, head.bias, head, ids, chunk_bytes)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return _logps_and_normalisers(_Projection.of(hidden, head), ids, chunk_bytes)[0]
@@ -107,22 +107,22 @@ def fused_token_logps(hidden: Tensor, head: Head, ids: Tensor, *, chunk_bytes: i
 
 @torch.no_grad()
 def signal_token_logps(signal: TeacherSignal, ids: Tensor, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Tensor:
-    """A teacher's log-probabilities `[N]` of given tokens `[N]` at temperature 1, its logits never held whole.
+    """Return a teacher's log-probabilities `[N]` of given tokens `[N]` at temperature 1, chunk by chunk.
 
     Raises:
         ConfigurationError: a sparse signal, which holds some ids only.
     """
     if isinstance(signal, HiddenStates):
         return fused_token_logps(signal.hidden, signal.head, ids, chunk_bytes=chunk_bytes)
-    said = signal.chunk(slice(None))
-    if isinstance(said, TokenLogprobs):
-        return said.values
-    if not isinstance(said, TokenLogits):
+    target = signal.chunk(slice(None))
+    if isinstance(target, TokenLogprobs):
+        return target.values
+    if not isinstance(target, TokenLogits):
         raise ConfigurationError(
             f"Got a teacher's {type(signal).__name__}; expected distributions or log-probabilities of the tokens. "
             "Use a live teacher."
         )
-    return token_logps(said, ids)
+    return token_logps(target, ids)
 
 
 def fused_row_terms(
@@ -136,7 +136,7 @@ def fused_row_terms(
     *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """As `fused_linear_terms`, with further terms that are functions of the log-probabilities of whole rows.
+    """Do as `fused_linear_terms`, with further terms of the log-probabilities of whole rows.
 
     Args:
         terms_fn: see `fused_linear_terms`; not called where a gradient is wanted and no weight names a term of it.
@@ -150,10 +150,10 @@ def fused_row_terms(
     """
     logps = fused_token_logps(student_hidden, student_head, tokens["labels"], chunk_bytes=chunk_bytes)
     known = None if teacher is None else signal_token_logps(teacher, tokens["labels"], chunk_bytes=chunk_bytes)
-    total, terms, tokens, own = _row_terms(logps, known, row_terms_fn, tokens, weights)
-    if teacher is not None and (own or not torch.is_grad_enabled()):
+    total, terms, tokens, other_weights = _row_terms(logps, known, row_terms_fn, tokens, weights)
+    if teacher is not None and (other_weights or not torch.is_grad_enabled()):
         chunked, others = fused_linear_terms(
-            student_hidden, student_head, teacher, terms_fn, tokens, own, chunk_bytes=chunk_bytes
+            student_hidden, student_head, teacher, terms_fn, tokens, other_weights, chunk_bytes=chunk_bytes
         )
         total, terms = total + chunked, {**terms, **others}
     return total, terms
@@ -167,14 +167,14 @@ def row_terms_of_logits(
     tokens: Mapping[str, Tensor],
     weights: Mapping[str, Any],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`fused_row_terms` from the student's own logits `[N, V]`, for heads that cannot be fused."""
+    """Do as `fused_row_terms` from the student's own logits `[N, V]`, for heads that cannot be fused."""
     logps = token_logps(TokenLogits(logits), tokens["labels"])
     known = None if teacher is None else signal_token_logps(teacher, tokens["labels"])
-    total, terms, tokens, own = _row_terms(logps, known, row_terms_fn, tokens, weights)
+    total, terms, tokens, other_weights = _row_terms(logps, known, row_terms_fn, tokens, weights)
     if teacher is not None:
         values = terms_fn(TokenLogits(logits), teacher.chunk(slice(None)), dict(tokens))
-        total = weighted_total(values, own, start=total)
-        terms |= {name: each.detach() for name, each in values.items()}
+        total = weighted_total(values, other_weights, start=total)
+        terms |= {name: values_of.detach() for name, values_of in values.items()}
     return total, terms
 
 
@@ -187,9 +187,9 @@ def _row_terms(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Total and terms of the rows; the tokens with what the rows say about them; the weights of other terms."""
     values = row_terms_fn(logps, teacher_logps, tokens)
-    entries = {name: each.detach() for name, each in values.items() if name.startswith("token_")}
+    entries = {name: value.detach() for name, value in values.items() if name.startswith("token_")}
     of_rows = {name: weight for name, weight in weights.items() if name in values}
     total = weighted_total(values, of_rows, start=logps.sum() * 0.0)  # part of the graph whatever the weights
-    terms = {name: each.detach() for name, each in values.items() if name not in entries}
-    own = {name: weight for name, weight in weights.items() if name not in values}
-    return total, terms, {**tokens, **entries}, own
+    terms = {name: value.detach() for name, value in values.items() if name not in entries}
+    other_weights = {name: weight for name, weight in weights.items() if name not in values}
+    return total, terms, {**tokens, **entries}, other_weights

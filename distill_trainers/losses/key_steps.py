@@ -18,7 +18,7 @@ WRONG_TERMS = ("likelihood", "unlikelihood")
 def wrong_step_loss(
     student: TokenLogits, labels: Tensor, label_logps: Tensor, kind: str = "likelihood", floor: float = -10.0
 ) -> Tensor:
-    """What falls as the given tokens become less likely.
+    """Compute a loss that falls as the given tokens become less likely.
 
     Args:
         student: logits `[n, V]`.

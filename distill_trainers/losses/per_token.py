@@ -16,7 +16,7 @@ from .sparse import sampled_forward_kl, top_k_divergence
 def token_divergence(
     divergence: str | Divergence, student: TokenLogits, teacher: TokenSignal, temperature: float = 1.0
 ) -> Tensor:
-    """Divergence of every token, by the cheapest exact way that the teacher's signal allows.
+    """Compute every token's divergence, by the cheapest exact way that the teacher's signal allows.
 
     Whole distributions: the gradient in closed form for all of `DIVERGENCES` but `adaptive_kl`; that one, and functions
     of your own, by autograd. Top k: over the K ids and their tail. Draws: the unbiased estimate of the forward KL.
@@ -63,7 +63,7 @@ def check_sparse(
     signal: type[TokenTopK] | type[TokenSampled] | type[TopK] | type[Sampled],
     temperature: float = 1.0,
 ) -> None:
-    """Refuses a divergence, or a temperature, that a sparse signal of the teacher cannot give.
+    """Refuse a divergence, or a temperature, that a sparse signal of the teacher cannot give.
 
     Raises:
         ConfigurationError: a temperature other than 1; `logit_mse` from a top k; anything but `forward_kl` from draws.

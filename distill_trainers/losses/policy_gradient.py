@@ -26,7 +26,7 @@ _LOG_BOUND = 60.0
 def sequence_rewards(
     student_logps: Tensor, teacher_logps: Tensor, mask: Tensor, *, scale: float = 1.0, clip: float | None = None
 ) -> Tensor:
-    """r_t = log p(y_t) - log q(y_t) of the sampled tokens `[B, T]`, in nats.
+    """Compute r_t = log p(y_t) - log q(y_t) of the sampled tokens `[B, T]`, in nats.
 
     Args:
         scale: factor on every reward.
@@ -37,7 +37,7 @@ def sequence_rewards(
 
 
 def returns_after(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0, normalise: bool = False) -> Tensor:
-    """R_{t+1} = sum over k >= 1 of gamma^(k-1) r_{t+k}: what follows each token, without its own reward.
+    """Compute R_{t+1} = sum over k >= 1 of gamma^(k-1) r_{t+k}: what follows each token, its own reward left out.
 
     The discount goes by the distance between tokens, not by their place in the row. `normalise` divides by the number
     of terms, T - t for the t-th of T tokens (the paper's eq. 7 has T - t - 1, which is 0 at the last but one); the
@@ -60,7 +60,7 @@ def returns_after(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0, normalis
 def importance_weights(
     student_logps: Tensor, sampler_logps: Tensor, mask: Tensor, kind: str = "token"
 ) -> tuple[Tensor, Tensor]:
-    """Weights of tokens drawn from a sampler other than the student (teacher-mixed, or at another temperature).
+    """Weight tokens drawn from a sampler other than the student (teacher-mixed, or at another temperature).
 
     Args:
         student_logps, sampler_logps: `[B, T]`, log q(y_t) and the log-probability with which y_t was drawn.
@@ -87,7 +87,7 @@ def importance_weights(
 def sequence_advantages(
     rewards: Tensor, weights: Tensor, mask: Tensor, kind: str = "token", *, gamma: float = 1.0, normalise: bool = False
 ) -> Tensor:
-    """Weighted R_{t+1} `[B, T]`, the advantages of Long.
+    """Compute weighted R_{t+1} `[B, T]`, the advantages of Long.
 
     Args:
         weights: the second of `importance_weights`.
@@ -100,7 +100,7 @@ def sequence_advantages(
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float | None) -> Tensor:
-    """min(ratio * A, clip(ratio, 1 - c, 1 + c) * A) per token, to be maximised (PPO, arXiv 1707.06347, eq. 7).
+    """Compute min(ratio * A, clip(ratio, 1 - c, 1 + c) * A) per token, to maximise (PPO, arXiv 1707.06347, eq. 7).
 
     At ratio = 1 its gradient is A * grad log q.
 
@@ -113,7 +113,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float | Non
 
 
 def clipped_ratio(ratio: Tensor, advantages: Tensor, clip_range: float | None) -> Tensor:
-    """The ratio that `clipped_surrogate` multiplies the advantages by: by parts of them, its value falls into parts."""
+    """Return the ratio by which `clipped_surrogate` multiplies advantages: parts of them give parts of its value."""
     if clip_range is None:
         return ratio
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -121,7 +121,7 @@ def clipped_ratio(ratio: Tensor, advantages: Tensor, clip_range: float | None) -
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_range: float | None) -> Tensor:
-    """1 where `clipped_surrogate` no longer depends on the ratio, else 0, in the ratio's dtype."""
+    """Return 1 where `clipped_surrogate` no longer depends on the ratio, else 0, in the ratio's dtype."""
     if clip_range is None:
         return torch.zeros_like(ratio)
     above, below = ratio > 1 + clip_range, ratio < 1 - clip_range
@@ -129,12 +129,12 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_range: float | None) -> T
 
 
 def probability_ratio(logps: Tensor, sampled_logps: Tensor) -> Tensor:
-    """q now / q when it sampled, from log-probabilities of the tokens; bounded so that it stays finite."""
+    """Compute q now / q when it sampled, from log-probabilities of the tokens; bounded to stay finite."""
     return _exp(logps - sampled_logps)
 
 
 def mixture_share(teacher_logps: Tensor, sampler_logps: Tensor, alpha: float, mask: Tensor) -> Tensor:
-    """How likely each token `[B, T]` of a draw from alpha * p + (1 - alpha) * q came from the teacher's part."""
+    """Tell how likely each token `[B, T]` of a draw from alpha * p + (1 - alpha) * q came from the teacher."""
     return torch.where(mask, alpha * _exp(_masked(teacher_logps, mask) - _masked(sampler_logps, mask)), 0)
 
 

@@ -26,7 +26,7 @@ ALPHA_MIN = 0.01  # DistiLLM-2 keeps its α at or above this
 def implicit_rewards(
     logps: Tensor, reference_logps: Tensor | None, lengths: Tensor, *, beta: float, length_normalized: bool = True
 ) -> Tensor:
-    """β·log(q/r) of responses, per token if `length_normalized` (DPKD, arXiv 2406.19774).
+    """Compute β·log(q/r) of responses, per token if `length_normalized` (DPKD, arXiv 2406.19774).
 
     Args:
         logps, reference_logps: `[B]` sums over the tokens of each response; without a reference β·log q.
@@ -40,7 +40,7 @@ def implicit_rewards(
 
 
 def sigmoid_preference(margin: Tensor) -> Tensor:
-    """−log σ(margin), ln 2 at margin 0: Bradley–Terry (DPO, arXiv 2305.18290, eq. 7; DPKD, arXiv 2406.19774).
+    """Compute −log σ(margin), ln 2 at margin 0: Bradley–Terry (DPO, arXiv 2305.18290, eq. 7; DPKD, 2406.19774).
 
     Its gradient is −β·σ(r̂_l − r̂_w)·[∇log q(y_w)/|y_w| − ∇log q(y_l)/|y_l|].
     """
@@ -48,17 +48,17 @@ def sigmoid_preference(margin: Tensor) -> Tensor:
 
 
 def hinge_preference(margin: Tensor) -> Tensor:
-    """max(0, 1 − margin) (SLiC, arXiv 2305.10425); 1 at margin 0."""
+    """Compute max(0, 1 − margin) (SLiC, arXiv 2305.10425); 1 at margin 0."""
     return torch.relu(1 - margin)
 
 
 def ipo_preference(margin: Tensor, *, beta: float) -> Tensor:
-    """(margin/β − 1/(2β))², so that the margin has a target instead of growing (IPO, arXiv 2310.12036, eq. 17)."""
+    """Compute (margin/β − 1/(2β))²: the margin has a target and does not grow (IPO, arXiv 2310.12036, eq. 17)."""
     return (margin / beta - 1 / (2 * beta)) ** 2
 
 
 def simpo_preference(margin: Tensor, *, target_margin: float) -> Tensor:
-    """−log σ(margin − γ) on rewards without a reference, β·log q(y)/|y| (SimPO, arXiv 2405.14734, eq. 6)."""
+    """Compute −log σ(margin − γ), rewards without reference, β·log q(y)/|y| (SimPO, arXiv 2405.14734, eq. 6)."""
     return -F.logsigmoid(margin - target_margin)
 
 
@@ -72,14 +72,14 @@ PREFERENCE_LOSSES: dict[str, Callable[[float, float], PreferenceLoss]] = {
 
 
 def logprob_mse(logps: Tensor, teacher_logps: Tensor, lengths: Tensor) -> Tensor:
-    """Squared difference `[B]` of the two models' mean log-probabilities per token, in nats²."""
+    """Square the difference `[B]` of the two models' mean log-probabilities per token, in nats²."""
     return ((logps - teacher_logps.to(logps.dtype)) / lengths.clamp(min=1)) ** 2
 
 
 def contrastive_skew(
     student: TokenLogits, teacher: TokenSignal, chosen: Tensor, alpha: float | Tensor, temperature: float = 1.0
 ) -> dict[str, Tensor]:
-    """DistiLLM-2's two divergences (arXiv 2503.07067): SKL on chosen tokens, SRKL on rejected ones.
+    """Compute DistiLLM-2's divergences (arXiv 2503.07067): SKL on chosen tokens, SRKL on rejected ones.
 
     Args:
         student, teacher: logits of n tokens, those of chosen responses first.
@@ -93,11 +93,11 @@ def contrastive_skew(
     cut = int(chosen.sum())
 
     def side(divergence: Callable[..., Tensor], rows: slice) -> Tensor:
-        mine, theirs = student.logits[rows], TokenLogits(teacher.logits[rows])
+        student_logits, target = student.logits[rows], TokenLogits(teacher.logits[rows])
         if isinstance(alpha, Tensor):  # closed forms know one α for all tokens
-            skew = alpha[rows, None].to(mine.dtype)
-            return divergence(TokenLogits(mine).logps(temperature), theirs.logps(temperature), alpha=skew)
-        return token_divergence(partial(divergence, alpha=alpha), TokenLogits(mine), theirs, temperature)
+            skew = alpha[rows, None].to(student_logits.dtype)
+            return divergence(TokenLogits(student_logits).logps(temperature), target.logps(temperature), alpha=skew)
+        return token_divergence(partial(divergence, alpha=alpha), TokenLogits(student_logits), target, temperature)
 
     # Whole blocks, since slices cost nothing: a chunk holds one kind of tokens but for the one that holds the border.
     first, second = side(skew_forward_kl, slice(0, cut)), side(skew_reverse_kl, slice(cut, None))
@@ -109,7 +109,7 @@ def contrastive_skew(
 
 
 def adaptive_skew(gaps: Tensor, mean_gap: Tensor | float, alpha: float) -> Tensor:
-    """DistiLLM-2's α of each response: 1 − (1 − α₀)·m/gap, kept between 0.01 and α₀ (arXiv 2503.07067, section 3.2).
+    """Compute DistiLLM-2's α by response: 1 − (1 − α₀)·m/gap, within 0.01 and α₀ (arXiv 2503.07067, section 3.2).
 
     Easy responses, whose gap is below the mean, get the smaller α, so that their divergence weighs about as much.
 
@@ -125,7 +125,7 @@ def adaptive_skew(gaps: Tensor, mean_gap: Tensor | float, alpha: float) -> Tenso
 
 
 def contrastive_weight(progress: float) -> float:
-    """DistiLLM-2's share of the rejected side: from 1/2 to 3/4 over the first half of training, then constant.
+    """Compute DistiLLM-2's rejected share: from 1/2 to 3/4 over the first half of training, then constant.
 
     The authors' code has twice this, 1 + min(1/2, step/steps).
     """

@@ -16,12 +16,12 @@ IGNORE_INDEX = -100
 
 
 def trained_mask(labels: Tensor) -> Tensor:
-    """Labels `[B, T]` to bool `[B, T-1]`: True where position t predicts a trained token t+1."""
+    """Turn labels `[B, T]` into bool `[B, T-1]`: True where position t predicts a trained token t+1."""
     return labels[:, 1:] != IGNORE_INDEX
 
 
 def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """Number of trained tokens in `batches`, an int64 scalar on the device of their `labels` `[B, T]`.
+    """Count trained tokens of `batches`: an int64 scalar on the device of their `labels` `[B, T]`.
 
     Count after rollouts have replaced completions, over all micro-batches of the optimiser step; summing over ranks
     is the caller's. No batches count 0.
@@ -32,7 +32,7 @@ def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
 
 
 def sum_over_trained(batches: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
-    """Sum of the entry `name` `[B, T]` over the trained tokens of `batches`, a float32 scalar; no batches give 0."""
+    """Sum entry `name` `[B, T]` over the trained tokens of `batches`, a float32 scalar; no batches give 0."""
     if not batches:
         return torch.zeros(())
     sums = [masked_sum(batch[name][:, 1:].float(), trained_mask(batch["labels"])) for batch in batches]
@@ -40,12 +40,12 @@ def sum_over_trained(batches: Sequence[Mapping[str, Tensor]], name: str) -> Tens
 
 
 def sum_per_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Sums values `[N]` by the row index `[N]` each belongs to: `[num_rows]`, 0 for a row without tokens."""
+    """Sum values `[N]` by the row index `[N]` each belongs to: `[num_rows]`, 0 for a row without tokens."""
     return values.new_zeros(num_rows).index_add(0, rows, values)
 
 
 def sum_per_example(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sums values `[N]` of a batch's trained tokens by example: `[B]`.
+    """Sum values `[N]` of a batch's trained tokens by example: `[B]`.
 
     A row is an example, unless the batch has an entry `examples` that tells the example of each of its rows.
     """
@@ -57,7 +57,7 @@ def sum_per_example(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of `values` where the bool `mask` of the same shape is True, over `dim` or over everything.
+    """Sum `values` where the bool `mask` of the same shape is True, over `dim` or over everything.
 
     What lies outside the mask is replaced, not multiplied by 0: padding may hold NaN or infinity.
     """
@@ -65,7 +65,7 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def token_mean(total: Tensor, count: Tensor | int, world_size: int = 1) -> Tensor:
-    """This rank's share of the mean over all trained tokens of the optimiser step: total * world_size / count.
+    """Return this rank's share of the mean over the step's trained tokens: total * world_size / count.
 
     Args:
         total: sum over the tokens of this micro-batch on this rank.
@@ -79,7 +79,7 @@ def token_mean(total: Tensor, count: Tensor | int, world_size: int = 1) -> Tenso
 
 
 def weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, Any], start: Tensor) -> Tensor:
-    """`start` and, in the order of `weights`, each weight times the sum over tokens of the term `[N]` of its name.
+    """Add to `start`, in the order of `weights`, each weight times the sum of its term `[N]` over the tokens.
 
     Terms without a weight are metrics.
     """
@@ -96,7 +96,7 @@ def weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, Any], star
 
 
 def step_counts(batches: Sequence[Mapping[str, Tensor]], divisors: Mapping[str, str]) -> Tensor:
-    """What terms are divided by: trained tokens, and if there are divisors, behind them the entries' sums, by name.
+    """Count what terms are divided by: trained tokens and, behind them, the divisors' sums by name.
 
     Returns:
         a scalar, or one tensor for all, so that processes add them up in one call.
@@ -108,14 +108,14 @@ def step_counts(batches: Sequence[Mapping[str, Tensor]], divisors: Mapping[str, 
 
 
 def count_of(term: str, counts: Tensor, divisors: Mapping[str, str]) -> Tensor:
-    """What of `step_counts` divides a term."""
+    """Return what of `step_counts` divides a term."""
     if term not in divisors:
         return counts.flatten()[0]
     return counts[1 + sorted(set(divisors.values())).index(divisors[term])]
 
 
 def step_weights(weights: Mapping[str, float], counts: Tensor, divisors: Mapping[str, str]) -> dict[str, Any]:
-    """The weights for a total that is going to be divided by the trained tokens, whatever divides its terms."""
+    """Weight a total that is going to be divided by the trained tokens, whatever divides its terms."""
     scaled: dict[str, Any] = dict(weights)
     for name in weights.keys() & divisors.keys():
         count = count_of(name, counts, divisors)
@@ -126,6 +126,6 @@ def step_weights(weights: Mapping[str, float], counts: Tensor, divisors: Mapping
 
 
 def means_of_sums(sums: Mapping[str, float], tokens: float, divisors: Mapping[str, str]) -> dict[str, float]:
-    """Means over a whole set from sums over it; the sum of an entry, where there is one, is called `/entry`."""
+    """Return means over a whole set from sums over it; an entry's sum, where there is one, is called `/entry`."""
     counts = {name: sums.get(f"/{entry}", tokens) for name, entry in divisors.items()}
     return {name: sums[name] / max(counts.get(name, tokens), 1) for name in sums if not name.startswith("/")}

@@ -81,12 +81,12 @@ class _Buckets(torch.autograd.Function):
         factor = torch.where(small & ~none, tail, share - total).squeeze(-1)
         shift = torch.where(small & ~none, tail_logps, 0.0).squeeze(-1)
         gradient = _scaled_softmax(logits, normaliser + shift, factor, ctx.workspace)
-        kept = upstream[:, :-1] - total * logps[:, :-1].exp()
-        return gradient.scatter_(-1, ids, kept), None, None
+        by_id = upstream[:, :-1] - total * logps[:, :-1].exp()
+        return gradient.scatter_(-1, ids, by_id), None, None
 
 
 def token_logps(student: TokenLogits, ids: Tensor) -> Tensor:
-    """Log-probabilities of given ids at temperature 1.
+    """Return log-probabilities of given ids at temperature 1.
 
     Args:
         student: logits `[n, V]`; they receive gradients.
@@ -100,7 +100,7 @@ def token_logps(student: TokenLogits, ids: Tensor) -> Tensor:
 
 
 def other_logps(student: TokenLogits, ids: Tensor) -> Tensor:
-    """log(1 − q) of given ids `[n]`, summed over all others, so that value and gradient are exact where q is nearly 1.
+    """Return log(1 − q) of given ids `[n]`, summed over the others: value and gradient stay exact where q is near 1.
 
     Returns:
         values `[n]`.
@@ -110,7 +110,7 @@ def other_logps(student: TokenLogits, ids: Tensor) -> Tensor:
 
 
 def top_k_divergence(divergence: Divergence, student: TokenLogits, teacher: TokenTopK) -> Tensor:
-    """The divergence between K + 1 buckets: K ids of the teacher's choice, and everything else.
+    """Compute the divergence between K + 1 buckets: K ids of the teacher's choice, and everything else.
 
     An f-divergence never grows when ids are put into one bucket: the value lies between 0 and that of the whole
     distributions, grows with K, and equals it at K = V. (Without the tail the K ids would have to be normalised anew,
@@ -123,7 +123,7 @@ def top_k_divergence(divergence: Divergence, student: TokenLogits, teacher: Toke
 
 
 def sampled_forward_kl(student: TokenLogits, teacher: TokenSampled) -> Tensor:
-    """Unbiased estimate of KL(p || q) from draws of p: sum of c_i / N * (log p_i - log q_i) (arXiv 2503.16870).
+    """Estimate KL(p || q) without bias from draws of p: sum of c_i / N * (log p_i - log q_i) (arXiv 2503.16870).
 
     The expectation over draws is the forward KL, and that of its gradient q - c / N is q - p. Single values may be
     negative; where p = q they are 0.

@@ -26,7 +26,7 @@ class Workspace:
         self._lent: list[Tensor] = []
 
     def take(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor, the taker's own until `reset`."""
+        """Return an uninitialised tensor, the taker's own until `reset`."""
         size = math.prod(shape)
         fits = (i for i, b in enumerate(self._free) if (b.dtype, b.device) == (dtype, device) and b.numel() >= size)
         place = next(fits, None)
@@ -35,24 +35,24 @@ class Workspace:
         return buffer[:size].view(shape)
 
     def lent(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is one that was taken since the last `reset`."""
+        """Tell whether `tensor` is one that was taken since the last `reset`."""
         return any(tensor.data_ptr() == buffer.data_ptr() for buffer in self._lent)
 
     def reset(self) -> None:
-        """The chunk is done: whatever was taken may be overwritten."""
+        """End the chunk: whatever was taken may be overwritten."""
         self._free += self._lent
         self._lent = []
 
 
 def empty_like(tensor: Tensor, workspace: Workspace | None) -> Tensor:
-    """An uninitialised tensor like `tensor`, from the workspace if there is one."""
+    """Return an uninitialised tensor like `tensor`, from the workspace if there is one."""
     if workspace is None:
         return torch.empty_like(tensor)
     return workspace.take(tensor.shape, tensor.dtype, tensor.device)
 
 
 def row_blocks(tensor: Tensor) -> Iterator[slice]:
-    """Slices of the rows of `[n, V]`, each small enough for a cache; none without rows."""
+    """Slice the rows of `[n, V]` into blocks that fit a cache; none without rows."""
     on_cpu = tensor.device.type == "cpu"
     budget = _CPU_BLOCK_BYTES * torch.get_num_threads() if on_cpu else _DEVICE_BLOCK_BYTES
     step = max(1, budget // max(1, tensor.shape[-1] * tensor.element_size()))
@@ -61,6 +61,6 @@ def row_blocks(tensor: Tensor) -> Iterator[slice]:
 
 
 def graph_is_kept() -> bool:
-    """Within a backward: whether it may run again (`retain_graph`), so that what it saved must stay as it is."""
+    """Tell, within a backward, whether it may run again (`retain_graph`): what it saved must stay then."""
     known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if known is None else known()

@@ -61,7 +61,7 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside any stack of DDP, FSDP and DeepSpeed wrappers; a PeftModel stays one."""
+    """Return the model inside any stack of DDP, FSDP and DeepSpeed wrappers; a PeftModel stays one."""
     # Wrappers pass attribute look-ups on, so ask for their own submodules.
     while (inner := model._modules.get("module")) is not None and not is_peft(model):
         model = inner
@@ -69,14 +69,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    """The causal LM inside any stack of PEFT, DDP, FSDP and DeepSpeed wrappers."""
+    """Return the causal LM inside any stack of PEFT, DDP, FSDP and DeepSpeed wrappers."""
     model = unwrapped(model)
     return model.get_base_model() if is_peft(model) else model  # type: ignore[return-value, operator]
 
 
 @contextlib.contextmanager
 def answering_with(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Within it, a PEFT model answers with `adapter` alone, or with none: its base, without a second copy of it.
+    """Let a PEFT model, within it, answer with `adapter` alone or, with None, as its base; no second copy.
 
     PEFT's own `disable_adapter` and `set_adapter` also switch `requires_grad` of the adapters, and leave all of them
     trainable, which wrappers and optimisers must not see.
@@ -99,7 +99,7 @@ def answering_with(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def load_adapter(model: nn.Module, source: str) -> str:
-    """The name of a frozen adapter of a PEFT model: one it has by that name, or one loaded from a folder or the Hub.
+    """Name a frozen adapter of a PEFT model: one it has by that name, or one loaded from a folder or the Hub.
 
     Raises:
         ConfigurationError: it is the adapter that trains, cannot be loaded, or does not fit.

@@ -22,7 +22,7 @@ OnHidden = Callable[[Tensor, Head], Any]
 
 
 def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What of a batch a model's forward takes; with `encoder_ids`, `input_ids` are the decoder's."""
+    """Select what of a batch a model's forward takes; with `encoder_ids`, `input_ids` are the decoder's."""
     if "encoder_ids" not in batch:
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
     names = {"input_ids": "encoder_ids", "attention_mask": "encoder_mask"}
@@ -47,7 +47,7 @@ def install_token_forward(model: nn.Module) -> nn.Module:
     def forward(self, *args: Any, on_hidden: OnHidden | None = None, **kwargs: Any) -> Any:
         if on_hidden is None:
             return self._distill_original_forward(*args, **kwargs)
-        # PEFT passes labels, return_dict and the like along as None.
+        # PEFT passes labels, return_dict and the like along as None. A cache would keep keys and values for nothing.
         inputs = {k: v for k, v in kwargs.items() if v is not None and k not in ("labels", "return_dict")}
         hidden = self.base_model(*args, **{"use_cache": False, **inputs}).last_hidden_state
         return _inside_head(self, hidden, on_hidden)
@@ -65,7 +65,7 @@ def without_token_forward(model: Any) -> Any:
 
 
 def merged_copy(model: Any) -> PreTrainedModel:
-    """The causal LM of a whole PeftModel with its adapter merged, on the CPU; the model itself is left as it is.
+    """Copy the causal LM of a whole PeftModel to the CPU, adapter merged; the model itself stays as it is.
 
     Merging into the model and out of it again would round its weights.
     """
@@ -80,7 +80,7 @@ def merged_copy(model: Any) -> PreTrainedModel:
 
 
 def gives_hidden_states(model: nn.Module) -> bool:
-    """Whether `on_hidden` is installed, and the head is one product whose logits this package knows how to rebuild.
+    """Tell whether `on_hidden` is installed, and the head is one product whose logits this package rebuilds.
 
     What a model that is not known here does to its logits is found out by `head_reproduces_logits`; it is remembered
     with the model, since it takes two forwards.
@@ -89,8 +89,8 @@ def gives_hidden_states(model: nn.Module) -> bool:
     if "_distill_original_forward" not in causal_lm.__dict__ or not head_is_fusable(model):
         return False
     if "_distill_head_is_known" not in causal_lm.__dict__:
-        some = torch.arange(4, device=next(causal_lm.parameters()).device).unsqueeze(0)
-        inputs = {"input_ids": some, "attention_mask": torch.ones_like(some)}
+        ids = torch.arange(4, device=next(causal_lm.parameters()).device).unsqueeze(0)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         causal_lm._distill_head_is_known = head_reproduces_logits(model, inputs)
     return causal_lm._distill_head_is_known
 
@@ -98,15 +98,15 @@ def gives_hidden_states(model: nn.Module) -> bool:
 def _inside_head(causal_lm: PreTrainedModel, hidden: Tensor, on_hidden: OnHidden) -> Any:
     """Call `on_hidden` as if it were the forward of the head module, so that ZeRO-3 gathers the head's weight."""
     module = _head_module(causal_lm)
-    own = module.__dict__.get("forward")
+    instance_forward = module.__dict__.get("forward")
     module.forward = lambda hidden: on_hidden(hidden, read_head(causal_lm))
     try:
         return module(hidden)
     finally:
-        if own is None:
+        if instance_forward is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = instance_forward
 
 
 def _head_module(causal_lm: PreTrainedModel) -> nn.Module:
@@ -123,7 +123,7 @@ def _head_module(causal_lm: PreTrainedModel) -> nn.Module:
 
 
 def read_head(causal_lm: PreTrainedModel) -> Head:
-    """The output head with all that the model does to its logits. The weight must be whole (see `_inside_head`)."""
+    """Return the output head with all that the model does to its logits; its weight must be whole."""
     module = _head_module(causal_lm)
     config = causal_lm.config.get_text_config()
     scale = getattr(config, "logit_scale", None)  # Cohere
@@ -154,7 +154,7 @@ def _head_weight(module: nn.Module) -> Tensor:
 
 
 def head_is_fusable(model: nn.Module) -> bool:
-    """Whether the head is one matrix product: a Linear, or a plain LoRA on one (no dropout, no DoRA)."""
+    """Tell whether the head is one matrix product: a Linear, or a plain LoRA on one (no dropout, no DoRA)."""
     module: Any = _head_module(causal_lm_of(model))
     if isinstance(module, nn.Linear) and not hasattr(module, "base_layer"):
         return True
@@ -168,14 +168,14 @@ def head_is_fusable(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether hidden states and `Head` give the model's own logits on `inputs`: guards against unknown logit changes.
+    """Tell whether hidden states and `Head` give the model's own logits on `inputs`: logit changes may be unknown.
 
     Runs `model` (wrapped or not) twice on a few tokens. Collective under ZeRO-3 and FSDP.
     """
     causal_lm = causal_lm_of(model)
     if causal_lm.base_model is causal_lm:  # its backbone goes by a name that its class does not tell
         return False
-    few = {name: value[:1, :16] for name, value in inputs.items()}
+    sample = {name: value[:1, :16] for name, value in inputs.items()}
     was_training = model.training
     model.eval()
     full_precision = True
@@ -186,12 +186,12 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
         full_precision = not autocast and {hidden.dtype, head.weight.dtype} <= {torch.float32, torch.float64}
         return head.logits(hidden[0])
 
-    ours = model(**few, on_hidden=rebuild)
-    theirs = model(**few).logits[0]
+    rebuilt = model(**sample, on_hidden=rebuild)
+    expected = model(**sample).logits[0]
     model.train(was_training)
-    ours, theirs = ours[:, : theirs.shape[-1]].double(), theirs.double()
-    keep = few.get("decoder_attention_mask", few["attention_mask"])[0].bool()
-    error = (ours - theirs)[keep].norm() / theirs[keep].norm().clamp_min(1e-30)
+    rebuilt, expected = rebuilt[:, : expected.shape[-1]].double(), expected.double()
+    keep = sample.get("decoder_attention_mask", sample["attention_mask"])[0].bool()
+    error = (rebuilt - expected)[keep].norm() / expected[keep].norm().clamp_min(1e-30)
     return bool(error < (1e-3 if full_precision else 0.05))  # bfloat16 rounding stays near 0.01
 
 

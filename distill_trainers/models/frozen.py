@@ -28,7 +28,7 @@ ZERO3 = ("zero3", "zero3_offload")
 
 
 def placement_of_launch() -> str:
-    """What the launch does with models that are loaded now: `zero3`, `fsdp2` or `replicate`."""
+    """Say what the launch does with models loaded now: `zero3`, `fsdp2` or `replicate`."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
@@ -40,7 +40,7 @@ def placement_of_launch() -> str:
 def loading_placed(
     name: str, placement: str, device: torch.device, init_kwargs: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Within it, `load_causal_lm(name, **yielded)` puts the weights where `placement` says, shard by shard.
+    """Let `load_causal_lm(name, **yielded)`, within it, put weights where `placement` says, shard by shard.
 
     `zero3` partitions each weight as it is made, and the main process reads the files; `fsdp2` makes the model on the
     meta device, and each process reads its own rows. Files are mapped, so what is read of them can leave memory again.
@@ -87,7 +87,7 @@ def _whole_kwargs(name: str, placement: str, device: torch.device, kwargs: Mappi
 
 
 def partitions(placement: str) -> bool:
-    """Whether a placement splits or moves weights here: in one process, only offloading does.
+    """Tell whether a placement splits or moves weights here: in one process, only offloading does.
 
     Raises:
         ConfigurationError: there is no process group, which DeepSpeed needs also in one process.
@@ -167,7 +167,7 @@ def _zero3_loading(settings: dict[str, Any]) -> Iterator[None]:
 
     _choose_deepspeed_accelerator()
     reference = integration._hf_deepspeed_config_weak_ref
-    held = integration.HfDeepSpeedConfig(settings)  # known to transformers by a weak reference
+    held = integration.HfDeepSpeedConfig(settings)  # transformers refers to it weakly: unheld, it is gone at once
     try:
         yield
     finally:
@@ -187,6 +187,7 @@ def _zero3_engine(model: nn.Module, placement: str) -> nn.Module:
 
 
 def _choose_deepspeed_accelerator() -> None:
+    # Left alone, DeepSpeed goes by installed packages (`torch_npu`, …) first, whether or not such a device is there.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -200,7 +201,7 @@ def _fully_sharded(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     causal_lm = causal_lm_of(model)
-    if isinstance(causal_lm, FSDPModule):  # as it was loaded
+    if isinstance(causal_lm, FSDPModule):  # as transformers loaded it: the head stays whole after a forward
         causal_lm.set_reshard_after_forward(True)
         return model
     model.to(accelerator.device)
@@ -208,5 +209,6 @@ def _fully_sharded(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     for layers in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
         for layer in layers:
             fully_shard(layer, mesh=mesh)
+    # By default a root's own weights (embedding, head) stay whole after a forward, for a backward that never comes.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model

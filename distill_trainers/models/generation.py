@@ -41,12 +41,12 @@ def generating(model: nn.Module, accelerator: Accelerator, gather: bool = True) 
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation config."""
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys(own + generation_eos_ids(model)))
+    """Return every token that ends a completion: the tokenizer's EOS and those of the generation config."""
+    of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys(of_tokenizer + generation_eos_ids(model)))
 
 
 def generation_eos_ids(model: nn.Module) -> list[int]:
-    """Tokens that end a completion by the model's generation config."""
+    """Return the tokens that end a completion by the model's generation config."""
     ids = getattr(getattr(causal_lm_of(model), "generation_config", None), "eos_token_id", None)
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

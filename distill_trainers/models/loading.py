@@ -20,13 +20,13 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether `name` is meant as a local folder: it or its parent exists, or it could not be a Hub id."""
+    """Tell whether `name` means a local folder: it or its parent exists, or it could not be a Hub id."""
     inside = "/" in name and Path(name).parent.is_dir()
     return Path(name).exists() or inside or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def emulates_bfloat16() -> bool:
-    """Whether this processor multiplies far slower in bfloat16 than in float32: x86 without AVX-512.
+    """Tell whether this processor multiplies far slower in bfloat16 than in float32: x86 without AVX-512.
 
     Measured on one (AVX2, one thread): 9 against 62 GFLOP/s.
     """
@@ -63,7 +63,7 @@ def check_model_source(name: str, role: str) -> None:
 
 
 def load_config(name: str, role: str, **kwargs: Any) -> Any:
-    """The configuration of a model given by folder or Hub id.
+    """Load the configuration of a model given by folder or Hub id.
 
     Raises:
         ConfigurationError: it is not there, cannot be fetched, or is of a kind that transformers does not know.
@@ -105,7 +105,7 @@ def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any
 
 
 def load_merged_adapter(name: str, *, role: str = "student", **init_kwargs: Any) -> Any:
-    """The base model of a folder that holds a PEFT adapter alone, with the adapter merged into it."""
+    """Load the base model of a folder that holds a PEFT adapter alone, with the adapter merged into it."""
     from peft import PeftModel
 
     base = json.loads((Path(name).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
@@ -114,26 +114,26 @@ def load_merged_adapter(name: str, *, role: str = "student", **init_kwargs: Any)
 
 
 def dtype_of(dtype: Any, config: Any) -> torch.dtype:
-    """The dtype that `from_pretrained(dtype=…)` gives a model of this configuration; None and "auto" keep its own."""
+    """Return the dtype that `from_pretrained(dtype=…)` gives a model of this config; None and "auto" keep its own."""
     if dtype in (None, "auto"):
         dtype = getattr(config, "dtype", None) or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def model_class(config: Any) -> Any:
-    """The auto class that loads a model of this configuration for generation."""
+    """Return the auto class that loads a model of this configuration for generation."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model reads prompts with an encoder (T5 and its relatives)."""
+    """Tell whether the model reads prompts with an encoder (T5 and its relatives)."""
     return bool(getattr(getattr(causal_lm_of(model), "config", None), "is_encoder_decoder", False))
 
 
 def decoder_start(config: Any) -> int | None:
-    """The token that an encoder-decoder's decoder starts from; None for a causal LM."""
+    """Return the token that an encoder-decoder's decoder starts from; None for a causal LM."""
     if not getattr(config, "is_encoder_decoder", False):
         return None
     if config.decoder_start_token_id is None:
@@ -163,16 +163,16 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 def source_of(model: nn.Module) -> str | None:
-    """The folder or Hub id a model came from, if it says."""
+    """Return the folder or Hub id a model came from, if it says."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def num_parameters(model: nn.Module, trainable_only: bool = False) -> int:
-    """Parameters of the model, counting ZeRO-3 partitions in full."""
+    """Count the parameters of the model, ZeRO-3 partitions in full."""
     counted = (p for p in model.parameters() if p.requires_grad or not trainable_only)
     return sum(getattr(p, "ds_numel", p.numel()) for p in counted)
 
 
 def recomputes_activations(args: Any) -> bool:
-    """Whether a config asks for activation checkpointing, by its present name or that of transformers 5.19."""
+    """Tell whether a config asks for activation checkpointing, by its present name or transformers 5.19's."""
     return any(getattr(args, name, None) for name in ("activation_checkpointing", "gradient_checkpointing"))

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def zero_stage(accelerator: Accelerator) -> int | None:
-    """DeepSpeed's ZeRO stage, or None without DeepSpeed."""
+    """Return DeepSpeed's ZeRO stage, or None without DeepSpeed."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return None if plugin is None else plugin.zero_stage
 
 
 def fsdp_version(accelerator: Accelerator) -> int | None:
-    """FSDP's version, or None without FSDP."""
+    """Return FSDP's version, or None without FSDP."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     return None if plugin is None else getattr(plugin, "fsdp_version", 1)
 
@@ -40,7 +40,7 @@ def keep_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -
 
 
 def launched_with_fsdp() -> bool:
-    """Whether the launcher's configuration asks for FSDP."""
+    """Tell whether the launcher's configuration asks for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
@@ -53,17 +53,18 @@ def let_fsdp_shard_on_cpu(args: TrainingArguments) -> None:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    wanted = launched_with_fsdp() or args.fsdp_plugin_args is not None
+    with_fsdp = launched_with_fsdp() or args.fsdp_plugin_args is not None
     state = PartialState._shared_state
-    if wanted and state.get("distributed_type") is DistributedType.MULTI_CPU:
+    if with_fsdp and state.get("distributed_type") is DistributedType.MULTI_CPU:
         state["distributed_type"] = DistributedType.MULTI_GPU  # it makes FSDP of this; the device is chosen by now
 
 
 @contextlib.contextmanager
 def whole_loading() -> Iterator[None]:
-    """Within it, `from_pretrained` loads whole weights on this process also when ZeRO-3 is configured."""
+    """Let `from_pretrained`, within it, load whole weights on this process also when ZeRO-3 is configured."""
     from transformers.integrations import deepspeed as integration
 
+    # While this reference names ZeRO-3, transformers partitions what it loads, and refuses a `device_map`.
     reference = integration._hf_deepspeed_config_weak_ref
     integration._hf_deepspeed_config_weak_ref = None
     try:
@@ -74,7 +75,7 @@ def whole_loading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_parameters(*parameters: Tensor | None) -> Iterator[None]:
-    """Within it, the given parameters are whole on every process. Free of cost where they already are."""
+    """Keep the given parameters, within it, whole on every process. Free of cost where they already are."""
     partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     if not partitioned:
         yield
@@ -86,12 +87,12 @@ def whole_parameters(*parameters: Tensor | None) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of an FSDP2 shard (collective); any other tensor as it is."""
+    """Return the full tensor of an FSDP2 shard (collective); any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def must_stay_in_step(model: nn.Module) -> bool:
-    """Whether a forward of `model` may wait for other processes (ZeRO-3, FSDP2), so that all must run equally many."""
+    """Tell whether a forward of `model` may wait for other processes (ZeRO-3, FSDP2): all run equally many then."""
     from torch.distributed.fsdp import FSDPModule
 
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:

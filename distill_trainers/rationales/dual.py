@@ -25,24 +25,24 @@ class Chains:
 
 
 def by_question(right: Sequence[Record], wrong: Sequence[Record]) -> list[Chains]:
-    """Chains grouped by question (its text and its choices), in order of appearance."""
-    found: dict[tuple[str, ...], Chains] = {}
+    """Group chains by question (its text and its choices), in order of appearance."""
+    groups: dict[tuple[str, ...], Chains] = {}
     for rows, name in ((right, "right"), (wrong, "wrong")):
         for row in rows:
             key = (row["question"], *(row.get("choices") or ()))
-            getattr(found.setdefault(key, Chains(row, [], [])), name).append(row)
-    return list(found.values())
+            getattr(groups.setdefault(key, Chains(row, [], [])), name).append(row)
+    return list(groups.values())
 
 
 def pair(right: Mapping[str, Any], wrong: Mapping[str, Any], source: str) -> Record:
-    """A row of the layout `rationale` with its wrong twin.
+    """Make a row of the layout `rationale` with its wrong twin.
 
     Args:
         right, wrong: rows with `rationale` and `parsed_answer`.
         source: where both come from, such as `D+/D-`.
     """
-    kept = {name: right[name] for name in ("question", "choices", "answer", "task", "id") if right.get(name)}
-    row = kept | {
+    shared = {name: right[name] for name in ("question", "choices", "answer", "task", "id") if right.get(name)}
+    row = shared | {
         "rationale": right["rationale"],
         "wrong_rationale": wrong["rationale"],
         "wrong_answer": wrong.get("parsed_answer") or "",
@@ -54,12 +54,12 @@ def pair(right: Mapping[str, Any], wrong: Mapping[str, Any], source: str) -> Rec
 
 
 def closest(rights: Sequence[Record], wrong: Record) -> Record:
-    """The right chain that takes the fewest word edits: the fewer differ, the more each of them is a key step."""
+    """Return the right chain with the fewest word edits: the fewer differ, the more each of them is a key step."""
     return min(rights, key=lambda row: edit_distance(*_ids(row["rationale"], wrong["rationale"])))
 
 
 def as_exemplar(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A pair as `contrastive_prompt` shows it."""
+    """Show a pair as `contrastive_prompt` takes it."""
     shown = {"question": row["question"], "choices": row.get("choices")}
     shown["right"] = chain_text(row["rationale"], row["answer"])
     return shown | {"wrong": chain_text(row["wrong_rationale"], row["wrong_answer"])}

@@ -87,7 +87,7 @@ class RemoteTextModel:
         return {"teacher": s.model, "endpoint": s.base_url or "default", "sampling": sampling}
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Response]:
-        """Answers in the order in which they come. Left early (an error, Ctrl-C), it drops what was not begun."""
+        """Yield answers in the order in which they come. Left early (an error, Ctrl-C), drop what was not begun."""
         self._stop.clear()
         waiting = iter(requests)
         successes = failures = 0
@@ -103,8 +103,8 @@ class RemoteTextModel:
                 if not running:
                     break
                 done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
-                for each in done:
-                    response = each.result()
+                for finished in done:
+                    response = finished.result()
                     successes, failures = successes + (response.error is None), failures + (response.error is not None)
                     yield response
                     if not successes and failures >= _PATIENCE:
@@ -145,10 +145,10 @@ class RemoteTextModel:
         s = self.settings
         messages: Any = request.messages
         try:
-            found = self._client.chat.completions.create(
+            completion = self._client.chat.completions.create(
                 model=s.model, messages=messages, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_tokens
             )
-            return self._read(request.key, found), 0.0
+            return self._read(request.key, completion), 0.0
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise ConfigurationError(
                 f"The endpoint {s.base_url or ''} refuses every request for {s.model!r}: {_short(error)}. Check "
@@ -164,9 +164,9 @@ class RemoteTextModel:
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError):
             return Response(request.key, error="malformed answer"), 0.0  # a body that is not what the protocol says
 
-    def _read(self, key: str, found: Any) -> Response:
-        choice = found.choices[0]
-        text, usage = choice.message.content or "", found.usage
+    def _read(self, key: str, completion: Any) -> Response:
+        choice = completion.choices[0]
+        text, usage = choice.message.content or "", completion.usage
         counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
         with self._lock:
             self.spent += (counts[0] * self.settings.price_in + counts[1] * self.settings.price_out) / 1e6

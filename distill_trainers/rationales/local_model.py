@@ -53,7 +53,7 @@ class LocalTextModel:
         }
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Response]:
-        """This process's share of the answers; all processes run equally many batches."""
+        """Answer this process's share; all processes run equally many batches."""
         self.accelerator.wait_for_everyone()  # all have seen what is missing before anybody adds to it
         prompts = {request.key: self._ids(request) for request in requests}
         too_long = [key for key, ids in prompts.items() if len(ids) > self._room]

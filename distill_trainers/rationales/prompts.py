@@ -27,47 +27,47 @@ _CONTRAST = (
 )
 
 
-def exemplars_of(given: str | Sequence[Mapping[str, Any]] | None, count: int) -> list[Exemplar]:
-    """The first `count` of a built-in set (by name), or of given ones.
+def exemplars_of(source: str | Sequence[Mapping[str, Any]] | None, count: int) -> list[Exemplar]:
+    """Return the first `count` of a built-in set (by name), or of given ones.
 
     Raises:
         DatasetError: an unknown name, or an exemplar without question, rationale or answer.
     """
-    if given is None or isinstance(given, str):
-        if (given or "arithmetic") not in EXEMPLARS:
+    if source is None or isinstance(source, str):
+        if (source or "arithmetic") not in EXEMPLARS:
             raise DatasetError(
-                f"Got exemplars {given!r}; expected one of {', '.join(EXEMPLARS)}, or a file of rows with question, "
+                f"Got exemplars {source!r}; expected one of {', '.join(EXEMPLARS)}, or a file of rows with question, "
                 "rationale and answer."
             )
-        return EXEMPLARS[given or "arithmetic"][:count]
-    for number, row in enumerate(given):
+        return EXEMPLARS[source or "arithmetic"][:count]
+    for number, row in enumerate(source):
         missing = [name for name in ("question", "rationale", "answer") if not row.get(name)]
         if missing:
             raise DatasetError(f"Exemplar {number} has no {' and no '.join(missing)}; every one needs all three.")
-    return [dict(row) for row in given][:count]
+    return [dict(row) for row in source][:count]
 
 
 def chain_text(rationale: str, answer: Any) -> str:
-    """A chain of thought as prompts show it and models are asked to write it."""
+    """Write a chain of thought as prompts show it and models are asked to write it."""
     return f"{rationale.strip()} The answer is {answer}."
 
 
 def cot_prompt(item: Mapping[str, Any], exemplars: Sequence[Exemplar]) -> list[Message]:
-    """Few-shot chain of thought (Wei et al., arXiv 2201.11903)."""
-    shots = [(_asked(each), chain_text(each["rationale"], each["answer"])) for each in exemplars]
+    """Ask by few-shot chain of thought (Wei et al., arXiv 2201.11903)."""
+    shots = [(_asked(exemplar), chain_text(exemplar["rationale"], exemplar["answer"])) for exemplar in exemplars]
     return _conversation(_COT, shots, _asked(item))
 
 
 def hint_prompt(item: Mapping[str, Any], exemplars: Sequence[Exemplar]) -> list[Message]:
-    """The same exemplars with the answer first (EDIT, arXiv 2405.19737): how D− becomes D−+."""
-    shots = [(_hinted(each), chain_text(each["rationale"], each["answer"])) for each in exemplars]
+    """Ask by the same exemplars, answer first (EDIT, arXiv 2405.19737): how D− becomes D−+."""
+    shots = [(_hinted(exemplar), chain_text(exemplar["rationale"], exemplar["answer"])) for exemplar in exemplars]
     return _conversation(_HINT, shots, _hinted(item))
 
 
 def contrastive_prompt(
     item: Mapping[str, Any], rationale: str, pairs: Sequence[Mapping[str, Any]], exemplars: Sequence[Exemplar]
 ) -> list[Message]:
-    """Asks for a wrong version of a right chain (EDIT, arXiv 2405.19737): how D+ becomes D+−.
+    """Ask for a wrong version of a right chain (EDIT, arXiv 2405.19737): how D+ becomes D+−.
 
     Args:
         rationale: the right chain, its answer included.
@@ -75,15 +75,15 @@ def contrastive_prompt(
             the mistakes that this teacher makes.
         exemplars: fill up to their own number.
     """
-    shots = [(_shown(each, each["right"]), each["wrong"]) for each in pairs[: len(exemplars)]]
-    for each in [row for row in exemplars if row.get("wrong_rationale")][: len(exemplars) - len(shots)]:
-        right = chain_text(each["rationale"], each["answer"])
-        shots.append((_shown(each, right), chain_text(each["wrong_rationale"], each["wrong_answer"])))
+    shots = [(_shown(pair, pair["right"]), pair["wrong"]) for pair in pairs[: len(exemplars)]]
+    for exemplar in [row for row in exemplars if row.get("wrong_rationale")][: len(exemplars) - len(shots)]:
+        right = chain_text(exemplar["rationale"], exemplar["answer"])
+        shots.append((_shown(exemplar, right), chain_text(exemplar["wrong_rationale"], exemplar["wrong_answer"])))
     return _conversation(_CONTRAST, shots, _shown(item, rationale))
 
 
 def as_text(messages: Sequence[Message]) -> str:
-    """A prompt for a model without a chat template: `Q:` and `A:` in turn, ending where an answer begins."""
+    """Write a prompt for a model without a chat template: `Q:` and `A:` in turn, up to where an answer begins."""
     parts = []
     for message in messages:
         mark = {"user": "Q: ", "assistant": "A: "}.get(message["role"], "")
@@ -93,8 +93,8 @@ def as_text(messages: Sequence[Message]) -> str:
 
 def _conversation(task: str, shots: Sequence[tuple[str, str]], question: str) -> list[Message]:
     messages = [{"role": "system", "content": task}]
-    for asked, told in shots:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    for user, assistant in shots:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return [*messages, {"role": "user", "content": question}]
 
 

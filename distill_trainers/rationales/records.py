@@ -40,16 +40,16 @@ class TextModel(Protocol):
     """A teacher that completes prompts: a local model, or an endpoint."""
 
     def identity(self) -> dict[str, Any]:
-        """Everything that its answers depend on beside the prompt; it goes into keys and provenance."""
+        """Tell all that its answers depend on beside the prompt; it goes into keys and provenance."""
         ...
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Response]:
-        """Answers in any order, each as soon as it is there; a failed request is an answer with an error."""
+        """Yield answers in any order, each as soon as it is there; a failed request is an answer with an error."""
         ...
 
 
 def dataset_of(rows: Sequence[Record]) -> Any:
-    """Rows as a `datasets.Dataset` with the columns of all of them; nested provenance becomes JSON text."""
+    """Make a `datasets.Dataset` of rows with the columns of all; nested provenance becomes JSON text."""
     from datasets import Dataset
 
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -13,12 +13,12 @@ Split = Callable[[str], list[str]]
 
 
 def words(text: str) -> list[str]:
-    """Words with the white space before them."""
+    """Split into words with the white space before them."""
     return re.findall(r"\s*\S+|\s+$", text)
 
 
 def marked(row: Mapping[str, Any], split: Split = words) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Pieces of the right and of the wrong chain, and whether each is a key step.
+    """Return pieces of the right and of the wrong chain, and whether each is a key step.
 
     Args:
         split: cuts a text into pieces that make it up; a tokenizer's tokens are what training sees.
@@ -32,7 +32,7 @@ def marked(row: Mapping[str, Any], split: Split = words) -> tuple[list[tuple[str
 
 
 def terminal_lines(row: Mapping[str, Any], split: Split = words) -> list[str]:
-    """Lines in rich's markup: key steps of the right chain green, of the wrong one red."""
+    """Write lines in rich's markup: key steps of the right chain green, of the wrong one red."""
     from rich.markup import escape
 
     def line(mark: str, pieces: Sequence[tuple[str, bool]], colour: str) -> str:
@@ -41,12 +41,12 @@ def terminal_lines(row: Mapping[str, Any], split: Split = words) -> list[str]:
 
     right, wrong = marked(row, split)
     source = f" ({row['source']})" if row.get("source") else ""
-    asked = escape(f"{row['question']} -> {row['answer']}{source}")
-    return [f"[bold]{asked}[/]", line("+", right, "bold green"), line("-", wrong, "bold red")]
+    title = escape(f"{row['question']} -> {row['answer']}{source}")
+    return [f"[bold]{title}[/]", line("+", right, "bold green"), line("-", wrong, "bold red")]
 
 
 def html_page(rows: Iterable[Mapping[str, Any]], split: Split = words) -> str:
-    """A page without scripts; whatever a model wrote is escaped."""
+    """Write a page without scripts; whatever a model wrote is escaped."""
 
     def line(pieces: Sequence[tuple[str, bool]], tag: str) -> str:
         return "".join(f"<{tag}>{html.escape(p)}</{tag}>" if key else html.escape(p) for p, key in pieces)
@@ -55,8 +55,8 @@ def html_page(rows: Iterable[Mapping[str, Any]], split: Split = words) -> str:
     for row in rows:
         right, wrong = marked(row, split)
         source = html.escape(str(row.get("source", "")))
-        asked = f"{html.escape(row['question'])} <b>{html.escape(str(row['answer']))}</b> <small>{source}</small>"
-        parts.append(f"<h2>{asked}</h2>\n<p>{line(right, 'ins')}</p>\n<p>{line(wrong, 'del')}</p>")
+        title = f"{html.escape(row['question'])} <b>{html.escape(str(row['answer']))}</b> <small>{source}</small>"
+        parts.append(f"<h2>{title}</h2>\n<p>{line(right, 'ins')}</p>\n<p>{line(wrong, 'del')}</p>")
     style = (
         "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto}h2{font-size:1em;font-weight:normal}"
         "p{white-space:pre-wrap}ins{background:#cfc;text-decoration:none}del{background:#fcc;text-decoration:none}"

@@ -106,23 +106,23 @@ def extract(
     exemplars: Sequence[Mapping[str, Any]] = (),
     progress: Progress = _quiet,
 ) -> tuple[list[Record], Asked]:
-    """`samples` few-shot chains of thought for every question."""
+    """Ask for `samples` few-shot chains of thought for every question."""
     _require_columns(questions, ("question",), "questions")
-    shots = [dict(each) for each in exemplars]
-    wanted = [(row, prompts.cot_prompt(row, shots), sample) for row in questions for sample in range(samples)]
-    return ask(model, wanted, store, "cot", progress)
+    shots = [dict(exemplar) for exemplar in exemplars]
+    prompts_of = [(row, prompts.cot_prompt(row, shots), sample) for row in questions for sample in range(samples)]
+    return ask(model, prompts_of, store, "cot", progress)
 
 
 def parse(rows: Sequence[Record], formats: Sequence[str] = (), next_question: str | None = "Q:") -> list[Record]:
-    """Rows with `response` taken apart into `rationale`, `parsed_answer` and `answer_format`."""
+    """Take the `response` of rows apart into `rationale`, `parsed_answer` and `answer_format`."""
     _require_columns(rows, ("response",), "responses")
-    found = []
+    parsed_rows = []
     for row in rows:
         chosen = formats or (("choice", "hash", "boxed", "answer_is") if row.get("choices") else ())
         parsed = parse_response(str(row["response"] or ""), chosen, next_question=next_question)
         rest = {"rationale": parsed.rationale, "parsed_answer": parsed.answer, "answer_format": parsed.format}
-        found.append({**row, **rest})
-    return found
+        parsed_rows.append({**row, **rest})
+    return parsed_rows
 
 
 @dataclass
@@ -195,12 +195,12 @@ def _votes(rows: Sequence[Record], kind: str, share: float) -> dict[tuple[str, .
     groups: dict[tuple[str, ...], list[Record]] = {}
     for row in rows:
         groups.setdefault(_question_key(row), []).append(row)
-    found = {}
+    answers = {}
     for key, group in groups.items():
         answer, agreeing = majority_answer([row["parsed_answer"] for row in group], kind, group[0].get("choices"))
         if answer is not None and agreeing > share and round(agreeing * len(group)) > 1:  # one sample is no vote
-            found[key] = answer
-    return found
+            answers[key] = answer
+    return answers
 
 
 def _question_key(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -229,49 +229,49 @@ def dual(
     next_question: str | None = "Q:",
     progress: Progress = _quiet,
 ) -> Dual:
-    """Right and wrong chains in pairs; a teacher writes the missing halves, which are verified like all others.
+    """Pair right and wrong chains; a teacher writes the missing halves, which are verified like all others.
 
     Args:
         right, wrong: rows as `verify` judged them.
         model: writes D−+ (answer as a hint) and D+− (contrastive); None only pairs what is there.
     """
-    shots = [dict(each) for each in exemplars]
+    shots = [dict(exemplar) for exemplar in exemplars]
     groups = by_question(right, wrong)
-    found = Dual([], list(right), Counter(), {})
+    chains = Dual([], list(right), Counter(), {})
     for group in groups:
         if group.right and group.wrong:
-            found.pairs += [pair(closest(group.right, each), each, "D+/D-") for each in group.wrong]
+            chains.pairs += [pair(closest(group.right, failed), failed, "D+/D-") for failed in group.wrong]
     judge: dict[str, Any] = {"formats": formats, "kind": kind, "next_question": next_question}
     alone = [group for group in groups if not group.right]
     if model is not None and alone:
-        wanted = [(group.question, prompts.hint_prompt(group.question, shots), 0) for group in alone]
-        rows, found.asked["hint"] = ask(model, wanted, store, "hint", progress)
-        hinted = _judged(rows, found.counts, "hint", RIGHT, **judge)
+        prompts_of = [(group.question, prompts.hint_prompt(group.question, shots), 0) for group in alone]
+        rows, chains.asked["hint"] = ask(model, prompts_of, store, "hint", progress)
+        hinted = _judged(rows, chains.counts, "hint", RIGHT, **judge)
         for group in alone:
             for helped in hinted.get(_question_key(group.question), []):
-                found.pairs += [pair(helped, each, "D-+/D-") for each in group.wrong]
-                found.right.append(helped)
+                chains.pairs += [pair(helped, failed, "D-+/D-") for failed in group.wrong]
+                chains.right.append(helped)
     alone = [group for group in groups if not group.wrong]
     if model is not None and alone:
-        shown = [as_exemplar(row) for row in found.pairs[: len(shots)]]
-        wanted = []
+        shown = [as_exemplar(row) for row in chains.pairs[: len(shots)]]
+        prompts_of = []
         for group in alone:
             text = prompts.chain_text(group.right[0]["rationale"], group.right[0]["answer"])
-            wanted.append((group.question, prompts.contrastive_prompt(group.question, text, shown, shots), 0))
-        rows, found.asked["contrast"] = ask(model, wanted, store, "contrast", progress)
-        spoiled = _judged(rows, found.counts, "contrast", WRONG, **judge)
+            prompts_of.append((group.question, prompts.contrastive_prompt(group.question, text, shown, shots), 0))
+        rows, chains.asked["contrast"] = ask(model, prompts_of, store, "contrast", progress)
+        spoiled = _judged(rows, chains.counts, "contrast", WRONG, **judge)
         for group in alone:
-            for each in spoiled.get(_question_key(group.question), []):
-                found.pairs.append(pair(group.right[0], each, "D+/D+-"))
-    found.counts.update(f"pair {row['source']}" for row in found.pairs)
-    return found
+            for spoilt in spoiled.get(_question_key(group.question), []):
+                chains.pairs.append(pair(group.right[0], spoilt, "D+/D+-"))
+    chains.counts.update(f"pair {row['source']}" for row in chains.pairs)
+    return chains
 
 
 def _judged(
     rows: Sequence[Record],
     counts: Counter[str],
     prompt: str,
-    wanted: str,
+    verdict: str,
     *,
     formats: Any,
     kind: str,
@@ -280,10 +280,10 @@ def _judged(
     """Rows with the wanted verdict by question; the others are counted."""
     result = verify(parse(rows, formats, next_question), kind=kind) if rows else Verified([], [], Counter())
     counts.update({f"{prompt}: {reason}": count for reason, count in result.counts.items()})
-    found: dict[tuple[str, ...], list[Record]] = {}
-    for row in result.right if wanted == RIGHT else result.wrong:
-        found.setdefault(_question_key(row), []).append(row)
-    return found
+    by_key: dict[tuple[str, ...], list[Record]] = {}
+    for row in result.right if verdict == RIGHT else result.wrong:
+        by_key.setdefault(_question_key(row), []).append(row)
+    return by_key
 
 
 def _require_columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str], what: str) -> None:

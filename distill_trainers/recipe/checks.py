@@ -38,7 +38,7 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     """Read configs, tokenizers and datasets, and see that all of it fits together; a teacher's server is asked.
 
     Raises:
-        ConfigurationError, DatasetError, VocabularyError: what has to be mended.
+        ConfigurationError, DatasetError, VocabularyError: what has to be fixed.
     """
     from ..data import load_split
     from ..run_files import STUDENT_INIT_NAME
@@ -79,13 +79,13 @@ def _ask_server(ready: Ready, student_config: Any) -> None:
 
 
 def student_and_teacher(recipe: Recipe) -> tuple[str, str | None]:
-    """Names of both models; a student that is made from its teacher goes by the teacher's."""
+    """Name both models; a student that is made from its teacher goes by the teacher's name."""
     teacher = recipe.run.teacher_model_name_or_path
     return recipe.model.model_name_or_path or str(teacher), teacher
 
 
 def load_datasets(recipe: Recipe) -> tuple[Any, Any]:
-    """Training and evaluation rows as the recipe names them."""
+    """Load training and evaluation rows as the recipe names them."""
     from ..data import load_split, train_eval_split
 
     settings = recipe.run
@@ -107,7 +107,7 @@ def load_datasets(recipe: Recipe) -> tuple[Any, Any]:
 
 
 def checkpoint_to_resume(args: Any) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: true takes the newest complete one.
+    """Find the checkpoint that `resume_from_checkpoint` means: true takes the newest complete one.
 
     Raises:
         ConfigurationError: it is not there, is incomplete, or was written without what a run needs to go on.
@@ -115,17 +115,17 @@ def checkpoint_to_resume(args: Any) -> str | None:
     from ..exceptions import CheckpointError
     from ..run_files import check_resumable, is_complete, last_complete_checkpoint
 
-    asked = args.resume_from_checkpoint
-    if asked in (None, False) or str(asked).lower() == "false":
+    setting = args.resume_from_checkpoint
+    if setting in (None, False) or str(setting).lower() == "false":
         return None
     try:
-        folder = last_complete_checkpoint(args.output_dir) if str(asked).lower() == "true" else asked
+        folder = last_complete_checkpoint(args.output_dir) if str(setting).lower() == "true" else setting
         check_resumable(folder)
     except CheckpointError as error:
         raise ConfigurationError(str(error)) from error
     if not is_complete(folder):
         raise ConfigurationError(
-            f"Got `resume_from_checkpoint: {asked}`; expected the folder of a complete checkpoint, such as "
+            f"Got `resume_from_checkpoint: {setting}`; expected the folder of a complete checkpoint, such as "
             f"{Path(args.output_dir) / 'checkpoint-500'}, or `true` for the newest one of `output_dir`."
         )
     return str(folder)
@@ -141,14 +141,14 @@ def _cut_layers(config: Any, keep: int | list[int]) -> None:
     from ..students import kept_layers
 
     text = config.get_text_config()
-    kept = kept_layers(text.num_hidden_layers, keep)
+    layers = kept_layers(text.num_hidden_layers, keep)
     if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[i] for i in kept]
-    text.num_hidden_layers = len(kept)
+        text.layer_types = [text.layer_types[i] for i in layers]
+    text.num_hidden_layers = len(layers)
 
 
 def without_weights(config: Any, recipe: Recipe, *, adapted: bool = False) -> Any:
-    """The model that a config describes, on the meta device; `adapted`: with the recipe's adapter, if it has one."""
+    """Make the model of a config on the meta device; `adapted`: with the recipe's adapter, if it has one."""
     import torch
     from trl import get_peft_config
 
@@ -161,7 +161,7 @@ def without_weights(config: Any, recipe: Recipe, *, adapted: bool = False) -> An
 
 
 def optimiser_steps(args: Any, rows: int | None, processes: int | None = None) -> int:
-    """Optimiser steps of a run over so many rows (None: a stream, which needs max_steps).
+    """Count optimiser steps of a run over so many rows (None: a stream, which needs max_steps).
 
     Args:
         processes: of the run; by default those of this launch.

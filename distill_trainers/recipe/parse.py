@@ -89,7 +89,7 @@ def parse_settings(
     what: str,
     command: str = "train",
 ) -> list[Any]:
-    """Instances of some dataclasses, from `--config FILE` and from options of the command line, which come first.
+    """Fill dataclasses from `--config FILE` and from options of the command line, which come first.
 
     Args:
         classes: gives them for what the file says and for the command line.
@@ -101,15 +101,15 @@ def parse_settings(
     """
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     given = read_yaml(argv)
-    wanted = classes(given, argv)
-    known = {f.name for cls in wanted for f in fields(cls) if f.init} | {"env"}
+    chosen = classes(given, argv)
+    known = {f.name for cls in chosen for f in fields(cls) if f.init} | {"env"}
     refuse_unknown_keys(given, known, what)
     options = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
     refuse_unknown_keys([o for o in options if not o.startswith("no_")], known | {"config", "help"}, "the command line")
-    for cls in wanted:
+    for cls in chosen:
         check_value_types(given, cls, text_is_parsed=True)
     try:
-        return list(make_parser(wanted, command).parse_args_and_config(argv))
+        return list(make_parser(chosen, command).parse_args_and_config(argv))
     except ConfigurationError:
         raise
     except (ValueError, TypeError) as error:
@@ -117,7 +117,7 @@ def parse_settings(
 
 
 def make_parser(classes: tuple[Any, ...], command: str = "train") -> Any:
-    """TRL's parser; it reads every mapping as JSON, and says in one line what it cannot read."""
+    """Make TRL's parser; it reads every mapping as JSON, and says in one line what it cannot read."""
     from trl import TrlParser
 
     class Parser(TrlParser):
@@ -180,8 +180,8 @@ def _refuse_contradictions(recipe: Recipe) -> None:
     from ..teachers.placement import PLACEMENTS
 
     run, args, model = recipe.run, recipe.args, recipe.model
-    asked = args.needs and not PLACEMENTS[args.teacher_placement].unnamed
-    if not run.teacher_model_name_or_path and (run.student_init or asked):
+    needs_teacher = args.needs and not PLACEMENTS[args.teacher_placement].unnamed
+    if not run.teacher_model_name_or_path and (run.student_init or needs_teacher):
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
     if run.student_init and not has_files(run.teacher_model_name_or_path):
         raise ConfigurationError(

@@ -48,13 +48,13 @@ def check_value_types(values: Mapping[str, Any], settings: type, *, text_is_pars
 
 
 def names_of_mappings(settings: type) -> set[str]:
-    """Fields that hold a mapping, which may be written as JSON."""
+    """Name the fields that hold a mapping, which may be written as JSON."""
     hints = get_type_hints(settings)
     return {name for name, hint in hints.items() if {dict, str} <= set(_kinds(hint))} - _MAY_BE_FILES
 
 
 def parse_mapping(text: str) -> dict[str, Any]:
-    """A mapping written as JSON; for argparse, which names the option in front of the message."""
+    """Parse a mapping written as JSON; for argparse, which names the option in front of the message."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

@@ -38,19 +38,19 @@ class Series:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = _MAX_POINTS) -> list[tuple[float, float]]:
-    """At most about `most` of the points: of each stretch its smallest and its largest, so that no peak is lost."""
+    """Thin points to about `most`: of each stretch its smallest and its largest, so that no peak is lost."""
     if len(points) <= most:
         return list(points)
     size = -(-2 * len(points) // most)
-    kept = []
+    drawn = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
         ends = {
             min(range(len(stretch)), key=lambda i: stretch[i][1]),
             max(range(len(stretch)), key=lambda i: stretch[i][1]),
         }
-        kept += [stretch[i] for i in sorted(ends)]
-    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+        drawn += [stretch[i] for i in sorted(ends)]
+    return drawn if drawn[-1] == points[-1] else [*drawn, points[-1]]
 
 
 def _drawing(title: str, description: str, height: float, *children: Any) -> Html:
@@ -101,7 +101,7 @@ def _scales(
 
 
 def marker(style: int, x: float, y: float, size: float = 4.0) -> Html:
-    """The series' sign: circle, square, triangle, diamond, and these once more, hollow."""
+    """Draw the series' sign: circle, square, triangle, diamond, and these once more, hollow."""
     kind = f"m s{style % STYLES}" + (" hollow" if style % STYLES > 3 else "")
     if style % 4 == 0:
         return el("circle", cx=f"{x:g}", cy=f"{y:g}", r=f"{size:g}", class_=kind)
@@ -124,7 +124,7 @@ def line_chart(
     limits: tuple[tuple[float, float], tuple[float, float]] | None = None,
     diagonal: bool = False,
 ) -> Html:
-    """Lines with their intervals.
+    """Draw lines with their intervals.
 
     Args:
         limits: of x and y; by default those of the data.
@@ -140,38 +140,38 @@ def line_chart(
     parts: list[Any] = _axes(x, y, x_ticks, y_ticks, x_label, y_label)
     if diagonal:
         parts.append(_line(x(xs[0]), y(xs[0]), x(xs[1]), y(xs[1]), class_="reference"))
-    for each in drawn:
-        if each.band:
-            upper = [f"{x(at)},{y(high)}" for at, _, high in each.band]
-            lower = [f"{x(at)},{y(low)}" for at, low, _ in reversed(each.band)]
-            parts.append(el("polygon", points=" ".join(upper + lower), class_=f"band s{each.style % STYLES}"))
-    for each in drawn:
-        style = each.style % STYLES
-        path = " ".join(f"{x(at)},{y(value)}" for at, value in each.points)
+    for curve in drawn:
+        if curve.band:
+            upper = [f"{x(at)},{y(high)}" for at, _, high in curve.band]
+            lower = [f"{x(at)},{y(low)}" for at, low, _ in reversed(curve.band)]
+            parts.append(el("polygon", points=" ".join(upper + lower), class_=f"band s{curve.style % STYLES}"))
+    for curve in drawn:
+        style = curve.style % STYLES
+        path = " ".join(f"{x(at)},{y(value)}" for at, value in curve.points)
         parts.append(el("polyline", points=path, class_=f"line s{style}", stroke_dasharray=_DASHES[style] or None))
-        every = max(1, len(each.points) // 8)
-        shifted = each.points[
-            style % every if len(each.points) > every else 0 :: every
+        every = max(1, len(curve.points) // 8)
+        shifted = curve.points[
+            style % every if len(curve.points) > every else 0 :: every
         ]  # markers of lines side by side
-        parts += [marker(each.style, x(at), y(value), 3.2) for at, value in shifted]
+        parts += [marker(curve.style, x(at), y(value), 3.2) for at, value in shifted]
     return _drawing(title, describe(drawn, x_label, y_label), HEIGHT, parts)
 
 
 def describe(series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """The chart in words: from where to where each line goes, and its extremes."""
-    told = []
-    for each in series:
-        (x0, y0), (x1, y1) = each.points[0], each.points[-1]
-        values = [value for _, value in each.points]
-        told.append(
-            f"{each.name}: from {short(y0)} at {x_label} {short(x0)} to {short(y1)} at {short(x1)}, "
+    """Describe the chart in words: from where to where each line goes, and its extremes."""
+    sentences = []
+    for curve in series:
+        (x0, y0), (x1, y1) = curve.points[0], curve.points[-1]
+        values = [value for _, value in curve.points]
+        sentences.append(
+            f"{curve.name}: from {short(y0)} at {x_label} {short(x0)} to {short(y1)} at {short(x1)}, "
             f"lowest {short(min(values))}, highest {short(max(values))}."
         )
-    return f"{y_label} by {x_label}. " + (" ".join(told) or "There is nothing to draw.")
+    return f"{y_label} by {x_label}. " + (" ".join(sentences) or "There is nothing to draw.")
 
 
 def legend(names: Sequence[tuple[str, int]]) -> Html | None:
-    """Which sign is whose; nothing where there is one series only."""
+    """Tell which sign is whose; nothing where there is one series only."""
     if len(names) < 2:
         return None
     entries = []
@@ -189,7 +189,7 @@ def interval_chart(
     x_label: str,
     bounds: tuple[float, float] | None = None,
 ) -> Html:
-    """A value and its interval for each of several models, one below the other.
+    """Draw a value and its interval for each of several models, one below the other.
 
     Args:
         rows: name, style, value, low, high, and the value as text.
@@ -213,18 +213,18 @@ def interval_chart(
         parts.append(marker(style, x(value), y, 4.5))
         side = x(value) > (x.start + x.end) / 2
         parts.append(_text(x(value) + (-2 if side else 2), y - 9, shown, class_="value end" if side else "value"))
-    told = "; ".join(
+    words = "; ".join(
         f"{name} {shown}"
         + (f", interval {short(low)} to {short(high)}" if low is not None and high is not None else "")
         for name, _, _, low, high, shown in rows
     )
-    return _drawing(title, f"{told}.", height, parts)
+    return _drawing(title, f"{words}.", height, parts)
 
 
 def histogram_chart(
     edges: Sequence[float], counts: Sequence[int], *, title: str, x_label: str, style: int, most: float | None = None
 ) -> Html:
-    """Bars from edge to edge, as shares of all.
+    """Draw bars from edge to edge, as shares of all.
 
     Args:
         most: the highest bar of all histograms that are compared, in per cent.

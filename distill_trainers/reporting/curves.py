@@ -19,11 +19,11 @@ _SHOWN_NUMBERS = 60
 
 
 def curves(runs: Sequence[Run]) -> Html:
-    """One chart for each name in the logs, with a line for each run."""
+    """Draw a chart for each name in the logs, with a line for each run."""
     logged = [run for run in runs if run.history]
     if not logged:
-        how = "No log of a training was found. It is in trainer_state.json, which "
-        return section("curves", "Training", missing(how, el("code", "distill-trainers train"), " writes; in Python "
+        advice = "No log of a training was found. It is in trainer_state.json, which "
+        return section("curves", "Training", missing(advice, el("code", "distill-trainers train"), " writes; in Python "
                                                      "it is trainer.save_state()."))  # fmt: skip
     names = [name for name in dict.fromkeys(n for run in logged for n in run.logged()) if name not in _SILENT]
     names = [name for name in names if not name.endswith(BOOKKEEPING) and not name.startswith("train_")]
@@ -69,14 +69,14 @@ def _chart(name: str, runs: Sequence[Run]) -> Html | None:
     teacher = _TEACHER + name.removeprefix("eval_")
     if name.startswith("eval_"):
         series += [Series(f"{r.name}, its teacher", r.curve(teacher), i + 4) for i, r in enumerate(runs)]
-    series = [each for each in series if each.points]
+    series = [curve for curve in series if curve.points]
     unit = _unit(name)
     if unit == "%":  # the log has shares of 1
-        for each in series:
-            each.points = [(step, 100 * value) for step, value in each.points]
+        for curve in series:
+            curve.points = [(step, 100 * value) for step, value in curve.points]
     title = titled(name)
     drawing = line_chart(series, title=title, x_label="optimiser step", y_label=unit)
-    signs = [(each.name, each.style) for each in series] if len(series) > len(runs) else []
+    signs = [(curve.name, curve.style) for curve in series] if len(series) > len(runs) else []
     return figure(
         title,
         drawing,
@@ -106,10 +106,10 @@ def _unit(name: str) -> str:
 
 def _numbers(title: str, series: Sequence[Series]) -> Html:
     """The points as a table; of a long log every so many."""
-    steps = sorted({step for each in series for step, _ in each.points})
+    steps = sorted({step for curve in series for step, _ in curve.points})
     every = -(-len(steps) // _SHOWN_NUMBERS)
-    kept = [step for i, step in enumerate(steps) if i % every == 0 or i == len(steps) - 1]
-    found = [dict(each.points) for each in series]
+    chosen = [step for i, step in enumerate(steps) if i % every == 0 or i == len(steps) - 1]
+    columns = [dict(curve.points) for curve in series]
     caption = title if every == 1 else f"{title}, every {every} logs"
-    rows = [[f"{step:g}", *(short(values.get(step)) for values in found)] for step in kept]
-    return table(caption, ["step", *(each.name for each in series)], rows)
+    rows = [[f"{step:g}", *(short(values.get(step)) for values in columns)] for step in chosen]
+    return table(caption, ["step", *(curve.name for curve in series)], rows)

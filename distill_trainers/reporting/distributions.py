@@ -21,7 +21,7 @@ _DIVERSITY = ("distinct_4", "self_bleu")
 
 
 def distributions(runs: Sequence[Run]) -> Html:
-    """All of it for each run with an evaluation."""
+    """Draw all of it for each run with an evaluation."""
     parts: list[Any] = []
     for run in runs:
         if len(runs) > 1 and run.evaluation is not None:
@@ -63,26 +63,26 @@ def _of_evaluation(results: EvaluationResults, tag: str) -> list[Any]:
 
 def _positions(results: EvaluationResults) -> list[Html]:
     drawn = []
-    for text, told in TEXTS.items():
+    for text, where in TEXTS.items():
         for measure in AGREEMENT:
-            found = [
+            curves = [
                 (model, curve)
                 for model in in_order(results)
                 for curve in model.positions
                 if (curve.text, curve.measure) == (text, measure) and curve.mean
             ]
-            if found:
-                drawn.append(_position_chart(results, found, f"{MEASURES[measure].title}, on {told}", measure))
+            if curves:
+                drawn.append(_position_chart(results, curves, f"{MEASURES[measure].title}, on {where}", measure))
     return drawn
 
 
 def _position_chart(
-    results: EvaluationResults, found: list[tuple[ModelResults, PositionCurve]], title: str, measure: str
+    results: EvaluationResults, curves: list[tuple[ModelResults, PositionCurve]], title: str, measure: str
 ) -> Html:
     series = []
     share = MEASURES[measure].unit == "share"
     scale = 100 if share else 1
-    for model, curve in found:
+    for model, curve in curves:
         count = curve.count or [_FEWEST] * len(curve.mean)
         reached = sum(n >= min(_FEWEST, max(count)) for n in count)
         rows = list(zip(curve.mean, curve.low, curve.high, strict=False))[:reached]
@@ -106,12 +106,12 @@ def _position_chart(
 
 
 def _numbers(title: str, first: str, series: Sequence[Series]) -> Html:
-    places = sorted({x for each in series for x, _ in each.points})
+    places = sorted({x for curve in series for x, _ in curve.points})
     every = -(-len(places) // _SHOWN_NUMBERS)
-    found = [dict(each.points) for each in series]
-    rows = [[f"{x:g}", *(short(values.get(x)) for values in found)] for x in places[::every]]
+    columns = [dict(curve.points) for curve in series]
+    rows = [[f"{x:g}", *(short(values.get(x)) for values in columns)] for x in places[::every]]
     caption = title if every == 1 else f"{title}, every {every} places"
-    return table(caption, [first, *(each.name for each in series)], rows)
+    return table(caption, [first, *(curve.name for curve in series)], rows)
 
 
 def _lengths(results: EvaluationResults) -> list[Html]:
@@ -148,36 +148,36 @@ def _diversity(results: EvaluationResults, name: str) -> list[Html]:
         for model in in_order(results)
         if name in model.scores
     }
-    everything = [v for each in values.values() for v in each]
+    everything = [v for column in values.values() for v in column]
     if not everything:
         return []
     edges = np.array(nice_ticks(min(everything), max(everything), wanted=12))
-    counts = {model: np.histogram(each, edges)[0].tolist() for model, each in values.items() if each}
-    most = max(100 * max(each) / sum(each) for each in counts.values())
+    counts = {model: np.histogram(column, edges)[0].tolist() for model, column in values.items() if column}
+    most = max(100 * max(bars) / sum(bars) for bars in counts.values())
     label = f"{info.title} ({'%' if scale == 100 else info.unit})"
-    return [_histogram(results, results.model(m), edges.tolist(), each, label, most) for m, each in counts.items()]
+    return [_histogram(results, results.model(m), edges.tolist(), bars, label, most) for m, bars in counts.items()]
 
 
 def _calibration(results: EvaluationResults) -> list[Html]:
     series, rows = [], []
     for model in in_order(results):
         bins = [
-            each
-            for each in model.calibration
-            if each.tokens and each.confidence is not None and each.accuracy is not None
+            entry
+            for entry in model.calibration
+            if entry.tokens and entry.confidence is not None and entry.accuracy is not None
         ]
         if bins:
-            points = sorted((each.confidence or 0.0, each.accuracy or 0.0) for each in bins)
+            points = sorted((entry.confidence or 0.0, entry.accuracy or 0.0) for entry in bins)
             series.append(Series(heading(model), points, style_of(results, model)))
         rows += [
             [
                 heading(model),
-                f"{each.low:.2g} to {each.high:.2g}",
-                f"{each.tokens:,}",
-                short(each.confidence),
-                short(each.accuracy),
+                f"{entry.low:.2g} to {entry.high:.2g}",
+                f"{entry.tokens:,}",
+                short(entry.confidence),
+                short(entry.accuracy),
             ]
-            for each in bins
+            for entry in bins
         ]
     if not series:
         return []

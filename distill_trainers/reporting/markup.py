@@ -21,17 +21,17 @@ class Html(str):
 
 
 def visible(text: str) -> str:
-    """`text` with characters that hide or reorder named by their number, such as `‹U+202E›`."""
-    return _HIDDEN.sub(lambda found: f"‹U+{ord(found[0]):04X}›", text.replace("\r\n", "\n"))
+    """Name characters of `text` that hide or reorder by their number, such as `‹U+202E›`."""
+    return _HIDDEN.sub(lambda match: f"‹U+{ord(match[0]):04X}›", text.replace("\r\n", "\n"))
 
 
 def escaped(value: Any) -> Html:
-    """Any value as text of a page."""
+    """Write any value as text of a page."""
     return value if isinstance(value, Html) else Html(html.escape(visible(str(value))))
 
 
 def shortened(text: str, longest: int) -> str:
-    """`text`, cut where it is longer, with the number of characters left out; never within a combined character."""
+    """Cut `text` where it is longer, with the number of characters left out; never within a combined one."""
     if len(text) <= longest:
         return text
     cut = longest
@@ -41,7 +41,7 @@ def shortened(text: str, longest: int) -> str:
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Html:
-    """An element; children that are no `Html` are escaped, None is left out, lists are taken apart.
+    """Make an element; children that are no `Html` are escaped, None is left out, lists are taken apart.
 
     Attributes: `class_` is `class`, `aria_label` is `aria-label`; True stands alone, None and False are left out.
     """
@@ -58,7 +58,7 @@ _VOID = {"meta", "input", "br", "hr"}
 
 
 def join(children: Iterable[Any]) -> Html:
-    """Children one after the other."""
+    """Put children one after the other."""
     parts = []
     for child in children:
         if child is None:
@@ -70,15 +70,15 @@ def join(children: Iterable[Any]) -> Html:
 def table(
     caption: Any, headings: Sequence[Any], rows: Iterable[Sequence[Any]], *, numbers: bool = True, narrow: bool = False
 ) -> Html:
-    """A table whose first column names its rows; on a narrow screen it scrolls by itself, by keyboard too.
+    """Make a table whose first column names its rows; a narrow screen scrolls it, by keyboard too.
 
     Args:
         numbers: cells but the first are aligned to the right.
         narrow: columns are as narrow as their words, so that all of them fit on a phone.
     """
-    head = el("tr", [el("th", each, scope="col") for each in headings])
-    body = [el("tr", el("th", row[0], scope="row"), [el("td", each) for each in row[1:]]) for row in rows]
-    kind = " ".join(name for name, wanted in (("numbers", numbers), ("narrow", narrow)) if wanted)
+    head = el("tr", [el("th", title, scope="col") for title in headings])
+    body = [el("tr", el("th", row[0], scope="row"), [el("td", cell) for cell in row[1:]]) for row in rows]
+    kind = " ".join(name for name, is_on in (("numbers", numbers), ("narrow", narrow)) if is_on)
     # The span keeps the title in sight where the table scrolls below it.
     title = el("caption", el("span", caption))
     inner = el("table", title, el("thead", head), el("tbody", body), class_=kind or None)
@@ -87,7 +87,7 @@ def table(
 
 
 def stacked(shown: str) -> Html:
-    """A value, and its interval in brackets on a line of its own."""
+    """Write a value, and its interval in brackets on a line of its own."""
     value, bracket, rest = shown.partition(" [")
     return join([value, el("small", f"[{rest}", class_="interval") if bracket else None])
 
@@ -95,14 +95,14 @@ def stacked(shown: str) -> Html:
 def figure(
     title: Any, drawing: Html, *, legend: Html | None = None, note: Any = None, numbers: Html | None = None
 ) -> Html:
-    """A drawing with its title, and behind a switch the numbers in it."""
+    """Show a drawing with its title, and behind a switch the numbers in it."""
     more = el("details", el("summary", "Numbers"), numbers, class_="data") if numbers else None
     caption = el("figcaption", el("b", title), el("span", note) if note else None)
     return el("figure", caption, drawing, legend, more)
 
 
 def missing(*sentence: Any) -> Html:
-    """What is not in the page, and how to get it."""
+    """Tell what is not in the page, and how to get it."""
     return el("p", sentence, class_="missing")
 
 
@@ -111,7 +111,7 @@ def section(identity: str, title: Any, *children: Any, level: int = 2) -> Html:
 
 
 def data_script(value: Any) -> Html:
-    """JSON for the page's own script; no text in it can end the element."""
+    """Write JSON for the page's own script; no text in it can end the element."""
     written = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         written = written.replace(character, f"\\u{ord(character):04x}")

@@ -19,7 +19,7 @@ Fact = tuple[str, Callable[[Run], Any]]
 
 
 def what_was_run(runs: Sequence[Run]) -> Html:
-    """Recipe, models and versions of each run."""
+    """Show recipe, models and versions of each run."""
     trained = [run for run in runs if run.was_trained]
     parts: list[Any] = []
     if trained:
@@ -55,8 +55,8 @@ def _paper(run: Run) -> Any:
     paper = run.record.get("paper")
     if not isinstance(paper, dict) or not paper.get("title"):
         return None
-    told = f"{paper.get('authors', '')}: {paper['title']} ({paper.get('year', '')})"
-    return f"{told}, arXiv {paper['id']}" if paper.get("id") else told
+    citation = f"{paper.get('authors', '')}: {paper['title']} ({paper.get('year', '')})"
+    return f"{citation}, arXiv {paper['id']}" if paper.get("id") else citation
 
 
 def _versions(run: Run) -> str | None:
@@ -65,12 +65,12 @@ def _versions(run: Run) -> str | None:
 
 
 def moment(written: Any) -> str | None:
-    """A time as ISO 8601 has it, to the minute and for people."""
+    """Write a time of ISO 8601 for people, to the minute."""
     try:
-        told = datetime.datetime.fromisoformat(str(written))
+        time = datetime.datetime.fromisoformat(str(written))
     except ValueError:
         return None
-    return told.astimezone(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return time.astimezone(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _recipe(name: str) -> Callable[[Run], Any]:
@@ -107,9 +107,9 @@ _FACTS: tuple[Fact, ...] = (
 
 def _evaluated(run: Run, results: EvaluationResults, *, alone: bool) -> Html:
     """Models, data and versions of an evaluation."""
-    data, told = results.data, results.environment
+    data, environment = results.data, results.environment
     models = [[model.name, model.role, model.source] for model in results.models]
-    versions = ", ".join(f"{name} {value}" for name, value in told.items())
+    versions = ", ".join(f"{name} {value}" for name, value in environment.items())
     notes = [el("li", note) for note in (*results.notes, *(f"{m.name}: {n}" for m in results.models for n in m.notes))]
     return el(
         "div",
@@ -126,7 +126,7 @@ def _evaluated(run: Run, results: EvaluationResults, *, alone: bool) -> Html:
 
 
 def cost(runs: Sequence[Run]) -> Html:
-    """Time, tokens, memory and energy of training; size and speed of the models."""
+    """Show time, tokens, memory and energy of training; size and speed of the models."""
     parts: list[Any] = []
     trained = [run for run in runs if run.history or run.sessions]
     if trained:
@@ -145,9 +145,9 @@ def cost(runs: Sequence[Run]) -> Html:
         )
     for run in runs:
         # The table of costs is the last that `tables_of` gives, where there is one.
-        costs = [each for each in tables_of(run.evaluation) if each.title.startswith("Cost")] if run.evaluation else []
-        for each in costs:
-            parts.append(table(each.title if len(runs) == 1 else f"{run.name}. {each.title}", each.headings, each.rows))
+        costs = [grid for grid in tables_of(run.evaluation) if grid.title.startswith("Cost")] if run.evaluation else []
+        for grid in costs:
+            parts.append(table(grid.title if len(runs) == 1 else f"{run.name}. {grid.title}", grid.headings, grid.rows))
     if not any(model.cost for run in runs if run.evaluation for model in run.evaluation.models):
         parts.append(
             missing(
@@ -162,18 +162,18 @@ def cost(runs: Sequence[Run]) -> Html:
 
 
 def _total(run: Run, name: str) -> float | None:
-    values = [each[name] for each in run.sessions if isinstance(each.get(name), int | float)]
+    values = [session[name] for session in run.sessions if isinstance(session.get(name), int | float)]
     return sum(values) if values else None
 
 
 def _seconds(run: Run) -> float | None:
-    told = _total(run, "seconds")
+    recorded = _total(run, "seconds")
     runtimes = [value for _, value in run.curve("train_runtime")]
-    return told if told is not None else (runtimes[-1] if runtimes else run.metrics.get("train_runtime"))
+    return recorded if recorded is not None else (runtimes[-1] if runtimes else run.metrics.get("train_runtime"))
 
 
 def duration(seconds: float | None) -> str | None:
-    """Seconds as people say them."""
+    """Write seconds as people say them."""
     if not isinstance(seconds, int | float):
         return None
     if seconds < 120:
@@ -200,7 +200,7 @@ def _rate(run: Run) -> str | None:
 
 
 def _memory(run: Run) -> str | None:
-    peaks = [each["peak_mib"] for each in run.sessions if isinstance(each.get("peak_mib"), int | float)]
+    peaks = [session["peak_mib"] for session in run.sessions if isinstance(session.get("peak_mib"), int | float)]
     where = "of the process" if run.record.get("device") == "cpu" else "of the device"
     return f"{max(peaks):,.0f} MiB {where}" if peaks else None
 
@@ -225,7 +225,7 @@ _COSTS: tuple[Fact, ...] = (
 
 
 def comparison(runs: Sequence[Run]) -> Html:
-    """Runs and the students of their evaluations, one column each."""
+    """Compare runs and the students of their evaluations, one column each."""
     parts: list[Any] = []
     logged = {run.name: _last_scores(run) for run in runs}
     names = list(dict.fromkeys(name for scores in logged.values() for name in scores))
@@ -233,8 +233,8 @@ def comparison(runs: Sequence[Run]) -> Html:
         rows = [[titled(name), *(logged_number(name, logged[run.name].get(name)) for run in runs)] for name in names]
         parts.append(table("End of training: last evaluation of each run", ["", *(run.name for run in runs)], rows))
     settings = {run.name: run.record.get("recipe") or {} for run in runs}
-    keys = list(dict.fromkeys(key for each in settings.values() for key in each))
-    differing = [key for key in keys if len({str(each.get(key)) for each in settings.values()}) > 1]
+    keys = list(dict.fromkeys(key for recipe in settings.values() for key in recipe))
+    differing = [key for key in keys if len({str(recipe.get(key)) for recipe in settings.values()}) > 1]
     if differing:
         rows = [[key, *(_setting(settings[run.name].get(key)) for run in runs)] for key in differing]
         caption = "Settings that differ (– is the default)"
@@ -289,18 +289,18 @@ BOOKKEEPING = ("_runtime", "_per_second", "_tokens", "_time")
 
 
 def titled(name: str) -> str:
-    """A logged name as a title: that of its measure, where it is one."""
+    """Write a logged name as a title: that of its measure, where it is one."""
     stem = name.removeprefix("eval_")
     if stem in MEASURES:
         return MEASURES[stem].title
-    for prefix, said in (("gap_closed_", "Gap closed"), ("teacher_", "Teacher")):
+    for prefix, words in (("gap_closed_", "Gap closed"), ("teacher_", "Teacher")):
         if stem.removeprefix(prefix) in MEASURES and stem not in _TITLES:
-            return f"{said}: {MEASURES[stem.removeprefix(prefix)].title}"
+            return f"{words}: {MEASURES[stem.removeprefix(prefix)].title}"
     return _TITLES.get(stem, stem.replace("_", " ").capitalize())
 
 
 def logged_number(name: str, value: float | None) -> str:
-    """A logged value as the evaluation's tables have it: shares as per cent."""
+    """Write a logged value as the evaluation's tables do: shares as per cent."""
     stem = name.removeprefix("eval_")
     measure = MEASURES.get(stem) or MEASURES.get(stem.removeprefix("teacher_"))
     if stem.startswith("gap_closed_"):
@@ -321,7 +321,7 @@ _TITLES = {
 
 def _unlike(evaluations: Sequence[EvaluationResults]) -> str:
     """In what evaluations differ that makes their scores hard to compare."""
-    found = []
+    differences = []
     for title, tell in (
         ("data", lambda r: (r.data.get("name"), r.data.get("rows"))),
         ("the text that is read", lambda r: r.data.get("reference_text")),
@@ -329,6 +329,6 @@ def _unlike(evaluations: Sequence[EvaluationResults]) -> str:
         ("teacher", lambda r: [m.fingerprint for m in r.of_role("teacher")]),
         ("baseline", lambda r: [m.fingerprint for m in r.of_role("baseline")]),
     ):
-        if any(tell(each) != tell(evaluations[0]) for each in evaluations[1:]):
-            found.append(title)
-    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+        if any(tell(other) != tell(evaluations[0]) for other in evaluations[1:]):
+            differences.append(title)
+    return " and ".join([", ".join(differences[:-1]), differences[-1]] if len(differences) > 1 else differences)

@@ -33,9 +33,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Run]], Html]]] = {
 
 
 def report_page(runs: Sequence[Run]) -> str:
-    """The whole page as HTML."""
-    wanted = {name: each for name, each in SECTIONS.items() if name != "comparison" or len(runs) > 1}
-    body = [(name, title, build(runs)) for name, (title, build) in wanted.items()]
+    """Write the whole page as HTML."""
+    shown = {name: builder for name, builder in SECTIONS.items() if name != "comparison" or len(runs) > 1}
+    body = [(name, title, build(runs)) for name, (title, build) in shown.items()]
     names = ", ".join(run.name for run in runs)
     title = f"Distillation report: {names}"
     style, script = _asset("report.css"), _asset("report.js")

@@ -50,17 +50,17 @@ def _plot_runs(runs: Sequence[Run], folder: Path) -> list[Path]:
 def _plot_evaluation(results: EvaluationResults, folder: Path, prefix: str) -> list[Path]:
     written: list[Path] = []
     for text in ("reference", "student"):
-        found = [
+        curves = [
             (model.name, range(1, len(curve.mean) + 1), curve.mean)
             for model in results.models
             for curve in model.positions
             if (curve.measure, curve.text) == ("kl", text)
         ]
-        if found:
+        if curves:
             label = "forward KL (nats/token)"
-            written += _lines(folder / f"{prefix}kl_by_position_{text}", found, "token of the completion", label)
+            written += _lines(folder / f"{prefix}kl_by_position_{text}", curves, "token of the completion", label)
     bins = [(model.name, [b for b in model.calibration if b.tokens]) for model in results.models]
-    calibrated = [(name, [b.confidence for b in kept], [b.accuracy for b in kept]) for name, kept in bins if kept]
+    calibrated = [(name, [b.confidence for b in full], [b.accuracy for b in full]) for name, full in bins if full]
     if calibrated:
         written += _lines(folder / f"{prefix}calibration", calibrated, "probability", "accuracy", diagonal=True)
     if any(model.lengths for model in results.models):
@@ -71,14 +71,14 @@ def _plot_evaluation(results: EvaluationResults, folder: Path, prefix: str) -> l
 
 def _gaps(results: EvaluationResults) -> list[tuple[str, str, float, float, float]]:
     """Measure, student, share of the gap and its interval, in per cent; only where the gap is more than noise."""
-    found = []
+    gaps = []
     for name, info in results.measures.items():
         for model in results.of_role("student"):
             gap = model.scores[name].gap_closed if name in model.scores else None
             if gap is None or gap.value is None or gap.low is None or gap.high is None or not gap.decided:
                 continue
-            found.append((info.title, model.name, 100 * gap.value, 100 * gap.low, 100 * gap.high))
-    return found
+            gaps.append((info.title, model.name, 100 * gap.value, 100 * gap.low, 100 * gap.high))
+    return gaps
 
 
 def _lines(file: Path, lines: Sequence[Any], x_label: str, y_label: str, *, diagonal: bool = False) -> list[Path]:
@@ -122,10 +122,10 @@ def _gap_plot(file: Path, gaps: Sequence[tuple[str, str, float, float, float]]) 
     titles = list(dict.fromkeys(title for title, *_ in gaps))
     figure, axis = plt.subplots(figsize=(7, 0.9 + 0.38 * len(titles)), layout="constrained")
     for i, student in enumerate(students):
-        own = [(titles.index(title), *rest) for title, name, *rest in gaps if name == student]
-        places = [place + 0.18 * (i - (len(students) - 1) / 2) for place, *_ in own]
-        values = [value for _, value, *_ in own]
-        errors = [[max(v - low, 0) for _, v, low, _ in own], [max(high - v, 0) for _, v, _, high in own]]
+        of_student = [(titles.index(title), *rest) for title, name, *rest in gaps if name == student]
+        places = [place + 0.18 * (i - (len(students) - 1) / 2) for place, *_ in of_student]
+        values = [value for _, value, *_ in of_student]
+        errors = [[max(v - low, 0) for _, v, low, _ in of_student], [max(high - v, 0) for _, v, _, high in of_student]]
         axis.errorbar(
             values, places, xerr=errors, fmt=_MARKERS[i % len(_MARKERS)], markersize=4, capsize=2, label=student
         )
@@ -144,7 +144,7 @@ def _saved(figure: Any, file: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     files = [file.with_name(f"{file.name}{suffix}") for suffix in (".png", ".svg")]
-    for each in files:
-        figure.savefig(each, dpi=200, metadata={"Date": None} if each.suffix == ".svg" else None)
+    for path in files:
+        figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
     return files

@@ -50,22 +50,22 @@ class Run:
         return bool(self.history or self.record or self.metrics)
 
     def curve(self, name: str) -> list[Point]:
-        """(step, value) of a logged metric, in the order of the log; values that are not finite are left out."""
-        found: list[tuple[Any, Any]] = [(each["step"], each.get(name)) for each in self.history]
-        return [(float(step), float(value)) for step, value in found if is_number(value)]
+        """Return (step, value) of a logged metric, in the order of the log; values that are not finite are left out."""
+        points: list[tuple[Any, Any]] = [(entry["step"], entry.get(name)) for entry in self.history]
+        return [(float(step), float(value)) for step, value in points if is_number(value)]
 
     def logged(self) -> list[str]:
-        """Names of everything that was logged as a number, in the order in which it first occurs."""
+        """List the names of all that was logged as a number, in the order of their first time."""
         return list(dict.fromkeys(name for entry in self.history for name, value in entry.items() if is_number(value)))
 
     def total(self, name: str) -> float | None:
-        """Sum of a logged metric."""
+        """Sum up a logged metric."""
         values = [value for _, value in self.curve(name)]
         return sum(values) if values else None
 
     @property
     def sessions(self) -> list[dict[str, Any]]:
-        return [each for each in self.record.get("sessions", []) if isinstance(each, dict)]
+        return [session for session in self.record.get("sessions", []) if isinstance(session, dict)]
 
 
 def is_number(value: Any) -> bool:
@@ -73,7 +73,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_runs(paths: Sequence[str | Path], evaluation: str | Path | None = None) -> list[Run]:
-    """Runs by the folders that they left; see `read_run`.
+    """Read runs by the folders that they left; see `read_run`.
 
     Args:
         evaluation: results to show with the first run, in place of its own.
@@ -91,7 +91,7 @@ def read_runs(paths: Sequence[str | Path], evaluation: str | Path | None = None)
 
 
 def read_run(path: str | Path) -> Run:
-    """A run from its output directory, from one of its checkpoints, or an evaluation alone from its file or folder.
+    """Read a run from its output directory or a checkpoint, or an evaluation alone from its file or folder.
 
     Raises:
         ConfigurationError: there is no run.
@@ -102,7 +102,7 @@ def read_run(path: str | Path) -> Run:
         return Run(path.parent.name or path.stem, evaluation=EvaluationResults.load(path))
     if not path.is_dir():
         parent = path.parent
-        near = sorted(each.name for each in parent.iterdir() if each.is_dir()) if parent.is_dir() else []
+        near = sorted(child.name for child in parent.iterdir() if child.is_dir()) if parent.is_dir() else []
         raise ConfigurationError(
             f"There is no run at {str(path)!r}; expected the `output_dir` of a recipe. "
             f"Folders beside it: {', '.join(near[:10]) or 'none'}."
@@ -140,8 +140,8 @@ def _read_log(folder: Path, run: Run) -> None:
             raise damaged
         run.notes.append(f"{TRAINER_STATE_NAME} is damaged; the curves are those of the newest whole checkpoint.")
     history = best.get("log_history", [])
-    entries = [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
-    run.history = [each for each in entries if is_number(each.get("step"))]
+    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    run.history = [entry for entry in entries if is_number(entry.get("step"))]
     run.steps = _steps(best)
 
 
@@ -154,8 +154,8 @@ def _read_samples(folder: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]
             row = json.loads(line)
             if isinstance(row, dict) and is_number(row.get("step")):
                 rows.append(row)
-    found: Any = [row for row in rows if row["step"] == rows[-1]["step"]] or metrics.get("samples")
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    samples: Any = [row for row in rows if row["step"] == rows[-1]["step"]] or metrics.get("samples")
+    return [row for row in samples if isinstance(row, dict)] if isinstance(samples, list) else []
 
 
 def _steps(state: dict[str, Any]) -> int:

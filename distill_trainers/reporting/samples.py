@@ -17,17 +17,17 @@ _SIGNS = {"right": "✓", "wrong": "✗"}
 
 
 def samples(runs: Sequence[Run]) -> Html:
-    """A card for each prompt."""
+    """Show a card for each prompt."""
     cards: list[Any] = []
     tag = "h3" if len(runs) == 1 else "h4"
     for run in runs:
         if run.evaluation is not None and run.evaluation.samples:
-            found = [_card(each, run.evaluation, tag, i < _OPEN) for i, each in enumerate(run.evaluation.samples)]
+            shown = [_card(sample, run.evaluation, tag, i < _OPEN) for i, sample in enumerate(run.evaluation.samples)]
         elif run.samples:
-            found = [_logged_card(each, i, tag) for i, each in enumerate(run.samples, 1)]
+            shown = [_logged_card(sample, i, tag) for i, sample in enumerate(run.samples, 1)]
         else:
             continue
-        cards += [el("h3", run.name) if len(runs) > 1 else None, *found]
+        cards += [el("h3", run.name) if len(runs) > 1 else None, *shown]
     if not cards:
         return section("samples", "Samples", missing("Samples need an evaluation with prompts, and ",
                        el("code", "shown_samples"), " above 0. ", how_to_evaluate()))  # fmt: skip
@@ -36,7 +36,7 @@ def samples(runs: Sequence[Run]) -> Html:
 
 def _filter() -> Html:
     """Asks which cards are shown; of use with the page's script only, so hidden without it."""
-    verdicts = [el("option", each, value=each) for each in ("right", "wrong", "no answer", "undecided")]
+    verdicts = [el("option", verdict, value=verdict) for verdict in ("right", "wrong", "no answer", "undecided")]
     return el(
         "form",
         el("label", "Only those with the text ", el("input", type="search", id="wanted-text")),
@@ -63,7 +63,7 @@ def _card(sample: Sample, results: EvaluationResults, tag: str, opened: bool) ->
         for model in models
         if model.name in sample.greedy
     ]
-    references = [_text("Reference", each) for each in sample.references[:3]]
+    references = [_text("Reference", reference) for reference in sample.references[:3]]
     answer = _text("Right answer", sample.answer) if sample.answer is not None else None
     return _folded(
         tag,
@@ -94,10 +94,10 @@ def _folded(tag: str, title: str, prompt: str, opened: bool, *children: Any, **a
 
 
 def _text(title: str, text: str, verdict: str | None = None) -> Html:
-    said = (
+    sign = (
         el("small", f"{_SIGNS.get(verdict, '–')} {verdict}", class_=f"verdict {verdict.split()[0]}")
         if verdict
         else None
     )
     shown = shortened(text, _LONGEST) if text else Html("<i>empty</i>")
-    return el("div", el("p", title, " ", said, class_="who"), el("p", shown, class_="text", dir="auto"))
+    return el("div", el("p", title, " ", sign, class_="who"), el("p", shown, class_="text", dir="auto"))

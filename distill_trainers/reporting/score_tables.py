@@ -23,19 +23,19 @@ _DEMO = {"kl": "nats/token", "top1_agreement": "share"}
 
 
 def in_order(results: EvaluationResults) -> list[ModelResults]:
-    """Models as they are told: before, after, teacher."""
+    """Order models as they are shown: before, after, teacher."""
     return [*results.of_role("baseline"), *results.of_role("student"), *results.of_role("teacher")]
 
 
 def style_of(results: EvaluationResults, model: ModelResults) -> int:
-    """The same look in all charts: teacher, baseline, then the students."""
+    """Return the same look in all charts: teacher, baseline, then the students."""
     roles = {"teacher": 0, "baseline": 1}
     return roles.get(model.role, 2 + [m.name for m in results.of_role("student")].index(model.name) % 6
                      if model.role == "student" else 0)  # fmt: skip
 
 
 def heading(model: ModelResults) -> str:
-    """What a model is called: what it is, if it has no name of its own."""
+    """Name a model: by what it is, if it has no name of its own."""
     return {"baseline": "before", "student": "after"}.get(model.name, model.name)
 
 
@@ -50,14 +50,14 @@ def how_to_evaluate() -> Html:
 
 
 def glance(runs: Sequence[Run]) -> Html | None:
-    """How much of the gap each student closed, in a few measures; nothing where no evaluation tells."""
+    """Show how much of the gap each student closed, in a few measures; None where no evaluation tells."""
     tiles: list[Html] = []
-    found = [(run, run.evaluation, m) for run in runs if run.evaluation for m in run.evaluation.of_role("student")]
-    for run, results, model in found:
+    students = [(run, run.evaluation, m) for run in runs if run.evaluation for m in run.evaluation.of_role("student")]
+    for run, results, model in students:
         names = [name for name in _GLANCE if (s := model.scores.get(name)) and s.gap_closed and s.gap_closed.decided]
         others = [*results.of_role("baseline"), *results.of_role("teacher")]
-        names = [name for name in names if len(others) == 2 and all(name in each.scores for each in others)]
-        most = _MOST_TILES if len(found) == 1 else 2
+        names = [name for name in names if len(others) == 2 and all(name in other.scores for other in others)]
+        most = _MOST_TILES if len(students) == 1 else 2
         tiles += [_tile(run if len(runs) > 1 else None, model, name, results) for name in names[:most]]
     return section("glance", "At a glance", el("ul", tiles, class_="tiles")) if tiles else None
 
@@ -69,11 +69,11 @@ _MOST_TILES = 4
 def _tile(run: Run | None, model: ModelResults, name: str, results: EvaluationResults) -> Html:
     info = results.measures[name]
     before, teacher = (results.of_role(role)[0].scores[name].value for role in ("baseline", "teacher"))
-    own = model.scores[name]
-    share, _, interval = share_of_gap(own.gap_closed).partition(" [")
+    score = model.scores[name]
+    share, _, interval = share_of_gap(score.gap_closed).partition(" [")
     called = model.name if len(results.of_role("student")) > 1 else ""
     whose = ", ".join(filter(None, [run.name if run else "", called]))
-    values = " → ".join(number(value, info.unit) for value in (before, own.value))
+    values = " → ".join(number(value, info.unit) for value in (before, score.value))
     return el(
         "li",
         el("p", f"{whose}: {info.title}" if whose else info.title, class_="who"),
@@ -84,25 +84,25 @@ def _tile(run: Run | None, model: ModelResults, name: str, results: EvaluationRe
 
 
 def scores(runs: Sequence[Run]) -> Html:
-    """Scores of every run: those of its evaluation, else what its log tells."""
+    """Show the scores of every run: those of its evaluation, else what its log tells."""
     parts: list[Any] = []
     for run in runs:
-        own = [el("h3", run.name)] if len(runs) > 1 else []
+        run_parts = [el("h3", run.name)] if len(runs) > 1 else []
         if run.evaluation is not None:
-            own += _of_evaluation(run.evaluation)
+            run_parts += _of_evaluation(run.evaluation)
         elif isinstance(run.metrics.get("scores"), dict):
-            own += [
+            run_parts += [
                 _of_demo(run.metrics["scores"]),
                 missing("These scores come without intervals. ", how_to_evaluate()),
             ]
         elif any(run.curve(name) for name in _LOGGED):
-            own += [
+            run_parts += [
                 _of_log(run),
                 missing("The log has neither intervals nor scores of sampled text. ", how_to_evaluate()),
             ]
         else:
-            own.append(missing("Nothing was measured against the teacher. ", how_to_evaluate()))
-        parts += own
+            run_parts.append(missing("Nothing was measured against the teacher. ", how_to_evaluate()))
+        parts += run_parts
     return section("scores", "Scores: before, after, teacher", parts)
 
 
@@ -114,13 +114,13 @@ def _of_evaluation(results: EvaluationResults) -> list[Any]:
     suffixes = [f" by {heading(model)}" if len(students) > 1 else "" for model in students] if gaps else []
     rows = []
     for name, info in results.measures.items():
-        found = [model.scores.get(name) for model in models]
-        own = [model.scores.get(name) for model in students]
-        cells = [stacked(with_interval(Score(s.value, s.low, s.high), info.unit)) if s else "–" for s in found]
-        cells += [_change(s.difference, info) if s and s.difference else "–" for s in own] if changes else []
-        cells += [stacked(share_of_gap(s.gap_closed)) if s else "–" for s in own] if gaps else []
+        of_models = [model.scores.get(name) for model in models]
+        of_students = [model.scores.get(name) for model in students]
+        cells = [stacked(with_interval(Score(s.value, s.low, s.high), info.unit)) if s else "–" for s in of_models]
+        cells += [_change(s.difference, info) if s and s.difference else "–" for s in of_students] if changes else []
+        cells += [stacked(share_of_gap(s.gap_closed)) if s else "–" for s in of_students] if gaps else []
         rows.append([_measure(info), *cells])
-    heads = ["", *map(heading, models), *(["change"] if changes else []), *(f"gap closed{each}" for each in suffixes)]
+    heads = ["", *map(heading, models), *(["change"] if changes else []), *(f"gap closed{end}" for end in suffixes)]
     caption = f"Scores with {100 * confidence:g} % intervals (bootstrap over prompts)"
     parts: list[Any] = [
         table(caption, heads, rows),
@@ -143,8 +143,8 @@ def _of_evaluation(results: EvaluationResults) -> list[Any]:
 
 def _measure(info: MeasureInfo) -> Html:
     unit = info.unit if info.unit not in ("", "share") else ""
-    told = ", ".join(filter(None, [unit, _DIRECTIONS[info.higher_is_better]]))
-    return join([info.title, el("small", told) if told else None])
+    note = ", ".join(filter(None, [unit, _DIRECTIONS[info.higher_is_better]]))
+    return join([info.title, el("small", note) if note else None])
 
 
 def _change(difference: Score, info: MeasureInfo) -> Html:
@@ -176,8 +176,8 @@ def _intervals(name: str, info: MeasureInfo, results: EvaluationResults, models:
     numbers = None
     if seeds:
         most = max(len(values) for _, values in seeds)
-        told = results.settings.get("seeds") or []
-        heads = ["", *(f"seed {told[i]}" if i < len(told) else f"sample {i + 1}" for i in range(most))]
+        seed_names = results.settings.get("seeds") or []
+        heads = ["", *(f"seed {seed_names[i]}" if i < len(seed_names) else f"sample {i + 1}" for i in range(most))]
         rows_by_seed = [[heading(m), *(number(v, info.unit) for v in values)] for m, values in seeds]
         numbers = table(f"{info.title}, by seed", heads, rows_by_seed)
     return figure(info.title, interval_chart(rows, title=info.title, x_label=x_label), numbers=numbers)
@@ -192,8 +192,8 @@ def _of_log(run: Run) -> Html:
             continue
         reached = run.curve(teacher)[-1:] if isinstance(teacher, str) else [(0.0, teacher)]
         before = curve[0][1] if curve[0][0] == 0 else None
-        told = (before, curve[-1][1], reached[0][1] if reached else None)
-        rows.append([titled(name), *(logged_number(name, value) for value in told)])
+        shown = (before, curve[-1][1], reached[0][1] if reached else None)
+        rows.append([titled(name), *(logged_number(name, value) for value in shown)])
     heads = [
         "",
         "before (step 0)",
@@ -202,9 +202,9 @@ def _of_log(run: Run) -> Html:
     return table("Scores on held-out data, from the log of the training", [*heads, "teacher"], rows)
 
 
-def _of_demo(found: dict[str, Any]) -> Html:
+def _of_demo(measured: dict[str, Any]) -> Html:
     """`scores` of metrics.json: measures by model."""
-    models = {str(name): values for name, values in found.items() if isinstance(values, dict)}
+    models = {str(name): values for name, values in measured.items() if isinstance(values, dict)}
     names = list(dict.fromkeys(name for values in models.values() for name in values))
     order = sorted(models, key=lambda name: name == "teacher")
     rows = [[titled(name), *(_plain(models[m].get(name), _DEMO.get(name, "")) for m in order)] for name in names]

@@ -30,17 +30,17 @@ _UNSEEN = {" ": "␣", "\t": "→", "": "∅"}
 
 
 def tokens(runs: Sequence[Run]) -> Html:
-    """A heat map for each text that was compared."""
+    """Draw a heat map for each text that was compared."""
     maps: list[Any] = []
     for run in runs:
         if run.evaluation is not None and run.evaluation.tokens:
             maps.append(el("h3", run.name) if len(runs) > 1 else None)
-            maps += [heat_map(each, opened=i < _OPEN) for i, each in enumerate(_in_order(run.evaluation))]
+            maps += [heat_map(compared, opened=i < _OPEN) for i, compared in enumerate(_in_order(run.evaluation))]
     if not maps:
         return section("tokens", "Token by token", missing(
             "Texts token by token need an evaluation with a teacher, the metric ", el("code", "agreement"), " and ",
             el("code", "token_samples"), " above 0. ", how_to_evaluate()))  # fmt: skip
-    how = (
+    legend = (
         "The stronger the shade and the line below a token, the further apart are student and teacher in what they "
         "expect at its place. Point at a token to see what both would have written; or go to a text with Tab, and "
         "through it with the arrow keys."
@@ -54,13 +54,13 @@ def tokens(runs: Sequence[Run]) -> Html:
         hidden=True,
     )
     card = el("div", id="token", role="status", hidden=True)
-    return section("tokens", "Token by token", el("p", how), controls, _key(), el("div", maps, id="maps"), card)
+    return section("tokens", "Token by token", el("p", legend), controls, _key(), el("div", maps, id="maps"), card)
 
 
 def _in_order(results: EvaluationResults) -> list[TokenComparison]:
     """Texts of the students before those of what they were before."""
     before = {model.name for model in results.of_role("baseline")}
-    return sorted(results.tokens, key=lambda each: each.model in before)
+    return sorted(results.tokens, key=lambda compared: compared.model in before)
 
 
 def _key() -> Html:
@@ -68,20 +68,20 @@ def _key() -> Html:
     keys = []
     for name, limits in LEVELS.items():
         nats = [f"{limit / 1000:g}" for limit in limits]
-        told = [f"below {nats[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(nats)), f"above {nats[-1]}"]
-        entries = [el("li", el("span", text, class_=f"k{level}")) for level, text in enumerate(told)]
+        ranges = [f"below {nats[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(nats)), f"above {nats[-1]}"]
+        entries = [el("li", el("span", text, class_=f"k{level}")) for level, text in enumerate(ranges)]
         keys.append(el("ul", el("li", f"{_TITLES[name]}, nats:"), entries, class_="key", data_shade=name,
                        hidden=name != "kl"))  # fmt: skip
     return join(keys)
 
 
 def level(value: float | None, measure: str = "kl") -> int:
-    """Shade of a divergence in nats, 0 to 5."""
+    """Return the shade of a divergence in nats, 0 to 5."""
     return 0 if value is None else bisect.bisect_right(LEVELS[measure], round(1000 * value))
 
 
 def shown_token(token: str) -> str:
-    """A token as it can be read: white space alone is made visible, line ends too, and long ones are cut."""
+    """Write a token so that it can be read: white space and line ends made visible, long ones cut."""
     if token in _UNSEEN:
         return _UNSEEN[token]
     token = visible(token)
@@ -91,14 +91,14 @@ def shown_token(token: str) -> str:
 
 
 def name_of(model: str) -> str:
-    """As the tables have it, with the word that says what it is."""
+    """Name a model as the tables do, with the word that says what it is."""
     return {"baseline": "the student before", "student": "the student"}.get(model, model)
 
 
 def heat_map(compared: TokenComparison, *, opened: bool) -> Html:
-    """One text: its tokens shaded, where the models part most, and the data that the page's script shows."""
+    """Draw one text: its tokens shaded, where the models part most, and the data for the page's script."""
     values = [value for value in compared.kl if value is not None]
-    told = f"mean forward KL {number(sum(values) / len(values))}" if values else "no tokens"
+    summary = f"mean forward KL {number(sum(values) / len(values))}" if values else "no tokens"
     name = name_of(compared.model)
     text = TEXTS.get(compared.text, compared.text)
     title = f"Row {compared.example}, " + (f"written by {name}" if compared.text == "student" else f"{text}, {name}")
@@ -108,7 +108,7 @@ def heat_map(compared: TokenComparison, *, opened: bool) -> Html:
     )
     return el(
         "details",
-        el("summary", title, el("small", f"{len(compared.tokens)} tokens, {told}")),
+        el("summary", title, el("small", f"{len(compared.tokens)} tokens, {summary}")),
         el("p", el("b", "Prompt "), shortened(compared.prompt, _LONGEST_PROMPT), class_="text", dir="auto"),
         el("div", Html(spans), class_="map", role="group", dir="auto", aria_label=f"Tokens of {title}"),
         _most_apart(compared),

@@ -109,7 +109,7 @@ class VllmEngine(RolloutEngine):
 
 
 def vllm_sampling(sampling: SamplingSettings, vocab_rows: int) -> dict[str, Any]:
-    """The attributes of `VLLMGeneration` that stand for these settings."""
+    """Return the attributes of `VLLMGeneration` that stand for these settings."""
     extra: dict[str, Any] = {"stop_token_ids": list(sampling.eos_token_ids)}
     if sampling.stop_strings:
         extra |= {"stop": list(sampling.stop_strings), "include_stop_str_in_output": True}
@@ -122,7 +122,7 @@ def vllm_sampling(sampling: SamplingSettings, vocab_rows: int) -> dict[str, Any]
         "min_p": sampling.min_p,
         "repetition_penalty": sampling.repetition_penalty,
         "max_completion_length": sampling.max_new_tokens,
-        "logprobs": None,
+        "logprobs": None,  # TRL's own 0 has vLLM return one per token
         "generation_kwargs": extra,
     }
 
@@ -157,7 +157,7 @@ def build_engine(
     batch_size: int | None = None,
     vllm_options: Mapping[str, Any] | None = None,
 ) -> RolloutEngine:
-    """The engine of a trainer.
+    """Build the engine of a trainer.
 
     Args:
         name: one of `ENGINES`.
@@ -184,5 +184,5 @@ def build_engine(
 
 
 def local_engine(name: str, tokenizer: Any, batch_size: int | None = None) -> HfEngine:
-    """An engine for any model in this process; `vllm`, which serves only the student, stands for `decode`."""
+    """Build an engine for any model in this process; `decode` stands in for `vllm`, which serves only the student."""
     return HfEngine(tokenizer, batch_size) if name == "hf" else DecodeEngine(tokenizer, batch_size)

@@ -72,8 +72,8 @@ class _Ends(StoppingCriteria):
 def _own_settings_only(model: Any) -> Iterator[None]:
     """Hide the model's own generation config, which `generate` would take for everything that ours leaves open."""
     causal_lm = models.causal_lm_of(model)
-    kept, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()
+    before, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        causal_lm.generation_config = kept
+        causal_lm.generation_config = before

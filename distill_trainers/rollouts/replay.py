@@ -44,14 +44,14 @@ class ReplayBuffer:
         self.rows.extend(rows)
 
     def sample(self, count: int, *, seed: int, step: int, rank: int) -> list[ReplayRow]:
-        """`count` rows drawn from (seed, step, rank); different ones, unless fewer are there."""
+        """Draw `count` rows from (seed, step, rank); different ones, unless fewer are there."""
         drawn = random.Random(mix(seed, step, rank, 2))
         if count > len(self.rows):
             return drawn.choices(self.rows, k=count)
         return [self.rows[index] for index in drawn.sample(range(len(self.rows)), count)]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All rows as two tensors: ids one after the other, and `[N, parts]` lengths."""
+        """Return all rows as two tensors: ids one after the other, and `[N, parts]` lengths."""
         ids = [token for row in self.rows for token in chain(*row)]
         lengths = [[len(part) for part in row] for row in self.rows]
         return {
@@ -87,7 +87,7 @@ class AdaptiveProbability:
 
 
 def sampled_rows(batches: Sequence[Batch]) -> list[ReplayRow]:
-    """The (prompt, completion) rows of batches whose completions were sampled."""
+    """Return the (prompt, completion) rows of batches whose completions were sampled."""
     rows: list[ReplayRow] = []
     for batch in batches:
         prompts, answers = batch["prompt_mask"].sum(dim=1).tolist(), batch["attention_mask"].sum(dim=1).tolist()
@@ -99,7 +99,7 @@ def sampled_rows(batches: Sequence[Batch]) -> list[ReplayRow]:
 def with_rows(
     batches: Sequence[Batch], rows: Sequence[ReplayRow], pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> list[Batch]:
-    """The batches with other prompts and completions in place of their own, in order."""
+    """Put other prompts and completions in place of the batches' own, in order."""
     replaced, start = [], 0
     for batch in batches:
         prompts, completions = zip(*rows[start : start + len(batch["prompt_ids"])], strict=True)

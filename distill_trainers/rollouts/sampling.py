@@ -45,14 +45,14 @@ class SamplingSettings:
     no_repeat_ngram_size: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings; one that came later is left out where it is off, so that what was kept before is found."""
+        """Return all settings; one that came later is left out where it is off, so that older records are found."""
         settings = asdict(self)
         if not self.no_repeat_ngram_size:
             del settings["no_repeat_ngram_size"]
         return settings
 
     def generation_config(self, vocab_rows: int):
-        """The equivalent `GenerationConfig`, but for stop strings (see `stop_function`)."""
+        """Return the equivalent `GenerationConfig`, but for stop strings (see `stop_function`)."""
         from transformers import GenerationConfig
 
         settings: dict[str, Any] = {}
@@ -75,7 +75,7 @@ class SamplingSettings:
 
 
 def logits_processors(sampling: SamplingSettings):
-    """The processors, in transformers' own order, that turn the model's logits into those that are sampled from.
+    """List the processors, in transformers' own order, that turn the model's logits into those to sample from.
 
     Returns:
         a `LogitsProcessorList`, called with the ids so far `[n, T]` and logits `[n, V]`. Padding of the vocabulary
@@ -91,26 +91,26 @@ def logits_processors(sampling: SamplingSettings):
         TopPLogitsWarper,
     )
 
-    found = LogitsProcessorList()
+    processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
-        found.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
     if sampling.no_repeat_ngram_size:
-        found.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram_size))
+        processors.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram_size))
     if sampling.temperature == 0:
-        return found
+        return processors
     if sampling.temperature != 1:
-        found.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k:
-        found.append(TopKLogitsWarper(sampling.top_k))
+        processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
-        found.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
-        found.append(MinPLogitsWarper(sampling.min_p))
-    return found
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    return processors
 
 
 def draw_tokens(scores: Tensor, uniforms: Tensor | None) -> Tensor:
-    """One token for each row: the first at which the cumulative distribution exceeds the row's uniform number.
+    """Draw a token for each row: the first at which the cumulative distribution exceeds the row's uniform number.
 
     A row's token depends on its own scores and number alone, whatever else is in the batch. Probabilities are summed
     as integers, in units of 2⁻⁵⁰: exact in whatever order a device adds, so repeatable, and without the rare tokens
@@ -133,7 +133,7 @@ def draw_tokens(scores: Tensor, uniforms: Tensor | None) -> Tensor:
 
 
 def stop_function(sampling: SamplingSettings, tokenizer: Any) -> Stops | None:
-    """Tells which of `[n, t]` new tokens just completed a stop string; None without stop strings.
+    """Return what tells which of `[n, t]` new tokens just completed a stop string; None without any.
 
     Prompts are not looked at, so one that happens to end in half a stop string changes nothing.
 
@@ -185,7 +185,7 @@ def join_prompts(prompts: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) ->
 
 
 def up_to_eos(ids: list[int], eos_token_ids: list[int]) -> list[int]:
-    """`ids` up to and including the first EOS."""
+    """Return `ids` up to and including the first EOS."""
     for position, token in enumerate(ids):
         if token in eos_token_ids:
             return ids[: position + 1]

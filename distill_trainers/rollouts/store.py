@@ -15,7 +15,7 @@ _REMEDY = "Completions written earlier are kept: free some space, or set `comple
 
 
 def prompt_key(prompt_ids: Sequence[int]) -> str:
-    """Identifies a prompt by its tokens, whatever its place in the dataset."""
+    """Identify a prompt by its tokens, whatever its place in the dataset."""
     return hashlib.sha256(",".join(map(str, prompt_ids)).encode()).hexdigest()[:24]
 
 
@@ -38,7 +38,7 @@ class CompletionStore:
             write_file(self.folder / "identity.json", text, _WHAT, _REMEDY)
 
     def load(self) -> dict[str, list[int]]:
-        """All completions of all processes, by prompt key."""
+        """Read all completions of all processes, by prompt key."""
         return {key: row["completion"] for key, row in self._records.load().items() if "completion" in row}
 
     def append(self, completions: Iterable[tuple[str, list[int]]]) -> None:

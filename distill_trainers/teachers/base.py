@@ -78,8 +78,8 @@ class Teacher(ABC):
         Raises:
             ConfigurationError: naming what it lacks, or the settings that exclude each other.
         """
-        given = pair.teacher if isinstance(pair.teacher, cls) else cls
-        cls._refuse_missing(wants.needs, given.provides, wants.trainer)
+        kind = pair.teacher if isinstance(pair.teacher, cls) else cls
+        cls._refuse_missing(wants.needs, kind.provides, wants.trainer)
 
     @classmethod  # noqa: B027
     def refuse_idle(cls, options: TeacherOptions) -> None:
@@ -87,7 +87,7 @@ class Teacher(ABC):
 
     @classmethod
     def opened(cls, pair: Pair, options: TeacherOptions) -> Teacher | None:
-        """This kind of teacher, if it takes no weights to make it; None if `loaded` has to.
+        """Return this kind of teacher, if it needs no weights; None if `loaded` has to make it.
 
         Raises:
             ConfigurationError: it is not there, or belongs to another student.
@@ -96,7 +96,7 @@ class Teacher(ABC):
 
     @classmethod
     def loaded(cls, pair: Pair, options: TeacherOptions, student: Callable[[], nn.Module] | None = None) -> Teacher:
-        """This kind of teacher, with its weights.
+        """Return this kind of teacher, with its weights.
 
         Args:
             student: gives the loaded student in its wrappers as they are now.
@@ -104,7 +104,7 @@ class Teacher(ABC):
         raise ConfigurationError(f"A {cls.__name__} cannot be loaded by name; pass one as `teacher_model`.")
 
     def check(self, needs: frozenset[str], method: str) -> None:
-        """Raises ConfigurationError if this teacher cannot serve `method`."""
+        """Raise ConfigurationError if this teacher cannot serve `method`."""
         self._refuse_missing(needs, self.provides, method)
 
     @classmethod
@@ -126,7 +126,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
-        """The teacher's signal for the positions that predict a trained token.
+        """Return the teacher's signal for the positions that predict a trained token.
 
         Args:
             inputs: `input_ids` and `attention_mask`, `[B, T]`.
@@ -139,15 +139,15 @@ class Teacher(ABC):
 
     @contextlib.contextmanager
     def whole_head(self, signal: TeacherSignal) -> Iterator[TeacherSignal]:
-        """Within it, the weights that `signal` refers to are whole on every process."""
+        """Keep, within it, the weights that `signal` refers to whole on every process."""
         yield signal
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Identifies weights and configuration, for anything kept on disk."""
+        """Identify weights and configuration, for anything kept on disk."""
 
     def shared_ids(self, tokenizer: Any, student_rows: int, teacher_tokenizer: Any = None) -> int | None:
-        """Number of ids in the softmax of both models, or None for all (see `shared_vocabulary`).
+        """Count the ids in the softmax of both models; None for all (see `shared_vocabulary`).
 
         Args:
             tokenizer: the student's.
@@ -162,7 +162,7 @@ class Teacher(ABC):
     # ---- What it writes ---------------------------------------------------------------------------------------------
 
     def live(self) -> Any:
-        """The `LocalTeacher` that generates; loaded if need be.
+        """Return the `LocalTeacher` that generates; loaded if need be.
 
         Raises:
             ConfigurationError: there is none.
@@ -173,12 +173,12 @@ class Teacher(ABC):
 
     @contextlib.contextmanager
     def generating(self, accelerator: Accelerator) -> Iterator[Any]:
-        """Within it, the model that it yields is ready to generate; it is loaded only now."""
+        """Yield the model, ready to generate; it is loaded only now."""
         with self.live().generating(accelerator) as model:
             yield model
 
     def eos_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Tokens that end its completions."""
+        """Return the tokens that end its completions."""
         return self.live().eos_ids(tokenizer)
 
     # ---- What a run tells it ----------------------------------------------------------------------------------------
@@ -196,19 +196,19 @@ class Teacher(ABC):
 
     @contextlib.contextmanager
     def asking_ahead(self) -> Iterator[bool]:
-        """Within it, `signal` only asks an answer from afar to set out; yields whether that is of any use."""
+        """Let `signal`, within it, only send its question to a remote teacher; yield whether that is of any use."""
         yield False
 
     @contextlib.contextmanager
     def holding_failures(self) -> Iterator[None]:
-        """Within it, what `signal` would raise is kept in `failure`, and a signal that says nothing is given instead.
+        """Keep, within it, what `signal` would raise in `failure`; the signal then says nothing.
 
         One of several processes that raised alone would leave the others waiting for it in their next collective.
         """
         yield
 
     def stop_waiting(self) -> None:  # noqa: B027
-        """The run is asked to end: a teacher that is away is not waited for. May be called by a signal's handler."""
+        """Stop waiting for a teacher that is away, as the run is to end. A signal's handler may call it."""
 
     @property
     def store(self) -> TeacherCache | None:
@@ -226,17 +226,17 @@ class Teacher(ABC):
 
 
 def is_remote(name: Any) -> bool:
-    """Whether a teacher is named by the address of its server, or by several with commas between."""
+    """Tell whether a teacher is named by the address of its server, or by several with commas between."""
     return isinstance(name, str) and name.strip().lower().startswith(("http://", "https://"))
 
 
 def has_files(teacher: Any) -> bool:
-    """Whether the configuration and tokenizer of a teacher, as it was given, can be read before it is loaded."""
+    """Tell whether a teacher's configuration and tokenizer can be read before it is loaded."""
     return teacher is not None and not is_remote(teacher)
 
 
 def named(teacher: Any) -> str:
-    """A teacher as it was given, for messages."""
+    """Name a teacher as it was given, for messages."""
     return "None" if teacher is None else repr(teacher) if isinstance(teacher, str) else type(teacher).__name__
 
 

@@ -17,43 +17,43 @@ from .cache.shards import row_checksum
 
 
 def head_parts(head: Head) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A whole head as tensors on the CPU, and what the model does to its logits, as text."""
+    """Take a whole head apart: tensors on the CPU, and what the model does to its logits, as text."""
     tensors = {"weight": head.weight.detach().to("cpu").contiguous()}
     if head.bias is not None:
         tensors["bias"] = head.bias.detach().to("cpu").contiguous()
     return tensors, {"scale": repr(head.scale), "soft_cap": repr(head.soft_cap)}
 
 
-def head_of(tensors: Mapping[str, Tensor], said: Mapping[str, str], device: torch.device) -> Head:
-    """The head that `head_parts` took apart.
+def head_of(tensors: Mapping[str, Tensor], facts: Mapping[str, str], device: torch.device) -> Head:
+    """Put the head together that `head_parts` took apart.
 
     Raises:
         KeyError, ValueError, TypeError: these are no parts of a head.
     """
     weight, bias = tensors["weight"].to(device), tensors.get("bias")
-    soft_cap = None if said["soft_cap"] == "None" else float(said["soft_cap"])
-    return Head(weight, None if bias is None else bias.to(device), float(said["scale"]), soft_cap)
+    soft_cap = None if facts["soft_cap"] == "None" else float(facts["soft_cap"])
+    return Head(weight, None if bias is None else bias.to(device), float(facts["scale"]), soft_cap)
 
 
 def write_head(path: Path, head: Head) -> None:
     """Save a whole head with all that belongs to it."""
-    tensors, said = head_parts(head)
-    write_atomically(path, save(tensors, {**said, "checksum": str(row_checksum(b"", tensors))}))
+    tensors, facts = head_parts(head)
+    write_atomically(path, save(tensors, {**facts, "checksum": str(row_checksum(b"", tensors))}))
 
 
 def read_head_file(path: Path, device: torch.device) -> Head:
-    """The head that `write_head` saved.
+    """Read the head that `write_head` saved.
 
     Raises:
         CacheError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            said = file.metadata()
+            facts = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if said["checksum"] != str(row_checksum(b"", tensors)):
+        if facts["checksum"] != str(row_checksum(b"", tensors)):
             raise ValueError("its bytes do not have the checksum they were written with")
-        return head_of(tensors, said, device)
+        return head_of(tensors, facts, device)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CacheError(
             f"The teacher's head {path} cannot be read: {error}. Delete this file and run `distill-trainers "

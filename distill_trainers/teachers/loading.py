@@ -27,12 +27,12 @@ KINDS: dict[str, type[Teacher]] = {"adapter_off": AdapterOff, "cached": CachedTe
 
 
 def placement_of(teacher: Any, options: TeacherOptions) -> str:
-    """`teacher_placement`, or `remote` where a teacher is named by its address."""
+    """Return `teacher_placement`, or `remote` where a teacher is named by its address."""
     return "remote" if is_remote(teacher) else options.teacher_placement
 
 
 def kind_of(teacher: Any, options: TeacherOptions) -> type[Teacher]:
-    """The class that a teacher, as it was given, is going to be of."""
+    """Return the class that a teacher, as it was given, is going to be of."""
     kind = KINDS.get(placement_of(teacher, options))
     if kind is not None:
         return kind
@@ -69,7 +69,7 @@ def refuse(pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
 
 
 def open_teacher(pair: Pair, options: TeacherOptions) -> Any:
-    """The teacher, if it can be had without loading weights: connected, or a cache on disk; else as it was given.
+    """Return the teacher if it needs no loaded weights: connected, or a cache on disk; else as it was given.
 
     Raises:
         ConfigurationError: a server is not there; a cache was made under other conditions; either belongs to another
@@ -83,7 +83,7 @@ def open_teacher(pair: Pair, options: TeacherOptions) -> Any:
 
 
 def load_teacher(pair: Pair, options: TeacherOptions, wants: Requirements, student: Callable[[], nn.Module]) -> Teacher:
-    """The teacher, ready to be prepared: opened, or loaded by name, or a model in memory.
+    """Return the teacher, ready to be prepared: opened, or loaded by name, or a model in memory.
 
     Args:
         student: gives the student in its wrappers as they are now, for a teacher that shares its base.
@@ -97,26 +97,26 @@ def load_teacher(pair: Pair, options: TeacherOptions, wants: Requirements, stude
 
 
 def _with_weights(pair: Pair, options: TeacherOptions, student: Any = None) -> Teacher:
-    given = pair.teacher
-    if isinstance(given, Teacher):
-        if isinstance(given, LocalTeacher) and options.teacher_placement != "auto":
-            given.placement = options.teacher_placement
-        return given
-    return kind_of(given, options).loaded(pair, options, student)
+    teacher = pair.teacher
+    if isinstance(teacher, Teacher):
+        if isinstance(teacher, LocalTeacher) and options.teacher_placement != "auto":
+            teacher.placement = options.teacher_placement
+        return teacher
+    return kind_of(teacher, options).loaded(pair, options, student)
 
 
 def model_of(teacher: Any) -> nn.Module | None:
-    """The model in memory that a teacher was given as."""
+    """Return the model in memory that a teacher was given as."""
     source = source_of(teacher)
     return source if isinstance(source, nn.Module) else None
 
 
 def teacher_tokenizer(
-    teacher: Any, own: PreTrainedTokenizerBase, options: TeacherOptions
+    teacher: Any, tokenizer: PreTrainedTokenizerBase, options: TeacherOptions
 ) -> PreTrainedTokenizerBase | None:
-    """The teacher's tokenizer where it has a source that holds one; else None, and only sizes can be compared."""
+    """Load the teacher's tokenizer where its source holds one; else None, and only sizes can be compared."""
     if issubclass(kind_of(teacher, options), RemoteTeacher):
-        return own  # its servers compare it with theirs
+        return tokenizer  # its servers compare it with theirs
     name = teacher if isinstance(teacher, str) else None
     model = model_of(teacher)
     if model is not None:
@@ -128,8 +128,8 @@ def teacher_tokenizer(
             )
     if not name:
         return None
-    if name == getattr(own, "name_or_path", None):
-        return own
+    if name == getattr(tokenizer, "name_or_path", None):
+        return tokenizer
     try:
         return models.load_tokenizer(name, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError):
@@ -138,7 +138,7 @@ def teacher_tokenizer(
 
 
 def compare_vocabularies(pair: Pair, options: TeacherOptions) -> None:
-    """The vocabulary check from configs alone, for models given by name: before weights are loaded."""
+    """Compare vocabularies by configs alone, for models given by name: before weights are loaded."""
     if not (isinstance(pair.student, str) and isinstance(pair.teacher, str) and has_files(pair.teacher)):
         return
     roles = {"student": pair.student, "teacher": pair.teacher}

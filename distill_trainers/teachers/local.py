@@ -120,12 +120,12 @@ class LocalTeacher(Teacher):
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """Within it, its body says what the teacher says."""
+        """Let its body, within it, say what the teacher says."""
         yield
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
-        self.model.eval()
+        self.model.eval()  # with `adapter_off` it is the student, which may be in training mode
         if self._fused is None:
             self._fused = models.head_is_fusable(self.model) and models.head_reproduces_logits(self.model, inputs)
         if not self._fused:
@@ -135,7 +135,7 @@ class LocalTeacher(Teacher):
         return self.signal_of(hidden, vocab_size)
 
     def signal_of(self, hidden: Tensor, vocab_size: int | None) -> HiddenStates:
-        """What it says where its last hidden states are `hidden` `[N, D]`."""
+        """Return what it says where its last hidden states are `hidden` `[N, D]`."""
         return HiddenStates(hidden, models.read_head(models.causal_lm_of(self.model)).cut_to(vocab_size))
 
     @contextlib.contextmanager
@@ -153,12 +153,12 @@ class LocalTeacher(Teacher):
         return self._fingerprint
 
     def eos_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Tokens that end its completions."""
+        """Return the tokens that end its completions."""
         return models.eos_ids(self.model, tokenizer)
 
 
 def weights_fingerprint(model: nn.Module, leave_out: Collection[str] = (), *, with_config: bool = True) -> str:
-    """A hash of the configuration and of a few values of every parameter: milliseconds, yet any training changes it.
+    """Hash the configuration and a few values of every parameter: milliseconds, yet any training changes it.
 
     Parameters that have one of `leave_out` between the dots of their name do not count, nor, unless `with_config`, does
     the configuration, which changes with the version of transformers.
@@ -173,8 +173,8 @@ def weights_fingerprint(model: nn.Module, leave_out: Collection[str] = (), *, wi
         with models.whole_parameters(parameter):  # ZeRO-3 and FSDP2 partition a model as it is loaded
             if parameter.numel() and parameter.device.type != "meta":
                 flat = models.whole(parameter.detach()).reshape(-1)
-                some = flat[:: max(1, flat.numel() // 64)][:64]
-                digest.update(some.to(torch.float32).cpu().numpy().tobytes())
+                sample = flat[:: max(1, flat.numel() // 64)][:64]
+                digest.update(sample.to(torch.float32).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -283,7 +283,7 @@ class AdapterOff(LocalTeacher):
         return self._student()
 
     def prepare(self, accelerator: Any) -> None:
-        """The student is prepared by its trainer."""
+        """Do nothing: the student is prepared by its trainer."""
         self._shared_by = accelerator
 
     @torch.no_grad()
@@ -302,22 +302,22 @@ class AdapterOff(LocalTeacher):
             wrapped.train(training)
 
 
-def base_fingerprint(student: nn.Module, adapter: str | None = None, **how: Any) -> str:
-    """`weights_fingerprint` without adapters, whose weights start at random, but for `adapter`."""
+def base_fingerprint(student: nn.Module, adapter: str | None = None, *, with_config: bool = True) -> str:
+    """Return `weights_fingerprint` without adapters, whose weights start at random, but for `adapter`."""
     if not models.is_peft(student):
-        return weights_fingerprint(student, **how)
+        return weights_fingerprint(student, with_config=with_config)
     adapters: Any = models.unwrapped(student).peft_config
-    return weights_fingerprint(student, leave_out=frozenset(adapters) - {adapter}, **how)
+    return weights_fingerprint(student, leave_out=frozenset(adapters) - {adapter}, with_config=with_config)
 
 
 def reference_fingerprint(student: nn.Module) -> str:
-    """What tells the weights that a student, not yet trained, is the reference by: an adapter's if they do anything."""
+    """Identify the weights of an untrained student as the reference: its adapter's too if they do anything."""
     known_by = base_fingerprint if adapter_is_neutral(student) else weights_fingerprint
     return known_by(student, with_config=False)
 
 
 def adapter_is_neutral(student: nn.Module) -> bool:
-    """Whether a LoRA student's adapter still changes nothing, as a newly added one does (its B is 0)."""
+    """Tell whether a LoRA student's adapter still changes nothing, as a new one does (its B is 0)."""
     second = [p for name, p in student.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
     with models.whole_parameters(*second):
         return bool(second) and not any(bool(p.detach().any()) for p in second)

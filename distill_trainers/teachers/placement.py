@@ -47,7 +47,7 @@ PLACEMENTS: dict[str, Placement] = {
 
 
 def is_collective(placement: str, zero_stage: int | None, fsdp_version: int | None) -> bool:
-    """Whether a teacher so placed answers only when all processes ask, in a launch of several processes."""
+    """Tell whether a teacher so placed answers only when all processes of a launch ask."""
     if placement == "auto":
         return zero_stage == 3 or fsdp_version == 2
     return PLACEMENTS[placement].shards

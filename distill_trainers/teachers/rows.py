@@ -19,31 +19,31 @@ TokenRow = tuple[
 
 
 def row_key(input_ids: Sequence[int] | np.ndarray, predicts: Sequence[int] | np.ndarray) -> bytes:
-    """Identifies a row by its unpadded `input_ids` `[T]` and the positions that predict a trained token, rising."""
+    """Identify a row by its unpadded `input_ids` `[T]` and the positions that predict a trained token, rising."""
     ids, positions = (np.ascontiguousarray(values, dtype="<i8") for values in (input_ids, predicts))
     content = ids.tobytes() + positions.tobytes() + len(ids).to_bytes(8, "little")
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def unpadded_rows(inputs: Mapping[str, Tensor], predicts: Tensor) -> list[TokenRow]:
-    """Each row of a padded batch as its ids `[T]` and the positions that predict a trained token."""
-    ids, mask, asked = (t.cpu().numpy() for t in (inputs["input_ids"], inputs["attention_mask"].bool(), predicts))
-    return [(row[real], (real.cumsum() - 1)[:-1][where]) for row, real, where in zip(ids, mask, asked, strict=True)]
+    """Cut a padded batch into rows: ids `[T]` and the positions that predict a trained token."""
+    ids, mask, trained = (t.cpu().numpy() for t in (inputs["input_ids"], inputs["attention_mask"].bool(), predicts))
+    return [(row[real], (real.cumsum() - 1)[:-1][where]) for row, real, where in zip(ids, mask, trained, strict=True)]
 
 
 def batch_keys(inputs: Mapping[str, Tensor], predicts: Tensor) -> list[bytes | None]:
-    """The key of each row of a padded batch; None for rows without trained tokens."""
+    """Return the key of each row of a padded batch; None for rows without trained tokens."""
     return [row_key(*row) if len(row[1]) else None for row in unpadded_rows(inputs, predicts)]
 
 
 def dataset_row_key(row: Mapping[str, Any]) -> tuple[bytes, int]:
-    """The key of a tokenised row, and its number of trained tokens."""
+    """Return the key of a tokenised row, and its number of trained tokens."""
     positions = np.flatnonzero(np.asarray(row["loss_mask"])[1:])
     return row_key(row["input_ids"], positions), len(positions)
 
 
 def examples_of(dataset: Any) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each example: one, the two of a pair, or the two tasks of a rationale."""
+    """Iterate over the rows of each example: one, the two of a pair, or the two tasks of a rationale."""
     if "rejected_ids" in dataset.column_names:
         return map(rows_of_pair, dataset)
     if "other_input_ids" in dataset.column_names:
@@ -52,5 +52,5 @@ def examples_of(dataset: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """All rows of a tokenised dataset."""
+    """Iterate over all rows of a tokenised dataset."""
     return itertools.chain.from_iterable(examples_of(dataset))

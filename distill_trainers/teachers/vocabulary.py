@@ -18,7 +18,7 @@ PROBE = "It costs $1234.50 in 2024!\n\n2. naïve  café — \tdef f(x): return x
 def shared_vocabulary(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, student_rows: int, teacher_rows: int
 ) -> int | None:
-    """Number of ids that stay in the softmax of both models, or None to keep every row.
+    """Count the ids that stay in the softmax of both models; None to keep every row.
 
     Padded vocabularies of one tokenizer (such as 151936 and 152064 rows) just work: ids that no tokenizer defines
     leave both softmaxes, rather than getting a made-up logit.
@@ -71,11 +71,11 @@ def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
     student_tokens = {i: token for token, i in student.get_vocab().items()}
     teacher_tokens = {i: token for token, i in teacher.get_vocab().items()}
     shared = student_tokens.keys() & teacher_tokens.keys()
-    apart = sorted(i for i in shared if student_tokens[i] != teacher_tokens[i])
-    if apart:
-        shown = ", ".join(f"{i}: {student_tokens[i]!r} / {teacher_tokens[i]!r}" for i in apart[:5])
+    differing = sorted(i for i in shared if student_tokens[i] != teacher_tokens[i])
+    if differing:
+        shown = ", ".join(f"{i}: {student_tokens[i]!r} / {teacher_tokens[i]!r}" for i in differing[:5])
         raise VocabularyError(
-            f"Student and teacher use different tokenizers: {len(apart)} of {len(shared)} shared ids stand for "
+            f"Student and teacher use different tokenizers: {len(differing)} of {len(shared)} shared ids stand for "
             f"different tokens (id: student / teacher: {shown}). A token-level divergence needs one vocabulary: "
             "choose a teacher of the student's family, or train on the teacher's text instead."
         )

@@ -201,7 +201,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
     def distill_terms(
         self, student: TokenLogits, teacher: TokenLogits | None, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The method's loss, as per-token values: a pure function that runs on chunks of n tokens.
+        """Compute the method's loss, as per-token values: a pure function that runs on chunks of n tokens.
 
         Args:
             student, teacher: logits `[n, V]` of both models for the same tokens.
@@ -215,7 +215,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
     def row_terms(
         self, logps: Tensor, teacher_logps: Tensor | None, tokens: Mapping[str, Tensor], num_rows: int
     ) -> dict[str, Tensor]:
-        """Terms that depend on whole rows, for methods with `has_row_terms`: a pure function of log-probabilities.
+        """Compute terms of whole rows, for methods with `has_row_terms`: a pure function of log-probabilities.
 
         Args:
             logps, teacher_logps: `[N]` of all trained tokens; the former receives gradients, the latter may be None.
@@ -227,11 +227,11 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         raise NotImplementedError(f"{type(self).__name__} must define its terms of rows.")
 
     def agreement_terms(self, student: Any, teacher: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What evaluation measures beside the method's own terms, per token."""
+        """Compute what evaluation measures beside the method's own terms, per token."""
         return agreement_terms(student, teacher, tokens)
 
     def build_collator(self, tokenizer: PreTrainedTokenizerBase, student_config: Any) -> DistillCollator:
-        """What batches look like."""
+        """Build what makes batches of rows."""
         return DistillCollator(
             pad_token_id=tokenizer.pad_token_id,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
@@ -247,18 +247,18 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         return batches
 
     def next_batches(self, epoch_iterator: Iterator, num_batches: int) -> list[Batch]:
-        """What an optimiser step starts from."""
+        """Return what an optimiser step starts from."""
         return list(itertools.islice(epoch_iterator, num_batches))
 
     def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
-        """What the teacher says of the tokens that `predicts` marks (`Teacher.signal`); asked for each micro-batch."""
+        """Ask the teacher about the tokens that `predicts` marks (`Teacher.signal`), for each micro-batch."""
         return self.two_models.signal(inputs, predicts)
 
     def after_step(self, loss: float) -> None:
-        """Called on every process after each optimiser step with its loss over all micro-batches and processes."""
+        """Take the step's loss over all micro-batches and processes; called on every process after each step."""
 
     def method_state(self) -> dict[str, Any]:
-        """What of the method must survive in a checkpoint, as JSON."""
+        """Return what of the method must survive in a checkpoint, as JSON."""
         return {}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
@@ -267,7 +267,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
     # ---- The training path ------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one optimiser step, after rollouts, and what their terms are divided by (`step_counts`)."""
+        """Return a step's batches, after rollouts, and what their terms are divided by (`step_counts`)."""
         if 0 < self.state.max_steps <= self.state.global_step:
             # Resumed from the checkpoint of the last step; transformers looks whether a run is done after steps only.
             self.control.should_training_stop = True
@@ -285,7 +285,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
-        """Rollouts for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
+        """Sample for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
         if not all("prompt_ids" in batch for batch in batches):
             raise DatasetError(
                 "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
@@ -331,7 +331,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Weighted sum of the method's terms, each divided by its tokens in the whole step.
+        """Sum up the method's terms by weight, each divided by its tokens in the whole step.
 
         Args:
             num_items_in_batch: what `get_batch_samples` counted; None counts this batch alone.
@@ -355,7 +355,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
     def token_terms(
         self, model: nn.Module, inputs: Batch, terms_fn: Any, weights: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`TwoModels.terms` of a micro-batch, with what the method asks of the teacher and its terms of rows."""
+        """Call `TwoModels.terms` on a micro-batch, with what the method asks of the teacher and its terms of rows."""
         signal = self.teacher_signal(inputs, trained_mask(inputs["labels"]))
         row_terms = self.row_terms if self.has_row_terms else None
         return self.two_models.terms(model, inputs, signal, terms_fn, weights, row_terms)
@@ -378,7 +378,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
     # ---- Data -------------------------------------------------------------------------------------------------------
 
     def complete_eval(self, dataset: Any) -> Any:
-        """Evaluation rows with whatever else the method wants of them, once they have their completions."""
+        """Complete evaluation rows with whatever else the method wants, once they have their completions."""
         return dataset
 
     def get_train_dataloader(self) -> Any:
@@ -394,7 +394,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         return super()._get_train_sampler(dataset) if sampler is None else sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Rows without a completion get the teacher's, generated once; a new raw dataset is prepared first.
+        """Load evaluation rows; those without completion get the teacher's, once; new raw data is prepared.
 
         A stream is read to its end once, so that it can be completed and shared between processes.
         """

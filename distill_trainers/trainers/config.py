@@ -158,7 +158,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         return False
 
     def requirements(self, first_row: Mapping[str, Any] | None = None, *, streams: bool = False) -> Requirements:
-        """All of it at once, for a training dataset.
+        """Return all of it at once, for a training dataset.
 
         Args:
             first_row: of the training data; None where there is none.
@@ -186,7 +186,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         """
 
     def prepare_rows(self, dataset: Any, tokenizer: Any, name: str, wants: Requirements) -> Any:
-        """Tokenised rows of a raw dataset; `name` "train" must serve the method, any other only evaluation."""
+        """Tokenise a raw dataset; `name` "train" must serve the method, any other only evaluation."""
         training = name == "train"
         answers = wants.samples_completions or wants.replaces_completions
         if training and answers:
@@ -207,7 +207,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         )
 
     def answers_prompts(self, name: str, wants: Requirements) -> bool:
-        """Whether prompts of the dataset `name` must leave room for completions that are sampled."""
+        """Tell whether prompts of the dataset `name` must leave room for sampled completions."""
         return wants.samples_completions or wants.replaces_completions
 
     # ---- Checks -----------------------------------------------------------------------------------------------------
@@ -248,15 +248,15 @@ class DistillConfig(TeacherOptions, TrainingArguments):
 
 
 def config_from_arguments(config_class: type[DistillConfig], args: TrainingArguments | None) -> DistillConfig:
-    """`args` as the method's own config: defaults for None, plain TrainingArguments carried over field by field."""
+    """Turn `args` into the method's config: defaults for None, TrainingArguments carried over field by field."""
     if args is None:
         return config_class(output_dir="distilled")
     if isinstance(args, config_class):
         return args
     if not isinstance(args, TrainingArguments):
         raise ConfigurationError(f"Got `args` of type {type(args).__name__}; expected {config_class.__name__}.")
-    own = {f.name for f in fields(config_class)}
-    values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in own}
+    names = {f.name for f in fields(config_class)}
+    values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in names}
     values["remove_unused_columns"] = False
     values["logging_nan_inf_filter"] = False
     return config_class(**values)

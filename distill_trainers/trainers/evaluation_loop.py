@@ -45,7 +45,7 @@ class TeacherForcedEvaluation(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Teacher-forced: loss, perplexity, KL to the teacher, top-1 agreement, as means over all tokens of the set."""
+        """Measure loss, perplexity, KL to the teacher, top-1 agreement, teacher-forced: means over all tokens."""
         self._eval_rows = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if not self._eval_rows:
@@ -66,14 +66,14 @@ class TeacherForcedEvaluation(Trainer):
         scores = (output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, HeldOutMeasures):
-                own = metric_key_prefix.partition("_")[0]  # not that of one of several evaluation sets
-                scores = {f"{own}_{name}": value for name, value in callback.take(dataloader.dataset).items()} | scores
+                stem = metric_key_prefix.partition("_")[0]  # not that of one of several evaluation sets
+                scores = {f"{stem}_{name}": value for name, value in callback.take(dataloader.dataset).items()} | scores
         self.last_eval_metrics.update(scores)
         return output._replace(metrics=scores)
 
     @torch.no_grad()
     def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None):
-        """Sums per example, so that those which pad the last distributed batch can be dropped again."""
+        """Sum up by example, so that those which pad the last distributed batch can be dropped again."""
 
         def terms_fn(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {**self.distill_terms(student, teacher, tokens), **self.agreement_terms(student, teacher, tokens)}

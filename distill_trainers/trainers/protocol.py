@@ -57,16 +57,16 @@ class Run(Protocol):
         """The config; a method's helpers narrow it to their method's."""
 
     def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
-        """What the method asks of the teacher for a batch's trained tokens."""
+        """Ask the teacher about a batch's trained tokens, as the method does."""
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
-        """Batches with the student's own completions."""
+        """Return batches with the student's own completions."""
 
     def get_train_dataloader(self) -> Any:
-        """Over rows as they are trained on."""
+        """Load rows as they are trained on."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Over rows as they are scored."""
+        """Load rows as they are scored."""
 
     def after_step(self, loss: float) -> None:
         """Tell the method the loss of the step that is over."""

@@ -53,11 +53,11 @@ class TwoModels:
         self.head_is_fused: bool | None = None
 
     def signal(self, inputs: Mapping[str, Any], predicts: Tensor) -> TeacherSignal:
-        """What the teacher says of the tokens that `predicts` `[B, T-1]` marks (`Teacher.signal`)."""
+        """Ask the teacher about the tokens that `predicts` `[B, T-1]` marks (`Teacher.signal`)."""
         return self.teacher.signal(models.forward_inputs(inputs), predicts, self.vocab_size)
 
     def ask_ahead(self, batches: Iterable[Mapping[str, Any]], teacher_signal: SignalFn) -> None:
-        """Tell a teacher that answers from afar what it is going to be asked, so that it works while the student does.
+        """Tell a remote teacher what it is going to be asked, so that it works while the student does.
 
         Args:
             teacher_signal: what will ask it, with the same batches.
@@ -75,7 +75,7 @@ class TwoModels:
         weights: Mapping[str, Any],
         row_terms: Callable[..., Mapping[str, Tensor]] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum of the terms of one micro-batch, and the terms `[N]` of its trained tokens by name.
+        """Return the weighted sum of a micro-batch's terms, and the terms `[N]` of its trained tokens by name.
 
         Args:
             student: in its wrappers; all that needs its weights runs inside their forward.
@@ -97,10 +97,10 @@ class TwoModels:
 
         def on_hidden(hidden_BTD: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
             hidden_ND, head = hidden_BTD[:, :-1][predicts], head.cut_to(self.vocab_size)
-            given = (hidden_ND, head, whole_signal, terms_fn)
+            operands = (hidden_ND, head, whole_signal, terms_fn)
             if row_terms is None:
-                return fused_linear_terms(*given, tokens, weights, chunk_bytes=self.chunk_bytes)
-            return fused_row_terms(*given, row_terms, tokens, weights, chunk_bytes=self.chunk_bytes)
+                return fused_linear_terms(*operands, tokens, weights, chunk_bytes=self.chunk_bytes)
+            return fused_row_terms(*operands, row_terms, tokens, weights, chunk_bytes=self.chunk_bytes)
 
         # Under ZeRO-3 and FSDP2 a process holds a share of the teacher's head, and its logits need all of it.
         with contextlib.nullcontext() if signal is None else self.teacher.whole_head(signal) as whole_signal:
@@ -110,15 +110,15 @@ class TwoModels:
             logits_NV = student(**forward_inputs).logits[:, :-1][predicts][:, : self.vocab_size].float()
             if row_terms is not None:
                 return row_terms_of_logits(logits_NV, whole_signal, terms_fn, row_terms, tokens, weights)
-            said = None if whole_signal is None else whole_signal.chunk(slice(None))
-            terms = terms_fn(TokenLogits(logits_NV), said, tokens)
+            teacher_signal = None if whole_signal is None else whole_signal.chunk(slice(None))
+            terms = terms_fn(TokenLogits(logits_NV), teacher_signal, tokens)
             # Without a token the total must be part of the graph still: backward is collective.
             total = weighted_total(terms, weights, start=logits_NV.sum() * 0.0)
             return total, {name: values.detach() for name, values in terms.items()}
 
     @torch.no_grad()
     def frozen_logps(self, frozen: Teacher, batch: Mapping[str, Tensor]) -> tuple[Tensor, TeacherSignal]:
-        """A frozen model's log-probabilities `[N]` of the trained tokens of a batch, and the signal they come from."""
+        """Return a frozen model's log-probabilities `[N]` of a batch's trained tokens, and the signal behind them."""
         predicts = trained_mask(batch["labels"])
         labels = batch["labels"][:, 1:][predicts]
         with self.autocast():

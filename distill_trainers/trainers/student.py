@@ -12,14 +12,14 @@ from .config import DistillConfig
 
 
 def student_config(student: Any, args: DistillConfig) -> Any:
-    """The student's configuration, read from its folder or the Hub if it is given by name."""
+    """Return the student's configuration, read from its folder or the Hub if it is given by name."""
     if isinstance(student, str):
         return models.load_config(student, "student", trust_remote_code=args.trust_remote_code)
     return getattr(models.causal_lm_of(student), "config", None)
 
 
 def student_tokenizer(student: Any, args: DistillConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside the student."""
+    """Load the tokenizer saved beside the student."""
     name = student if isinstance(student, str) else models.source_of(student)
     if not name:
         raise ConfigurationError(
@@ -35,7 +35,7 @@ def student_tokenizer(student: Any, args: DistillConfig) -> PreTrainedTokenizerB
 
 
 def load_student(student: Any, args: DistillConfig, peft_config: Any, quantization_config: Any) -> Any:
-    """The student, loaded by name if need be, with its adapter and without dropout."""
+    """Return the student, loaded by name if need be, with its adapter and without dropout."""
     if isinstance(student, str):
         kwargs: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
         kwargs |= args.model_init_kwargs or {}  # type: ignore[arg-type]

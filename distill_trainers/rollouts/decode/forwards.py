@@ -21,28 +21,28 @@ Run = Callable[[Tensor, Tensor | None, Tensor, Any], Tensor]
 
 
 def parameters_of(causal_lm: Any) -> set[str]:
-    """Names of the arguments that its forward takes."""
+    """Return names of the arguments that its forward takes."""
     return set(inspect.signature(causal_lm.forward).parameters)
 
 
 def read_prompts(model: Any, rows: Rows, run: Run, whole: bool = False) -> tuple[Tensor, Any]:
-    """What `run` says after each prompt, `[n, …]`, and the cache of all prompts; `whole`: by one forward."""
+    """Return what `run` gives after each prompt, `[n, …]`, and the cache of all; `whole`: by one forward."""
 
     def empty() -> Any:
         return droppable_cache(models.causal_lm_of(model).config.get_text_config(decoder=True))
 
     parts = rows.alike() if can_join(empty()) and not whole else [(slice(None), slice(None))]
-    said, caches = [], []
-    for some, positions in parts:
-        mask = None if rows.mask is None else rows.mask[some, positions]
+    outputs, caches = [], []
+    for alike, positions in parts:
+        mask = None if rows.mask is None else rows.mask[alike, positions]
         mask = None if mask is None or bool(mask.all()) else mask
         caches.append(empty())
-        said.append(run(rows.inputs[some, positions], mask, rows.positions[some, positions], caches[-1]))
-    return torch.cat(said), caches[0] if len(caches) == 1 else join(caches)
+        outputs.append(run(rows.inputs[alike, positions], mask, rows.positions[alike, positions], caches[-1]))
+    return torch.cat(outputs), caches[0] if len(caches) == 1 else join(caches)
 
 
 def runner(model: Any, exact: bool = False) -> Run:
-    """`run(ids, mask, positions, cache)`: logits `[n, V]` of the last position, at least float32 (`generate`'s).
+    """Make `run(ids, mask, positions, cache)`: logits `[n, V]` of the last position, at least float32.
 
     `exact`: with the head's product in float32, as losses take it, where the model itself would round its logits to
     bfloat16: a ratio of the student to itself is then 1 but for what rounding does to its hidden states.
@@ -51,12 +51,12 @@ def runner(model: Any, exact: bool = False) -> Run:
     exact = exact and models.gives_hidden_states(model)
 
     def run(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
-        some: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
-        some = {name: value for name, value in some.items() if name in accepted}
+        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+        options = {name: value for name, value in options.items() if name in accepted}
         if exact:
-            some = {**some, "on_hidden": lambda hidden, head: wide_logits(hidden[:, -1], head)}
-            some.pop("logits_to_keep", None)
-        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **some)
+            options = {**options, "on_hidden": lambda hidden, head: wide_logits(hidden[:, -1], head)}
+            options.pop("logits_to_keep", None)
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         logits = output if exact else output.logits[:, -1]
         return logits.to(device=ids.device, dtype=torch.promote_types(logits.dtype, torch.float32))
 
@@ -64,6 +64,6 @@ def runner(model: Any, exact: bool = False) -> Run:
 
 
 def wide_logits(hidden: Tensor, head: Head) -> Tensor:
-    """`[n, D]` hidden states to `[n, V]` logits, at least float32 under autocast too."""
+    """Turn `[n, D]` hidden states into `[n, V]` logits, at least float32 under autocast too."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head.finish(linear(*head.operands(hidden)))

@@ -26,7 +26,7 @@ class GrowingLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append `[B, H, t, d]` to keys and values; returns all of them, as views."""
+        """Append `[B, H, t, d]` to keys and values; return all of them, as views."""
         self.lazy_initialization(key_states)
         self.keys, self._key_room = _append(self.keys, self._key_room, key_states)
         self.values, self._value_room = _append(self.values, self._value_room, value_states)
@@ -58,7 +58,7 @@ def _append(past: Tensor | None, room: Tensor | None, new: Tensor) -> tuple[Tens
 
 
 def droppable_cache(config: Any) -> DynamicCache | None:
-    """An empty cache for a model of this (text) config, or None where a layer keeps more than keys and values."""
+    """Make an empty cache for this (text) config; None where a layer keeps more than keys and values."""
     try:
         cache = DynamicCache(config=config)
     except (KeyError, TypeError, ValueError, AttributeError):  # layers of a kind that DynamicCache does not know
@@ -71,16 +71,16 @@ def droppable_cache(config: Any) -> DynamicCache | None:
 
 
 def can_join(cache: DynamicCache) -> bool:
-    """Whether `join` works: every layer keeps all its past, none a window of it."""
+    """Tell whether `join` works: every layer keeps all its past, none a window of it."""
     return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
 
 
 def join(caches: list[DynamicCache]) -> DynamicCache:
-    """One cache with the rows of all, in order; shorter ones are padded on the left, to be masked there."""
+    """Make one cache with the rows of all, in order; shorter ones get padding on the left, to be masked."""
     whole = caches[0]
     for index in range(len(whole.layers)):
         layers: list[Any] = [cache.layers[index] for cache in caches]  # all `GrowingLayer`
-        keys, values = _stack([each.keys for each in layers]), _stack([each.values for each in layers])
+        keys, values = _stack([layer.keys for layer in layers]), _stack([layer.values for layer in layers])
         layers[0].keys, layers[0]._key_room = keys
         layers[0].values, layers[0]._value_room = values
     return whole

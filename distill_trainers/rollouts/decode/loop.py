@@ -32,14 +32,14 @@ _WORTH_DROPPING = 1 / 8
 
 
 def why_not_decodable(model: Any) -> str | None:
-    """What keeps `decode_completions` from running `model`, in words; None where nothing does."""
+    """Say what keeps `decode_completions` from running `model`; None where nothing does."""
     if models.must_stay_in_step(model):
         return "its weights are sharded over processes, which must all run equally many forwards"
     return why_not_scored(model)
 
 
 def why_not_scored(model: Any) -> str | None:
-    """What keeps `decode_scored`, which can also keep step with other processes, from running `model`; or None."""
+    """Say what keeps `decode_scored`, which can also keep step with other processes, from running `model`; or None."""
     causal_lm: Any = models.causal_lm_of(model)
     if models.is_encoder_decoder(model):
         return f"{type(causal_lm).__name__} is an encoder-decoder"
@@ -76,7 +76,7 @@ def decode_completions(
     Returns:
         B lists of ids, up to and including the first EOS or stop string.
     """
-    return [each.ids for each in _decode_all(model, prompt_ids, prompt_mask, sampling, batch_size, tokenizer)]
+    return [scored.ids for scored in _decode_all(model, prompt_ids, prompt_mask, sampling, batch_size, tokenizer)]
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def decode_scored(
     tokenizer: Any = None,
     mixture: Mixture | None = None,
 ) -> list[Scored]:
-    """As `decode_completions`, token for token without a mixture, with log-probabilities of what was drawn.
+    """Do as `decode_completions`, token for token without a mixture, with log-probabilities of what was drawn.
 
     Models that are sharded over processes run too: all processes then take as many steps as the longest row of any of
     them. They must come with equally many prompts each.
@@ -177,20 +177,20 @@ def _decode(
 def _token_logps(logits: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
     """`[n, 2]`: log-probabilities under the model, and under the scores that it was to be drawn from."""
 
-    def of(each: Tensor) -> Tensor:
-        return each.gather(1, tokens.unsqueeze(1)).squeeze(1) - each.logsumexp(-1)
+    def of(logits_of: Tensor) -> Tensor:
+        return logits_of.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits_of.logsumexp(-1)
 
-    own = of(logits)
-    return torch.stack([own, own if scores is logits else of(scores)], dim=1)
+    model_logps = of(logits)
+    return torch.stack([model_logps, model_logps if scores is logits else of(scores)], dim=1)
 
 
 def _completions(rows: Rows, partner: Partner | None) -> dict[int, Scored]:
     """What was written so far, by the rows' places in the batch."""
     if partner is None or rows.logps is None:
         return rows.completions(None if rows.logps is None else rows.logps.cpu())
-    own, drawn = rows.logps.unbind(-1)
+    model_logps, drawn = rows.logps.unbind(-1)
     other, hidden = partner.completions(rows)
-    return rows.completions(torch.stack([own, partner.drawn(drawn, other), other], dim=-1).cpu(), hidden)
+    return rows.completions(torch.stack([model_logps, partner.drawn(drawn, other), other], dim=-1).cpu(), hidden)
 
 
 def _anybody_runs(running: list[int], device: torch.device) -> bool:

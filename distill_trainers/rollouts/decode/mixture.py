@@ -66,19 +66,19 @@ class Partner:
         self._keep(torch.cat(states))
 
     def draws_from(self, rows: Rows) -> Tensor:
-        """log p of the next token, `[n, V]`."""
+        """Return log p of the next token, `[n, V]`."""
         self._catch_up(rows, rows.new_ids.shape[1])
         return self._next
 
     def completions(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """Its log-probabilities of all that was written, `[n, t]`, and the states `[n, t, D]` that predicted it."""
+        """Return its log-probabilities of all that was written, `[n, t]`, and the states `[n, t, D]` behind them."""
         written = rows.new_ids
         self._catch_up(rows, written.shape[1] - 1)
         told = torch.cat([*self._told, self._next.gather(1, written[:, -1:])], dim=1)
         return told, torch.cat(self._hidden, dim=1) if self._hidden else None
 
     def drawn(self, student: Tensor, other: Tensor) -> Tensor:
-        """log(alpha * p + (1 - alpha) * q) of log q and log p."""
+        """Return log(alpha * p + (1 - alpha) * q) of log q and log p."""
         alpha = self.mixture.alpha
         return torch.logaddexp(student + math.log1p(-alpha), other + math.log(alpha))
 

@@ -50,7 +50,7 @@ class Rows:
         self._forget_full_mask()
 
     def alike(self) -> list[tuple[slice, slice]]:
-        """Rows and positions of prompts that are of similar length."""
+        """Return rows and positions of prompts that are of similar length."""
         if self.mask is None:
             return [(slice(None), slice(None))]
         lengths = self.mask.sum(dim=1).tolist()
@@ -84,13 +84,13 @@ class Rows:
         self.logps = logps if self.logps is None else torch.cat([self.logps, logps], dim=1)
 
     def completions(self, logps: Tensor | None = None, hidden: Tensor | None = None) -> dict[int, Scored]:
-        """What was written so far, by the rows' places in the batch, and what goes with it, `[n, T − P, …]`."""
-        written, ends, found = self.new_ids.tolist(), self.ends.tolist(), {}
+        """Return what was written so far, by the rows' places in the batch, with what goes with it, `[n, T − P, …]`."""
+        written, ends, completions = self.new_ids.tolist(), self.ends.tolist(), {}
         for row, place in enumerate(self.places):
-            some = slice(ends[row] or len(written[row]))
-            kept = (None if each is None else each[row, some] for each in (logps, hidden))
-            found[place] = Scored(written[row][some], *kept)
-        return found
+            span = slice(ends[row] or len(written[row]))
+            parts = (None if values is None else values[row, span] for values in (logps, hidden))
+            completions[place] = Scored(written[row][span], *parts)
+        return completions
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""

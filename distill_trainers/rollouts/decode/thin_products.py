@@ -17,7 +17,7 @@ _FEW = 4  # rows
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`rows @ weight.T + bias`, `[..., K]` with `[N, K]` to `[..., N]`; the faster way round where that is known."""
+    """Compute `rows @ weight.T + bias`, `[..., K]` with `[N, K]` to `[..., N]`, the faster way round where known."""
     count = rows.shape[:-1].numel()
     thin = 0 < count <= _FEW and rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32
     if not thin or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
@@ -31,12 +31,12 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @contextlib.contextmanager
 def thin_products(model: nn.Module) -> Iterator[None]:
-    """Within it, the plain linear layers of `model` take their products by `linear`."""
+    """Let, within it, the plain linear layers of `model` take their products by `linear`."""
 
     def forward(self: nn.Linear, rows: Tensor) -> Tensor:
         return linear(rows, self.weight, self.bias)
 
-    layers = [each for each in model.modules() if type(each) is nn.Linear and "forward" not in each.__dict__]
+    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in module.__dict__]
     for layer in layers:
         layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
     try:

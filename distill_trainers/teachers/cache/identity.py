@@ -71,10 +71,10 @@ class CacheIdentity:
     format: int = FORMAT
 
     def stamp(self) -> str:
-        """A short name for the identity, written into every shard."""
+        """Return a short name for the identity, written into every shard."""
         content = {k: v for k, v in asdict(self).items() if k not in ("teacher", "files")}
         # Times and sizes are short cuts to the same contents.
-        content["contents"] = {name: each.get("sha256", each) for name, each in (self.files or {}).items()}
+        content["contents"] = {name: facts.get("sha256", facts) for name, facts in (self.files or {}).items()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -94,7 +94,7 @@ _MEANINGS = {
 
 
 def read_identity(folder: str | Path) -> CacheIdentity | None:
-    """The identity of the cache in `folder`, or None if there is no cache.
+    """Read the identity of the cache in `folder`; None if there is no cache.
 
     Raises:
         CacheError: the file is there but is not an identity that this version knows.
@@ -124,7 +124,7 @@ def write_identity(folder: str | Path, identity: CacheIdentity) -> None:
 
 
 def read_learnt(folder: str | Path) -> dict[str, Any]:
-    """What was learnt when the teacher was loaded, `weights` and `eos_token_ids`; empty before that."""
+    """Read what was learnt when the teacher was loaded, `weights` and `eos_token_ids`; empty before that."""
     file = Path(folder) / _LEARNT
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -145,24 +145,24 @@ def refuse_differences(
     Raises:
         ConfigurationError: naming all that differs.
     """
-    apart = [
+    differences = [
         f"{meaning}: {getattr(recorded, name)!r} then, {getattr(now, name)!r} now"
         for name, meaning in _MEANINGS.items()
         if getattr(recorded, name) != getattr(now, name)
         and (name != "teacher_settings" or now.weights is None)  # a model's weights show what they did to it
     ]
-    apart += _teacher_differences(folder, recorded, now)
-    if apart:
+    differences += _teacher_differences(folder, recorded, now)
+    if differences:
         raise ConfigurationError(
             f"The teacher cache {str(folder)!r} was made by {recorded.teacher!r} under other conditions, so its "
-            f"answers are not this run's: {'; '.join(apart)}. Name another folder in `{setting}` "
+            f"answers are not this run's: {'; '.join(differences)}. Name another folder in `{setting}` "
             "(or delete this one), or set back what was changed."
         )
 
 
 def _teacher_differences(folder: str | Path, recorded: CacheIdentity, now: CacheIdentity) -> list[str]:
     if now.files is not None and recorded.files is not None:
-        return [f"teacher {now.teacher!r}: {each}" for each in _file_differences(recorded.files, now.files)]
+        return [f"teacher {now.teacher!r}: {difference}" for difference in _file_differences(recorded.files, now.files)]
     if now.weights is not None:
         then = recorded.weights or read_learnt(folder).get("weights")
         same = then == now.weights
@@ -173,7 +173,7 @@ def _teacher_differences(folder: str | Path, recorded: CacheIdentity, now: Cache
 def _file_differences(recorded: Files, now: Files) -> list[str]:
     if recorded.keys() != now.keys():
         return [f"its files were {sorted(recorded)} and are {sorted(now)}"]
-    apart = []
+    differences = []
     for name, then in recorded.items():
         current = now[name]
         if "path" in current and all(then.get(key) == current[key] for key in ("size", "mtime_ns")):
@@ -182,12 +182,12 @@ def _file_differences(recorded: Files, now: Files) -> list[str]:
         if known is None and then.get("size") == current["size"]:
             known = _sha256(Path(current["path"]))  # moved or copied, perhaps
         if known is None or known != (then.get("sha256") or then.get("commit")):
-            apart.append(f"{name} has changed")
-    return apart
+            differences.append(f"{name} has changed")
+    return differences
 
 
 def describe_source(name: str, revision: str | None = None) -> Files:
-    """What tells the weights of a model folder or Hub repository without loading them, by file.
+    """Tell, file by file, the weights of a model folder or Hub repository, without loading them.
 
     Local weight files come with size, time of change and path; `hashed` adds their contents. Configurations come with
     the hash of what they say. A Hub repository is told by its commit.
@@ -215,17 +215,17 @@ def describe_source(name: str, revision: str | None = None) -> Files:
                 content.pop(noise, None)
             files[config] = {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
             if base := content.get("base_model_name_or_path"):
-                files |= {f"base model's {name}": each for name, each in describe_source(base).items()}
+                files |= {f"base model's {name}": facts for name, facts in describe_source(base).items()}
     return files
 
 
 def hashed(files: Files) -> Files:
-    """`files` as they are recorded: with the SHA-256 of every weight file, without paths."""
+    """Return `files` as they are recorded: with the SHA-256 of every weight file, without paths."""
     done: Files = {}
-    for name, each in files.items():
-        done[name] = {key: value for key, value in each.items() if key != "path"}
-        if "path" in each:
-            done[name]["sha256"] = _sha256(Path(each["path"]))
+    for name, facts in files.items():
+        done[name] = {key: value for key, value in facts.items() if key != "path"}
+        if "path" in facts:
+            done[name]["sha256"] = _sha256(Path(facts["path"]))
     return done
 
 
@@ -248,12 +248,12 @@ def _commit(name: str, revision: str | None) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identifies which id stands for which token, all that stored answers depend on."""
+    """Identify which id stands for which token, all that stored answers depend on."""
     vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def answering_settings(init_kwargs: Mapping[str, Any] | None) -> dict[str, str]:
-    """The keyword arguments of `from_pretrained` that change what a model answers, as text."""
+    """Write the keyword arguments of `from_pretrained` that change what a model answers as text."""
     settings = {k: str(v).removeprefix("torch.") for k, v in (init_kwargs or {}).items() if k not in _WITHOUT_EFFECT}
     return dict(sorted(settings.items()))

@@ -37,15 +37,15 @@ class CacheKind(ABC):
 
     @abstractmethod
     def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
-        """`signal` cut into rows of `counts` tokens each, whose keys are `keys`."""
+        """Cut `signal` into rows of `counts` tokens each, whose keys are `keys`."""
 
     @abstractmethod
     def answer(self, rows: Sequence[Answer], head: Head | None, device: torch.device) -> TeacherSignal:
-        """The signal of all rows' tokens, in order, on `device`."""
+        """Return the signal of all rows' tokens, in order, on `device`."""
 
     @abstractmethod
     def token_bytes(self, hidden_size: int, dtype: torch.dtype) -> float:
-        """About how many bytes a token takes, for a teacher of that hidden size and dtype."""
+        """Estimate the bytes that a token takes, for a teacher of that hidden size and dtype."""
 
 
 class HiddenKind(CacheKind):
@@ -103,9 +103,9 @@ class TopKKind(_SparseKind):
     def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
         parts = []
         for logits in self._chunks(signal, 0, len(signal)):
-            kept = logits.top_k(self.k)
-            parts.append((kept.ids.int().cpu(), kept.logps.to(self.number_dtype).cpu(), kept.tail_logps.float().cpu()))
-        joined = [torch.cat(each).split(list(counts)) for each in zip(*parts, strict=True)]
+            top = logits.top_k(self.k)
+            parts.append((top.ids.int().cpu(), top.logps.to(self.number_dtype).cpu(), top.tail_logps.float().cpu()))
+        joined = [torch.cat(chunks).split(list(counts)) for chunks in zip(*parts, strict=True)]
         return [{"ids": i, "logps": p, "tail": t} for i, p, t in zip(*joined, strict=True)]
 
     def answer(self, rows: Sequence[Answer], head: Head | None, device: torch.device) -> TeacherSignal:
@@ -149,7 +149,7 @@ class SampledKind(_SparseKind):
             real = drawn.weights > 0
             counts = (drawn.weights[real] * self.draws).round().short()
             parts.append((drawn.ids[real].int(), drawn.logps[real].to(self.number_dtype), counts, real.sum(-1).short()))
-        joined = [torch.cat(each).cpu() for each in zip(*parts, strict=True)]
+        joined = [torch.cat(chunks).cpu() for chunks in zip(*parts, strict=True)]
         return dict(zip(("ids", "logps", "counts", "lengths"), joined, strict=True))
 
     def answer(self, rows: Sequence[Answer], head: Head | None, device: torch.device) -> TeacherSignal:
@@ -176,7 +176,7 @@ _SPARSE: dict[str, type[TopK] | type[Sampled]] = {"topk": TopK, "sampled": Sampl
 
 
 def refuse_sparse(kind: str, setting: str, wants: Requirements) -> None:
-    """Refuse a sparse kind of answers, cached or from afar, where the loss cannot be had from it.
+    """Refuse a sparse kind of answers, cached or remote, where the loss cannot be had from it.
 
     Raises:
         ConfigurationError: naming the kind by its `setting`.

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 def source_of(teacher: Any) -> Any:
-    """The name or the model behind a teacher as it was given."""
+    """Return the name or the model behind a teacher as it was given."""
     return teacher.model if isinstance(teacher, LocalTeacher) else teacher
 
 
 def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
-    """What the answers in a cache of this run depend on."""
+    """Return what the answers in a cache of this run depend on."""
     source = source_of(pair.teacher)
     kind, sampled = options.teacher_cache_kind, options.teacher_cache_kind == "sampled"
     teacher_rows = rows_of(source, options)
@@ -89,14 +89,14 @@ def record_identity(
     return recorded
 
 
-def check_vocabulary(identity: CacheIdentity, own: Any, student_rows: int) -> None:
+def check_vocabulary(identity: CacheIdentity, tokenizer: Any, student_rows: int) -> None:
     """Refuse a cache whose ids are not the student's."""
-    if identity.tokenizer != tokenizer_fingerprint(own):
+    if identity.tokenizer != tokenizer_fingerprint(tokenizer):
         raise ConfigurationError(
             f"The teacher cache of {identity.teacher!r} was made with another tokenizer than the student's: the same "
             "ids stand for other tokens. Use the tokenizer it was made with, or make a new cache."
         )
-    shared = shared_vocabulary(own, own, student_rows, identity.teacher_rows)
+    shared = shared_vocabulary(tokenizer, tokenizer, student_rows, identity.teacher_rows)
     if identity.kind != "hidden" and (identity.teacher_rows if shared is None else shared) != identity.vocab_size:
         raise ConfigurationError(
             f"The teacher cache holds probabilities over {identity.vocab_size} ids, but student and teacher share "
@@ -107,7 +107,7 @@ def check_vocabulary(identity: CacheIdentity, own: Any, student_rows: int) -> No
 def missing_from_cache(
     pair: Pair, options: TeacherOptions, rows: Iterable[Mapping[str, Any]]
 ) -> tuple[int, int, float]:
-    """Tokenised rows that the configured cache lacks, their tokens, and about how many bytes they will take.
+    """Count the tokenised rows that the configured cache lacks, their tokens, and about their bytes.
 
     Nothing is loaded or written.
 
@@ -136,12 +136,12 @@ def config_of(source: Any, options: TeacherOptions, role: str = "student or teac
 
 
 def rows_of(source: Any, options: TeacherOptions) -> int:
-    """Rows of its output head."""
+    """Count the rows of its output head."""
     return config_of(source, options).get_text_config().vocab_size
 
 
 def dtype_of(source: Any, config: Any, options: TeacherOptions) -> torch.dtype:
-    """The dtype that the teacher has or is going to have."""
+    """Return the dtype that the teacher has or is going to have."""
     settings: Any = options.teacher_model_init_kwargs or {}
     told = settings.get("dtype") if isinstance(source, str) else models.causal_lm_of(source).dtype
     return models.dtype_of(told, config)

@@ -107,7 +107,7 @@ class TeacherCache:
         return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
 
     def keys(self) -> list[bytes]:
-        """Keys of all rows."""
+        """Return the keys of all rows."""
         return list(self._where.keys() | self._pending.keys())
 
     # ---- Reading ----------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class TeacherCache:
             self._report_damage(path, "was written under another identity than this cache's (copied from elsewhere?)")
             return
         keys = index["keys"].tobytes()
-        offsets = {name.removeprefix(_OFFSETS): each for name, each in index.items() if name.startswith(_OFFSETS)}
+        offsets = {name.removeprefix(_OFFSETS): values for name, values in index.items() if name.startswith(_OFFSETS)}
         rows = len(index["tokens"])
         shard = _Shard(path, index["tokens"], index["checksums"], offsets, np.zeros(rows, dtype=bool))
         self._shards[path.name] = shard
@@ -149,7 +149,7 @@ class TeacherCache:
             self._where[keys[row * _KEY_BYTES : (row + 1) * _KEY_BYTES]] = (shard, row)
 
     def read(self, key: bytes) -> Answer | None:
-        """The row of `key`, or None if it is not here or is damaged (which is reported once)."""
+        """Read the row of `key`; None if it is missing or damaged (which is reported once)."""
         if key in self._pending:
             return self._pending[key][0]
         if key not in self._where:
@@ -197,9 +197,9 @@ class TeacherCache:
         Raises:
             CacheError: the shard could not be written; nothing of it is left behind.
         """
-        kept = {name: values.detach().to("cpu").contiguous() for name, values in row.items()}
-        self._pending[key] = (kept, tokens)
-        self._pending_bytes += sum(values.nbytes for values in kept.values())
+        arrays = {name: values.detach().to("cpu").contiguous() for name, values in row.items()}
+        self._pending[key] = (arrays, tokens)
+        self._pending_bytes += sum(values.nbytes for values in arrays.values())
         if self._pending_bytes >= self.shard_bytes:
             self.flush()
 
@@ -215,7 +215,7 @@ class TeacherCache:
         index: dict[str, np.ndarray] = {
             "keys": np.frombuffer(b"".join(keys), dtype=np.uint8),
             "tokens": np.array([tokens for _, tokens in self._pending.values()], dtype=np.int64),
-            "checksums": np.array([row_checksum(*each) for each in zip(keys, rows, strict=True)], dtype=np.int64),
+            "checksums": np.array([row_checksum(*keyed) for keyed in zip(keys, rows, strict=True)], dtype=np.int64),
         }
         for name in rows[0]:
             index[_OFFSETS + name] = np.cumsum([0, *(len(row[name]) for row in rows)], dtype=np.int64)
@@ -247,7 +247,7 @@ class TeacherCache:
 
 
 def row_checksum(key: bytes, row: Mapping[str, Tensor]) -> int:
-    """CRC-32 of a key and named arrays."""
+    """Return the CRC-32 of a key and named arrays."""
     checksum = zlib.crc32(key)
     for name in sorted(row):
         values = row[name].contiguous()

@@ -102,7 +102,7 @@ class CachedTeacher(Teacher):
 
     @classmethod
     def opened(cls, pair: Pair, options: TeacherOptions) -> CachedTeacher:
-        """The cache of `teacher_placement: cached`, or one that was given."""
+        """Return the cache of `teacher_placement: cached`, or one that was given."""
         if isinstance(pair.teacher, cls):
             teacher = pair.teacher
         else:
@@ -114,7 +114,7 @@ class CachedTeacher(Teacher):
 
     @classmethod
     def in_front_of(cls, load: Callable[[], Any], pair: Pair, options: TeacherOptions) -> CachedTeacher:
-        """The configured cache, and a teacher that `load` gives for what it lacks; a new folder is begun.
+        """Put the configured cache in front of a teacher that `load` gives; a new folder is begun.
 
         Raises:
             ConfigurationError: the cache was made under other conditions, or belongs to another tokenizer.
@@ -192,16 +192,16 @@ class CachedTeacher(Teacher):
             yield whole
 
     def fingerprint(self) -> str:
-        """That of the live teacher, which is loaded for it only if the cache does not say."""
+        """Return that of the live teacher, which is loaded only if the cache does not say."""
         return self.identity.weights or read_learnt(self.cache.folder).get("weights") or self.live().fingerprint()
 
     def eos_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """As `models.eos_ids` of the live teacher, which is loaded for it only if the cache does not say."""
-        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        """Return `models.eos_ids` of the live teacher, which is loaded only if the cache does not say."""
+        of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         recorded = read_learnt(self.cache.folder).get("eos_token_ids")
         if recorded is None:
             recorded = models.generation_eos_ids(self.live().model)
-        return list(dict.fromkeys(own + recorded))
+        return list(dict.fromkeys(of_tokenizer + recorded))
 
     def shared_ids(self, tokenizer: Any, student_rows: int, teacher_tokenizer: Any = None) -> int | None:
         # Its rows were made with the student's tokenizer.
@@ -262,7 +262,7 @@ class CachedTeacher(Teacher):
         self.live()
 
     def live(self) -> LocalTeacher:
-        """The live teacher, loaded if need be.
+        """Return the live teacher, loaded if need be.
 
         Raises:
             ConfigurationError: there is none.
@@ -315,8 +315,8 @@ class CachedTeacher(Teacher):
         wanted = {key for key in keys if key is not None}
         if any(key not in self.cache for key in wanted):
             self.cache.refresh()  # another process may have met them
-        found = {key: self.cache.read(key) for key in wanted}
-        return {key: row for key, row in found.items() if row is not None}
+        rows = {key: self.cache.read(key) for key in wanted}
+        return {key: row for key, row in rows.items() if row is not None}
 
     def _all_ask(self, need: bool) -> bool:
         """Whether the live teacher is asked now: by whoever needs it, or by all processes if any of them does."""
@@ -331,19 +331,19 @@ class CachedTeacher(Teacher):
     ) -> dict[bytes, Answer]:
         """The live teacher's answers for some rows of a batch, recorded if they are expected."""
         numbers = torch.tensor(list(missing.values()) or [0], device=predicts.device)
-        few = {name: values[numbers] for name, values in inputs.items()}
-        width = int(few["attention_mask"].any(0).nonzero().max()) + 1
-        few = {name: values[:, :width] for name, values in few.items()}
-        asked = predicts[numbers][:, : width - 1]
+        selected = {name: values[numbers] for name, values in inputs.items()}
+        width = int(selected["attention_mask"].any(0).nonzero().max()) + 1
+        selected = {name: values[:, :width] for name, values in selected.items()}
+        trained = predicts[numbers][:, : width - 1]
         teacher = self.live()
-        signal = teacher.signal(few, asked, vocab_size)
+        signal = teacher.signal(selected, trained, vocab_size)
         if isinstance(signal, HiddenStates):
             self._head = signal.head.cut_to(None)
         with teacher.whole_head(signal) as whole:
             self._keep_facts(whole)
             if not missing:
                 return {}
-            counts = asked.sum(1).tolist()
+            counts = trained.sum(1).tolist()
             with torch.autocast(predicts.device.type, enabled=False):  # the head's product is never rounded
                 rows = dict(zip(missing, self.kind.store(whole, counts, list(missing)), strict=True))
         for (key, row), count in zip(rows.items(), counts, strict=True):
@@ -361,8 +361,8 @@ class CachedTeacher(Teacher):
         learnt = read_learnt(folder)
         if "eos_token_ids" not in learnt:
             assert self._live is not None
-            own = models.generation_eos_ids(self._live.model)
-            write_learnt(folder, {**learnt, "weights": self._live.fingerprint(), "eos_token_ids": own})
+            eos_ids = models.generation_eos_ids(self._live.model)
+            write_learnt(folder, {**learnt, "weights": self._live.fingerprint(), "eos_token_ids": eos_ids})
 
     def _needs_head(self) -> bool:
         return self.identity.kind == "hidden" and self._head is None and not (self.cache.folder / _HEAD).exists()

@@ -25,7 +25,7 @@ LIMITS = ("max_rows", "max_tokens", "max_row_tokens", "max_answer_bytes")
 
 
 def token_from_environment() -> str | None:
-    """The token that teachers' servers want, as clients and servers find it.
+    """Find the token that teachers' servers want, as clients and servers do.
 
     Raises:
         ConfigurationError: it cannot be sent in a header.
@@ -71,11 +71,11 @@ class Dialect(ABC):
 
     @abstractmethod
     def compare_tokenizer(self, endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ConfigurationError if the server's ids stand for other tokens."""
+        """Raise ConfigurationError if the server's ids stand for other tokens."""
 
     @abstractmethod
     def ask(self, question: Question, endpoint: Endpoint) -> Answer:
-        """The rows' answers, joined end to end.
+        """Return the rows' answers, joined end to end.
 
         Raises:
             Again, TeacherServerError: as `Endpoint.request`.
@@ -99,11 +99,11 @@ class OwnDialect(Dialect):
         self.info = info
 
     def compare_tokenizer(self, endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:
-        own = tokenizer_fingerprint(tokenizer)
-        if own != self.info["tokenizer"]:
+        student = tokenizer_fingerprint(tokenizer)
+        if student != self.info["tokenizer"]:
             raise ConfigurationError(
                 f"The teacher {self.info['teacher']!r} at {endpoint.url} has the tokenizer {self.info['tokenizer']}, "
-                f"the student's is {own}: the same ids stand for other tokens. Choose a student of the teacher's "
+                f"the student's is {student}: the same ids stand for other tokens. Choose a student of the teacher's "
                 "family and use the teacher's tokenizer for both."
             )
 
@@ -116,7 +116,7 @@ class OwnDialect(Dialect):
         return arrays
 
     def same_weights(self, weights: Any, endpoint: Endpoint) -> None:
-        """Raises TeacherServerError if a server that was started again serves another model."""
+        """Raise TeacherServerError if a server that was started again serves another model."""
         if weights != self.info["weights"]:
             raise TeacherServerError(
                 f"The server {endpoint.url} serves other weights than {self.info['teacher']!r} at the start of the run "
@@ -124,7 +124,7 @@ class OwnDialect(Dialect):
             )
 
     def head(self, device: torch.device, endpoint: Endpoint) -> Head:
-        """The teacher's head, whole as its server had it."""
+        """Fetch the teacher's head, whole as its server had it."""
         data = endpoint.request("/v1/head")
         if hashlib.sha256(data).hexdigest() != self.info["head_sha256"]:
             raise Again(f"the head from {endpoint.url} has not the hash that it should have", broken=True)

@@ -34,7 +34,7 @@ class Again(Exception):
 
     Args:
         retry_after: seconds that the server asks to wait.
-        broken: the server was there, but failed or answered nonsense, which waiting may not mend.
+        broken: the server was there, but failed or answered nonsense, which waiting may not fix.
     """
 
     def __init__(self, reason: str, retry_after: float = 0.0, broken: bool = False):
@@ -43,12 +43,12 @@ class Again(Exception):
 
 
 def parse_servers(text: str) -> list[str]:
-    """The addresses in `text`, without `/v1` at their end.
+    """Read the addresses in `text`, without `/v1` at their end.
 
     Raises:
         ConfigurationError: one is no address, holds a password, or comes twice.
     """
-    found = []
+    addresses = []
     for part in text.split(","):
         address = part.strip().rstrip("/").removesuffix("/v1").rstrip("/")
         try:
@@ -66,10 +66,10 @@ def parse_servers(text: str) -> list[str]:
                 f"The address of the teacher's server at {url.hostname} holds a user or password, which would end up "
                 "in logs. Put the server's token into the environment variable DISTILL_TEACHER_TOKEN."
             )
-        if address in found:
+        if address in addresses:
             raise ConfigurationError(f"The teacher's server {address} is named twice.")
-        found.append(address)
-    return found
+        addresses.append(address)
+    return addresses
 
 
 class Endpoint:
@@ -83,16 +83,16 @@ class Endpoint:
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def request(self, path: str, body: bytes | None = None, kind: str = "application/octet-stream") -> bytes:
-        """The body of the answer to a GET, or to a POST of `body`.
+        """Return the body of the answer to a GET, or to a POST of `body`.
 
         Raises:
             Again: it may work later.
             TeacherServerError: the server refuses, and will again.
         """
         headers = self._headers if body is None else {**self._headers, "Content-Type": kind}
-        how: dict[str, Any] = {"headers": headers, "timeout": self._timeout, "retries": False, "redirect": False}
+        options: dict[str, Any] = {"headers": headers, "timeout": self._timeout, "retries": False, "redirect": False}
         try:
-            response = self._pool.request("GET" if body is None else "POST", self.url + path, body=body, **how)
+            response = self._pool.request("GET" if body is None else "POST", self.url + path, body=body, **options)
         except urllib3.exceptions.HTTPError as error:
             raise Again(_short(error)) from error
         if response.status == 200:
@@ -103,7 +103,7 @@ class Endpoint:
         raise TeacherServerError(f"The teacher's server {self.url} refuses: {reason}", response.status)
 
     def json(self, path: str, question: Any = None) -> Any:
-        """As `request`, in JSON both ways."""
+        """Do as `request`, in JSON both ways."""
         body = None if question is None else json.dumps(question).encode()
         answer = self.request(path, body, "application/json")
         try:
@@ -120,7 +120,7 @@ class Attempt(Generic[T]):
         self._future = servers.submit(call)
 
     def result(self) -> T:
-        """What the call gave, on whichever server, tried again while servers are away.
+        """Return what the call gave, on whichever server, tried again while servers are away.
 
         Raises:
             TeacherServerError: a server refuses, answers nonsense again and again, or none is back in time.
@@ -172,11 +172,11 @@ class Servers:
         return ", ".join(endpoint.url for endpoint in self.endpoints)
 
     def start_with(self, number: int) -> None:
-        """Processes that start with different servers share them evenly."""
+        """Start with one server; processes that start with different ones share them evenly."""
         self._turn = number
 
     def submit(self, call: Callable[[Endpoint], T]) -> futures.Future[T]:
-        """One attempt in the background."""
+        """Make an attempt in the background."""
         return self._threads.submit(self._run, call)
 
     def wait_for_any(self, reason: str, away: float) -> None:
@@ -190,7 +190,7 @@ class Servers:
             time.sleep(min(left, 0.2))
 
     def stop_waiting(self) -> None:
-        """Servers that are away are not waited for any more. May be called by a signal's handler."""
+        """Stop waiting for servers that are away. A signal's handler may call it."""
         self.waits_no_more = True
 
     def _run(self, call: Callable[[Endpoint], T]) -> T:
@@ -214,7 +214,7 @@ class Servers:
             now, count = time.monotonic(), len(self.endpoints)
             order = [self.endpoints[(self._turn + i) % count] for i in range(count)]
             self._turn += 1
-            chosen = min(order, key=lambda each: (max(0.0, each.not_before - now), each.in_flight))
+            chosen = min(order, key=lambda endpoint: (max(0.0, endpoint.not_before - now), endpoint.in_flight))
             chosen.in_flight += 1
             return chosen
 
@@ -227,12 +227,12 @@ def _close(threads: futures.ThreadPoolExecutor, pool: urllib3.PoolManager) -> No
 def _reason(body: bytes) -> str:
     """What an error's body says, ours or an OpenAI-compatible server's."""
     try:
-        said = json.loads(body)
-        said = said.get("error", said.get("message", said)) if isinstance(said, dict) else said
-        said = said.get("message", said) if isinstance(said, dict) else said
+        content = json.loads(body)
+        content = content.get("error", content.get("message", content)) if isinstance(content, dict) else content
+        content = content.get("message", content) if isinstance(content, dict) else content
     except ValueError:
-        said = body.decode("utf-8", errors="replace")
-    return " ".join(str(said).split())[:300]
+        content = body.decode("utf-8", errors="replace")
+    return " ".join(str(content).split())[:300]
 
 
 def _asked_wait(headers: Any) -> float:

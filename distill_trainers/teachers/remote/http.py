@@ -35,7 +35,7 @@ _PIECE = 2**20
 
 
 def build_app(service: TeacherService, token: str | None = None) -> FastAPI:
-    """The application; it closes the service when the server stops.
+    """Build the application; it closes the service when the server stops.
 
     Args:
         token: that requests must bear; None lets everybody in.
@@ -192,7 +192,7 @@ class _PatientProtocol(H11Protocol):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at that address, which does not listen yet; port 0 takes a free one.
+    """Open a socket at that address, which does not listen yet; port 0 takes a free one.
 
     Raises:
         ConfigurationError: the address cannot be had.
@@ -210,7 +210,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def build_server(service: TeacherService, token: str | None = None) -> uvicorn.Server:
-    """A uvicorn server of `build_app`; `run(sockets=[bind(host, port)])` serves until it is told to exit."""
+    """Build a uvicorn server of `build_app`; `run(sockets=[bind(host, port)])` serves until it is told to exit."""
     limits = service.limits
     protocol = type("Protocol", (_PatientProtocol,), {"seconds": limits.slow_timeout})
     config = uvicorn.Config(
@@ -231,7 +231,7 @@ def build_server(service: TeacherService, token: str | None = None) -> uvicorn.S
 
 
 def serve(service: TeacherService, bound: socket.socket, token: str | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; then what runs is finished, what waits is told to come again, and it returns."""
+    """Serve until SIGTERM or SIGINT; what runs is finished, what waits is told to come again, then return."""
     server = build_server(service, token)
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -85,41 +85,41 @@ class OpenAIDialect(Dialect):
             )
 
     def compare_tokenizer(self, endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:
-        asked = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}
+        question = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}
         try:
-            theirs = endpoint.json("/tokenize", asked)["tokens"]
+            theirs = endpoint.json("/tokenize", question)["tokens"]
         except (TeacherServerError, KeyError, TypeError):
             logger.warning(
                 "%s has no /tokenize, so its tokenizer could not be compared with the student's: it must be the same.",
                 endpoint.url,
             )
             return
-        own = tokenizer.encode(PROBE, add_special_tokens=False)
-        if own != theirs:
+        ids = tokenizer.encode(PROBE, add_special_tokens=False)
+        if ids != theirs:
             raise ConfigurationError(
                 f"The teacher {self.model!r} at {endpoint.url} splits text into other ids than the student's tokenizer "
-                f"({theirs[:8]}…, {own[:8]}…). Choose a student of the teacher's family and use its tokenizer for both."
+                f"({theirs[:8]}…, {ids[:8]}…). Choose a student of the teacher's family and use its tokenizer for both."
             )
 
     def ask(self, question: Question, endpoint: Endpoint) -> Answer:
         k = question.wanted.top_k or 0
-        told = self._complete([ids.tolist() for ids, _ in question.rows], k, endpoint)
+        answers = self._complete([ids.tolist() for ids, _ in question.rows], k, endpoint)
         ids: list[list[int]] = []
         logps: list[list[float]] = []
-        for (row, positions), places in zip(question.rows, told, strict=True):
+        for (row, positions), places in zip(question.rows, answers, strict=True):
             try:
                 for position in positions.tolist():
-                    said = {int(token): float(each["logprob"]) for token, each in places[position + 1].items()}
-                    own = int(row[position + 1])
-                    chosen = sorted(said, key=lambda token: -said[token])[:k] if k else [own]
+                    logps_of = {int(token): float(entry["logprob"]) for token, entry in places[position + 1].items()}
+                    label = int(row[position + 1])
+                    chosen = sorted(logps_of, key=lambda token: -logps_of[token])[:k] if k else [label]
                     ids.append(chosen)
-                    logps.append([said[token] for token in chosen])
+                    logps.append([logps_of[token] for token in chosen])
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise Again(f"{endpoint.url} answers nonsense ({type(error).__name__})", broken=True) from error
         return self._row(ids, logps, k, endpoint)
 
     def _row(self, ids: list[list[int]], logps: list[list[float]], k: int, endpoint: Endpoint) -> Answer:
-        if k and any(len(each) < k for each in ids):
+        if k and any(len(chosen) < k for chosen in ids):
             raise Again(f"{endpoint.url} tells of fewer than {k} ids", broken=True)
         values = torch.tensor(logps, dtype=torch.float64)
         mass = values.exp().sum(-1)

@@ -229,8 +229,8 @@ class TeacherService:
                     for job in (job for job in jobs if not job.answer.done()):
                         try:
                             self._answer([job])
-                        except Exception as own:
-                            self._fail(job, own)
+                        except Exception as failure:
+                            self._fail(job, failure)
             with self._wake:
                 self._running = 0
 
@@ -261,7 +261,7 @@ class TeacherService:
     def _answer(self, jobs: Sequence[_Job]) -> None:
         started = time.monotonic()
         rows = [(job, number) for job in jobs for number in range(len(job.rows))]
-        rows.sort(key=lambda each: len(each[0].question.rows[each[1]][0]))
+        rows.sort(key=lambda job_row: len(job_row[0].question.rows[job_row[1]][0]))
         while rows:
             longest = len(rows[-1][0].question.rows[rows[-1][1]][0])
             count = max(1, self.limits.batch_tokens // longest)
@@ -270,27 +270,27 @@ class TeacherService:
         for job in jobs:
             parts = [row for row in job.rows if row is not None]
             joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            said = {"weights": self.info["weights"], "milliseconds": round(1e3 * (time.monotonic() - started))}
-            answer = pack(joined, said)
+            facts = {"weights": self.info["weights"], "milliseconds": round(1e3 * (time.monotonic() - started))}
+            answer = pack(joined, facts)
             self.counted["questions"] += 1
             self.counted["tokens"] += job.tokens
             job.answer.set_result(answer)
 
     def _forward(self, rows: Sequence[tuple[_Job, int]]) -> None:
         """One forward of rows of any questions; each gets what its question wants."""
-        asked = [job.question.rows[number] for job, number in rows]
-        signal = self._signal([ids for ids, _ in asked], [positions for _, positions in asked])
+        token_rows = [job.question.rows[number] for job, number in rows]
+        signal = self._signal([ids for ids, _ in token_rows], [positions for _, positions in token_rows])
         self.counted["forwards"] += 1
-        ends = torch.tensor([len(positions) for _, positions in asked]).cumsum(0).tolist()
-        places = [torch.arange(end - len(p), end) for end, (_, p) in zip(ends, asked, strict=True)]
+        ends = torch.tensor([len(positions) for _, positions in token_rows]).cumsum(0).tolist()
+        places = [torch.arange(end - len(p), end) for end, (_, p) in zip(ends, token_rows, strict=True)]
         groups: dict[Wanted, list[int]] = {}
         for index, (job, _) in enumerate(rows):
             groups.setdefault(job.question.wanted, []).append(index)
         for wanted, members in groups.items():
-            some = torch.cat([places[index] for index in members]).to(self.device)
-            labels = [torch.from_numpy(asked[index][0][asked[index][1] + 1]) for index in members]
-            keys = [row_key(*asked[index]) for index in members]
-            for index, row in zip(members, self._say(signal, some, wanted, labels, keys), strict=True):
+            tokens = torch.cat([places[index] for index in members]).to(self.device)
+            labels = [torch.from_numpy(token_rows[index][0][token_rows[index][1] + 1]) for index in members]
+            keys = [row_key(*token_rows[index]) for index in members]
+            for index, row in zip(members, self._say(signal, tokens, wanted, labels, keys), strict=True):
                 job, number = rows[index]
                 job.rows[number] = row
 
@@ -309,17 +309,17 @@ class TeacherService:
     def _say(
         self,
         signal: HiddenStates | Logits,
-        some: Tensor,
+        tokens: Tensor,
         wanted: Wanted,
         labels: Sequence[Tensor],
         keys: Sequence[bytes],
     ) -> list[Answer]:
         """What is wanted of `some` of the signal's tokens, cut into rows."""
         if isinstance(signal, HiddenStates):
-            signal = HiddenStates(signal.hidden[some], signal.head.cut_to(wanted.vocab_size))
+            signal = HiddenStates(signal.hidden[tokens], signal.head.cut_to(wanted.vocab_size))
         else:
-            signal = Logits(signal.values[some][:, : wanted.vocab_size])
-        counts = [len(each) for each in labels]
+            signal = Logits(signal.values[tokens][:, : wanted.vocab_size])
+        counts = [len(ids) for ids in labels]
         if wanted.kind != "token_logprobs":
             return CACHE_KINDS[wanted.kind](answer_identity(wanted, self.info)).store(signal, counts, keys)
         logps = signal_token_logps(signal, torch.cat(list(labels)).long().to(self.device))

@@ -102,7 +102,7 @@ class RemoteTeacher(Teacher):
 
     @classmethod
     def opened(cls, pair: Pair, options: TeacherOptions) -> RemoteTeacher:
-        """The teacher at an address, once its servers have told that they serve this student."""
+        """Return the teacher at an address, once its servers have told that they serve this student."""
         teacher = pair.teacher
         if not isinstance(teacher, cls):
             names = [field.name for field in dataclasses.fields(RemoteSettings) if field.name != "seed"]
@@ -112,29 +112,29 @@ class RemoteTeacher(Teacher):
         return teacher
 
     def __init__(self, servers: str | Sequence[str], settings: RemoteSettings | None = None, token: str | None = None):
-        self.settings = own = settings or RemoteSettings()
-        if own.kind not in SERVER_KINDS:
-            raise ConfigurationError(f"Got the kind {own.kind!r}; expected one of {', '.join(SERVER_KINDS)}.")
+        self.settings = settings = settings or RemoteSettings()
+        if settings.kind not in SERVER_KINDS:
+            raise ConfigurationError(f"Got the kind {settings.kind!r}; expected one of {', '.join(SERVER_KINDS)}.")
         urls = parse_servers(servers if isinstance(servers, str) else ",".join(servers))
-        self.servers = Servers(urls, token, own.concurrency, own.timeout, own.patience)
-        self.provides = frozenset({"token_logprobs" if own.kind == "token_logprobs" else "distribution"})  # type: ignore[misc]
-        found = [self._connect(endpoint) for endpoint in self.servers.endpoints]
-        self.dialect = found[0]
+        self.servers = Servers(urls, token, settings.concurrency, settings.timeout, settings.patience)
+        self.provides = frozenset({"token_logprobs" if settings.kind == "token_logprobs" else "distribution"})  # type: ignore[misc]
+        dialects = [self._connect(endpoint) for endpoint in self.servers.endpoints]
+        self.dialect = dialects[0]
         self.info = self.dialect.info
-        for url, other in zip(urls, found, strict=True):
+        for url, other in zip(urls, dialects, strict=True):
             if any(other.info[name] != self.info[name] for name in ("weights", "tokenizer", "vocab_rows")):
                 raise ConfigurationError(
                     f"The servers {urls[0]} and {url} serve different teachers: {self.info['teacher']!r} "
                     f"({self.info['weights']}) and {other.info['teacher']!r} ({other.info['weights']}). Name servers "
                     "of one teacher."
                 )
-            if own.kind not in other.info["kinds"]:
+            if settings.kind not in other.info["kinds"]:
                 raise ConfigurationError(
-                    f"Got `teacher_server_kind: {own.kind}`, but the server {url} tells only "
+                    f"Got `teacher_server_kind: {settings.kind}`, but the server {url} tells only "
                     f"{', '.join(other.info['kinds'])}. Choose one of these."
                 )
         for name in LIMITS:  # any of them may be asked any question
-            limits = [each.info[name] for each in found if each.info[name] is not None]
+            limits = [dialect.info[name] for dialect in dialects if dialect.info[name] is not None]
             self.info[name] = min(limits) if limits else None
         self.name = self.info["teacher"]
         self._device = torch.device("cpu")
@@ -154,7 +154,7 @@ class RemoteTeacher(Teacher):
         except Again as error:
             raise ConfigurationError(
                 f"The teacher's server {endpoint.url} does not answer ({error}). Start it with `distill-trainers "
-                "serve-teacher --model …` and wait until it says that it serves, or mend `teacher_model_name_or_path`."
+                "serve-teacher --model …` and wait until it says that it serves, or fix `teacher_model_name_or_path`."
             ) from error
         except TeacherServerError as error:
             remedy = "Check the address"
@@ -183,15 +183,15 @@ class RemoteTeacher(Teacher):
             )
 
     def limit_ids(self, student_rows: int) -> None:
-        """Ids that the student has; answers about others are refused."""
+        """Set the ids that the student has; answers about others are refused."""
         known = self.info["vocab_rows"]
         self._known_ids = student_rows if known is None else min(known, student_rows)
 
     def shared_ids(self, tokenizer: Any, student_rows: int, teacher_tokenizer: Any = None) -> int | None:
         # A server that does not tell its number of ids leaves all of them in.
         self.limit_ids(student_rows)
-        told = self.info["vocab_rows"]
-        return None if told is None else shared_vocabulary(tokenizer, tokenizer, student_rows, told)
+        rows = self.info["vocab_rows"]
+        return None if rows is None else shared_vocabulary(tokenizer, tokenizer, student_rows, rows)
 
     def prepare(self, accelerator: Accelerator) -> None:
         self._device = accelerator.device
@@ -199,7 +199,7 @@ class RemoteTeacher(Teacher):
 
     @contextlib.contextmanager
     def asking_ahead(self) -> Iterator[bool]:
-        """Within it, `signal` sends its question and returns None; asked once more, it takes up the answer."""
+        """Let `signal`, within it, send its question and return None; asked once more, it takes up the answer."""
         self._forget()
         self._announcing = True
         try:
@@ -255,14 +255,14 @@ class RemoteTeacher(Teacher):
         self._ahead.clear()
 
     def _wanted(self, vocab_size: int | None) -> Wanted:
-        own = self.settings
+        settings = self.settings
         return Wanted(
-            own.kind,
+            settings.kind,
             vocab_size,
-            own.dtype,
-            top_k=own.top_k if own.kind == "topk" else None,
-            draws=own.draws if own.kind == "sampled" else None,
-            seed=own.seed if own.kind == "sampled" else None,
+            settings.dtype,
+            top_k=settings.top_k if settings.kind == "topk" else None,
+            draws=settings.draws if settings.kind == "sampled" else None,
+            seed=settings.seed if settings.kind == "sampled" else None,
         )
 
     def _ask(self, rows: Sequence[TokenRow], vocab_size: int | None) -> list[Attempt[Answer]]:
@@ -274,15 +274,15 @@ class RemoteTeacher(Teacher):
     def _parts(self, rows: Sequence[TokenRow], wanted: Wanted) -> list[list[TokenRow]]:
         """Rows in parts that a server takes, and as many parts as there are servers."""
         info, share = self.info, sum(len(ids) for ids, _ in rows) / len(self.servers.endpoints)
-        each = answer_bytes(wanted, info) if info["vocab_rows"] else 0.0
+        token_bytes = answer_bytes(wanted, info) if info["vocab_rows"] else 0.0
         parts: list[list[TokenRow]] = []
         tokens, size = 0, 0.0
         for row in rows:
-            grown, larger = tokens + len(row[0]), size + each * len(row[1])
+            grown, larger = tokens + len(row[0]), size + token_bytes * len(row[1])
             full = grown > info["max_tokens"] or larger > info["max_answer_bytes"] or tokens >= share
             if not parts or full or len(parts[-1]) >= info["max_rows"]:
                 parts.append([])
-                grown, larger = len(row[0]), each * len(row[1])
+                grown, larger = len(row[0]), token_bytes * len(row[1])
             parts[-1].append(row)
             tokens, size = grown, larger
         return parts

@@ -71,14 +71,14 @@ class Question:
         return [len(positions) for _, positions in self.rows]
 
 
-def pack(arrays: Mapping[str, Tensor], said: Mapping[str, Any]) -> bytes:
-    """Arrays on the CPU, and a few values beside them, as one message."""
-    whole = {name: array.contiguous() for name, array in arrays.items()}
-    return save(whole, {"protocol": str(PROTOCOL), "said": json.dumps(dict(said))})
+def pack(arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
+    """Pack arrays on the CPU, and a few values beside them, into one message."""
+    contiguous = {name: array.contiguous() for name, array in arrays.items()}
+    return save(contiguous, {"protocol": str(PROTOCOL), "said": json.dumps(dict(facts))})
 
 
 def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `pack` was given.
+    """Return what `pack` was given.
 
     Raises:
         WireError: the bytes are no such message, or of another version of the protocol.
@@ -90,10 +90,10 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata = json.loads(message[8 : 8 + size])["__metadata__"]
         if metadata["protocol"] != str(PROTOCOL):
             raise WireError(f"it is of protocol {metadata['protocol']!r}, expected {PROTOCOL}")
-        arrays, said = load(message), json.loads(metadata["said"])
-        if not isinstance(said, dict):
+        arrays, facts = load(message), json.loads(metadata["said"])
+        if not isinstance(facts, dict):
             raise WireError("its values are not a mapping")
-        return arrays, said
+        return arrays, facts
     except WireError:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
@@ -114,12 +114,12 @@ def pack_question(question: Question) -> bytes:
 
 
 def unpack_question(message: bytes) -> Question:
-    """The question in a message; ids may still be too large for a model.
+    """Read the question in a message; ids may still be too large for a model.
 
     Raises:
         WireError: naming what is wrong with it.
     """
-    arrays, said = unpack(message)
+    arrays, facts = unpack(message)
     if arrays.keys() != {"ids", "predicts", "lengths"}:
         raise WireError(f"it holds {sorted(arrays)}, expected ids, lengths and predicts")
     ids, predicts, lengths = (arrays[name] for name in ("ids", "predicts", "lengths"))
@@ -132,25 +132,25 @@ def unpack_question(message: bytes) -> Question:
     if ids.min() < 0:
         raise WireError("some ids are negative")
     rows = []
-    for own, mask in zip(_split(ids, sizes), _split(predicts, sizes), strict=True):
+    for row_ids, mask in zip(_split(ids, sizes), _split(predicts, sizes), strict=True):
         positions = np.flatnonzero(mask)
-        if not len(positions) or positions[-1] == len(own) - 1:
+        if not len(positions) or positions[-1] == len(row_ids) - 1:
             raise WireError("each row must ask about some of its positions, and not about its last one")
-        rows.append((own, positions))
-    tokenizer = said.pop("tokenizer", None)
+        rows.append((row_ids, positions))
+    tokenizer = facts.pop("tokenizer", None)
     if not isinstance(tokenizer, str):
         raise WireError("it does not say of which tokenizer its ids are")
-    return Question(_wanted(said), tokenizer, rows)
+    return Question(_wanted(facts), tokenizer, rows)
 
 
 def _split(array: Tensor, sizes: Sequence[int]) -> list[np.ndarray]:
     return np.split(array.numpy(), np.cumsum(sizes)[:-1])
 
 
-def _wanted(said: Mapping[str, Any]) -> Wanted:
-    if said.keys() != {f.name for f in fields(Wanted)}:
-        raise WireError(f"it asks with {sorted(said)}, expected {sorted(f.name for f in fields(Wanted))}")
-    wanted = Wanted(**said)
+def _wanted(facts: Mapping[str, Any]) -> Wanted:
+    if facts.keys() != {f.name for f in fields(Wanted)}:
+        raise WireError(f"it asks with {sorted(facts)}, expected {sorted(f.name for f in fields(Wanted))}")
+    wanted = Wanted(**facts)
     if wanted.kind not in SERVER_KINDS:
         raise WireError(f"it asks for {wanted.kind!r}, expected one of {', '.join(SERVER_KINDS)}")
     numbers = {"vocab_size": 2**31, "top_k": 2**31, "draws": 32767, "seed": 2**63}
@@ -166,12 +166,12 @@ def _wanted(said: Mapping[str, Any]) -> Wanted:
 
 
 def pack_head(head: Head) -> bytes:
-    """A whole head with all that belongs to it."""
+    """Pack a whole head with all that belongs to it."""
     return pack(*head_parts(head))
 
 
 def unpack_head(message: bytes, device: torch.device) -> Head:
-    """The head that `pack_head` was given, on `device`.
+    """Return the head that `pack_head` was given, on `device`.
 
     Raises:
         WireError: it is no head.
@@ -183,7 +183,7 @@ def unpack_head(message: bytes, device: torch.device) -> Head:
 
 
 def problem_of(answer: Answer, count: int, wanted: Wanted, info: dict[str, Any], known_ids: int | None) -> str | None:
-    """Why an answer cannot be about `count` tokens; None if it can.
+    """Say why an answer cannot be about `count` tokens; None if it can.
 
     Args:
         known_ids: ids from here on are in no vocabulary; None if that is not known.
@@ -212,7 +212,7 @@ def problem_of(answer: Answer, count: int, wanted: Wanted, info: dict[str, Any],
 
 
 def empty_answer(count: int, wanted: Wanted, info: dict[str, Any], dtype: torch.dtype | None = None) -> Answer:
-    """An answer about `count` tokens that says nothing: right shapes, finite numbers.
+    """Make an answer about `count` tokens that says nothing: right shapes, finite numbers.
 
     Args:
         dtype: of hidden states.
@@ -239,7 +239,7 @@ NUMBER_DTYPES = {**{name: kind.dtypes for name, kind in CACHE_KINDS.items()}, "t
 
 
 def answer_bytes(wanted: Wanted, info: dict[str, Any]) -> float:
-    """About how many bytes an answer takes for each trained token."""
+    """Estimate how many bytes an answer takes for each trained token."""
     if wanted.kind == "token_logprobs":
         return 4.0
     identity, dtype = answer_identity(wanted, info), getattr(torch, info["dtype"])
@@ -247,7 +247,7 @@ def answer_bytes(wanted: Wanted, info: dict[str, Any]) -> float:
 
 
 def answer_identity(wanted: Wanted, info: dict[str, Any]) -> CacheIdentity:
-    """What is wanted, in the terms of `cache_kinds`, which knows how answers are stored and read."""
+    """Tell what is wanted in the terms of `cache_kinds`, which knows how answers are stored and read."""
     rows = info["vocab_rows"]
     return CacheIdentity(
         kind=wanted.kind,

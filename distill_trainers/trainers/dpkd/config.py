@@ -106,7 +106,7 @@ class DPKDConfig(DistillConfig):
         return replace(wants, keeps_reference=keeps)
 
     def has_pairs(self, row: Mapping[str, Any] | None) -> bool:
-        """Whether the dataset of this row has chosen and rejected responses."""
+        """Tell whether the dataset of this row has chosen and rejected responses."""
         return row is not None and is_pair(row, self.column_mapping)  # type: ignore[arg-type]  # parsed by now
 
     def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:

@@ -55,7 +55,7 @@ class CollapseGuard(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def message(self, step: int) -> str:
-        """What was seen, and what to change."""
+        """Say what was seen, and what to change."""
         changes = ", ".join(
             f"{side} {self.start[f'nll_{side}']:.2f} → {self.now[f'nll_{side}']:.2f}" for side in ("chosen", "rejected")
         )

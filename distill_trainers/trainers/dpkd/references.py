@@ -67,7 +67,7 @@ class ReferenceLogps:
 
     @torch.no_grad()
     def of(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """`[B, T]`: log-probability of each trained token, 0 elsewhere."""
+        """Return `[B, T]`: log-probability of each trained token, 0 elsewhere."""
         predicts = trained_mask(batch["labels"])
         keys = batch_keys(batch, predicts) if self.store is not None else []
         rows = self._known(keys)
@@ -79,8 +79,8 @@ class ReferenceLogps:
                     self._keep(key, values[number][predicts[number]])
         else:
             known = [rows[key]["logps"] for key in keys if key is not None]
-            found = torch.cat(known).to(predicts.device) if known else torch.zeros(0, device=predicts.device)
-            values = torch.zeros(predicts.shape, dtype=found.dtype, device=found.device).masked_scatter(predicts, found)
+            logps = torch.cat(known).to(predicts.device) if known else torch.zeros(0, device=predicts.device)
+            values = torch.zeros(predicts.shape, dtype=logps.dtype, device=logps.device).masked_scatter(predicts, logps)
         return torch.nn.functional.pad(values, (1, 0))
 
     def _ask(self, batch: Mapping[str, Tensor], predicts: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class ReferenceLogps:
     def _known(self, keys: Iterable[bytes | None]) -> dict[bytes | None, dict[str, Tensor]]:
         if self.store is None:
             return {}
-        found = {key: self.store.read(key) for key in set(keys) if key is not None and key in self.store}
-        return {key: row for key, row in found.items() if row is not None}
+        rows = {key: self.store.read(key) for key in set(keys) if key is not None and key in self.store}
+        return {key: row for key, row in rows.items() if row is not None}
 
     def _keep(self, key: bytes | None, logps: Tensor) -> None:
         assert self.store is not None and key is not None
@@ -127,7 +127,7 @@ class ReferenceLogps:
         return bool(self.run.accelerator.reduce(votes, reduction="sum").item())
 
     def fill(self, pairs: Any) -> int:
-        """Ask for all rows of a dataset of tokenised pairs that the store lacks; returns how many there were.
+        """Ask for all rows of tokenised pairs that the store lacks; return how many there were.
 
         Each batch is kept as it comes: a killed run goes on where it was. Processes share the work.
         """
@@ -148,8 +148,8 @@ class ReferenceLogps:
         world, rank = accelerator.num_processes, accelerator.process_index
         collate = DistillCollator(run.processing_class.pad_token_id)
         for turn in tqdm(range(-(-len(batches) // world)), desc="Reference log-probabilities", disable=rank != 0):
-            mine = min(turn * world + rank, len(batches) - 1)
-            self.of({name: entry.to(run.args.device) for name, entry in collate(batches[mine]).items()})
+            number = min(turn * world + rank, len(batches) - 1)
+            self.of({name: entry.to(run.args.device) for name, entry in collate(batches[number]).items()})
         self.flush()
         accelerator.wait_for_everyone()
         self.store.refresh()
@@ -177,7 +177,7 @@ class ReferenceKeeper(TrainerCallback):
 
 
 def initial_student(run: Run, source: Any, quantization_config: Any) -> Callable[[], LocalTeacher]:
-    """How to get the student as it was given: itself without a new adapter, its folder again, or a frozen copy.
+    """Return how to get the initial student: itself without a new adapter, its folder again, or a frozen copy.
 
     Raises:
         ConfigurationError: its weights are sharded already, and it has no name to be loaded by.
@@ -205,12 +205,12 @@ def initial_student(run: Run, source: Any, quantization_config: Any) -> Callable
 
 
 def source_fingerprint(source: Any) -> str | None:
-    """What tells the student's weights before an adapter is added; None for one that is given by name."""
+    """Identify the student's weights before an adapter is added; None for one given by name."""
     return None if isinstance(source, str) else base_fingerprint(source)
 
 
 def open_store(run: PreferenceRun, folder: str, source: Any, weights: str | None) -> TeacherCache:
-    """The store of a reference's log-probabilities, made if it is not there.
+    """Open the store of a reference's log-probabilities; make it if it is missing.
 
     Args:
         source: the reference: a name, or a model.
@@ -237,7 +237,7 @@ def open_store(run: PreferenceRun, folder: str, source: Any, weights: str | None
 def reference_of(
     run: PreferenceRun, student: Any, teacher: Any, fingerprint: str | None, quantization_config: Any
 ) -> ReferenceLogps | None:
-    """The reference that a run's config names; None where the teacher's own signal says all that is needed.
+    """Return the reference that a run's config names; None where the teacher's own signal is enough.
 
     Args:
         student, teacher: as the run was given them.

@@ -43,7 +43,7 @@ class StudentResponses:
         if self.refresh_steps > 1:
             both = zip(sampled_rows(batches), sampled_rows(sampled), strict=True)
             self.kept.push(gather_object([(prompt, chosen, rejected) for (prompt, chosen), (_, rejected) in both]))
-        return [self._join(*each) for each in zip(batches, sampled, strict=True)]
+        return [self._join(*sides) for sides in zip(batches, sampled, strict=True)]
 
     def _replayed(self, batches: list[Batch], count: int, step: int) -> list[Batch]:
         run = self.run
@@ -51,7 +51,7 @@ class StudentResponses:
         pad, multiple = run.sampling.pad_token_id, run.args.pad_to_multiple_of
         sides = ([(row[0], row[side]) for row in rows] for side in (1, 2))
         chosen, rejected = (with_rows(batches, side, pad, multiple) for side in sides)
-        return [self._join(*each) for each in zip(chosen, rejected, strict=True)]
+        return [self._join(*both) for both in zip(chosen, rejected, strict=True)]
 
     def _join(self, chosen: Batch, rejected: Batch) -> Batch:
         return join_pairs(chosen, rejected, self.run.sampling.pad_token_id)

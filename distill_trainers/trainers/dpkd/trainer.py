@@ -153,7 +153,7 @@ class DPKDTrainer(DistillTrainer):
         return _DIVISORS
 
     def contrastive_share(self) -> float:
-        """b of DistiLLM-2, the rejected side's weight; its last value in evaluation, so that steps compare."""
+        """Return b of DistiLLM-2, the rejected side's weight; in evaluation its last value: steps compare."""
         if not self.args.contrastive_schedules:
             return 0.5
         steps = self.state.max_steps
@@ -220,10 +220,10 @@ class DPKDTrainer(DistillTrainer):
     def agreement_terms(
         self, student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As every method's, on the chosen responses alone; and KL(p‖q) of responses, summed over their tokens."""
+        """Do as every method, on the chosen responses alone; add KL(p‖q) of responses, summed over tokens."""
         chosen = tokens["token_chosen"]
-        found = super().agreement_terms(student, teacher, tokens)
-        terms = {name: values * chosen.to(values.dtype) for name, values in found.items()}
+        measures = super().agreement_terms(student, teacher, tokens)
+        terms = {name: values * chosen.to(values.dtype) for name, values in measures.items()}
         return {**terms, "sequence_kl": terms["kl"], "tokens": chosen}
 
     def after_step(self, loss: float) -> None:

@@ -41,9 +41,9 @@ class GKDConfig(DistillConfig):
     tau_squared: bool = setting(False, "Multiply the divergence by kd_temperature², which keeps gradients' size.")
 
     def divergence_params(self) -> dict[str, float]:
-        """The parameters of the divergence that were set."""
-        given = {"beta": self.beta, "alpha": self.alpha, "mu": self.mu, "t": self.t}
-        return {name: value for name, value in given.items() if value is not None}
+        """Return the parameters of the divergence that were set."""
+        settings = {"beta": self.beta, "alpha": self.alpha, "mu": self.mu, "t": self.t}
+        return {name: value for name, value in settings.items() if value is not None}
 
     accepts_sparse_teachers = True
 

@@ -57,7 +57,7 @@ class GKDTrainer(DistillTrainer):
         return weights
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
-        """The dataset's rows, the student's own, or, from a replay buffer, what it wrote some steps ago.
+        """Return the dataset's rows, the student's own, or, from a replay buffer, what it wrote steps ago.
 
         One draw serves all of it, as in DistiLLM's own code: u < λ(1−t/T) samples, u < λ replays.
         """
@@ -105,7 +105,7 @@ class GKDTrainer(DistillTrainer):
                 part.load_state_dict(state[name])
 
     def divergence_now(self) -> Divergence:
-        """The divergence of this step; one with a moving target is evaluated at its end, so that scores compare."""
+        """Return this step's divergence; evaluation takes a moving target at its end, so that scores compare."""
         if self.taid_schedule is None:
             return self.divergence
         schedule = self.taid_schedule

@@ -51,7 +51,7 @@ def fill_cache(run: Run, batch_size: int | None = None) -> dict[str, int]:
             missing |= new
     accelerator.wait_for_everyone()  # nobody writes before all know what is missing
     size = batch_size or run.args.per_device_eval_batch_size
-    longest_first = sorted(todo, key=lambda each: -each[0])
+    longest_first = sorted(todo, key=lambda job: -job[0])
     batches = [longest_first[i : i + size] for i in range(0, len(longest_first), size)]
     _ask_for(run, batches)
     teacher.flush()
@@ -64,10 +64,10 @@ def _ask_for(run: Run, batches: list[Any]) -> None:
     """Each process takes every so-manieth batch; a sharded teacher is asked equally often by all of them."""
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     for turn in tqdm(range(-(-len(batches) // world)), desc="Teacher cache", disable=rank != 0):
-        mine = turn * world + rank
-        if mine >= len(batches) and not run.teacher.is_collective:
+        place = turn * world + rank
+        if place >= len(batches) and not run.teacher.is_collective:
             break
-        chosen = batches[min(mine, len(batches) - 1)]
+        chosen = batches[min(place, len(batches) - 1)]
         batch = run.data_collator([dataset[number] for _, dataset, number in chosen])
         inputs = {name: batch[name].to(run.args.device) for name in ("input_ids", "attention_mask", "labels")}
         with torch.no_grad(), run.two_models.autocast():
@@ -76,10 +76,10 @@ def _ask_for(run: Run, batches: list[Any]) -> None:
 
 def _datasets(run: Run) -> list[Any]:
     """Training and evaluation rows as they will be trained on: with the teacher's completions where they are due."""
-    found = []
+    datasets = []
     if run.train_dataset is not None:
-        found.append(run.get_train_dataloader().dataset)
+        datasets.append(run.get_train_dataloader().dataset)
     evaluated = run.eval_dataset
     for name in evaluated if isinstance(evaluated, dict) else [None] if evaluated is not None else []:
-        found.append(run.get_eval_dataloader(name).dataset)
-    return found
+        datasets.append(run.get_eval_dataloader(name).dataset)
+    return datasets

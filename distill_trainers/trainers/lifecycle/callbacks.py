@@ -45,7 +45,7 @@ class StepLoss(TrainerCallback):
 
 
 def divergence_error(run: Run, what: str, *, save: bool = False) -> TrainingDivergedError:
-    """What to raise when `what` of the coming optimiser step is not finite.
+    """Make the error to raise when `what` of the coming optimiser step is not finite.
 
     Args:
         save: keep the state before that step as a checkpoint, if its weights are finite. All processes must ask.
@@ -55,16 +55,16 @@ def divergence_error(run: Run, what: str, *, save: bool = False) -> TrainingDive
     earlier = [path for path in run.run_checkpoints if is_complete(path)]
     if finite is False:
         earlier = [path for path in earlier if Path(path).name != last]
-    kept = f"The last good checkpoint is {earlier[-1]}." if earlier else "No checkpoint had been written by this run."
+    where = f"The last good checkpoint is {earlier[-1]}." if earlier else "No checkpoint had been written by this run."
     if save and finite and step > 0 and not any(Path(path).name == last for path in earlier):
         run.save_aside()
-        kept += f" The state before the failing step is kept in {run.run_checkpoints[-1]}."
+        where += f" The state before the failing step is kept in {run.run_checkpoints[-1]}."
     changed = "training stopped before that step changed a weight"
     if models.zero_stage(run.accelerator) is not None:
         changed = "training stopped, but DeepSpeed has taken that step: do not save the weights that are in memory"
     return TrainingDivergedError(
         f"{what} of optimiser step {step + 1} is NaN or infinite; {changed}. "
-        f"{kept} Go on from a good one with a lower learning_rate or max_grad_norm, or in bf16 rather than fp16."
+        f"{where} Go on from a good one with a lower learning_rate or max_grad_norm, or in bf16 rather than fp16."
     )
 
 
@@ -108,12 +108,12 @@ class InterruptCallback(TrainerCallback):
         self.teacher.stop_waiting()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        asked = self.asked
+        ends = self.asked
         if self.accelerator.num_processes > 1:
             # Signals reach the processes at different steps; all must stop at the same one.
-            votes = torch.tensor(float(asked), device=args.device)
-            asked = bool(self.accelerator.reduce(votes, reduction="sum").item())
-        if asked:
+            votes = torch.tensor(float(ends), device=args.device)
+            ends = bool(self.accelerator.reduce(votes, reduction="sum").item())
+        if ends:
             self.asked = True
             control.should_save = True
             control.should_training_stop = True

@@ -40,7 +40,7 @@ def remove_torn(output_dir: str | Path) -> None:
 
 
 def stream_position(folder: str | Path) -> tuple[int, int]:
-    """Where in its stream a run was: whole passes before, and optimiser steps of the pass it was in."""
+    """Tell where in its stream a run was: whole passes before, and optimiser steps of its pass."""
     state = json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     # Without a length, transformers takes max_steps for the length of a pass.
     passes = max(0, math.ceil(state["epoch"]) - 1)
@@ -49,7 +49,7 @@ def stream_position(folder: str | Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def written_whole(folder: Path, accelerator: Accelerator, should_save: bool) -> Iterator[None]:
-    """Within it, the checkpoint `folder` is written anew: wholly, or not at all.
+    """Write, within it, the checkpoint `folder` anew: wholly, or not at all.
 
     One that an earlier run left under that name comes back if this one fails. What fails once the checkpoint is
     complete (an upload, say) comes through as itself and costs no checkpoint.
@@ -91,7 +91,7 @@ def write_method_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_method_state(folder: str | Path) -> dict[str, Any]:
-    """What `write_method_state` wrote; empty where the method had nothing to remember."""
+    """Read what `write_method_state` wrote; empty where the method had nothing to remember."""
     file, tensor_file = Path(folder) / METHOD_STATE_NAME, Path(folder) / METHOD_TENSORS_NAME
     state: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for path, tensor in (load_file(tensor_file) if tensor_file.is_file() else {}).items():
@@ -139,7 +139,7 @@ class Resuming(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: Any = None,
     ) -> TrainOutput:
-        """As `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
+        """Do as `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last complete checkpoint."""
         if self.train_dataset is None:
             raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
         if isinstance(resume_from_checkpoint, os.PathLike):
@@ -181,7 +181,7 @@ class Resuming(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_aside(self, method_state: dict[str, Any] | None = None) -> None:
-        """A checkpoint that takes no other's place: nothing is rotated out, nothing uploaded.
+        """Write a checkpoint that takes no other's place: nothing is rotated out, nothing uploaded.
 
         Args:
             method_state: the method's as of the checkpoint's step, where it has changed since.

@@ -17,7 +17,7 @@ from ..protocol import Run
 
 
 def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_size: int | None) -> SamplingSettings:
-    """How `model` (student or teacher) is sampled under a config: it ends at its own end-of-text tokens."""
+    """Say how `model` (student or teacher) is sampled under a config: it ends at its own end-of-text tokens."""
     return SamplingSettings(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -47,7 +47,7 @@ def completion_store(
 
 
 def prompts_to_complete(rows: Iterable[Mapping[str, Any]], *, replace: bool) -> Prompts:
-    """Prompts of tokenised rows that have no completion, or of all rows with `replace`, by key."""
+    """List prompts of tokenised rows without completion, or of all rows with `replace`, by key."""
     prompts: Prompts = {}
     for row in rows:
         if replace or not any(row["loss_mask"]):
@@ -57,7 +57,7 @@ def prompts_to_complete(rows: Iterable[Mapping[str, Any]], *, replace: bool) -> 
 
 
 def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, replace: bool) -> Any:
-    """`dataset` with the given completions where it has none, or everywhere with `replace`."""
+    """Add the given completions to `dataset` where it has none, or everywhere with `replace`."""
 
     def fill(row: dict[str, Any]) -> dict[str, Any]:
         prompt = row["input_ids"][: row["prompt_length"]]

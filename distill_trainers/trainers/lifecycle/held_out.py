@@ -51,37 +51,37 @@ def check(args: Any, eval_dataset: Any) -> None:
     Raises:
         ConfigurationError, DatasetError: which, and what they need.
     """
-    asked = args.eval_measures or []
+    names = args.eval_measures or []
     best = (args.metric_for_best_model or "").removeprefix("eval_").removeprefix("gap_closed_").removeprefix("teacher_")
-    if best in MEASURES and best not in ALWAYS_THERE and MEASURES[best].metric not in asked:
+    if best in MEASURES and best not in ALWAYS_THERE and MEASURES[best].metric not in names:
         raise ConfigurationError(
             f"Got `metric_for_best_model: {args.metric_for_best_model}`, which is measured only with "
             f"`eval_measures: [{MEASURES[best].metric}]`. Add it, or choose another metric."
         )
-    if not asked:
+    if not names:
         return
     if eval_dataset is None:
-        raise DatasetError(f"Got `eval_measures: {asked}` but no `eval_dataset`, whose first rows they are taken on.")
+        raise DatasetError(f"Got `eval_measures: {names}` but no `eval_dataset`, whose first rows they are taken on.")
     if args.max_new_tokens >= args.max_length:
         raise ConfigurationError(
             f"Got `eval_measures` with max_new_tokens={args.max_new_tokens} and max_length={args.max_length}, which "
             "leaves no room for a prompt. Raise max_length, or lower max_new_tokens."
         )
-    if "consistency" in asked and args.eval_measures_seeds < 2:
+    if "consistency" in names and args.eval_measures_seeds < 2:
         raise ConfigurationError(
-            f"Got `eval_measures: {asked}` with `eval_measures_seeds: {args.eval_measures_seeds}`; consistency "
+            f"Got `eval_measures: {names}` with `eval_measures_seeds: {args.eval_measures_seeds}`; consistency "
             "compares the samples of at least 2 seeds."
         )
-    if args.teacher_cache is not None and set(asked) & NEED_A_TEACHER:
+    if args.teacher_cache is not None and set(names) & NEED_A_TEACHER:
         raise ConfigurationError(
-            f"Got `eval_measures: {asked}` with a `teacher_cache`, which has no answers to text that a student is "
-            f"going to write. Leave out {' and '.join(sorted(set(asked) & NEED_A_TEACHER))}, or the cache."
+            f"Got `eval_measures: {names}` with a `teacher_cache`, which has no answers to text that a student is "
+            f"going to write. Leave out {' and '.join(sorted(set(names) & NEED_A_TEACHER))}, or the cache."
         )
     held_out_settings(args).check()
 
 
 def held_out_settings(args: Any) -> EvaluationSettings:
-    """How the measures of a run are taken: sampled at temperature 1, whatever its rollouts are."""
+    """Say how a run's measures are taken: sampled at temperature 1, whatever its rollouts are."""
     return EvaluationSettings(
         metrics=list(args.eval_measures),
         max_length=args.max_length,
@@ -136,7 +136,7 @@ class HeldOutMeasures(TrainerCallback):
     # ---- When -------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The scores of the student before training, from which the gap is counted."""
+        """Take the scores of the student before training, from which the gap is counted."""
         self._taken = None
         if state.global_step == 0:
             sets = self.run.eval_dataset
@@ -144,7 +144,7 @@ class HeldOutMeasures(TrainerCallback):
             self.take(self.run.get_eval_dataloader(first).dataset)
 
     def take(self, rows: Any) -> dict[str, float]:
-        """The scores at this step by their logged name, without `eval_`; several evaluation sets share one taking.
+        """Return this step's scores by logged name, without `eval_`; several evaluation sets share them.
 
         Args:
             rows: prepared rows; those of the first call are kept.
@@ -159,10 +159,10 @@ class HeldOutMeasures(TrainerCallback):
         was_training = model.training
         model.eval()
         try:
-            found = self._collect(model)
+            collected = self._collect(model)
         finally:
             model.train(was_training)
-        scores = {name: sums.value for name, sums in self._scores(found).items()}
+        scores = {name: sums.value for name, sums in self._scores(collected).items()}
         self._remember(scores, step)
         logged = dict(scores)
         own = {name: v for name, v in self._teacher_scores.items() if MEASURES[name].metric not in NEED_A_TEACHER}
@@ -172,14 +172,14 @@ class HeldOutMeasures(TrainerCallback):
         self._taken = (step, logged)
         if self.run.accelerator.is_main_process:
             callbacks = self.run.callback_handler.callbacks
-            log_side_by_side(self.run.args, callbacks, step, self._side_by_side(found))
+            log_side_by_side(self.run.args, callbacks, step, self._side_by_side(collected))
         return logged
 
     # ---- What -------------------------------------------------------------------------------------------------------
 
     def _examples(self, rows: Any) -> list[Example]:
         room = self.settings.max_length - self.settings.max_new_tokens
-        found: list[Example] = []
+        rows_read: list[Example] = []
         for row in rows:
             ids, start = list(row["input_ids"]), row["prompt_length"]
             if start == 0:
@@ -189,10 +189,10 @@ class HeldOutMeasures(TrainerCallback):
             answer = row.get("reference") or (self._parse(reference) if reference else None)
             references = [reference] if reference else []
             choices, task = list(row.get("choices") or []), row.get("task") or ""
-            found.append(Example(ids[:start][-room:], completion, references, answer, choices, task))
-            if len(found) == self.run.args.eval_measures_rows:
+            rows_read.append(Example(ids[:start][-room:], completion, references, answer, choices, task))
+            if len(rows_read) == self.run.args.eval_measures_rows:
                 break
-        examples = ExampleSet(found)
+        examples = ExampleSet(rows_read)
         missing = {"rouge_l": "references", "accuracy": "questions", "consistency": "questions"}
         wrong = [name for name in self.metrics if not examples.subsets[missing.get(name, "prompts")]]
         if wrong:
@@ -201,33 +201,33 @@ class HeldOutMeasures(TrainerCallback):
                 f"the evaluation set have no {missing.get(wrong[0], 'prompts')} for {wrong[0]}. Leave it out, or give "
                 "them."
             )
-        return found
+        return rows_read
 
     def _collect(self, model: nn.Module) -> Collected:
         """What the student writes and how it reads, over all processes."""
         assert self.examples is not None
         run, examples = self.run, self.examples
-        found = Collected(end_ids=list(run.sampling.eos_token_ids))
-        prompts = [each.prompt_ids for each in examples.prompted]
-        found.samples = self._sample(lambda: models.generating(model, run.accelerator), found.end_ids)
+        collected = Collected(end_ids=list(run.sampling.eos_token_ids))
+        prompts = [row.prompt_ids for row in examples.prompted]
+        collected.samples = self._sample(lambda: models.generating(model, run.accelerator), collected.end_ids)
         if "accuracy" in self.metrics:
             generating = models.generating(model, run.accelerator)
-            found.greedy = self._complete(examples.questions, generating, found.end_ids, greedy=True)
-        self._answer(found)
+            collected.greedy = self._complete(examples.questions, generating, collected.end_ids, greedy=True)
+        self._answer(collected)
         wanted = set(self.metrics)
         if wanted & {"agreement", "calibration"}:
-            texts = [(each.prompt_ids, each.completion_ids) for each in examples.with_text]
-            found.reference = self._read(model, texts)
+            texts = [(row.prompt_ids, row.completion_ids) for row in examples.with_text]
+            collected.reference = self._read(model, texts)
         if wanted & NEED_A_TEACHER:
-            found.own_text = self._read(model, list(zip(prompts, found.samples[0], strict=True)))
+            collected.own_text = self._read(model, list(zip(prompts, collected.samples[0], strict=True)))
         if "exposure_bias" in wanted:
             assert self._teacher is not None
-            found.teacher_text = self._read(model, list(zip(prompts, self._teacher.samples[0], strict=True)))
-        return found
+            collected.teacher_text = self._read(model, list(zip(prompts, self._teacher.samples[0], strict=True)))
+        return collected
 
-    def _answer(self, found: Collected) -> None:
+    def _answer(self, collected: Collected) -> None:
         assert self.examples is not None
-        found.read_answers(self.examples, self.metrics, self.settings, self.run.processing_class)
+        collected.read_answers(self.examples, self.metrics, self.settings, self.run.processing_class)
 
     def _take_teacher(self) -> None:
         """The teacher's own completions and scores, once."""
@@ -235,31 +235,31 @@ class HeldOutMeasures(TrainerCallback):
             return
         teacher, run = self.run.teacher, self.run
         assert self.examples is not None
-        found = Collected(end_ids=teacher.eos_ids(run.processing_class))
+        collected = Collected(end_ids=teacher.eos_ids(run.processing_class))
 
         def generating() -> Any:
             return teacher.generating(run.accelerator)
 
-        found.samples = self._sample(generating, found.end_ids, teacher.fingerprint())
+        collected.samples = self._sample(generating, collected.end_ids, teacher.fingerprint())
         if "accuracy" in self.metrics:
-            found.greedy = self._complete(
-                self.examples.questions, generating(), found.end_ids, greedy=True, fingerprint=teacher.fingerprint()
+            collected.greedy = self._complete(
+                self.examples.questions, generating(), collected.end_ids, greedy=True, fingerprint=teacher.fingerprint()
             )
-        self._answer(found)
-        self._teacher = found
+        self._answer(collected)
+        self._teacher = collected
         # How the teacher reads references is not measured here.
         metrics = [name for name in self.metrics if name != "calibration"]
-        self._teacher_scores = {name: sums.value for name, sums in self._scores(found, metrics, True).items()}
+        self._teacher_scores = {name: sums.value for name, sums in self._scores(collected, metrics, True).items()}
 
-    def _scores(self, found: Collected, metrics: list[str] | None = None, is_teacher: bool = False) -> dict[str, Sums]:
+    def _scores(self, texts: Collected, metrics: list[str] | None = None, is_teacher: bool = False) -> dict[str, Sums]:
         assert self.examples is not None
         length = None
         if "exposure_bias" in self.metrics and self._teacher is not None:
-            length = covered_length([found.samples[0], self._teacher.samples[0]])
+            length = covered_length([texts.samples[0], self._teacher.samples[0]])
         metrics = self.metrics if metrics is None else metrics
         tokenizer = self.run.processing_class
         return scores_of(
-            found, self.examples, self.settings, metrics, tokenizer, is_teacher=is_teacher, exposure_length=length
+            texts, self.examples, self.settings, metrics, tokenizer, is_teacher=is_teacher, exposure_length=length
         )[0]
 
     def _gaps(self, scores: dict[str, float]) -> dict[str, float]:
@@ -283,18 +283,18 @@ class HeldOutMeasures(TrainerCallback):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps({"key": key, "scores": scores}))
         elif self._initial is None and file.is_file():
-            kept = json.loads(file.read_text())
-            self._initial = kept["scores"] if kept.get("key") == key else None
+            record = json.loads(file.read_text())
+            self._initial = record["scores"] if record.get("key") == key else None
 
-    def _side_by_side(self, found: Collected) -> list[SideBySide]:
+    def _side_by_side(self, of_student: Collected) -> list[SideBySide]:
         assert self.examples is not None
         samples = []
         for i, example in enumerate(self.examples.prompted[: self.run.args.eval_measures_shown]):
-            texts = {"student": found, "teacher": self._teacher}
+            texts = {"student": of_student, "teacher": self._teacher}
             written = {
-                name: self._text(each.samples[0][i])
-                for name, each in texts.items()
-                if each is not None and each.samples
+                name: self._text(of_model.samples[0][i])
+                for name, of_model in texts.items()
+                if of_model is not None and of_model.samples
             }
             if written:
                 reference = next(iter(example.references), "")
@@ -353,7 +353,7 @@ class HeldOutMeasures(TrainerCallback):
                 signal = both.signal(batch, predicts) if asks else None
                 return both.terms(model, batch, signal, comparison_terms, {})[1]
 
-        mine = force(
+        part_of_rank = force(
             texts,
             read,
             pad_token_id=run.processing_class.pad_token_id,
@@ -364,6 +364,6 @@ class HeldOutMeasures(TrainerCallback):
             world=world,
         )
         whole: list[TokenValues] = [{} for _ in texts]
-        for other, part in enumerate(gather_object([mine])):
+        for other, part in enumerate(gather_object([part_of_rank])):
             whole[other::world] = part
         return whole

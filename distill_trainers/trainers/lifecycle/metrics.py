@@ -37,19 +37,19 @@ class RunningMetrics:
         _add(self._counts, dict.fromkeys(totals, count), self.device)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Sums and means over all processes since the last read; everyone must call it."""
+        """Return sums and means over all processes since the last read; everyone must call it."""
         totals, counts = sorted(self._totals), sorted(self._counts)
         values = torch.stack([self._totals[name] for name in totals] + [self._counts[name] for name in counts])
         read = accelerator.reduce(values, reduction="sum").tolist()
-        found = dict(zip(totals, read, strict=False))
+        metrics = dict(zip(totals, read, strict=False))
         for name, count in zip(counts, read[len(totals) :], strict=True):
             if count:
-                found[name] /= count
+                metrics[name] /= count
             else:
-                del found[name]
+                del metrics[name]
         self._totals.clear()
         self._counts.clear()
-        return found
+        return metrics
 
 
 class StepMeans(RunningMetrics):
@@ -70,15 +70,15 @@ class StepMeans(RunningMetrics):
             _add(self._step, {name: totals[name], f"{name}/count": count}, self.device)
 
     def read_step(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over all processes since the last call; everyone must call it."""
+        """Return means over all processes since the last call; everyone must call it."""
         names = sorted(self._step)
         read = accelerator.reduce(torch.stack([self._step[name] for name in names]), reduction="sum").tolist()
-        found = dict(zip(names, read, strict=True))
+        sums = dict(zip(names, read, strict=True))
         self._step.clear()
-        return {name: found[name] / found[f"{name}/count"] for name in self.followed if found.get(f"{name}/count")}
+        return {name: sums[name] / sums[f"{name}/count"] for name in self.followed if sums.get(f"{name}/count")}
 
 
-def _add(kept: dict[str, Tensor], values: Mapping[str, Tensor | float], device: torch.device) -> None:
+def _add(totals: dict[str, Tensor], values: Mapping[str, Tensor | float], device: torch.device) -> None:
     for name, value in values.items():
         value = torch.as_tensor(value, device=device).to(torch.float32)
-        kept[name] = kept[name] + value if name in kept else value
+        totals[name] = totals[name] + value if name in totals else value

@@ -42,7 +42,7 @@ class EpochSampler(Sampler[int]):
 
 
 def train_sampler(dataset: Any, args: DistillConfig, epoch: Callable[[], float]) -> EpochSampler | None:
-    """The sampler of `train_sampling_strategy`, where it is one that draws; else None."""
+    """Make the sampler of `train_sampling_strategy`, where it is one that draws; else None."""
     if not hasattr(dataset, "__len__") or args.train_sampling_strategy not in ("random", "group_by_length"):
         return None
     if args.train_sampling_strategy == "random":

@@ -36,7 +36,7 @@ def last_step(method_state: dict[str, Any], device: torch.device) -> LastStep:
 
 
 def end_together(run: Run, last: LastStep | None) -> None:
-    """If the teacher of any process has failed, save the last finished step and end; all processes must ask.
+    """Save the last finished step and end, if any process's teacher has failed; all processes must ask.
 
     Args:
         last: None before the run has finished a step.

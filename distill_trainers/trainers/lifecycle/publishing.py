@@ -89,7 +89,7 @@ def make_generable(model: nn.Module, tokenizer: Any) -> None:
     """Give a model the generation config with which it ends as it was trained to end, wherever it is loaded.
 
     Its ends are the tokenizer's EOS, those it had, and the chat template's end of turn. A config that transformers
-    would refuse to save (temperature without sampling) is mended.
+    would refuse to save (temperature without sampling) is fixed.
     """
     causal_lm: Any = models.causal_lm_of(model)
     config = getattr(causal_lm, "generation_config", None)
@@ -106,8 +106,8 @@ def make_generable(model: nn.Module, tokenizer: Any) -> None:
     config.do_sample = True  # what its temperature, top_p or top_k were meant for
     if not _is_valid(config):
         logger.warning("The student's generation config is invalid; only its special tokens are kept.")
-        kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        causal_lm.generation_config = GenerationConfig(**kept)
+        special_ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        causal_lm.generation_config = GenerationConfig(**special_ids)
 
 
 def _is_valid(config: GenerationConfig) -> bool:
@@ -130,13 +130,13 @@ class Publishing(Trainer):
     # ---- Saving -----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `transformers.Trainer.save_model`; with `merge_adapter`, the run's own folder gets `merged` as well."""
-        own = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
-        if own:
+        """Do as `transformers.Trainer.save_model`; with `merge_adapter`, the run's folder also gets `merged`."""
+        is_run_folder = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        if is_run_folder:
             self._finish_current_push()  # which reads the files that are written now
         make_generable(self.model, self.processing_class)
-        super().save_model(output_dir, _internal_call=True)
-        if own and self.args.merge_adapter:
+        super().save_model(output_dir, _internal_call=True)  # else it uploads before `merged` is there
+        if is_run_folder and self.args.merge_adapter:
             self._save_merged()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -167,7 +167,7 @@ class Publishing(Trainer):
                 self.processing_class.save_pretrained(folder)
 
     def card_facts(self: Any) -> CardFacts:
-        """What the student's card says of this run."""
+        """Return what the student's card says of this run."""
         from .. import METHODS  # the table above all methods; by now it is there
 
         args, state, adapted = self.args, self.state, models.is_peft(self.model)
@@ -228,7 +228,7 @@ class Publishing(Trainer):
     # ---- The Hub ----------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As in `transformers.Trainer`; errors say what to do."""
+        """Do as `transformers.Trainer`; errors say what to do."""
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with hub.talking_to_hub(f"make the repository {name!r}"):
             super().init_hf_repo(token=token, private=private)
@@ -239,7 +239,7 @@ class Publishing(Trainer):
                 api.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`: save the student, write its card, and upload what `hub.published_files` names.
+        """Save the student, write its card, and upload what `hub.published_files` names, as `transformers.Trainer`.
 
         What was interrupted goes on where it stopped.
 
@@ -281,7 +281,7 @@ class Publishing(Trainer):
     def _tell_failed_pushes(self) -> None:
         """Uploads beside training fail without a word otherwise; they cost no training."""
         jobs = getattr(getattr(self, "push_in_progress", None), "jobs", None) or []
-        for job in [each for each in jobs if each.done()]:
+        for job in [upload for upload in jobs if upload.done()]:
             jobs.remove(job)
             error = None if job.cancelled() else job.exception()
             if error is not None:

@@ -64,7 +64,7 @@ class RunRecorder(TrainerCallback):
         self._earlier = []
         if state.global_step:
             known = read_record(args.output_dir).get("sessions", [])
-            self._earlier = [each for each in known if each.get("from_step", 0) < state.global_step]
+            self._earlier = [session for session in known if session.get("from_step", 0) < state.global_step]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._session = Session(now, state.global_step, state.global_step, 0.0)
         self._clock, self._energy = time.monotonic(), energy_joules(args.device)
@@ -82,8 +82,8 @@ class RunRecorder(TrainerCallback):
         """All processes must call it."""
         session, energy = self._session, energy_joules(args.device)
         spent = float("nan") if energy is None or self._energy is None else energy - self._energy
-        own = torch.tensor([[peak_mib(args.device), spent]], device=args.device, dtype=torch.float32)
-        everyone = self.run.accelerator.gather(own).double()
+        of_rank = torch.tensor([[peak_mib(args.device), spent]], device=args.device, dtype=torch.float32)
+        everyone = self.run.accelerator.gather(of_rank).double()
         session.to_step, session.seconds = state.global_step, time.monotonic() - self._clock
         session.peak_mib, session.energy_joules = _number(everyone[:, 0].max()), _number(everyone[:, 1].sum())
         if not args.should_save:
@@ -116,22 +116,22 @@ class RunRecorder(TrainerCallback):
 
 
 def changed_settings(settings: Any) -> dict[str, Any]:
-    """Fields of a dataclass that are not at their defaults; folders by name, and nothing that may be a secret."""
-    found = {}
-    for each in fields(settings):
-        default = each.default_factory() if each.default_factory is not MISSING else each.default
-        value = getattr(settings, each.name)
+    """List fields of a dataclass that are not at their defaults; folders by name, and no possible secret."""
+    changed = {}
+    for field in fields(settings):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        value = getattr(settings, field.name)
         unset = value is None or value == default or (not value and not default)  # False is what None comes to
-        if each.init and each.name not in _SILENT and not unset and not is_dataclass(value):
-            found[each.name] = value
-    return _plain(found)
+        if field.init and field.name not in _SILENT and not unset and not is_dataclass(value):
+            changed[field.name] = value
+    return _plain(changed)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items() if not _PRIVATE.search(str(key))}
+        return {str(key): _plain(item) for key, item in value.items() if not _PRIVATE.search(str(key))}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     value = getattr(value, "value", value)
     if isinstance(value, str):
         return value if " " in value or "\n" in value else shown(value)
@@ -139,7 +139,7 @@ def _plain(value: Any) -> Any:
 
 
 def energy_joules(device: torch.device) -> float | None:
-    """What the device has used since its driver was loaded; None where no driver counts it.
+    """Read what the device has used since its driver was loaded; None where no driver counts it.
 
     NVIDIA's counts from Volta on, through `nvidia-ml-py`.
     """
@@ -156,7 +156,7 @@ def energy_joules(device: torch.device) -> float | None:
 
 
 def peak_mib(device: torch.device) -> float:
-    """Peak of device memory since training began; on a CPU that of the whole process. NaN where nothing tells."""
+    """Read the peak of device memory since training began; on a CPU the whole process's. NaN where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -171,10 +171,10 @@ def _number(value: torch.Tensor) -> float | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in ("distill-trainers", "torch", "transformers", "trl", "peft", "accelerate", "datasets"):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

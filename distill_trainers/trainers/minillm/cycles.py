@@ -88,7 +88,7 @@ class RolloutCycles:
         self._read = 0  # steps whose batches were read from it
 
     def sampler(self, order: Any) -> CycleSampler:
-        """The training sampler; `order` is the one of a run without cycles.
+        """Return the training sampler; `order` is the one of a run without cycles.
 
         Raises:
             DatasetError: there are fewer rows than one optimiser step takes.
@@ -106,7 +106,7 @@ class RolloutCycles:
     def next_batches(
         self, epoch_iterator: Iterator, num_batches: int, sample: Callable[[list[Batch]], list[Batch]]
     ) -> list[Batch]:
-        """The rows of the coming optimiser step; at the beginning of a cycle they are sampled, for all its steps."""
+        """Return the rows of the coming optimiser step; a cycle's first step samples them for all its steps."""
         step, per_pass = self.run.state.global_step, self._sampler.steps * self.inner_epochs
         within = step % per_pass
         first = within - within % (self.minibatches * self.inner_epochs)
@@ -114,9 +114,9 @@ class RolloutCycles:
         position = within - first
         if epoch_iterator is not self._iterator:
             self._iterator, self._read = epoch_iterator, within  # a resumed run has skipped that many
-        wanted = first + max(steps, position + 1) - self._read
-        batches = list(itertools.islice(epoch_iterator, wanted * num_batches))
-        self._read += wanted
+        steps_ahead = first + max(steps, position + 1) - self._read
+        batches = list(itertools.islice(epoch_iterator, steps_ahead * num_batches))
+        self._read += steps_ahead
         if position == 0:
             self.rows, self.start = self._gathered(sample(batches), len(batches)), step
         if self.start != step - position:
@@ -156,8 +156,8 @@ class RolloutCycles:
     def _gathered(self, batches: list[Batch], count: int) -> list[RolloutRow]:
         """The rows of all processes, in the order of the data: batches are dealt to the processes in turn."""
         rows = gather_object(rows_of(batches))
-        size, mine = self._batch_rows, count * self._batch_rows
-        starts = (rank * mine + batch * size for batch in range(count) for rank in range(self._world))
+        size, rank_rows = self._batch_rows, count * self._batch_rows
+        starts = (rank * rank_rows + batch * size for batch in range(count) for rank in range(self._world))
         return [row for start in starts for row in rows[start : start + size]]
 
     def _batches(self, rows: list[RolloutRow]) -> list[Batch]:
@@ -172,7 +172,7 @@ class RolloutCycles:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The settings, and the running cycle: ids and log-probabilities of all rows in turn, and `[N, 2]` lengths."""
+        """Return settings and running cycle: ids and log-probabilities of all rows in turn, and `[N, 2]` lengths."""
         if not self.rows:
             return {"settings": self._settings}
         ids = [token for row in self.rows for token in (*row.prompt, *row.completion)]
@@ -195,16 +195,16 @@ class RolloutCycles:
         if "start" not in state:
             return
         self.start, lengths = state["start"], state["lengths"].tolist()
-        parts = iter(state["ids"].split([each for pair in lengths for each in pair]))
+        parts = iter(state["ids"].split([length for pair in lengths for length in pair]))
         logps = state["logps"].split([completion for _, completion in lengths])
         pairs = zip(parts, parts, logps, strict=True)
         self.rows = [RolloutRow(prompt.tolist(), answer.tolist(), kept.clone()) for prompt, answer, kept in pairs]
 
     def _check(self, written: Mapping[str, int]) -> None:
-        own = self._settings
-        names = [name for name in written if written[name] != own[name]]
+        settings = self._settings
+        names = [name for name in written if written[name] != settings[name]]
         if names:
-            got = ", ".join(f"{name}: {own[name]}" for name in names)
+            got = ", ".join(f"{name}: {settings[name]}" for name in names)
             expected = ", ".join(f"{name}: {written[name]}" for name in names)
             raise CheckpointError(
                 f"Got `{got}`; expected `{expected}`, with which the checkpoint was written: its place in the data and "
@@ -214,7 +214,7 @@ class RolloutCycles:
 
 
 def rows_of(batches: Sequence[Batch]) -> list[RolloutRow]:
-    """The rows of batches whose completions were sampled and scored."""
+    """Return the rows of batches whose completions were sampled and scored."""
     rows = sampled_rows(batches)
     logps = torch.cat([batch[LOGPS][batch["labels"] != IGNORE_INDEX].cpu() for batch in batches])
     parts = logps.split([len(completion) for _, completion in rows])
@@ -222,7 +222,7 @@ def rows_of(batches: Sequence[Batch]) -> list[RolloutRow]:
 
 
 def batch_of(rows: Sequence[RolloutRow], pad_token_id: int, multiple: int | None, device: torch.device) -> Batch:
-    """One batch of sampled rows."""
+    """Make one batch of sampled rows."""
     tokenised = [
         {
             "input_ids": [*row.prompt, *row.completion],
@@ -236,7 +236,7 @@ def batch_of(rows: Sequence[RolloutRow], pad_token_id: int, multiple: int | None
 
 
 def with_logps(batch: Batch, logps: Tensor) -> Batch:
-    """The batch with log-probabilities `[N, K]` of its completions' tokens, in row-major order, beside them."""
+    """Add log-probabilities `[N, K]` of a batch's completion tokens, in row-major order."""
     labels, values = batch["labels"], logps.to(batch["labels"].device)
     entry = values.new_zeros((*labels.shape, values.shape[-1]))
     entry[labels != IGNORE_INDEX] = values

@@ -39,13 +39,13 @@ class PlainText:
         return torch.randperm(len(self.rows), generator=generator).tolist()
 
     def numbers(self, step: int, accumulated: int, batch: int, world: int, rank: int) -> list[int]:
-        """Which rows go to a micro-batch: its place in an endless row of shuffled passes."""
+        """Tell which rows go to a micro-batch: its place in an endless row of shuffled passes."""
         first = ((step * accumulated + batch) * world + rank) * self.batch_rows
         places = (divmod(place, len(self.rows)) for place in range(first, first + self.batch_rows))
         return [self._order(turn)[place] for turn, place in places]
 
     def added_to(self, batches: Sequence[Batch], *, step: int, accumulated: int, world: int, rank: int) -> list[Batch]:
-        """The batches with text below their rows: `token_text` is 1 on its trained tokens, other entries are 0."""
+        """Put text below the batches' rows: `token_text` is 1 on its trained tokens, other entries are 0."""
         added = []
         for index, batch in enumerate(batches):
             numbers = self.numbers(step, accumulated, index, world, rank)

@@ -41,7 +41,7 @@ def check_mixture(student: nn.Module, teacher: Teacher) -> None:
 
 
 def sample_scored(run: Run, batches: list[Batch], alpha: float, keep_signal: bool) -> list[Batch]:
-    """The batches with completions sampled, and log-probabilities of them as `cycles.LOGPS` `[B, T, 3]`.
+    """Sample completions of the batches, with their log-probabilities as `cycles.LOGPS` `[B, T, 3]`.
 
     They are those of the student, of the sampler and of the teacher. The first two come from generation itself where
     the decode loop runs, else from a forward after it; the teacher's from generation if it has a say in it (`alpha`).
@@ -58,30 +58,30 @@ def sample_scored(run: Run, batches: list[Batch], alpha: float, keep_signal: boo
             teacher = run.teacher.generating(run.accelerator)
         with teacher as other:
             mixture = Mixture(other, alpha, keeps_hidden=keep_signal) if alpha else None
-            how: dict[str, Any] = {"tokenizer": run.processing_class, "mixture": mixture}
-            scored.extend(decode_scored(model, ids, mask, sampling, args.rollout_batch_size, **how))
-        return [each.ids for each in scored]
+            options: dict[str, Any] = {"tokenizer": run.processing_class, "mixture": mixture}
+            scored.extend(decode_scored(model, ids, mask, sampling, args.rollout_batch_size, **options))
+        return [completion.ids for completion in scored]
 
     batches = run.sample_completions(batches, generate if decodes else None)
     if not decodes:
         return [with_logps(batch, _logps_of_both(run, batch)) for batch in batches]
-    found, start = [], 0
+    scored_batches, start = [], 0
     if not alpha:
         run.two_models.ask_ahead(batches, run.teacher_signal)
     for batch in batches:
         rows = scored[start : start + len(batch["labels"])]
         start += len(rows)
-        logps = torch.cat([each.logps for each in rows if each.logps is not None]).to(batch["labels"].device)
+        logps = torch.cat([row.logps for row in rows if row.logps is not None]).to(batch["labels"].device)
         if alpha and keep_signal and rows and rows[0].hidden is not None:
-            hidden = torch.cat([each.hidden for each in rows if each.hidden is not None])
+            hidden = torch.cat([row.hidden for row in rows if row.hidden is not None])
             batch = {**batch, SIGNAL: run.teacher.live().signal_of(hidden, run.vocab_size)}
         if not alpha:
             teacher_logps, signal = run.two_models.frozen_logps(run.teacher, batch)
             logps = torch.cat([logps, teacher_logps.unsqueeze(1).to(logps.device)], dim=1)
             if keep_signal and isinstance(signal, HiddenStates):  # anything else may be as large as logits
                 batch = {**batch, SIGNAL: signal}
-        found.append(with_logps(batch, logps))
-    return found
+        scored_batches.append(with_logps(batch, logps))
+    return scored_batches
 
 
 @torch.no_grad()
@@ -91,10 +91,10 @@ def _logps_of_both(run: Run, batch: Batch) -> Tensor:
 
     def terms(student: TokenLogits, teacher: TokenSignal | None, tokens: Any) -> dict[str, Tensor]:
         labels = tokens["labels"]
-        own = token_logps(student, labels)
-        drawn = own if temperature == 1.0 else token_logps(TokenLogits(student.logits / temperature), labels)
-        told = token_logps(teacher, labels) if isinstance(teacher, TokenLogits) else teacher.values  # type: ignore
-        return {"student": own, "drawn": drawn, "teacher": told}
+        student_logps = token_logps(student, labels)
+        drawn = student_logps if temperature == 1.0 else token_logps(TokenLogits(student.logits / temperature), labels)
+        teacher_logps = token_logps(teacher, labels) if isinstance(teacher, TokenLogits) else teacher.values  # type: ignore
+        return {"student": student_logps, "drawn": drawn, "teacher": teacher_logps}
 
     model: Any = run.model_wrapped
     was_training = model.training
@@ -102,7 +102,7 @@ def _logps_of_both(run: Run, batch: Batch) -> Tensor:
     try:
         with run.two_models.autocast():
             signal = run.teacher_signal(batch, trained_mask(batch["labels"]))
-            _, found = run.two_models.terms(model, batch, signal, terms, {})
+            _, logps = run.two_models.terms(model, batch, signal, terms, {})
     finally:
         model.train(was_training)
-    return torch.stack([found[name] for name in ("student", "drawn", "teacher")], dim=1)
+    return torch.stack([logps[name] for name in ("student", "drawn", "teacher")], dim=1)

@@ -89,15 +89,15 @@ class MiniLLMTrainer(DistillTrainer):
     def distill_terms(
         self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """`ratio` and `clipped` tell how far the student has moved from the one that sampled."""
+        """Add `ratio` and `clipped`: how far the student has moved from the one that sampled."""
         terms: dict[str, Tensor] = {}
-        own: Tensor | float = tokens.get("token_own", 1.0)
+        own_mask: Tensor | float = tokens.get("token_own", 1.0)
         if {"token_logps", "token_text"} & tokens.keys() or self.args.lm_loss_weight:
             logps = token_logps(student, tokens["labels"])
             if "token_logps" in tokens:
                 terms |= self._surrogates(logps, tokens)
             if self.args.lm_loss_weight:
-                terms["lm_loss"] = -logps * own
+                terms["lm_loss"] = -logps * own_mask
             if "token_text" in tokens:
                 terms["pretraining"] = -logps * tokens["token_text"]
         if "single" not in terms:
@@ -116,7 +116,7 @@ class MiniLLMTrainer(DistillTrainer):
         clip = self.args.clip_range
         total = torch.stack(list(advantages.values())).sum(0)
         bounded = policy_gradient.clipped_ratio(ratio, total, clip)
-        terms = {name: -bounded * each for name, each in advantages.items()}
+        terms = {name: -bounded * advantage for name, advantage in advantages.items()}
         clipped = policy_gradient.is_clipped(ratio, total, clip)
         return terms | {"ratio": tokens["token_own"] * ratio.detach(), "clipped": tokens["token_own"] * clipped}
 
@@ -148,7 +148,7 @@ class MiniLLMTrainer(DistillTrainer):
         return self.sample(batches) if self.args.scores_rollouts else self.sample_completions(batches)
 
     def sample(self, batches: list[Batch]) -> list[Batch]:
-        """Scored rollouts for these batches, and what they tell about the student."""
+        """Return scored rollouts for these batches; log what they tell about the student."""
         args, exact = self.args, self.args.estimator == "exact"
         batches = sample_scored(self, batches, args.alpha, keep_signal=exact and not args.reuses_rollouts)
         for batch in batches:
@@ -165,7 +165,7 @@ class MiniLLMTrainer(DistillTrainer):
         return batches
 
     def score(self, batches: list[Batch]) -> list[Batch]:
-        """Advantages and weights of the sampled tokens; text below them."""
+        """Add advantages and weights of the sampled tokens, and text below them."""
         if self.has_entries:
             batches = [self._scored(batch) for batch in batches]
         if self.args.objective == "sequence":
@@ -178,11 +178,11 @@ class MiniLLMTrainer(DistillTrainer):
 
     def _scored(self, batch: Batch) -> Batch:
         args, mask = self.args, batch["labels"] != IGNORE_INDEX
-        own = mask.float()
-        first = own * (mask.cumsum(1) == 1)
-        batch = {**batch, "token_own": own, "token_unit": own if args.loss_reduction == "token" else first}
+        own_mask = mask.float()
+        first = own_mask * (mask.cumsum(1) == 1)
+        batch = {**batch, "token_own": own_mask, "token_unit": own_mask if args.loss_reduction == "token" else first}
         if not args.scores_rollouts:
-            return {**batch, "token_single": own}
+            return {**batch, "token_single": own_mask}
         student, sampler, teacher = batch.pop(LOGPS).unbind(-1)
         scale, clip = args.reward_scale, args.reward_clip
         rewards = policy_gradient.sequence_rewards(student, teacher, mask, scale=scale, clip=clip)
@@ -201,14 +201,14 @@ class MiniLLMTrainer(DistillTrainer):
         self.metrics.add_means({"advantage_std": deviation}, int(len(values) > 0))
 
     def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
-        """Asked once for each token of the student's, not of the text below, and not again where it has spoken."""
+        """Ask once for each token of the student's, not of the text below; never again where it has answered."""
         if self.args.estimator == "sampled" and "token_logps" in inputs:
             return None
         rows, width = inputs.get(SHAPE, inputs["labels"].shape)
         signal: TeacherSignal | None = inputs.get(SIGNAL)
         if signal is None:
-            own = {name: inputs[name][:rows, :width] for name in ("input_ids", "attention_mask")}
-            signal = super().teacher_signal(own, predicts[:rows, : width - 1])
+            rollouts = {name: inputs[name][:rows, :width] for name in ("input_ids", "attention_mask")}
+            signal = super().teacher_signal(rollouts, predicts[:rows, : width - 1])
         return padded(signal, int(predicts.sum())) if signal is not None and SHAPE in inputs else signal
 
     # ---- Data and checkpoints ---------------------------------------------------------------------------------------

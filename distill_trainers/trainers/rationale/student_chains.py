@@ -21,22 +21,22 @@ class RationaleRun(Run, Protocol):
 
 
 def with_students_chains(run: RationaleRun, batches: list[Batch]) -> list[Batch]:
-    """Batches of `dual_chain` with rows added for chains sampled from the student that stand the checks."""
+    """Add to batches of `dual_chain` the chains sampled from the student that stand the checks."""
     args = run.args
-    each, names = args.innovation_samples, ("prompt_ids", "prompt_mask")
-    asked = [{n: batch[n].repeat_interleave(each, dim=0) for n in names if n in batch} for batch in batches]
+    samples, names = args.innovation_samples, ("prompt_ids", "prompt_mask")
+    prompts = [{n: batch[n].repeat_interleave(samples, dim=0) for n in names if n in batch} for batch in batches]
     pad, multiple = run.sampling.pad_token_id, args.pad_to_multiple_of
-    sampled = run.sample_completions(asked)
-    found = [_innovations(run, *pair) for pair in zip(batches, sampled, strict=True)]
-    run.metrics.add_sums(innovations=sum(map(len, found)))
-    return [with_innovations(batch, rows, pad, multiple) for batch, rows in zip(batches, found, strict=True)]
+    sampled = run.sample_completions(prompts)
+    chains = [_innovations(run, *pair) for pair in zip(batches, sampled, strict=True)]
+    run.metrics.add_sums(innovations=sum(map(len, chains)))
+    return [with_innovations(batch, rows, pad, multiple) for batch, rows in zip(batches, chains, strict=True)]
 
 
 def _innovations(run: RationaleRun, batch: Batch, sampled: Batch) -> list[tuple[list[int], int]]:
     """Ids of prompt and chain, and the prompt's length, of chains that ended, are right, shorter, and new."""
     args = run.args
     lengths = (batch["labels"] != IGNORED).sum(1).tolist()
-    kept: dict[tuple[int, ...], tuple[list[int], int]] = {}
+    chains: dict[tuple[int, ...], tuple[list[int], int]] = {}
     rows = zip(unpadded_prompts(sampled), sampled["labels"].tolist(), strict=True)
     for place, (prompt, labels) in enumerate(rows):
         row = place // args.innovation_samples
@@ -48,5 +48,5 @@ def _innovations(run: RationaleRun, batch: Batch, sampled: Batch) -> list[tuple[
         reference, choices = batch["references"][row]
         verdict = verify_answer(parsed.answer, reference, args.answer_kind, choices or None)
         if parsed.rationale and verdict.right:
-            kept[row, *ids] = ([*prompt, *ids], len(prompt))
-    return list(kept.values())
+            chains[row, *ids] = ([*prompt, *ids], len(prompt))
+    return list(chains.values())

@@ -54,8 +54,8 @@ class RationaleTrainer(DistillTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        given: Any = self.args.divergence_params or {}
-        self.divergence = resolve_divergence(self.args.divergence, **given)
+        settings: Any = self.args.divergence_params or {}
+        self.divergence = resolve_divergence(self.args.divergence, **settings)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -74,7 +74,7 @@ class RationaleTrainer(DistillTrainer):
     def distill_terms(
         self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Cross-entropies, each on the tokens of its own task and 0 elsewhere."""
+        """Compute cross-entropies, each on the tokens of its own task and 0 elsewhere."""
         logps = token_logps(student, tokens["labels"])
         if self.args.objective == "step_by_step":
             terms = {name: -logps * tokens[f"token_{name}"] for name in ("label", "rationale")}
@@ -92,7 +92,7 @@ class RationaleTrainer(DistillTrainer):
         return terms
 
     def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
-        """A teacher that the loss does not need is there for evaluation."""
+        """Ask only in evaluation a teacher that the loss does not need."""
         return super().teacher_signal(inputs, predicts) if self.args.needs or not self.model.training else None
 
     # ---- Rows and batches -------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class RationaleTrainer(DistillTrainer):
         )
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
-        """Adds the student's own chains that reach the right answer in fewer tokens than the teacher's."""
+        """Add the student's own chains that reach the right answer in fewer tokens than the teacher's."""
         return with_students_chains(self, batches) if self.requirements.samples_completions else batches
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
@@ -121,19 +121,19 @@ class RationaleTrainer(DistillTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Also answers the questions; the perplexity of edit is that of right chains."""
+        """Answer the questions as well; the perplexity of edit is that of right chains."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         scores = dict(output.metrics or {})
         if self.args.objective == "edit":
             scores[f"{metric_key_prefix}_perplexity"] = math.exp(min(scores[f"{metric_key_prefix}_imitation"], 700))
         if self.args.eval_accuracy:
-            found = self.answer_accuracy(dataloader.dataset)
-            scores |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            accuracy = self.answer_accuracy(dataloader.dataset)
+            scores |= {f"{metric_key_prefix}_{name}": value for name, value in accuracy.items()}
         self.last_eval_metrics.update(scores)
         return output._replace(metrics=scores)
 
     def answer_accuracy(self, dataset: Any) -> dict[str, float]:
-        """Greedy answers to the questions of prepared rows: the label task alone, or chains where those are trained."""
+        """Answer the questions of prepared rows greedily: the label task alone, or chains where those are trained."""
         args, accelerator = self.args, self.accelerator
         questions = [
             Question(row["input_ids"][: row["prompt_length"]], row["reference"], row["task"], row["choices"])
