@@ -46,7 +46,7 @@ def fill(argv: Sequence[str]) -> int:
     if recipe.args.teacher_placement == "cached":
         recipe.args.teacher_placement = "auto"  # what is to be read alone is filled from a live one
     trainer = build_trainer(recipe)
-    cache = trainer.teacher.cache
+    cache = trainer.teacher.store
     if trainer.is_world_process_zero():
         for name in cache.remove_unreadable():
             print(f"Removed the unreadable shard {name}; its rows are asked for again.")

@@ -113,7 +113,7 @@ def look_before(recipe: Any, checked: Any) -> None:
     from ..doctor.reading import case_of
     from ..recipe.checks import optimiser_steps
 
-    rows = len(checked.given.train) if hasattr(checked.given.train, "__len__") else None
+    rows = len(checked.ready.given.train) if hasattr(checked.ready.given.train, "__len__") else None
     if optimiser_steps(recipe.args, rows) < LONG_RUN:
         return
     launch = launch_here(on_cpu=recipe.args.device.type == "cpu")

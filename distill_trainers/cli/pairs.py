@@ -100,10 +100,11 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
     from .train import make_initial_student
 
     _check(settings, recipe.args.temperature)
-    if not kind_of(recipe.run.teacher_model_name_or_path, recipe.args).can_generate:
+    kind = kind_of(recipe.run.teacher_model_name_or_path, recipe.args)
+    if kind.place and not kind.can_generate:
         raise ConfigurationError(
-            f"The teacher {recipe.run.teacher_model_name_or_path} is behind HTTP and writes no responses; pairs need a "
-            "teacher's folder or Hub id."
+            f"The teacher {recipe.run.teacher_model_name_or_path} is {kind.place} and writes no responses; pairs need "
+            "a teacher's folder or Hub id."
         )
     if settings.pairs_repo:
         hub.check_access(
@@ -118,12 +119,12 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
     prompts = _prompts(checked, recipe, settings, counts)
     student = recipe.model.model_name_or_path
     if student is None:
-        student = str(make_initial_student(recipe, checked.ready.rows()[0]))
+        student = str(make_initial_student(recipe, checked.ready.prepared(checked.ready.given.train, "train")))
     target = _file(recipe, settings)
     target.parent.mkdir(parents=True, exist_ok=True)
     teacher = str(recipe.run.teacher_model_name_or_path)
-    chosen = _teacher_answers(teacher, prompts, recipe, settings, checked.pair.tokenizer, target)
-    rejected = _Writer(student, "student", recipe, checked.pair.tokenizer, target).answer(
+    chosen = _teacher_answers(teacher, prompts, recipe, settings, checked.ready.pair.tokenizer, target)
+    rejected = _Writer(student, "student", recipe, checked.ready.pair.tokenizer, target).answer(
         {key: prompt for key, prompt in prompts.items() if key in chosen}, 0
     )
     counts["prompts without a right answer of the teacher"] = len(prompts) - len(chosen)
@@ -163,7 +164,7 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
     from ..rollouts.store import prompt_key
 
     args: Any = recipe.args
-    rows = apply_column_mapping(checked.given.train, args.column_mapping, name="train")
+    rows = apply_column_mapping(checked.ready.given.train, args.column_mapping, name="train")
     prompts: dict[str, Prompt] = {}
     for number, row in enumerate(rows):
         kind = detect_dataset_type(row)
@@ -173,7 +174,7 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
                 "messages."
             )
         tokens = tokenize_row(
-            row, checked.pair.tokenizer, dataset_type=kind, chat_template_kwargs=args.chat_template_kwargs
+            row, checked.ready.pair.tokenizer, dataset_type=kind, chat_template_kwargs=args.chat_template_kwargs
         )
         ids = tokens["input_ids"][: tokens["prompt_length"]]
         key = prompt_key(ids)

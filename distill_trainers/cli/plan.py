@@ -51,7 +51,8 @@ def make_plan(recipe: Recipe) -> Plan:
     checked = check_recipe(recipe)
     train, evaluation, text = checked.ready.rows()
     cache, without_teacher = _teacher_cache(checked.ready, (train, evaluation))
-    teacher = checked.pair.teacher
+    teacher = checked.ready.pair.teacher
+    place = kind_of(teacher, args).place
 
     teacher_size = 0
     if checked.teacher_config is not None:
@@ -71,7 +72,7 @@ def make_plan(recipe: Recipe) -> Plan:
         trainable_parameters=trainable,
         teacher=str(teacher or "no teacher"),
         teacher_parameters=teacher_size,
-        teacher_place=kind_of(teacher, args).place,
+        teacher_place=f"{place}; it answers and fits" if place else "none",
         train_rows=None if lengths is None else len(lengths),
         train_tokens=None if lengths is None else sum(lengths),
         eval_rows=None if evaluation is None else len(evaluation),

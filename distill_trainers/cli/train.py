@@ -58,7 +58,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
         look(recipe, checked)
     student = recipe.model.model_name_or_path
     if student is None:
-        student = str(make_initial_student(recipe, checked.ready.rows()[0]))
+        student = str(make_initial_student(recipe, checked.ready.prepared(checked.ready.given.train, "train")))
     args.model_init_kwargs = {**_model_init_kwargs(recipe.model), **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     args.disable_tqdm = True
     callbacks: list[Any] = [ProgressReport()]
@@ -66,7 +66,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
         args.metric_for_best_model = args.metric_for_best_model or "eval_perplexity"
         args.greater_is_better = bool(args.greater_is_better)  # None means that less is better
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
-    data = checked.given
+    data = checked.ready.given
     more = {} if data.text is None else {"pretraining_dataset": data.text}
     trainer = METHODS[settings.method][1](
         model=student,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
-from ..data.formats import apply_column_mapping, detect_dataset_type
+from ..data.formats import apply_column_mapping, detect_dataset_type, first_row
+from ..data.pairs import is_pair
 from ..data.rows import tokenize_row
 from ..exceptions import CacheError, ConfigurationError, DatasetError, VocabularyError
 from ..recipe.checks import CheckedRecipe, check_recipe, load_datasets, student_and_teacher, without_weights
@@ -47,11 +48,12 @@ def case_of(
     case = Case(recipe.args, launch, student, teacher, gpus=gpus, peft=recipe.model.use_peft)
     if checked is not None:
         case.student_config, case.teacher_config = checked.student_config, checked.teacher_config
-        case.tokenizer, case.teacher_tokenizer = checked.pair.tokenizer, checked.pair.teacher_tokenizer
-        train, wants = checked.given.train, checked.ready.wants
+        case.tokenizer, case.teacher_tokenizer = checked.ready.pair.tokenizer, checked.ready.pair.teacher_tokenizer
+        train, wants = checked.ready.given.train, checked.ready.wants
     else:
         train = _read_apart(recipe, case, architectures, on_paper, findings)
-        wants = recipe.args.requirements()
+        row = first_row(train) if train is not None and recipe.args.reads_first_row else None
+        wants = recipe.args.requirements(row)
     case.samples = wants.samples_completions
     if train is not None and case.tokenizer is not None:
         _look_at_rows(recipe, case, wants, train, findings)
@@ -97,8 +99,7 @@ def _read_apart(
     """Everything that can be read although something else cannot; returns the training data."""
     from transformers import AutoConfig
 
-    from ..teachers.base import has_files
-    from ..teachers.loading import teacher_tokenizer
+    from ..teachers.loading import has_files, teacher_tokenizer
     from ..trainers.student import student_tokenizer
 
     args = recipe.args
@@ -110,7 +111,7 @@ def _read_apart(
         return models.load_config(name, role, trust_remote_code=args.trust_remote_code)
 
     case.student_config = _attempt(findings, "recipe", lambda: config(case.student, "student"))
-    if has_files(case.teacher):
+    if has_files(case.teacher, args):
         case.teacher_config = _attempt(findings, "recipe", lambda: config(str(case.teacher), "teacher"))
     if on_paper:
         return None
@@ -136,7 +137,7 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, f
         rows = list(islice(iter(apply_column_mapping(first_rows, mapping, name="train")), _SAMPLE))
         case.sample = rows
         case.prepared = prepare_rows(recipe.args, first_rows, case.tokenizer, "train", wants)
-        kind = detect_dataset_type(rows[0])
+        kind = "preference" if is_pair(rows[0]) else detect_dataset_type(rows[0])
         if kind not in ("preference", "rationale"):
             whole = [
                 tokenize_row(

@@ -9,7 +9,7 @@ from ..data.chat import Chat, close_turn
 from ..data.formats import as_messages, detect_dataset_type, is_conversation
 from ..data.rows import tokenize_row
 from ..exceptions import DatasetError, VocabularyError
-from ..teachers.base import has_files
+from ..teachers.loading import has_files
 from ..teachers.vocabulary import PROBE, shared_vocabulary
 from .case import Case
 from .findings import Finding, Severity, error, note, warning
@@ -33,7 +33,7 @@ def check_tokens(case: Case) -> Iterator[Finding]:
     if any(finding.severity is Severity.ERROR for finding in vocabulary):
         return  # everything else would differ, too
     if case.teacher_tokenizer is None:
-        if has_files(case.teacher):
+        if has_files(case.teacher, case.args):
             yield note(
                 "tokens",
                 f"No tokenizer could be read for the teacher {case.teacher!r}, so it was not compared with the "

@@ -44,6 +44,11 @@ def sum_per_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return values.new_zeros(num_rows).index_add(0, rows, values)
 
 
+def mean_per_row(sums: Tensor, counts: Tensor) -> Tensor:
+    """Divide sums by row `[R]` by the rows' numbers of tokens `[R]`; a row without tokens keeps its 0."""
+    return sums / counts.clamp(min=1)
+
+
 def sum_per_example(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Sum values `[N]` of a batch's trained tokens by example: `[B]`.
 
@@ -129,3 +134,9 @@ def means_of_sums(sums: Mapping[str, float], tokens: float, divisors: Mapping[st
     """Return means over a whole set from sums over it; an entry's sum, where there is one, is called `/entry`."""
     counts = {name: sums.get(f"/{entry}", tokens) for name, entry in divisors.items()}
     return {name: sums[name] / max(counts.get(name, tokens), 1) for name in sums if not name.startswith("/")}
+
+
+def means_of_totals(totals: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+    """Divide each total by the count of its name: one without a count stays a total, one over nothing is left out."""
+    kept = {name: total for name, total in totals.items() if counts.get(name, 1)}
+    return {name: total / counts[name] if name in counts else total for name, total in kept.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,7 @@ from ..exceptions import ConfigurationError
 from .parse import Recipe
 
 if TYPE_CHECKING:
-    from ..teachers.base import Pair
-    from ..trainers.preflight import Given, Ready
+    from ..trainers.preflight import Ready
 
 
 @dataclass
@@ -23,16 +23,6 @@ class CheckedRecipe:
     student_config: Any
     teacher_config: Any
 
-    @property
-    def given(self) -> Given:
-        """Datasets as they are."""
-        return self.ready.given
-
-    @property
-    def pair(self) -> Pair:
-        """Names and tokenizers of both models."""
-        return self.ready.pair
-
 
 def check_recipe(recipe: Recipe) -> CheckedRecipe:
     """Read configs, tokenizers and datasets, and see that all of it fits together; a teacher's server is asked.
@@ -42,13 +32,14 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     """
     from ..data import load_split
     from ..run_files import STUDENT_INIT_NAME
-    from ..teachers.base import Pair, has_files
+    from ..teachers.base import Pair
+    from ..teachers.loading import has_files
     from ..trainers.preflight import Given, preflight
 
     settings, args = recipe.run, recipe.args
     student, teacher = student_and_teacher(recipe)
     args.resume_from_checkpoint = checkpoint_to_resume(args)
-    teacher_config = _config(str(teacher), "teacher", recipe) if has_files(teacher) else None
+    teacher_config = _config(str(teacher), "teacher", recipe) if has_files(teacher, args) else None
     student_config = _config(student, "student", recipe)
     if settings.student_init:
         _cut_layers(student_config, settings.student_init["keep_layers"])  # type: ignore[index, arg-type]  # a dict
@@ -73,9 +64,8 @@ def _ask_server(ready: Ready, student_config: Any) -> None:
     args, pair = ready.given.args, ready.pair
     teacher = None if args.teacher_cache else kind_of(pair.teacher, args).opened(pair, args)
     if teacher is not None:
-        rows = student_config.get_text_config().vocab_size
-        teacher.shared_ids(pair.tokenizer, rows, pair.teacher_tokenizer)
-        teacher.close()
+        with contextlib.closing(teacher):
+            teacher.shared_ids(pair.tokenizer, student_config.get_text_config().vocab_size, pair.teacher_tokenizer)
 
 
 def student_and_teacher(recipe: Recipe) -> tuple[str, str | None]:

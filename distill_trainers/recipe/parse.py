@@ -176,14 +176,14 @@ def _method(recipe: dict[str, Any], argv: list[str]) -> str:
 
 def _refuse_contradictions(recipe: Recipe) -> None:
     """What cannot work together, by name, before anything is loaded."""
-    from ..teachers.base import has_files
+    from ..teachers.loading import has_files
     from ..teachers.placement import PLACEMENTS
 
     run, args, model = recipe.run, recipe.args, recipe.model
     needs_teacher = args.needs and not PLACEMENTS[args.teacher_placement].unnamed
     if not run.teacher_model_name_or_path and (run.student_init or needs_teacher):
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
-    if run.student_init and not has_files(run.teacher_model_name_or_path):
+    if run.student_init and not has_files(run.teacher_model_name_or_path, args):
         raise ConfigurationError(
             "The recipe makes the student from the teacher's layers (`student_init`), but the teacher is behind HTTP "
             "and its weights are not here. Set `model_name_or_path`."

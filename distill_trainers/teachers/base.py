@@ -52,6 +52,8 @@ class Teacher(ABC):
         provides: kinds of signal it can give: `"distribution"` (the whole vocabulary), `"token_logprobs"` (of the given
             tokens, which a distribution tells too) and `"completions"` (it generates). A method states what it
             `needs`; what is missing is refused at construction.
+        has_files: its configuration and tokenizer can be read where its name says, before it is loaded.
+        keeps_logps: its log-probabilities of given pairs may be kept on disk (`reference_logps_dir`).
         can_generate: it writes completions.
         can_read_rollouts: it says what it thinks of any text, the student's own too.
         is_nobody: it stands where a teacher would, and says nothing.
@@ -64,8 +66,10 @@ class Teacher(ABC):
     can_generate: ClassVar[bool] = False
     can_read_rollouts: ClassVar[bool] = False
     is_nobody: ClassVar[bool] = False
+    has_files: ClassVar[bool] = False
+    keeps_logps: ClassVar[bool] = False
     may_be_away: ClassVar[bool] = False
-    place: ClassVar[str] = "none"
+    place: ClassVar[str] = ""
     name: str = "teacher"
     failure: TeacherServerError | None = None
 
@@ -80,6 +84,10 @@ class Teacher(ABC):
         """
         kind = pair.teacher if isinstance(pair.teacher, cls) else cls
         cls._refuse_missing(wants.needs, kind.provides, wants.trainer)
+        if wants.keeps_reference and not cls.keeps_logps:
+            raise ConfigurationError(
+                f"Got `reference_logps_dir` with a {cls.__name__}; expected a model or its name. Leave one of them out."
+            )
 
     @classmethod  # noqa: B027
     def refuse_idle(cls, options: TeacherOptions) -> None:
@@ -211,6 +219,11 @@ class Teacher(ABC):
         """Stop waiting for a teacher that is away, as the run is to end. A signal's handler may call it."""
 
     @property
+    def can_load(self) -> bool:
+        """Tell whether hearing of rows may load weights, so that it is told after the student's are loaded."""
+        return False
+
+    @property
     def store(self) -> TeacherCache | None:
         """What it records in, for whoever fills it ahead."""
         return None
@@ -228,11 +241,6 @@ class Teacher(ABC):
 def is_remote(name: Any) -> bool:
     """Tell whether a teacher is named by the address of its server, or by several with commas between."""
     return isinstance(name, str) and name.strip().lower().startswith(("http://", "https://"))
-
-
-def has_files(teacher: Any) -> bool:
-    """Tell whether a teacher's configuration and tokenizer can be read before it is loaded."""
-    return teacher is not None and not is_remote(teacher)
 
 
 def named(teacher: Any) -> str:

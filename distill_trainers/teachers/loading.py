@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import models
 from ..exceptions import ConfigurationError
 from ..requirements import Requirements
-from .base import NoTeacher, Pair, Teacher, has_files, is_remote
+from .base import NoTeacher, Pair, Teacher, is_remote
 from .cache.opening import source_of
 from .cache.teacher import CachedTeacher
 from .local import AdapterOff, LocalTeacher
@@ -41,6 +42,11 @@ def kind_of(teacher: Any, options: TeacherOptions) -> type[Teacher]:
     return NoTeacher if teacher is None else LocalTeacher
 
 
+def has_files(teacher: Any, options: TeacherOptions) -> bool:
+    """Tell whether the configuration and tokenizer of a teacher, as it was given, can be read before it is loaded."""
+    return teacher is not None and kind_of(teacher, options).has_files
+
+
 def refuse(pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
     """Refuse a teacher that cannot serve, from settings alone: nothing is loaded, no server is asked.
 
@@ -54,8 +60,9 @@ def refuse(pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
             "or name the teacher by folder or Hub id."
         )
     kind = kind_of(teacher, options)
-    placed = isinstance(teacher, Teacher) and not (placement == "cached" and isinstance(teacher, kind))
-    if placed and placement not in ("auto", *KINDS) and getattr(teacher, "placement", None) not in ("auto", placement):
+    placed = isinstance(teacher, Teacher) and not (placement == "cached" and isinstance(teacher, CachedTeacher))
+    free = ("auto", "adapter_off", "remote")
+    if placed and placement not in free and getattr(teacher, "placement", None) not in ("auto", placement):
         raise ConfigurationError(
             f"Got `teacher_placement: {placement}` with a {type(teacher).__name__}, which is placed already. Leave "
             "`teacher_placement` out, or pass a model or its name."
@@ -79,24 +86,16 @@ def open_teacher(pair: Pair, options: TeacherOptions) -> Any:
     kind = kind_of(pair.teacher, options)
     if options.teacher_cache is None or issubclass(kind, CachedTeacher):
         return kind.opened(pair, options) or pair.teacher
-    return CachedTeacher.in_front_of(lambda: _with_weights(pair, options), pair, options)
+    behind = dataclasses.replace(pair, student=None)  # what is kept for later holds no student
+    return CachedTeacher.in_front_of(lambda: load_teacher(behind, options), pair, options)
 
 
-def load_teacher(pair: Pair, options: TeacherOptions, wants: Requirements, student: Callable[[], nn.Module]) -> Teacher:
+def load_teacher(pair: Pair, options: TeacherOptions, student: Callable[[], nn.Module] | None = None) -> Teacher:
     """Return the teacher, ready to be prepared: opened, or loaded by name, or a model in memory.
 
     Args:
         student: gives the student in its wrappers as they are now, for a teacher that shares its base.
-
-    Raises:
-        ConfigurationError: it does not give what the method needs.
     """
-    teacher = _with_weights(pair, options, student)
-    teacher.check(wants.needs, wants.trainer)
-    return teacher
-
-
-def _with_weights(pair: Pair, options: TeacherOptions, student: Any = None) -> Teacher:
     teacher = pair.teacher
     if isinstance(teacher, Teacher):
         if isinstance(teacher, LocalTeacher) and options.teacher_placement != "auto":
@@ -115,8 +114,8 @@ def teacher_tokenizer(
     teacher: Any, tokenizer: PreTrainedTokenizerBase, options: TeacherOptions
 ) -> PreTrainedTokenizerBase | None:
     """Load the teacher's tokenizer where its source holds one; else None, and only sizes can be compared."""
-    if issubclass(kind_of(teacher, options), RemoteTeacher):
-        return tokenizer  # its servers compare it with theirs
+    if teacher is not None and not has_files(teacher, options) and not isinstance(teacher, LocalTeacher):
+        return tokenizer  # a server compares it with its own
     name = teacher if isinstance(teacher, str) else None
     model = model_of(teacher)
     if model is not None:
@@ -139,7 +138,7 @@ def teacher_tokenizer(
 
 def compare_vocabularies(pair: Pair, options: TeacherOptions) -> None:
     """Compare vocabularies by configs alone, for models given by name: before weights are loaded."""
-    if not (isinstance(pair.student, str) and isinstance(pair.teacher, str) and has_files(pair.teacher)):
+    if not (isinstance(pair.student, str) and isinstance(pair.teacher, str) and has_files(pair.teacher, options)):
         return
     roles = {"student": pair.student, "teacher": pair.teacher}
     configs = [models.load_config(n, role, trust_remote_code=options.trust_remote_code) for role, n in roles.items()]

@@ -42,17 +42,21 @@ class LocalTeacher(Teacher):
     """
 
     provides = frozenset({"distribution", "completions"})
-    can_generate = can_read_rollouts = True
+    has_files = can_generate = can_read_rollouts = keeps_logps = True
 
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
         placement = PLACEMENTS[options.teacher_placement]
-        if options.teacher_placement == "auto" or isinstance(pair.teacher, Teacher):
-            return
         if placement.by_name:
             _refuse_in_memory(pair.teacher, options)
-        if options.teacher_placement != "device_map":
+        if options.teacher_placement not in ("auto", "device_map"):
             _refuse_other_placers(options)
+        if options.teacher_model_init_kwargs and isinstance(pair.teacher, nn.Module):
+            raise ConfigurationError(
+                "`teacher_model_init_kwargs` act while a teacher is loaded by name, but `teacher_model` is already "
+                f"a {type(pair.teacher).__name__}. Pass its name, or leave them out."
+            )
+        super().refuse(pair, options, wants)
 
     @classmethod
     def loaded(
@@ -60,11 +64,6 @@ class LocalTeacher(Teacher):
     ) -> LocalTeacher:
         source, placement = pair.teacher, options.teacher_placement
         if not isinstance(source, str):
-            if options.teacher_model_init_kwargs:
-                raise ConfigurationError(
-                    "`teacher_model_init_kwargs` act while a teacher is loaded by name, but `teacher_model` is already "
-                    f"a {type(source).__name__}. Pass its name, or leave them out."
-                )
             return LocalTeacher(source, placement=placement)
         given: Any = options.teacher_model_init_kwargs or {}
         settings: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, **given}

@@ -134,7 +134,7 @@ class TeacherOptions(Checked, _Config):
                 "Got `teacher_placement: cached` without `teacher_cache`; expected the folder of a cache that "
                 "`distill-trainers cache-teacher` has filled."
             )
-        if placement in ("adapter_off", "remote") and self.teacher_cache is not None:
+        if self.teacher_cache is not None and placement != "cached" and not PLACEMENTS[placement].has_body:
             raise ConfigurationError(
                 f"Got `teacher_cache: {self.teacher_cache}` with `teacher_placement: {placement}`; expected one of "
                 "them. Leave one out; to fill a cache and read it, name the teacher by folder or Hub id, and set "

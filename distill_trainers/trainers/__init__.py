@@ -5,11 +5,10 @@ from .config import DistillConfig
 from .dpkd import DPKDConfig, DPKDTrainer
 from .gkd import GKDConfig, GKDTrainer
 from .minillm import MiniLLMConfig, MiniLLMTrainer
+from .protocol import METHODS
 from .rationale import RationaleConfig, RationaleTrainer
 
-METHODS: dict[str, tuple[type[DistillConfig], type[DistillTrainer]]] = {
-    "gkd": (GKDConfig, GKDTrainer),
-    "minillm": (MiniLLMConfig, MiniLLMTrainer),
-    "dpkd": (DPKDConfig, DPKDTrainer),
-    "rationale": (RationaleConfig, RationaleTrainer),
-}
+METHODS["gkd"] = (GKDConfig, GKDTrainer)
+METHODS["minillm"] = (MiniLLMConfig, MiniLLMTrainer)
+METHODS["dpkd"] = (DPKDConfig, DPKDTrainer)
+METHODS["rationale"] = (RationaleConfig, RationaleTrainer)

@@ -48,10 +48,9 @@ from .lifecycle.metrics import RunningMetrics
 from .lifecycle.order import train_sampler
 from .lifecycle.recording import RunRecorder
 from .preflight import Given, preflight, prepare_rows, tell_dataset
+from .protocol import Batch
 from .step import TwoModels
 from .student import load_student
-
-Batch = dict[str, Any]
 
 
 class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
@@ -105,7 +104,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         adapted, quantized = peft_config is not None, quantization_config is not None
         pair = Pair(model, teacher_model, adapted, processing_class, teacher_processing_class)
         ready = preflight(Given(pair, args, train_dataset, eval_dataset, self.pretraining_dataset, quantized))
-        self.requirements, tokenizer = ready.wants, ready.pair.tokenizer
+        self.requirements, self.student_config, tokenizer = ready.wants, ready.config, ready.pair.tokenizer
         self.data_sources = list(hub.hub_ids_of(train_dataset))  # Hub ids, or files and folders
         train_dataset, eval_dataset, self.pretraining_dataset = ready.rows()
         if isinstance(train_dataset, IterableDataset):
@@ -116,7 +115,8 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         set_seed(args.seed)  # adapters start at random
         student = load_student(model, args, peft_config, quantization_config)
         models.install_token_forward(student)
-        self.teacher = load_teacher(pair, args, ready.wants, lambda: getattr(self, "model_wrapped", student))
+        self.teacher = load_teacher(pair, args, lambda: getattr(self, "model_wrapped", student))
+        ready.tell(self.teacher, train_dataset, eval_dataset, loaded=True)
         rows = models.causal_lm_of(student).config.get_text_config().vocab_size
         self.vocab_size = self.teacher.shared_ids(tokenizer, rows, pair.teacher_tokenizer)
         self.sampling = sampling_settings(args, student, tokenizer, self.vocab_size)
@@ -124,7 +124,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         super().__init__(
             model=student,
             args=args,
-            data_collator=data_collator or self.build_collator(tokenizer, ready.config),
+            data_collator=data_collator or self.build_collator(tokenizer),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -134,6 +134,12 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         self._refuse_launch()
         self.teacher.prepare(self.accelerator)
         self._start()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        moved = sorted({"needs", "samples_completions", "needs_completions", "prepare_rows"} & vars(cls).keys())
+        if moved:
+            raise ConfigurationError(f"{cls.__name__} defines {moved[0]}; expected it on {cls.config_class.__name__}.")
 
     def _refuse_launch(self) -> None:
         """What only the accelerator tells."""
@@ -230,7 +236,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         """Compute what evaluation measures beside the method's own terms, per token."""
         return agreement_terms(student, teacher, tokens)
 
-    def build_collator(self, tokenizer: PreTrainedTokenizerBase, student_config: Any) -> DistillCollator:
+    def build_collator(self, tokenizer: PreTrainedTokenizerBase) -> DistillCollator:
         """Build what makes batches of rows."""
         return DistillCollator(
             pad_token_id=tokenizer.pad_token_id,

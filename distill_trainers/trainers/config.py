@@ -130,6 +130,8 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     # ---- What a method asks of its rows and its teacher; its config overrides these ---------------------------------
 
     accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
+    accepts_encoder_decoders: ClassVar[bool] = False  # whether students such as T5 train; batches have `encoder_ids`
+    reads_first_row: ClassVar[bool] = False  # whether `requirements` depend on the layout of the data
     has_plain_text_loss: ClassVar[bool] = False  # whether the trainer takes a `pretraining_dataset`
 
     @property
@@ -152,17 +154,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         """Whether the teacher's own completions take the place of the dataset's."""
         return False
 
-    @property
-    def accepts_encoder_decoders(self) -> bool:
-        """Whether students such as T5 can be trained; batches then have `encoder_ids`."""
-        return False
-
-    def requirements(self, first_row: Mapping[str, Any] | None = None, *, streams: bool = False) -> Requirements:
+    def requirements(self, first_row: Mapping[str, Any] | None = None) -> Requirements:
         """Return all of it at once, for a training dataset.
 
         Args:
-            first_row: of the training data; None where there is none.
-            streams: whether that is iterable only.
+            first_row: of the training data, for configs with `reads_first_row`.
         """
         return Requirements(
             trainer=type(self).__name__.removesuffix("Config") + "Trainer",
@@ -170,7 +166,6 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             samples_completions=self.samples_completions,
             needs_completions=self.needs_completions,
             replaces_completions=self.replaces_completions,
-            streams_rows=streams,
             accepts_sparse_teachers=self.accepts_sparse_teachers,
             accepts_encoder_decoders=self.accepts_encoder_decoders,
             divergence=getattr(self, "divergence", "forward_kl"),

@@ -15,8 +15,7 @@ from ..exceptions import DatasetError
 from ..losses.reduction import count_trained_tokens, means_of_sums, sum_per_example, token_mean, trained_mask
 from ..signals import TokenLogits
 from .lifecycle.held_out import HeldOutMeasures
-
-Batch = dict[str, Any]
+from .protocol import Batch
 
 
 class TeacherForcedEvaluation(Trainer):

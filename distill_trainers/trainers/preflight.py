@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import IterableDataset
@@ -16,7 +16,7 @@ from ..exceptions import ConfigurationError, DatasetError
 from ..requirements import Requirements
 from ..rollouts import check_engine
 from ..teachers import loading
-from ..teachers.base import Pair, has_files
+from ..teachers.base import Pair, Teacher
 from ..teachers.rows import dataset_rows
 from .config import DistillConfig
 from .lifecycle import held_out, publishing
@@ -50,12 +50,13 @@ class Ready:
     Attributes:
         pair: student and teacher as they were given, with their tokenizers.
         wants: what the method asks of rows and teacher.
+        config: of the student.
     """
 
     given: Given
     pair: Pair
     wants: Requirements
-    config: Any = field(repr=False, default=None)
+    config: Any
 
     def rows(self) -> tuple[Any, Any, Any]:
         """Tokenised training, evaluation and plain-text rows, cut and refused as the method wants it.
@@ -64,13 +65,12 @@ class Ready:
             DatasetError, ConfigurationError: what is wrong with a dataset, or with a row.
         """
         given = self.given
-        evaluation = given.evaluation
+        train, evaluation = self.prepared(given.train, "train"), given.evaluation
         if isinstance(evaluation, dict):
             evaluation = {name: self.prepared(part, name) for name, part in evaluation.items()}
         else:
             evaluation = self.prepared(evaluation, "eval")
-        text = self.prepared(given.text, "pretraining")
-        return self.prepared(given.train, "train"), evaluation, text
+        return train, evaluation, self.prepared(given.text, "pretraining")
 
     def prepared(self, dataset: Any, name: str) -> Any:
         """One dataset's rows; `name` "train" must serve the method, any other only evaluation."""
@@ -79,9 +79,19 @@ class Ready:
     def open_teacher(self, train: Any, evaluation: Any) -> Any:
         """The teacher, opened if that takes no weights, and told which rows will come; else as it was given."""
         teacher = loading.open_teacher(self.pair, self.given.args)
-        if isinstance(teacher, loading.Teacher):
-            tell_rows(teacher, self.wants, train, evaluation)
+        self.tell(teacher, train, evaluation, loaded=False)
         return teacher
+
+    def tell(self, teacher: Any, train: Any, evaluation: Any, *, loaded: bool) -> None:
+        """Tell a teacher which rows will come: before the student is loaded, unless that may load weights."""
+        if not isinstance(teacher, Teacher) or teacher.can_load != loaded:
+            return
+        if self.wants.samples_completions:
+            teacher.expects_rollouts()
+        evaluated = evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
+        for name, dataset in {"training": train, **evaluated}.items():
+            if not self.wants.replaces_completions:  # else they are told once they have their completions
+                tell_dataset(teacher, dataset, name)
 
 
 def prepare_rows(
@@ -99,18 +109,7 @@ def prepare_rows(
         return args.prepare_rows(dataset, tokenizer, name, wants)
 
 
-def tell_rows(teacher: loading.Teacher, wants: Requirements, train: Any, evaluation: Any) -> None:
-    """Tell a teacher which rows will come; those without completion are told once they have one."""
-    if wants.samples_completions:
-        teacher.expects_rollouts()
-    if wants.replaces_completions:
-        return
-    evaluated = evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
-    for name, dataset in {"training": train, **evaluated}.items():
-        tell_dataset(teacher, dataset, name)
-
-
-def tell_dataset(teacher: loading.Teacher, dataset: Any, name: str) -> None:
+def tell_dataset(teacher: Teacher, dataset: Any, name: str) -> None:
     """Tell a teacher which rows of one tokenised dataset will come; nothing of a stream but that it is one."""
     if dataset is not None:
         teacher.expects(dataset_rows(dataset) if hasattr(dataset, "__len__") else None, name)
@@ -125,14 +124,14 @@ def preflight(given: Given) -> Ready:
     args, student, teacher = given.args, given.pair.student, given.pair.teacher
     _check_parallelism(args)
     adapted = given.pair.adapted or (isinstance(student, nn.Module) and models.is_peft(student))
-    first = None if given.train is None else first_row(given.train)
-    wants = args.requirements(first, streams=given.train is not None and not hasattr(given.train, "__len__"))
     pair = dataclasses.replace(given.pair, adapted=adapted)
-    _check_models(pair)
-    loading.refuse(pair, args, wants)
+    wants = args.requirements(first_row(given.train) if args.reads_first_row and given.train is not None else None)
+    wants = dataclasses.replace(wants, streams_rows=given.train is not None and not hasattr(given.train, "__len__"))
+    _check_models(given)
     config = student_config(student, args)
     wants = dataclasses.replace(wants, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
     _check_architecture(config, teacher, args, wants)
+    loading.refuse(pair, args, wants)
     _refuse_shared_weights(student, teacher)
     _check_datasets(given, wants)
     publishing.check(args, given.base or student, adapted, given.quantized)
@@ -155,12 +154,19 @@ def _check_parallelism(args: DistillConfig) -> None:
         )
 
 
-def _check_models(pair: Pair) -> None:
-    if pair.student is None:
+def _check_models(given: Given) -> None:
+    args, student, teacher = given.args, given.pair.student, given.pair.teacher
+    if student is None:
         raise ConfigurationError("Got no student model; expected a folder, a Hub id or a model.")
-    for source, role in ((pair.student, "student"), (pair.teacher, "teacher")):
-        if isinstance(source, str) and has_files(source):
-            models.check_model_source(source, role)
+    if isinstance(student, str):
+        models.check_model_source(student, "student")
+    elif given.quantized or args.model_init_kwargs:
+        raise ConfigurationError(
+            "`quantization_config` and `model_init_kwargs` act while a student is loaded by name, but `model` is "
+            f"already a {type(student).__name__}. Pass its name, or leave them out."
+        )
+    if isinstance(teacher, str) and loading.has_files(teacher, args):
+        models.check_model_source(teacher, "teacher")
 
 
 def _check_architecture(config: Any, teacher: Any, args: DistillConfig, wants: Requirements) -> None:
@@ -171,7 +177,7 @@ def _check_architecture(config: Any, teacher: Any, args: DistillConfig, wants: R
             f"The student is an encoder-decoder ({config.model_type}), which this method cannot train; expected a "
             "causal LM. Encoder-decoders are for `method: rationale` with `objective: step_by_step`."
         )
-    if teacher is not None or args.teacher_placement == "cached":
+    if not loading.kind_of(teacher, args).is_nobody:
         raise ConfigurationError(
             f"The student is an encoder-decoder ({config.model_type}) and there is a teacher: their tokens do not lie "
             "in the same places. Leave the teacher out (`distill_weight: 0`), or take a causal LM as student."
@@ -198,5 +204,5 @@ def _check_datasets(given: Given, wants: Requirements) -> None:
     strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
     if strategy != "no" and evaluation is None:
         raise DatasetError(f"Got `eval_strategy: {strategy}` but no `eval_dataset`; pass one or set 'no'.")
-    held_out.check(args, evaluation)
+    held_out.check(args, evaluation, loading.kind_of(given.pair.teacher, args), wants)
     args.check_datasets(given.train, evaluation, given.text, wants)

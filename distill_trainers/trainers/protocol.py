@@ -13,6 +13,9 @@ from .config import DistillConfig
 from .lifecycle.metrics import RunningMetrics
 from .step import TwoModels
 
+# Config and trainer by the `method` of recipes; the package fills it, so that nobody below imports a method.
+METHODS: dict[str, tuple[type[DistillConfig], type[Any]]] = {}
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 

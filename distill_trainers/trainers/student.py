@@ -40,11 +40,6 @@ def load_student(student: Any, args: DistillConfig, peft_config: Any, quantizati
         kwargs: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
         kwargs |= args.model_init_kwargs or {}  # type: ignore[arg-type]
         student = models.load_causal_lm(student, role="student", quantization_config=quantization_config, **kwargs)
-    elif quantization_config is not None or args.model_init_kwargs:
-        raise ConfigurationError(
-            "`quantization_config` and `model_init_kwargs` act while a student is loaded by name, but `model` is "
-            f"already a {type(student).__name__}. Pass its name, or leave them out."
-        )
     if peft_config is not None:
         student = models.add_adapter(student, peft_config, models.recomputes_activations(args))
     elif getattr(student, "active_peft_config", None) and student.active_peft_config.is_prompt_learning:

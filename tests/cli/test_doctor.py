@@ -347,3 +347,13 @@ def test_a_long_run_is_looked_at_before_it_loads_anything(recipe, pair, capsys, 
 def test_a_local_teacher_is_compared_with_a_served_one_only(recipe, pair, capsys):
     assert main(["doctor", "--config", recipe(**pair()), "--local_teacher", "somewhere"]) == 2
     assert "expected the address of a server" in capsys.readouterr().err
+
+
+def test_a_healthy_recipe_of_pairs_is_healthy(recipe, pair, tmp_path, diagnose):
+    data = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a + b + 1)} for a in range(5) for b in range(4)
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    status, diagnosis = diagnose(recipe(**pair(), method="dpkd", dataset=str(data)))
+    assert status == 0 and not [finding for finding in diagnosis["findings"] if finding["severity"] == "error"]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from distill_trainers import GKDConfig, models
+from distill_trainers import GKDConfig, GKDTrainer, LocalTeacher, models
 from distill_trainers.cli import main
 from distill_trainers.exceptions import ConfigurationError, DatasetError, VocabularyError
 from distill_trainers.trainers import METHODS
@@ -90,3 +90,42 @@ def test_requirements_of_dpkd_follow_the_layout_of_its_data(tmp_path):
     assert pairs.needs_completions and not (pairs.samples_completions or pairs.replaces_completions)
     off_policy = GKDConfig(output_dir=str(tmp_path), lmbda=0.0, report_to="none", use_cpu=True)
     assert off_policy.requirements(ROWS[0]).needs_completions
+
+
+def test_refusals_of_models_in_memory_load_nothing(make_student, make_teacher, tokenizer, saved, tmp_path, monkeypatch):
+    """What only Python can pass: no dry run sees it, and no weights are loaded for it."""
+    monkeypatch.setattr(models, "load_causal_lm", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    rows, device_map = Dataset.from_list(ROWS), {"teacher_model_init_kwargs": {"device_map": {"": "cpu"}}}
+
+    def build(student, teacher, **settings):
+        args = GKDConfig(output_dir=str(tmp_path), lmbda=0.0, report_to="none", use_cpu=True, max_steps=1, **settings)
+        return GKDTrainer(student, teacher, args, rows, processing_class=tokenizer)
+
+    for teacher, settings, words in [
+        (
+            LocalTeacher(make_teacher()),
+            {"teacher_placement": "device_map"},
+            "LocalTeacher in memory; expected a folder",
+        ),
+        (LocalTeacher(make_teacher()), {"teacher_placement": "replicate", **device_map}, "both say how the teacher"),
+        (make_teacher(), device_map, "already a"),
+        (LocalTeacher(make_teacher(), placement="fsdp2"), {"teacher_placement": "zero3"}, "placed already"),
+    ]:
+        with pytest.raises(ConfigurationError, match=words):
+            build(saved.student, teacher, **settings)
+    with pytest.raises(ConfigurationError, match="while a student is loaded by name"):
+        build(make_student(), saved.teacher, model_init_kwargs={"dtype": "float32"})
+    with pytest.raises(DatasetError, match="is a int"):
+        GKDTrainer(saved.student, saved.teacher, GKDConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True), 3)
+
+
+def test_a_student_is_loaded_before_the_live_teacher_of_a_cache(make_trainer, saved, tmp_path, monkeypatch):
+    order, load = [], models.load_causal_lm
+    monkeypatch.setattr(models, "load_causal_lm", lambda *a, role, **k: order.append(role) or load(*a, role=role, **k))
+    make_trainer(student=saved.student, teacher=saved.teacher, lmbda=0.0, teacher_cache=str(tmp_path / "cache"))
+    assert order == ["student", "teacher"]
+
+
+def test_what_moved_to_the_config_is_not_looked_for_on_a_trainer():
+    with pytest.raises(ConfigurationError, match="Own defines needs; expected it on GKDConfig"):
+        type("Own", (GKDTrainer,), {"needs": frozenset()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ class CachedTeacher(Teacher):
     """
 
     provides = frozenset({"distribution"})
-    can_generate = True
+    has_files = can_generate = keeps_logps = True
 
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
@@ -82,6 +83,7 @@ class CachedTeacher(Teacher):
                 "The teacher's completions are to take the place of the dataset's, but a teacher cache alone cannot "
                 "write any. Give the dataset completions and leave that setting out, or give a live `teacher_model`."
             )
+        super().refuse(dataclasses.replace(pair, teacher=alone), options, wants)
         if not wants.samples_completions:
             return
         if no_body:
@@ -212,14 +214,17 @@ class CachedTeacher(Teacher):
     def expects(self, rows: Iterable[Mapping[str, Any]] | None, name: str) -> None:
         if rows is not None:
             self.expect(rows, why=f"the {name} rows")
-        elif name == "training":
-            self.expect_anything()
+            return
+        if name == "training":
+            self._wanted = None  # of a stream nobody knows the rows beforehand: whatever is asked for is recorded
         else:
-            self.keep_live()
+            self._stays = True
+        self.live()
 
     def expects_rollouts(self) -> None:
         logger.warning("The live teacher is loaded beside its cache: it judges the student's own completions.")
-        self.keep_live()
+        self._stays = True
+        self.live()
 
     def expect(self, rows: Iterable[Mapping[str, Any]], *, why: str = "the training rows") -> None:
         """Name tokenised rows that are going to be asked for, so that they are recorded.
@@ -249,16 +254,6 @@ class CachedTeacher(Teacher):
                 "(`teacher_placement: cached`), or run `distill-trainers cache-teacher` first."
             )
         self._check_room(len(missing), sum(missing))
-        self.live()
-
-    def expect_anything(self) -> None:
-        """Record whatever is asked for: of a stream nobody knows the rows beforehand."""
-        self._wanted = None
-        self.live()
-
-    def keep_live(self) -> None:
-        """Have the live teacher at hand throughout, for rows that are never recorded."""
-        self._stays = True
         self.live()
 
     def live(self) -> LocalTeacher:

@@ -90,9 +90,11 @@ class Endpoint:
             TeacherServerError: the server refuses, and will again.
         """
         headers = self._headers if body is None else {**self._headers, "Content-Type": kind}
-        options: dict[str, Any] = {"headers": headers, "timeout": self._timeout, "retries": False, "redirect": False}
+        verb, limit = "GET" if body is None else "POST", self._timeout
         try:
-            response = self._pool.request("GET" if body is None else "POST", self.url + path, body=body, **options)
+            response = self._pool.request(
+                verb, self.url + path, body=body, headers=headers, timeout=limit, retries=False, redirect=False
+            )
         except urllib3.exceptions.HTTPError as error:
             raise Again(_short(error)) from error
         if response.status == 200:

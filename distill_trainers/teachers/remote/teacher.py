@@ -49,7 +49,7 @@ class RemoteTeacher(Teacher):
     """
 
     may_be_away = True
-    place = "behind HTTP; it answers and fits"
+    place = "behind HTTP"
 
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
@@ -182,15 +182,9 @@ class RemoteTeacher(Teacher):
                 f"{longest} tokens. Set `max_length: {longest}`, or raise the server's limit."
             )
 
-    def limit_ids(self, student_rows: int) -> None:
-        """Set the ids that the student has; answers about others are refused."""
-        known = self.info["vocab_rows"]
-        self._known_ids = student_rows if known is None else min(known, student_rows)
-
     def shared_ids(self, tokenizer: Any, student_rows: int, teacher_tokenizer: Any = None) -> int | None:
-        # A server that does not tell its number of ids leaves all of them in.
-        self.limit_ids(student_rows)
-        rows = self.info["vocab_rows"]
+        rows = self.info["vocab_rows"]  # a server that does not tell leaves all of them in
+        self._known_ids = student_rows if rows is None else min(rows, student_rows)  # others are refused
         return None if rows is None else shared_vocabulary(tokenizer, tokenizer, student_rows, rows)
 
     def prepare(self, accelerator: Accelerator) -> None:

@@ -247,7 +247,7 @@ def answer_bytes(wanted: Wanted, info: dict[str, Any]) -> float:
 
 
 def answer_identity(wanted: Wanted, info: dict[str, Any]) -> CacheIdentity:
-    """Tell what is wanted in the terms of `cache_kinds`, which knows how answers are stored and read."""
+    """Tell what is wanted in the terms of `cache.kinds`, which knows how answers are stored and read."""
     rows = info["vocab_rows"]
     return CacheIdentity(
         kind=wanted.kind,

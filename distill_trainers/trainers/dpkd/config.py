@@ -98,8 +98,10 @@ class DPKDConfig(DistillConfig):
     def replaces_completions(self) -> bool:
         return self.chosen == "teacher"
 
-    def requirements(self, first_row: Mapping[str, Any] | None = None, *, streams: bool = False) -> Requirements:
-        wants = super().requirements(first_row, streams=streams)
+    reads_first_row = True
+
+    def requirements(self, first_row: Mapping[str, Any] | None = None) -> Requirements:
+        wants = super().requirements(first_row)
         keeps = self.reference == "teacher" and self.reference_logps_dir is not None
         if self.has_pairs(first_row):
             wants = replace(wants, samples_completions=False, needs_completions=True, replaces_completions=False)

@@ -25,7 +25,7 @@ from ...losses.preference import (
     implicit_rewards,
     logprob_mse,
 )
-from ...losses.reduction import sum_per_row
+from ...losses.reduction import mean_per_row, sum_per_row
 from ...signals import TeacherSignal, TokenLogits
 from ...teachers.local import reference_fingerprint, weights_fingerprint
 from ..base import Batch, DistillTrainer
@@ -94,7 +94,7 @@ class DPKDTrainer(DistillTrainer):
 
     # ---- Data -------------------------------------------------------------------------------------------------------
 
-    def build_collator(self, tokenizer: Any, student_config: Any) -> PairCollator:
+    def build_collator(self, tokenizer: Any) -> PairCollator:
         with_prompts = self.requirements.samples_completions
         return PairCollator(tokenizer.pad_token_id, self.args.pad_to_multiple_of, with_prompts=with_prompts)
 
@@ -192,8 +192,8 @@ class DPKDTrainer(DistillTrainer):
             terms["preference"] = at_pair(preference(margin))
         elif args.contrastive_schedules and self.model.training:
             assert teacher_logps is not None
-            counts = lengths.clamp(min=1)  # a sampler may answer with nothing
-            terms |= self._skews(sums.detach() / counts, per_row(teacher_logps) / counts, row, at_pair)
+            student, teacher = mean_per_row(sums.detach(), lengths), mean_per_row(per_row(teacher_logps), lengths)
+            terms |= self._skews(student, teacher, row, at_pair)
         if args.logprob_mse_weight:
             known = tokens["token_reference"] if teacher_logps is None else teacher_logps
             errors = logprob_mse(sums, per_row(known.to(logps.dtype)), lengths)

@@ -30,8 +30,10 @@ from ...evaluation.scores import scores_of
 from ...evaluation.teacher_forced import Text, TokenValues, force
 from ...exceptions import ConfigurationError, DatasetError
 from ...losses.reduction import trained_mask
+from ...requirements import Requirements
 from ...rollouts import CompletionSettings, complete_prompts, local_engine
 from ...storage import content_key
+from ...teachers import Teacher
 from ..protocol import Run
 from .completions import completion_store
 from .side_by_side import SideBySide, log_side_by_side
@@ -45,7 +47,7 @@ ALWAYS_THERE = frozenset({"perplexity", "kl", "top1_agreement", "accuracy", "ans
 INITIAL_NAME = "initial_scores.json"
 
 
-def check(args: Any, eval_dataset: Any) -> None:
+def check(args: Any, eval_dataset: Any, teacher: type[Teacher], wants: Requirements) -> None:
     """Refuse measures that cannot be taken, before anything is loaded.
 
     Raises:
@@ -77,6 +79,22 @@ def check(args: Any, eval_dataset: Any) -> None:
             f"Got `eval_measures: {names}` with a `teacher_cache`, which has no answers to text that a student is "
             f"going to write. Leave out {' and '.join(sorted(set(names) & NEED_A_TEACHER))}, or the cache."
         )
+    if wants.encoder_decoder:
+        raise ConfigurationError(
+            "Got `eval_measures` for an encoder-decoder student; expected a causal LM. Leave them out: "
+            "`eval_accuracy` scores such students."
+        )
+    lost = sorted(set(names) & NEED_A_TEACHER)
+    if lost and not teacher.can_read_rollouts:
+        raise ConfigurationError(
+            f"Got `eval_measures: {names}`, but the teacher is a {teacher.__name__}, which "
+            f"cannot read a student's text. Leave out {' and '.join(lost)}."
+        )
+    if "exposure_bias" in lost and not teacher.can_generate:
+        raise ConfigurationError(
+            f"Got `eval_measures: {names}`, but the teacher is a {teacher.__name__}, which writes no "
+            "text of its own. Leave out exposure_bias."
+        )
     held_out_settings(args).check()
 
 
@@ -99,9 +117,6 @@ class HeldOutMeasures(TrainerCallback):
 
     Args:
         run: with its models in place.
-
-    Raises:
-        ConfigurationError: an encoder-decoder student, or measures that need a live teacher which is not there.
     """
 
     def __init__(self, run: Run):
@@ -110,22 +125,6 @@ class HeldOutMeasures(TrainerCallback):
         self.metrics = [name for name in METRICS if name in (args.eval_measures or [])]
         teacher = run.teacher
         self.teacher_writes = teacher.can_read_rollouts and teacher.can_generate
-        if models.is_encoder_decoder(run.model):
-            raise ConfigurationError(
-                "Got `eval_measures` for an encoder-decoder student; expected a causal LM. Leave them out: "
-                "`eval_accuracy` scores such students."
-            )
-        lost = set(self.metrics) & NEED_A_TEACHER
-        if lost and not teacher.can_read_rollouts:
-            raise ConfigurationError(
-                f"Got `eval_measures: {self.metrics}`, but the teacher is a {type(teacher).__name__}, which "
-                f"cannot read a student's text. Leave out {' and '.join(sorted(lost))}."
-            )
-        if "exposure_bias" in lost and not self.teacher_writes:
-            raise ConfigurationError(
-                f"Got `eval_measures: {self.metrics}`, but the teacher is a {type(teacher).__name__}, which writes no "
-                "text of its own. Leave out exposure_bias."
-            )
         self._parse = answer_parser(self.settings.answer_formats or ())
         self.examples: ExampleSet | None = None
         self._teacher: Collected | None = None

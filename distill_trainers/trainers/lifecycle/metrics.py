@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...losses.reduction import means_of_totals
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -41,15 +43,11 @@ class RunningMetrics:
         totals, counts = sorted(self._totals), sorted(self._counts)
         values = torch.stack([self._totals[name] for name in totals] + [self._counts[name] for name in counts])
         read = accelerator.reduce(values, reduction="sum").tolist()
-        metrics = dict(zip(totals, read, strict=False))
-        for name, count in zip(counts, read[len(totals) :], strict=True):
-            if count:
-                metrics[name] /= count
-            else:
-                del metrics[name]
         self._totals.clear()
         self._counts.clear()
-        return metrics
+        return means_of_totals(
+            dict(zip(totals, read, strict=False)), dict(zip(counts, read[len(totals) :], strict=True))
+        )
 
 
 class StepMeans(RunningMetrics):
@@ -75,7 +73,8 @@ class StepMeans(RunningMetrics):
         read = accelerator.reduce(torch.stack([self._step[name] for name in names]), reduction="sum").tolist()
         sums = dict(zip(names, read, strict=True))
         self._step.clear()
-        return {name: sums[name] / sums[f"{name}/count"] for name in self.followed if sums.get(f"{name}/count")}
+        totals = {name: sums[name] for name in self.followed if name in sums}
+        return means_of_totals(totals, {name: sums[f"{name}/count"] for name in totals})
 
 
 def _add(totals: dict[str, Tensor], values: Mapping[str, Tensor | float], device: torch.device) -> None:

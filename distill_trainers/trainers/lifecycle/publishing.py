@@ -17,6 +17,7 @@ from ...cards.plots import plot_history
 from ...data.chat import turn_end_id
 from ...exceptions import ConfigurationError
 from ...storage import writing
+from ..protocol import METHODS
 
 if TYPE_CHECKING:
     from ..config import DistillConfig
@@ -168,8 +169,6 @@ class Publishing(Trainer):
 
     def card_facts(self: Any) -> CardFacts:
         """Return what the student's card says of this run."""
-        from .. import METHODS  # the table above all methods; by now it is there
-
         args, state, adapted = self.args, self.state, models.is_peft(self.model)
         names = [name for name, row in METHODS.items() if row and isinstance(self, row[1])]
         logged = {name: value for entry in state.log_history for name, value in entry.items()}  # callbacks' values, too

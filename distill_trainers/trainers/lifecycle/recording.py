@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from ... import models
 from ...run_files import FORMAT, RECORD_NAME, VERSION, read_record, shown
-from ...storage import writing
+from ...storage import write_file
 from ..protocol import Run
 
 # Keys that may hold secrets or tell about the machine, and those that say nothing about the run.
@@ -88,13 +88,10 @@ class RunRecorder(TrainerCallback):
         session.peak_mib, session.energy_joules = _number(everyone[:, 0].max()), _number(everyone[:, 1].sum())
         if not args.should_save:
             return
-        folder = Path(args.output_dir)
         record = {**self.facts(), "sessions": [*self._earlier, asdict(session)]}
-        with writing("the record of the run", folder, "Free some space and go on from the last checkpoint."):
-            folder.mkdir(parents=True, exist_ok=True)
-            begun = folder / f".{RECORD_NAME}.tmp"
-            begun.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-            begun.replace(folder / RECORD_NAME)
+        remedy = "Free some space and go on from the last checkpoint."
+        text = json.dumps(record, indent=1, default=str)
+        write_file(Path(args.output_dir) / RECORD_NAME, text, "the record of the run", remedy)
 
     def facts(self) -> dict[str, Any]:
         """What was run, without paths of this machine."""

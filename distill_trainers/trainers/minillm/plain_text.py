@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...data import DistillCollator
 from ...losses.reduction import IGNORE_INDEX
 from ...rollouts.draws import mix
+from ..protocol import Batch
 
-Batch = dict[str, Any]
 SHAPE = "scored_shape"  # the batch entry that holds rows and width of a batch before text was added to it
 
 

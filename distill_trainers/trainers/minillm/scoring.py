@@ -58,8 +58,8 @@ def sample_scored(run: Run, batches: list[Batch], alpha: float, keep_signal: boo
             teacher = run.teacher.generating(run.accelerator)
         with teacher as other:
             mixture = Mixture(other, alpha, keeps_hidden=keep_signal) if alpha else None
-            options: dict[str, Any] = {"tokenizer": run.processing_class, "mixture": mixture}
-            scored.extend(decode_scored(model, ids, mask, sampling, args.rollout_batch_size, **options))
+            size, tokenizer = args.rollout_batch_size, run.processing_class
+            scored.extend(decode_scored(model, ids, mask, sampling, size, tokenizer=tokenizer, mixture=mixture))
         return [completion.ids for completion in scored]
 
     batches = run.sample_completions(batches, generate if decodes else None)

@@ -97,14 +97,14 @@ class RationaleTrainer(DistillTrainer):
 
     # ---- Rows and batches -------------------------------------------------------------------------------------------
 
-    def build_collator(self, tokenizer: Any, student_config: Any) -> Any:
+    def build_collator(self, tokenizer: Any) -> Any:
         return RationaleCollator(
             tokenizer.pad_token_id,
             self.args.objective,
             with_others=self.args.with_others,
             with_prompts=self.requirements.samples_completions,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
-            decoder_start=models.decoder_start(student_config),
+            decoder_start=models.decoder_start(self.student_config),
         )
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
