@@ -97,7 +97,7 @@ class RunRecorder(TrainerCallback):
             begun.replace(folder / RECORD_NAME)
 
     def facts(self) -> dict[str, Any]:
-        """What was run, without paths of this machine."""
+        """Return what was run, without paths of this machine."""
         run, student, device = self.run, models.causal_lm_of(self.run.model), self.run.args.device
         source = models.source_of(run.model)
         return {
