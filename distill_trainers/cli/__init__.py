@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def shows_usage(argv: Sequence[str], usage: str) -> bool:
-    """Whether help was asked for, which is printed; else the command begins, with warnings alone in its log."""
+    """Tell whether help was asked for and print it; else let the command begin, with warnings alone in its log."""
     if argv and argv[0] not in ("-h", "--help"):
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
         return False
@@ -52,7 +52,7 @@ def shows_usage(argv: Sequence[str], usage: str) -> bool:
 
 
 def report_errors(command, argv: Sequence[str]) -> int:
-    """Run `command(argv)`; errors that the user can mend are printed without a traceback."""
+    """Run `command(argv)`; errors that the user can fix are printed without a traceback."""
     from ..exceptions import BAD_INPUT, FAILURES
 
     try:

@@ -147,13 +147,13 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
     return {"pairs": len(lines), **counts}
 
 
-def _check(own: PairArguments, temperature: float) -> None:
-    require(own.verify in VERIFICATIONS, "verify", own.verify, f"one of {', '.join(VERIFICATIONS)}")
-    verified = own.attempts == 1 or (own.attempts > 1 and own.verify != "none")
-    require(verified, "attempts", own.attempts, "1, or more with `verify`, which says what a right answer is")
-    if own.attempts > 1 and temperature == 0:
+def _check(settings: PairArguments, temperature: float) -> None:
+    require(settings.verify in VERIFICATIONS, "verify", settings.verify, f"one of {', '.join(VERIFICATIONS)}")
+    verified = settings.attempts == 1 or (settings.attempts > 1 and settings.verify != "none")
+    require(verified, "attempts", settings.attempts, "1, or more with `verify`, which says what a right answer is")
+    if settings.attempts > 1 and temperature == 0:
         raise ConfigurationError(
-            f"Got `attempts: {own.attempts}` at `temperature: 0`, where every attempt gives the same answer. "
+            f"Got `attempts: {settings.attempts}` at `temperature: 0`, where every attempt gives the same answer. "
             "Raise the temperature, or set attempts to 1."
         )
 

@@ -136,9 +136,9 @@ def _manager_that_has(tasks: Sequence[str], folder: str | None) -> Any:
 
     if folder is not None:
         require(Path(folder).is_dir(), "lm_eval_include_path", folder, "a folder with task files")
-        own = TaskManager(include_path=folder, include_defaults=False)
-        if set(tasks) <= set(own.all_subtasks):  # a group may name tasks that are not in the folder
-            return own
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if set(tasks) <= set(manager.all_subtasks):  # a group may name tasks that are not in the folder
+            return manager
     return TaskManager(include_path=folder)
 
 

@@ -124,7 +124,7 @@ def make_subjects(
     teacher_kwargs: Mapping[str, Any] | None,
     **shared: Any,
 ) -> list[Subject]:
-    """Teacher, baseline, students, in this order, each with what they share; nothing is loaded.
+    """Return teacher, baseline, students, in this order, each with what they share; nothing is loaded.
 
     Raises:
         ConfigurationError: no model at all, a name that is taken, or a model that is not there.
@@ -132,13 +132,13 @@ def make_subjects(
     taken = [name for name in students if name in ("teacher", "baseline") or not str(name).strip()]
     if taken:
         raise ConfigurationError(f"A student is called {taken[0]!r}; expected another name than teacher and baseline.")
-    given: list[tuple[str, str, str | nn.Module | None, Mapping[str, Any] | None]] = [
+    sources: list[tuple[str, str, str | nn.Module | None, Mapping[str, Any] | None]] = [
         ("teacher", "teacher", teacher, kwargs if teacher_kwargs is None else teacher_kwargs),
         ("baseline", "baseline", baseline, kwargs),
         *((str(name), "student", source, kwargs) for name, source in students.items()),
     ]
-    there = [(name, role, source, own) for name, role, source, own in given if source is not None]
-    subjects = [Subject(name, role, source, init_kwargs=own, **shared) for name, role, source, own in there]
+    named = [(name, role, source, loading) for name, role, source, loading in sources if source is not None]
+    subjects = [Subject(name, role, source, init_kwargs=loading, **shared) for name, role, source, loading in named]
     if not subjects:
         raise ConfigurationError("Got no model to evaluate; expected `students`, a `teacher` or a `baseline`.")
     return subjects

@@ -18,7 +18,7 @@ from .text_scores import distinct_sums, ended_sums, length_sums, rouge_l, rouge_
 
 
 def scores_of(
-    collected: Collected,
+    data: Collected,
     examples: ExampleSet,
     settings: EvaluationSettings,
     metrics: Sequence[str],
@@ -35,31 +35,27 @@ def scores_of(
     """
     sums: dict[str, Sums] = {}
     by_seed: dict[str, list[Sums]] = {}
-    if collected.reference and "perplexity" in metrics:
-        sums["perplexity"] = perplexity_sums([row["nll"] for row in collected.reference])
+    if data.reference and "perplexity" in metrics:
+        sums["perplexity"] = perplexity_sums([row["nll"] for row in data.reference])
     if "agreement" in metrics:
-        sums |= _agreement(collected, examples, is_teacher)
-    if collected.reference and "calibration" in metrics:
-        sure, right = ([row[name] for row in collected.reference] for name in ("confidence", "correct"))
+        sums |= _agreement(data, examples, is_teacher)
+    if data.reference and "calibration" in metrics:
+        sure, right = ([row[name] for row in data.reference] for name in ("confidence", "correct"))
         sums["ece"] = calibration_sums(sure, right, settings.calibration_bins)
     if "exposure_bias" in metrics and exposure_length is not None:
-        texts = (
-            [[0.0] * len(ids) for ids in collected.samples[0]]
-            if is_teacher
-            else [row["kl"] for row in collected.own_text]
-        )
-        given = texts if is_teacher else [row["kl"] for row in collected.teacher_text]
-        sums["exposure_error"] = exposure_sums(texts, given, exposure_length)
-    if collected.samples and "rouge_l" in metrics:
-        sums["rouge_l"], by_seed["rouge_l"] = _rouge(collected, examples, tokenizer)
-    if collected.samples and "diversity" in metrics:
-        sums |= _diversity(collected, tokenizer)
-        bare = _without_ends(collected)
+        texts = [[0.0] * len(ids) for ids in data.samples[0]] if is_teacher else [row["kl"] for row in data.own_text]
+        on_teachers = texts if is_teacher else [row["kl"] for row in data.teacher_text]
+        sums["exposure_error"] = exposure_sums(texts, on_teachers, exposure_length)
+    if data.samples and "rouge_l" in metrics:
+        sums["rouge_l"], by_seed["rouge_l"] = _rouge(data, examples, tokenizer)
+    if data.samples and "diversity" in metrics:
+        sums |= _diversity(data, tokenizer)
+        bare = _without_ends(data)
         by_seed["distinct_4"] = [distinct_sums([completions]) for completions in bare]
     if "accuracy" in metrics:
-        sums |= accuracy_by_question(collected.answers)
-    if collected.sampled_answers and "consistency" in metrics:
-        pairs = zip(collected.sampled_answers, examples.questions, strict=True)
+        sums |= accuracy_by_question(data.answers)
+    if data.sampled_answers and "consistency" in metrics:
+        pairs = zip(data.sampled_answers, examples.questions, strict=True)
         kind = settings.answer_kind
         sums |= consistency_sums([agree(answers, q.answer or "", kind, q.choices) for answers, q in pairs])
     return {name: sums[name] for name in MEASURES if name in sums}, by_seed
@@ -111,7 +107,7 @@ def _diversity(collected: Collected, tokenizer: Any) -> dict[str, Sums]:
 
 
 def perplexity_sums(nll: Sequence[Sequence[float]]) -> Sums:
-    """exp of the mean negative log-likelihood over all tokens, not over prompts; end-of-text tokens count.
+    """Compute exp of the mean negative log-likelihood over all tokens, not prompts; end-of-text tokens count.
 
     Args:
         nll: −log q(y) of every token, in nats, by prompt.

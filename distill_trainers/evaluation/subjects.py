@@ -166,7 +166,7 @@ class Subject:
             yield models.unwrapped(model)
 
     def release(self) -> None:
-        """Let weights go that were loaded here; a model that was given is left as it came."""
+        """Let weights go that were loaded by it; a model that the caller passed stays as it came."""
         self.model.release()
         if not isinstance(self._source, str):
             self.model.model.train(self._was_training)

@@ -32,7 +32,7 @@ def require_library(module: str, package: str, metric: str) -> None:
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Rouge-L × 100 of each text against its references, the best of them."""
+    """Return Rouge-L × 100 of each text against its references, the best of them."""
     require_library("rouge_score", "rouge-score", "rouge_l")
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -42,8 +42,8 @@ def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
 
 
 def rouge_sums(by_seed: Sequence[Sequence[float]]) -> Sums:
-    """The mean over prompts of the mean over seeds; `by_seed[s][i]` is prompt i's score with seed s."""
-    return Sums.of_means([sum(each) / len(each) for each in zip(*by_seed, strict=True)], [1.0] * len(by_seed[0]))
+    """Average over prompts the mean over seeds; `by_seed[s][i]` is prompt i's score with seed s."""
+    return Sums.of_means([sum(scores) / len(scores) for scores in zip(*by_seed, strict=True)], [1.0] * len(by_seed[0]))
 
 
 def distinct_sums(by_seed: Sequence[Sequence[Sequence[int]]], n: int = 4) -> Sums:
@@ -58,10 +58,10 @@ def distinct_sums(by_seed: Sequence[Sequence[Sequence[int]]], n: int = 4) -> Sum
     totals, counts = [0.0] * len(by_seed[0]), [0.0] * len(by_seed[0])
     for completions in by_seed:
         grams = [[tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in completions]
-        times = Counter(gram for each in grams for gram in each)
-        for prompt, each in enumerate(grams):
-            totals[prompt] += sum(1 / times[gram] for gram in each)
-            counts[prompt] += len(each)
+        times = Counter(gram for own_grams in grams for gram in own_grams)
+        for prompt, own_grams in enumerate(grams):
+            totals[prompt] += sum(1 / times[gram] for gram in own_grams)
+            counts[prompt] += len(own_grams)
     return Sums.of_means(totals, counts)
 
 
@@ -81,7 +81,7 @@ def self_bleu_sums(by_seed: Sequence[Sequence[str]]) -> Sums:
 
 
 def length_sums(by_seed: Sequence[Sequence[Sequence[int]]]) -> Sums:
-    """Mean tokens per completion, the token that ends it included."""
+    """Return mean tokens per completion, the token that ends it included."""
     return Sums.of_means([sum(map(len, row)) / len(row) for row in zip(*by_seed, strict=True)], [1] * len(by_seed[0]))
 
 

@@ -187,8 +187,7 @@ def _zero3_engine(model: nn.Module, placement: str) -> nn.Module:
 
 
 def _choose_deepspeed_accelerator() -> None:
-    # Left alone, DeepSpeed goes by installed packages (`torch_npu`, …) first, whether or not such a device is there.
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # DeepSpeed would go by installed packages (`torch_npu`, …), device or not
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
@@ -209,6 +208,5 @@ def _fully_sharded(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     for layers in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
         for layer in layers:
             fully_shard(layer, mesh=mesh)
-    # By default a root's own weights (embedding, head) stay whole after a forward, for a backward that never comes.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # a root's embedding and head stay whole by default
     return model

@@ -240,16 +240,16 @@ def histogram_chart(
             place = {"x": f"{x(left) + 0.5:g}", "y": f"{top:g}", "width": f"{width:g}", "height": f"{tall:g}"}
             parts.append(el("rect", **place, class_=f"bar s{style % STYLES}"))
     fullest = max(range(len(counts)), key=lambda i: counts[i]) if counts else 0
-    told = f"{sum(counts)} values of {x_label}; most, {max(counts, default=0)}, between "
-    told += f"{short(edges[fullest])} and {short(edges[fullest + 1])}." if counts else "nothing."
-    return _drawing(title, told, 190, join(parts))
+    words = f"{sum(counts)} values of {x_label}; most, {max(counts, default=0)}, between "
+    words += f"{short(edges[fullest])} and {short(edges[fullest + 1])}." if counts else "nothing."
+    return _drawing(title, words, 190, join(parts))
 
 
 # ---- Scales, ticks and numbers --------------------------------------------------------------------------------------
 
 
 def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """About `wanted` round numbers (1, 2 or 5 times a power of ten) that enclose [low, high]."""
+    """Choose about `wanted` round numbers (1, 2 or 5 times a power of ten) that enclose [low, high]."""
     if not high > low:
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
@@ -261,7 +261,7 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def short(value: float | None) -> str:
-    """A number for an axis or a label: four digits at most."""
+    """Write a number for an axis or a label: four digits at most."""
     if value is None:
         return "–"
     if value == 0:
@@ -292,6 +292,6 @@ class Scale:
 
 
 def spread(values: Iterable[float], *, zero: bool = False) -> tuple[float, float]:
-    """Smallest and largest of the values; with `zero`, no smaller than that of them and 0."""
-    kept = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    return (min(0.0, *kept), max(0.0, *kept)) if zero else (min(kept), max(kept))
+    """Return smallest and largest of the values; with `zero`, 0 counts among them."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    return (min(0.0, *finite), max(0.0, *finite)) if zero else (min(finite), max(finite))

@@ -151,8 +151,8 @@ def _data(compared: TokenComparison) -> dict[str, Any]:
     def name(token: str) -> int:
         return texts.setdefault(shown_token(token), len(texts))
 
-    def tops(found: list[list[TopToken]]) -> list[list[int]]:
-        return [[part for top in row for part in (name(top.token), _ints([top.probability], 1e4)[0])] for row in found]
+    def tops(places: list[list[TopToken]]) -> list[list[int]]:
+        return [[part for top in row for part in (name(top.token), _ints([top.probability], 1e4)[0])] for row in places]
 
     return {
         "kl": _ints(compared.kl, 1e3),

@@ -24,7 +24,7 @@ def generate_completions(
     *,
     tokenizer: Any = None,
 ) -> list[list[int]]:
-    """As `decode_completions`, of any causal LM; `batch_size` prompts go into one call of `generate`.
+    """Do as `decode_completions`, for any causal LM; `batch_size` prompts go into one call of `generate`.
 
     Completions are cut by position and never by the pad id, so that an EOS which also serves as padding stays.
     """

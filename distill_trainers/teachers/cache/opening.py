@@ -59,7 +59,7 @@ def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
 
 
 def whose_answers(source: Any, settings: Any, tokenizer: Any, options: TeacherOptions) -> dict[str, Any]:
-    """The fields of an identity that say which model answers, in which precision, about which tokens.
+    """Return the fields of an identity that say which model answers, how precisely, about which tokens.
 
     Args:
         settings: keyword arguments of `from_pretrained`.
@@ -77,7 +77,7 @@ def whose_answers(source: Any, settings: Any, tokenizer: Any, options: TeacherOp
 def record_identity(
     folder: str, identity: CacheIdentity, options: TeacherOptions, setting: str = "teacher_cache"
 ) -> CacheIdentity:
-    """What the folder that `setting` names says it holds, compared with `identity`; a new folder is told."""
+    """Compare what the folder of `setting` says it holds with `identity`; a new folder is told."""
     with options.main_process_first(desc=f"opening {setting}"):
         recorded = read_identity(folder)
         if recorded is None:
@@ -129,7 +129,7 @@ def missing_from_cache(
 
 
 def config_of(source: Any, options: TeacherOptions, role: str = "student or teacher") -> Any:
-    """The configuration of a model, or of a name."""
+    """Return the configuration of a model, or of a name."""
     if not isinstance(source, str):
         return models.causal_lm_of(source).config
     return models.load_config(source, role, trust_remote_code=options.trust_remote_code)

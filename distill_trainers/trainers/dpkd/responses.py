@@ -34,7 +34,7 @@ class StudentResponses:
         self.kept = ReplayBuffer(capacity, parts=3)
 
     def pairs(self, batches: list[Batch]) -> list[Batch]:
-        """Batches `[B, T]` of prompts with chosen responses as batches `[2B, T]` of pairs."""
+        """Turn batches `[B, T]` of prompts with chosen responses into batches `[2B, T]` of pairs."""
         step = self.run.state.global_step
         rows = sum(len(batch["prompt_ids"]) for batch in batches)
         if step % self.refresh_steps and len(self.kept) >= rows:
@@ -70,7 +70,7 @@ class FirstResponses(TrainerCallback):
 
 
 def with_student_responses(run: Run, dataset: Any, written_by: str) -> Any:
-    """`dataset` with a rejected response of the student to each prompt, sampled once and kept on disk.
+    """Add a rejected response of the student to each prompt of `dataset`, sampled once and kept on disk.
 
     Evaluation compares steps on the same pairs, so its rejected responses never change during a run.
 

@@ -71,7 +71,7 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
 
 
 def fill_with_teacher_completions(run: Run, dataset: Any, *, replace: bool) -> Any:
-    """A run's `dataset` with completions of its teacher; each process generates its share, each prompt once."""
+    """Add the teacher's completions to a run's `dataset`; each process generates its share, each prompt once."""
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or "loss_mask" not in columns or not hasattr(dataset, "__len__"):
         return dataset

@@ -164,8 +164,8 @@ class HeldOutMeasures(TrainerCallback):
         scores = {name: sums.value for name, sums in self._scores(collected).items()}
         self._remember(scores, step)
         logged = dict(scores)
-        own = {name: v for name, v in self._teacher_scores.items() if MEASURES[name].metric not in NEED_A_TEACHER}
-        logged |= {f"teacher_{name}": value for name, value in own.items() if name in scores}
+        theirs = {name: v for name, v in self._teacher_scores.items() if MEASURES[name].metric not in NEED_A_TEACHER}
+        logged |= {f"teacher_{name}": value for name, value in theirs.items() if name in scores}
         logged |= {f"gap_closed_{name}": value for name, value in self._gaps(scores).items()}
         logged = {name: value for name, value in logged.items() if value == value}  # a NaN is no score
         self._taken = (step, logged)
@@ -207,19 +207,19 @@ class HeldOutMeasures(TrainerCallback):
         assert self.examples is not None
         run, examples = self.run, self.examples
         collected = Collected(end_ids=list(run.sampling.eos_token_ids))
-        prompts = [row.prompt_ids for row in examples.prompted]
+        prompts = [example.prompt_ids for example in examples.prompted]
         collected.samples = self._sample(lambda: models.generating(model, run.accelerator), collected.end_ids)
         if "accuracy" in self.metrics:
             generating = models.generating(model, run.accelerator)
             collected.greedy = self._complete(examples.questions, generating, collected.end_ids, greedy=True)
         self._answer(collected)
-        wanted = set(self.metrics)
-        if wanted & {"agreement", "calibration"}:
-            texts = [(row.prompt_ids, row.completion_ids) for row in examples.with_text]
+        metrics = set(self.metrics)
+        if metrics & {"agreement", "calibration"}:
+            texts = [(example.prompt_ids, example.completion_ids) for example in examples.with_text]
             collected.reference = self._read(model, texts)
-        if wanted & NEED_A_TEACHER:
+        if metrics & NEED_A_TEACHER:
             collected.own_text = self._read(model, list(zip(prompts, collected.samples[0], strict=True)))
-        if "exposure_bias" in wanted:
+        if "exposure_bias" in metrics:
             assert self._teacher is not None
             collected.teacher_text = self._read(model, list(zip(prompts, self._teacher.samples[0], strict=True)))
         return collected
@@ -274,7 +274,7 @@ class HeldOutMeasures(TrainerCallback):
         """Initial scores survive in a file, for a run that goes on from a checkpoint."""
         assert self.examples is not None
         file = Path(self.run.args.output_dir) / INITIAL_NAME
-        prompts = [each.prompt_ids for each in self.examples.examples]
+        prompts = [example.prompt_ids for example in self.examples.examples]
         key = content_key(prompts, self.settings.metrics, self.settings.seeds, self.settings.max_new_tokens)
         if step == 0:
             self._initial = scores

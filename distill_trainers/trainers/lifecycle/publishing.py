@@ -154,8 +154,8 @@ class Publishing(Trainer):
             return
         if _is_sharded(self.accelerator):
             with models.whole_loading():
-                own = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
-                merged = models.load_merged_adapter(args.output_dir, **own | (args.model_init_kwargs or {}))
+                kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+                merged = models.load_merged_adapter(args.output_dir, **kwargs | (args.model_init_kwargs or {}))
             make_generable(merged, self.processing_class)
         else:
             merged = models.merged_copy(self.model)

@@ -94,7 +94,7 @@ class RunRecorder(TrainerCallback):
         write_file(Path(args.output_dir) / RECORD_NAME, text, "the record of the run", remedy)
 
     def facts(self) -> dict[str, Any]:
-        """What was run, without paths of this machine."""
+        """Return what was run, without paths of this machine."""
         run, student, device = self.run, models.causal_lm_of(self.run.model), self.run.args.device
         source = models.source_of(run.model)
         return {

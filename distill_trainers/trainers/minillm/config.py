@@ -146,8 +146,8 @@ class MiniLLMConfig(DistillConfig):
         for name in ("ignore_data_skip", "auto_find_batch_size"):
             self._require(name, not self.reuses_rollouts or not getattr(self, name), COUNTED)
         self._require("lm_loss_weight", self.lm_loss_weight >= 0, "0 or a positive number")
-        given = "0 where no step trains on given completions (lmbda is 1). Pass a pretraining dataset instead"
-        self._require("lm_loss_weight", self.lm_loss_weight == 0 or self.lmbda < 1, given)
+        expected = "0 where no step trains on given completions (lmbda is 1). Pass a pretraining dataset instead"
+        self._require("lm_loss_weight", self.lm_loss_weight == 0 or self.lmbda < 1, expected)
         self._require("pretraining_weight", self.pretraining_weight >= 0, "0 or a positive number")
         room = f"less than max_length ({self.max_length}), which counts prompt and completion"
         fits = self.max_new_tokens < self.max_length or self.lmbda == 0

@@ -198,7 +198,7 @@ class RolloutCycles:
         parts = iter(state["ids"].split([length for pair in lengths for length in pair]))
         logps = state["logps"].split([completion for _, completion in lengths])
         pairs = zip(parts, parts, logps, strict=True)
-        self.rows = [RolloutRow(prompt.tolist(), answer.tolist(), kept.clone()) for prompt, answer, kept in pairs]
+        self.rows = [RolloutRow(prompt.tolist(), answer.tolist(), values.clone()) for prompt, answer, values in pairs]
 
     def _check(self, written: Mapping[str, int]) -> None:
         settings = self._settings
