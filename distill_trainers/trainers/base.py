@@ -30,7 +30,7 @@ from .. import hub, models
 from ..data import DistillCollator, replace_completions
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
-from ..losses.reduction import count_of, step_counts, step_weights, token_mean, trained_mask
+from ..losses.reduction import count_of, step_counts, step_weights, token_mean
 from ..rollouts import build_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
 from ..signals import TeacherSignal, TokenLogits
@@ -362,9 +362,8 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         self, model: nn.Module, inputs: Batch, terms_fn: Any, weights: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Call `TwoModels.terms` on a micro-batch, with what the method asks of the teacher and its terms of rows."""
-        signal = self.teacher_signal(inputs, trained_mask(inputs["labels"]))
         row_terms = self.row_terms if self.has_row_terms else None
-        return self.two_models.terms(model, inputs, signal, terms_fn, weights, row_terms)
+        return self.two_models.terms(model, inputs, self.teacher_signal, terms_fn, weights, row_terms)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = models.whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # each has a share under FSDP2

@@ -70,7 +70,7 @@ class TwoModels:
         self,
         student: nn.Module,
         inputs: Mapping[str, Any],
-        signal: TeacherSignal | None,
+        teacher_signal: SignalFn | None,
         terms_fn: TermsFn,
         weights: Mapping[str, Any],
         row_terms: Callable[..., Mapping[str, Tensor]] | None = None,
@@ -80,7 +80,7 @@ class TwoModels:
         Args:
             student: in its wrappers; all that needs its weights runs inside their forward.
             inputs: a batch with `labels` `[B, T]`; `terms_fn` gets its entries `token_*` too.
-            signal: of the teacher, for the N tokens.
+            teacher_signal: asks the teacher about the N tokens; None asks nobody.
             terms_fn: see `fused_linear_terms`.
             weights: of the terms that make up the total.
             row_terms: see `DistillTrainer.row_terms`.
@@ -93,7 +93,10 @@ class TwoModels:
             row_terms = functools.partial(row_terms, num_rows=len(labels))
         forward_inputs = models.forward_inputs(inputs)
         if self.head_is_fused is None:
+            # Before the teacher is asked: ZeRO-3 keeps the order in which the first forward meets the weights, and a
+            # teacher that is the student without its adapter would meet too few of them.
             self.head_is_fused = _head_can_be_fused(student, forward_inputs)
+        signal = None if teacher_signal is None else teacher_signal(dict(inputs), predicts)
 
         def on_hidden(hidden_BTD: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
             hidden_ND, head = hidden_BTD[:, :-1][predicts], head.cut_to(self.vocab_size)
@@ -110,8 +113,8 @@ class TwoModels:
             logits_NV = student(**forward_inputs).logits[:, :-1][predicts][:, : self.vocab_size].float()
             if row_terms is not None:
                 return row_terms_of_logits(logits_NV, whole_signal, terms_fn, row_terms, tokens, weights)
-            teacher_signal = None if whole_signal is None else whole_signal.chunk(slice(None))
-            terms = terms_fn(TokenLogits(logits_NV), teacher_signal, tokens)
+            told = None if whole_signal is None else whole_signal.chunk(slice(None))
+            terms = terms_fn(TokenLogits(logits_NV), told, tokens)
             # Without a token the total must be part of the graph still: backward is collective.
             total = weighted_total(terms, weights, start=logits_NV.sum() * 0.0)
             return total, {name: values.detach() for name, values in terms.items()}

@@ -346,11 +346,9 @@ class HeldOutMeasures(TrainerCallback):
 
         def read(batch: dict[str, Any]) -> dict[str, Tensor]:
             """Plain rows, whatever the method's own batches are made of: its hooks have no say here."""
-            predicts = trained_mask(batch["labels"])
-            assert bool(predicts.any())
+            assert bool(trained_mask(batch["labels"]).any())
             with both.autocast():
-                signal = both.signal(batch, predicts) if asks else None
-                return both.terms(model, batch, signal, comparison_terms, {})[1]
+                return both.terms(model, batch, both.signal if asks else None, comparison_terms, {})[1]
 
         part_of_rank = force(
             texts,

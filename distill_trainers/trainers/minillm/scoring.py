@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ...exceptions import ConfigurationError
 from ...losses import token_logps
-from ...losses.reduction import trained_mask
 from ...rollouts import Mixture, Scored, decode_scored, why_not_scored
 from ...signals import HiddenStates, TokenLogits, TokenSignal
 from ...teachers import Teacher
@@ -101,8 +100,7 @@ def _logps_of_both(run: Run, batch: Batch) -> Tensor:
     model.eval()
     try:
         with run.two_models.autocast():
-            signal = run.teacher_signal(batch, trained_mask(batch["labels"]))
-            _, logps = run.two_models.terms(model, batch, signal, terms, {})
+            _, logps = run.two_models.terms(model, batch, run.teacher_signal, terms, {})
     finally:
         model.train(was_training)
     return torch.stack([logps[name] for name in ("student", "drawn", "teacher")], dim=1)
