@@ -30,6 +30,7 @@ from distill_trainers.data.pairs import is_pair, split_pair
 from distill_trainers.evaluation import MEASURES, METRICS, EvaluationSettings
 from distill_trainers.losses import DIVERGENCES
 from distill_trainers.recipe.parse import RecipeArguments, parse_recipe
+from distill_trainers.teachers.options import TeacherOptions
 from distill_trainers.trainers import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +196,7 @@ def _own_fields(config_class):
     [
         ("## Keys of a run", RecipeArguments),
         ("## Keys of every method", DistillConfig),
+        ("## Keys about the teacher", TeacherOptions),
         ("## Keys of `distill-trainers pairs`", PairArguments),
     ],
 )

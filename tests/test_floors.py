@@ -85,21 +85,33 @@ def test_imports_go_to_lower_floors_only(file):
         assert {here, there} not in STRANGERS, f"{file}:{line}: {here} and {there} do not know each other"
 
 
+MODULES = {file.relative_to(ROOT).with_suffix("").parts: file for file in FILES if file.name != "__init__.py"}
+
+
+def _module(target):
+    """The module that an import names, or that defines the name; packages hand names on. None for anything else."""
+    if target in MODULES:
+        return target
+    if target[:-1] in MODULES:
+        return target[:-1]
+    package = ROOT.joinpath(*target[:-1], "__init__.py")
+    for node in ast.parse(package.read_text()).body if package.is_file() else ():
+        if isinstance(node, ast.ImportFrom) and node.level and target[-1] in {alias.name for alias in node.names}:
+            above = target[: len(target) - node.level]
+            return _module((*above, *(node.module or "").split("."), target[-1]))
+    return None
+
+
 def test_no_modules_import_each_other():
-    """No circles, of any length; a package's `__init__` hands on names and does not count."""
-    modules = {file.relative_to(ROOT).with_suffix("").parts: file for file in FILES if file.name != "__init__.py"}
-    below = {
-        name: {t for _, target in _imports(file) for t in _modules(target, modules)} for name, file in modules.items()
-    }
+    """No circles, of any length; a name counts for the module that defines it, whichever package hands it on."""
+    below = {name: {_module(target) for _, target in _imports(file)} for name, file in MODULES.items()}
     while leaves := [name for name, targets in below.items() if not targets & below.keys() - {name}]:
         for name in leaves:
             del below[name]
-    assert not below, f"these import each other, or stand on some that do: {sorted('.'.join(n) for n in below)}"
-
-
-def _modules(target, modules):
-    """The module that an import names, or that a name is imported from."""
-    return [part for part in (target, target[:-1]) if part in modules][:1]
+    while tops := [name for name in below if not any(name in below[other] for other in below if other != name)]:
+        for name in tops:
+            del below[name]
+    assert not below, f"these import each other: {sorted('.'.join(name) for name in below)}"
 
 
 @by_file

@@ -92,7 +92,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         False, "Also save the student with its adapter merged, in `<output_dir>/merged`, and upload that."
     )
     card_license: str | None = setting(
-        None, "Licence in the model card; by default what follows from teacher, student and data."
+        None, "Licence in the model card; by default the one that teacher, student and data share."
     )
 
     # Evaluation
