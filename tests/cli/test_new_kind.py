@@ -115,3 +115,15 @@ def test_what_it_cannot_do_is_refused_before_anything_is_loaded(constant_recipe,
         said = " ".join(capsys.readouterr().err.split())
         assert "MiniLLMTrainer needs ['completions'] of its teacher, but ConstantTeacher provides only" in said
     assert main(["pairs", "--config", path]) == 2
+
+
+def test_it_may_have_a_name_of_its_own_and_no_cache_in_front(constant_recipe, capsys, tmp_path):
+    named = constant_recipe(lmbda=0.0, teacher_model_name_or_path="uniform:1")
+    assert main(["train", "--config", named, "--dry_run", "true"]) == 0
+    assert main(["train", "--config", named]) == 0
+    capsys.readouterr()
+    cached = constant_recipe(lmbda=0.0, teacher_cache=str(tmp_path / "cache"))
+    assert main(["train", "--config", cached]) == 2
+    assert "`teacher_placement: constant`; expected one of them. Leave one out" in " ".join(
+        capsys.readouterr().err.split()
+    )
