@@ -14,6 +14,10 @@ class DatasetError(ValueError):
     """A dataset that cannot be trained on: a missing column, no rows, rows without completions."""
 
 
+class NoUsableRowsError(DatasetError):
+    """Each row by itself is left out, so that none is there to train on."""
+
+
 class VocabularyError(ValueError):
     """Student and teacher do not mean the same token by the same id."""
 

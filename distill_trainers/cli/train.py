@@ -58,7 +58,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
         look(recipe, checked)
     student = recipe.model.model_name_or_path
     if student is None:
-        student = str(make_initial_student(recipe, checked.ready.prepared(checked.ready.given.train, "train")))
+        student = str(make_initial_student(recipe, checked.ready.rows()[0]))
     args.model_init_kwargs = {**_model_init_kwargs(recipe.model), **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     args.disable_tqdm = True
     callbacks: list[Any] = [ProgressReport()]

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from distill_trainers.data.collator import IGNORED, DistillCollator
 from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation, to_chatml
 from distill_trainers.data.rows import tokenize_row
-from distill_trainers.exceptions import DatasetError
+from distill_trainers.exceptions import DatasetError, NoUsableRowsError
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -244,7 +244,7 @@ def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str
             f"{counted} (the first is row {first}). "
         )
         if not drop_bad or not good:
-            raise DatasetError(
+            raise (DatasetError if good or not drop_bad else NoUsableRowsError)(
                 f"{problem}Expected a prompt shorter than max_length={max_length} and two different responses that are "
                 "not empty, written for this tokenizer (as conversations, they get its own template). Fix the rows, "
                 + ("or set `bad_pairs: drop` to leave them out." if good else "there is none to train on.")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..answers.edit_distance import key_tokens
 from ..answers.formats import question_text
-from ..exceptions import DatasetError
+from ..exceptions import DatasetError, NoUsableRowsError
 from .chat import Chat, split_conversation
 from .collator import IGNORED, DistillCollator, pad_rows
 from .formats import apply_column_mapping, detect_dataset_type, first_row
@@ -213,7 +213,7 @@ def prepare_rationales(
     reasons = Counter(reason for reason in prepared["dropped"] if reason)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     if reasons.total() == len(prepared):
-        raise DatasetError(f"None of the {len(prepared)} rows of dataset {name!r} can be trained on: {counts}.")
+        raise NoUsableRowsError(f"None of the {len(prepared)} rows of dataset {name!r} can be trained on: {counts}.")
     if reasons:
         logger.warning("Dataset %r, %d rows: %d dropped (%s).", name, len(prepared), reasons.total(), counts)
     usable = [i for i, reason in enumerate(prepared["dropped"]) if not reason]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill_trainers.data.formats import DatasetType, apply_column_mapping, detect_dataset_type, first_row
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
-from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -149,7 +149,7 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
     usable = [i for i, reason in enumerate(flags["dropped"]) if not reason]
     parts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     if not usable:
-        raise DatasetError(
+        raise NoUsableRowsError(
             f"None of the {len(dataset)} rows of dataset {name!r} can be trained on: {parts} (row 0: "
             f"{flags['dropped'][0]}). Check the columns (column_mapping), and max_length={max_length}."
         )

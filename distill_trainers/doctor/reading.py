@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from itertools import islice
@@ -12,7 +13,7 @@ from .. import models
 from ..data.formats import apply_column_mapping, detect_dataset_type, first_row
 from ..data.pairs import is_pair
 from ..data.rows import tokenize_row
-from ..exceptions import CacheError, ConfigurationError, DatasetError, VocabularyError
+from ..exceptions import CacheError, ConfigurationError, DatasetError, NoUsableRowsError, VocabularyError
 from ..recipe.checks import CheckedRecipe, check_recipe, load_datasets, student_and_teacher, without_weights
 from ..recipe.parse import Recipe
 from ..requirements import Requirements
@@ -52,7 +53,8 @@ def case_of(
         train, wants = checked.ready.given.train, checked.ready.wants
     else:
         train = _read_apart(recipe, case, architectures, on_paper, findings)
-        row = first_row(train) if train is not None and recipe.args.reads_first_row else None
+        reads = train is not None and recipe.args.reads_first_row
+        row = _attempt(findings, "recipe", lambda: first_row(train)) if reads else None
         wants = recipe.args.requirements(row)
     case.samples = wants.samples_completions
     if train is not None and case.tokenizer is not None:
@@ -137,28 +139,23 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, f
         rows = list(islice(iter(apply_column_mapping(first_rows, mapping, name="train")), _SAMPLE))
         case.sample = rows
         case.prepared = prepare_rows(recipe.args, first_rows, case.tokenizer, "train", wants)
+    except _MENDABLE as error:
+        more = case.num_rows is None or case.num_rows > _SAMPLE  # rows that were not looked at may be good
+        refusal = Finding.of_error("recipe", error)
+        known = refusal.what in {finding.what for finding in findings}  # the recipe's own check may have told it
+        if not known and not (more and isinstance(error, NoUsableRowsError)):
+            findings.append(refusal)
+        return
+    with contextlib.suppress(*_MENDABLE, KeyError):
         kind = "preference" if is_pair(rows[0]) else detect_dataset_type(rows[0])
+        whole = [row for row in case.prepared if "input_ids" in row]
         if kind not in ("preference", "rationale"):
-            whole = [
-                tokenize_row(
-                    row,
-                    case.tokenizer,
-                    dataset_type=kind,
-                    assistant_only_loss=recipe.args.assistant_only_loss,
-                    chat_template_kwargs=recipe.args.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
-                )
-                for row in rows
-            ]
-        else:
-            whole = [row for row in case.prepared if "input_ids" in row]
+            settings: Any = {
+                name: getattr(recipe.args, name) for name in ("assistant_only_loss", "chat_template_kwargs")
+            }
+            whole = [tokenize_row(row, case.tokenizer, dataset_type=kind, **settings) for row in rows]
         case.lengths = [len(row["input_ids"]) for row in whole]
         case.prompt_lengths = [row["prompt_length"] for row in whole]
-    except KeyError:
-        return
-    except _MENDABLE as error:
-        refusal = Finding.of_error("data", error)
-        if refusal.what not in {finding.what for finding in findings}:  # the recipe's own check may have told it
-            findings.append(refusal)
 
 
 def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:

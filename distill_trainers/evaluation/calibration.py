@@ -41,7 +41,7 @@ def calibration_sums(confidence: Sequence[Sequence[float]], correct: Sequence[Se
 def calibration_bins(
     confidence: Sequence[Sequence[float]], correct: Sequence[Sequence[float]], bins: int
 ) -> list[CalibrationBin]:
-    """Draw the reliability diagram: tokens, mean confidence and accuracy of each bin."""
+    """Return the bins of a reliability diagram: tokens, mean confidence and accuracy of each bin."""
     sure = np.array([value for row in confidence for value in row], float)
     right = np.array([value for row in correct for value in row], float)
     bin_of, diagram = _bins_of(sure, bins), []

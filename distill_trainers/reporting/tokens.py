@@ -81,7 +81,7 @@ def level(value: float | None, measure: str = "kl") -> int:
 
 
 def shown_token(token: str) -> str:
-    """Write a token so that it can be read: white space and line ends made visible, long ones cut."""
+    """Write a token so that it can be read: white space alone, tabs and line ends made visible, long ones cut."""
     if token in _UNSEEN:
         return _UNSEEN[token]
     token = visible(token)

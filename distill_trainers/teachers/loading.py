@@ -60,7 +60,7 @@ def refuse(pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
             "or name the teacher by folder or Hub id."
         )
     kind = kind_of(teacher, options)
-    placed = isinstance(teacher, Teacher) and not (placement == "cached" and isinstance(teacher, CachedTeacher))
+    placed = isinstance(teacher, Teacher) and not (placement in KINDS and isinstance(teacher, KINDS[placement]))
     free = ("auto", "adapter_off", "remote")
     if placed and placement not in free and getattr(teacher, "placement", None) not in ("auto", placement):
         raise ConfigurationError(
@@ -114,9 +114,9 @@ def teacher_tokenizer(
     teacher: Any, tokenizer: PreTrainedTokenizerBase, options: TeacherOptions
 ) -> PreTrainedTokenizerBase | None:
     """Load the teacher's tokenizer where its source holds one; else None, and only sizes can be compared."""
-    if teacher is not None and not has_files(teacher, options) and not isinstance(teacher, LocalTeacher):
-        return tokenizer  # a server compares it with its own
-    name = teacher if isinstance(teacher, str) else None
+    if issubclass(kind_of(teacher, options), RemoteTeacher):
+        return tokenizer  # its servers compare it with theirs
+    name = teacher if isinstance(teacher, str) and has_files(teacher, options) else None
     model = model_of(teacher)
     if model is not None:
         name = models.source_of(model)

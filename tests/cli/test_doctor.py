@@ -357,3 +357,13 @@ def test_a_healthy_recipe_of_pairs_is_healthy(recipe, pair, tmp_path, diagnose):
     data.write_text("\n".join(map(json.dumps, rows)))
     status, diagnosis = diagnose(recipe(**pair(), method="dpkd", dataset=str(data)))
     assert status == 0 and not [finding for finding in diagnosis["findings"] if finding["severity"] == "error"]
+
+
+def test_rows_that_the_doctor_did_not_look_at_may_be_good(recipe, pair, tmp_path, diagnose):
+    """It looks at the first 200: that none of them trains says nothing of the others."""
+    data = tmp_path / "late.jsonl"
+    data.write_text("\n".join(map(json.dumps, [{"text": ""}] * 250 + [{"text": "1+1=2"}] * 20)))
+    assert diagnose(recipe(**pair(), lmbda=0.0, dataset=str(data)))[0] == 0
+    data.write_text("\n".join(map(json.dumps, [{"text": ""}] * 150)))
+    status, diagnosis = diagnose(recipe(**pair(), lmbda=0.0, dataset=str(data)))
+    assert status == 2 and "None of the 150 rows" in diagnosis["findings"][0]["what"]

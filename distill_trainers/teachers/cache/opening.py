@@ -107,7 +107,7 @@ def check_vocabulary(identity: CacheIdentity, tokenizer: Any, student_rows: int)
 def missing_from_cache(
     pair: Pair, options: TeacherOptions, rows: Iterable[Mapping[str, Any]]
 ) -> tuple[int, int, float]:
-    """Count the tokenised rows that the configured cache lacks, their tokens, and about their bytes.
+    """Count the tokenised rows that the configured cache lacks, their tokens, and about how many bytes they take.
 
     Nothing is loaded or written.
 

@@ -83,8 +83,8 @@ class CachedTeacher(Teacher):
                 "The teacher's completions are to take the place of the dataset's, but a teacher cache alone cannot "
                 "write any. Give the dataset completions and leave that setting out, or give a live `teacher_model`."
             )
-        super().refuse(dataclasses.replace(pair, teacher=alone), options, wants)
         if not wants.samples_completions:
+            super().refuse(dataclasses.replace(pair, teacher=alone), options, wants)
             return
         if no_body:
             raise ConfigurationError(
@@ -101,6 +101,7 @@ class CachedTeacher(Teacher):
                 "Got `teacher_cache` with a stream and student rollouts: which rows come again cannot be known. Pass a "
                 "`datasets.Dataset`, set `lmbda: 0`, or leave `teacher_cache` out."
             )
+        super().refuse(dataclasses.replace(pair, teacher=alone), options, wants)
 
     @classmethod
     def opened(cls, pair: Pair, options: TeacherOptions) -> CachedTeacher:
