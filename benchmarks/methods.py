@@ -185,7 +185,7 @@ def make_start(options: argparse.Namespace) -> None:
     argv += ["--dataset", str(rows), "--output_dir", str(options.work), "--student_init", json.dumps(init)]
     argv += ["--seq_kd", "false", "--eval_dataset", str(rows)]
     recipe = parse_recipe(argv)
-    make_initial_student(recipe, check_recipe(recipe).rows(recipe)[0])
+    make_initial_student(recipe, check_recipe(recipe).ready.rows()[0])
 
 
 def user(text: str) -> dict[str, str]:
