@@ -72,6 +72,7 @@ def test_a_fault_in_one_requirement_is_told_in_the_same_words_everywhere(everywh
         (ROWS, {"eval_strategy": "steps", "eval_steps": 1}, "no `eval_dataset`"),
         (ROWS, {"merge_adapter": True}, "the student has no adapter"),
         (ROWS, {"teacher_cache": "kept", "lmbda": 1.0}, "never seen twice"),
+        (ROWS, {"method": "minillm", "teacher_cache": "kept"}, "never seen twice"),
     ],
     ids=str,
 )
