@@ -58,8 +58,8 @@ def batch_of_pairs(trainer: Any, chosen: Any, rejected: Any) -> dict[str, Tensor
     prompt, ids = tokenizer(PROMPT).input_ids, tokenizer.convert_tokens_to_ids(list(TOKENS))
     rows = []
     for (w, many), (l, often) in product(enumerate(chosen), enumerate(rejected)):
-        row = {"input_ids": [*prompt, ids[w]], "loss_mask": [0] * len(prompt) + [1], "prompt_length": len(prompt)}
-        rows += [{**row, "rejected_ids": [ids[l]], "rejected_mask": [1]}] * (many * often)
+        row = {"input_ids": [*prompt, ids[w]], "labels": [-100] * len(prompt) + [ids[w]], "prompt_length": len(prompt)}
+        rows += [{**row, "rejected_ids": [ids[l]], "rejected_labels": [ids[l]]}] * (many * often)
     return trainer.data_collator(rows)
 
 

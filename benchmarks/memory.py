@@ -180,7 +180,7 @@ def work(options: argparse.Namespace) -> None:
     need = estimate(*shapes, load, on_cpu, placement)
     case = Case(args, on_cpu, "student", "teacher", samples=samples, work=load, placement=placement)
     case.lengths = [len(row["input_ids"]) for row in _rows(sizes)]
-    case.prompt_lengths = [row["loss_mask"].index(1) for row in _rows(sizes)]
+    case.prompt_lengths = [row["labels"].count(-100) for row in _rows(sizes)]
     case.student_shape, case.teacher_shape = shapes
     pace = pace_of(case, rates)
     report = {
@@ -208,7 +208,7 @@ def _rows(sizes: dict[str, int]) -> list[dict[str, Any]]:
         length = sizes["length"] - (3 if number % 4 == 0 else 0)
         ids = torch.randint(3, min(sizes["vocab"], 13), (length,), generator=draw).tolist()
         prompt = sizes["length"] // 4
-        rows.append({"input_ids": ids, "loss_mask": [0] * prompt + [1] * (length - prompt)})
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return rows
 
 

@@ -232,7 +232,7 @@ def dense():
         q, p, labels = [], [], []
         for row in rows:
             ids = torch.tensor([row["input_ids"]])
-            trained = [t for t in range(1, ids.shape[1]) if row["loss_mask"][t]]
+            trained = [t for t in range(1, ids.shape[1]) if row["labels"][t] != -100]
             for model, logps in ((student, q), (teacher, p)):
                 logits = model(input_ids=ids).logits[0, :, :vocab_size].double() / temperature
                 logps += [F.log_softmax(logits[t - 1], dim=-1) for t in trained]

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill_trainers.data.labels import IGNORED, completion_labels
 from distill_trainers.exceptions import ConfigurationError
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
 class DistillCollator:
-    """Rows `{input_ids, loss_mask, prompt_length}` to one batch of int64 tensors.
+    """Rows `{input_ids, labels, prompt_length}` to one batch of int64 tensors.
 
     The batch has `input_ids`, `attention_mask` and `labels` `[B, T]`, padded on the right to its own longest row;
     labels are unshifted, -100 where nothing is trained. With prompts it also has `prompt_ids` and `prompt_mask`
@@ -49,8 +48,8 @@ class DistillCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         ids = [row["input_ids"] for row in rows]
-        trained = [row["loss_mask"] for row in rows]
-        batch = _training_tensors(ids, trained, self.pad_token_id, self.pad_to_multiple_of)
+        labels = [row["labels"] for row in rows]
+        batch = _training_tensors(ids, labels, self.pad_token_id, self.pad_to_multiple_of)
         if self.with_prompts:
             prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
             batch["prompt_ids"] = pad_rows(prompts, self.pad_token_id, self.pad_to_multiple_of, left=True)
@@ -89,8 +88,8 @@ def replace_completions(
     if len(prompts) != len(completion_ids):
         raise ValueError(f"Got {len(completion_ids)} completions for {len(prompts)} prompts, expected one for each.")
     ids = [[*prompt, *completion] for prompt, completion in zip(prompts, completion_ids, strict=True)]
-    trained = [[0] * len(ids) + [1] * len(completion) for ids, completion in zip(prompts, completion_ids, strict=True)]
-    rebuilt = _training_tensors(ids, trained, pad_token_id, pad_to_multiple_of)
+    labels = [completion_labels(*row) for row in zip(prompts, completion_ids, strict=True)]
+    rebuilt = _training_tensors(ids, labels, pad_token_id, pad_to_multiple_of)
     device = batch["prompt_ids"].device
     return {**batch, **{key: value.to(device) for key, value in rebuilt.items()}}
 
@@ -102,12 +101,8 @@ def unpadded_prompts(batch: Mapping[str, Tensor]) -> list[list[int]]:
 
 
 def _training_tensors(
-    ids: Sequence[Sequence[int]], trained: Sequence[Sequence[int]], pad_token_id: int, multiple: int | None
+    ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad_token_id: int, multiple: int | None
 ) -> dict[str, Tensor]:
-    labels = [
-        [token if on else IGNORED for token, on in zip(row, mask, strict=True)]
-        for row, mask in zip(ids, trained, strict=True)
-    ]
     return {
         "input_ids": pad_rows(ids, pad_token_id, multiple),
         "attention_mask": _lengths_mask(ids, multiple),

@@ -14,7 +14,7 @@ DatasetType = Literal["tokenized", "preference", "prompt_completion", "messages"
 Message = dict[str, Any]
 
 LAYOUTS: dict[str, str] = {
-    "tokenized": "input_ids, optionally with loss_mask, completion_mask or labels (-100 = not trained)",
+    "tokenized": "input_ids, optionally loss_mask, completion_mask, assistant_masks or labels (-100 = not trained)",
     "prompt_completion": "prompt + completion (both strings, or both lists of messages)",
     "messages": "messages (list of {role, content}) or conversations (ShareGPT: list of {from, value})",
     "prompt": "prompt alone (string or list of messages), for on-policy training",

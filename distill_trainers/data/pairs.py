@@ -1,6 +1,6 @@
 """Preference pairs: a prompt with a chosen and a rejected response, as rows and as batches.
 
-A tokenised pair is a tokenised row (prompt and chosen response) with `rejected_ids` and `rejected_mask` beside it,
+A tokenised pair is a tokenised row (prompt and chosen response) with `rejected_ids` and `rejected_labels` beside it,
 which follow the same prompt. In a batch of B pairs the rows are those of all chosen responses, then those of all
 rejected ones, `[2B, T]`: one forward serves both, and a micro-batch never parts a pair.
 """
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distill_trainers.data.collator import IGNORED, DistillCollator
+from distill_trainers.data.collator import DistillCollator
 from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation, to_chatml
+from distill_trainers.data.labels import IGNORED, any_trained
 from distill_trainers.data.rows import tokenize_row
 from distill_trainers.exceptions import DatasetError, NoUsableRowsError
 
@@ -197,29 +198,34 @@ def _cut(sides: Sequence[Mapping[str, Any]], max_length: int) -> dict[str, Any]:
     if room < 1:
         return {**_EMPTY, "bad": _LONG_PROMPT}
     ids = [side["input_ids"][start : start + room] for side in sides]
-    masks = [side["loss_mask"][start : start + room] for side in sides]
+    labels = [side["labels"][start : start + room] for side in sides]
     cut = any(len(side["input_ids"]) > max_length for side in sides)
     bad = (_ALIKE_WHEN_CUT if cut else _IDENTICAL) if ids[0] == ids[1] else ""
-    bad = bad or next((why for mask, why in zip(masks, (_NO_CHOSEN, _NO_REJECTED), strict=True) if not any(mask)), "")
+    bad = bad or _untrained(labels)
     return {
         "input_ids": sides[0]["input_ids"][:start] + ids[0],
-        "loss_mask": [0] * start + masks[0],
+        "labels": [IGNORED] * start + labels[0],
         "prompt_length": start,
         "length": start + max(map(len, ids)),
         "rejected_ids": ids[1],
-        "rejected_mask": masks[1],
+        "rejected_labels": labels[1],
         "bad": bad,
         "cut": cut,
     }
 
 
+def _untrained(labels: Sequence[Sequence[int]]) -> str:
+    reasons = zip(labels, (_NO_CHOSEN, _NO_REJECTED), strict=True)
+    return next((reason for row, reason in reasons if not any_trained(row)), "")
+
+
 _EMPTY: dict[str, Any] = {
     "input_ids": [],
-    "loss_mask": [],
+    "labels": [],
     "prompt_length": 0,
     "length": 0,
     "rejected_ids": [],
-    "rejected_mask": [],
+    "rejected_labels": [],
     "bad": "",
     "cut": False,
 }
@@ -228,8 +234,8 @@ _EMPTY: dict[str, Any] = {
 def _features() -> Features:
     from datasets import Features, List, Value
 
-    ids, mask, number = List(Value("int32")), List(Value("int8")), Value("int32")
-    kinds = (ids, mask, number, number, ids, mask, Value("string"), Value("bool"))
+    ids, number = List(Value("int32")), Value("int32")
+    kinds = (ids, ids, number, number, ids, ids, Value("string"), Value("bool"))
     return Features(dict(zip(_EMPTY, kinds, strict=True)))
 
 
@@ -283,14 +289,14 @@ def rejected_row(pair: Mapping[str, Any]) -> dict[str, Any]:
     start = pair["prompt_length"]
     return {
         "input_ids": [*pair["input_ids"][:start], *pair["rejected_ids"]],
-        "loss_mask": [*pair["loss_mask"][:start], *pair["rejected_mask"]],
+        "labels": [*pair["labels"][:start], *pair["rejected_labels"]],
         "prompt_length": start,
     }
 
 
 def rows_of_pair(pair: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the chosen and the rejected row of a tokenised pair."""
-    return [{name: pair[name] for name in ("input_ids", "loss_mask", "prompt_length")}, rejected_row(pair)]
+    return [{name: pair[name] for name in ("input_ids", "labels", "prompt_length")}, rejected_row(pair)]
 
 
 def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:

@@ -25,8 +25,9 @@ from ..answers.edit_distance import key_tokens
 from ..answers.formats import question_text
 from ..exceptions import DatasetError, NoUsableRowsError
 from .chat import Chat, split_conversation
-from .collator import IGNORED, DistillCollator, pad_rows
+from .collator import DistillCollator, pad_rows
 from .formats import apply_column_mapping, detect_dataset_type, first_row
+from .labels import IGNORED, any_trained, completion_labels, labels_of
 from .rows import TokenizedRow, prompt_ids_of, truncate, with_eos
 from .tokenization import code_fingerprint
 
@@ -145,7 +146,7 @@ class RationaleTokenizer:
         marks = key_tokens(right["input_ids"][starts[0] :], wrong["input_ids"][starts[1] :])
         for sequence, start, key in zip((right, wrong), starts, marks, strict=True):
             sequence["marks"] = [0] * start + key
-        wrong["loss_mask"] = list(wrong["marks"])  # nothing else of a wrong chain is looked at
+        wrong["labels"] = labels_of(wrong["input_ids"], wrong["marks"])  # nothing else of a wrong chain is looked at
 
     def _sequence(self, template: str, question: str, completion: str) -> TokenizedRow:
         prompt, tokenizer = template.replace("{question}", question), self.tokenizer
@@ -163,8 +164,8 @@ class RationaleTokenizer:
                 with_eos(tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer) if completion else []
             )
         ids = [*prompt_ids, *completion_ids]
-        trained = [0] * len(prompt_ids) + [1] * len(completion_ids)
-        return {"input_ids": ids, "loss_mask": trained, "marks": [0] * len(ids), "prompt_length": len(prompt_ids)}
+        labels = completion_labels(prompt_ids, completion_ids)
+        return {"input_ids": ids, "labels": labels, "marks": [0] * len(ids), "prompt_length": len(prompt_ids)}
 
     def _cut(self, sequence: TokenizedRow) -> TokenizedRow:
         """Cut to `max_length` as all rows are; marks go with their tokens."""
@@ -172,7 +173,7 @@ class RationaleTokenizer:
         places = {**sequence, "input_ids": list(range(len(ids)))}
         bos = 0 if ids[:1] == [self.tokenizer.bos_token_id] else None
         left = truncate(places, self.max_length, self.reserve, bos_token_id=bos)
-        cut = {name: [sequence[name][i] for i in left["input_ids"]] for name in ("input_ids", "loss_mask", "marks")}
+        cut = {name: [sequence[name][i] for i in left["input_ids"]] for name in ("input_ids", "labels", "marks")}
         return {**cut, "prompt_length": left["prompt_length"]}
 
 
@@ -227,7 +228,7 @@ def _prepare_example(
         example = work.example(row)
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
-    nothing: dict[str, Any] = {"input_ids": [], "loss_mask": [], "marks": [], "prompt_length": 0}
+    nothing: dict[str, Any] = {"input_ids": [], "labels": [], "marks": [], "prompt_length": 0}
     first, other = example["first"], (example["other"] if with_others else None) or nothing
     return {
         **first,
@@ -243,7 +244,7 @@ def _prepare_example(
 def _reason_to_drop(first: TokenizedRow, other: TokenizedRow, needs: str, objective: str) -> str:
     if not first["prompt_length"]:
         return "empty question"
-    trains = {"first": any(first["loss_mask"][1:]), "other": any(other["loss_mask"][1:])}
+    trains = {"first": any_trained(first["labels"][1:]), "other": any_trained(other["labels"][1:])}
     trains |= {"any": any(trains.values()), "none": True}
     if trains[needs]:
         return ""
@@ -260,7 +261,7 @@ def _features() -> Features:
     from datasets import Features, List, Value
 
     ids, flags, number, text = List(Value("int32")), List(Value("int8")), Value("int32"), Value("string")
-    sequence = {"input_ids": ids, "loss_mask": flags, "marks": flags, "prompt_length": number}
+    sequence = {"input_ids": ids, "labels": ids, "marks": flags, "prompt_length": number}
     others = {f"other_{name}": kind for name, kind in sequence.items()}
     rest = {"length": number, "reference": text, "choices": List(text), "task": text, "dropped": text}
     return Features({**sequence, **others, **rest})
@@ -280,7 +281,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 def rows_of_rationales(example: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the sequences of a tokenised example as rows: the first, and the other if there is one."""
-    names = ("input_ids", "loss_mask", "prompt_length")
+    names = ("input_ids", "labels", "prompt_length")
     rows = [{name: example[f"{side}{name}"] for name in names} for side in ("", "other_")]
     return rows if rows[1]["input_ids"] else rows[:1]
 
@@ -331,15 +332,15 @@ class RationaleCollator:
         return DistillCollator(self.pad_token_id, self.pad_to_multiple_of)
 
     def _nothing(self) -> TokenizedRow:
-        return {"input_ids": [self.pad_token_id], "loss_mask": [0], "marks": [0], "prompt_length": 1}
+        return {"input_ids": [self.pad_token_id], "labels": [IGNORED], "marks": [0], "prompt_length": 1}
 
     def _decoder_side(self, sequence: TokenizedRow) -> TokenizedRow:
         """The completion after the decoder's start: as labels are unshifted, position t predicts t + 1."""
         start = sequence["prompt_length"]
-        cut = {name: sequence[name][start:] for name in ("input_ids", "loss_mask")}
+        cut = {name: sequence[name][start:] for name in ("input_ids", "labels")}
         return {
             "input_ids": [self.decoder_start, *cut["input_ids"]],
-            "loss_mask": [0, *cut["loss_mask"]],
+            "labels": [IGNORED, *cut["labels"]],
             "prompt_length": 1,
         }
 
@@ -361,7 +362,7 @@ class RationaleCollator:
         return {f"token_{name}": value for name, value in entries.items()}
 
 
-_SEQUENCE = ("input_ids", "loss_mask", "marks", "prompt_length")
+_SEQUENCE = ("input_ids", "labels", "marks", "prompt_length")
 
 
 def with_innovations(
@@ -375,7 +376,9 @@ def with_innovations(
     old = {name: value for name, value in batch.items() if name not in ("prompt_ids", "prompt_mask", "references")}
     if not rows:
         return old
-    sequences = [{"input_ids": ids, "loss_mask": [0] * n + [1] * (len(ids) - n), "prompt_length": n} for ids, n in rows]
+    sequences = [
+        {"input_ids": ids, "labels": completion_labels(ids[:n], ids[n:]), "prompt_length": n} for ids, n in rows
+    ]
     added = DistillCollator(pad_token_id, multiple)(sequences)
     trained = (added["labels"] != IGNORED).float()
     none = torch.zeros_like(trained)

@@ -1,7 +1,7 @@
-"""One row of any layout to token ids with a loss mask, and its cut to length.
+"""One row of any layout to token ids with labels, and its cut to length.
 
-A tokenised row has `input_ids` and `loss_mask` (same length; 1 = trained, index 0 has no prediction and never counts)
-and `prompt_length`: a rollout starts from `input_ids[:prompt_length]`.
+A tokenised row has `input_ids` and `labels` (same length; -100 = not trained, and index 0 has no prediction and never
+counts) and `prompt_length`: a rollout starts from `input_ids[:prompt_length]`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_trainers.data.chat import Chat, TurnsNotFoundError, assistant_mask, split_conversation, training_template
 from distill_trainers.data.formats import DatasetType, Message, as_messages, as_text, is_conversation
+from distill_trainers.data.labels import IGNORED, completion_labels, labels_of
 from distill_trainers.exceptions import DatasetError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def tokenize_row(
     assistant_only_loss: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> TokenizedRow:
-    """Tokenise one row as `{"input_ids", "loss_mask", "prompt_length"}`.
+    """Tokenise one row as `{"input_ids", "labels", "prompt_length"}`.
 
     Prompt and completion are tokenised apart, so that the prompt of a rollout is the training prompt, token for token.
     A row without a completion (or with an empty one) becomes a prompt: `prompt_length == len(input_ids)`.
@@ -79,7 +80,7 @@ def truncate(
     """
     if max_length is None:
         return row
-    ids, mask, prompt_length = row["input_ids"], row["loss_mask"], row["prompt_length"]
+    ids, labels, prompt_length = row["input_ids"], row["labels"], row["prompt_length"]
     completion_length = len(ids) - prompt_length
     room = max(min(completion_length, max(1, max_length // 2)), reserve)
     lost = max(0, prompt_length - (max_length - room))
@@ -89,7 +90,7 @@ def truncate(
     places = [*range(first), *range(lost + first, len(ids))][:max_length]
     return {
         "input_ids": [ids[i] for i in places],
-        "loss_mask": [mask[i] for i in places],
+        "labels": [labels[i] for i in places],
         "prompt_length": prompt_length - lost,
     }
 
@@ -124,7 +125,7 @@ def _from_turns(prompt: list[Message], completion: list[Message], chat: Chat) ->
     if any(message["role"] != "assistant" for message in completion):
         # What a tool or a user says inside the completion is context: the student must not learn to write it.
         mask = assistant_mask(chat, [*prompt, *completion], row["input_ids"], generation_prompt=False)
-        row["loss_mask"] = [0] * len(prompt_ids) + mask[len(prompt_ids) :]
+        row["labels"] = labels_of(row["input_ids"], [0] * len(prompt_ids) + mask[len(prompt_ids) :])
     return row
 
 
@@ -145,7 +146,7 @@ def _from_messages(messages: list[Message], chat: Chat, *, assistant_only_loss: 
             if template is None or chat.template is not None:
                 raise
             return _from_messages(messages, replace(chat, template=template), assistant_only_loss=True)
-        row["loss_mask"] = history + row["loss_mask"][len(history) :]
+        row["labels"] = labels_of(prompt_ids, history) + row["labels"][len(history) :]
     return row
 
 
@@ -164,17 +165,25 @@ def _from_tokens(row: Mapping[str, Any]) -> TokenizedRow:
     real = [i for i in range(len(ids)) if padding[i]]
     return {
         "input_ids": [ids[i] for i in real],
-        "loss_mask": [mask[i] for i in real],
+        "labels": [ids[i] if mask[i] else IGNORED for i in real],
         "prompt_length": sum(1 for i in real if i < prompt_length),
     }
 
 
+_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
+
+
 def _given_mask(row: Mapping[str, Any]) -> list[int]:
-    for column in ("loss_mask", "completion_mask"):
-        if row.get(column) is not None:
-            return [int(bool(value)) for value in row[column]]
-    if row.get("labels") is None:
-        return [1] * len(row["input_ids"])
+    """Return 1 where every mask that the row has says that a token is trained, as in TRL."""
+    masks = [[int(bool(value)) for value in row[name]] for name in _MASKS if row.get(name) is not None]
+    if row.get("labels") is not None:
+        masks.append(_mask_of_labels(row))
+    if len(set(map(len, masks))) > 1:
+        raise DatasetError(f"The row has masks of {sorted(set(map(len, masks)))} values. All need the same length.")
+    return [int(all(values)) for values in zip(*masks, strict=True)] if masks else [1] * len(row["input_ids"])
+
+
+def _mask_of_labels(row: Mapping[str, Any]) -> list[int]:
     labels = row["labels"]
     if any(label not in (-100, token) for label, token in zip(labels, row["input_ids"], strict=False)):
         raise DatasetError(
@@ -187,7 +196,7 @@ def _given_mask(row: Mapping[str, Any]) -> list[int]:
 def _joined(prompt_ids: list[int], completion_ids: list[int]) -> TokenizedRow:
     return {
         "input_ids": [*prompt_ids, *completion_ids],
-        "loss_mask": [0] * len(prompt_ids) + [1] * len(completion_ids),
+        "labels": completion_labels(prompt_ids, completion_ids),
         "prompt_length": len(prompt_ids),
     }
 

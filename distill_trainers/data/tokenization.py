@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill_trainers.data.formats import DatasetType, apply_column_mapping, detect_dataset_type, first_row
+from distill_trainers.data.labels import any_trained
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
 
@@ -24,7 +25,15 @@ logger = logging.getLogger(__name__)
 
 Needs = Literal["completion", "prompt", "either", "both"]
 
-_CODE = ("formats.py", "chat.py", "rows.py", "tokenization.py", "rationales.py", "../answers/edit_distance.py")
+_CODE = (
+    "formats.py",
+    "chat.py",
+    "rows.py",
+    "labels.py",
+    "tokenization.py",
+    "rationales.py",
+    "../answers/edit_distance.py",
+)
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
 _EMPTY_COMPLETION = "empty completion"
 _UNTRAINED = "no trained token (none marked, or all lost to truncation)"
@@ -128,7 +137,7 @@ def _prepare_row(
 
 def _reason_to_drop(row: TokenizedRow, needs: Needs) -> str:
     has_prompt = row["prompt_length"] > 0
-    trains = any(row["loss_mask"][1:])
+    trains = any_trained(row["labels"][1:])
     if not row["input_ids"]:
         return _EMPTY_ROW
     untrained = _EMPTY_COMPLETION if row["prompt_length"] == len(row["input_ids"]) else _UNTRAINED
@@ -176,7 +185,7 @@ def _features() -> Features:
     return Features(
         {
             "input_ids": List(Value("int32")),
-            "loss_mask": List(Value("int8")),
+            "labels": List(Value("int32")),
             "prompt_length": Value("int32"),
             "length": Value("int32"),
             "dropped": Value("string"),

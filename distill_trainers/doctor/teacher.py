@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import DistillCollator
+from ..data.labels import any_trained
 from ..exceptions import CacheError, ConfigurationError
 from ..losses.reduction import trained_mask
 from ..signals import TokenLogits, TokenLogprobs, TokenSampled, TokenTopK
@@ -65,7 +66,7 @@ def check_answers(case: Case, other: Teacher | None = None) -> Iterator[Finding]
     if cached is not None and known:
         compared.append((f"its cache {folder!r}", cached, known))
     if other is not None:
-        compared.append((f"{other.name!r}", other, [row for row in rows if any(row["loss_mask"])][:_ROWS]))
+        compared.append((f"{other.name!r}", other, [row for row in rows if any_trained(row["labels"])][:_ROWS]))
     if not compared or case.teacher is None:
         return
     live = LocalTeacher.loaded(Pair(case.student, case.teacher), case.args)
@@ -87,7 +88,7 @@ def check_answers(case: Case, other: Teacher | None = None) -> Iterator[Finding]
 def disagreement(case: Case, one: Teacher, other: Teacher, rows: Sequence[Any]) -> float:
     """Average Σ p |log p − log p'| over trained tokens and the ids that both tell, in nats; p of the first."""
     assert case.tokenizer is not None
-    fields = ("input_ids", "loss_mask", "prompt_length")
+    fields = ("input_ids", "labels", "prompt_length")
     batch = DistillCollator(case.tokenizer.pad_token_id)([{k: row[k] for k in fields} for row in rows])
     inputs = {name: batch[name].to(case.args.device) for name in ("input_ids", "attention_mask")}
     predicts = trained_mask(batch["labels"]).to(case.args.device)

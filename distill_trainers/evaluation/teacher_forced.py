@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import DistillCollator
+from ..data.labels import completion_labels
 from ..losses.fused_linear import TermsFn, fused_linear_terms
 from ..losses.reduction import trained_mask
 from ..signals import HiddenStates, TokenLogits
@@ -69,8 +70,8 @@ def force(
 
 
 def _row(prompt: list[int], completion: list[int]) -> dict[str, Any]:
-    mask = [0] * len(prompt) + [1] * len(completion)
-    return {"input_ids": [*prompt, *completion], "loss_mask": mask, "prompt_length": len(prompt)}
+    labels = completion_labels(prompt, completion)
+    return {"input_ids": [*prompt, *completion], "labels": labels, "prompt_length": len(prompt)}
 
 
 def _by_row(terms: Mapping[str, Tensor], labels: Tensor) -> list[TokenValues]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..data.labels import IGNORED
 from ..data.pairs import rows_of_pair
 from ..data.rationales import rows_of_rationales
 
@@ -38,7 +39,7 @@ def batch_keys(inputs: Mapping[str, Tensor], predicts: Tensor) -> list[bytes | N
 
 def dataset_row_key(row: Mapping[str, Any]) -> tuple[bytes, int]:
     """Return the key of a tokenised row, and its number of trained tokens."""
-    positions = np.flatnonzero(np.asarray(row["loss_mask"])[1:])
+    positions = np.flatnonzero(np.asarray(row["labels"])[1:] != IGNORED)
     return row_key(row["input_ids"], positions), len(positions)
 
 
@@ -48,7 +49,7 @@ def examples_of(dataset: Any) -> Iterator[list[dict[str, Any]]]:
         return map(rows_of_pair, dataset)
     if "other_input_ids" in dataset.column_names:
         return map(rows_of_rationales, dataset)
-    return ([row] for row in dataset.select_columns(["input_ids", "loss_mask"]))
+    return ([row] for row in dataset.select_columns(["input_ids", "labels"]))
 
 
 def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from .. import hub, models
 from ..data import DistillCollator, replace_completions
+from ..data.labels import is_tokenised
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_of, step_counts, step_weights, token_mean
@@ -409,7 +410,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         if known is None:
             filled = eval_dataset
             columns = getattr(eval_dataset, "column_names", None)
-            if isinstance(columns, list) and "loss_mask" not in columns:
+            if isinstance(columns, list) and not is_tokenised(columns):
                 filled = prepare_rows(self.args, eval_dataset, self.processing_class, "eval", self.requirements)
             if isinstance(filled, IterableDataset):
                 filled = Dataset.from_list(list(filled))

@@ -8,8 +8,8 @@ from distill_trainers.exceptions import ConfigurationError
 
 EOS = PAD = 2
 ROWS = [
-    {"input_ids": [5, 6, 7, 8, EOS], "loss_mask": [0, 0, 1, 1, 1], "prompt_length": 2, "length": 5},
-    {"input_ids": [9, 3, EOS], "loss_mask": [0, 1, 1], "prompt_length": 1, "length": 3},
+    {"input_ids": [5, 6, 7, 8, EOS], "labels": [-100, -100, 7, 8, EOS], "prompt_length": 2, "length": 5},
+    {"input_ids": [9, 3, EOS], "labels": [-100, 3, EOS], "prompt_length": 1, "length": 3},
 ]
 
 
@@ -30,7 +30,7 @@ def test_prompts_are_padded_on_the_left():
 
 
 def test_a_padding_token_within_the_text_is_text():
-    row = {"input_ids": [PAD, 5, PAD, 6], "loss_mask": [0, 0, 1, 1], "prompt_length": 2}
+    row = {"input_ids": [PAD, 5, PAD, 6], "labels": [-100, -100, PAD, 6], "prompt_length": 2}
     batch = DistillCollator(PAD, with_prompts=True)([row])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, -100, PAD, 6]]
@@ -38,7 +38,7 @@ def test_a_padding_token_within_the_text_is_text():
 
 
 def test_text_has_no_prompt():
-    row = {"input_ids": [5, 6], "loss_mask": [1, 1], "prompt_length": 0}
+    row = {"input_ids": [5, 6], "labels": [5, 6], "prompt_length": 0}
     batch = DistillCollator(PAD, with_prompts=True)([row])
     assert batch["prompt_ids"].shape == batch["prompt_mask"].shape == (1, 0)
 
@@ -66,7 +66,7 @@ def test_new_completions_follow_their_prompts_and_are_all_trained():
 
 @pytest.mark.parametrize("multiple", [None, 4, 16])
 def test_new_batches_do_not_depend_on_the_padding_of_the_old(multiple):
-    longer = {"input_ids": list(range(10, 30)), "loss_mask": [0] * 19 + [1], "prompt_length": 19}
+    longer = {"input_ids": list(range(10, 30)), "labels": [-100] * 19 + [29], "prompt_length": 19}
     alone = DistillCollator(PAD, with_prompts=True)([ROWS[1]])
     among = DistillCollator(PAD + 1, multiple, with_prompts=True)([longer, ROWS[1]])
     second = {key: value[1:] for key, value in among.items()}

@@ -43,8 +43,8 @@ def test_strings(tokenizer, row):
     (found,) = prepared([row], tokenizer)
     space = " " if "prompt" not in row else ""
     assert texts(found, tokenizer) == ["2+2=", f"{space}4<|im_end|>", f"{space}five<|im_end|>"]
-    assert found["loss_mask"] == [0] * found["prompt_length"] + [1] * (len(found["input_ids"]) - found["prompt_length"])
-    assert found["rejected_mask"] == [1] * len(found["rejected_ids"])
+    assert found["labels"] == [-100] * found["prompt_length"] + found["input_ids"][found["prompt_length"] :]
+    assert found["rejected_labels"] == found["rejected_ids"]
     assert found["length"] == found["prompt_length"] + len(found["rejected_ids"])
 
 
@@ -176,7 +176,7 @@ def test_a_batch_holds_all_chosen_then_all_rejected(tokenizer, multiple):
 
 
 def test_rows_without_a_rejected_response_make_ordinary_batches(tokenizer):
-    row = {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1], "prompt_length": 1}
+    row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "prompt_length": 1}
     assert set(PairCollator(0)([row])) == {"input_ids", "attention_mask", "labels"}
 
 

@@ -32,8 +32,9 @@ def work(tokenizer, objective="step_by_step", style="auto", max_length=None, **m
     )
 
 
-def told(tokenizer, sequence, name="loss_mask"):
-    return tokenizer.decode([i for i, on in zip(sequence["input_ids"], sequence[name], strict=True) if on])
+def told(tokenizer, sequence, name="labels"):
+    off = {"labels": -100, "marks": 0}[name]
+    return tokenizer.decode([i for i, on in zip(sequence["input_ids"], sequence[name], strict=True) if on != off])
 
 
 def prompt(tokenizer, sequence):
@@ -98,7 +99,7 @@ def test_marks_are_cut_with_their_tokens(make_tokenizer):
     assert whole["input_ids"][0] == tokenizer.bos_token_id
     for length in range(3, len(whole["input_ids"]) + 2):
         cut = work(tokenizer, "dual_chain", max_length=length).example(ROW)["first"]
-        assert len({len(cut[name]) for name in ("input_ids", "loss_mask", "marks")}) == 1
+        assert len({len(cut[name]) for name in ("input_ids", "labels", "marks")}) == 1
         assert len(cut["input_ids"]) == min(length, len(whole["input_ids"]))
         assert "\nThe answer is 5.<|im_end|>".startswith(told(tokenizer, cut, "marks"))
         assert cut["input_ids"][0] == tokenizer.bos_token_id
@@ -128,7 +129,7 @@ def test_streams(tokenizer):
 
 def test_batches_hold_firsts_and_below_them_others(tokenizer):
     rows = [dict(row) for row in prepare_rationales(Dataset.from_list([ROW] * 3), work(tokenizer), needs="any")]
-    rows[1] |= {f"other_{name}": [] for name in ("input_ids", "loss_mask", "marks")}
+    rows[1] |= {f"other_{name}": [] for name in ("input_ids", "labels", "marks")}
     batch = RationaleCollator(tokenizer.pad_token_id, "step_by_step", with_prompts=True)(rows)
     assert batch["input_ids"].shape[0] == 6 and batch["examples"].tolist() == [0, 1, 2, 0, 1, 2]
     assert batch["token_label"][3:].sum() == 0 == batch["token_rationale"][:3].sum()

@@ -46,9 +46,9 @@ TWO_TURNS = [user("a"), assistant("bc"), user("d"), assistant("ef")]
 
 def parts(row, tokenizer):
     """Prompt text, completion text, and the trained stretches of the row."""
-    ids, mask, prompt_length = row["input_ids"], row["loss_mask"], row["prompt_length"]
-    assert len(ids) == len(mask)
-    trained = "".join(tokenizer.decode([token]) if on else "~" for token, on in zip(ids, mask, strict=True))
+    ids, labels, prompt_length = row["input_ids"], row["labels"], row["prompt_length"]
+    assert len(ids) == len(labels) and all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    trained = "".join("~" if label == -100 else tokenizer.decode([label]) for label in labels)
     stretches = [stretch for stretch in trained.split("~") if stretch]
     return tokenizer.decode(ids[:prompt_length]), tokenizer.decode(ids[prompt_length:]), stretches
 
@@ -57,7 +57,7 @@ def test_standard_prompt_completion_gets_eos_though_it_is_the_padding(tokenizer)
     row = tokenize_row({"prompt": "q?", "completion": "yes"}, tokenizer, dataset_type="prompt_completion")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert parts(row, tokenizer) == ("q?", "yes<|im_end|>", ["yes<|im_end|>"])
-    assert row["input_ids"][-1] == tokenizer.eos_token_id and row["loss_mask"][-1] == 1
+    assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
 
 
 def test_eos_is_not_doubled(tokenizer):
@@ -215,7 +215,7 @@ def test_refusals_of_the_template_are_passed_on(make_tokenizer):
 def test_empty_completions_leave_a_prompt(tokenizer, row):
     tokenized = tokenize_row(row, tokenizer, dataset_type="prompt_completion")
     assert tokenized["prompt_length"] == len(tokenized["input_ids"]) > 0
-    assert not any(tokenized["loss_mask"])
+    assert set(tokenized["labels"]) == {-100}
 
 
 @pytest.mark.parametrize(
@@ -227,18 +227,22 @@ def test_empty_completions_leave_a_prompt(tokenizer, row):
         ({"input_ids": [5, 6, 7, 8, 9], "loss_mask": [0, 1, 0, 0, 1]}, [0, 1, 0, 0, 1], 4),
         ({"input_ids": [5, 6, 7], "loss_mask": [0, 0, 0]}, [0, 0, 0], 3),
         ({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1], "prompt_length": 0}, [0, 1, 1], 0),
+        ({"input_ids": [5, 6, 7], "assistant_masks": [0, 1, 1]}, [0, 1, 1], 1),
+        ({"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "assistant_masks": [1, 0, 1]}, [0, 0, 1], 2),
+        ({"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "labels": [5, 6, -100]}, [0, 1, 0], 1),
     ],
 )
 def test_tokenised_rows_keep_their_masks(tokenizer, row, mask, prompt_length):
     tokenized = tokenize_row(row, tokenizer, dataset_type="tokenized")
-    assert (tokenized["loss_mask"], tokenized["prompt_length"]) == (mask, prompt_length)
+    labels = [token if on else -100 for token, on in zip(row["input_ids"], mask, strict=True)]
+    assert (tokenized["labels"], tokenized["prompt_length"]) == (labels, prompt_length)
     assert tokenized["input_ids"] == row["input_ids"]
 
 
 def test_padding_of_tokenised_rows_is_taken_off_by_its_mask(tokenizer):
     row = {"input_ids": [0, 5, 0, 0], "attention_mask": [0, 1, 1, 0], "labels": [-100, -100, 0, -100]}
     tokenized = tokenize_row(row, tokenizer, dataset_type="tokenized")
-    assert tokenized == {"input_ids": [5, 0], "loss_mask": [0, 1], "prompt_length": 1}
+    assert tokenized == {"input_ids": [5, 0], "labels": [-100, 0], "prompt_length": 1}
 
 
 @pytest.mark.parametrize(
@@ -246,6 +250,7 @@ def test_padding_of_tokenised_rows_is_taken_off_by_its_mask(tokenizer):
     [
         ({"input_ids": [5, 6], "labels": [6, -100]}, "unshifted"),
         ({"input_ids": [5, 6], "loss_mask": [1]}, "2 input_ids but 1"),
+        ({"input_ids": [5, 6], "loss_mask": [1], "completion_mask": [0, 1]}, "masks of \\[1, 2\\] values"),
         ({"input_ids": [5, 6], "prompt_length": 3}, "prompt_length is 3"),
     ],
 )
@@ -263,7 +268,7 @@ def make_row(prompt_length, completion_length):
     """Prompt ids 0, 1, …; completion ids 100, 101, …"""
     return {
         "input_ids": [*range(prompt_length), *range(100, 100 + completion_length)],
-        "loss_mask": [0] * prompt_length + [1] * completion_length,
+        "labels": [-100] * prompt_length + [*range(100, 100 + completion_length)],
         "prompt_length": prompt_length,
     }
 
@@ -287,7 +292,7 @@ def test_cuts(prompt, completion, reserve, kept_prompt, kept_completion):
     ids = cut["input_ids"]
     assert ids == [*range(prompt - kept_prompt, prompt), *range(100, 100 + kept_completion)]
     assert cut["prompt_length"] == kept_prompt
-    assert cut["loss_mask"] == [0] * kept_prompt + [1] * kept_completion
+    assert cut["labels"] == [-100] * kept_prompt + [*range(100, 100 + kept_completion)]
 
 
 def test_bos_survives_the_cut():

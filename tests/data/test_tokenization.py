@@ -11,7 +11,7 @@ from distill_trainers.data.loading import load_split
 from distill_trainers.data.tokenization import prepare_dataset
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 
-COLUMNS = ["input_ids", "length", "loss_mask", "prompt_length"]
+COLUMNS = ["input_ids", "labels", "length", "prompt_length"]
 
 
 def pairs(*rows):

@@ -72,7 +72,7 @@ def test_forced_scores_equal_a_dense_reference_at_any_batch_size(run, models, de
     rows = [
         {
             "input_ids": [*each.prompt_ids, *each.completion_ids],
-            "loss_mask": [0] * len(each.prompt_ids) + [1] * len(each.completion_ids),
+            "labels": [-100] * len(each.prompt_ids) + each.completion_ids,
         }
         for each in examples
     ]
@@ -129,8 +129,8 @@ def test_own_text_is_sampled_by_the_model_itself(run, models, tokenizer, dense):
     ids = tokenizer(sample.prompt).input_ids
     own = next(each for each in results.tokens if each.model == "mine" and each.text == "student")
     written = [tokenizer.convert_tokens_to_ids(token) for token in own.tokens]
-    mask = [0] * len(ids) + [1] * len(written)
-    found = dense(models["student"], models["teacher"], [{"input_ids": [*ids, *written], "loss_mask": mask}])
+    labels = [-100] * len(ids) + written
+    found = dense(models["student"], models["teacher"], [{"input_ids": [*ids, *written], "labels": labels}])
     assert own.kl == pytest.approx((found.p.exp() * (found.p - found.q)).sum(-1).tolist(), rel=1e-3)
     for place, (top, given) in enumerate(zip(own.teacher_top, own.teacher_probability, strict=True)):
         p = found.p[place].exp()
@@ -193,7 +193,7 @@ def test_one_model_alone(run):
 def test_plain_text_has_a_perplexity_without_its_first_token(run, models, dense, tokenizer):
     results = run([{"text": "12+34=46"}], metrics=["perplexity"])
     ids = [*tokenizer("12+34=46").input_ids, tokenizer.eos_token_id]
-    row = {"input_ids": ids, "loss_mask": [0] + [1] * (len(ids) - 1)}
+    row = {"input_ids": ids, "labels": [-100, *ids[1:]]}
     found = dense(models["student"], models["teacher"], [row])
     expected = (-found.q.gather(1, found.labels[:, None]).mean()).exp().item()
     assert results.model("mine").scores["perplexity"].value == pytest.approx(expected, rel=1e-4)

@@ -39,7 +39,7 @@ def test_logged_loss_is_the_mean_over_the_windows_tokens(
     trainer.train()
     assert by_step(trainer)[1] == pytest.approx(expected, rel=1e-5)
     assert by_step(trainer, "divergence")[1] == pytest.approx(expected, rel=1e-5)
-    assert by_step(trainer, "trained_tokens")[1] == sum(sum(row["loss_mask"]) for row in rows)
+    assert by_step(trainer, "trained_tokens")[1] == sum(label != -100 for row in rows for label in row["labels"])
 
 
 def test_a_last_window_of_fewer_micro_batches_is_a_mean_as_well(make_trainer, dense, jsd_mean, by_step):
@@ -194,8 +194,8 @@ def test_prompt_tokens_are_context_and_never_targets(make_trainer, batch_of, den
     assert trainer.compute_loss(trainer.model, first).item() == loss
     rows = [dict(trainer.train_dataset[i]) for i in range(4)]
     for row in rows:
-        assert row["loss_mask"] == [0] * row["prompt_length"] + [1] * (len(row["input_ids"]) - row["prompt_length"])
-    with_prompts = [{**row, "loss_mask": [1] * len(row["input_ids"])} for row in rows]
+        assert row["labels"] == [-100] * row["prompt_length"] + row["input_ids"][row["prompt_length"] :]
+    with_prompts = [{**row, "labels": row["input_ids"]} for row in rows]
     assert loss == pytest.approx(jsd_mean(dense(trainer.model, trainer.teacher.model, rows)), rel=1e-5)
     assert loss != pytest.approx(jsd_mean(dense(trainer.model, trainer.teacher.model, with_prompts)), rel=1e-3)
 
@@ -224,8 +224,8 @@ def test_masks_come_from_lengths_and_never_from_ids(make_trainer, batch_of, dens
     pad = tokenizer.pad_token_id
     rows = Dataset.from_list(
         [
-            {"input_ids": [pad, 3, 4, pad, 5, 1], "loss_mask": [0, 0, 0, 1, 1, 1], "prompt_length": 3},
-            {"input_ids": [6, pad, 7, pad], "loss_mask": [0, 0, 1, 1], "prompt_length": 2},
+            {"input_ids": [pad, 3, 4, pad, 5, 1], "labels": [-100] * 3 + [pad, 5, 1], "prompt_length": 3},
+            {"input_ids": [6, pad, 7, pad], "labels": [-100, -100, 7, pad], "prompt_length": 2},
         ]
     )
     trainer = make_trainer(train=rows, lmbda=0.0)

@@ -251,7 +251,7 @@ def test_the_defaults_train_towards_the_teacher_by_themselves(toy, tmp_path):
 
     def answered(row, index):
         prompt = row["input_ids"][: row["prompt_length"]]
-        return {"input_ids": [*prompt, ids[drawn[index]]], "loss_mask": [0] * len(prompt) + [1]}
+        return {"input_ids": [*prompt, ids[drawn[index]]], "labels": [-100] * len(prompt) + [ids[drawn[index]]]}
 
     trainer.train_dataset = trainer.train_dataset.map(answered, with_indices=True, load_from_cache_file=False)
     trainer._train_is_filled = True

@@ -95,7 +95,7 @@ def test_a_stream_is_evaluated_on_the_teachers_text_where_rows_would_be(make_tra
 
 
 def test_evaluation_over_no_token_is_refused(make_trainer):
-    row = {"input_ids": [3, 4, 5], "loss_mask": [0, 0, 0], "prompt_length": 3}
+    row = {"input_ids": [3, 4, 5], "labels": [-100] * 3, "prompt_length": 3}
     trainer = make_trainer(eval_dataset=addition_dataset(4, seed=5))
     loader = torch.utils.data.DataLoader(Dataset.from_list([row] * 2), batch_size=2, collate_fn=trainer.data_collator)
     with pytest.raises(DatasetError, match="no tokens to score"):

@@ -23,8 +23,8 @@ from distill_trainers.trainers.lifecycle.cache_filling import fill_cache
 
 def halves(trainer, rows):
     """First and other sequences of prepared rows, in the form that `dense` reads."""
-    first = [{name: row[name] for name in ("input_ids", "loss_mask", "marks")} for row in rows]
-    other = [{name: row[f"other_{name}"] for name in ("input_ids", "loss_mask", "marks")} for row in rows]
+    first = [{name: row[name] for name in ("input_ids", "labels", "marks")} for row in rows]
+    other = [{name: row[f"other_{name}"] for name in ("input_ids", "labels", "marks")} for row in rows]
     return first, other
 
 
@@ -35,7 +35,7 @@ def nlls(model, sequences, chosen=None):
     for each in sequences:
         ids = torch.tensor([each["input_ids"]])
         logps = F.log_softmax(model(input_ids=ids).logits[0].double(), dim=-1)
-        places = [t for t in range(1, ids.shape[1]) if (chosen or (lambda s, t: s["loss_mask"][t]))(each, t)]
+        places = [t for t in range(1, ids.shape[1]) if (chosen or (lambda s, t: s["labels"][t] != -100))(each, t)]
         found += [-logps[t - 1, ids[0, t]] for t in places]
     return torch.stack(found)
 
@@ -78,7 +78,7 @@ def test_gradient_of_step_by_step(make_trainer, make_student, batch_of):
         for each in sequences:
             ids = torch.tensor(each["input_ids"])
             logps = F.log_softmax(reference(input_ids=ids[None]).logits[0], dim=-1)
-            terms += [-logps[t - 1, ids[t]] for t in range(1, len(ids)) if each["loss_mask"][t]]
+            terms += [-logps[t - 1, ids[t]] for t in range(1, len(ids)) if each["labels"][t] != -100]
         total = total + weight * torch.stack(terms).mean()
     total.backward()
     expected = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
@@ -133,7 +133,7 @@ def test_tasks_keep_their_own_counts_in_a_window_of_unlike_batches(make_trainer,
     """The sum over micro-batches is the loss of all rows in one, though tasks have other shares in each."""
     trainer = rationale_trainer(make_trainer, student=make_student().double())
     rows = [*trainer.train_dataset]
-    rows[0] = {**rows[0], "other_input_ids": [], "other_loss_mask": [], "other_marks": []}  # a label alone
+    rows[0] = {**rows[0], "other_input_ids": [], "other_labels": [], "other_marks": []}  # a label alone
     parts = [trainer.data_collator(rows[:2]), trainer.data_collator(rows[2:8])]
     counts = step_counts(parts, trainer.loss_divisors)
     total = sum(trainer.compute_loss(trainer.model, part, num_items_in_batch=counts) for part in parts)
@@ -310,11 +310,11 @@ def test_dual_chain_is_imitation_answer_and_innovation(make_trainer, tokenizer, 
     trainer.engine = Scripted(TEXTS, tokenizer)
     (batch,) = trainer.rollout([batch_of(trainer)])
     first, _ = halves(trainer, trainer.train_dataset)
-    imitation = nlls(trainer.model, first, lambda s, t: s["loss_mask"][t] and not s["marks"][t])
+    imitation = nlls(trainer.model, first, lambda s, t: s["labels"][t] != -100 and not s["marks"][t])
     answer = nlls(trainer.model, first, lambda s, t: s["marks"][t])
     assert len(answer) == 2 * 5  # "==95" and the end
     prompt, chain = tokenizer("37+58=").input_ids, [*tokenizer("7+8=15==95").input_ids, 1]
-    mine = {"input_ids": prompt + chain, "loss_mask": [0] * len(prompt) + [1] * len(chain)}
+    mine = {"input_ids": prompt + chain, "labels": [-100] * len(prompt) + chain}
     expected = 0.9 * imitation.mean() + 0.4 * answer.mean() + 0.5 * nlls(trainer.model, [mine]).mean()
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -261,7 +261,7 @@ def test_seq_kd_trains_on_the_teachers_text(make_trainer, make_teacher, tokenize
     for row in trainer.train_dataset:
         prompt, completion = row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]
         assert completion == _greedy(teacher, prompt, 4, tokenizer.eos_token_id)
-        assert row["loss_mask"] == [0] * len(prompt) + [1] * len(completion)
+        assert row["labels"] == [-100] * len(prompt) + completion
 
 
 def test_seq_kd_reads_what_is_on_disk_also_after_a_killed_writer(

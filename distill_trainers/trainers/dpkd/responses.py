@@ -86,6 +86,6 @@ def with_student_responses(run: Run, dataset: Any, written_by: str) -> Any:
 
     def add(row: dict[str, Any]) -> dict[str, Any]:
         response = written[prompt_key(row["input_ids"][: row["prompt_length"]])]
-        return {"rejected_ids": response, "rejected_mask": [1] * len(response)}
+        return {"rejected_ids": response, "rejected_labels": response}
 
     return dataset.map(add, desc="Student responses", load_from_cache_file=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import models
+from ...data.labels import any_trained, completion_labels
 from ...rollouts import CompletionSettings, CompletionStore, SamplingSettings, complete_prompts, local_engine
 from ...rollouts.completing import Prompts
 from ...rollouts.store import prompt_key
@@ -50,7 +51,7 @@ def prompts_to_complete(rows: Iterable[Mapping[str, Any]], *, replace: bool) -> 
     """List prompts of tokenised rows without completion, or of all rows with `replace`, by key."""
     prompts: Prompts = {}
     for row in rows:
-        if replace or not any(row["loss_mask"]):
+        if replace or not any_trained(row["labels"]):
             ids = row["input_ids"][: row["prompt_length"]]
             prompts.setdefault(prompt_key(ids), ids)
     return prompts
@@ -62,10 +63,10 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
     def fill(row: dict[str, Any]) -> dict[str, Any]:
         prompt = row["input_ids"][: row["prompt_length"]]
         completion = completions.get(prompt_key(prompt))
-        if completion is None or (any(row["loss_mask"]) and not replace):
+        if completion is None or (any_trained(row["labels"]) and not replace):
             return row
-        ids, mask = prompt + completion, [0] * len(prompt) + [1] * len(completion)
-        return {**row, "input_ids": ids, "loss_mask": mask, "length": len(ids)}
+        ids, labels = prompt + completion, completion_labels(prompt, completion)
+        return {**row, "input_ids": ids, "labels": labels, "length": len(ids)}
 
     return dataset.map(fill, desc="Teacher completions", load_from_cache_file=False)
 
@@ -73,7 +74,7 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
 def fill_with_teacher_completions(run: Run, dataset: Any, *, replace: bool) -> Any:
     """Add the teacher's completions to a run's `dataset`; each process generates its share, each prompt once."""
     columns = getattr(dataset, "column_names", None)
-    if not isinstance(columns, list) or "loss_mask" not in columns or not hasattr(dataset, "__len__"):
+    if not isinstance(columns, list) or "labels" not in columns or not hasattr(dataset, "__len__"):
         return dataset
     prompts = prompts_to_complete(dataset, replace=replace)
     if not prompts:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ...data import DistillCollator
+from ...data.labels import completion_labels
 from ...exceptions import CheckpointError, DatasetError
 from ...losses.reduction import IGNORE_INDEX
 from ...rollouts.draws import mix
@@ -226,7 +227,7 @@ def batch_of(rows: Sequence[RolloutRow], pad_token_id: int, multiple: int | None
     tokenised = [
         {
             "input_ids": [*row.prompt, *row.completion],
-            "loss_mask": [0] * len(row.prompt) + [1] * len(row.completion),
+            "labels": completion_labels(row.prompt, row.completion),
             "prompt_length": len(row.prompt),
         }
         for row in rows

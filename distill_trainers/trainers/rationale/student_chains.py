@@ -7,7 +7,7 @@ from typing import Protocol
 from ...answers.formats import parse_response
 from ...answers.verify import verify_answer
 from ...data import unpadded_prompts
-from ...data.collator import IGNORED
+from ...data.labels import IGNORED
 from ...data.rationales import with_innovations
 from ..protocol import Batch, Run
 from .config import RationaleConfig
