@@ -173,6 +173,8 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
                 f"Pairs need prompts, but the dataset is of the layout {kind}. Give prompt, prompt + completion or "
                 "messages."
             )
+        if kind == "prompt_completion" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+            kind = "prompt"  # a response follows the whole prompt, also where the given completion runs into its end
         tokens = tokenize_row(
             row, checked.ready.pair.tokenizer, dataset_type=kind, chat_template_kwargs=args.chat_template_kwargs
         )

@@ -21,6 +21,7 @@ from distill_trainers.data.collator import DistillCollator
 from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation, to_chatml
 from distill_trainers.data.labels import IGNORED, any_trained
 from distill_trainers.data.rows import tokenize_row
+from distill_trainers.data.texts import tell_straddled
 from distill_trainers.exceptions import DatasetError, NoUsableRowsError
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def prepare_pairs(
         prepared = _without_bad(prepared, drop_bad=drop_bad, max_length=max_length, name=name)
     else:
         prepared = map_rows().filter(partial(_is_good, drop_bad=drop_bad, name=name))
-    return prepared.remove_columns(["bad", "cut"])
+    return prepared.remove_columns(["bad", "cut", "straddled"])
 
 
 def _prepare_row(
@@ -194,11 +195,16 @@ def _text_of(value: Any) -> str:
 
 
 def _cut(sides: Sequence[Mapping[str, Any]], max_length: int) -> dict[str, Any]:
-    start, room = sides[0]["prompt_length"], max_length - sides[0]["prompt_length"]
+    # Where a token straddles the border of the prompt in one of the two, both responses begin before it.
+    start = min(side["prompt_length"] for side in sides)
+    room = max_length - start
     if room < 1:
         return {**_EMPTY, "bad": _LONG_PROMPT}
     ids = [side["input_ids"][start : start + room] for side in sides]
-    labels = [side["labels"][start : start + room] for side in sides]
+    labels = [
+        [*side["input_ids"][start : side["prompt_length"]], *side["labels"][side["prompt_length"] :]] for side in sides
+    ]
+    labels = [side[:room] for side in labels]
     cut = any(len(side["input_ids"]) > max_length for side in sides)
     bad = (_ALIKE_WHEN_CUT if cut else _IDENTICAL) if ids[0] == ids[1] else ""
     bad = bad or _untrained(labels)
@@ -211,6 +217,7 @@ def _cut(sides: Sequence[Mapping[str, Any]], max_length: int) -> dict[str, Any]:
         "rejected_labels": labels[1],
         "bad": bad,
         "cut": cut,
+        "straddled": max(side.get("straddled", 0) for side in sides),
     }
 
 
@@ -228,6 +235,7 @@ _EMPTY: dict[str, Any] = {
     "rejected_labels": [],
     "bad": "",
     "cut": False,
+    "straddled": 0,
 }
 
 
@@ -235,7 +243,7 @@ def _features() -> Features:
     from datasets import Features, List, Value
 
     ids, number = List(Value("int32")), Value("int32")
-    kinds = (ids, ids, number, number, ids, ids, Value("string"), Value("bool"))
+    kinds = (ids, ids, number, number, ids, ids, Value("string"), Value("bool"), number)
     return Features(dict(zip(_EMPTY, kinds, strict=True)))
 
 
@@ -256,6 +264,7 @@ def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str
                 + ("or set `bad_pairs: drop` to leave them out." if good else "there is none to train on.")
             )
         logger.warning("%sThey are left out.", problem)
+    tell_straddled(dataset["straddled"][:], name)
     cut = sum(dataset["cut"][i] for i in good)
     if cut:
         logger.warning("Dataset %r: max_length=%d cut the end of responses of %d pairs.", name, max_length, cut)

@@ -28,8 +28,9 @@ from .chat import Chat, split_conversation
 from .collator import DistillCollator, pad_rows
 from .formats import apply_column_mapping, detect_dataset_type, first_row
 from .labels import IGNORED, any_trained, completion_labels, labels_of
-from .rows import TokenizedRow, prompt_ids_of, truncate, with_eos
-from .tokenization import code_fingerprint
+from .rows import TokenizedRow, truncate
+from .texts import encoder_and_decoder_ids, split_text, tell_straddled
+from .tokenization import code_fingerprint, is_kept
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -149,7 +150,7 @@ class RationaleTokenizer:
         wrong["labels"] = labels_of(wrong["input_ids"], wrong["marks"])  # nothing else of a wrong chain is looked at
 
     def _sequence(self, template: str, question: str, completion: str) -> TokenizedRow:
-        prompt, tokenizer = template.replace("{question}", question), self.tokenizer
+        prompt, tokenizer, lost = template.replace("{question}", question), self.tokenizer, 0
         if self.templates.style == "chat":
             chat = Chat(tokenizer, settings=dict(self.chat_settings or {}))
             question_turn = [{"role": "user", "content": prompt}]
@@ -158,14 +159,14 @@ class RationaleTokenizer:
                 prompt_ids, completion_ids = split_conversation(chat, question_turn, answer_turn)
             else:
                 prompt_ids, completion_ids = chat.ids(chat.prompt(question_turn)), []
+        elif self.separate:
+            prompt_ids, completion_ids = encoder_and_decoder_ids(prompt, completion, tokenizer)
         else:
-            prompt_ids = tokenizer(prompt)["input_ids"] if self.separate else prompt_ids_of(prompt, tokenizer)
-            completion_ids = (
-                with_eos(tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer) if completion else []
-            )
+            prompt_ids, completion_ids, lost = split_text(prompt, completion, tokenizer)
         ids = [*prompt_ids, *completion_ids]
         labels = completion_labels(prompt_ids, completion_ids)
-        return {"input_ids": ids, "labels": labels, "marks": [0] * len(ids), "prompt_length": len(prompt_ids)}
+        parts = {"input_ids": ids, "labels": labels, "marks": [0] * len(ids), "prompt_length": len(prompt_ids)}
+        return {**parts, "straddled": lost}
 
     def _cut(self, sequence: TokenizedRow) -> TokenizedRow:
         """Cut to `max_length` as all rows are; marks go with their tokens."""
@@ -174,7 +175,7 @@ class RationaleTokenizer:
         bos = 0 if ids[:1] == [self.tokenizer.bos_token_id] else None
         left = truncate(places, self.max_length, self.reserve, bos_token_id=bos)
         cut = {name: [sequence[name][i] for i in left["input_ids"]] for name in ("input_ids", "labels", "marks")}
-        return {**cut, "prompt_length": left["prompt_length"]}
+        return {**cut, "prompt_length": left["prompt_length"], "straddled": sequence["straddled"]}
 
 
 def prepare_rationales(
@@ -209,7 +210,7 @@ def prepare_rationales(
     run = partial(_prepare_example, work=work, needs=needs, with_others=with_others, name=name, code=code_fingerprint())
     map_rows: Any = partial(dataset.map, run, with_indices=True, remove_columns=list(row), features=_features())
     if not isinstance(dataset, Dataset):
-        return map_rows().filter(_is_kept).remove_columns("dropped")
+        return map_rows().filter(is_kept).remove_columns(["dropped", "straddled"])
     prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
     reasons = Counter(reason for reason in prepared["dropped"] if reason)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -217,8 +218,9 @@ def prepare_rationales(
         raise NoUsableRowsError(f"None of the {len(prepared)} rows of dataset {name!r} can be trained on: {counts}.")
     if reasons:
         logger.warning("Dataset %r, %d rows: %d dropped (%s).", name, len(prepared), reasons.total(), counts)
+    tell_straddled(prepared["straddled"][:], name)
     usable = [i for i, reason in enumerate(prepared["dropped"]) if not reason]
-    return prepared.select(usable).remove_columns("dropped")
+    return prepared.select(usable).remove_columns(["dropped", "straddled"])
 
 
 def _prepare_example(
@@ -228,8 +230,9 @@ def _prepare_example(
         example = work.example(row)
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
-    nothing: dict[str, Any] = {"input_ids": [], "labels": [], "marks": [], "prompt_length": 0}
+    nothing: dict[str, Any] = {"input_ids": [], "labels": [], "marks": [], "prompt_length": 0, "straddled": 0}
     first, other = example["first"], (example["other"] if with_others else None) or nothing
+    straddled = first.pop("straddled") + other.pop("straddled")
     return {
         **first,
         **{f"other_{name}": value for name, value in other.items()},
@@ -238,6 +241,7 @@ def _prepare_example(
         "choices": list(row.get("choices") or []),
         "task": _text(row, "task"),
         "dropped": _reason_to_drop(first, other, needs, work.objective),
+        "straddled": straddled,
     }
 
 
@@ -253,17 +257,20 @@ def _reason_to_drop(first: TokenizedRow, other: TokenizedRow, needs: str, object
     return "without answer" if objective == "step_by_step" else "without rationale"
 
 
-def _is_kept(row: Mapping[str, Any]) -> bool:
-    return not row["dropped"]
-
-
 def _features() -> Features:
     from datasets import Features, List, Value
 
     ids, flags, number, text = List(Value("int32")), List(Value("int8")), Value("int32"), Value("string")
     sequence = {"input_ids": ids, "labels": ids, "marks": flags, "prompt_length": number}
     others = {f"other_{name}": kind for name, kind in sequence.items()}
-    rest = {"length": number, "reference": text, "choices": List(text), "task": text, "dropped": text}
+    rest = {
+        "length": number,
+        "reference": text,
+        "choices": List(text),
+        "task": text,
+        "dropped": text,
+        "straddled": number,
+    }
     return Features({**sequence, **others, **rest})
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from distill_trainers.data.chat import Chat, TurnsNotFoundError, assistant_mask, split_conversation, training_template
 from distill_trainers.data.formats import DatasetType, Message, as_messages, as_text, is_conversation
 from distill_trainers.data.labels import IGNORED, completion_labels, labels_of
+from distill_trainers.data.texts import ended, split_text, text_ids
 from distill_trainers.exceptions import DatasetError
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ def tokenize_row(
 ) -> TokenizedRow:
     """Tokenise one row as `{"input_ids", "labels", "prompt_length"}`.
 
-    Prompt and completion are tokenised apart, so that the prompt of a rollout is the training prompt, token for token.
-    A row without a completion (or with an empty one) becomes a prompt: `prompt_length == len(input_ids)`.
+    Prompt and completion given as strings are tokenised as one text; the prompt of a rollout is the training prompt,
+    token for token. Where a token straddles their border, it belongs to the completion, and `straddled` says how many
+    tokens of the prompt alone are not there. A row without a completion (or with an empty one) becomes a prompt:
+    `prompt_length == len(input_ids)`.
 
     Args:
         row: may bring its own `tools` and `chat_template_kwargs` where it is a conversation.
@@ -49,7 +52,7 @@ def tokenize_row(
     if dataset_type == "text":
         return _from_text(as_text(row["text"], column="text"), tokenizer)
     if dataset_type == "prompt" and not is_conversation(row["prompt"]):
-        return _joined(prompt_ids_of(as_text(row["prompt"], column="prompt"), tokenizer), [])
+        return _joined(text_ids(as_text(row["prompt"], column="prompt"), tokenizer), [])
     if dataset_type == "prompt_completion" and not (
         is_conversation(row["prompt"]) or is_conversation(row["completion"])
     ):
@@ -98,15 +101,14 @@ def truncate(
 def _from_text(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
     if not text.strip():
         return _joined([], [])
-    return _joined([], with_eos(tokenizer(text)["input_ids"], tokenizer))
+    return _joined([], ended(text_ids(text, tokenizer), tokenizer))
 
 
 def _from_strings(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
-    prompt = prompt_ids_of(as_text(row["prompt"], column="prompt"), tokenizer)
+    prompt = as_text(row["prompt"], column="prompt")
     completion = as_text(row["completion"], column="completion")
-    if not completion.strip():
-        return _joined(prompt, [])
-    return _joined(prompt, with_eos(tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer))
+    prompt_ids, completion_ids, lost = split_text(prompt, completion, tokenizer)
+    return _joined(prompt_ids, completion_ids) | ({"straddled": lost} if lost else {})
 
 
 def _from_prompt(messages: list[Message], chat: Chat) -> TokenizedRow:
@@ -199,22 +201,6 @@ def _joined(prompt_ids: list[int], completion_ids: list[int]) -> TokenizedRow:
         "labels": completion_labels(prompt_ids, completion_ids),
         "prompt_length": len(prompt_ids),
     }
-
-
-def prompt_ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenise a prompt, with the special tokens that begin a text but none that ends it."""
-    ids = tokenizer(text)["input_ids"]
-    eos = tokenizer.eos_token_id
-    # Some tokenizers end everything with EOS: a prompt is not at its end. (A BOS that is the EOS, as in GPT-2, stays.)
-    if len(ids) > 1 and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
-        return ids[:-1]
-    return ids
-
-
-def with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End ids in the tokenizer's EOS, if it has one."""
-    eos = tokenizer.eos_token_id
-    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
 def _is_silent(message: Message) -> bool:

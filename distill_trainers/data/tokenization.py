@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from distill_trainers.data.formats import DatasetType, apply_column_mapping, detect_dataset_type, first_row
 from distill_trainers.data.labels import any_trained
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
+from distill_trainers.data.texts import tell_straddled
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
 
 if TYPE_CHECKING:
@@ -26,12 +27,7 @@ logger = logging.getLogger(__name__)
 Needs = Literal["completion", "prompt", "either", "both"]
 
 _CODE = (
-    "formats.py",
-    "chat.py",
-    "rows.py",
-    "labels.py",
-    "tokenization.py",
-    "rationales.py",
+    *("formats.py", "chat.py", "rows.py", "texts.py", "labels.py", "tokenization.py", "rationales.py"),
     "../answers/edit_distance.py",
 )
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
@@ -100,8 +96,8 @@ def prepare_dataset(
         prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
         prepared = _drop(prepared, max_length, name)
     else:
-        prepared = map_rows().filter(_is_kept)
-    return prepared.remove_columns(["dropped", "prompt_cut", "completion_cut"])
+        prepared = map_rows().filter(is_kept)
+    return prepared.remove_columns(["dropped", "prompt_cut", "completion_cut", "straddled"])
 
 
 def _prepare_row(
@@ -132,6 +128,7 @@ def _prepare_row(
         "dropped": dropped,
         "prompt_cut": cut["prompt_length"] < whole["prompt_length"],
         "completion_cut": len(cut["input_ids"]) - cut["prompt_length"] < completion_length,
+        "straddled": whole.get("straddled", 0),
     }
 
 
@@ -148,12 +145,13 @@ def _reason_to_drop(row: TokenizedRow, needs: Needs) -> str:
     return untrained if needs in ("completion", "both") and not trains else ""
 
 
-def _is_kept(row: Mapping[str, Any]) -> bool:
+def is_kept(row: Mapping[str, Any]) -> bool:
+    """Tell whether a prepared row can be trained on."""
     return not row["dropped"]
 
 
 def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
-    flags = dataset.select_columns(["dropped", "prompt_cut", "completion_cut"])[:]
+    flags = dataset.select_columns(["dropped", "prompt_cut", "completion_cut", "straddled"])[:]
     reasons = Counter(reason for reason in flags["dropped"] if reason)
     usable = [i for i, reason in enumerate(flags["dropped"]) if not reason]
     parts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -175,6 +173,7 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
         )
     if news:
         logger.warning("Dataset %r, %d rows: %s.", name, len(dataset), "; ".join(news))
+    tell_straddled(flags["straddled"], name)
     return dataset.select(usable) if reasons else dataset
 
 
@@ -191,6 +190,7 @@ def _features() -> Features:
             "dropped": Value("string"),
             "prompt_cut": flag,
             "completion_cut": flag,
+            "straddled": Value("int32"),
         }
     )
 

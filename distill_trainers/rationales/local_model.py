@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import models
+from ..data.texts import text_ids
 from ..rollouts.completing import CompletionSettings, share_batches
 from .prompts import as_text
 from .records import Request, Response
@@ -82,7 +83,7 @@ class LocalTextModel:
         if self.style == "chat":
             text = self.tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.tokenizer(as_text(request.messages))["input_ids"]
+        return text_ids(as_text(request.messages), self.tokenizer)
 
     def _response(self, key: str, prompt_tokens: int, ids: list[int]) -> Response:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -65,14 +65,6 @@ def test_eos_is_not_doubled(tokenizer):
     assert row["input_ids"].count(tokenizer.eos_token_id) == 1
 
 
-def test_prompt_tokens_do_not_depend_on_the_completion(tokenizer):
-    # Tokenised together, the two newlines would merge into one token.
-    row = tokenize_row({"prompt": "q\n", "completion": "\na"}, tokenizer, dataset_type="prompt_completion")
-    alone = tokenize_row({"prompt": "q\n"}, tokenizer, dataset_type="prompt")
-    assert row["input_ids"][: row["prompt_length"]] == alone["input_ids"]
-    assert len(tokenizer("q\n\na")["input_ids"]) < row["prompt_length"] + 2
-
-
 def test_bos_belongs_to_the_prompt_alone(make_tokenizer):
     tokenizer = make_tokenizer(bos=True)
     row = tokenize_row({"prompt": "q", "completion": "a"}, tokenizer, dataset_type="prompt_completion")
