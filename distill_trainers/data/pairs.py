@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from distill_trainers.data.collator import DistillCollator
 from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation, to_chatml
 from distill_trainers.data.labels import IGNORED, any_trained
+from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.rows import tokenize_row
 from distill_trainers.data.texts import tell_straddled
 from distill_trainers.exceptions import DatasetError, NoUsableRowsError
@@ -93,7 +94,7 @@ def prepare_pairs(
     """
     from datasets import Dataset
 
-    dataset = apply_column_mapping(dataset, column_mapping, name=name)
+    dataset = apply_column_mapping(plain_dataset(dataset, name=name), column_mapping, name=name)
     row = first_row(dataset, name=name)
     foreign = tuple(marker for marker in MARKERS if marker not in tokenizer.get_vocab())
     work = partial(

@@ -28,6 +28,7 @@ from .chat import Chat, split_conversation
 from .collator import DistillCollator, pad_rows
 from .formats import apply_column_mapping, detect_dataset_type, first_row
 from .labels import IGNORED, any_trained, completion_labels, labels_of
+from .plain import plain_dataset
 from .rows import TokenizedRow, truncate
 from .texts import encoder_and_decoder_ids, split_text, tell_straddled
 from .tokenization import code_fingerprint, is_kept
@@ -200,7 +201,7 @@ def prepare_rationales(
     """
     from datasets import Dataset
 
-    dataset = apply_column_mapping(dataset, column_mapping, name=name)
+    dataset = apply_column_mapping(plain_dataset(dataset, name=name), column_mapping, name=name)
     row = first_row(dataset, name=name)
     if detect_dataset_type({"rationale": "", **row} if name != "train" else row, name=name) != "rationale":
         raise DatasetError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill_trainers.data.formats import DatasetType, apply_column_mapping, detect_dataset_type, first_row
 from distill_trainers.data.labels import any_trained
+from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
 from distill_trainers.data.texts import tell_straddled
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
@@ -71,8 +72,7 @@ def prepare_dataset(
     from datasets import Dataset
 
     _check_lengths(max_length, max_new_tokens)
-    _check_is_dataset(dataset, name)
-    dataset = apply_column_mapping(dataset, column_mapping, name=name)
+    dataset = apply_column_mapping(plain_dataset(dataset, name=name), column_mapping, name=name)
     row = first_row(dataset, name=name)
     dataset_type = detect_dataset_type(row, name=name)
     _check_type_serves(dataset_type, needs, assistant_only_loss, name)
@@ -204,18 +204,6 @@ def _check_lengths(max_length: int | None, max_new_tokens: int | None) -> None:
         raise ConfigurationError(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt within max_length={max_length}. Raise "
             "max_length, which counts prompt and completion together, or lower max_new_tokens."
-        )
-
-
-def _check_is_dataset(dataset: Any, name: str) -> None:
-    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-
-    if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        raise DatasetError(f"Dataset {name!r} is a dictionary of splits {sorted(dataset)}. Pass one of them.")
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise DatasetError(
-            f"Dataset {name!r} is a {type(dataset).__name__}, expected datasets.Dataset or datasets.IterableDataset. "
-            "A list of dictionaries becomes one with datasets.Dataset.from_list."
         )
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import models
 from ..data.formats import first_row
+from ..data.plain import plain_dataset
 from ..exceptions import ConfigurationError, DatasetError
 from ..requirements import Requirements
 from ..rollouts import check_engine
@@ -123,6 +124,7 @@ def preflight(given: Given) -> Ready:
     """
     args, student, teacher = given.args, given.pair.student, given.pair.teacher
     _check_parallelism(args)
+    given = _plain(given)
     adapted = given.pair.adapted or (isinstance(student, nn.Module) and models.is_peft(student))
     pair = dataclasses.replace(given.pair, adapted=adapted)
     wants = args.requirements(first_row(given.train) if args.reads_first_row and given.train is not None else None)
@@ -143,6 +145,20 @@ def preflight(given: Given) -> Ready:
     pair = dataclasses.replace(pair, tokenizer=tokenizer, teacher_tokenizer=other)
     loading.compare_vocabularies(pair, args)
     return Ready(given, pair, wants, config)
+
+
+def _plain(given: Given) -> Given:
+    """The same, with datasets of plain values (see `plain_dataset`)."""
+
+    def plain(dataset: Any, name: str) -> Any:
+        if isinstance(dataset, dict) and name == "eval":
+            return {key: plain(part, key) for key, part in dataset.items()}
+        return None if dataset is None else plain_dataset(dataset, name=name)
+
+    text = plain(given.text, "pretraining")
+    return dataclasses.replace(
+        given, train=plain(given.train, "train"), evaluation=plain(given.evaluation, "eval"), text=text
+    )
 
 
 def _check_parallelism(args: DistillConfig) -> None:

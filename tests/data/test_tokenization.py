@@ -138,7 +138,7 @@ def test_empty_datasets_are_refused(tokenizer, dataset):
         (Dataset.from_dict({"text": ["q"]}), {"assistant_only_loss": True}, "needs conversations"),
         (Dataset.from_dict({"question": ["q"]}), {}, "fit none of the accepted layouts"),
         (DatasetDict(train=Dataset.from_dict({"text": ["q"]})), {}, r"splits \['train'\]"),
-        ([{"text": "q"}], {}, "Dataset.from_list"),
+        ({"text": ["q"]}, {}, "is a dict, expected .*Dataset.from_dict"),
     ],
 )
 def test_datasets_that_cannot_serve_are_refused(tokenizer, dataset, settings, message):

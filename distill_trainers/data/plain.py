@@ -1,0 +1,100 @@
+"""Datasets as people have them, formatted, lazy, or not of `datasets` at all, to datasets of plain Python values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from distill_trainers.exceptions import DatasetError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_CHUNK = 1000  # rows of a dataset of torch that are held as Python values
+
+
+def plain_dataset(dataset: Any, *, name: str = "train") -> Dataset | IterableDataset:
+    """Return the rows of `dataset` as plain values, whatever its format is.
+
+    Formats (`set_format("torch")`, numpy, pandas, …) only change how values are shown, and are taken off; of columns
+    that a format hides nothing is read. A lazy transform makes the rows, so it is applied, once. Lists of dictionaries
+    and datasets of torch that give dictionaries are read whole; torch's that can only be iterated become streams.
+
+    Raises:
+        DatasetError: a dictionary of splits, or something that holds no dictionaries.
+    """
+    import datasets
+    from torch.utils import data as torch_data
+
+    if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise DatasetError(f"Dataset {name!r} is a dictionary of splits {sorted(dataset)}. Pass one of them.")
+    if isinstance(dataset, datasets.Dataset):
+        return _unformatted(dataset)
+    if isinstance(dataset, datasets.IterableDataset):
+        stream = dataset.with_format(None)
+        return stream if stream.features is not None else stream.map(plain_row)
+    if isinstance(dataset, torch_data.IterableDataset):
+        return datasets.IterableDataset.from_generator(_mappings, gen_kwargs={"rows": dataset, "name": name})
+    if isinstance(dataset, torch_data.Dataset | Sequence) and not isinstance(dataset, str):
+        return _from_rows(dataset, name)
+    raise DatasetError(
+        f"Dataset {name!r} is a {type(dataset).__name__}, expected datasets.Dataset, datasets.IterableDataset, a list "
+        "of dictionaries or a dataset of torch. Columns become one with datasets.Dataset.from_dict, rows with "
+        "datasets.Dataset.from_list, a table with datasets.Dataset.from_pandas."
+    )
+
+
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with lists and numbers in place of tensors and arrays."""
+    return {column: _plain(value) for column, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return plain_row(value)
+    if isinstance(value, list | tuple) and value and not isinstance(value[0], int | str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _unformatted(dataset: Dataset) -> Dataset:
+    shown = dataset.format
+    if shown["type"] == "custom":
+        # `map` gives the transformed rows; the cache does not see what a transform depends on.
+        made = dataset.map(
+            plain_row, remove_columns=dataset.column_names, load_from_cache_file=False, desc="Applying the transform"
+        )
+        return made.with_format(None)
+    dataset = dataset if shown["type"] is None else dataset.with_format(None)
+    hides = set(shown["columns"]) != set(dataset.column_names) and not shown["output_all_columns"]
+    return dataset.select_columns(shown["columns"]).with_format(None) if hides else dataset
+
+
+def _from_rows(rows: Any, name: str) -> Dataset:
+    """Read a list or a dataset of torch, some rows at a time: Python's numbers take many times the room of Arrow's."""
+    from datasets import Dataset, concatenate_datasets
+
+    read = _mappings((rows[i] for i in range(len(rows))), name)
+    parts: list[Dataset] = []
+    try:
+        while chunk := list(islice(read, _CHUNK)):
+            parts.append(Dataset.from_list(chunk, features=parts[0].features if parts else None))
+    except (TypeError, ValueError) as error:  # also those of Arrow
+        raise DatasetError(
+            f"The rows of dataset {name!r} do not have the same columns and kinds of values: {error}. Expected "
+            "dictionaries that share both."
+        ) from error
+    return concatenate_datasets(parts) if parts else Dataset.from_list([])
+
+
+def _mappings(rows: Iterable[Any], name: str) -> Iterator[dict[str, Any]]:
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DatasetError(
+                f"Row {index} of dataset {name!r} is a {type(row).__name__}; expected a dictionary of columns, such as "
+                "{'prompt': …, 'completion': …}."
+            )
+        yield plain_row(row)
