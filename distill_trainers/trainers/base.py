@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
@@ -46,9 +46,9 @@ from .lifecycle.checkpoints import Resuming
 from .lifecycle.completions import fill_with_teacher_completions, sampling_settings
 from .lifecycle.held_out import HeldOutMeasures
 from .lifecycle.metrics import RunningMetrics
-from .lifecycle.order import train_sampler
+from .lifecycle.order import check_first_window, train_sampler
 from .lifecycle.recording import RunRecorder
-from .preflight import Given, preflight, prepare_rows, tell_dataset
+from .preflight import Given, preflight, prepare_rows, read_stream, tell_dataset
 from .protocol import Batch
 from .step import TwoModels
 from .student import load_student
@@ -281,6 +281,8 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
             return [], None
         with self.teacher.holding_failures():
             batches = self.next_batches(epoch_iterator, num_batches)
+            if not self.state.global_step:
+                check_first_window(len(batches), num_batches, self.args)
             if len(batches) < num_batches:
                 # Only the end of a stream comes unannounced: no optimiser step would follow, and the gradient of these
                 # batches would be added to the next epoch's first.
@@ -413,7 +415,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
             if isinstance(columns, list) and not is_tokenised(columns):
                 filled = prepare_rows(self.args, eval_dataset, self.processing_class, "eval", self.requirements)
             if isinstance(filled, IterableDataset):
-                filled = Dataset.from_list(list(filled))
+                filled = read_stream(filled)
             replaces = self.requirements.replaces_completions
             filled = self.complete_eval(fill_with_teacher_completions(self, filled, replace=replaces))
             if filled is not eval_dataset:

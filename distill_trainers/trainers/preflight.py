@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -108,6 +108,21 @@ def prepare_rows(
         )
     with args.main_process_first(desc=f"{name} tokenisation"):
         return args.prepare_rows(dataset, tokenizer, name, wants)
+
+
+def read_stream(rows: IterableDataset, name: str = "eval") -> Dataset:
+    """Read a stream of tokenised rows to its end.
+
+    Raises:
+        DatasetError: there is none, or none that can be used.
+    """
+    read = list(rows)
+    if not read:
+        raise DatasetError(
+            f"The stream {name!r} ended without a row that can be used: it is empty, or all of its rows were dropped. "
+            "Check its source and its columns (column_mapping); a `datasets.Dataset` tells what it drops, and why."
+        )
+    return Dataset.from_list(read)
 
 
 def tell_dataset(teacher: Teacher, dataset: Any, name: str) -> None:

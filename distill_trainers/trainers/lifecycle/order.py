@@ -9,7 +9,25 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from ...exceptions import DatasetError
 from ..config import DistillConfig
+
+
+def check_first_window(batches: int, wanted: int, args: DistillConfig) -> None:
+    """Refuse training data that ends within its first optimiser step: the run would end at once, as if it had trained.
+
+    Raises:
+        DatasetError: with the numbers of batches and rows.
+    """
+    if batches >= wanted:
+        return
+    rows = args.per_device_train_batch_size * wanted * args.world_size
+    raise DatasetError(
+        f"The training data ended after {batches} of the {wanted} batches of the first optimiser step, so nothing was "
+        f"trained. Expected at least {rows} rows that can be trained on (per_device_train_batch_size × "
+        "gradient_accumulation_steps × processes). Give more rows, or lower those two; a stream does not count what it "
+        "drops, so check its first rows as a Dataset (column_mapping, empty completions, max_length)."
+    )
 
 
 class EpochSampler(Sampler[int]):
