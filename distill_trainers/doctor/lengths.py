@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .. import models
 from .case import Case
 from .findings import Finding, error, warning
 
@@ -18,14 +19,12 @@ def check_lengths(case: Case) -> Iterator[Finding]:
     for role, shape in (("student", case.student_shape), ("teacher", case.teacher_shape)):
         if shape is None or shape.context is None or limit <= shape.context:
             continue
-        effect = "fails on" if shape.absolute_positions else "was never trained on"
         tell = error if reached > shape.context else warning
-        yield tell(
-            "lengths",
-            f"Rows may have {limit} tokens (`max_length`), the longest of {len(case.lengths)} looked at has {longest}, "
-            f"but the {role} was made for {shape.context} positions and {effect} what lies beyond.",
-            f"Set `max_length: {shape.context}`, or take a {role} with a longer context.",
+        rows = (
+            f"Rows may have {limit} tokens (`max_length`), the longest of {len(case.lengths)} looked at has {longest}"
         )
+        absolute = shape.absolute_positions
+        yield tell("lengths", *models.beyond_positions(rows, role, shape.context, absolute=absolute))
     cut = [length for length in case.lengths if length > limit]
     if len(cut) > _CUT * max(1, len(case.lengths)):
         yield warning(

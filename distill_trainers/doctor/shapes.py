@@ -83,8 +83,8 @@ def shape_of(model: nn.Module) -> ModelShape:
         gated=bool({"gate_proj", "gate_up_proj", "wi_0"} & names),
         norms_queries="q_norm" in names,
         head_trains=any(p.requires_grad for p in head.parameters()),
-        absolute_positions=text.model_type in ("gpt2", "opt", "gpt_neo", "gpt_bigcode", "biogpt"),
-        context=getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None),
+        absolute_positions=models.looks_positions_up(causal_lm),
+        context=models.positions_of(causal_lm.config),
     )
 
 

@@ -34,6 +34,7 @@ from .loading import (
     source_of,
     with_pad_token,
 )
+from .positions import beyond_positions, looks_positions_up, positions_of, without_weights
 from .sharding import (
     fsdp_version,
     keep_optimizer,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from .. import models
 from ..data.texts import text_ids
 from ..rollouts.completing import CompletionSettings, share_batches
@@ -73,11 +71,10 @@ class LocalTextModel:
     @property
     def _room(self) -> float:
         """Tokens that a prompt may have: where a model has learnt a vector for each position, there is none beyond."""
-        causal_lm = models.causal_lm_of(self.model)
-        positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        tables = [m for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)]
-        learnt = any(m.num_embeddings == positions for m in tables if m is not causal_lm.get_input_embeddings())
-        return positions - self.sampling.max_new_tokens if learnt and positions is not None else float("inf")
+        positions = models.positions_of(models.causal_lm_of(self.model).config)
+        if positions is None or not models.looks_positions_up(self.model):
+            return float("inf")
+        return positions - self.sampling.max_new_tokens
 
     def _ids(self, request: Request) -> list[int]:
         if self.style == "chat":

@@ -142,12 +142,14 @@ def without_weights(config: Any, recipe: Recipe, *, adapted: bool = False) -> An
     import torch
     from trl import get_peft_config
 
-    from ..models import add_adapter, model_class, whole_loading
+    from .. import models
 
-    with torch.device("meta"), whole_loading():
-        model = model_class(config).from_config(config, trust_remote_code=recipe.args.trust_remote_code)
-        adapter = get_peft_config(recipe.model) if adapted else None
-        return model if adapter is None else add_adapter(model, adapter)
+    model = models.without_weights(config, trust_remote_code=recipe.args.trust_remote_code)
+    adapter = get_peft_config(recipe.model) if adapted else None
+    if adapter is None:
+        return model
+    with torch.device("meta"), models.whole_loading():
+        return models.add_adapter(model, adapter)
 
 
 def optimiser_steps(args: Any, rows: int | None, processes: int | None = None) -> int:

@@ -20,6 +20,7 @@ from ..teachers import loading
 from ..teachers.base import Pair, Teacher
 from ..teachers.rows import dataset_rows
 from .config import DistillConfig
+from .lengths import check_positions
 from .lifecycle import held_out, publishing
 from .student import student_config, student_tokenizer
 
@@ -71,7 +72,11 @@ class Ready:
             evaluation = {name: self.prepared(part, name) for name, part in evaluation.items()}
         else:
             evaluation = self.prepared(evaluation, "eval")
-        return train, evaluation, self.prepared(given.text, "pretraining")
+        text = self.prepared(given.text, "pretraining")
+        scored = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+        every = {**scored, "train": train, "pretraining": text}
+        check_positions(every, self.pair.student, self.config, self.pair.teacher, given.args, self.wants)
+        return train, evaluation, text
 
     def prepared(self, dataset: Any, name: str) -> Any:
         """One dataset's rows; `name` "train" must serve the method, any other only evaluation."""

@@ -1,0 +1,57 @@
+"""How many positions a model was made for, and what it does with rows that have more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import causal_lm_of
+from .loading import model_class
+from .sharding import whole_loading
+
+_OFFSET = 2  # rows that OPT and its like keep free in their table
+
+
+def positions_of(config: Any) -> int | None:
+    """Return how many positions a causal LM was made for; None where its config does not say."""
+    text = config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if context and factor and original:  # some configs keep the number of positions before they were stretched
+        return max(int(context), int(factor * original))
+    return None if context is None else int(context)
+
+
+def looks_positions_up(model: nn.Module) -> bool:
+    """Tell whether a model has learnt a vector for each position: it has none for those beyond, and fails on them."""
+    causal_lm: Any = causal_lm_of(model)
+    context = positions_of(causal_lm.config)
+    tables = [module for module in causal_lm.modules() if isinstance(module, nn.Embedding)]
+    return context is not None and any(
+        0 <= table.num_embeddings - context <= _OFFSET
+        for table in tables
+        if table is not causal_lm.get_input_embeddings()
+    )
+
+
+def without_weights(config: Any, **kwargs: Any) -> Any:
+    """Make the causal LM of a config on the meta device: its layers, no weights."""
+    with torch.device("meta"), whole_loading():
+        return model_class(config).from_config(config, **kwargs)
+
+
+def beyond_positions(rows: str, role: str, context: int, *, absolute: bool) -> tuple[str, str]:
+    """Say that rows are longer than a model's positions, and what to do about it.
+
+    Args:
+        rows: which rows, and how long they are.
+        absolute: whether the model looks positions up in a table.
+    """
+    effect = "fails on" if absolute else "was never trained on"
+    return (
+        f"{rows}, but the {role} was made for {context} positions and {effect} what lies beyond.",
+        f"Set `max_length: {context}`, or take a {role} with a longer context.",
+    )

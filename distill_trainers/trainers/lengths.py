@@ -1,0 +1,88 @@
+"""Rows that are longer than a model's positions: refused or told before any weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from .. import models
+from ..exceptions import DatasetError
+from ..requirements import Requirements
+from ..teachers import loading
+from .config import DistillConfig
+
+logger = logging.getLogger(__name__)
+
+
+def check_positions(
+    datasets: Mapping[str, Any],
+    student: Any,
+    student_config: Any,
+    teacher: Any,
+    args: DistillConfig,
+    wants: Requirements,
+) -> None:
+    """Hold the longest row, with its rollout where there are any, against the positions of both models.
+
+    Args:
+        datasets: tokenised rows by name; None is left out.
+        student, teacher: as they were given.
+
+    Raises:
+        DatasetError: a model that looks its positions up in a table has too few. Others warn.
+    """
+    reached = {name: _reached(rows, name, args, wants) for name, rows in datasets.items() if rows is not None}
+    tokens, told = max(reached.values(), default=(0, ""))
+    roles = [("student", student, student_config)]
+    frozen = loading.model_of(teacher)
+    if frozen is not None and hasattr(frozen, "config"):
+        roles.append(("teacher", frozen, frozen.config))
+    elif isinstance(teacher, str) and loading.has_files(teacher, args):
+        trusted = args.trust_remote_code
+        roles.append(("teacher", teacher, models.load_config(teacher, "teacher", trust_remote_code=trusted)))
+    for role, source, config in roles:
+        context = None if wants.encoder_decoder else models.positions_of(config)
+        if context is None or tokens <= context:
+            continue
+        if not isinstance(source, nn.Module):
+            source = models.without_weights(config, trust_remote_code=args.trust_remote_code)
+        absolute = models.looks_positions_up(source)
+        what, remedy = models.beyond_positions(told, role, context, absolute=absolute)
+        if absolute:
+            raise DatasetError(f"{what} {remedy}")
+        if args.process_index == 0:
+            logger.warning("%s %s", what, remedy)
+
+
+def _reached(rows: Any, name: str, args: DistillConfig, wants: Requirements) -> tuple[int, str]:
+    """How long rows of a dataset get, and that in words."""
+    limit = args.max_length or math.inf
+    if not isinstance(rows, Dataset):
+        tokens = 0 if limit == math.inf else int(limit)
+        return _padded(tokens, args), f"Rows of the stream {name!r} may have {tokens} tokens (`max_length`)"
+    tokens, told = max(_lengths(rows), default=0), "tokens"
+    sampled = name != "train" and bool(args.eval_measures)
+    if "prompt_length" in rows.column_names and (sampled or args.answers_prompts(name, wants)):
+        with_answer = int(min(limit, max(rows["prompt_length"][:], default=0) + args.max_new_tokens))
+        if with_answer > tokens:
+            tokens, told = with_answer, f"tokens with a sampled completion (max_new_tokens={args.max_new_tokens})"
+    padded = _padded(tokens, args)
+    told += f", {padded} when padded" if padded > tokens else ""
+    return padded, f"The longest row of dataset {name!r} has {tokens} {told}"
+
+
+def _lengths(rows: Dataset) -> list[int]:
+    if "other_input_ids" not in rows.column_names:
+        return rows["length"][:] if "length" in rows.column_names else []
+    pairs = rows.select_columns(["input_ids", "other_input_ids"])  # two sequences, whose `length` is that of both
+    return [len(ids) for row in pairs for ids in row.values()]
+
+
+def _padded(tokens: int, args: DistillConfig) -> int:
+    multiple = args.pad_to_multiple_of or 1
+    return -(-tokens // multiple) * multiple
