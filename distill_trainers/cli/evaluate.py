@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ..evaluation import EvaluationResults, EvaluationSettings
     from ..evaluation.runner import Evaluation
 
-_USAGE = """usage: distill-trainers evaluate --config FILE [--KEY VALUE]
+_USAGE = """usage: distill-trainers evaluate --run RUN [--KEY VALUE]
+       distill-trainers evaluate --config FILE [--KEY VALUE]
        distill-trainers evaluate --student RUN --teacher MODEL --baseline RUN/student_init --dataset FILE
 
 Scores several students, what they were before training and their teacher on the same prompts, with intervals, and
@@ -34,6 +35,11 @@ on. The settings are in docs/evaluation.md."""
 class EvaluateArguments:
     """Models and data; how they are evaluated is in `EvaluationSettings`."""
 
+    run: str | None = setting(
+        None,
+        "The folder of a finished run: its student, teacher, baseline and settings, on the rows that it held out. What "
+        "is named besides comes first.",
+    )
     student: str | None = setting(None, "The model to evaluate: a folder or Hub id.")
     students: dict[str, Any] | str | None = setting(None, "Several of them, by the name that tables give them (JSON).")
     teacher: str | None = setting(None, "Their teacher.")
@@ -45,16 +51,17 @@ class EvaluateArguments:
         None, "For from_pretrained of the teacher, in place of those (JSON)."
     )
     trust_remote_code: bool = setting(False, "Allow models that bring code of their own.")
-    dataset: str | None = setting(None, "Data: a file, a folder or a Hub id. Required.")
+    dataset: str | None = setting(None, "Data: a file, a folder or a Hub id. Required without `run`.")
     dataset_config: str | None = setting(None, "Configuration of a Hub dataset.")
     dataset_split: str = setting("test", "Split of a folder or Hub dataset.")
     column_mapping: dict[str, Any] | str | None = setting(
         None, "Rename columns, such as {instruction: prompt, output: completion} (JSON)."
     )
-    output_dir: str = setting("runs/evaluation", "Where the results go.")
+    output_dir: str = setting("runs/evaluation", "Where the results go; with `run`, in `evaluation` below it.")
     cache_dir: str | None = setting(None, "Where completions are kept; by default `<output_dir>/cache`.")
     use_cpu: bool = setting(False, "Run on the CPU.")
     dry_run: bool = setting(False, "Check everything and load no weights.")
+    given = frozenset[str]()  # no setting itself: names of those that are not left to `run`
 
     def named_students(self) -> dict[str, str]:
         """Return the students by name.
@@ -105,8 +112,14 @@ def parse_arguments(argv: Sequence[str]) -> tuple[EvaluateArguments, EvaluationS
     """
     from ..evaluation.settings import EvaluationSettings
 
-    classes = (EvaluateArguments, EvaluationSettings)
-    args, settings = parse_settings(argv, lambda *_: classes, what="the file of settings", command="evaluate")
+    given: set[str] = set()
+
+    def classes(file: dict[str, Any], argv: list[str]) -> tuple[type, type]:
+        given.update(file, (a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")))
+        return EvaluateArguments, EvaluationSettings
+
+    args, settings = parse_settings(argv, classes, what="the file of settings", command="evaluate")
+    args.given = frozenset(given)
     settings.check()
     return args, settings
 
@@ -120,13 +133,24 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
     from ..data import load_split
     from ..evaluation.runner import prepare
 
+    if args.run:
+        from .finished_run import take_up
+
+        for note in take_up(args, settings):
+            print(note)
     students = args.named_students()
     if not (students or args.teacher or args.baseline):
         raise ConfigurationError("The settings name no model; set `student`, `students`, `teacher` or `baseline`.")
-    if not args.dataset:
+    if not (args.dataset or args.run):
         raise ConfigurationError("The settings name no data; set `dataset` to a file, a folder or a Hub id.")
-    mapping: Any = args.column_mapping
-    data = load_split(args.dataset, name=args.dataset_config, split=args.dataset_split, column_mapping=mapping)
+    if args.dataset:
+        mapping: Any = args.column_mapping
+        data = load_split(args.dataset, name=args.dataset_config, split=args.dataset_split, column_mapping=mapping)
+        data_name = Path(args.dataset).name if Path(args.dataset).exists() else args.dataset
+    else:
+        from .finished_run import held_out_rows
+
+        data, data_name = held_out_rows(str(args.run)), f"held out by {next(iter(students))}"
     trusted = {"trust_remote_code": args.trust_remote_code}
     kwargs: Any = args.model_init_kwargs
     teacher_kwargs: Any = args.teacher_model_init_kwargs
@@ -140,7 +164,7 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
         model_init_kwargs={**trusted, **(kwargs or {})},
         teacher_model_init_kwargs=None if teacher_kwargs is None else {**trusted, **teacher_kwargs},
         use_cpu=args.use_cpu,
-        data_name=Path(args.dataset).name if Path(args.dataset).exists() else args.dataset,
+        data_name=data_name,
     )
 
 

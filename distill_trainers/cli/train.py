@@ -50,6 +50,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
     from ..trainers import METHODS
     from ..trainers.lifecycle.callbacks import InterruptCallback
     from ..trainers.lifecycle.recording import changed_settings
+    from .finished_run import remember
     from .progress import ProgressReport
 
     settings, args = recipe.run, recipe.args
@@ -83,6 +84,8 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
 
     trainer.remove_callback(PrinterCallback)  # ProgressReport takes its place
     trainer.add_callback(InterruptCallback(trainer.teacher, trainer.accelerator))
+    if args.should_save:
+        remember(recipe, trainer.processing_class, data.evaluation)
     trainer.data_sources = [source for source in (settings.dataset, settings.pretraining_dataset) if source]
     trainer.recorder.recipe = changed_settings(settings) | changed_settings(recipe.model) | trainer.recorder.recipe
     return trainer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
-from .parse import Recipe
+from .parse import Recipe, RecipeArguments
 
 if TYPE_CHECKING:
     from ..trainers.preflight import Ready
@@ -76,9 +76,17 @@ def student_and_teacher(recipe: Recipe) -> tuple[str, str | None]:
 
 def load_datasets(recipe: Recipe) -> tuple[Any, Any]:
     """Load training and evaluation rows as the recipe names them."""
+    return datasets_of(recipe.run, recipe.args.seed)
+
+
+def datasets_of(settings: RecipeArguments, seed: int) -> tuple[Any, Any]:
+    """Load training and evaluation rows; the latter are None where none are held out.
+
+    Args:
+        seed: of the draw of `eval_fraction`.
+    """
     from ..data import load_split, train_eval_split
 
-    settings = recipe.run
     train = load_split(
         settings.dataset,  # type: ignore[arg-type]
         name=settings.dataset_config,
@@ -90,7 +98,7 @@ def load_datasets(recipe: Recipe) -> tuple[Any, Any]:
         evaluation = load_split(settings.eval_dataset, name=settings.dataset_config, split=settings.eval_split)
     elif settings.eval_fraction:
         held_out = settings.eval_fraction if settings.eval_fraction < 1 else int(settings.eval_fraction)
-        train, evaluation = train_eval_split(train, held_out, recipe.args.seed)
+        train, evaluation = train_eval_split(train, held_out, seed)
     if settings.max_train_samples:
         train = train.take(settings.max_train_samples)
     return train, evaluation

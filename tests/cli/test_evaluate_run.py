@@ -1,0 +1,161 @@
+"""`distill-trainers evaluate --run FOLDER`: the rows, models and settings of a finished run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from datasets import Dataset
+
+from distill_trainers import hub, models
+from distill_trainers.cli import main
+from distill_trainers.cli.evaluate import parse_arguments, prepare_evaluation
+from distill_trainers.cli.finished_run import take_up
+from distill_trainers.cli.train import build_trainer
+from distill_trainers.data import train_eval_split
+from distill_trainers.evaluation import EvaluationResults
+from distill_trainers.recipe.parse import parse_recipe
+from distill_trainers.toy import RATIONALE_PROMPTS, addition_rationales
+
+SHORT = ["--use_cpu", "true", "--seeds", "1", "--bootstrap_samples", "20", "--metrics", "perplexity", "agreement"]
+
+
+HELD_OUT = {"eval_fraction": 0.25, "seed": 7, "max_steps": 1}
+
+
+@pytest.fixture
+def finished(recipe, tmp_path, saved):
+    """`finished(**changes)`: the folder of a run that holds rows out, whose student is as it was."""
+
+    def finish(**changes):
+        build_trainer(parse_recipe(["--config", recipe(**{**HELD_OUT, **changes})]))
+        shutil.copytree(saved.student, tmp_path / "out", dirs_exist_ok=True)
+        return tmp_path / "out"
+
+    return finish
+
+
+def taken_up(*options):
+    """Arguments and settings of the command, with what a run gives."""
+    args, settings = parse_arguments(options)
+    take_up(args, settings)
+    return args, settings
+
+
+@pytest.fixture
+def refusal(capsys, monkeypatch):
+    """`refusal(folder, *options)`: the error line; no weights are loaded before it."""
+
+    def message(folder, *options):
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "load_causal_lm", None)
+            assert main(["evaluate", "--run", str(folder), *SHORT, *options]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    return message
+
+
+def test_a_run_is_evaluated_on_what_it_held_out(recipe, tmp_path, saved):
+    assert main(["train", "--config", recipe(**HELD_OUT, max_length=20)]) == 0
+    folder = tmp_path / "out"
+    args, settings = parse_arguments(["--run", str(folder), *SHORT])
+    evaluation = prepare_evaluation(args, settings)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    held_out = train_eval_split(Dataset.from_list(rows), 0.25, 7)[1]
+    assert [example.prompt_text for example in evaluation.examples.examples] == held_out["prompt"][:]
+    assert (args.teacher, args.baseline, args.students) == (saved.teacher, saved.student, {"out": str(folder)})
+    assert (settings.max_length, settings.max_new_tokens) == (20, 4)
+    assert main(["evaluate", "--run", str(folder), *SHORT]) == 0
+    results = EvaluationResults.load(folder / "evaluation")
+    assert [m.role for m in results.models] == ["teacher", "baseline", "student"]
+    assert results.data["name"] == "held out by out" and results.data["rows"] == len(held_out)
+    assert "evaluate.json" not in hub.published_files(folder)
+
+
+def test_what_is_named_comes_first(finished, tmp_path, saved):
+    folder = finished()
+    options = ["--teacher", saved.student, "--max_length", "512", "--output_dir", str(tmp_path / "e")]
+    args, settings = taken_up("--run", str(folder), *options)
+    assert (args.teacher, settings.max_length, args.output_dir) == (saved.student, 512, str(tmp_path / "e"))
+    assert settings.max_new_tokens == 4
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"run: {folder}\nmax_new_tokens: 3\nbaseline: {saved.teacher}\n")
+    args, settings = taken_up("--config", str(file))
+    assert (settings.max_new_tokens, args.baseline, args.teacher) == (3, saved.teacher, saved.teacher)
+    data = tmp_path / "other.jsonl"
+    data.write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    args, settings = parse_arguments(["--run", str(folder), "--dataset", str(data), *SHORT])
+    assert len(prepare_evaluation(args, settings).examples.examples) == 1
+
+
+def test_renamed_columns_evaluation_files_and_pairs(finished, tmp_path):
+    """Rows are read as the run read them."""
+    rows = [{"q": f"{n}+1=", "a": str(n + 1), "rejected": "0"} for n in range(9)]
+    for name in ("renamed", "held"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows[: 8 if name == "renamed" else 9])))
+    files = {"dataset": str(tmp_path / "renamed.jsonl"), "eval_dataset": str(tmp_path / "held.jsonl")}
+    for method, mapping in (("gkd", {"q": "prompt", "a": "completion"}), ("dpkd", {"q": "prompt", "a": "chosen"})):
+        folder = finished(method=method, eval_fraction=None, column_mapping=mapping, **files)
+        args, settings = parse_arguments(["--run", str(folder), *SHORT])
+        examples = prepare_evaluation(args, settings).examples.examples
+        assert [(e.prompt_text, e.references) for e in examples] == [(row["q"], [row["a"]]) for row in rows]
+
+
+def test_students_made_of_layers_have_their_baseline_in_the_run(finished):
+    made = {"model_name_or_path": None, "student_init": {"from_teacher": True, "keep_layers": 1}}
+    folder = finished(**made)
+    args, settings = parse_arguments(["--run", str(folder), *SHORT])
+    prepare_evaluation(args, settings)
+    assert args.baseline == str(folder / "student_init")
+    moved = folder.rename(folder.parent / "moved")
+    assert taken_up("--run", str(moved))[0].baseline == str(moved / "student_init")
+
+
+@pytest.mark.parametrize(("objective", "asked"), [("step_by_step", "label_prompt"), ("dual_chain", "chain_prompt")])
+def test_questions_are_asked_as_they_were_finished(recipe, tmp_path, objective, asked):
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in addition_rationales(12)))
+    settings = {**RATIONALE_PROMPTS, "objective": objective, "teacher_model_name_or_path": None, "max_length": 40}
+    weights = {"innovation_weight": 0.0} if objective == "dual_chain" else {}
+    path = recipe(method="rationale", dataset=str(data), eval_fraction=3, **settings, **weights)
+    build_trainer(parse_recipe(["--config", path]))
+    told = json.loads((tmp_path / "out" / "evaluate.json").read_text())
+    assert told["settings"]["question_prompt"] == RATIONALE_PROMPTS[asked] and told["rows"]["count"] == 3
+
+
+def test_what_is_no_finished_run_is_refused(finished, refusal, tmp_path, saved):
+    assert "which is not a folder; expected the `output_dir` of a run" in refusal(tmp_path / "nothing")
+    assert "no evaluate.json that can be read" in refusal(saved.student)
+    folder = finished()
+    assert "`run`, and a student besides" in refusal(folder, "--student", saved.student)
+    begun = tmp_path / "begun"
+    (begun / "checkpoint-2").mkdir(parents=True)
+    shutil.copy(folder / "evaluate.json", begun)
+    assert "no finished student" in refusal(begun) and "checkpoint-2" in refusal(begun)
+    for text, word in (("{", "can be read"), ("[]", "another version"), ('{"version": 99}', "another version")):
+        (begun / "evaluate.json").write_text(text)
+        assert word in refusal(begun)
+
+
+def test_data_that_has_changed_is_refused(finished, refusal, tmp_path):
+    folder = finished()
+    data = tmp_path / "train.jsonl"
+    data.write_text(data.read_text() + '\n{"prompt": "9+9=", "completion": "18"}')
+    assert "no longer those that its data gives" in refusal(folder) and "train.jsonl" in refusal(folder)
+    data.unlink()
+    assert "no such file" in refusal(folder)
+
+
+def test_a_run_that_held_nothing_out_needs_data(finished, refusal):
+    assert "held out no rows" in refusal(finished(eval_fraction=None))
+
+
+def test_a_teacher_behind_http_is_left_out_with_a_word(finished, capsys):
+    folder = finished()
+    file = folder / "evaluate.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "teacher": "http://127.0.0.1:9"}))
+    args, settings = parse_arguments(["--run", str(folder), "--metrics", "perplexity"])
+    prepare_evaluation(args, settings)
+    assert args.teacher is None and "teacher is a server" in capsys.readouterr().out
