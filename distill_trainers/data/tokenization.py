@@ -34,7 +34,7 @@ _CODE = (
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
 _EMPTY_COMPLETION = "empty completion"
 _UNTRAINED = "no trained token (none marked, or all lost to truncation)"
-_EMPTY_PROMPT = "empty prompt"
+_EMPTY_PROMPT = "empty prompt, or one that is part of its completion's first token"
 
 
 def prepare_dataset(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..answers.formats import question_text
 from ..data.formats import detect_dataset_type, is_conversation, to_chatml
+from ..data.plain import plain_dataset, plain_row
 from ..data.rationales import RationaleTemplates
 from ..data.rows import tokenize_row, truncate
 from ..exceptions import DatasetError
@@ -62,7 +63,9 @@ def read_examples(
     read = _Reader(tokenizer, settings, parse)
     examples: list[Example] = []
     seen = 0
-    for index, row in enumerate(dataset):
+    # A list may have rows of different columns, which no dataset has.
+    rows = plain_dataset(dataset, name=name) if hasattr(dataset, "with_format") else map(plain_row, dataset)
+    for index, row in enumerate(rows):
         seen += 1
         try:
             example = read(row, name)

@@ -77,6 +77,8 @@ def _reached(rows: Any, name: str, args: DistillConfig, wants: Requirements) -> 
 
 
 def _lengths(rows: Dataset) -> list[int]:
+    if "seq_lengths" in rows.column_names:  # packed: positions start anew where a row begins
+        return [max(lengths) for lengths in rows["seq_lengths"]]
     if "other_input_ids" not in rows.column_names:
         return rows["length"][:] if "length" in rows.column_names else []
     pairs = rows.select_columns(["input_ids", "other_input_ids"])  # two sequences, whose `length` is that of both

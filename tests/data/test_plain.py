@@ -11,6 +11,8 @@ from torch.utils import data as torch_data
 from distill_trainers.data.pairs import prepare_pairs
 from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.tokenization import prepare_dataset
+from distill_trainers.evaluation import EvaluationSettings
+from distill_trainers.evaluation.examples import read_examples
 from distill_trainers.exceptions import DatasetError
 
 FORMATS = ["torch", "numpy", "pandas", "arrow", "python"]
@@ -81,6 +83,13 @@ def test_the_same_pairs_are_trained(tokenizer, shape):
     rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "c", "rejected": "d"}]
     right = prepare_pairs(Dataset.from_list(rows), tokenizer, max_length=64).to_list()
     assert list(prepare_pairs(SHAPES[shape](rows), tokenizer, max_length=64)) == right
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_rows_are_evaluated(tokenizer, shape):
+    for rows in (TOKENS, TEXTS):
+        right = read_examples(rows, tokenizer, EvaluationSettings())
+        assert read_examples(SHAPES[shape](rows), tokenizer, EvaluationSettings()) == right and len(right) == 2
 
 
 def test_columns_that_a_format_hides_are_not_read(tokenizer):

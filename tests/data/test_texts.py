@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from distill_trainers.cli.pairs import _prompts
 from distill_trainers.data.pairs import prepare_pairs, rejected_row
 from distill_trainers.data.rationales import RationaleTemplates, RationaleTokenizer, prepare_rationales
 from distill_trainers.data.rows import tokenize_row
@@ -231,6 +234,24 @@ def test_straddled_borders_are_counted_once(tokenizer, caplog):
         prepare_rationales(Dataset.from_list(asked), RationaleTokenizer(tokenizer, templates, "step_by_step"))
     mine, of_pairs = [record.getMessage() for record in caplog.records]
     assert "'mine', 3 rows: in 1 of them a token straddles" in mine and "'pairs', 3 rows: in 1 of them" in of_pairs
+
+
+def test_a_prompt_within_the_first_token_of_its_completion_is_dropped_and_told(tokenizer, caplog):
+    rows = Dataset.from_list([{"prompt": "\n", "completion": "\na"}, {"prompt": "q", "completion": "a"}])
+    with caplog.at_level(logging.WARNING):
+        (row,) = prepare_dataset(rows, tokenizer, max_length=16, needs="both")
+    assert tokenizer.decode(row["input_ids"]) == "qa<|im_end|>"
+    assert "part of its completion's first token; the first is row 0" in caplog.text
+
+
+def test_responses_to_a_prompt_follow_the_whole_of_it(tokenizer):
+    """The builder of pairs writes the prompt down as it was, so its responses must not begin within it."""
+    data = Dataset.from_list([{"prompt": "q\n", "completion": "\na"}])
+    args = SimpleNamespace(column_mapping=None, chat_template_kwargs=None, max_new_tokens=4, max_length=16)
+    ready = SimpleNamespace(given=SimpleNamespace(train=data), pair=SimpleNamespace(tokenizer=tokenizer))
+    settings = SimpleNamespace(verify="none")
+    (prompt,) = _prompts(SimpleNamespace(ready=ready), SimpleNamespace(args=args), settings, Counter()).values()
+    assert tokenizer.decode(prompt.ids) == "q\n"
 
 
 # ---- Special tokens once --------------------------------------------------------------------------------------------
