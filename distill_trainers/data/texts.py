@@ -19,8 +19,7 @@ def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     What the text brings of them is not put there again: `<s>Hi` gets no second BOS.
     """
-    begin, ids = _special_beginning(tokenizer), _bare_ids(text, tokenizer)
-    return ids if ids[: len(begin)] == begin else [*begin, *ids]
+    return _begun(_bare_ids(text, tokenizer), _special_beginning(tokenizer))
 
 
 def split_text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], int]:
@@ -35,13 +34,14 @@ def split_text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase)
     """
     from trl.data_utils import common_prefix_length
 
-    alone = text_ids(prompt, tokenizer)
+    begin = _special_beginning(tokenizer)
+    alone = _begun(_bare_ids(prompt, tokenizer), begin)
     if not completion.strip():
         return alone, [], 0
     bos = tokenizer.bos_token
-    if bos and bos != tokenizer.eos_token and tokenizer.bos_token_id in alone[:1]:
+    if bos and bos != tokenizer.eos_token and alone[:1] == [tokenizer.bos_token_id]:
         completion = completion.removeprefix(bos)  # the row has its own, at its beginning
-    whole = text_ids(prompt + completion, tokenizer)
+    whole = _begun(_bare_ids(prompt + completion, tokenizer), begin)
     start = common_prefix_length(alone, whole)
     return whole[:start], ended(whole[start:], tokenizer), len(alone) - start
 
@@ -96,6 +96,10 @@ def _is_end(token_id: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     if token_id == tokenizer.eos_token_id:
         return True
     return token_id in tokenizer.added_tokens_decoder and token_id == turn_end_id(tokenizer)
+
+
+def _begun(ids: list[int], begin: list[int]) -> list[int]:
+    return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
 
 def _bare_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
