@@ -360,12 +360,13 @@ def test_a_teacher_whose_tokenizer_is_unknown_is_warned_about(make_trainer, make
     assert "tokenizer could not be compared" not in caplog.text
 
 
-@pytest.mark.parametrize("dataset", [None, "no rows", "list"])
+@pytest.mark.parametrize("dataset", [None, "no rows", "columns", "texts"])
 def test_datasets_that_cannot_be_trained_on_are_refused(make_trainer, dataset):
     train = {
         None: None,
         "no rows": Dataset.from_dict({"prompt": [], "completion": []}),
-        "list": addition_rows(3),
+        "columns": {"prompt": ["1+1="], "completion": ["2"]},
+        "texts": ["1+1=2"],
     }[dataset]
     with pytest.raises(DatasetError):
         make_trainer(train=train)
