@@ -110,7 +110,7 @@ def _read_apart(
         paper = _paper(name, architectures)
         if paper is not None:
             return AutoConfig.for_model(**paper)
-        return models.load_config(name, role, trust_remote_code=args.trust_remote_code)
+        return models.load_config(name, role, **args.files_of(role))
 
     case.student_config = _attempt(findings, "recipe", lambda: config(case.student, "student"))
     if has_files(case.teacher, args):

@@ -31,7 +31,10 @@ from .loading import (
     model_class,
     num_parameters,
     recomputes_activations,
+    refuse_two_quantizations,
+    settled_kwargs,
     source_of,
+    which_files,
     with_pad_token,
 )
 from .positions import beyond_positions, looks_positions_up, positions_of, without_weights

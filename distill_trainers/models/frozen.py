@@ -16,7 +16,7 @@ from torch import nn
 
 from ..exceptions import ConfigurationError
 from .adapters import causal_lm_of
-from .loading import dtype_of, load_config
+from .loading import dtype_of, load_config, which_files
 from .sharding import fsdp_version, launched_with_fsdp, whole_loading, zero_stage
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def loading_placed(
     if placement == "auto":
         yield kwargs
     elif placement in ZERO3 and partitions(placement):
-        known = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
-        config = load_config(name, "teacher", **known)
+        config = load_config(name, "teacher", **which_files(kwargs))
         with _zero3_loading(_zero3_settings(config, dtype_of(kwargs.get("dtype"), config), placement)):
             yield kwargs
     elif placement == "fsdp2" and partitions(placement):
@@ -75,8 +74,7 @@ def _whole_kwargs(name: str, placement: str, device: torch.device, kwargs: Mappi
         return {}
     from transformers import BitsAndBytesConfig
 
-    known = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
-    dtype = dtype_of(kwargs.get("dtype"), load_config(name, "teacher", **known))
+    dtype = dtype_of(kwargs.get("dtype"), load_config(name, "teacher", **which_files(kwargs)))
     if placement == "quantized-8bit":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     else:

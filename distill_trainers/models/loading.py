@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from .adapters import causal_lm_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+# Arguments of `from_pretrained` that say which files are read: config, tokenizer and weights must come from the same.
+_WHICH_FILES = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only")
 
 
 def looks_like_path(name: str) -> bool:
@@ -81,27 +84,77 @@ def load_config(name: str, role: str, **kwargs: Any) -> Any:
         ) from error
 
 
+def settled_kwargs(given: Mapping[str, Any] | None, setting: str) -> dict[str, Any]:
+    """Return arguments of `from_pretrained` in one spelling: `torch_dtype` as `dtype`, and none that is None.
+
+    Args:
+        setting: where they were given, for messages.
+
+    Raises:
+        ConfigurationError: two dtypes that differ, or one that is not known.
+    """
+    kwargs = {name: value for name, value in (given or {}).items() if value is not None}
+    older = kwargs.pop("torch_dtype", None)
+    if older is not None and _dtype_name(kwargs.get("dtype", older)) != _dtype_name(older):
+        raise ConfigurationError(
+            f"Got `{setting}` with both `dtype: {_dtype_name(kwargs['dtype'])}` and its older name `torch_dtype: "
+            f"{_dtype_name(older)}`, which differ; keep `dtype`."
+        )
+    if older is not None:
+        kwargs["dtype"] = older
+    dtype = kwargs.get("dtype")
+    if dtype is not None and not isinstance(dtype, torch.dtype) and _dtype_name(dtype) not in _DTYPES:
+        raise ConfigurationError(
+            f"Got dtype {dtype!r} in `{setting}`; expected one of {', '.join(_DTYPES)}, or a torch.dtype."
+        )
+    if isinstance(dtype, str):
+        kwargs["dtype"] = _dtype_name(dtype)
+    return kwargs
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def which_files(init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Select the arguments of `from_pretrained` with which a model's config and tokenizer must be read as well."""
+    chosen = {name: value for name, value in (init_kwargs or {}).items() if name in _WHICH_FILES and value is not None}
+    return {"trust_remote_code": trust_remote_code, **chosen}
+
+
 def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any = None, **init_kwargs: Any):
     """Load a causal LM (or encoder-decoder) by folder or Hub id. `dtype` may be a string; no `device_map` is guessed.
 
     Raises:
-        ConfigurationError: unknown dtype, missing folder, or quantization named twice.
+        ConfigurationError: an unknown dtype or argument, a missing folder, or quantization named twice.
     """
     check_model_source(name, role)
-    dtype = init_kwargs.get("dtype", "auto")
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise ConfigurationError(f"Got dtype {dtype!r} for the {role}; expected one of {', '.join(_DTYPES)}.")
-        init_kwargs["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    setting = "model_init_kwargs" if role == "student" else f"{role}_model_init_kwargs"
+    kwargs = settled_kwargs(init_kwargs, setting)
+    if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
     if quantization_config is not None:
-        if "quantization_config" in init_kwargs:
-            raise ConfigurationError(
-                f"`quantization_config` was given for the {role} both as an argument and in its init kwargs; "
-                "keep the argument."
-            )
-        init_kwargs["quantization_config"] = quantization_config
-    known = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
-    return model_class(load_config(name, role, **known)).from_pretrained(name, **init_kwargs)
+        refuse_two_quantizations(kwargs, setting)
+        kwargs["quantization_config"] = quantization_config
+    model = model_class(load_config(name, role, **which_files(kwargs)))
+    try:
+        return model.from_pretrained(name, **kwargs)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"Got `{setting}` with an argument that neither `from_pretrained` nor the {role}'s class takes: {error}. "
+            "Leave it out."
+        ) from error
+
+
+def refuse_two_quantizations(init_kwargs: Mapping[str, Any], setting: str) -> None:
+    """Refuse a quantization within the arguments of `from_pretrained` where another is given beside them."""
+    if init_kwargs.get("quantization_config") is not None:
+        raise ConfigurationError(
+            f"Got a quantization both as `quantization_config` and in `{setting}`; expected one. Keep the argument "
+            "`quantization_config` (in a recipe: `load_in_4bit`)."
+        )
 
 
 def load_merged_adapter(name: str, *, role: str = "student", **init_kwargs: Any) -> Any:

@@ -132,7 +132,7 @@ def checkpoint_to_resume(args: Any) -> str | None:
 def _config(name: str, role: str, recipe: Recipe) -> Any:
     from ..models import load_config
 
-    return load_config(name, role, trust_remote_code=recipe.args.trust_remote_code)
+    return load_config(name, role, **recipe.args.files_of(role))
 
 
 def _cut_layers(config: Any, keep: int | list[int]) -> None:

@@ -130,7 +130,7 @@ def teacher_tokenizer(
     if name == getattr(tokenizer, "name_or_path", None):
         return tokenizer
     try:
-        return models.load_tokenizer(name, trust_remote_code=options.trust_remote_code)
+        return models.load_tokenizer(name, **options.files_of("teacher"))
     except (OSError, ValueError):
         logger.warning("No tokenizer was found beside the teacher %r: only vocabulary sizes can be compared.", name)
         return None
@@ -141,6 +141,6 @@ def compare_vocabularies(pair: Pair, options: TeacherOptions) -> None:
     if not (isinstance(pair.student, str) and isinstance(pair.teacher, str) and has_files(pair.teacher, options)):
         return
     roles = {"student": pair.student, "teacher": pair.teacher}
-    configs = [models.load_config(n, role, trust_remote_code=options.trust_remote_code) for role, n in roles.items()]
+    configs = [models.load_config(name, role, **options.files_of(role)) for role, name in roles.items()]
     rows = [config.get_text_config().vocab_size for config in configs]
     shared_vocabulary(pair.tokenizer, pair.teacher_tokenizer, *rows)

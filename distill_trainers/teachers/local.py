@@ -73,7 +73,7 @@ class LocalTeacher(Teacher):
                 return models.load_causal_lm(source, role="teacher", **placed)
 
         if options.defers_teacher:
-            config = models.load_config(source, "teacher", trust_remote_code=options.trust_remote_code)
+            config = models.load_config(source, "teacher", **options.files_of("teacher"))
             return DeferredTeacher(load, config, source, placement)
         return LocalTeacher(load(), source, placement)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
+from ..models import which_files
 from ..settings import Checked, require, setting
 from .cache.kinds import CACHE_KINDS
 from .placement import PLACEMENTS
@@ -83,6 +84,11 @@ class TeacherOptions(Checked, _Config):
     def defers_teacher(self) -> bool:
         """Whether a teacher given by name is loaded only when it is asked."""
         return False
+
+    def files_of(self, role: str) -> dict[str, Any]:
+        """Return the arguments with which config and tokenizer of the "student" or "teacher" are read."""
+        given: Any = getattr(self, "model_init_kwargs" if role == "student" else "teacher_model_init_kwargs", None)
+        return which_files(given, self.trust_remote_code)
 
     def check_teacher_options(self) -> None:
         """Refuse what cannot work."""

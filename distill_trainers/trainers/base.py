@@ -18,17 +18,17 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from os import PathLike
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import set_seed
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from .. import hub, models
 from ..data import DistillCollator, replace_completions
-from ..data.labels import is_tokenised
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_of, step_counts, step_weights, token_mean
@@ -38,23 +38,29 @@ from ..signals import TeacherSignal, TokenLogits
 from ..teachers import Teacher
 from ..teachers.base import Pair
 from ..teachers.loading import load_teacher
+from . import arguments
 from .config import DistillConfig, config_from_arguments
+from .dataloaders import Dataloaders
 from .evaluation_loop import TeacherForcedEvaluation
 from .lifecycle import outage, publishing
 from .lifecycle.callbacks import StepLoss, TeacherKeeper, divergence_error
 from .lifecycle.checkpoints import Resuming
-from .lifecycle.completions import fill_with_teacher_completions, sampling_settings
+from .lifecycle.completions import sampling_settings
+from .lifecycle.fresh import FreshStudents
 from .lifecycle.held_out import HeldOutMeasures
 from .lifecycle.metrics import RunningMetrics
-from .lifecycle.order import check_first_window, train_sampler
+from .lifecycle.order import check_first_window
 from .lifecycle.recording import RunRecorder
-from .preflight import Given, preflight, prepare_rows, read_stream, tell_dataset
+from .preflight import Given, preflight
 from .protocol import Batch
 from .step import TwoModels
 from .student import load_student
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
-class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
+
+class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders, TeacherForcedEvaluation):
     """Base of all distillation trainers; use a method's own trainer.
 
     Args:
@@ -64,11 +70,17 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         train_dataset: rows of any layout that `distill_trainers.data.formats` names; may be iterable.
         eval_dataset: likewise, or a dict of several. Evaluation is teacher-forced, so it compares between steps.
         processing_class: the student's tokenizer; None loads the one saved beside the student.
-        teacher_processing_class: the teacher's tokenizer, only to check that both agree; None loads it by name.
         data_collator: must give `input_ids`, `attention_mask`, `labels`, and prompts if the method samples.
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: wraps the student with a new adapter.
         quantization_config: for a student given by name.
+        teacher_processing_class: the teacher's tokenizer, only to check that both agree; None loads it by name.
+        formatting_func: writes a text, or a whole row, of each row of the datasets; of a batch, a list of texts.
+        model_init: in place of `model`, makes a student anew for each `train`; `hyperparameter_search` needs it.
+        compute_metrics, preprocess_logits_for_metrics: as in `transformers.Trainer`; they alone make evaluation hold
+            logits `[B, T, V]` (see `prediction_step`).
+        optimizer_cls_and_kwargs: an optimizer's class and its arguments, in place of the setting `optim`.
+        unknown: any other argument is refused by name, with what to write instead.
 
     Raises:
         ConfigurationError, DatasetError, VocabularyError: before any model is loaded where that is possible.
@@ -86,61 +98,87 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
     pretraining_dataset: Any = None  # of methods with a loss on plain text
     loss_is_scaled_for_ga = True  # token_mean divides by the tokens of the whole accumulation window
 
+    @arguments.checked
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
-        teacher_model: str | PreTrainedModel | nn.Module | Teacher | None = None,
+        model: str | PathLike[str] | PreTrainedModel | nn.Module | None = None,
+        teacher_model: str | PathLike[str] | PreTrainedModel | nn.Module | Teacher | None = None,
         args: TrainingArguments | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        data_collator: Any = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        peft_config: Any = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        formatting_func: Callable[[Any], Any] | None = None,
+        model_init: Callable[..., PreTrainedModel | str] | None = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **unknown: Any,
     ):
-        self.args = args = config_from_arguments(self.config_class, args)
-        adapted, quantized = peft_config is not None, quantization_config is not None
-        pair = Pair(model, teacher_model, adapted, processing_class, teacher_processing_class)
-        ready = preflight(Given(pair, args, train_dataset, eval_dataset, self.pretraining_dataset, quantized))
-        self.requirements, self.student_config, tokenizer = ready.wants, ready.config, ready.pair.tokenizer
-        self.data_sources = list(hub.hub_ids_of(train_dataset))  # Hub ids, or files and folders
-        train_dataset, eval_dataset, self.pretraining_dataset = ready.rows()
-        if isinstance(train_dataset, IterableDataset):
-            # Batches of different lengths cannot be split from one process to the others.
-            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
-        pair = replace(ready.pair, teacher=ready.open_teacher(train_dataset, eval_dataset))
-
-        set_seed(args.seed)  # adapters start at random
-        student = load_student(model, args, peft_config, quantization_config)
-        models.install_token_forward(student)
-        self.teacher = load_teacher(pair, args, lambda: getattr(self, "model_wrapped", student))
-        ready.tell(self.teacher, train_dataset, eval_dataset, loaded=True)
-        rows = models.causal_lm_of(student).config.get_text_config().vocab_size
-        self.vocab_size = self.teacher.shared_ids(tokenizer, rows, pair.teacher_tokenizer)
-        self.sampling = sampling_settings(args, student, tokenizer, self.vocab_size)
-
+        self.args = config_from_arguments(self.config_class, args)
+        self.adapter, self.quantization = peft_config, quantization_config
+        self.formatting_func, self.model_init = formatting_func, model_init  # type: ignore[assignment]  # or a name
+        source = arguments.plain(model) if model_init is None else self.new_source()
+        adapted, teacher = peft_config is not None, arguments.plain(teacher_model)
+        pair = Pair(source, teacher, adapted, processing_class, teacher_processing_class)
+        student, tokenizer, train_rows, eval_rows = self._load(pair, train_dataset, eval_dataset)
         super().__init__(
             model=student,
-            args=args,
+            args=self.args,
             data_collator=data_collator or self.build_collator(tokenizer),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        self.model_init = model_init  # type: ignore[assignment]
+        self._ready_train = None if self.requirements.replaces_completions else train_rows
         self._refuse_launch()
         self.teacher.prepare(self.accelerator)
         self._start()
+
+    def _load(self, pair: Pair, train_dataset: Any, eval_dataset: Any) -> tuple[nn.Module, Any, Any, Any]:
+        """Load both models, and tokenise rows; what can be refused before that is."""
+        args, train = self.args, arguments.formatted(train_dataset, self.formatting_func, "train")
+        evaluation = arguments.formatted(eval_dataset, self.formatting_func, "eval")
+        quantized = self.quantization is not None
+        ready = preflight(Given(pair, args, train, evaluation, self.pretraining_dataset, quantized))
+        self.requirements, self.student_config, tokenizer = ready.wants, ready.config, ready.pair.tokenizer
+        self.data_sources = list(hub.hub_ids_of(train_dataset))  # Hub ids, or files and folders
+        train_rows, eval_rows, self.pretraining_dataset = ready.rows()
+        if isinstance(train_rows, IterableDataset):
+            # Batches of different lengths cannot be split from one process to the others.
+            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
+        self.teacher_source = pair.teacher
+        pair = replace(ready.pair, teacher=ready.open_teacher(train_rows, eval_rows))
+        self.model_wrapped = student = self.make_student(pair.student)
+        self.teacher = load_teacher(pair, args, lambda: self.model_wrapped)
+        ready.tell(self.teacher, train_rows, eval_rows, loaded=True)
+        rows = models.causal_lm_of(student).config.get_text_config().vocab_size
+        self.vocab_size = self.teacher.shared_ids(tokenizer, rows, pair.teacher_tokenizer)
+        return student, tokenizer, train_rows, eval_rows
+
+    def make_student(self, source: Any) -> nn.Module:
+        """Load the student from a name, or take the model, with its adapter, ready for the loss in its head."""
+        self.student_source = source
+        set_seed(self.args.seed)  # adapters start at random
+        return models.install_token_forward(load_student(source, self.args, self.adapter, self.quantization))
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         moved = sorted({"needs", "samples_completions", "needs_completions", "prepare_rows"} & vars(cls).keys())
         if moved:
             raise ConfigurationError(f"{cls.__name__} defines {moved[0]}; expected it on {cls.config_class.__name__}.")
+        arguments.show_parameters(cls)
 
     def _refuse_launch(self) -> None:
         """What only the accelerator tells."""
@@ -157,8 +195,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
 
     def _start(self) -> None:
         """The rollout engine, the callbacks, and what is remembered from step to step."""
-        args, autocast = self.args, self.compute_loss_context_manager
-        self.two_models = TwoModels(self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast)
+        args = self.args
         if self.requirements.samples_completions:
             self.engine = build_engine(
                 args.rollout_engine,
@@ -170,18 +207,24 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
                 vllm_options=args.vllm_kwargs,  # type: ignore[arg-type]  # parsed by now
             )
         self.add_callback(StepLoss(self))
+        self.set_up_method()
         if args.eval_measures:
             self.add_callback(HeldOutMeasures(self))
         self.recorder = RunRecorder(self)
         self.add_callback(self.recorder)
         self.add_callback(TeacherKeeper(self.teacher))
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
+
+    def set_up_method(self) -> None:
+        """Set up what is remembered from step to step; also when `model_init` has made the student anew."""
+        args, autocast = self.args, self.compute_loss_context_manager
+        self.sampling = sampling_settings(args, self.model, self.processing_class, self.vocab_size)
+        self.two_models = TwoModels(self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast)
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self.metrics = RunningMetrics(args.device)
         self._eval_rows: list[Tensor] | None = None
         self._eval_names: list[str] = []
         self.last_eval_metrics: dict[str, float] = {}
-        self._train_is_filled = False
         self._eval_is_filled: dict[int, tuple[Any, Any]] = {}
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -345,6 +388,12 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         Args:
             num_items_in_batch: what `get_batch_samples` counted; None counts this batch alone.
         """
+        missing = sorted(set(self.loss_divisors.values()) - inputs.keys())
+        if missing:
+            raise DatasetError(
+                f"Got a batch without `{missing[0]}`, which {self.method_name} adds to the batches of a whole step; "
+                "expected one that `get_batch_samples(iterator, number, device)` has returned."
+            )
         counts = step_counts([inputs], self.loss_divisors)
         of_step = counts if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         world_size = 1 if num_items_in_batch is None else self.accelerator.num_processes
@@ -382,43 +431,3 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
             rollouts = {"rollouts": 0.0} if self.requirements.samples_completions else {}
             logs = {**logs, **rollouts, **self.metrics.read(self.accelerator)}
         super().log(logs, start_time)
-
-    # ---- Data -------------------------------------------------------------------------------------------------------
-
-    def complete_eval(self, dataset: Any) -> Any:
-        """Complete evaluation rows with whatever else the method wants, once they have their completions."""
-        return dataset
-
-    def get_train_dataloader(self) -> Any:
-        if self.requirements.replaces_completions and not self._train_is_filled:
-            self.train_dataset = fill_with_teacher_completions(self, self.train_dataset, replace=True)
-            tell_dataset(self.teacher, self.train_dataset, "training")
-            self._train_is_filled = True
-        return super().get_train_dataloader()
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        sampler = train_sampler(dataset, self.args, lambda: self.state.epoch or 0)
-        return super()._get_train_sampler(dataset) if sampler is None else sampler
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Load evaluation rows; those without completion get the teacher's, once; new raw data is prepared.
-
-        A stream is read to its end once, so that it can be completed and shared between processes.
-        """
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        known = self._eval_is_filled.get(id(eval_dataset))
-        if known is None:
-            filled = eval_dataset
-            columns = getattr(eval_dataset, "column_names", None)
-            if isinstance(columns, list) and not is_tokenised(columns):
-                filled = prepare_rows(self.args, eval_dataset, self.processing_class, "eval", self.requirements)
-            if isinstance(filled, IterableDataset):
-                filled = read_stream(filled)
-            replaces = self.requirements.replaces_completions
-            filled = self.complete_eval(fill_with_teacher_completions(self, filled, replace=replaces))
-            if filled is not eval_dataset:
-                tell_dataset(self.teacher, filled, "evaluation")
-            known = self._eval_is_filled[id(eval_dataset)] = (eval_dataset, filled)  # holding it keeps its id taken
-        return super().get_eval_dataloader(known[1])

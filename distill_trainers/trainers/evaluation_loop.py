@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,21 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from .. import models
 from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics
-from ..exceptions import DatasetError
+from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_trained_tokens, means_of_sums, sum_per_example, token_mean, trained_mask
 from ..signals import TokenLogits
 from .lifecycle.held_out import HeldOutMeasures
 from .protocol import Batch
 
+logger = logging.getLogger(__name__)
+
 
 class TeacherForcedEvaluation(Trainer):
     """The evaluation of `DistillTrainer`, which has all that is asked of `self` here."""
+
+    _told_replaced: frozenset[str] = frozenset()  # measures that `compute_metrics` was said to replace
 
     if TYPE_CHECKING:
         args: Any
@@ -44,7 +50,10 @@ class TeacherForcedEvaluation(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Measure loss, perplexity, KL to the teacher, top-1 agreement, teacher-forced: means over all tokens."""
+        """Measure loss, perplexity, KL to the teacher, top-1 agreement, teacher-forced: means over all tokens.
+
+        A measure that `compute_metrics` returns takes the place of one of that name; but the loss stays the method's.
+        """
         self._eval_rows = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if not self._eval_rows:
@@ -62,17 +71,34 @@ class TeacherForcedEvaluation(Trainer):
         metrics = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
         metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
         metrics |= agreement_metrics(means) | {"tokens": tokens}
-        scores = (output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        given = {k: v for k, v in (output.metrics or {}).items() if k != f"{metric_key_prefix}_loss"}
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self._tell_replaced(given.keys() & scores.keys())
+        scores |= given
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, HeldOutMeasures):
+            if isinstance(callback, HeldOutMeasures) and description != "Prediction":  # its rows are evaluation's
                 stem = metric_key_prefix.partition("_")[0]  # not that of one of several evaluation sets
                 scores = {f"{stem}_{name}": value for name, value in callback.take(dataloader.dataset).items()} | scores
         self.last_eval_metrics.update(scores)
         return output._replace(metrics=scores)
 
+    def _tell_replaced(self, names: set[str]) -> None:
+        new = names - self._told_replaced
+        if new:
+            logger.warning("`compute_metrics` returns %s, which takes the place of our own.", ", ".join(sorted(new)))
+        self._told_replaced |= names
+
     @torch.no_grad()
-    def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None):
-        """Sum up by example, so that those which pad the last distributed batch can be dropped again."""
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Sum up by example, so that those which pad the last distributed batch can be dropped again.
+
+        Returns:
+            the loss and, unless it is all that is asked for, the student's logits `[B, T, V]` and labels `[B, T]`,
+            unshifted: `logits[:, t]` predicts `labels[:, t + 1]`. Where an example has two rows (pairs, rationales), it
+            is the first: the chosen response, the answer, the right chain.
+        """
 
         def terms_fn(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {**self.distill_terms(student, teacher, tokens), **self.agreement_terms(student, teacher, tokens)}
@@ -88,4 +114,21 @@ class TeacherForcedEvaluation(Trainer):
         if self._eval_rows is not None:
             self._eval_names = list(terms)
             self._eval_rows.append(self.accelerator.gather_for_metrics(sums).cpu())
-        return token_mean(total, count_trained_tokens([inputs]).to(total.device)), None, None
+        loss = token_mean(total, count_trained_tokens([inputs]).to(total.device))
+        return (loss, None, None) if prediction_loss_only else (loss, *self._logits(model, inputs))
+
+    def _logits(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
+        """The student's logits and labels, of one row for each example."""
+        labels, examples = inputs["labels"], inputs.get("examples")
+        if examples is not None and "inputs" in self.args.include_for_metrics:
+            raise ConfigurationError(
+                "Got `include_for_metrics: [inputs]` with a method whose examples have two rows, so that inputs and "
+                "predictions would not lie side by side; expected it without `inputs`. Leave it out."
+            )
+        with self.compute_loss_context_manager():
+            logits = model(**models.forward_inputs(inputs)).logits
+        if examples is None:
+            return logits, labels
+        order = examples.tolist()
+        first = torch.tensor([order.index(k) for k in range(max(order) + 1)], device=labels.device)
+        return logits[first], labels[first]

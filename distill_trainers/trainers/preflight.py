@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import models
 from ..data.formats import first_row
+from ..data.labels import is_tokenised
 from ..data.plain import plain_dataset
 from ..exceptions import ConfigurationError, DatasetError
 from ..requirements import Requirements
@@ -130,6 +131,30 @@ def read_stream(rows: IterableDataset, name: str = "eval") -> Dataset:
     return Dataset.from_list(read)
 
 
+def is_prepared(dataset: Any) -> bool:
+    """Tell whether a dataset's rows are those that `prepare_rows` makes."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and isinstance(dataset, IterableDataset):
+        columns = first_row(dataset)
+    return isinstance(columns, list | dict) and is_tokenised(list(columns))
+
+
+def refuse_other_layout(args: DistillConfig, dataset: Any, wants: Requirements) -> None:
+    """Refuse training rows that would ask something else than those a trainer was made with.
+
+    Raises:
+        DatasetError: pairs for prompts, or the other way round.
+    """
+    if not args.reads_first_row:
+        return
+    now = args.requirements(first_row(dataset))
+    if (now.samples_completions, now.replaces_completions) != (wants.samples_completions, wants.replaces_completions):
+        raise DatasetError(
+            "Got a `train_dataset` of another layout than the trainer was made with (pairs, or prompts that the models "
+            "answer); expected the same one. Make a new trainer for it."
+        )
+
+
 def tell_dataset(teacher: Teacher, dataset: Any, name: str) -> None:
     """Tell a teacher which rows of one tokenised dataset will come; nothing of a stream but that it is one."""
     if dataset is not None:
@@ -143,6 +168,8 @@ def preflight(given: Given) -> Ready:
         ConfigurationError, DatasetError, VocabularyError, HubError: what was got, what was expected and what to do.
     """
     args, student, teacher = given.args, given.pair.student, given.pair.teacher
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        setattr(args, name, models.settled_kwargs(getattr(args, name), name) or None)  # what follows knows one spelling
     _check_parallelism(args)
     given = _plain(given)
     adapted = given.pair.adapted or (isinstance(student, nn.Module) and models.is_peft(student))
@@ -156,7 +183,8 @@ def preflight(given: Given) -> Ready:
     loading.refuse(pair, args, wants)
     _refuse_shared_weights(student, teacher)
     _check_datasets(given, wants)
-    publishing.check(args, given.base or student, adapted, given.quantized)
+    quantized = given.quantized or "quantization_config" in (args.model_init_kwargs or {})
+    publishing.check(args, given.base or student, adapted, quantized)
     if wants.samples_completions:
         check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
     tokenizer = pair.tokenizer or student_tokenizer(student, args)
@@ -194,6 +222,8 @@ def _check_models(given: Given) -> None:
     args, student, teacher = given.args, given.pair.student, given.pair.teacher
     if student is None:
         raise ConfigurationError("Got no student model; expected a folder, a Hub id or a model.")
+    if given.quantized:
+        models.refuse_two_quantizations(args.model_init_kwargs or {}, "model_init_kwargs")  # type: ignore[arg-type]
     if isinstance(student, str):
         models.check_model_source(student, "student")
     elif given.quantized or args.model_init_kwargs:

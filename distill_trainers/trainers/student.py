@@ -14,7 +14,7 @@ from .config import DistillConfig
 def student_config(student: Any, args: DistillConfig) -> Any:
     """Return the student's configuration, read from its folder or the Hub if it is given by name."""
     if isinstance(student, str):
-        return models.load_config(student, "student", trust_remote_code=args.trust_remote_code)
+        return models.load_config(student, "student", **args.files_of("student"))
     return getattr(models.causal_lm_of(student), "config", None)
 
 
@@ -26,7 +26,7 @@ def student_tokenizer(student: Any, args: DistillConfig) -> PreTrainedTokenizerB
             "The student does not say where it came from, so pass its tokenizer as `processing_class`."
         )
     try:
-        return models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        return models.load_tokenizer(name, **args.files_of("student"))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"No tokenizer could be loaded from the student {name!r}: {error}. Pass one as `processing_class`, or "
@@ -37,8 +37,8 @@ def student_tokenizer(student: Any, args: DistillConfig) -> PreTrainedTokenizerB
 def load_student(student: Any, args: DistillConfig, peft_config: Any, quantization_config: Any) -> Any:
     """Return the student, loaded by name if need be, with its adapter and without dropout."""
     if isinstance(student, str):
-        kwargs: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
-        kwargs |= args.model_init_kwargs or {}  # type: ignore[arg-type]
+        given = models.settled_kwargs(args.model_init_kwargs, "model_init_kwargs")  # type: ignore[arg-type]  # parsed
+        kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **given}
         student = models.load_causal_lm(student, role="student", quantization_config=quantization_config, **kwargs)
     if peft_config is not None:
         student = models.add_adapter(student, peft_config, models.recomputes_activations(args))

@@ -41,7 +41,9 @@ def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
     source = source_of(pair.teacher)
     kind, sampled = options.teacher_cache_kind, options.teacher_cache_kind == "sampled"
     teacher_rows = rows_of(source, options)
-    shared = shared_vocabulary(pair.tokenizer, pair.teacher_tokenizer, rows_of(pair.student, options), teacher_rows)
+    shared = shared_vocabulary(
+        pair.tokenizer, pair.teacher_tokenizer, rows_of(pair.student, options, "student"), teacher_rows
+    )
     settings: Any = dict(options.teacher_model_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
     if options.teacher_placement.startswith("quantized"):  # it answers otherwise than the whole one
         settings["placement"] = options.teacher_placement
@@ -128,16 +130,16 @@ def missing_from_cache(
     return len(missing), sum(missing.values()), sum(missing.values()) * size
 
 
-def config_of(source: Any, options: TeacherOptions, role: str = "student or teacher") -> Any:
+def config_of(source: Any, options: TeacherOptions, role: str = "teacher") -> Any:
     """Return the configuration of a model, or of a name."""
     if not isinstance(source, str):
         return models.causal_lm_of(source).config
-    return models.load_config(source, role, trust_remote_code=options.trust_remote_code)
+    return models.load_config(source, role, **options.files_of(role))
 
 
-def rows_of(source: Any, options: TeacherOptions) -> int:
+def rows_of(source: Any, options: TeacherOptions, role: str = "teacher") -> int:
     """Count the rows of its output head."""
-    return config_of(source, options).get_text_config().vocab_size
+    return config_of(source, options, role).get_text_config().vocab_size
 
 
 def dtype_of(source: Any, config: Any, options: TeacherOptions) -> torch.dtype:

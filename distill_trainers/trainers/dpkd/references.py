@@ -223,7 +223,7 @@ def open_store(run: PreferenceRun, folder: str, source: Any, weights: str | None
     args = run.args
     teacher_is_it = source is not None and weights is None
     settings: Any = (args.teacher_model_init_kwargs if teacher_is_it else args.model_init_kwargs) or {}
-    rows = config_of(source, args, "reference").get_text_config().vocab_size
+    rows = config_of(source, args, "teacher" if teacher_is_it else "student").get_text_config().vocab_size
     identity = CacheIdentity(
         kind="logps",
         vocab_size=rows if run.vocab_size is None else run.vocab_size,

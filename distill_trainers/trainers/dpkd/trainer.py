@@ -71,16 +71,22 @@ class DPKDTrainer(DistillTrainer):
         "year": "2024",
     }
 
-    def __init__(self, model: Any, teacher_model: Any, args: Any = None, *rest: Any, **kwargs: Any):
-        fingerprint = source_fingerprint(model) if not isinstance(model, str | None) else None
-        super().__init__(model, teacher_model, args, *rest, **kwargs)
+    def make_student(self, source: Any) -> Any:
+        self.source_weights = source_fingerprint(source)
+        return super().make_student(source)
+
+    def set_up_method(self) -> None:
+        super().set_up_method()
         args = self.args
         self.metrics = StepMeans(args.device, ("gap_chosen", "gap_rejected"))
         self.skew_gaps = {"gap_chosen": 0.0, "gap_rejected": 0.0}  # m of DistiLLM-2, of the step before
         self.written_by = weights_fingerprint(self.model)  # the student whose responses evaluation takes
         self.began_as = reference_fingerprint(self.model) if args.reference == "student" else None
-        quantization = kwargs.get("quantization_config")
-        self.references = reference_of(self, model, teacher_model, fingerprint, quantization)
+        self.references = reference_of(
+            self, self.student_source, self.teacher_source, self.source_weights, self.quantization
+        )
+        for kind in (CollapseGuard, FirstResponses, ReferenceKeeper):  # of the student before
+            self.remove_callback(kind)
         self.guard = CollapseGuard(args.guard, args.guard_limit)
         self.responses: StudentResponses | None = None
         self.add_callback(self.guard)
@@ -99,6 +105,7 @@ class DPKDTrainer(DistillTrainer):
         return PairCollator(tokenizer.pad_token_id, self.args.pad_to_multiple_of, with_prompts=with_prompts)
 
     def get_train_dataloader(self) -> Any:
+        self.complete_train()
         if self.references is not None:
             self.references.fill(self.train_dataset)
         return super().get_train_dataloader()

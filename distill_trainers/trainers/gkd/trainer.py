@@ -38,8 +38,8 @@ class GKDTrainer(DistillTrainer):
         "year": "2024",
     }
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def set_up_method(self) -> None:
+        super().set_up_method()
         self.on_policy_step = False
         self.lmbda = AdaptiveProbability(self.args.lmbda)
         self.replay = ReplayBuffer(self.args.replay_buffer_size) if self.args.replay_buffer_size else None

@@ -155,7 +155,8 @@ class Publishing(Trainer):
         if _is_sharded(self.accelerator):
             with models.whole_loading():
                 kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
-                merged = models.load_merged_adapter(args.output_dir, **kwargs | (args.model_init_kwargs or {}))
+                kwargs |= models.settled_kwargs(args.model_init_kwargs, "model_init_kwargs")
+                merged = models.load_merged_adapter(args.output_dir, **kwargs)
             make_generable(merged, self.processing_class)
         else:
             merged = models.merged_copy(self.model)

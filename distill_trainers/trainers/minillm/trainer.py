@@ -46,6 +46,9 @@ class MiniLLMTrainer(DistillTrainer):
     def __init__(self, *args: Any, pretraining_dataset: Any = None, **kwargs: Any):
         self.pretraining_dataset = pretraining_dataset
         super().__init__(*args, **kwargs)
+
+    def set_up_method(self) -> None:
+        super().set_up_method()
         self.cycles = RolloutCycles(self, self.args.num_minibatches, self.args.num_inner_epochs)
         self.text: PlainText | None = None
         if self.reads_text:

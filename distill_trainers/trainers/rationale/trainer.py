@@ -52,8 +52,8 @@ class RationaleTrainer(DistillTrainer):
         "year": "2023",
     }
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def set_up_method(self) -> None:
+        super().set_up_method()
         settings: Any = self.args.divergence_params or {}
         self.divergence = resolve_divergence(self.args.divergence, **settings)
 
@@ -128,7 +128,7 @@ class RationaleTrainer(DistillTrainer):
             scores[f"{metric_key_prefix}_perplexity"] = math.exp(min(scores[f"{metric_key_prefix}_imitation"], 700))
         if self.args.eval_accuracy:
             accuracy = self.answer_accuracy(dataloader.dataset)
-            scores |= {f"{metric_key_prefix}_{name}": value for name, value in accuracy.items()}
+            scores = {f"{metric_key_prefix}_{name}": value for name, value in accuracy.items()} | scores
         self.last_eval_metrics.update(scores)
         return output._replace(metrics=scores)
 

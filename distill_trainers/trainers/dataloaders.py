@@ -1,0 +1,92 @@
+"""Rows as they are trained on and scored: tokenised, also when they come after construction, and completed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from datasets import IterableDataset
+from transformers import Trainer
+
+from ..exceptions import DatasetError
+from ..requirements import Requirements
+from ..teachers import Teacher
+from . import arguments
+from .lifecycle.completions import fill_with_teacher_completions
+from .lifecycle.order import train_sampler
+from .preflight import is_prepared, prepare_rows, read_stream, refuse_other_layout, tell_dataset
+
+
+class Dataloaders(Trainer):
+    """What of `DistillTrainer` loads rows."""
+
+    if TYPE_CHECKING:
+        args: Any
+        teacher: Teacher
+        processing_class: Any
+        requirements: Requirements
+        eval_dataset: Any
+        formatting_func: Callable[[Any], Any] | None
+        _ready_train: Any
+        _eval_is_filled: dict[int, tuple[Any, Any]]
+
+    def complete_eval(self, dataset: Any) -> Any:
+        """Complete evaluation rows with whatever else the method wants, once they have their completions."""
+        return dataset
+
+    def prepared(self, dataset: Any, name: str) -> Any:
+        """Tokenise rows that are still raw, as the constructor would have; None and tokenised rows stay as they are."""
+        if dataset is None or is_prepared(dataset):
+            return dataset
+        dataset = arguments.formatted(dataset, self.formatting_func, name)
+        if name == "train":
+            refuse_other_layout(self.args, dataset, self.requirements)
+        return prepare_rows(self.args, dataset, self.processing_class, name, self.requirements)
+
+    def complete_train(self: Any) -> None:
+        """Make `train_dataset` what is trained on, once: tokenised, and with the teacher's completions where due."""
+        if self.train_dataset is self._ready_train:
+            return
+        self.train_dataset = self.prepared(self.train_dataset, "train")
+        if self.requirements.replaces_completions:
+            self.train_dataset = fill_with_teacher_completions(self, self.train_dataset, replace=True)
+        tell_dataset(self.teacher, self.train_dataset, "training")
+        self._ready_train = self.train_dataset
+
+    def get_train_dataloader(self) -> Any:
+        self.complete_train()
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler = train_sampler(dataset, self.args, lambda: self.state.epoch or 0)
+        return super()._get_train_sampler(dataset) if sampler is None else sampler
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Load evaluation rows; those without completion get the teacher's, once; new raw data is prepared.
+
+        A stream is read to its end once, so that it can be completed and shared between processes.
+        """
+        if isinstance(eval_dataset, str):
+            if not isinstance(self.eval_dataset, Mapping) or eval_dataset not in self.eval_dataset:
+                names = sorted(self.eval_dataset) if isinstance(self.eval_dataset, Mapping) else "one without a name"
+                raise DatasetError(f"Got no evaluation set called {eval_dataset!r}; expected one of {names}.")
+            eval_dataset = self.eval_dataset[eval_dataset]
+        return super().get_eval_dataloader(self._completed(self.eval_dataset if eval_dataset is None else eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Load rows for `predict`, as those of evaluation."""
+        return super().get_test_dataloader(self._completed(test_dataset, "test"))
+
+    def _completed(self: Any, dataset: Any, name: str = "eval") -> Any:
+        known = self._eval_is_filled.get(id(dataset))
+        if known is None:
+            filled = self.prepared(dataset, name)
+            if isinstance(filled, IterableDataset):
+                filled = read_stream(filled, name)
+            replaces = self.requirements.replaces_completions
+            filled = self.complete_eval(fill_with_teacher_completions(self, filled, replace=replaces))
+            if filled is not dataset:
+                tell_dataset(self.teacher, filled, "evaluation")
+            known = self._eval_is_filled[id(dataset)] = (dataset, filled)  # holding it keeps its id taken
+        return known[1]

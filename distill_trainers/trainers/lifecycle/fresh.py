@@ -1,0 +1,84 @@
+"""Students made anew by `model_init`, one for each call of `train`; the search for hyperparameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import Trainer
+
+from ...exceptions import ConfigurationError
+from .. import arguments
+from .checkpoints import read_method_state
+
+
+class FreshStudents(Trainer):
+    """What of `DistillTrainer` makes students anew, and sets the method up again around each."""
+
+    if TYPE_CHECKING:
+        args: Any
+        requirements: Any
+        student_source: Any
+        run_checkpoints: list[str]
+        make_student: Any
+        set_up_method: Any
+        load_method_state: Any
+        build_collator: Any
+
+    def new_source(self, trial: Any = None) -> Any:
+        """Return what `model_init` returns: a name, or a model that no earlier call has returned.
+
+        Raises:
+            ConfigurationError: it returned something else.
+        """
+        set_seed(self.args.seed)
+        source = arguments.plain(super().call_model_init(trial))
+        arguments.check_kind(type(self).__name__, "model", source, of="model_init()")
+        if isinstance(source, nn.Module) and source is getattr(self, "student_source", None):
+            raise ConfigurationError(
+                "`model_init` returned the model that it had returned before, which is trained by now; expected a new "
+                "one from each call. Load or build it inside the function."
+            )
+        return source
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a student anew, with its adapter, as the constructor does."""
+        return self.make_student(self.new_source(trial))
+
+    def hyperparameter_search(self, hp_space: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Do as `transformers.Trainer.hyperparameter_search`.
+
+        Raises:
+            ConfigurationError: there is no `model_init`, or `hp_space` names what acts while the trainer is made.
+        """
+        if self.model_init is None:
+            raise ConfigurationError(
+                f"Got `hyperparameter_search` with one student for all trials; expected a new one for each. Make the "
+                f"trainer with `{type(self).__name__}(model_init=function, …)` in place of `model=`, where "
+                "`function()` returns a folder, a Hub id or a new model."
+            )
+        space = None if hp_space is None else arguments.checked_space(hp_space, self.args)
+        return super().hyperparameter_search(space, *args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        # The one place between a new student, a trial's settings, and the first step.
+        before = self._asked()
+        super()._hp_search_setup(trial)
+        if self.model_init is None:
+            return
+        self.args._check()
+        if trial is not None and self._asked() != before:
+            raise ConfigurationError(
+                f"The trial {getattr(trial, 'params', trial)} asks something else of rows or teacher than the settings "
+                "that the trainer was made with: a weight or λ of 0 switches something off. Keep such a value above 0 "
+                "in `hp_space` and in the config, or make another trainer."
+            )
+        self.set_up_method()
+        if self.run_checkpoints:
+            self.load_method_state(read_method_state(self.run_checkpoints[-1]))
+
+    def _asked(self) -> tuple[Any, ...]:
+        args = self.args
+        wants = args.needs, args.samples_completions, args.needs_completions, args.replaces_completions
+        return *wants, self.build_collator(self.processing_class)
