@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,26 @@ _SHARED_SETTINGS = """
     learning_rate lr_scheduler_type num_train_epochs max_steps weight_decay per_device_train_batch_size
     gradient_accumulation_steps kd_temperature temperature seed
 """.split()
+
+
+@dataclass(frozen=True)
+class CardWishes:
+    """What the caller of `create_model_card` wants the card to say, in the words of `transformers`.
+
+    Attributes:
+        tasks: the first becomes the card's task, the others are tags.
+        datasets: Hub ids (`dataset_tags`).
+        dataset_names, dataset_args: how the text calls them, and which configuration each is.
+    """
+
+    language: str | list[str] | None = None
+    model_name: str | None = None
+    finetuned_from: str | None = None
+    tags: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    dataset_names: list[str] = field(default_factory=list)
+    dataset_args: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +76,23 @@ class CardFacts:
     metrics: dict[str, Any]
     card_license: str | None
     hub_token: str | None
+    wishes: CardWishes = field(default_factory=CardWishes)
+
+    @property
+    def title(self) -> str:
+        """The repository, unless the caller wants another name than that of its last part."""
+        wanted = self.wishes.model_name
+        if self.repository and wanted in (None, self.repository.rpartition("/")[2]):
+            return self.repository
+        return wanted or "A distilled student"
+
+    @property
+    def data_names(self) -> list[str]:
+        """What the text says of the data: the caller's names before the sources that are known."""
+        wishes = self.wishes
+        args = [*wishes.dataset_args, *[""] * len(wishes.dataset_names)]
+        named = [f"{name} ({arg})" if arg else name for name, arg in zip(wishes.dataset_names, args, strict=False)]
+        return named + [f"`{shown(source)}`" for source in self.data]
 
     @property
     def is_adapter(self) -> bool:

@@ -36,18 +36,22 @@ def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] =
     """
     from huggingface_hub import ModelCardData
 
-    record, name = facts.record, facts.repository or "A distilled student"
+    record, name, wishes = facts.record, facts.title, facts.wishes
     adapter = facts.is_adapter and not merged
-    base = _base(facts)
+    base = wishes.finetuned_from or _base(facts)
     terms = inherited_terms(facts)
     scores = _scores(facts)
     on_hub = not models.looks_like_path(base) if base else False  # the Hub takes nothing else
+    data = [source for source in facts.data if not models.looks_like_path(source)] + wishes.datasets
+    task = None if facts.is_encoder_decoder else "text-generation"
+    tags = ["distill_trainers", "knowledge-distillation", record["method"].lower(), *wishes.tags, *wishes.tasks[1:]]
     header = ModelCardData(
+        language=wishes.language,
         base_model=base if on_hub else None,
-        datasets=[source for source in facts.data if not models.looks_like_path(source)] or None,
+        datasets=list(dict.fromkeys(data)) or None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag=None if facts.is_encoder_decoder else "text-generation",
-        tags=["distill_trainers", "knowledge-distillation", record["method"].lower()],
+        pipeline_tag=wishes.tasks[0] if wishes.tasks else task,
+        tags=list(dict.fromkeys(tags)),
         model_name=name.rpartition("/")[2],
         eval_results=scores.index or None,
     )
@@ -62,7 +66,7 @@ def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] =
         f"{'This adapter' if adapter else 'This model'} was distilled from {_source(facts)} into {_student(facts)} "
         f"with {record['method']}, using {_PROJECT} {record['versions'].get('distill-trainers', '(unreleased)')}.",
         "",
-        *_usage(facts, name if facts.repository else "path/to/this/folder"),
+        *_usage(facts, facts.repository or "path/to/this/folder"),
         *("", "## Scores", "", _BEGIN, *scores.lines, _END, "", "## Training", ""),
         *_training(facts),
         *(line for file in plots for line in ("", f"![{_PLOTS.get(Path(file).name, Path(file).stem)}]({file})")),
@@ -174,7 +178,7 @@ def _usage(facts: CardFacts, name: str) -> list[str]:
 
 
 def _training(facts: CardFacts) -> list[str]:
-    record, data = facts.record, [f"`{shown(source)}`" for source in facts.data]
+    record, data = facts.record, facts.data_names
     sizes = [f"{record['student_parameters']:,} parameters"]
     if facts.trained_parameters is not None:
         sizes.append(f"{facts.trained_parameters:,} of them trained, in an adapter")

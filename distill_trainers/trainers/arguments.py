@@ -211,7 +211,7 @@ def show_parameters(trainer: type) -> None:
     if all(parameter.kind != kinds.VAR_KEYWORD for parameter in own):
         return
     names = {parameter.name for parameter in own}
-    parent: Any = super(trainer, trainer)  # type: ignore[arg-type]  # the next in the order of resolution
+    parent: Any = super(trainer, trainer)  # the next in the order of resolution
     parents = list(inspect.signature(parent.__init__).parameters.values())
     inherited = [p for p in parents if p.name not in names and p.kind != kinds.VAR_KEYWORD]
     if all(parameter.kind != kinds.VAR_POSITIONAL for parameter in own):

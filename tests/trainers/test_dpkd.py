@@ -254,7 +254,7 @@ def test_the_defaults_train_towards_the_teacher_by_themselves(toy, tmp_path):
         return {"input_ids": [*prompt, ids[drawn[index]]], "labels": [-100] * len(prompt) + [ids[drawn[index]]]}
 
     trainer.train_dataset = trainer.train_dataset.map(answered, with_indices=True, load_from_cache_file=False)
-    trainer._train_is_filled = True
+    trainer._ready_train = trainer.train_dataset
     trainer.model.requires_grad_(False)
     trainer.model.lm_head.weight.requires_grad_(True)
     before = toy.kl_to([toy.distribution(trainer.model, trainer.processing_class)], teacher)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, Trainer
 
 from ... import hub, models
-from ...cards.facts import CardFacts, shown_settings
+from ...cards.facts import CardFacts, CardWishes, shown_settings
 from ...cards.model_card import inherited_terms, model_card
 from ...cards.plots import plot_history
 from ...data.chat import turn_end_id
@@ -122,6 +123,8 @@ def _is_valid(config: GenerationConfig) -> bool:
 class Publishing(Trainer):
     """What of `DistillTrainer` saves the student for others, and uploads it."""
 
+    _wishes = CardWishes()  # of whoever called `create_model_card`
+
     if TYPE_CHECKING:
         args: Any
         model: nn.Module
@@ -197,10 +200,37 @@ class Publishing(Trainer):
             metrics={**logged, **self.last_eval_metrics},
             card_license=args.card_license,
             hub_token=args.hub_token,
+            wishes=self._wishes,
         )
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write README.md and its plots into the output directory, and beside the merged student."""
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        dataset_name: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md and its plots into the output directory, and beside the merged student.
+
+        The arguments are those of `transformers.Trainer`, and TRL's `dataset_name`, which is a Hub id as `dataset_tags`
+        are. What is given once stays in every later card of the run.
+        """
+        lists = {"tags": tags, "tasks": tasks, "datasets": dataset_tags or dataset_name}
+        lists |= {"dataset_names": dataset, "dataset_args": dataset_args}
+        wishes: dict[str, Any] = {
+            name: [value] if isinstance(value, str) else list(value) for name, value in lists.items() if value
+        }
+        words = {"language": language, "model_name": model_name, "finetuned_from": finetuned_from}
+        wishes |= {name: word for name, word in words.items() if word}
+        self._wishes = replace(self._wishes, **wishes)
+        if license is not None:
+            self.args.card_license = license
         if not self.is_world_process_zero():
             return
         folder, history, facts = Path(self.args.output_dir), self.state.log_history, self.card_facts()
