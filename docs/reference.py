@@ -70,7 +70,10 @@ def _entry(module: str, name: str, value: Any) -> Iterator[str]:
     if not (inspect.isclass(value) or inspect.isroutine(value)):
         yield _value(value)
         return
-    yield from ("```python", _signature(name, value), "```", "", *_prose(value.__doc__ or ""))
+    prose = value.__doc__ or ""
+    if name in SETTINGS:  # its table has them
+        prose = re.sub(r"\nArgs:\n(?:    .*\n)*", "", prose)
+    yield from ("```python", _signature(name, value), "```", "", *_prose(prose))
     if name in SETTINGS:
         yield from ("", f"Each setting is explained in [its table]({SETTINGS[name]}).")
     if inspect.isclass(value):

@@ -210,13 +210,14 @@ def show_parameters(trainer: type) -> None:
     kinds = inspect.Parameter
     if all(parameter.kind != kinds.VAR_KEYWORD for parameter in own):
         return
-    names = {parameter.name for parameter in own}
+    variadic = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    names = {parameter.name for parameter in own if parameter.kind not in variadic}
     parent: Any = super(trainer, trainer)  # the next in the order of resolution
     parents = list(inspect.signature(parent.__init__).parameters.values())
     inherited = [p for p in parents if p.name not in names and p.kind != kinds.VAR_KEYWORD]
     if all(parameter.kind != kinds.VAR_POSITIONAL for parameter in own):
         inherited = [parameter.replace(kind=kinds.KEYWORD_ONLY) for parameter in inherited]
-    shown = [p for p in own if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)] + inherited
+    shown = [p for p in own if p.kind not in variadic] + inherited
     shown += [p for p in parents if p.kind == kinds.VAR_KEYWORD]
     init.__signature__ = inspect.Signature(sorted(shown, key=lambda p: p.kind))
 

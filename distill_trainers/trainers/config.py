@@ -14,13 +14,14 @@ from ..evaluation.measures import METRICS, higher_is_better
 from ..exceptions import ConfigurationError
 from ..requirements import Requirements
 from ..rollouts import ENGINES
-from ..settings import require, setting
+from ..settings import documented, require, setting
 from ..teachers.options import TeacherOptions
 
 
+@documented
 @dataclass
 class DistillConfig(TeacherOptions, TrainingArguments):
-    """`transformers.TrainingArguments` plus what every method needs. Each field is explained by its `help`.
+    """`transformers.TrainingArguments` plus what every method needs.
 
     Two temperatures are kept apart: `kd_temperature` softens both distributions inside the loss, `temperature` is
     that of the sampling distribution of rollouts.

@@ -13,7 +13,7 @@ from ...data.pairs import is_pair
 from ...exceptions import ConfigurationError
 from ...losses.preference import PREFERENCE_LOSSES
 from ...requirements import Requirements
-from ...settings import setting
+from ...settings import documented, setting
 from ..config import DistillConfig
 from .guard import MODES
 
@@ -21,9 +21,10 @@ CONTRASTIVE = "contrastive_skew"
 LOSS_TYPES = (*PREFERENCE_LOSSES, CONTRASTIVE)
 
 
+@documented
 @dataclass
 class DPKDConfig(DistillConfig):
-    """Settings of `DPKDTrainer`; see each field's help."""
+    """Settings of `DPKDTrainer`."""
 
     loss_type: str = setting("sigmoid", f"Loss of a pair: one of {', '.join(LOSS_TYPES)}.")
     beta: float = setting(

@@ -8,13 +8,14 @@ from typing import Any
 from ...exceptions import ConfigurationError
 from ...losses.divergences import DIVERGENCES, resolve_divergence
 from ...requirements import Requirements
-from ...settings import setting
+from ...settings import documented, setting
 from ..config import DistillConfig
 
 
+@documented
 @dataclass
 class GKDConfig(DistillConfig):
-    """Settings of `GKDTrainer`; see each field's help."""
+    """Settings of `GKDTrainer`."""
 
     lmbda: float = setting(0.5, "λ: probability that an optimiser step trains on student rollouts; 0 never samples.")
     divergence: str = setting("jsd", f"Per-token divergence: one of {', '.join(DIVERGENCES)}.")

@@ -9,13 +9,14 @@ from ...data import prepare_dataset
 from ...exceptions import DatasetError
 from ...losses import policy_gradient
 from ...requirements import Requirements
-from ...settings import require, setting
+from ...settings import documented, require, setting
 from ..config import DistillConfig
 
 
+@documented
 @dataclass
 class MiniLLMConfig(DistillConfig):
-    """Settings of `MiniLLMTrainer`; see each field's help."""
+    """Settings of `MiniLLMTrainer`."""
 
     objective: str = setting(
         "sequence", "sequence: the reverse KL of whole sequences; token: that of each token by itself, without Long."

@@ -11,15 +11,16 @@ from ...data.rationales import OBJECTIVES, RationaleTemplates, RationaleTokenize
 from ...losses import DIVERGENCES, resolve_divergence
 from ...losses.key_steps import WRONG_TERMS
 from ...requirements import Requirements
-from ...settings import require, setting
+from ...settings import documented, require, setting
 from ..config import DistillConfig
 
 _STYLES = ("auto", "text", "chat")
 
 
+@documented
 @dataclass
 class RationaleConfig(DistillConfig):
-    """Settings of `RationaleTrainer`; see each field's help."""
+    """Settings of `RationaleTrainer`."""
 
     objective: str = setting("step_by_step", f"One of {', '.join(OBJECTIVES)}.")
     rationale_weight: float = setting(1.0, "λ of step_by_step: L = L_label + λ L_rationale.")
