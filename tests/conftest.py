@@ -122,6 +122,11 @@ def make_trainer(tmp_path, tokenizer, make_student, make_teacher):
         "peft_config",
         "quantization_config",
         "pretraining_dataset",
+        "formatting_func",
+        "model_init",
+        "compute_metrics",
+        "preprocess_logits_for_metrics",
+        "optimizer_cls_and_kwargs",
     }
 
     def make(
@@ -152,7 +157,7 @@ def make_trainer(tmp_path, tokenizer, make_student, make_teacher):
         if not {"max_steps", "num_train_epochs"} & settings.keys():
             defaults["max_steps"] = 3
         trainer = trainer_class(
-            student if student is not None else make_student(),
+            student if student is not None or "model_init" in kwargs else make_student(),
             teacher,
             config_class(**{**defaults, **settings}),
             METHOD_DATA.get(method, addition_dataset)(24) if isinstance(train, str) else train,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -190,13 +192,14 @@ def refuse_unknown(trainer: Any, given: Mapping[str, Any]) -> None:
     """Refuse arguments that a trainer's constructor does not have, by the name of the class that the user called."""
     known = [name for name in inspect.signature(trainer.__init__).parameters if name not in ("self", "unknown")]
     config = trainer.config_class
+    settings = [field.name for field in dataclasses.fields(config)]
     for argument in given:
-        if argument in config.__dataclass_fields__:
+        if argument in settings:
             hint = f"it is a setting: write `args={config.__name__}({argument}=…)`"
         elif argument in ELSEWHERE:
             hint = ELSEWHERE[argument]
         else:
-            close = difflib.get_close_matches(argument, [*known, *config.__dataclass_fields__], n=3)
+            close = difflib.get_close_matches(argument, [*known, *settings], n=3)
             hint = f"did you mean {' or '.join(close)}" if close else f"expected some of {', '.join(known)}"
         raise ConfigurationError(f"{trainer.__name__} has no argument `{argument}`: {hint}.")
 
@@ -236,24 +239,27 @@ def formatted(dataset: Any, formatting_func: Callable[[Any], Any] | None, name: 
     """
     from ..data.formats import first_row
 
-    if dataset is None or formatting_func is None or not hasattr(dataset, "map"):
-        return dataset
-    if isinstance(dataset, Mapping):
+    if formatting_func is not None and isinstance(dataset, Mapping):
         return {part: formatted(rows, formatting_func, part) for part, rows in dataset.items()}
+    if formatting_func is None or not hasattr(dataset, "map"):
+        return dataset
     row = first_row(dataset, name=name)
     if "input_ids" in row:
         raise ConfigurationError(
             f"Got `formatting_func` with dataset {name!r}, whose rows are tokenised already. Leave it out."
         )
-    is_batched = isinstance(_called(formatting_func, row, name), list)
+    is_batched = _takes_batches(formatting_func, row, name)
     work = functools.partial(_format_rows if is_batched else _format_row, formatting_func, name)
     return dataset.map(work, batched=is_batched, remove_columns=list(row))
 
 
-def _called(formatting_func: Callable[[Any], Any], row: Any, name: str) -> Any:
+def _takes_batches(formatting_func: Callable[[Any], Any], row: Mapping[str, Any], name: str) -> bool:
     try:
-        return formatting_func(row)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        return isinstance(formatting_func(row), list)
+    except Exception as error:  # whatever a user's function raises
+        with contextlib.suppress(Exception):
+            if isinstance(formatting_func({column: [value] for column, value in row.items()}), list):
+                return True
         raise ConfigurationError(
             f"`formatting_func` fails on the first row of dataset {name!r}, whose columns are {sorted(row)}: "
             f"{type(error).__name__}: {error}. It is given a row, and returns a text."
@@ -288,7 +294,8 @@ def _format_rows(formatting_func: Callable[[Any], Any], name: str, rows: Mapping
 
 def checked_space(space: Callable[[Any], Any], args: Any) -> Callable[[Any], Any]:
     """Let a search space refuse settings that do not exist, or that act while the trainer is made and never again."""
-    fields, searched = type(args).__dataclass_fields__, TrainingArguments.__dataclass_fields__
+    fields = {field.name: field for field in dataclasses.fields(args)}
+    searched = {field.name for field in dataclasses.fields(TrainingArguments)}
 
     def refusing(trial: Any) -> Any:
         given = space(trial)
