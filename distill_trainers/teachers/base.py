@@ -257,7 +257,10 @@ class NoTeacher(Teacher):
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
         if wants.needs:
-            raise ConfigurationError("Got no teacher model; expected a folder, a Hub id or a model.")
+            raise ConfigurationError(
+                f"Got no teacher model, which {wants.trainer} learns from; expected a folder, a Hub id or a model as "
+                "`teacher_model` (in a recipe: `teacher_model_name_or_path`)."
+            )
 
     @classmethod
     def opened(cls, pair: Pair, options: TeacherOptions) -> NoTeacher:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import IterableDataset
 from transformers import Trainer
 
+from .. import hub
 from ..exceptions import DatasetError
 from ..requirements import Requirements
 from ..teachers import Teacher
@@ -47,6 +48,8 @@ class Dataloaders(Trainer):
         """Make `train_dataset` what is trained on, once: tokenised, and with the teacher's completions where due."""
         if self.train_dataset is self._ready_train:
             return
+        if not is_prepared(self.train_dataset):
+            self.data_sources = list(hub.hub_ids_of(self.train_dataset))
         self.train_dataset = self.prepared(self.train_dataset, "train")
         if self.requirements.replaces_completions:
             self.train_dataset = fill_with_teacher_completions(self, self.train_dataset, replace=True)
