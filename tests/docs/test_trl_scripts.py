@@ -120,11 +120,8 @@ def test_the_sentences_remedies_are_enough(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SFT_START", "SFT", "GKD", "GKD_SCRIPT", "DPO_START", "DPO", "DISTILLATION"])
+@pytest.mark.parametrize("name", ["SFT", "GKD", "GKD_SCRIPT", "DPO", "DISTILLATION"])
 def test_the_scripts_are_trls(run, name):
-    """As they stand they train with TRL, or begin to (its defaults are for large machines)."""
-    script = getattr(SCRIPTS, name)
-    if name.endswith("START"):
-        script = script.replace("trainer.train()", "")
-    trainer = run(script)
-    assert type(trainer).__module__.startswith("trl.")
+    """As they stand they train with TRL; those that leave its settings out want a GPU."""
+    trainer = run(getattr(SCRIPTS, name))
+    assert type(trainer).__module__.startswith("trl.") and trainer.state.global_step == 2
