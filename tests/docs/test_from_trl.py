@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import Trainer
 
 from distill_trainers import DPKDConfig, GKDConfig, GKDTrainer
 from distill_trainers.recipe.parse import RecipeArguments
@@ -34,8 +35,8 @@ def _defaults(*classes):
 
 
 def _rows(title):
-    table = PAGE[PAGE.index(title) :].split("|---")[1].split("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[1:]]
+    table = re.split(r"\n\|[-|]+\|\n", PAGE[PAGE.index(title) :])[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
 
 
 @pytest.mark.parametrize("row", _rows("## Names"), ids=lambda row: f"{row[0]} {row[1]}")
@@ -61,6 +62,21 @@ def test_keys_of_recipes_exist_on_both_sides(row):
     assert set(re.findall(r"`(\w+)`", theirs)) <= set(_defaults(trl.ScriptArguments, trl.DistillationConfig))
     ours = re.findall(r"`(\w+)(?:`|:)", here)
     assert ours and set(ours) <= set(_defaults(RecipeArguments, GKDConfig))
+
+
+def test_each_argument_of_other_trainers_has_a_row():
+    theirs = {"Trainer": Trainer, "SFT": trl.SFTTrainer, "GKD": trl_gkd.GKDTrainer, "DPO": trl.DPOTrainer}
+    theirs["Distillation"] = trl.DistillationTrainer
+    taken = {name: set(inspect.signature(cls.__init__).parameters) - {"self"} for name, cls in theirs.items()}
+    ours = set(inspect.signature(GKDTrainer.__init__).parameters)
+    listed = set()
+    for names, trainers, here in _rows("## Arguments and methods"):
+        found = set(re.findall(r"`(\w+)`", names))
+        listed |= found
+        for trainer in theirs if trainers == "all" else trainers.split(", "):
+            assert found & taken[trainer], (found, trainer)
+        assert here.startswith("refused") != (found <= ours), found
+    assert set().union(*taken.values()) == listed
 
 
 def test_what_has_no_counterpart_is_there():
