@@ -135,8 +135,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             eval_dataset=eval_rows,
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
+            callbacks=list(callbacks or ()),
+            optimizers=optimizers or (None, None),
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )

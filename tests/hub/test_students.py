@@ -51,6 +51,15 @@ def test_a_student_comes_back_and_writes_the_same(make_trainer, hub, tokenizer):
     assert "model.safetensors" in _names(hub) and hub.repos[("models", "me/student")].private is False
 
 
+def test_the_uploaded_card_says_what_push_to_hub_was_told(make_trainer, hub):
+    """As TRL's scripts call it, with `dataset_name`; other words are those of `create_model_card`."""
+    trainer = make_trainer(max_steps=1, **PUSH)
+    trainer.train()
+    trainer.push_to_hub(dataset_name="org/rows", language="en", tags="sums")
+    data = ModelCard.load("me/student").data
+    assert data.datasets == ["org/rows"] and data.language == "en" and "sums" in data.tags
+
+
 def test_an_adapter_comes_back_on_a_base_of_the_hub(make_trainer, make_student, hub, tokenizer, tmp_path):
     make_student().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -337,6 +337,15 @@ def test_callbacks_may_be_classes_or_instances(make_trainer):
     assert Counts.steps == 4
 
 
+def test_arguments_may_be_none(make_student, make_teacher, tokenizer, tmp_path):
+    """None is what scripts pass for what they do not use."""
+    nothing = {p.name: None for p in _parameters(GKDTrainer) if p.name not in ("model", "train_dataset")}
+    nothing |= {"teacher_model": make_teacher(), "processing_class": tokenizer}
+    args = GKDConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_length=24, max_steps=1, lmbda=0.0)
+    trainer = GKDTrainer(make_student(), train_dataset=addition_dataset(4), **{**nothing, "args": args})
+    assert trainer.train().global_step == 1
+
+
 def test_a_quantization_may_be_given_in_one_place_only(saved, nothing_loads):
     args = GKDConfig(output_dir="x", model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_8bit=True)})
     with pytest.raises(ConfigurationError, match="both as `quantization_config` and in `model_init_kwargs`"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -90,6 +92,12 @@ def test_the_same_student_twice_is_refused(make_trainer, make_student):
 def test_a_search_without_model_init_names_it(make_trainer):
     with pytest.raises(ConfigurationError, match=r"GKDTrainer\(model_init=function"):
         make_trainer().hyperparameter_search()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is not None, reason="there is a backend")
+def test_a_search_without_a_backend_names_those_that_there_are(make_trainer, make_student):
+    with pytest.raises(RuntimeError, match="optuna"):
+        make_trainer(model_init=lambda: make_student()).hyperparameter_search()
 
 
 def _search(trainer, space, **kwargs):
