@@ -74,7 +74,8 @@ class Subject:
         known: KnownModels | None = None,
     ):
         self.name, self.role, self._source = name, role, source
-        self._kwargs, self.device = dict(init_kwargs or {}), device or torch.device("cpu")
+        self._kwargs = models.settled_kwargs(init_kwargs, f"the {role}'s init kwargs")
+        self.device = device or torch.device("cpu")
         self._known = known or KnownModels(None)
         self._facts: Facts | None = None
         self.loads = 0
@@ -117,7 +118,7 @@ class Subject:
         for place in (name, _adapted_base(name) if name else None):
             if place:
                 with contextlib.suppress(OSError, ValueError, KeyError):
-                    return models.load_tokenizer(place, trust_remote_code=self._trusted)
+                    return models.load_tokenizer(place, **self._files(place))
         return None
 
     @property
@@ -126,7 +127,11 @@ class Subject:
 
     def _read_config(self, source: str) -> Any:
         base = _adapted_base(source)
-        return models.load_config(base or source, self.role, trust_remote_code=self._trusted)
+        return models.load_config(base or source, self.role, **self._files(base or source))
+
+    def _files(self, place: str) -> dict[str, Any]:
+        """What says which files are read: a revision is that of the source, not of an adapter's base."""
+        return models.which_files(self._kwargs if place == self._source else {}, self._trusted)
 
     def _refuse_encoder_decoder(self) -> None:
         if getattr(self.config, "is_encoder_decoder", False):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distill_trainers import GKDConfig, GKDTrainer, models
+from distill_trainers.evaluation.runner import make_subjects
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.rollouts import SamplingSettings, decode_completions
 from distill_trainers.toy import addition_dataset
@@ -132,6 +133,13 @@ def test_rollouts_use_the_cache_whatever_the_config_says(make_named):
     prompt = torch.tensor([[1, 2, 3]])
     decode_completions(trainer.model, prompt, torch.ones_like(prompt), SamplingSettings(3), None)
     assert calls and all(calls)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_an_evaluation_takes_the_same_spellings(saved, name):
+    kwargs = {name: "bfloat16", "quantization_config": None}
+    (student,) = make_subjects({"student": saved.student}, None, None, kwargs, None)
+    assert student._load().dtype == torch.bfloat16
 
 
 @pytest.fixture
