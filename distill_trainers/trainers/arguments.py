@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallbac
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import models
+from ..data.formats import first_row
+from ..data.plain import plain_dataset
 from ..exceptions import ConfigurationError
 from ..teachers import Teacher
 
@@ -237,12 +239,11 @@ def formatted(dataset: Any, formatting_func: Callable[[Any], Any] | None, name: 
     Raises:
         ConfigurationError: it fails on the first row, or returns something else.
     """
-    from ..data.formats import first_row
-
-    if formatting_func is not None and isinstance(dataset, Mapping):
-        return {part: formatted(rows, formatting_func, part) for part, rows in dataset.items()}
-    if formatting_func is None or not hasattr(dataset, "map"):
+    if formatting_func is None or dataset is None:
         return dataset
+    if isinstance(dataset, Mapping):
+        return {part: formatted(rows, formatting_func, part) for part, rows in dataset.items()}
+    dataset = plain_dataset(dataset, name=name)
     row = first_row(dataset, name=name)
     if "input_ids" in row:
         raise ConfigurationError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -104,8 +104,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         model: str | PathLike[str] | PreTrainedModel | nn.Module | None = None,
         teacher_model: str | PathLike[str] | PreTrainedModel | nn.Module | Teacher | None = None,
         args: TrainingArguments | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None = None,
+        train_dataset: Dataset | IterableDataset | Sequence[Mapping[str, Any]] | None = None,
+        eval_dataset: Dataset | IterableDataset | Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,

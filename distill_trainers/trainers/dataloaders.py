@@ -9,10 +9,12 @@ from datasets import IterableDataset
 from transformers import Trainer
 
 from .. import hub
+from ..data.plain import plain_dataset
 from ..exceptions import DatasetError
 from ..requirements import Requirements
 from ..teachers import Teacher
 from . import arguments
+from .lengths import check_positions
 from .lifecycle.completions import fill_with_teacher_completions
 from .lifecycle.order import train_sampler
 from .preflight import is_prepared, prepare_rows, read_stream, refuse_other_layout, tell_dataset
@@ -26,6 +28,8 @@ class Dataloaders(Trainer):
         teacher: Teacher
         processing_class: Any
         requirements: Requirements
+        student_config: Any
+        teacher_source: Any
         eval_dataset: Any
         formatting_func: Callable[[Any], Any] | None
         _ready_train: Any
@@ -39,10 +43,13 @@ class Dataloaders(Trainer):
         """Tokenise rows that are still raw, as the constructor would have; None and tokenised rows stay as they are."""
         if dataset is None or is_prepared(dataset):
             return dataset
-        dataset = arguments.formatted(dataset, self.formatting_func, name)
+        dataset = arguments.formatted(plain_dataset(dataset, name=name), self.formatting_func, name)
         if name == "train":
             refuse_other_layout(self.args, dataset, self.requirements)
-        return prepare_rows(self.args, dataset, self.processing_class, name, self.requirements)
+        rows = prepare_rows(self.args, dataset, self.processing_class, name, self.requirements)
+        models_of = self.model, self.student_config, self.teacher_source
+        check_positions({name: rows}, *models_of, self.args, self.requirements)
+        return rows
 
     def complete_train(self: Any) -> None:
         """Make `train_dataset` what is trained on, once: tokenised, and with the teacher's completions where due."""

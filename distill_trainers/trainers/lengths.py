@@ -43,8 +43,7 @@ def check_positions(
     if frozen is not None and hasattr(frozen, "config"):
         roles.append(("teacher", frozen, frozen.config))
     elif isinstance(teacher, str) and loading.has_files(teacher, args):
-        trusted = args.trust_remote_code
-        roles.append(("teacher", teacher, models.load_config(teacher, "teacher", trust_remote_code=trusted)))
+        roles.append(("teacher", teacher, models.load_config(teacher, "teacher", **args.files_of("teacher"))))
     for role, source, config in roles:
         context = None if wants.encoder_decoder else models.positions_of(config)
         if context is None or tokens <= context:

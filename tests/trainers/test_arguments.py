@@ -177,7 +177,7 @@ def test_each_argument_has_a_kind():
 
 
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
-@pytest.mark.parametrize("rows", ["data.jsonl", 3, [{"prompt": "1", "completion": "2"}], addition_dataset])
+@pytest.mark.parametrize("rows", ["data.jsonl", 3, addition_dataset])
 def test_datasets_of_the_wrong_kind_are_refused(make_trainer, make_student, tokenizer, name, rows):
     arguments = {"train_dataset": addition_dataset(4), name: rows}
     with pytest.raises(DatasetError, match="expected datasets.Dataset"):

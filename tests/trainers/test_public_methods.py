@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from distill_trainers.exceptions import ConfigurationError, DatasetError
-from distill_trainers.toy import addition_dataset, addition_rationales
+from distill_trainers.toy import addition_dataset, addition_rationales, addition_rows
 from distill_trainers.trainers import METHODS
 
 
@@ -169,6 +169,16 @@ def test_raw_rows_are_predicted_as_they_are_evaluated(make_trainer, rows_for, me
     assert output.predictions.shape[:2] == output.label_ids.shape and len(output.label_ids) == 6
 
 
+def test_rows_that_come_later_may_be_a_list(make_trainer, by_step):
+    rows = addition_rows(12, seed=4)
+    expected, trainer = make_trainer(train=Dataset.from_list(rows), max_steps=2), make_trainer(max_steps=2)
+    expected.train()
+    trainer.train_dataset = rows
+    trainer.train()
+    assert by_step(trainer) == by_step(expected)
+    assert trainer.predict(rows).metrics["test_loss"] == trainer.evaluate(Dataset.from_list(rows))["eval_loss"]
+
+
 def test_predictions_are_the_logits_of_the_rows(make_trainer):
     trainer = make_trainer()
     output = trainer.predict(addition_dataset(3, seed=5))
@@ -225,7 +235,7 @@ def test_training_rows_put_in_later_get_the_teachers_completions(make_trainer, b
     assert by_step(trainer) == by_step(expected)
 
 
-@pytest.mark.parametrize("rows", [[{"prompt": "1"}], "rows.jsonl", 3])
+@pytest.mark.parametrize("rows", ["rows.jsonl", 3, print])
 def test_what_is_no_dataset_is_refused_whenever_it_comes(make_trainer, rows):
     trainer = make_trainer()
     with pytest.raises(DatasetError, match="expected datasets.Dataset"):
@@ -233,6 +243,13 @@ def test_what_is_no_dataset_is_refused_whenever_it_comes(make_trainer, rows):
     trainer.train_dataset = rows
     with pytest.raises(DatasetError, match="expected datasets.Dataset"):
         trainer.train()
+
+
+def test_rows_that_come_later_are_held_against_a_models_positions(make_trainer, make_student, caplog):
+    trainer = make_trainer(make_student(max_position_embeddings=10))
+    caplog.clear()
+    trainer.evaluate(Dataset.from_list([{"prompt": "1+2=" * 4, "completion": "3"}] * 4))
+    assert "positions" in caplog.text
 
 
 def test_training_rows_of_another_layout_are_refused(make_trainer):
