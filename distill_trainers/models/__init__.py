@@ -5,6 +5,7 @@ wrapper* (`install_token_forward`), its output `Head`, and the context in which 
 """
 
 from .adapters import add_adapter, answering_with, causal_lm_of, is_peft, load_adapter, unwrapped
+from .compiling import check_compiler, compile_for_launch, compiled_by_layer, uncompiled
 from .forward import (
     disable_dropout,
     forward_inputs,

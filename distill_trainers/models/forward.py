@@ -101,7 +101,7 @@ def _inside_head(causal_lm: PreTrainedModel, hidden: Tensor, on_hidden: OnHidden
     instance_forward = module.__dict__.get("forward")
     module.forward = lambda hidden: on_hidden(hidden, read_head(causal_lm))
     try:
-        return module(hidden)
+        return module._call_impl(hidden)  # with its hooks, but not compiled: that would trace the loss
     finally:
         if instance_forward is None:
             del module.forward

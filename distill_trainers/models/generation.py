@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .adapters import causal_lm_of
+from .compiling import uncompiled
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,7 +33,8 @@ def generating(model: nn.Module, accelerator: Accelerator, gather: bool = True) 
     try:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
-        with torch.no_grad(), unwrap_model_for_generation(model, accelerator, gather) as unwrapped:
+        # Compiled layers would be compiled anew for every kind of cache, and for the growing one of each layer.
+        with uncompiled(), torch.no_grad(), unwrap_model_for_generation(model, accelerator, gather) as unwrapped:
             yield unwrapped
     finally:
         for module in checkpointed:

@@ -102,6 +102,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ):
         self.args = args = config_from_arguments(self.config_class, args)
+        model, teacher_model = models.compiled_by_layer(model), models.compiled_by_layer(teacher_model)
         adapted, quantized = peft_config is not None, quantization_config is not None
         pair = Pair(model, teacher_model, adapted, processing_class, teacher_processing_class)
         ready = preflight(Given(pair, args, train_dataset, eval_dataset, self.pretraining_dataset, quantized))
@@ -133,6 +134,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
             optimizers=optimizers,
         )
         self._refuse_launch()
+        models.compile_for_launch(self.model, args, self.accelerator)
         self.teacher.prepare(self.accelerator)
         self._start()
 

@@ -144,6 +144,7 @@ def preflight(given: Given) -> Ready:
     """
     args, student, teacher = given.args, given.pair.student, given.pair.teacher
     _check_parallelism(args)
+    models.check_compiler(args)
     given = _plain(given)
     adapted = given.pair.adapted or (isinstance(student, nn.Module) and models.is_peft(student))
     pair = dataclasses.replace(given.pair, adapted=adapted)
