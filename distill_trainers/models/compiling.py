@@ -144,8 +144,9 @@ def _compile_layers(model: nn.Module, compiler: Compiler) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0].rstrip('.')}." if lines else f"{type(error).__name__}."
+    cause = getattr(error, "inner_exception", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{lines[0].rstrip('.')}." if lines else f"{type(cause).__name__}."
 
 
 def _outer_stacks(module: nn.Module) -> list[nn.ModuleList]:

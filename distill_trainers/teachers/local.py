@@ -82,6 +82,7 @@ class LocalTeacher(Teacher):
             raise ConfigurationError(f"The teacher {type(model).__name__} is an encoder-decoder; expected a causal LM.")
         self.placement = placement
         self.name = name or models.source_of(model) or type(model).__name__
+        model = models.compiled_by_layer(model)
         self._fingerprint = weights_fingerprint(model)  # while the weights are whole
         self.model = models.install_token_forward(model)
         self.model.requires_grad_(False)
