@@ -6,6 +6,7 @@ wrapper* (`install_token_forward`), its output `Head`, and the context in which 
 
 from .adapters import add_adapter, answering_with, causal_lm_of, is_peft, load_adapter, unwrapped
 from .compiling import check_compiler, compile_for_launch, compiled_by_layer, uncompiled
+from .experts import AUX_LOSS, balance_coefficient, without_router_logits
 from .forward import (
     disable_dropout,
     forward_inputs,

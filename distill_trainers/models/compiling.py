@@ -93,7 +93,7 @@ def compiled_by_layer(model: Any) -> Any:
     whole = [module for module in model.modules() if module._compiled_call_impl is not None and _holds(module, body)]
     if whole:
         _compile_layers(model, _compiler_of(whole[0]))
-    for module in whole:
+    for module in [*whole, *_heads_of(model)]:  # the loss runs in the head's call
         module._compiled_call_impl = None
     return model
 
@@ -101,6 +101,11 @@ def compiled_by_layer(model: Any) -> Any:
 def _body_of(model: nn.Module) -> nn.Module:
     causal_lm = causal_lm_of(model)
     return getattr(causal_lm, "base_model", causal_lm)
+
+
+def _heads_of(model: nn.Module) -> list[nn.Module]:
+    head = getattr(causal_lm_of(model), "get_output_embeddings", lambda: None)()
+    return [] if head is None else list(head.modules())
 
 
 def _holds(module: nn.Module, body: nn.Module) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ..exceptions import ConfigurationError
 from ..signals import Head
 from .adapters import causal_lm_of
 from .compiling import uncompiled
+from .experts import AUX_LOSS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +37,7 @@ def install_token_forward(model: nn.Module) -> nn.Module:
     """Teach the causal LM inside `model` the keyword `on_hidden`.
 
     `wrapper(input_ids=…, on_hidden=f)` runs the backbone and returns `f(last_hidden_state, head)`; without the keyword
-    nothing changes. Since `f` runs inside the forward of the *wrapped* model, autocast applies to the backbone, DDP
+    nothing changes. With `with_balance=True` it returns that and the balance term of a mixture of experts, or None. Since `f` runs inside the forward of the *wrapped* model, autocast applies to the backbone, DDP
     and FSDP see the graph, and under ZeRO-3 the head's weight is whole (`f` runs inside the head module's own call).
     Must be called before the model is wrapped, because accelerate wraps the forward it finds.
     """
@@ -45,13 +47,17 @@ def install_token_forward(model: nn.Module) -> nn.Module:
     causal_lm._distill_original_forward = causal_lm.forward
 
     @functools.wraps(type(causal_lm).forward)  # keeps the signature that `generate` and PEFT inspect
-    def forward(self, *args: Any, on_hidden: OnHidden | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, on_hidden: OnHidden | None = None, with_balance: bool = False, **kwargs: Any) -> Any:
         if on_hidden is None:
             return self._distill_original_forward(*args, **kwargs)
         # PEFT passes labels, return_dict and the like along as None. A cache would keep keys and values for nothing.
         inputs = {k: v for k, v in kwargs.items() if v is not None and k not in ("labels", "return_dict")}
-        hidden = self.base_model(*args, **{"use_cache": False, **inputs}).last_hidden_state
-        return _inside_head(self, hidden, on_hidden)
+        inputs = {"use_cache": False, **inputs}
+        if with_balance:
+            return _with_balance(self, args, inputs, on_hidden)
+        hidden = self.base_model(*args, **inputs).last_hidden_state
+        with _head_calls(self, lambda hidden: on_hidden(hidden, read_head(self))) as head_module:
+            return head_module(hidden)
 
     causal_lm.forward = MethodType(forward, causal_lm)  # a bound method, so that deepcopy binds it to the copy
     return model
@@ -96,13 +102,27 @@ def gives_hidden_states(model: nn.Module) -> bool:
     return causal_lm._distill_head_is_known
 
 
-def _inside_head(causal_lm: PreTrainedModel, hidden: Tensor, on_hidden: OnHidden) -> Any:
-    """Call `on_hidden` as if it were the forward of the head module, so that ZeRO-3 gathers the head's weight."""
+def _with_balance(causal_lm: Any, args: Any, inputs: dict[str, Any], on_hidden: OnHidden) -> tuple[Any, Tensor | None]:
+    """Let the model's own forward run, with `on_hidden` in the place of its head: it knows its balance term best."""
+    results = []
+
+    def instead(hidden: Tensor) -> Tensor:
+        results.append(on_hidden(hidden, read_head(causal_lm)))
+        return hidden.new_zeros((*hidden.shape[:-1], 1))  # logits that nobody reads
+
+    with _head_calls(causal_lm, instead):
+        output = causal_lm._distill_original_forward(*args, **inputs, output_router_logits=True)
+    return results[0], getattr(output, AUX_LOSS, None)
+
+
+@contextlib.contextmanager
+def _head_calls(causal_lm: PreTrainedModel, function: Callable[[Tensor], Any]) -> Iterator[nn.Module]:
+    """Let the head module's own call run `function`, within it: by its hooks ZeRO-3 gathers the head's weight."""
     module = _head_module(causal_lm)
     instance_forward = module.__dict__.get("forward")
-    module.forward = lambda hidden: on_hidden(hidden, read_head(causal_lm))
+    module.forward = function
     try:
-        return module._call_impl(hidden)  # with its hooks, but not compiled: that would trace the loss
+        yield module
     finally:
         if instance_forward is None:
             del module.forward

@@ -11,6 +11,7 @@ from torch import nn
 
 from .adapters import causal_lm_of
 from .compiling import uncompiled
+from .experts import without_router_logits
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,8 +35,9 @@ def generating(model: nn.Module, accelerator: Accelerator, gather: bool = True) 
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
         # Compiled layers would be compiled anew for every kind of cache, and for the growing one of each layer.
-        with uncompiled(), torch.no_grad(), unwrap_model_for_generation(model, accelerator, gather) as unwrapped:
-            yield unwrapped
+        with uncompiled(), without_router_logits(model), torch.no_grad():
+            with unwrap_model_for_generation(model, accelerator, gather) as unwrapped:
+                yield unwrapped
     finally:
         for module in checkpointed:
             module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -31,7 +31,7 @@ from ..data import DistillCollator, replace_completions
 from ..data.labels import is_tokenised
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
-from ..losses.reduction import count_of, step_counts, step_weights, token_mean
+from ..losses.reduction import count_of, step_counts, step_weights, token_mean, window_mean
 from ..rollouts import build_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
 from ..signals import TeacherSignal, TokenLogits
@@ -356,6 +356,11 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         if model.training and self.accelerator.sync_gradients:
             outage.end_together(self, self.last_step)
         loss = token_mean(total, of_step.flatten()[0], world_size)
+        balance = terms.pop(models.AUX_LOSS, None)
+        if balance is not None:
+            micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + window_mean(models.balance_coefficient(model) * balance, micro_batches)
+            self.metrics.add_means({models.AUX_LOSS: balance.detach()}, 1)
         if model.training:
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])

@@ -214,6 +214,12 @@ def _check_architecture(config: Any, teacher: Any, args: DistillConfig, wants: R
             f"The student is an encoder-decoder ({config.model_type}), which this method cannot train; expected a "
             "causal LM. Encoder-decoders are for `method: rationale` with `objective: step_by_step`."
         )
+    if getattr(config, "output_router_logits", False):
+        raise ConfigurationError(
+            f"Got `output_router_logits: true` in the config of the student ({config.model_type}), which asks for a "
+            "loss that balances its experts; for an encoder-decoder there is none here. Set it to false, or take a "
+            "causal LM."
+        )
     if not loading.kind_of(teacher, args).is_nobody:
         raise ConfigurationError(
             f"The student is an encoder-decoder ({config.model_type}) and there is a teacher: their tokens do not lie "
