@@ -19,7 +19,7 @@ from torch import nn
 
 from ..exceptions import ConfigurationError
 from ..settings import require
-from .adapters import causal_lm_of
+from .adapters import causal_lm_of, head_module_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,7 +104,7 @@ def _body_of(model: nn.Module) -> nn.Module:
 
 
 def _heads_of(model: nn.Module) -> list[nn.Module]:
-    head = getattr(causal_lm_of(model), "get_output_embeddings", lambda: None)()
+    head = head_module_of(causal_lm_of(model))
     return [] if head is None else list(head.modules())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..exceptions import ConfigurationError
 from ..signals import Head
-from .adapters import causal_lm_of
+from .adapters import causal_lm_of, head_module_of
 from .compiling import uncompiled
 from .experts import AUX_LOSS
 
@@ -31,6 +32,12 @@ def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     names = {"input_ids": "encoder_ids", "attention_mask": "encoder_mask"}
     names |= {"decoder_input_ids": "input_ids", "decoder_attention_mask": "attention_mask"}
     return {name: batch[entry] for name, entry in names.items()}
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
+    """Return the output of the model's own forward, with logits of all positions, and no cache that nobody reads."""
+    accepted = inspect.signature(type(causal_lm_of(model)).forward).parameters
+    return model(**inputs, **options, **({"use_cache": False} if "use_cache" in accepted else {}))
 
 
 def install_token_forward(model: nn.Module) -> nn.Module:
@@ -131,16 +138,17 @@ def _head_calls(causal_lm: PreTrainedModel, function: Callable[[Tensor], Any]) -
 
 
 def _head_module(causal_lm: PreTrainedModel) -> nn.Module:
-    module = causal_lm.get_output_embeddings()
+    module = head_module_of(causal_lm)
     if module is None:
         raise ConfigurationError(f"{type(causal_lm).__name__} has no output embeddings; a causal LM was expected.")
-    # PEFT's modules_to_save keeps a trained copy beside the frozen original.
-    if hasattr(module, "modules_to_save") and getattr(module, "disable_adapters", False):
-        return module.original_module
-    active = getattr(module, "active_adapters", None)
-    if hasattr(module, "modules_to_save") and active:
-        return module.modules_to_save[active[0]]
     return module
+
+
+def logit_rows(model: nn.Module) -> int:
+    """Return the number of ids that the model gives logits for."""
+    causal_lm = causal_lm_of(model)
+    weight = getattr(head_module_of(causal_lm), "weight", None)  # a PEFT layer's is its base layer's
+    return causal_lm.config.get_text_config().vocab_size if weight is None else weight.shape[0]
 
 
 def read_head(causal_lm: PreTrainedModel) -> Head:
@@ -176,7 +184,7 @@ def _head_weight(module: nn.Module) -> Tensor:
 
 def head_is_fusable(model: nn.Module) -> bool:
     """Tell whether the head is one matrix product: a Linear, or a plain LoRA on one (no dropout, no DoRA)."""
-    module: Any = _head_module(causal_lm_of(model))
+    module: Any = head_module_of(causal_lm_of(model))
     if isinstance(module, nn.Linear) and not hasattr(module, "base_layer"):
         return True
     base = getattr(module, "base_layer", None)
@@ -201,16 +209,20 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
     model.eval()
     full_precision = True
 
-    def rebuild(hidden: Tensor, head: Head) -> Tensor:
+    def rebuild(hidden: Tensor, head: Head) -> Tensor | None:
         nonlocal full_precision
+        if hidden.shape[-1] != head.weight.shape[-1]:  # something lies between them, as in Electra and RemBERT
+            return None
         autocast = torch.is_autocast_enabled(hidden.device.type)
         full_precision = not autocast and {hidden.dtype, head.weight.dtype} <= {torch.float32, torch.float64}
         return head.logits(hidden[0])
 
     with uncompiled():  # one row and a cache are not what layers are compiled for
         rebuilt = model(**sample, on_hidden=rebuild)
-        expected = model(**sample).logits[0]
+        expected = logits_of(model, sample).logits[0]
     model.train(was_training)
+    if rebuilt is None:
+        return False
     rebuilt, expected = rebuilt[:, : expected.shape[-1]].double(), expected.double()
     keep = sample.get("decoder_attention_mask", sample["attention_mask"])[0].bool()
     error = (rebuilt - expected)[keep].norm() / expected[keep].norm().clamp_min(1e-30)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..exceptions import ConfigurationError
 from .adapters import causal_lm_of
 from .compiling import uncompiled
 from .experts import without_router_logits
@@ -24,9 +25,13 @@ def generating(model: nn.Module, accelerator: Accelerator, gather: bool = True) 
 
     Args:
         gather: make weights whole for it in a ZeRO-3 launch; else they are gathered layer by layer at each token.
+
+    Raises:
+        ConfigurationError: see `check_can_generate`.
     """
     from trl.models.utils import unwrap_model_for_generation
 
+    check_can_generate(model)
     was_training = model.training
     # Left on, TRL would switch checkpointing off and on again, and forget its settings.
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
@@ -42,6 +47,21 @@ def generating(model: nn.Module, accelerator: Accelerator, gather: bool = True) 
         for module in checkpointed:
             module.gradient_checkpointing = True  # type: ignore[assignment]
         model.train(was_training)
+
+
+def check_can_generate(model: nn.Module) -> None:
+    """Refuse a model that is to write text and has no `generate`.
+
+    Raises:
+        ConfigurationError: what to do about it.
+    """
+    causal_lm = causal_lm_of(model)
+    if not callable(getattr(causal_lm, "generate", None)):
+        raise ConfigurationError(
+            f"Got a {type(causal_lm).__name__}, which has no `generate`, where completions are to be sampled; expected "
+            "a model that generates. Let its class inherit from `transformers.GenerationMixin`, or train on given "
+            "completions (`lmbda: 0`, and no measures that sample)."
+        )
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

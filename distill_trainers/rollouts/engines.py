@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .. import models
 from ..exceptions import ConfigurationError, refuse_unknown_keys
 from ..settings import require
 from .decode.loop import decode_completions, why_not_decodable
@@ -166,10 +167,12 @@ def build_engine(
         vllm_options: arguments of TRL's `VLLMGeneration`, such as `{"mode": "server", "server_port": 8000}`.
 
     Raises:
-        ConfigurationError: as `check_engine`; or vLLM is to load a student that has no folder or Hub id.
+        ConfigurationError: as `check_engine`; or vLLM is to load a student that has no folder or Hub id, or the student
+            cannot generate.
     """
     check_engine(name, vllm_options)
     if name != "vllm":
+        models.check_can_generate(model)
         return local_engine(name, tokenizer, batch_size)
     options = {"max_model_length": max_length, "max_num_seqs": batch_size, **(vllm_options or {})}
     if options.get("mode", "colocate") == "colocate" and not getattr(model, "name_or_path", None):
@@ -180,7 +183,7 @@ def build_engine(
     from trl.generation.vllm_generation import VLLMGeneration
 
     generation = VLLMGeneration(model=model, accelerator=accelerator, processing_class=tokenizer, **options)
-    return VllmEngine(generation, vocab_rows=model.get_output_embeddings().weight.shape[0])
+    return VllmEngine(generation, vocab_rows=models.logit_rows(model))
 
 
 def local_engine(name: str, tokenizer: Any, batch_size: int | None = None) -> HfEngine:

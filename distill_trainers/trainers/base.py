@@ -115,7 +115,7 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
         pair = replace(ready.pair, teacher=ready.open_teacher(train_dataset, eval_dataset))
 
         set_seed(args.seed)  # adapters start at random
-        student = load_student(model, args, peft_config, quantization_config)
+        student = load_student(model, args, peft_config, quantization_config, trains=train_dataset is not None)
         models.install_token_forward(student)
         self.teacher = load_teacher(pair, args, lambda: getattr(self, "model_wrapped", student))
         ready.tell(self.teacher, train_dataset, eval_dataset, loaded=True)

@@ -117,7 +117,8 @@ class TwoModels:
                 result = student(**forward_inputs, on_hidden=on_hidden, **({"with_balance": True} if balanced else {}))
                 (total, terms), balance = result if balanced else (result, None)
             else:
-                output = student(**forward_inputs, **({"output_router_logits": True} if balanced else {}))
+                asked = {"output_router_logits": True} if balanced else {}
+                output = models.logits_of(student, forward_inputs, **asked)
                 logits_NV = output.logits[:, :-1][predicts][:, : self.vocab_size].float()
                 total, terms = _terms_of_logits(logits_NV, whole_signal, terms_fn, row_terms, tokens, weights)
                 balance = getattr(output, models.AUX_LOSS, None) if balanced else None

@@ -277,8 +277,9 @@ def test_a_sharded_student_is_merged(finished, saved, config):
 def test_two_processes_balance_experts_as_one_does_that_accumulates_twice_as_much(tmp_path, config):
     """The balance term is one of a micro-batch; a step takes the mean over those of all processes."""
     settings = {**OFF_POLICY, "per_device_train_batch_size": 2, "learning_rate": 0.1}
-    one = launch(tmp_path / "one", None, {**settings, "gradient_accumulation_steps": 4}, experts=True)
-    two = launch(tmp_path / "two", f"{config}.yaml", settings, experts=True)
+    experts = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    one = launch(tmp_path / "one", None, {**settings, "gradient_accumulation_steps": 4}, experts=experts)
+    two = launch(tmp_path / "two", f"{config}.yaml", settings, experts=experts)
     assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
     first, second = ([log["aux_loss"] for log in run["logs"] if "loss" in log] for run in (one, two))
     assert second == pytest.approx(first, rel=1e-4) and all(value > 1.5 for value in first)

@@ -72,11 +72,11 @@ class GradNorms(TrainerCallback):
         self.logs.append(dict(logs, step=state.global_step))
 
 
-def mixture_of_experts():
-    """A student whose config asks for the loss that balances its experts."""
+def mixture_of_experts(**asks):
+    """A student whose config may ask for the loss that balances its experts."""
     torch.manual_seed(1)
+    asks = {"num_local_experts": 4, **asks}
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    asks = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "num_local_experts": 4}
     config = MixtralConfig(vocab_size=14, num_hidden_layers=2, pad_token_id=0, eos_token_id=1, **sizes, **asks)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
@@ -128,7 +128,7 @@ def train(job):
     teacher = job.get("teacher", teacher)  # the address of a server that has the same one
     student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1, attention_dropout=job.get("dropout", 0.0))
     if job.get("experts"):
-        student = mixture_of_experts()
+        student = mixture_of_experts(**job["experts"])
     peft_config = None
     if job.get("lora"):
         from peft import LoraConfig
