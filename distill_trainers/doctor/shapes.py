@@ -60,7 +60,7 @@ def shape_of(model: nn.Module) -> ModelShape:
     embedded = getattr(embedding, "base_layer", embedding).weight
     head = models.head_module_of(causal_lm)
     head = embedding if head is None else head  # of the same size, where the model does not name its head
-    weight = getattr(head, "base_layer", head).weight
+    weight: Any = getattr(head, "base_layer", head).weight
     stacks = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     stack = max(stacks, key=models.num_parameters, default=nn.ModuleList())
     layers = int(text.num_hidden_layers)

@@ -79,7 +79,7 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 
 def head_module_of(causal_lm: Any) -> nn.Module | None:
     """Return the module that turns hidden states into logits; None where the model does not name one."""
-    module = getattr(causal_lm, "get_output_embeddings", lambda: None)()
+    module: Any = getattr(causal_lm, "get_output_embeddings", lambda: None)()
     # PEFT's modules_to_save keeps a trained copy beside the frozen original.
     if hasattr(module, "modules_to_save") and getattr(module, "disable_adapters", False):
         return module.original_module

@@ -44,8 +44,9 @@ def install_token_forward(model: nn.Module) -> nn.Module:
     """Teach the causal LM inside `model` the keyword `on_hidden`.
 
     `wrapper(input_ids=…, on_hidden=f)` runs the backbone and returns `f(last_hidden_state, head)`; without the keyword
-    nothing changes. With `with_balance=True` it returns that and the balance term of a mixture of experts, or None. Since `f` runs inside the forward of the *wrapped* model, autocast applies to the backbone, DDP
-    and FSDP see the graph, and under ZeRO-3 the head's weight is whole (`f` runs inside the head module's own call).
+    nothing changes. With `with_balance=True` it returns that and the balance term of a mixture of experts, or None.
+    Since `f` runs inside the forward of the *wrapped* model, autocast applies to the backbone, DDP and FSDP see the
+    graph, and under ZeRO-3 the head's weight is whole (`f` runs inside the head module's own call).
     Must be called before the model is wrapped, because accelerate wraps the forward it finds.
     """
     causal_lm: Any = causal_lm_of(model)  # it gets attributes of ours

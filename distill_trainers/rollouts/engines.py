@@ -167,12 +167,10 @@ def build_engine(
         vllm_options: arguments of TRL's `VLLMGeneration`, such as `{"mode": "server", "server_port": 8000}`.
 
     Raises:
-        ConfigurationError: as `check_engine`; or vLLM is to load a student that has no folder or Hub id, or the student
-            cannot generate.
+        ConfigurationError: as `check_engine`; or vLLM is to load a student that has no folder or Hub id.
     """
     check_engine(name, vllm_options)
     if name != "vllm":
-        models.check_can_generate(model)
         return local_engine(name, tokenizer, batch_size)
     options = {"max_model_length": max_length, "max_num_seqs": batch_size, **(vllm_options or {})}
     if options.get("mode", "colocate") == "colocate" and not getattr(model, "name_or_path", None):

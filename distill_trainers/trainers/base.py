@@ -155,6 +155,11 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
             raise ConfigurationError(
                 "Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`."
             )
+        if models.zero_stage(self.accelerator) == 3 and models.balance_coefficient(self.model):
+            raise ConfigurationError(
+                "Got `output_router_logits: true` in the student's config under ZeRO-3, where the backward pass of the "
+                "loss that balances its experts fails; expected ZeRO-2, DDP or FSDP2, or `output_router_logits: false`."
+            )
         publishing.check_merger(self.args, self.model, self.accelerator)
 
     def _start(self) -> None:
@@ -171,6 +176,8 @@ class DistillTrainer(publishing.Publishing, Resuming, TeacherForcedEvaluation):
                 batch_size=args.rollout_batch_size,
                 vllm_options=args.vllm_kwargs,  # type: ignore[arg-type]  # parsed by now
             )
+            if self.engine.runs_the_model:
+                models.check_can_generate(self.model)
         self.add_callback(StepLoss(self))
         if args.eval_measures:
             self.add_callback(HeldOutMeasures(self))

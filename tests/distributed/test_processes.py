@@ -273,7 +273,7 @@ def test_a_sharded_student_is_merged(finished, saved, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", LAUNCHES)
+@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero2", "cpu_fsdp2"])  # refused under ZeRO-3
 def test_two_processes_balance_experts_as_one_does_that_accumulates_twice_as_much(tmp_path, config):
     """The balance term is one of a micro-batch; a step takes the mean over those of all processes."""
     settings = {**OFF_POLICY, "per_device_train_batch_size": 2, "learning_rate": 0.1}

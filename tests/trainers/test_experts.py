@@ -121,9 +121,9 @@ def test_a_config_that_does_not_ask_gets_none(make_trainer, batch_of, changes):
 
 def test_a_model_that_adds_nothing_to_its_own_loss_gets_nothing(make_trainer, batch_of):
     """DeepSeek-V3 balances by biases: it gives router logits, and no term."""
-    settings = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4}
-    settings["num_key_value_heads"] = 4
-    settings |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+    settings = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    settings |= {"head_dim": 4, "num_key_value_heads": 4, "first_k_dense_replace": 0}
+    settings |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1}
     student = mixture("DeepseekV3", **settings)
     trainer, reference = make_trainer(student, lmbda=0.0), make_trainer(silent(student), lmbda=0.0)
     batch = batch_of(trainer, range(8))
@@ -131,7 +131,7 @@ def test_a_model_that_adds_nothing_to_its_own_loss_gets_nothing(make_trainer, ba
 
 
 def test_a_step_takes_the_mean_over_its_micro_batches(make_trainer, batch_of):
-    """As TRL's SFTTrainer. transformers' Trainer takes the sum, so that accumulation changes what is trained."""
+    """As TRL's SFTTrainer. transformers' Trainer adds them up, so that accumulation changes what is trained."""
     settings = {"lmbda": 0.0, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1}
     settings |= {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4, "weight_decay": 0.0}
     student = mixture()
@@ -176,10 +176,8 @@ def test_the_teachers_balance_and_evaluation_have_no_part_in_it(make_trainer, ma
     reference = make_trainer(make_student(), silent(teacher), lmbda=0.0)
     batch = batch_of(trainer, range(8))
     assert loss_and_gradients(trainer, batch)[0] == loss_and_gradients(reference, batch)[0]
-    student = mixture()
-    scores = [
-        make_trainer(m, lmbda=0.0, eval_dataset=rows_for("gkd")(6, seed=5)).evaluate() for m in (student, silent(student))
-    ]
+    student, rows = mixture(), rows_for("gkd")(6, seed=5)
+    scores = [make_trainer(m, lmbda=0.0, eval_dataset=rows).evaluate() for m in (student, silent(student))]
     assert scores[0]["eval_loss"] == scores[1]["eval_loss"] and "eval_aux_loss" not in scores[0]
 
 
@@ -213,6 +211,13 @@ def test_a_mixture_samples_what_it_would_without_the_term(make_trainer, batch_of
         sampled.append(batches[0]["input_ids"])
     assert torch.equal(*sampled)
     assert student.config.output_router_logits is True
+
+
+def test_the_launch_in_which_its_backward_pass_fails_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr("distill_trainers.models.zero_stage", lambda accelerator: 3)
+    with pytest.raises(ConfigurationError, match="`output_router_logits: true`.*under ZeRO-3.*expected ZeRO-2"):
+        make_trainer(mixture(), lmbda=0.0)
+    make_trainer(silent(mixture()), lmbda=0.0)
 
 
 def test_an_encoder_decoder_that_asks_for_it_is_refused(make_trainer):
