@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from distill_trainers import DPKDConfig, DPKDTrainer
 from distill_trainers.toy import addition_rows, character_tokenizer, tiny_llama
@@ -28,9 +29,9 @@ def pairs(count=16):
 def both(settings_of_both):
     """Trainers of both libraries whose students have left their reference, as in the middle of a run."""
 
-    def build(theirs, **ours):
+    def build(theirs, student=None, **ours):
         tokenizer = character_tokenizer()
-        student = tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3).double()
+        student = student or tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3).double()
         settings = settings_of_both(bf16=False, max_length=32, max_steps=3, beta=0.3)
         args = trl.DPOConfig(**settings, loss_type=theirs, activation_checkpointing=False)
         models = copy.deepcopy(student), copy.deepcopy(student)
@@ -56,9 +57,30 @@ CASES = [
 ]
 
 
+def mixture_of_experts():
+    """A student whose config asks for the loss that balances its experts."""
+    torch.manual_seed(1)
+    config = MixtralConfig(
+        vocab_size=14,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager")
+
+
+@pytest.mark.parametrize("student", [None, mixture_of_experts], ids=["dense", "experts"])
 @pytest.mark.parametrize("theirs, ours", CASES, ids=[case[0] for case in CASES])
-def test_one_batch_has_the_same_loss_and_gradient(both, theirs, ours):
-    their, our = both(theirs, **ours)
+def test_one_batch_has_the_same_loss_and_gradient(both, theirs, ours, student):
+    their, our = both(theirs, student and student(), **ours)
     rows = range(8)
     batch = their.data_collator([their.train_dataset[i] for i in rows])
     their.model.train()

@@ -56,10 +56,11 @@ def shape_of(model: nn.Module) -> ModelShape:
     """Read the sizes of a causal LM (or of a PeftModel around one), on whatever device it is."""
     causal_lm: Any = models.causal_lm_of(model)
     text = causal_lm.config.get_text_config(decoder=True)
-    head = causal_lm.get_output_embeddings()
-    weight = getattr(head, "base_layer", head).weight
     embedding = causal_lm.get_input_embeddings()
     embedded = getattr(embedding, "base_layer", embedding).weight
+    head = models.head_module_of(causal_lm)
+    head = embedding if head is None else head  # of the same size, where the model does not name its head
+    weight: Any = getattr(head, "base_layer", head).weight
     stacks = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     stack = max(stacks, key=models.num_parameters, default=nn.ModuleList())
     layers = int(text.num_hidden_layers)

@@ -166,8 +166,8 @@ class Subject:
     @contextlib.contextmanager
     def generating(self) -> Iterator[Any]:
         """Yield the model, ready to generate; it is loaded only now."""
-        with torch.no_grad():
-            model = self.model.model.eval()
+        model = self.model.model.eval()
+        with torch.no_grad(), models.without_router_logits(model):
             yield models.unwrapped(model)
 
     def release(self) -> None:

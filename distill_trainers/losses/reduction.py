@@ -83,6 +83,14 @@ def token_mean(total: Tensor, count: Tensor | int, world_size: int = 1) -> Tenso
     return total * world_size / count.clamp(min=1) * (count > 0)
 
 
+def window_mean(value: Tensor, micro_batches: int) -> Tensor:
+    """Return a micro-batch's share of the mean of `value` over the micro-batches of a step.
+
+    Averaging over processes, which DDP, FSDP and ZeRO do with gradients, makes it the mean over theirs too.
+    """
+    return value / micro_batches
+
+
 def weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, Any], start: Tensor) -> Tensor:
     """Add to `start`, in the order of `weights`, each weight times the sum of its term `[N]` over the tokens.
 

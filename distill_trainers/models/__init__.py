@@ -4,7 +4,17 @@ Everything above it sees three ideas only: a causal LM that can be run up to its
 wrapper* (`install_token_forward`), its output `Head`, and the context in which it can generate.
 """
 
-from .adapters import add_adapter, answering_with, causal_lm_of, is_peft, load_adapter, unwrapped
+from .adapters import (
+    add_adapter,
+    answering_with,
+    causal_lm_of,
+    head_module_of,
+    is_peft,
+    load_adapter,
+    unwrapped,
+)
+from .compiling import check_compiler, compile_for_launch, compiled_by_layer, uncompiled
+from .experts import AUX_LOSS, balance_coefficient, without_router_logits
 from .forward import (
     disable_dropout,
     forward_inputs,
@@ -12,11 +22,13 @@ from .forward import (
     head_is_fusable,
     head_reproduces_logits,
     install_token_forward,
+    logit_rows,
+    logits_of,
     merged_copy,
     read_head,
 )
 from .frozen import loading_placed, prepare_frozen
-from .generation import eos_ids, generating, generation_eos_ids
+from .generation import check_can_generate, eos_ids, generating, generation_eos_ids
 from .loading import (
     check_model_source,
     decoder_start,

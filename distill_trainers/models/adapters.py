@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,8 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
         )
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    if peft_config.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
+        peft_config = dataclasses.replace(peft_config, task_type=None)  # else PEFT wants to wrap the model's `generate`
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:
@@ -72,6 +75,18 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """Return the causal LM inside any stack of PEFT, DDP, FSDP and DeepSpeed wrappers."""
     model = unwrapped(model)
     return model.get_base_model() if is_peft(model) else model  # type: ignore[return-value, operator]
+
+
+def head_module_of(causal_lm: Any) -> nn.Module | None:
+    """Return the module that turns hidden states into logits; None where the model does not name one."""
+    module: Any = getattr(causal_lm, "get_output_embeddings", lambda: None)()
+    # PEFT's modules_to_save keeps a trained copy beside the frozen original.
+    if hasattr(module, "modules_to_save") and getattr(module, "disable_adapters", False):
+        return module.original_module
+    active = getattr(module, "active_adapters", None)
+    if hasattr(module, "modules_to_save") and active:
+        return module.modules_to_save[active[0]]
+    return module
 
 
 @contextlib.contextmanager

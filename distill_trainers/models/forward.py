@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 
 from ..exceptions import ConfigurationError
 from ..signals import Head
-from .adapters import causal_lm_of
+from .adapters import causal_lm_of, head_module_of
+from .compiling import uncompiled
+from .experts import AUX_LOSS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,12 +34,19 @@ def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: batch[entry] for name, entry in names.items()}
 
 
+def logits_of(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
+    """Return the output of the model's own forward, with logits of all positions, and no cache that nobody reads."""
+    accepted = inspect.signature(type(causal_lm_of(model)).forward).parameters
+    return model(**inputs, **options, **({"use_cache": False} if "use_cache" in accepted else {}))
+
+
 def install_token_forward(model: nn.Module) -> nn.Module:
     """Teach the causal LM inside `model` the keyword `on_hidden`.
 
     `wrapper(input_ids=…, on_hidden=f)` runs the backbone and returns `f(last_hidden_state, head)`; without the keyword
-    nothing changes. Since `f` runs inside the forward of the *wrapped* model, autocast applies to the backbone, DDP
-    and FSDP see the graph, and under ZeRO-3 the head's weight is whole (`f` runs inside the head module's own call).
+    nothing changes. With `with_balance=True` it returns that and the balance term of a mixture of experts, or None.
+    Since `f` runs inside the forward of the *wrapped* model, autocast applies to the backbone, DDP and FSDP see the
+    graph, and under ZeRO-3 the head's weight is whole (`f` runs inside the head module's own call).
     Must be called before the model is wrapped, because accelerate wraps the forward it finds.
     """
     causal_lm: Any = causal_lm_of(model)  # it gets attributes of ours
@@ -44,13 +55,17 @@ def install_token_forward(model: nn.Module) -> nn.Module:
     causal_lm._distill_original_forward = causal_lm.forward
 
     @functools.wraps(type(causal_lm).forward)  # keeps the signature that `generate` and PEFT inspect
-    def forward(self, *args: Any, on_hidden: OnHidden | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, on_hidden: OnHidden | None = None, with_balance: bool = False, **kwargs: Any) -> Any:
         if on_hidden is None:
             return self._distill_original_forward(*args, **kwargs)
         # PEFT passes labels, return_dict and the like along as None. A cache would keep keys and values for nothing.
         inputs = {k: v for k, v in kwargs.items() if v is not None and k not in ("labels", "return_dict")}
-        hidden = self.base_model(*args, **{"use_cache": False, **inputs}).last_hidden_state
-        return _inside_head(self, hidden, on_hidden)
+        inputs = {"use_cache": False, **inputs}
+        if with_balance:
+            return _with_balance(self, args, inputs, on_hidden)
+        hidden = self.base_model(*args, **inputs).last_hidden_state
+        with _head_calls(self, lambda hidden: on_hidden(hidden, read_head(self))) as head_module:
+            return head_module(hidden)
 
     causal_lm.forward = MethodType(forward, causal_lm)  # a bound method, so that deepcopy binds it to the copy
     return model
@@ -95,13 +110,27 @@ def gives_hidden_states(model: nn.Module) -> bool:
     return causal_lm._distill_head_is_known
 
 
-def _inside_head(causal_lm: PreTrainedModel, hidden: Tensor, on_hidden: OnHidden) -> Any:
-    """Call `on_hidden` as if it were the forward of the head module, so that ZeRO-3 gathers the head's weight."""
+def _with_balance(causal_lm: Any, args: Any, inputs: dict[str, Any], on_hidden: OnHidden) -> tuple[Any, Tensor | None]:
+    """Let the model's own forward run, with `on_hidden` in the place of its head: it knows its balance term best."""
+    results = []
+
+    def instead(hidden: Tensor) -> Tensor:
+        results.append(on_hidden(hidden, read_head(causal_lm)))
+        return hidden.new_zeros((*hidden.shape[:-1], 1))  # logits that nobody reads
+
+    with _head_calls(causal_lm, instead):
+        output = causal_lm._distill_original_forward(*args, **inputs, output_router_logits=True)
+    return results[0], getattr(output, AUX_LOSS, None)
+
+
+@contextlib.contextmanager
+def _head_calls(causal_lm: PreTrainedModel, function: Callable[[Tensor], Any]) -> Iterator[nn.Module]:
+    """Let the head module's own call run `function`, within it: by its hooks ZeRO-3 gathers the head's weight."""
     module = _head_module(causal_lm)
     instance_forward = module.__dict__.get("forward")
-    module.forward = lambda hidden: on_hidden(hidden, read_head(causal_lm))
+    module.forward = function
     try:
-        return module(hidden)
+        yield module
     finally:
         if instance_forward is None:
             del module.forward
@@ -110,16 +139,17 @@ def _inside_head(causal_lm: PreTrainedModel, hidden: Tensor, on_hidden: OnHidden
 
 
 def _head_module(causal_lm: PreTrainedModel) -> nn.Module:
-    module = causal_lm.get_output_embeddings()
+    module = head_module_of(causal_lm)
     if module is None:
         raise ConfigurationError(f"{type(causal_lm).__name__} has no output embeddings; a causal LM was expected.")
-    # PEFT's modules_to_save keeps a trained copy beside the frozen original.
-    if hasattr(module, "modules_to_save") and getattr(module, "disable_adapters", False):
-        return module.original_module
-    active = getattr(module, "active_adapters", None)
-    if hasattr(module, "modules_to_save") and active:
-        return module.modules_to_save[active[0]]
     return module
+
+
+def logit_rows(model: nn.Module) -> int:
+    """Return the number of ids that the model gives logits for."""
+    causal_lm = causal_lm_of(model)
+    weight = getattr(head_module_of(causal_lm), "weight", None)  # a PEFT layer's is its base layer's
+    return causal_lm.config.get_text_config().vocab_size if weight is None else weight.shape[0]
 
 
 def read_head(causal_lm: PreTrainedModel) -> Head:
@@ -155,7 +185,7 @@ def _head_weight(module: nn.Module) -> Tensor:
 
 def head_is_fusable(model: nn.Module) -> bool:
     """Tell whether the head is one matrix product: a Linear, or a plain LoRA on one (no dropout, no DoRA)."""
-    module: Any = _head_module(causal_lm_of(model))
+    module: Any = head_module_of(causal_lm_of(model))
     if isinstance(module, nn.Linear) and not hasattr(module, "base_layer"):
         return True
     base = getattr(module, "base_layer", None)
@@ -180,15 +210,20 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
     model.eval()
     full_precision = True
 
-    def rebuild(hidden: Tensor, head: Head) -> Tensor:
+    def rebuild(hidden: Tensor, head: Head) -> Tensor | None:
         nonlocal full_precision
+        if hidden.shape[-1] != head.weight.shape[-1]:  # something lies between them, as in Electra and RemBERT
+            return None
         autocast = torch.is_autocast_enabled(hidden.device.type)
         full_precision = not autocast and {hidden.dtype, head.weight.dtype} <= {torch.float32, torch.float64}
         return head.logits(hidden[0])
 
-    rebuilt = model(**sample, on_hidden=rebuild)
-    expected = model(**sample).logits[0]
+    with uncompiled():  # one row and a cache are not what layers are compiled for
+        rebuilt = model(**sample, on_hidden=rebuild)
+        expected = logits_of(model, sample).logits[0]
     model.train(was_training)
+    if rebuilt is None:
+        return False
     rebuilt, expected = rebuilt[:, : expected.shape[-1]].double(), expected.double()
     keep = sample.get("decoder_attention_mask", sample["attention_mask"])[0].bool()
     error = (rebuilt - expected)[keep].norm() / expected[keep].norm().clamp_min(1e-30)

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..exceptions import ConfigurationError
 from .adapters import causal_lm_of
+from .compiling import uncompiled
+from .experts import without_router_logits
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,9 +25,13 @@ def generating(model: nn.Module, accelerator: Accelerator, gather: bool = True) 
 
     Args:
         gather: make weights whole for it in a ZeRO-3 launch; else they are gathered layer by layer at each token.
+
+    Raises:
+        ConfigurationError: see `check_can_generate`.
     """
     from trl.models.utils import unwrap_model_for_generation
 
+    check_can_generate(model)
     was_training = model.training
     # Left on, TRL would switch checkpointing off and on again, and forget its settings.
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
@@ -32,12 +39,29 @@ def generating(model: nn.Module, accelerator: Accelerator, gather: bool = True) 
     try:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
-        with torch.no_grad(), unwrap_model_for_generation(model, accelerator, gather) as unwrapped:
-            yield unwrapped
+        # Compiled layers would be compiled anew for every kind of cache, and for the growing one of each layer.
+        with uncompiled(), without_router_logits(model), torch.no_grad():
+            with unwrap_model_for_generation(model, accelerator, gather) as unwrapped:
+                yield unwrapped
     finally:
         for module in checkpointed:
             module.gradient_checkpointing = True  # type: ignore[assignment]
         model.train(was_training)
+
+
+def check_can_generate(model: nn.Module) -> None:
+    """Refuse a model that is to write text and has no `generate`.
+
+    Raises:
+        ConfigurationError: what to do about it.
+    """
+    causal_lm = causal_lm_of(model)
+    if not callable(getattr(causal_lm, "generate", None)):
+        raise ConfigurationError(
+            f"Got a {type(causal_lm).__name__}, which has no `generate`, where completions are to be sampled; expected "
+            "a model that generates. Let its class inherit from `transformers.GenerationMixin`, or train on given "
+            "completions (`lmbda: 0`, and no measures that sample)."
+        )
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .. import models
 from ..exceptions import ConfigurationError, refuse_unknown_keys
 from ..settings import require
 from .decode.loop import decode_completions, why_not_decodable
@@ -180,7 +181,7 @@ def build_engine(
     from trl.generation.vllm_generation import VLLMGeneration
 
     generation = VLLMGeneration(model=model, accelerator=accelerator, processing_class=tokenizer, **options)
-    return VllmEngine(generation, vocab_rows=model.get_output_embeddings().weight.shape[0])
+    return VllmEngine(generation, vocab_rows=models.logit_rows(model))
 
 
 def local_engine(name: str, tokenizer: Any, batch_size: int | None = None) -> HfEngine:

@@ -28,7 +28,7 @@ def generate_completions(
 
     Completions are cut by position and never by the pad id, so that an EOS which also serves as padding stays.
     """
-    config = sampling.generation_config(vocab_rows=model.get_output_embeddings().weight.shape[0])
+    config = sampling.generation_config(vocab_rows=models.logit_rows(model))
     config.decoder_start_token_id = models.decoder_start(models.causal_lm_of(model).config)
     stops = stop_function(sampling, tokenizer)
     synced = models.must_stay_in_step(model)  # by itself, generate does not see FSDP2 as accelerate sets it up

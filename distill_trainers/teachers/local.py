@@ -82,6 +82,7 @@ class LocalTeacher(Teacher):
             raise ConfigurationError(f"The teacher {type(model).__name__} is an encoder-decoder; expected a causal LM.")
         self.placement = placement
         self.name = name or models.source_of(model) or type(model).__name__
+        model = models.compiled_by_layer(model)
         self._fingerprint = weights_fingerprint(model)  # while the weights are whole
         self.model = models.install_token_forward(model)
         self.model.requires_grad_(False)
@@ -128,7 +129,7 @@ class LocalTeacher(Teacher):
         if self._fused is None:
             self._fused = models.head_is_fusable(self.model) and models.head_reproduces_logits(self.model, inputs)
         if not self._fused:
-            logits = self.model(**inputs).logits[:, :-1][predicts]
+            logits = models.logits_of(self.model, inputs).logits[:, :-1][predicts]
             return Logits(logits[:, :vocab_size])
         hidden = self.model(**inputs, on_hidden=lambda hidden, head: hidden[:, :-1][predicts])
         return self.signal_of(hidden, vocab_size)

@@ -31,7 +31,7 @@ from .. import hub, models
 from ..data import DistillCollator, replace_completions
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
-from ..losses.reduction import count_of, step_counts, step_weights, token_mean
+from ..losses.reduction import count_of, step_counts, step_weights, token_mean, window_mean
 from ..rollouts import build_engine, rollout_rng
 from ..rollouts.sampling import join_prompts
 from ..signals import TeacherSignal, TokenLogits
@@ -123,8 +123,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self.args = config_from_arguments(self.config_class, args)
         self.adapter, self.quantization = peft_config, quantization_config
         self.formatting_func, self.model_init = formatting_func, model_init  # type: ignore[assignment]  # or a name
-        source = arguments.plain(model) if model_init is None else self.new_source()
-        adapted, teacher = peft_config is not None, arguments.plain(teacher_model)
+        source = models.compiled_by_layer(arguments.plain(model)) if model_init is None else self.new_source()
+        adapted, teacher = peft_config is not None, models.compiled_by_layer(arguments.plain(teacher_model))
         pair = Pair(source, teacher, adapted, processing_class, teacher_processing_class)
         student, tokenizer, train_rows, eval_rows = self._load(pair, train_dataset, eval_dataset)
         super().__init__(
@@ -143,6 +143,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self.model_init = model_init  # type: ignore[assignment]
         self._ready_train = None if self.requirements.replaces_completions else train_rows
         self._refuse_launch()
+        models.compile_for_launch(self.model, self.args, self.accelerator)
         self.teacher.prepare(self.accelerator)
         self._start()
 
@@ -160,18 +161,18 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # parsed by now
         self.teacher_source = pair.teacher
         pair = replace(ready.pair, teacher=ready.open_teacher(train_rows, eval_rows))
-        self.model_wrapped = student = self.make_student(pair.student)
+        self.model_wrapped = student = self.make_student(pair.student, trains=train_rows is not None)
         self.teacher = load_teacher(pair, args, lambda: self.model_wrapped)
         ready.tell(self.teacher, train_rows, eval_rows, loaded=True)
         rows = models.causal_lm_of(student).config.get_text_config().vocab_size
         self.vocab_size = self.teacher.shared_ids(tokenizer, rows, pair.teacher_tokenizer)
         return student, tokenizer, train_rows, eval_rows
 
-    def make_student(self, source: Any) -> nn.Module:
+    def make_student(self, source: Any, trains: bool = True) -> nn.Module:
         """Load the student from a name, or take the model, with its adapter, ready for the loss in its head."""
         self.student_source = source
         set_seed(self.args.seed)  # adapters start at random
-        return models.install_token_forward(load_student(source, self.args, self.adapter, self.quantization))
+        return models.install_token_forward(load_student(source, self.args, self.adapter, self.quantization, trains))
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -191,6 +192,11 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             raise ConfigurationError(
                 "Got FSDP version 1, which flattens the head's weight; expected `fsdp_version: 2`."
             )
+        if models.zero_stage(self.accelerator) == 3 and models.balance_coefficient(self.model):
+            raise ConfigurationError(
+                "Got `output_router_logits: true` in the student's config under ZeRO-3, where the backward pass of the "
+                "loss that balances its experts fails; expected ZeRO-2, DDP or FSDP2, or `output_router_logits: false`."
+            )
         publishing.check_merger(self.args, self.model, self.accelerator)
 
     def _start(self) -> None:
@@ -206,6 +212,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
                 batch_size=args.rollout_batch_size,
                 vllm_options=args.vllm_kwargs,  # type: ignore[arg-type]  # parsed by now
             )
+            if self.engine.runs_the_model:
+                models.check_can_generate(self.model)
         self.add_callback(StepLoss(self))
         self.set_up_method()
         if args.eval_measures:
@@ -403,6 +411,11 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         if model.training and self.accelerator.sync_gradients:
             outage.end_together(self, self.last_step)
         loss = token_mean(total, of_step.flatten()[0], world_size)
+        balance = terms.pop(models.AUX_LOSS, None)
+        if balance is not None:
+            micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + window_mean(models.balance_coefficient(model) * balance, micro_batches)
+            self.metrics.add_means({models.AUX_LOSS: balance.detach()}, 1)
         if model.training:
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])

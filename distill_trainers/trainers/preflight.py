@@ -171,6 +171,7 @@ def preflight(given: Given) -> Ready:
     for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
         setattr(args, name, models.settled_kwargs(getattr(args, name), name) or None)  # what follows knows one spelling
     _check_parallelism(args)
+    models.check_compiler(args)
     given = _plain(given)
     adapted = given.pair.adapted or (isinstance(student, nn.Module) and models.is_peft(student))
     pair = dataclasses.replace(given.pair, adapted=adapted)
@@ -242,6 +243,12 @@ def _check_architecture(config: Any, teacher: Any, args: DistillConfig, wants: R
         raise ConfigurationError(
             f"The student is an encoder-decoder ({config.model_type}), which this method cannot train; expected a "
             "causal LM. Encoder-decoders are for `method: rationale` with `objective: step_by_step`."
+        )
+    if getattr(config, "output_router_logits", False):
+        raise ConfigurationError(
+            f"Got `output_router_logits: true` in the config of the student ({config.model_type}), which asks for a "
+            "loss that balances its experts; for an encoder-decoder there is none here. Set it to false, or take a "
+            "causal LM."
         )
     if not loading.kind_of(teacher, args).is_nobody:
         raise ConfigurationError(

@@ -77,6 +77,9 @@ class TwoModels:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of a micro-batch's terms, and the terms `[N]` of its trained tokens by name.
 
+        While a mixture of experts trains whose config asks for it, its balance term is among them: `aux_loss`, a scalar
+        with its graph, which is not in the sum.
+
         Args:
             student: in its wrappers; all that needs its weights runs inside their forward.
             inputs: a batch with `labels` `[B, T]`; `terms_fn` gets its entries `token_*` too.
@@ -92,6 +95,8 @@ class TwoModels:
             tokens["row"] = predicts.nonzero()[:, 0]
             row_terms = functools.partial(row_terms, num_rows=len(labels))
         forward_inputs = models.forward_inputs(inputs)
+        trains = student.training and torch.is_grad_enabled()
+        balanced = trains and models.balance_coefficient(student) > 0
         if self.head_is_fused is None:
             # Before the teacher is asked: ZeRO-3 keeps the order in which the first forward meets the weights, and a
             # teacher that is the student without its adapter would meet too few of them.
@@ -109,15 +114,15 @@ class TwoModels:
         with contextlib.nullcontext() if signal is None else self.teacher.whole_head(signal) as whole_signal:
             if self.head_is_fused:
                 # The student's head is whole inside its own forward alone, where the wrappers see the loss as well.
-                return student(**forward_inputs, on_hidden=on_hidden)
-            logits_NV = student(**forward_inputs).logits[:, :-1][predicts][:, : self.vocab_size].float()
-            if row_terms is not None:
-                return row_terms_of_logits(logits_NV, whole_signal, terms_fn, row_terms, tokens, weights)
-            told = None if whole_signal is None else whole_signal.chunk(slice(None))
-            terms = terms_fn(TokenLogits(logits_NV), told, tokens)
-            # Without a token the total must be part of the graph still: backward is collective.
-            total = weighted_total(terms, weights, start=logits_NV.sum() * 0.0)
-            return total, {name: values.detach() for name, values in terms.items()}
+                result = student(**forward_inputs, on_hidden=on_hidden, **({"with_balance": True} if balanced else {}))
+                (total, terms), balance = result if balanced else (result, None)
+            else:
+                asked = {"output_router_logits": True} if balanced else {}
+                output = models.logits_of(student, forward_inputs, **asked)
+                logits_NV = output.logits[:, :-1][predicts][:, : self.vocab_size].float()
+                total, terms = _terms_of_logits(logits_NV, whole_signal, terms_fn, row_terms, tokens, weights)
+                balance = getattr(output, models.AUX_LOSS, None) if balanced else None
+        return total, terms if balance is None else {**terms, models.AUX_LOSS: balance}
 
     @torch.no_grad()
     def frozen_logps(self, frozen: Teacher, batch: Mapping[str, Tensor]) -> tuple[Tensor, TeacherSignal]:
@@ -128,6 +133,24 @@ class TwoModels:
             signal = frozen.signal(models.forward_inputs(batch), predicts, self.vocab_size)
             with frozen.whole_head(signal) as whole_signal:
                 return signal_token_logps(whole_signal, labels, chunk_bytes=self.chunk_bytes), signal
+
+
+def _terms_of_logits(
+    logits_NV: Tensor,
+    teacher: TeacherSignal | None,
+    terms_fn: TermsFn,
+    row_terms: Callable[..., Mapping[str, Tensor]] | None,
+    tokens: dict[str, Tensor],
+    weights: Mapping[str, Any],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Do what the fused losses do, with the logits of all tokens at hand."""
+    if row_terms is not None:
+        return row_terms_of_logits(logits_NV, teacher, terms_fn, row_terms, tokens, weights)
+    told = None if teacher is None else teacher.chunk(slice(None))
+    terms = terms_fn(TokenLogits(logits_NV), told, tokens)
+    # Without a token the total must be part of the graph still: backward is collective.
+    total = weighted_total(terms, weights, start=logits_NV.sum() * 0.0)
+    return total, {name: values.detach() for name, values in terms.items()}
 
 
 def _head_can_be_fused(student: nn.Module, inputs: Mapping[str, Tensor]) -> bool:

@@ -34,8 +34,14 @@ def student_tokenizer(student: Any, args: DistillConfig) -> PreTrainedTokenizerB
         ) from error
 
 
-def load_student(student: Any, args: DistillConfig, peft_config: Any, quantization_config: Any) -> Any:
-    """Return the student, loaded by name if need be, with its adapter and without dropout."""
+def load_student(
+    student: Any, args: DistillConfig, peft_config: Any, quantization_config: Any, trains: bool = False
+) -> Any:
+    """Return the student, loaded by name if need be, with its adapter and without dropout.
+
+    Raises:
+        ConfigurationError: it is to be trained, and nothing of it can be.
+    """
     if isinstance(student, str):
         given = models.settled_kwargs(args.model_init_kwargs, "model_init_kwargs")  # type: ignore[arg-type]  # parsed
         kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **given}
@@ -44,8 +50,25 @@ def load_student(student: Any, args: DistillConfig, peft_config: Any, quantizati
         student = models.add_adapter(student, peft_config, models.recomputes_activations(args))
     elif getattr(student, "active_peft_config", None) and student.active_peft_config.is_prompt_learning:
         raise ConfigurationError("The student is a prompt-learning PeftModel; only adapters of weights are supported.")
+    if trains and not models.num_parameters(student, trainable_only=True):
+        _refuse_frozen(student)
     if args.disable_dropout:
         models.disable_dropout(student)
     if models.is_peft(student) and models.recomputes_activations(args):
         student.enable_input_require_grads()  # frozen embeddings would cut the graph
     return student
+
+
+def _refuse_frozen(student: Any) -> None:
+    remedy = "Call `requires_grad_(True)` on the model, or on the parts that are to train"
+    if models.is_peft(student):
+        remedy = (
+            "An adapter is frozen when it is loaded for inference: pass `is_trainable=True` to "
+            "`PeftModel.from_pretrained`, and `inference_mode=False` in its config"
+        )
+    elif getattr(student, "is_quantized", False):
+        remedy = "Quantised weights do not train: give an adapter (`peft_config`, `use_peft: true` in a recipe)"
+    raise ConfigurationError(
+        f"Got a {type(student).__name__} to train, but none of the student's {models.num_parameters(student):,} "
+        f"parameters requires a gradient; expected some that do. {remedy}."
+    )

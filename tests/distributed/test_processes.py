@@ -110,6 +110,7 @@ CASES = {
     "on-policy": {"args": {**SETTINGS, "lmbda": 1.0}},
     "seq_kd": {"args": {**OFF_POLICY, "seq_kd": True}},
     "lora": {"lora": True, "args": OFF_POLICY},
+    "compiled": {"args": {**SETTINGS, "lmbda": 0.5, "torch_compile": True, "torch_compile_backend": "aot_eager"}},
     "cache-hidden": {"args": {**OFF_POLICY, **CACHE, "teacher_cache_kind": "hidden"}},
     "cache-topk": {"args": {**OFF_POLICY, **CACHE, "teacher_cache_kind": "topk"}},
     "measures": {"args": {**OFF_POLICY, **MEASURES}},
@@ -269,6 +270,19 @@ def test_a_sharded_student_is_merged(finished, saved, config):
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-5)
     with adapted.disable_adapter():
         assert not torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero2", "cpu_fsdp2"])  # refused under ZeRO-3
+def test_two_processes_balance_experts_as_one_does_that_accumulates_twice_as_much(tmp_path, config):
+    """The balance term is one of a micro-batch; a step takes the mean over those of all processes."""
+    settings = {**OFF_POLICY, "per_device_train_batch_size": 2, "learning_rate": 0.1}
+    experts = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    one = launch(tmp_path / "one", None, {**settings, "gradient_accumulation_steps": 4}, experts=experts)
+    two = launch(tmp_path / "two", f"{config}.yaml", settings, experts=experts)
+    assert_same_run(one, two, tmp_path / "one", tmp_path / "two")
+    first, second = ([log["aux_loss"] for log in run["logs"] if "loss" in log] for run in (one, two))
+    assert second == pytest.approx(first, rel=1e-4) and all(value > 1.5 for value in first)
 
 
 @pytest.mark.slow

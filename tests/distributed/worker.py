@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainerCallback
 
 from distill_trainers.exceptions import CheckpointError, TeacherServerError
 from distill_trainers.teachers.remote.endpoints import Again
@@ -72,6 +72,15 @@ class GradNorms(TrainerCallback):
         self.logs.append(dict(logs, step=state.global_step))
 
 
+def mixture_of_experts(**asks):
+    """A student whose config may ask for the loss that balances its experts."""
+    torch.manual_seed(1)
+    asks = {"num_local_experts": 4, **asks}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=14, num_hidden_layers=2, pad_token_id=0, eos_token_id=1, **sizes, **asks)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
 def pairs(count):
     """Right answers over wrong ones of one to three digits."""
     rows = enumerate(addition_rows(count))
@@ -118,6 +127,8 @@ def train(job):
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
     teacher = job.get("teacher", teacher)  # the address of a server that has the same one
     student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1, attention_dropout=job.get("dropout", 0.0))
+    if job.get("experts"):
+        student = mixture_of_experts(**job["experts"])
     peft_config = None
     if job.get("lora"):
         from peft import LoraConfig

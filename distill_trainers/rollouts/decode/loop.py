@@ -45,6 +45,8 @@ def why_not_scored(model: Any) -> str | None:
         return f"{type(causal_lm).__name__} is an encoder-decoder"
     if models.is_peft(model) and model.active_peft_config.is_prompt_learning:
         return "its adapter prepends virtual tokens"
+    if not hasattr(causal_lm, "prepare_inputs_for_generation"):
+        return f"{type(causal_lm).__name__} has no `generate`"
     if type(causal_lm).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
         return f"{type(causal_lm).__name__} prepares its inputs for generation in a way of its own"
     if not {"input_ids", "attention_mask", "past_key_values"} <= parameters_of(causal_lm):

@@ -71,9 +71,9 @@ class DPKDTrainer(DistillTrainer):
         "year": "2024",
     }
 
-    def make_student(self, source: Any) -> Any:
+    def make_student(self, source: Any, trains: bool = True) -> Any:
         self.source_weights = source_fingerprint(source)
-        return super().make_student(source)
+        return super().make_student(source, trains)
 
     def set_up_method(self) -> None:
         super().set_up_method()

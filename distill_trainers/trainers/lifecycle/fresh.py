@@ -8,6 +8,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import Trainer
 
+from ... import models
 from ...exceptions import ConfigurationError
 from .. import arguments
 from .checkpoints import read_method_state
@@ -33,7 +34,7 @@ class FreshStudents(Trainer):
             ConfigurationError: it returned something else.
         """
         set_seed(self.args.seed)
-        source = arguments.plain(super().call_model_init(trial))
+        source = models.compiled_by_layer(arguments.plain(super().call_model_init(trial)))
         arguments.check_kind(type(self).__name__, "model", source, of="model_init()")
         if isinstance(source, nn.Module) and source is getattr(self, "student_source", None):
             raise ConfigurationError(
@@ -44,7 +45,9 @@ class FreshStudents(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a student anew, with its adapter, as the constructor does."""
-        return self.make_student(self.new_source(trial))
+        student = self.make_student(self.new_source(trial))
+        models.compile_for_launch(student, self.args, self.accelerator)
+        return student
 
     def hyperparameter_search(self, hp_space: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Do as `transformers.Trainer.hyperparameter_search`.
