@@ -175,9 +175,17 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
             )
         if kind == "prompt_completion" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
             kind = "prompt"  # a response follows the whole prompt, also where the given completion runs into its end
-        tokens = tokenize_row(
-            row, checked.ready.pair.tokenizer, dataset_type=kind, chat_template_kwargs=args.chat_template_kwargs
-        )
+        try:
+            tokens = tokenize_row(
+                row,
+                checked.ready.pair.tokenizer,
+                dataset_type=kind,
+                chat_template_kwargs=args.chat_template_kwargs,
+                answer_last=True,
+                features=getattr(rows, "features", None),
+            )
+        except DatasetError as error:
+            raise DatasetError(f"Row {number} of dataset 'train': {error}") from error
         ids = tokens["input_ids"][: tokens["prompt_length"]]
         key = prompt_key(ids)
         if not ids or len(ids) + args.max_new_tokens > args.max_length:
@@ -192,13 +200,12 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
 
 
 def _written_prompt(row: Mapping[str, Any], kind: str) -> Any:
-    from ..data.formats import as_messages
+    from ..data.conversations import prompt_and_answer
+    from ..data.formats import conversation_of
 
     if kind != "messages":
         return row["prompt"]
-    messages = as_messages(row.get("messages") or row.get("conversations"), role="user")
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-    return messages[:last]
+    return prompt_and_answer(conversation_of(row), answer_last=True)[0]
 
 
 def _right_answer(row: Mapping[str, Any], number: int, settings: PairArguments) -> str:

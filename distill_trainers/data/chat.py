@@ -1,22 +1,39 @@
-"""Conversations to token ids: the prompt as generation sees it, the completion, and which tokens assistants wrote."""
+"""Conversations to text and token ids: the prompt as generation sees it, and the completion; checked to say all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from distill_trainers.data.formats import Message
+from distill_trainers.data.messages import Message, forms
+from distill_trainers.data.rendering import Piece, is_garbled, lost_piece, stand_ins
 from distill_trainers.exceptions import DatasetError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TurnsNotFoundError(DatasetError):
-    """The template neither marks assistant turns nor renders them the same whatever follows."""
+class RenderingError(DatasetError):
+    """A template does not say what the messages say, or not where it is looked for; another template may.
+
+    Args:
+        what: was got, as a sentence.
+        remedy: what to do, as a sentence.
+    """
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(f"{what} {remedy}")
+        self.what, self.remedy = what, remedy
+
+
+class PromptDiffersError(RenderingError):
+    """The template renders the prompt differently once the answer follows; `opened` is what it alone ends in."""
+
+    opened = ""
 
 
 @dataclass(frozen=True)
@@ -33,42 +50,152 @@ class Chat:
     template: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[Message], *, thinking: Collection[int] = ()) -> str:
         """Render the text after which the assistant starts a turn, its header included."""
-        return self._render(messages, add_generation_prompt=True)
+        return self.rendered(messages, thinking=thinking, add_generation_prompt=True)[0]
+
+    def prompt_in(self, text: str, messages: Sequence[Message]) -> str:
+        """Render the prompt of the answer that follows `messages` in the text of a longer conversation."""
+        prompt = self.prompt(messages)
+        # Some templates open no turn for the answer to a tool's result, but write a header once it is there.
+        header = self.header if messages[-1]["role"] == "tool" else ""
+        return prompt + header if text.startswith(prompt + header) else prompt
 
     def begun_turn(self, messages: Sequence[Message]) -> str:
         """Render the text after which the assistant goes on with the last message, which is its own."""
-        return self._render(messages, continue_final_message=True)
+        return self.rendered(messages, thinking=(len(messages) - 1,), continue_final_message=True)[0]
 
-    def conversation(self, messages: Sequence[Message]) -> str:
+    def conversation(self, messages: Sequence[Message], *, thinking: Collection[int] = ()) -> str:
         """Render the text of finished turns."""
-        return self._render(messages)
+        return self.rendered(messages, thinking=thinking)[0]
+
+    @property
+    def header(self) -> str:
+        """What the template writes to open an assistant's turn."""
+        question = [{"role": "user", "content": "a"}]
+        opened, text = self.prompt(question), self.conversation(question)
+        return opened.removeprefix(text) if opened.startswith(text) else ""
 
     def ids(self, text: str) -> list[int]:
         """Tokenise rendered text, to which no special token is added: the template wrote them."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _render(self, messages: Sequence[Message], **turn: Any) -> str:
-        from jinja2 import TemplateError
+    def rendered(
+        self, messages: Sequence[Message], *, thinking: Collection[int] = (), **turn: Any
+    ) -> tuple[str, list[Message]]:
+        """Render messages, in the first form of which the template loses nothing, and return that form, too.
 
-        if self.tokenizer.chat_template is None and self.template is None:
+        Args:
+            messages: as `to_chatml` returns them.
+            thinking: numbers of messages whose thinking must be rendered, because it is trained.
+            turn: how the template ends: nothing, `add_generation_prompt` or `continue_final_message`.
+
+        Raises:
+            DatasetError: no template.
+            RenderingError: the template refuses the conversation or drops some of it.
+        """
+        problems: list[RenderingError] = []
+        stands = stand_ins(messages)
+        for form, of_stands in zip(forms(messages), forms(stands), strict=True):
+            try:
+                text = self._apply(form, **turn)
+            except RenderingError as error:
+                problems.append(error)
+                continue
+            if is_garbled(form, text):
+                continue
+            lost = lost_piece(messages, text, thinking=thinking, tools=self.settings.get("tools"))
+            lost = lost or self._lost_stand_in(stands, of_stands, thinking, **turn)
+            if lost is None:
+                return text, form
+            problems.append(self._loss(lost, messages))
+        # That of the form of which most was rendered.
+        raise max(problems, key=lambda problem: problem.lost.number if isinstance(problem, LostTextError) else -1)
+
+    @property
+    def source(self) -> str:
+        """The template in use.
+
+        Raises:
+            DatasetError: there is none.
+        """
+        template = self.template or self.tokenizer.chat_template
+        if template is None:
             raise DatasetError(
                 f"The rows are conversations, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template. "
                 "Use that of an instruction-tuned model, set tokenizer.chat_template, or give prompt and completion as "
                 "strings."
             )
+        return str(template)
+
+    def _apply(self, messages: list[Message], **turn: Any) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, chat_template=self.template, **turn, **self.settings
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, chat_template=self.template, **turn, **self.settings
+                )
             )
-            return str(text)
-        except TemplateError as error:
+        except _failures() as error:
             roles = [message["role"] for message in messages]
-            raise DatasetError(
-                f"The chat template refuses a conversation with the roles {roles}: {error}. Bring the rows into the "
-                "order the template expects, or use another template."
+            raise RenderingError(
+                f"The chat template refuses a conversation with the roles {roles}: {error}.",
+                "Bring the rows into the order the template expects, or use another template.",
             ) from error
+        bos = self.tokenizer.bos_token
+        while bos and text.startswith(bos * 2):  # the template's, and one that a message began with
+            text = text[len(bos) :]
+        return text
+
+    def _lost_stand_in(
+        self, stands: list[Message], form: list[Message], thinking: Collection[int], **turn: Any
+    ) -> Piece | None:
+        shape = json.dumps([form, sorted(thinking), turn, self.settings], default=str)
+        key = (self.source, shape)
+        if key not in _SHAPES:
+            if len(_SHAPES) > 1000:
+                _SHAPES.clear()
+            try:
+                _SHAPES[key] = lost_piece(stands, self._apply(form, **turn), thinking=thinking)
+            except RenderingError:  # a template that wants certain texts
+                _SHAPES[key] = None
+        return _SHAPES[key]
+
+    def _loss(self, lost: Piece, messages: Sequence[Message]) -> RenderingError:
+        name = self.tokenizer.name_or_path
+        where = f"The chat template of {name!r}" if name else "The chat template"
+        if lost.what == "tool":
+            return LostTextError(
+                f"{where} does not render the function {lost.text!r} of `tools`.",
+                "Set tokenizer.chat_template to one that knows tools, or remove the column `tools`.",
+                lost,
+            )
+        content = messages[lost.number].get("content")
+        shown = content if lost.what == "text" else lost.text
+        return LostTextError(
+            f"{where} loses the {lost.what} of message {lost.number} (role {lost.role!r}): {str(shown)[:80]!r} is not "
+            "at its place in what it renders.",
+            "Set tokenizer.chat_template to one that renders it, or remove the message.",
+            lost,
+        )
+
+
+class LostTextError(RenderingError):
+    """A template does not render something that a message says."""
+
+    def __init__(self, what: str, remedy: str, lost: Piece):
+        super().__init__(what, remedy)
+        self.lost = lost
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """How templates fail: they are programs, which may meet what they do not expect."""
+    from jinja2 import TemplateError
+
+    return TemplateError, TypeError, ValueError, LookupError, AttributeError
+
+
+# What each template loses of each shape of conversation that was met.
+_SHAPES: dict[tuple[str, str], Piece | None] = {}
 
 
 def split_conversation(
@@ -81,21 +208,23 @@ def split_conversation(
     Raises:
         DatasetError: the rendered conversation does not begin with the rendered prompt.
     """
-    prompt_text = chat.prompt(prompt)
-    whole_text = chat.conversation([*prompt, *completion])
+    thinking = range(len(prompt), len(prompt) + len(completion))
+    whole_text = chat.conversation([*prompt, *completion], thinking=thinking)
+    prompt_text = chat.prompt_in(whole_text, prompt)
     prompt_ids, whole_ids = chat.ids(prompt_text), chat.ids(whole_text)
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, close_turn(chat.tokenizer, whole_ids[len(prompt_ids) :])
     if whole_text.startswith(prompt_text):
         # A token straddles the border (a completion that begins with a newline, after the header's newline).
         return prompt_ids, close_turn(chat.tokenizer, chat.ids(whole_text[len(prompt_text) :]))
-    raise DatasetError(
+    error = PromptDiffersError(
         "The chat template renders the prompt differently once the answer follows, so the completion cannot be told "
         f"from the prompt. The prompt ends in {prompt_text[-60:]!r}; the conversation has "
-        f"{whole_text[max(0, len(prompt_text) - 60) : len(prompt_text) + 40]!r} there. Choose chat_template_kwargs "
-        "with which both agree (e.g. enable_thinking: false), keep the thinking part in the answers, or change "
-        "tokenizer.chat_template (trl.chat_template_utils.get_training_chat_template knows versions for training)."
+        f"{whole_text[max(0, len(prompt_text) - 60) : len(prompt_text) + 40]!r} there.",
+        "Set tokenizer.chat_template to one that renders both alike.",
     )
+    error.opened = prompt_text[len(commonprefix([prompt_text, whole_text])) :]
+    raise error
 
 
 def close_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -104,40 +233,12 @@ def close_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     White space that the template writes after the end-of-turn token goes. A foreign EOS is not added to an end-of-turn
     token; a template that writes no special token at the end gets the tokenizer's EOS, or the student never stops.
     """
-    end = _turn_end(tokenizer, ids)
+    end = turn_end(tokenizer, ids)
     if end is not None:
-        return ids[:end]
+        # An answer that brought its own end of turn ends there.
+        before = turn_end(tokenizer, ids[: end - 1])
+        return close_turn(tokenizer, ids[:before]) if before and ids[before - 1] == ids[end - 1] else ids[:end]
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
-
-
-def assistant_mask(
-    chat: Chat, messages: Sequence[Message], ids: Sequence[int], *, generation_prompt: bool
-) -> list[int]:
-    """Mark with 1 every token of `ids` that an assistant turn of `messages` wrote, its end of turn included.
-
-    Args:
-        chat: with a template that marks assistant turns, or one that renders earlier turns the same whatever follows.
-        messages: the conversation that `ids` renders.
-        ids: its token ids; they may lack the template's white space at the end.
-        generation_prompt: whether `ids` ends in the header of the turn to come.
-
-    Raises:
-        TurnsNotFoundError: the turns cannot be located.
-    """
-    from trl.chat_template_utils import has_generation_markers
-
-    if has_generation_markers(chat.template or chat.tokenizer.chat_template):
-        rendered: Any = chat.tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=chat.template,
-            add_generation_prompt=generation_prompt,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **chat.settings,
-        )
-        if rendered["input_ids"][: len(ids)] == list(ids):
-            return _close_turns(chat.tokenizer, ids, rendered["assistant_masks"][: len(ids)])
-    return _mask_by_prefixes(chat, messages, ids, generation_prompt=generation_prompt)
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -155,48 +256,8 @@ def _training_template(tokenizer: PreTrainedTokenizerBase, _template: str) -> st
         return None
     try:
         return get_training_chat_template(tokenizer)
-    except ValueError:
+    except _failures():
         return None
-
-
-def _mask_by_prefixes(
-    chat: Chat, messages: Sequence[Message], ids: Sequence[int], *, generation_prompt: bool
-) -> list[int]:
-    from trl.data_utils import common_prefix_length
-
-    text = chat.prompt(messages) if generation_prompt else chat.conversation(messages)
-    mask = [0] * len(ids)
-    for turn, message in enumerate(messages):
-        # A first turn has no header that could be rendered without it, so it stays context.
-        if message["role"] != "assistant" or turn == 0:
-            continue
-        before = chat.prompt(messages[:turn])
-        after = chat.conversation(messages[: turn + 1]).rstrip()
-        if not (text.startswith(after) and after.startswith(before.rstrip())):
-            raise TurnsNotFoundError(
-                f"assistant_only_loss cannot locate assistant turn {turn}: the chat template renders earlier turns "
-                "differently once others follow, and marks no assistant text. Set assistant_only_loss to false (the "
-                "last answer of each row is trained), or give the tokenizer a template with {% generation %} markers."
-            )
-        # Where a token straddles the border it is the first one that differs, and it counts as the assistant's.
-        start = common_prefix_length(chat.ids(before), list(ids))
-        end = common_prefix_length(chat.ids(after), list(ids))
-        mask[start:end] = [1] * max(0, end - start)
-    return mask
-
-
-def _close_turns(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequence[int]) -> list[int]:
-    # Markers often take in the white space that the template writes after a turn; generation never does.
-    closed = [0] * len(ids)
-    start = 0
-    for trained, run in groupby(mask):
-        stop = start + len(list(run))
-        if trained:
-            end = _turn_end(tokenizer, ids[start:stop])
-            length = stop - start if end is None else end
-            closed[start : start + length] = [1] * length
-        start = stop
-    return closed
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -205,14 +266,14 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     try:
         text = Chat(tokenizer).conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    except (DatasetError, TypeError):  # a template that wants more than messages
+    except DatasetError:  # a template that wants more than messages
         return None
     ids = Chat(tokenizer).ids(text)
-    end = _turn_end(tokenizer, ids)
+    end = turn_end(tokenizer, ids)
     return None if end is None else int(ids[end - 1])
 
 
-def _turn_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
+def turn_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
     """The position behind the end-of-turn token that only white space follows, or None where there is no such token."""
     end = len(ids)
     while end and not _is_special(tokenizer, ids[end - 1]) and not str(tokenizer.decode([ids[end - 1]])).strip():

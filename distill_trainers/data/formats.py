@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from distill_trainers.data.messages import Message, as_json, read_message
 from distill_trainers.exceptions import DatasetError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 DatasetType = Literal["tokenized", "preference", "prompt_completion", "messages", "prompt", "text", "rationale"]
-Message = dict[str, Any]
 
 LAYOUTS: dict[str, str] = {
     "tokenized": "input_ids, optionally loss_mask, completion_mask, assistant_masks or labels (-100 = not trained)",
@@ -31,6 +31,7 @@ _ROLES = {
     "model": "assistant",
     "function_call": "assistant",
     "observation": "tool",
+    "function": "tool",  # OpenAI's, before it spoke of tools
 }
 
 
@@ -75,24 +76,57 @@ def is_conversation(value: Any) -> bool:
 
 
 def to_chatml(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Convert messages to {role, content} with the roles that chat templates know; the input stays as it was.
+    """Convert messages to what chat templates read (see `read_message`); the input stays as it was.
 
     Accepts ShareGPT's {from, value} and its speakers (human, gpt, observation, function_call).
 
     Raises:
-        DatasetError: a message that has no role.
+        DatasetError: a message that has no role, or something in it that no text stands for.
     """
     from trl.data_utils import maybe_convert_to_chatml
 
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise DatasetError(
+                f"Message {number} is of type {type(message).__name__} ({message!r:.80}), expected a mapping "
+                "{role, content}. Mend the row."
+            )
     # TRL renames the keys in place, hence the copies.
     converted = maybe_convert_to_chatml({"messages": [dict(message) for message in messages]})["messages"]
     for message in converted:
-        if not message.get("role"):
+        role = message.get("role")
+        if not role or not isinstance(role, str):
             raise DatasetError(
                 f"A message with the keys {sorted(message)} has no role. Expected {{role, content}} or {{from, value}}."
             )
-        message["role"] = _ROLES.get(message["role"], message["role"])
-    return converted
+        message["role"] = _ROLES.get(role, role)
+    return [read_message(message, number) for number, message in enumerate(converted)]
+
+
+def conversation_of(row: Mapping[str, Any]) -> list[Message]:
+    """Read the conversation of a row of the layout `messages`, which may be the JSON text of a list.
+
+    Raises:
+        DatasetError: something else.
+    """
+    column = "messages" if row.get("messages") else "conversations"
+    value = as_json(row.get(column) or [], f"Column {column!r}", "a list of messages, or its JSON text")
+    if not isinstance(value, list):
+        raise DatasetError(
+            f"Column {column!r} holds {type(value).__name__} ({value!r:.80}), expected a list of messages "
+            "{role, content}. Convert it with dataset.map."
+        )
+    return to_chatml(value)
+
+
+def goes_on(row: Mapping[str, Any]) -> bool:
+    """Tell whether a row of the layout `messages` has turns after its last answer."""
+    messages = row.get("messages") or row.get("conversations")
+    if not isinstance(messages, list):
+        return False
+    roles = [str(message.get("role") or message.get("from")) for message in messages if isinstance(message, Mapping)]
+    answered = [_ROLES.get(role, role) == "assistant" for role in roles]
+    return any(answered) and not answered[-1]
 
 
 def as_messages(value: Any, *, role: str) -> list[Message]:

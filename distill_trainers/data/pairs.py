@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from distill_trainers.data.arrow import without_filling
 from distill_trainers.data.collator import DistillCollator
 from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation, to_chatml
 from distill_trainers.data.labels import IGNORED, any_trained
@@ -103,6 +104,7 @@ def prepare_pairs(
         max_length=max_length,
         chat_template_kwargs=chat_template_kwargs,
         foreign=foreign,
+        features=dataset.features,
         name=name,
     )
     map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=_features())
@@ -123,9 +125,11 @@ def _prepare_row(
     max_length: int,
     chat_template_kwargs: Mapping[str, Any] | None,
     foreign: Sequence[str],
+    features: Mapping[str, Any] | None,
     name: str,
 ) -> dict[str, Any]:
     try:
+        row = without_filling(row, features)
         prompt, chosen, rejected = split_pair(row)
         bad = _bad_text(prompt, chosen, rejected, foreign)
         if bad:

@@ -24,8 +24,9 @@ from torch import Tensor
 from ..answers.edit_distance import key_tokens
 from ..answers.formats import question_text
 from ..exceptions import DatasetError, NoUsableRowsError
-from .chat import Chat, split_conversation
+from .chat import Chat
 from .collator import DistillCollator, pad_rows
+from .conversations import split_turns
 from .formats import apply_column_mapping, detect_dataset_type, first_row
 from .labels import IGNORED, any_trained, completion_labels, labels_of
 from .plain import plain_dataset
@@ -157,7 +158,7 @@ class RationaleTokenizer:
             question_turn = [{"role": "user", "content": prompt}]
             if completion:
                 answer_turn = [{"role": "assistant", "content": completion}]
-                prompt_ids, completion_ids = split_conversation(chat, question_turn, answer_turn)
+                prompt_ids, completion_ids = split_turns(chat, question_turn, answer_turn)
             else:
                 prompt_ids, completion_ids = chat.ids(chat.prompt(question_turn)), []
         elif self.separate:

@@ -6,14 +6,13 @@ counts) and `prompt_length`: a rollout starts from `input_ids[:prompt_length]`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from distill_trainers.data.chat import Chat, TurnsNotFoundError, assistant_mask, split_conversation, training_template
-from distill_trainers.data.formats import DatasetType, Message, as_messages, as_text, is_conversation
-from distill_trainers.data.labels import IGNORED, completion_labels, labels_of
+from distill_trainers.data.arrow import without_filling
+from distill_trainers.data.conversations import tokenize_conversation
+from distill_trainers.data.formats import DatasetType, as_text, is_conversation
+from distill_trainers.data.labels import IGNORED, completion_labels
 from distill_trainers.data.texts import ended, split_text, text_ids
 from distill_trainers.exceptions import DatasetError
 
@@ -30,6 +29,8 @@ def tokenize_row(
     dataset_type: DatasetType,
     assistant_only_loss: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    answer_last: bool = False,
+    features: Mapping[str, Any] | None = None,
 ) -> TokenizedRow:
     """Tokenise one row as `{"input_ids", "labels", "prompt_length"}`.
 
@@ -43,10 +44,13 @@ def tokenize_row(
         dataset_type: as `detect_dataset_type` names it.
         assistant_only_loss: train every assistant turn of `messages`, not the last alone.
         chat_template_kwargs: settings for the chat template; those of the row come first.
+        answer_last: `messages` that end with another role than the assistant's are a prompt, though they hold answers.
+        features: of the dataset, to tell keys that it added to messages and tools from the user's own nulls.
 
     Raises:
         DatasetError: a value of the wrong kind, or a conversation that the chat template cannot split.
     """
+    row = without_filling(row, features)
     if dataset_type == "tokenized":
         return _from_tokens(row)
     if dataset_type == "text":
@@ -57,14 +61,14 @@ def tokenize_row(
         is_conversation(row["prompt"]) or is_conversation(row["completion"])
     ):
         return _from_strings(row, tokenizer)
-    chat = Chat(tokenizer, settings=_template_settings(row, chat_template_kwargs))
-    if dataset_type == "prompt":
-        return _from_prompt(as_messages(row["prompt"], role="user"), chat)
-    if dataset_type == "prompt_completion":
-        prompt = as_messages(row["prompt"], role="user")
-        return _from_turns(prompt, as_messages(row["completion"], role="assistant"), chat)
-    messages = as_messages(row.get("messages") or row.get("conversations"), role="user")
-    return _from_messages(messages, chat, assistant_only_loss=assistant_only_loss)
+    return tokenize_conversation(
+        row,
+        tokenizer,
+        dataset_type=dataset_type,
+        assistant_only_loss=assistant_only_loss,
+        chat_template_kwargs=chat_template_kwargs,
+        answer_last=answer_last,
+    )
 
 
 def truncate(
@@ -109,47 +113,6 @@ def _from_strings(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     completion = as_text(row["completion"], column="completion")
     prompt_ids, completion_ids, lost = split_text(prompt, completion, tokenizer)
     return _joined(prompt_ids, completion_ids) | ({"straddled": lost} if lost else {})
-
-
-def _from_prompt(messages: list[Message], chat: Chat) -> TokenizedRow:
-    text = chat.begun_turn(messages) if messages[-1]["role"] == "assistant" else chat.prompt(messages)
-    return _joined(chat.ids(text), [])
-
-
-def _from_turns(prompt: list[Message], completion: list[Message], chat: Chat) -> TokenizedRow:
-    if not prompt:
-        # No template renders a header of nothing, so there is no prompt and nothing that could be told from it.
-        return _joined([], [])
-    if all(_is_silent(message) for message in completion):
-        return _joined(chat.ids(chat.prompt(prompt)), [])
-    prompt_ids, completion_ids = split_conversation(chat, prompt, completion)
-    row = _joined(prompt_ids, completion_ids)
-    if any(message["role"] != "assistant" for message in completion):
-        # What a tool or a user says inside the completion is context: the student must not learn to write it.
-        mask = assistant_mask(chat, [*prompt, *completion], row["input_ids"], generation_prompt=False)
-        row["labels"] = labels_of(row["input_ids"], [0] * len(prompt_ids) + mask[len(prompt_ids) :])
-    return row
-
-
-def _from_messages(messages: list[Message], chat: Chat, *, assistant_only_loss: bool) -> TokenizedRow:
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not messages:
-        return _joined([], [])
-    if not turns:
-        return _from_prompt(messages, chat)
-    prompt, completion = messages[: turns[-1]], messages[turns[-1] : turns[-1] + 1]
-    row = _from_turns(prompt, completion, chat)
-    if assistant_only_loss and len(turns) > 1:
-        prompt_ids = row["input_ids"][: row["prompt_length"]]
-        try:
-            history = assistant_mask(chat, prompt, prompt_ids, generation_prompt=True)
-        except TurnsNotFoundError:
-            template = training_template(chat.tokenizer)
-            if template is None or chat.template is not None:
-                raise
-            return _from_messages(messages, replace(chat, template=template), assistant_only_loss=True)
-        row["labels"] = labels_of(prompt_ids, history) + row["labels"][len(history) :]
-    return row
 
 
 def _from_tokens(row: Mapping[str, Any]) -> TokenizedRow:
@@ -201,18 +164,3 @@ def _joined(prompt_ids: list[int], completion_ids: list[int]) -> TokenizedRow:
         "labels": completion_labels(prompt_ids, completion_ids),
         "prompt_length": len(prompt_ids),
     }
-
-
-def _is_silent(message: Message) -> bool:
-    content = message.get("content")
-    text = content.strip() if isinstance(content, str) else content
-    return not text and not message.get("tool_calls") and not message.get("reasoning_content")
-
-
-def _template_settings(row: Mapping[str, Any], settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    row_settings = row.get("chat_template_kwargs") or {}
-    merged = {**(settings or {}), **{key: value for key, value in row_settings.items() if value is not None}}
-    tools = row.get("tools")
-    if tools:
-        merged["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-    return merged

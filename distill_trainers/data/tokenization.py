@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill_trainers.data.formats import DatasetType, apply_column_mapping, detect_dataset_type, first_row
+from distill_trainers.data.formats import DatasetType, apply_column_mapping, detect_dataset_type, first_row, goes_on
 from distill_trainers.data.labels import any_trained
 from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 Needs = Literal["completion", "prompt", "either", "both"]
 
 _CODE = (
-    *("formats.py", "chat.py", "rows.py", "texts.py", "labels.py", "tokenization.py", "rationales.py"),
+    *("formats.py", "arrow.py", "messages.py", "rendering.py", "chat.py", "turns.py", "conversations.py"),
+    *("rows.py", "texts.py", "labels.py", "tokenization.py", "rationales.py"),
     "../answers/edit_distance.py",
 )
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
@@ -84,6 +85,8 @@ def prepare_dataset(
         dataset_type=dataset_type,
         assistant_only_loss=assistant_only_loss,
         chat_template_kwargs=chat_template_kwargs,
+        answer_last=needs == "prompt",
+        features=dataset.features,
         max_length=max_length,
         reserve=max_new_tokens or 0,
         needs=needs,
@@ -97,7 +100,7 @@ def prepare_dataset(
         prepared = _drop(prepared, max_length, name)
     else:
         prepared = map_rows().filter(is_kept)
-    return prepared.remove_columns(["dropped", "prompt_cut", "completion_cut", "straddled"])
+    return prepared.remove_columns(["dropped", "goes_on", "prompt_cut", "completion_cut", "straddled"])
 
 
 def _prepare_row(
@@ -126,6 +129,7 @@ def _prepare_row(
         **cut,
         "length": len(cut["input_ids"]),
         "dropped": dropped,
+        "goes_on": settings["dataset_type"] == "messages" and not settings["answer_last"] and goes_on(row),
         "prompt_cut": cut["prompt_length"] < whole["prompt_length"],
         "completion_cut": len(cut["input_ids"]) - cut["prompt_length"] < completion_length,
         "straddled": whole.get("straddled", 0),
@@ -151,7 +155,7 @@ def is_kept(row: Mapping[str, Any]) -> bool:
 
 
 def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
-    flags = dataset.select_columns(["dropped", "prompt_cut", "completion_cut", "straddled"])[:]
+    flags = dataset.select_columns(["dropped", "goes_on", "prompt_cut", "completion_cut", "straddled"])[:]
     reasons = Counter(reason for reason in flags["dropped"] if reason)
     usable = [i for i, reason in enumerate(flags["dropped"]) if not reason]
     parts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -164,6 +168,9 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
     if reasons:
         first = next(i for i, reason in enumerate(flags["dropped"]) if reason)
         news.append(f"{len(dataset) - len(usable)} rows dropped ({parts}; the first is row {first})")
+    unanswered = sum(flags["goes_on"][i] for i in usable)
+    if unanswered:
+        news.append(f"{unanswered} conversations go on after their last answer, and what follows it is left out")
     cut_prompts = sum(flags["prompt_cut"][i] for i in usable)
     cut_completions = sum(flags["completion_cut"][i] for i in usable)
     if cut_prompts or cut_completions:
@@ -188,6 +195,7 @@ def _features() -> Features:
             "prompt_length": Value("int32"),
             "length": Value("int32"),
             "dropped": Value("string"),
+            "goes_on": flag,
             "prompt_cut": flag,
             "completion_cut": flag,
             "straddled": Value("int32"),

@@ -27,6 +27,8 @@ class Case:
         prepared: some training rows as they are trained on, tokenised.
         cache_bytes: that a teacher cache is still going to take.
         sample: some training rows as they are in the dataset, columns named as layouts want them.
+        features: of the dataset of those rows.
+        first_row: the first row as text, in stretches, each with whether it is trained.
         lengths: tokens of those rows before they are cut, and prompt_lengths likewise.
         num_rows: of the training data; None for a stream.
         steps: optimiser steps of the run, 0 if unknown.
@@ -46,6 +48,8 @@ class Case:
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     stops: list[int] = field(default_factory=list)
     sample: Sequence[dict[str, Any]] = ()
+    features: Any = None
+    first_row: Sequence[tuple[str, bool]] = ()
     lengths: Sequence[int] = ()
     prompt_lengths: Sequence[int] = ()
     prepared: Any = None

@@ -72,6 +72,7 @@ class Diagnosis:
                 {"student": p.student, "teacher": p.teacher, "bytes": p.need.peak, "host": p.host, "fits": p.fits}
                 for p in self.placements
             ],
+            "first_row": [{"text": text, "trained": trained} for text, trained in case.first_row],
             "findings": [finding.as_dict() for finding in self.findings],
         }
 

@@ -7,6 +7,7 @@ from typing import Any
 from .disk import checkpoint_bytes, num_checkpoints
 from .examine import Diagnosis
 from .findings import Severity
+from .rows import shortened
 
 _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
@@ -21,12 +22,25 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     console.print(_plan(diagnosis))
     if diagnosis.placements:
         console.print(_placements(diagnosis))
+    if diagnosis.case.first_row:
+        print_first_row(diagnosis, console)
     print_findings(diagnosis, console)
     errors, warnings = diagnosis.count(Severity.ERROR), diagnosis.count(Severity.WARNING)
     if errors or warnings:
         console.print(f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}.")
     else:
         console.print("Nothing wrong was found.")
+
+
+def print_first_row(diagnosis: Diagnosis, console: Any) -> None:
+    """Print the first row that is trained on, with its trained stretches between ⟦ and ⟧."""
+    from rich.text import Text
+
+    text = Text("The first row, trained between ⟦ and ⟧:\n", style="bold")
+    for stretch, trained in diagnosis.case.first_row:
+        shown = f"⟦{shortened(stretch)}⟧" if trained else shortened(stretch)
+        text.append(shown, style="green not bold" if trained else "dim not bold")
+    console.print(text, soft_wrap=True)
 
 
 def print_findings(diagnosis: Diagnosis, console: Any) -> None:

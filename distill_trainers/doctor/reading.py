@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import models
 from ..data.formats import apply_column_mapping, detect_dataset_type, first_row
+from ..data.labels import any_trained
 from ..data.pairs import is_pair
 from ..data.rows import tokenize_row
 from ..exceptions import CacheError, ConfigurationError, DatasetError, NoUsableRowsError, VocabularyError
@@ -20,6 +21,7 @@ from ..requirements import Requirements
 from ..settings import require
 from . import Case, Finding, Gpus, Launch
 from .findings import note
+from .rows import faults, marked
 from .shapes import ModelShape, shape_of
 from .work import BYTES, placement_of, workload
 
@@ -136,8 +138,9 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, f
     try:
         first_rows = train.take(_SAMPLE)
         mapping: Any = recipe.args.column_mapping
-        rows = list(islice(iter(apply_column_mapping(first_rows, mapping, name="train")), _SAMPLE))
-        case.sample = rows
+        renamed = apply_column_mapping(first_rows, mapping, name="train")
+        rows = list(islice(iter(renamed), _SAMPLE))
+        case.sample, case.features = rows, getattr(renamed, "features", None)
         case.prepared = prepare_rows(recipe.args, first_rows, case.tokenizer, "train", wants)
     except _MENDABLE as error:
         more = case.num_rows is None or case.num_rows > _SAMPLE  # rows that were not looked at may be good
@@ -145,7 +148,12 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, f
         known = refusal.what in {finding.what for finding in findings}  # the recipe's own check may have told it
         if not known and not (more and isinstance(error, NoUsableRowsError)):
             findings.append(refusal)
+        with contextlib.suppress(*_MENDABLE, KeyError):  # rows of a layout that the method does not read
+            others = faults(case.sample, case.tokenizer, recipe.args, case.features)
+            findings += [Finding.of_error("recipe", other) for other in others if str(other) != str(error)]
         return
+    trained = next((row for row in case.prepared if any_trained(row.get("labels", ()))), None)
+    case.first_row = [] if trained is None else marked(trained, case.tokenizer)
     with contextlib.suppress(*_MENDABLE, KeyError):
         kind = "preference" if is_pair(rows[0]) else detect_dataset_type(rows[0])
         whole = [row for row in case.prepared if "input_ids" in row]
@@ -153,6 +161,7 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, f
             settings: Any = {
                 name: getattr(recipe.args, name) for name in ("assistant_only_loss", "chat_template_kwargs")
             }
+            settings["features"] = case.features
             whole = [tokenize_row(row, case.tokenizer, dataset_type=kind, **settings) for row in rows]
         case.lengths = [len(row["input_ids"]) for row in whole]
         case.prompt_lengths = [row["prompt_length"] for row in whole]

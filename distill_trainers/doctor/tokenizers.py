@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..data.arrow import without_filling
 from ..data.chat import Chat, close_turn
-from ..data.formats import as_messages, detect_dataset_type, is_conversation
+from ..data.formats import as_messages, conversation_of, detect_dataset_type, is_conversation
 from ..data.rows import tokenize_row
 from ..exceptions import DatasetError, VocabularyError
 from ..teachers.loading import has_files
@@ -131,12 +133,14 @@ def _conversations(case: Case) -> list[list[dict[str, Any]]]:
     for row in case.sample[:_ROWS]:
         if not _is_chat(row):
             continue
-        if is_conversation(row.get("prompt")) or is_conversation(row.get("completion")):
-            messages = as_messages(row["prompt"], role="user")
-            messages = messages + as_messages(row.get("completion") or [], role="assistant")
-        else:
-            messages = as_messages(row.get("messages") or row.get("conversations"), role="user")
-        conversations.append(messages)
+        row = without_filling(row)
+        with contextlib.suppress(DatasetError):  # the recipe's own check tells
+            if is_conversation(row.get("prompt")) or is_conversation(row.get("completion")):
+                messages = as_messages(row["prompt"], role="user")
+                messages = messages + as_messages(row.get("completion") or [], role="assistant")
+            else:
+                messages = conversation_of(row)
+            conversations.append(messages)
     return conversations
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from ..answers.formats import question_text
+from ..data.conversations import prompt_and_answer
 from ..data.formats import detect_dataset_type, is_conversation, to_chatml
 from ..data.plain import plain_dataset, plain_row
 from ..data.rationales import RationaleTemplates
@@ -60,7 +61,7 @@ def read_examples(
         DatasetError: no layout fits, a row cannot be tokenised, or none is left.
     """
     parse = answer_parser(settings.answer_formats or ())
-    read = _Reader(tokenizer, settings, parse)
+    read = _Reader(tokenizer, settings, parse, getattr(dataset, "features", None))
     examples: list[Example] = []
     seen = 0
     # A list may have rows of different columns, which no dataset has.
@@ -84,8 +85,8 @@ def read_examples(
 
 
 class _Reader:
-    def __init__(self, tokenizer: Any, settings: EvaluationSettings, parse: Parse):
-        self.tokenizer, self.settings, self.parse = tokenizer, settings, parse
+    def __init__(self, tokenizer: Any, settings: EvaluationSettings, parse: Parse, features: Any = None):
+        self.tokenizer, self.settings, self.parse, self.features = tokenizer, settings, parse, features
         self.templates = RationaleTemplates.of("auto", tokenizer, label_prompt=settings.question_prompt)
 
     def __call__(self, row: Mapping[str, Any], name: str) -> Example | None:
@@ -93,7 +94,9 @@ class _Reader:
         asked = self._as_prompt(row, choices) if self._is_question(row) else row
         row_type = detect_dataset_type(asked, name=name)
         kwargs: Any = self.settings.chat_template_kwargs or None
-        tokens = tokenize_row(asked, self.tokenizer, dataset_type=row_type, chat_template_kwargs=kwargs)
+        tokens = tokenize_row(
+            asked, self.tokenizer, dataset_type=row_type, chat_template_kwargs=kwargs, features=self.features
+        )
         ids, start = tokens["input_ids"], tokens["prompt_length"]
         if not ids:
             return None
@@ -153,8 +156,8 @@ def _prompt_text(row: Mapping[str, Any]) -> str:
     if value is None or not is_conversation(value):
         return ""
     turns = to_chatml(value)
-    if column != "prompt" and turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
+    if column != "prompt":
+        turns = prompt_and_answer(turns)[0]
     if len(turns) == 1:
         return str(turns[0]["content"])
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import models
+from ..data.chat import Chat
 from ..data.texts import text_ids
 from ..rollouts.completing import CompletionSettings, share_batches
 from .prompts import as_text
@@ -78,8 +79,8 @@ class LocalTextModel:
 
     def _ids(self, request: Request) -> list[int]:
         if self.style == "chat":
-            text = self.tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            chat = Chat(self.tokenizer)
+            return chat.ids(chat.prompt(request.messages))
         return text_ids(as_text(request.messages), self.tokenizer)
 
     def _response(self, key: str, prompt_tokens: int, ids: list[int]) -> Response:

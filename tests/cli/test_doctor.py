@@ -86,6 +86,48 @@ def test_a_healthy_recipe_of_conversations(recipe, pair, diagnose, conversations
     assert (status, report["findings"]) == (0, [])
 
 
+def test_the_first_row_is_shown_with_what_is_trained(recipe, pair, diagnose, conversations, capsys):
+    both = {"template": CHAT}
+    path = recipe(**pair(student=both, teacher=both), dataset=conversations)
+    _, report = diagnose(path)
+    # The held-out rows are drawn from the same file, so any of them may be the first.
+    (prompt, answer) = report["first_row"]
+    assert not prompt["trained"] and answer["trained"]
+    a, b = prompt["text"].lstrip("=").split("=")[0].split("+")
+    assert (prompt["text"], answer["text"]) == (f"={a}+{b}=<eos>", f"{int(a) + int(b)}<eos>")
+    main(["doctor", "--config", path, "--quick"])
+    assert f"{prompt['text']}⟦{answer['text']}⟧" in capsys.readouterr().out
+
+
+def test_every_fault_of_the_data_is_told_in_the_words_of_a_run(recipe, pair, diagnose, tmp_path):
+    asked = {"role": "user", "content": "1+2="}
+    answered = {"role": "assistant", "content": "3"}
+    calls = [{"type": "function", "function": {"name": "f", "arguments": "{1"}}]
+    rows = [
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, answered]},
+        {"messages": [asked, {**answered, "weight": 3}]},
+        {"messages": [asked, {**answered, "weight": 4}]},
+        {"messages": [asked, {**answered, "tool_calls": calls}]},
+        {"messages": [asked, {**answered, "reasoning_content": "12"}]},
+        {"messages": [asked, answered], "tools": "[{"},
+    ]
+    file = tmp_path / "faults.jsonl"
+    file.write_text("\n".join(map(json.dumps, [{"tools": None, **row} for row in rows])))
+    both = {"template": CHAT}
+    status, report = diagnose(recipe(**pair(student=both, teacher=both), dataset=str(file), eval_fraction=None))
+    told = [finding["what"] for finding in serious(report)]
+    words = [
+        "part of type 'image'",
+        "weight=3",
+        "arguments is no JSON",
+        "loses the thinking of message 1",
+        "'tools' is no",
+    ]
+    assert status == 2 and len(told) == len(words)
+    for number, (word, what) in enumerate(zip(words, told, strict=True)):
+        assert word in what and f"Row {(0, 1, 3, 4, 5)[number]} of dataset 'train'" in what
+
+
 # Fault: what the models are made with, settings of the recipe, free bytes per byte of the peak; then the exit status
 # and the severity, concern and words of the one finding that tells.
 ONE = {"template": CHAT}

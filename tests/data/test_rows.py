@@ -167,7 +167,7 @@ def test_unmarked_rewritten_history_is_refused(make_tokenizer):
 
 def test_a_prompt_that_the_answer_changes_is_refused(make_tokenizer):
     tokenizer = make_tokenizer(template=OPENS_THOUGHT)
-    with pytest.raises(DatasetError, match="renders the prompt differently.*enable_thinking"):
+    with pytest.raises(DatasetError, match="renders the prompt differently.*begin the answers with their thinking"):
         tokenize_row({"messages": [user("q"), assistant("a")]}, tokenizer, dataset_type="messages")
 
 
@@ -178,10 +178,10 @@ def test_what_tools_say_inside_a_completion_is_not_trained(tokenizer):
 
 
 def test_template_settings_of_the_row_come_first(make_tokenizer):
-    tokenizer = make_tokenizer(template="{{ mood }}{{ tools | length }}:{{ messages[0]['content'] }}")
+    tokenizer = make_tokenizer(template="{{ mood }}{{ tools[0].name }}:{{ messages[0]['content'] }}")
     row = {"prompt": [user("q")], "chat_template_kwargs": {"mood": "row"}, "tools": '[{"name": "f"}]'}
     ids = tokenize_row(row, tokenizer, dataset_type="prompt", chat_template_kwargs={"mood": "given"})["input_ids"]
-    assert tokenizer.decode(ids) == "row1:q"
+    assert tokenizer.decode(ids) == "rowf:q"
 
 
 def test_conversations_need_a_template(make_tokenizer):
