@@ -12,7 +12,6 @@ from .forward import (
     head_is_fusable,
     head_reproduces_logits,
     install_token_forward,
-    merged_copy,
     read_head,
 )
 from .frozen import loading_placed, prepare_frozen
@@ -25,7 +24,6 @@ from .loading import (
     is_encoder_decoder,
     load_causal_lm,
     load_config,
-    load_merged_adapter,
     load_tokenizer,
     looks_like_path,
     model_class,
@@ -36,6 +34,14 @@ from .loading import (
     source_of,
     which_files,
     with_pad_token,
+)
+from .merging import (
+    check_alike,
+    load_adapted,
+    load_merged_adapter,
+    logits_of,
+    merged_copy,
+    refuse_unmergeable,
 )
 from .positions import beyond_positions, looks_positions_up, positions_of, without_weights
 from .sharding import (

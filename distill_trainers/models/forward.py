@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from types import MethodType
@@ -62,21 +61,6 @@ def without_token_forward(model: Any) -> Any:
     for name in ("forward", "_distill_original_forward", "_distill_head_is_known"):
         causal_lm.__dict__.pop(name, None)
     return model
-
-
-def merged_copy(model: Any) -> PreTrainedModel:
-    """Copy the causal LM of a whole PeftModel to the CPU, adapter merged; the model itself stays as it is.
-
-    Merging into the model and out of it again would round its weights.
-    """
-    # What is shared stays shared: a copy finds a tensor's stand-in by the tensor.
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        moved = nn.Parameter(parameter.detach().to("cpu", copy=True), requires_grad=parameter.requires_grad)
-        memo[id(parameter)] = moved
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
-    return without_token_forward(copy.deepcopy(model, memo).merge_and_unload())
 
 
 def gives_hidden_states(model: nn.Module) -> bool:

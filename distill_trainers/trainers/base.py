@@ -50,6 +50,7 @@ from .lifecycle.fresh import FreshStudents
 from .lifecycle.held_out import HeldOutMeasures
 from .lifecycle.metrics import RunningMetrics
 from .lifecycle.order import check_first_window
+from .lifecycle.proof import Proof
 from .lifecycle.recording import RunRecorder
 from .preflight import Given, preflight
 from .protocol import Batch
@@ -213,6 +214,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self.recorder = RunRecorder(self)
         self.add_callback(self.recorder)
         self.add_callback(TeacherKeeper(self.teacher))
+        self.proof = Proof(self)
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
 
     def set_up_method(self) -> None:
@@ -404,6 +406,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             outage.end_together(self, self.last_step)
         loss = token_mean(total, of_step.flatten()[0], world_size)
         if model.training:
+            self.proof.look(inputs)
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])
             for name, values in terms.items():
