@@ -4,7 +4,15 @@ Everything above it sees three ideas only: a causal LM that can be run up to its
 wrapper* (`install_token_forward`), its output `Head`, and the context in which it can generate.
 """
 
-from .adapters import add_adapter, answering_with, causal_lm_of, is_peft, load_adapter, unwrapped
+from .adapters import (
+    add_adapter,
+    answering_with,
+    causal_lm_of,
+    is_peft,
+    keep_4bit_trainable,
+    load_adapter,
+    unwrapped,
+)
 from .forward import (
     disable_dropout,
     forward_inputs,

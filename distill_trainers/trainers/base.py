@@ -52,6 +52,7 @@ from .lifecycle.metrics import RunningMetrics
 from .lifecycle.order import check_first_window
 from .lifecycle.proof import Proof
 from .lifecycle.recording import RunRecorder
+from .lifecycle.sentinel import Sentinel
 from .preflight import Given, preflight
 from .protocol import Batch
 from .step import TwoModels
@@ -214,7 +215,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self.recorder = RunRecorder(self)
         self.add_callback(self.recorder)
         self.add_callback(TeacherKeeper(self.teacher))
-        self.proof = Proof(self)
+        self.proof, self.sentinel = Proof(self), Sentinel(self)
+        self.add_callback(self.sentinel)
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
 
     def set_up_method(self) -> None:
@@ -407,6 +409,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         loss = token_mean(total, of_step.flatten()[0], world_size)
         if model.training:
             self.proof.look(inputs)
+            self.sentinel.look(inputs)
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])
             for name, values in terms.items():
@@ -422,6 +425,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = models.whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # each has a share under FSDP2
+        self.sentinel.gradient_norm = grad_norm
         if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
             self.window_loss = self.window_loss + 0 * torch.as_tensor(grad_norm, device=self.args.device)  # keeps NaN
         return grad_norm

@@ -44,6 +44,7 @@ def load_student(student: Any, args: DistillConfig, peft_config: Any, quantizati
         student = models.add_adapter(student, peft_config, models.recomputes_activations(args))
     elif getattr(student, "active_peft_config", None) and student.active_peft_config.is_prompt_learning:
         raise ConfigurationError("The student is a prompt-learning PeftModel; only adapters of weights are supported.")
+    models.keep_4bit_trainable(student)
     if args.disable_dropout:
         models.disable_dropout(student)
     if models.is_peft(student) and models.recomputes_activations(args):

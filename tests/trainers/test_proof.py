@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from distill_trainers import models
 from distill_trainers.exceptions import ConfigurationError, UnlikeModelError
-from distill_trainers.models.merging import largest_gap, logits_gap, merge
+from distill_trainers.models.merging import largest_gap, logits_gap
 
 IDS = torch.tensor([[4, 5, 12, 6, 13], [9, 3, 2, 7, 1]])
 LORA = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}

@@ -1,4 +1,4 @@
-"""What was saved answers as what was trained: the folder is loaded again, and both read a part of the run's first batch.
+"""What was saved answers as what was trained: the folder is loaded again, and both read some tokens of the first batch.
 
 Nothing is proved where it cannot be, and the log says so: without a training step, of a quantised student (its base
 would be quantised anew), of an adapter whose base has no name, and where a second model does not fit into memory.
