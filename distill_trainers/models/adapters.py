@@ -63,8 +63,8 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
 def keep_4bit_trainable(model: nn.Module) -> nn.Module:
     """Keep bitsandbytes from putting 4-bit weights into a layout for inference, and put back those that are in it.
 
-    On CPUs with AVX-512-BF16 its layers do so at their first forward in eval mode, for good: in that layout they pass no
-    gradient on, so that after one evaluation, or one rollout, an adapter before them would get a gradient of 0.
+    On CPUs with AVX-512-BF16 its layers do so at their first forward in eval mode, for good. In that layout they pass
+    no gradient on: after one evaluation, or one rollout, an adapter before them would get a gradient of 0.
     """
     for module in model.modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):

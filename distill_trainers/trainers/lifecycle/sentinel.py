@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 CONSTANT_LOGS = 10  # logs of the very same loss before it is called constant
 
 NO_GRADIENT = (
-    "The gradient of the first optimiser step is exactly 0, so nothing is trained. Look whether the weights that should "
-    "train have `requires_grad` (adapters: do their `target_modules` match?), whether the student is not its own teacher, "
-    "and whether its layers pass gradients on (weights in 4 bits on a CPU, kernels for inference)."
+    "The gradient of the first optimiser step is exactly 0, so nothing is trained. Look whether the weights that "
+    "should train have `requires_grad` (adapters: do their `target_modules` match?), whether the student is its own "
+    "teacher, and whether its layers pass gradients on (some kernels are for inference alone)."
 )
 NO_LABELS = (
     "A batch of optimiser step %d has no trained token: all of its labels are -100. Look at the masks of its rows "
