@@ -164,7 +164,7 @@ def test_any_change_of_a_weight_changes_its_checksum(make_trainer):
     assert (watch._checksums() != before).sum() == 1
 
 
-# ---- Weights in 4 bits on a CPU ---------------------------------------------------------------------------------------
+# ---- Weights in 4 bits on a CPU --------------------------------------------------------------------------------------
 
 
 class Packing(nn.Linear):
