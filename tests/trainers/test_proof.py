@@ -68,6 +68,23 @@ def test_a_merged_model_answers_as_the_adapted_one_also_when_it_is_loaded(make_s
     assert loaded.config.tie_word_embeddings is (tied and name in STAY_TIED)
 
 
+@pytest.mark.parametrize("name", ["head", "embedding", "DoRA on the head"])
+def test_the_folder_of_an_adapter_is_merged_as_it_was_trained(saved, tmp_path, name):
+    """As `evaluate` does with it."""
+    base = AutoModelForCausalLM.from_pretrained(saved.student)
+    adapted = moved(get_peft_model(base, copy.deepcopy(ADAPTERS[name]))).eval()
+    adapted.save_pretrained(tmp_path)
+    merged = models.load_merged_adapter(str(tmp_path))
+    torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_folder_of_an_adapter_that_cannot_be_merged_is_refused(saved, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(saved.student)
+    moved(get_peft_model(base, lora("q_proj", lora_bias=True))).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="q_proj has no bias"):
+        models.load_merged_adapter(str(tmp_path))
+
+
 # ---- Before and at the end of a run ---------------------------------------------------------------------------------
 
 
