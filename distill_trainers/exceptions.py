@@ -30,6 +30,10 @@ class CheckpointError(OSError):
     """A checkpoint could not be written or read; checkpoints written earlier are left as they were."""
 
 
+class UnlikeModelError(RuntimeError):
+    """A model that was merged or saved does not answer as the one that was trained; what was trained is kept."""
+
+
 class TeacherServerError(OSError):
     """A teacher behind HTTP does not answer any more, or answers what it should not; `status` is that of HTTP."""
 
@@ -48,7 +52,7 @@ class HubError(OSError):
 
 # What the user mends before anything has run, and what ends a run that has.
 BAD_INPUT = (ConfigurationError, DatasetError, VocabularyError)
-FAILURES = (CacheError, CheckpointError, HubError, TeacherServerError, TrainingDivergedError)
+FAILURES = (CacheError, CheckpointError, HubError, TeacherServerError, TrainingDivergedError, UnlikeModelError)
 
 
 def refuse_unknown_keys(given: Iterable[str], known: Collection[str], where: str) -> None:

@@ -94,6 +94,11 @@ class Head:
         return replace(self, vocab_size=vocab_size)
 
 
+# The log of the least mass of which float32 can tell that a sum lacks it. Where a teacher's tail is found as 1 minus
+# the mass of its ids, less than this is rounding, and a tail of 0 would make the reverse KL infinite.
+SMALLEST_TAIL = -24 * math.log(2)
+
+
 @dataclass(frozen=True)
 class TokenLogits:
     """Logits `[n, V]` of some tokens of one model, at least float32.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 import unicodedata
@@ -14,8 +15,23 @@ _LONGEST = 200  # characters of anything that is read as a number
 _NUMBER = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,2})?"
 _PLAIN = re.compile(_NUMBER)
 _RATIO = re.compile(r"([+-]?\d+) ?/ ?(\d+)")
-_CHANGES_IT = r"(?i:hundreds?|thousands?|[mbtr]+illions?|dozens?|half|halves|thirds?|squared|cubed)\b"  # no units
-_WITH_WORDS = re.compile(r"(?:[A-Za-z]+ = )?[$€£¥]?(" + _NUMBER + r") ?%?(?: (?!" + _CHANGES_IT + r")[A-Za-z]{2,}\.?)*")
+_WITH_WORDS = re.compile(r"(?:[A-Za-z]+ = )?[$€£¥]?(" + _NUMBER + r")(k|K|M|[bt]n|)(?: ?%)?((?: [A-Za-z]{2,}\.?)*)")
+# Words behind a number that multiply it, with or without an s.
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "grand": 10**3, "lakh": 10**5, "lac": 10**5, "crore": 10**7}
+_SCALES |= {"million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15}
+_SCALES |= {"mn": 10**6, "mln": 10**6, "bn": 10**9, "tn": 10**12, "trn": 10**12}
+_LETTERS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "bn": 10**9, "tn": 10**12}  # right behind it; 5m are metres
+_PARTS = {"half": 2, "halve": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9}
+_PARTS |= {"tenth": 10, "eleventh": 11, "twelfth": 12, "sixteenth": 16, "twentieth": 20}
+_PARTS |= {f"{name}th": _SCALES[name] for name in ("hundred", "thousand", "million", "billion", "trillion")}
+# Those that may change it in a way that is not read here. All other words are its unit.
+_UNREAD = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety tens score gross myriad myriads mil
+mio mrd milliard milliards thou cr quarter quarters squared cubed root factorial pi doubled tripled halved twice thrice
+fold"""
+_UNREAD_WORDS = frozenset(_UNREAD.split())
+CHANGING_WORDS = "|".join([*(f"{name}s?" for name in (*_SCALES, *_PARTS)), *sorted(_UNREAD_WORDS - {"one", "score"})])
+
 _ARITHMETIC = re.compile(r"[\d\s.+\-*/()]+")
 _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -36,8 +52,9 @@ def as_number(text: str) -> Fraction | None:
     """Return the number that `text` is, or None.
 
     Read are integers, decimals, thousands with commas, fractions, a unit or currency around one number (`$18`, `18
-    dollars`, `50 %`, whose sign counts as a unit), and + − · / with parentheses over numbers. Powers are not, so that
-    nothing grows beyond what was written.
+    dollars`, `50 %`, whose sign counts as a unit), words and letters that scale it (`2.5 million`, `5 tenths`, `5k`),
+    and + − · / with parentheses over numbers. Powers are not, so that nothing grows beyond what was written; nor are
+    words that change a number in another way (`5 squared`, `5 plus two`).
     """
     if len(text) > 2 * _LONGEST:
         return None
@@ -47,10 +64,34 @@ def as_number(text: str) -> Fraction | None:
     ratio = _RATIO.fullmatch(text)
     if ratio:
         return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
-    single = _PLAIN.fullmatch(text) or _WITH_WORDS.fullmatch(text)
+    if _PLAIN.fullmatch(text):
+        return _fraction(text)
+    single = _WITH_WORDS.fullmatch(text)
     if single:
-        return _fraction(single[1] if single.re is _WITH_WORDS else single[0])
+        number = _fraction(single[1])
+        return None if number is None else _scaled(number * _LETTERS[single[2]], single[3].replace(".", "").split())
     return _arithmetic(text) if _ARITHMETIC.fullmatch(text) else None
+
+
+def _scaled(number: Fraction, words: list[str]) -> Fraction | None:
+    """The number times what the words behind it say, its unit behind them; None where they change it otherwise."""
+    scales: list[Fraction] = []
+    parts: list[Fraction] = []
+    has_unit = False
+    for word in map(str.lower, words):
+        name = word.removesuffix("s")
+        if name in _SCALES and not has_unit:
+            scales.append(Fraction(_SCALES[name]))
+        elif name in _PARTS and not has_unit and (number == 1 or name != word):  # 5 fifths, but no 5 fifth
+            parts.append(Fraction(1, _PARTS[name]))
+        elif name in _SCALES or name in _PARTS or word in _UNREAD_WORDS:
+            return None
+        else:
+            has_unit = True
+    # Who knows whether `5 hundred thousandths` are 0.5 or 0.00005, and `5 grand pianos` are five.
+    if len(parts) + bool(scales) > 1 or (has_unit and words[0].lower() == "grand"):
+        return None
+    return number * math.prod(scales + parts)
 
 
 def same_number(one: Fraction, other: Fraction) -> bool:

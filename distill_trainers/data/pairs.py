@@ -25,6 +25,7 @@ from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.rows import tokenize_row
 from distill_trainers.data.texts import tell_straddled
 from distill_trainers.exceptions import DatasetError, NoUsableRowsError
+from distill_trainers.losses.reduction import first_trained
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -337,7 +338,7 @@ def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad
     entries = {
         "token_chosen": trained & is_chosen,
         "token_rejected": trained & ~is_chosen,
-        "token_pair": trained & is_chosen & (trained.cumsum(1) == 1),
+        "token_pair": first_trained(joined["labels"]) & is_chosen,
     }
     pairs = torch.arange(len(chosen["input_ids"]), device=trained.device).repeat(2)
     return {**chosen, **joined, **{name: entry.float() for name, entry in entries.items()}, "examples": pairs}

@@ -15,6 +15,7 @@ Probabilities of 0 are fine wherever the divergence is finite; where it is not, 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,27 +45,33 @@ def _centred(weighted: Tensor, probs: Tensor, factor: float, out: Tensor) -> Non
         out.mul_(factor)
 
 
+def _kl(log_ratio: Tensor, probs: Tensor, others: Tensor, scratch: Tensor) -> Tensor:
+    """KL of `probs` from `others` as a sum of terms that do not cancel: see `divergences._kl`."""
+    near = torch.clamp(log_ratio, max=1, out=scratch).expm1_().sub_(log_ratio).mul_(probs).sum(-1)
+    return near + torch.sub(others, probs, alpha=math.e, out=scratch).clamp_(min=0).sum(-1)
+
+
 def _forward_kl(student: Tensor, teacher: Tensor, gradient: Into, scratch: Scratch) -> Tensor:
-    a, b, c, _ = scratch
-    return _kl_to_target(_logps(student, a), _logps(teacher, b), gradient, c)
+    a, b, c, d = scratch
+    return _kl_to_target(_logps(student, a), _logps(teacher, b), gradient, c, d)
 
 
-def _kl_to_target(student_logps: Tensor, target_logps: Tensor, gradient: Into, scratch: Tensor) -> Tensor:
-    """KL(p || q) with gradient q - p; `target_logps` are overwritten."""
-    probs = torch.exp(target_logps, out=scratch)
+def _kl_to_target(student_logps: Tensor, target_logps: Tensor, gradient: Into, a: Tensor, b: Tensor) -> Tensor:
+    """KL(p || q) with gradient q - p; both log-probabilities are overwritten."""
+    student_probs, target_probs = torch.exp(student_logps, out=a), torch.exp(target_logps, out=b)
     if gradient is not None:
-        torch.exp(student_logps, out=gradient).sub_(probs)
-    return target_logps.sub_(student_logps).mul_(probs).sum(-1)
+        torch.sub(student_probs, target_probs, out=gradient)
+    return _kl(student_logps.sub_(target_logps), target_probs, student_probs, target_logps)
 
 
 def _reverse_kl(student: Tensor, teacher: Tensor, gradient: Into, scratch: Scratch) -> Tensor:
-    a, b, c, _ = scratch
+    a, b, c, d = scratch
     student_logps, teacher_logps = _logps(student, a), _logps(teacher, b)
-    probs = torch.exp(student_logps, out=c)
-    weighted = student_logps.sub_(teacher_logps).mul_(probs)
+    student_probs, teacher_probs = torch.exp(student_logps, out=c), torch.exp(teacher_logps, out=d)
+    log_ratio = teacher_logps.sub_(student_logps)
     if gradient is not None:  # f' = log(q / p), up to a constant
-        _centred(weighted, probs, 1.0, out=gradient)
-    return weighted.sum(-1)
+        _centred(torch.mul(log_ratio, student_probs, out=a), student_probs, -1.0, out=gradient)
+    return _kl(log_ratio, student_probs, teacher_probs, a)
 
 
 def _both_probs(student: Tensor, teacher: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,15 +102,22 @@ def _jsd(student: Tensor, teacher: Tensor, gradient: Into, scratch: Scratch, bet
     return -beta * teacher_to_mixture - (1 - beta) * weighted.sum(-1)
 
 
+def _kl_towards(probs: Tensor, difference: Tensor, weight: float, a: Tensor, b: Tensor) -> Tensor:
+    """KL of `probs` from probs + weight * difference, as sum of probs * (u - log(1 + u)); the log is left in `a`."""
+    u = torch.div(difference, probs, out=b).mul_(weight)
+    return u.sub_(torch.log1p(u, out=a)).mul_(probs).sum(-1)
+
+
 def _skew_forward_kl(student: Tensor, teacher: Tensor, gradient: Into, scratch: Scratch, alpha: float) -> Tensor:
     if alpha == 0:
         return _forward_kl(student, teacher, gradient, scratch)
     a, b, c, d = scratch
     q, p, difference = _both_probs(student, teacher, a, b, c)
-    if gradient is not None:  # f' = -(1 - alpha) * p / m
+    if gradient is not None:
+        # f' = -(1 - alpha) * p / m, and without a constant -(1 - alpha)^2 * (p - q) / m, which does not cancel.
         mixture = torch.add(q, difference, alpha=alpha, out=d)
-        _centred(torch.div(p, mixture, out=d).mul_(q), q, alpha - 1, out=gradient)
-    return -_log_towards(p, difference, alpha - 1, out=c).mul_(p).sum(-1)
+        _centred(torch.div(difference, mixture, out=d).mul_(q), q, -((1 - alpha) ** 2), out=gradient)
+    return _kl_towards(p, difference, alpha - 1, a, d)
 
 
 def _skew_reverse_kl(student: Tensor, teacher: Tensor, gradient: Into, scratch: Scratch, alpha: float) -> Tensor:
@@ -111,11 +125,13 @@ def _skew_reverse_kl(student: Tensor, teacher: Tensor, gradient: Into, scratch: 
         return _reverse_kl(student, teacher, gradient, scratch)
     a, b, c, d = scratch
     q, _, difference = _both_probs(student, teacher, a, b, c)
-    log_mixture = _log_towards(q, difference, 1 - alpha, out=d)
-    if gradient is not None:  # f' = log(q / m) - alpha * q / m, up to a constant
-        mixture = difference.mul_(1 - alpha).add_(q)
-        _centred(torch.div(q, mixture, out=c).mul_(alpha).add_(log_mixture).mul_(q), q, -1.0, out=gradient)
-    return -log_mixture.mul_(q).sum(-1)
+    value, log_mixture = _kl_towards(q, difference, 1 - alpha, b, d), b
+    if gradient is not None:
+        # f' = log(q / m) - alpha * q / m, and without a constant alpha * (1 - alpha) * (p - q) / m - log(m / q).
+        mixture = torch.add(q, difference, alpha=1 - alpha, out=d)
+        difference.div_(mixture).mul_(alpha * (1 - alpha))
+        _centred(difference.sub_(log_mixture).mul_(q), q, 1.0, out=gradient)
+    return value
 
 
 def _total_variation(student: Tensor, teacher: Tensor, gradient: Into, scratch: Scratch) -> Tensor:
@@ -134,15 +150,17 @@ def _taid(student: Tensor, teacher: Tensor, gradient: Into, scratch: Scratch, t:
     torch.clamp(student, min=lowest, out=c)
     torch.clamp(teacher, min=lowest, out=d)
     target = _logps(torch.lerp(c, d, t, out=b), c)
-    return _kl_to_target(_logps(student, a), target, gradient, d)
+    return _kl_to_target(_logps(student, a), target, gradient, b, d)
 
 
 def _logit_mse(student: Tensor, teacher: Tensor, gradient: Into, scratch: Scratch) -> Tensor:
-    difference = torch.sub(student, teacher, out=scratch[0])
-    difference.sub_(difference.mean(-1, keepdim=True))
+    masked = (student == -math.inf) | (teacher == -math.inf)  # has no distance
+    count = (~masked).sum(-1, keepdim=True).clamp_(min=1).to(student.dtype)
+    difference = torch.sub(student, teacher, out=scratch[0]).masked_fill_(masked, 0.0)
+    difference.sub_(difference.sum(-1, keepdim=True) / count).masked_fill_(masked, 0.0)
     if gradient is not None:
-        torch.mul(difference, 2 / difference.shape[-1], out=gradient)
-    return difference.square_().mean(-1)
+        torch.mul(difference, 2 / count, out=gradient)
+    return difference.square_().sum(-1) / count.squeeze(-1)
 
 
 _RULES: dict[Any, Rule] = {

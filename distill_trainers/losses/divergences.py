@@ -6,8 +6,8 @@ temperature, and returns values `[...]`. With p the teacher and q the student, a
 gradients reach `student_logps` only. Ids to which the teacher gives probability exactly 0 (log-probability -inf) are
 fine wherever the divergence is finite.
 
-Values are exact differences of log-probabilities, so equality gives exactly 0; what rounding leaves below 0 is
-removed from the value without touching the gradient.
+Every KL is a sum of terms that are not negative (`_kl`), so equality gives exactly 0 and small values keep their
+digits; what rounding leaves below 0 is removed from the value without touching the gradient.
 """
 
 from __future__ import annotations
@@ -29,9 +29,16 @@ from ..exceptions import ConfigurationError
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
-def _expectation(probs: Tensor, values: Tensor) -> Tensor:
-    """Sum of `probs * values` over the last axis, where probability 0 times an infinite value is 0."""
-    return (probs * values.masked_fill(probs == 0, 0.0)).sum(-1)
+def _kl(probs: Tensor, log_ratio: Tensor, others: Tensor) -> Tensor:
+    """KL of `probs` from `others`, with their `log_ratio` log(others / probs), as sum of probs * (r - 1 - log r).
+
+    The terms r - 1 add up to 0, and with them no term is negative. Without them the terms cancel each other, and in
+    float32 a divergence below 1e-6 would be nothing but rounding. Where r is above e, `others` gives r itself, since
+    `probs` may be 0.
+    """
+    log_ratio = log_ratio.masked_fill(probs == 0, 0.0)  # 0 times infinity is 0
+    near = probs * (torch.expm1(log_ratio.clamp(max=1)) - log_ratio)
+    return _without_negative_rounding((near + torch.relu(others - math.e * probs)).sum(-1))
 
 
 def _without_negative_rounding(values: Tensor) -> Tensor:
@@ -57,7 +64,7 @@ def _log_mixture_ratio(log_ratio: Tensor, weight: float | Tensor) -> Tensor:
 def forward_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """Compute KL(p || q): covers every mode of the teacher (Hinton et al., arXiv 1503.02531, for soft targets)."""
     teacher_logps = teacher_logps.detach()
-    return _without_negative_rounding(_expectation(teacher_logps.exp(), teacher_logps - student_logps))
+    return _kl(teacher_logps.exp(), student_logps - teacher_logps, student_logps.exp())
 
 
 def reverse_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
@@ -65,7 +72,8 @@ def reverse_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
 
     The step-wise loss of MiniLLM (arXiv 2306.08543, eq. 5, "Single"). Infinite where q > 0 = p.
     """
-    return _without_negative_rounding(_expectation(student_logps.exp(), student_logps - teacher_logps.detach()))
+    teacher_logps = teacher_logps.detach()
+    return _kl(student_logps.exp(), teacher_logps - student_logps, teacher_logps.exp())
 
 
 def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: float | Tensor = 0.1) -> Tensor:
@@ -77,8 +85,9 @@ def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: floa
     if not isinstance(alpha, Tensor) and alpha == 0:
         return forward_kl(student_logps, teacher_logps)
     teacher_logps = _finite_constant(teacher_logps)
+    probs = teacher_logps.exp()
     log_mixture = _log_mixture_ratio(student_logps - teacher_logps, 1 - alpha)
-    return _without_negative_rounding(-(teacher_logps.exp() * log_mixture).sum(-1))
+    return _kl(probs, log_mixture, alpha * probs + (1 - alpha) * student_logps.exp())
 
 
 def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: float | Tensor = 0.1) -> Tensor:
@@ -88,8 +97,9 @@ def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, *, alpha: floa
     """
     if not isinstance(alpha, Tensor) and alpha == 0:
         return reverse_kl(student_logps, teacher_logps)
-    log_mixture = _log_mixture_ratio(_finite_constant(teacher_logps) - student_logps, 1 - alpha)
-    return _without_negative_rounding(-(student_logps.exp() * log_mixture).sum(-1))
+    teacher_logps, probs = _finite_constant(teacher_logps), student_logps.exp()
+    log_mixture = _log_mixture_ratio(teacher_logps - student_logps, 1 - alpha)
+    return _kl(probs, log_mixture, alpha * probs + (1 - alpha) * teacher_logps.exp())
 
 
 def jsd(student_logps: Tensor, teacher_logps: Tensor, *, beta: float = 0.5) -> Tensor:
@@ -150,10 +160,14 @@ def logit_mse(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """Average over V the squared difference of logits, each centred over V (after Ba & Caruana, arXiv 1312.6184).
 
     Centring removes the constant in which log-probabilities and logits differ, so both give the same value; logits at
-    temperature τ count as divided by τ. Infinite where the teacher has probability 0.
+    temperature τ count as divided by τ. Ids that one of the two cannot say (-inf) have no distance: V is without them.
     """
-    difference = student_logps - teacher_logps.detach()
-    return (difference - difference.mean(-1, keepdim=True)).square().mean(-1)
+    teacher_logps = teacher_logps.detach()
+    masked = (student_logps == -math.inf) | (teacher_logps == -math.inf)
+    count = (~masked).sum(-1, keepdim=True).clamp(min=1).to(student_logps.dtype)
+    difference = student_logps.masked_fill(masked, 0.0) - teacher_logps.masked_fill(masked, 0.0)
+    centred = (difference - difference.sum(-1, keepdim=True) / count).masked_fill(masked, 0.0)
+    return (centred.square() / count).sum(-1)
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {

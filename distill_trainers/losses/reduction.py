@@ -20,6 +20,16 @@ def trained_mask(labels: Tensor) -> Tensor:
     return labels[:, 1:] != IGNORE_INDEX
 
 
+def first_trained(labels: Tensor) -> Tensor:
+    """Mark, in bool `[B, T]`, the first trained label of each row: what stands for the row in sums over tokens.
+
+    It lies at position 1 or later: one at 0 is predicted by nothing, so that a row whose prompt is empty is not counted
+    if that label stands for it.
+    """
+    trained = torch.nn.functional.pad(trained_mask(labels), (1, 0))
+    return trained & (trained.cumsum(1) == 1)
+
+
 def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Count trained tokens of `batches`: an int64 scalar on the device of their `labels` `[B, T]`.
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..signals import TokenLogits, TokenSampled, TokenTopK
+from ..signals import SMALLEST_TAIL, TokenLogits, TokenSampled, TokenTopK
 from .divergences import Divergence
 from .workspace import Workspace, empty_like, row_blocks
 
@@ -114,12 +116,17 @@ def top_k_divergence(divergence: Divergence, student: TokenLogits, teacher: Toke
 
     An f-divergence never grows when ids are put into one bucket: the value lies between 0 and that of the whole
     distributions, grows with K, and equals it at K = V. (Without the tail the K ids would have to be normalised anew,
-    whose minimum is not the teacher but one that puts no mass elsewhere.)
+    whose minimum is not the teacher but one that puts no mass elsewhere.) A tail of 0 counts as the least that float32
+    can tell, `SMALLEST_TAIL`: that of a confident teacher is often rounded to 0. Where K = V there is no tail.
 
     Returns:
         values `[n]`.
     """
-    return divergence(_Buckets.apply(student.logits, teacher.ids, student.workspace), teacher.buckets())
+    if teacher.ids.shape[-1] == student.logits.shape[-1]:
+        return divergence(token_logps(student, teacher.ids), F.log_softmax(teacher.logps, dim=-1))
+    tail_logps = torch.where(teacher.tail_logps == -math.inf, SMALLEST_TAIL, teacher.tail_logps)
+    buckets = replace(teacher, tail_logps=tail_logps).buckets()
+    return divergence(_Buckets.apply(student.logits, teacher.ids, student.workspace), buckets)
 
 
 def sampled_forward_kl(student: TokenLogits, teacher: TokenSampled) -> Tensor:

@@ -10,6 +10,7 @@ from .adapters import (
     causal_lm_of,
     head_module_of,
     is_peft,
+    keep_4bit_trainable,
     load_adapter,
     unwrapped,
 )
@@ -23,8 +24,7 @@ from .forward import (
     head_reproduces_logits,
     install_token_forward,
     logit_rows,
-    logits_of,
-    merged_copy,
+    output_of,
     read_head,
 )
 from .frozen import loading_placed, prepare_frozen
@@ -37,7 +37,6 @@ from .loading import (
     is_encoder_decoder,
     load_causal_lm,
     load_config,
-    load_merged_adapter,
     load_tokenizer,
     looks_like_path,
     model_class,
@@ -48,6 +47,14 @@ from .loading import (
     source_of,
     which_files,
     with_pad_token,
+)
+from .merging import (
+    check_alike,
+    load_adapted,
+    load_merged_adapter,
+    logits_of,
+    merged_copy,
+    refuse_unmergeable,
 )
 from .positions import beyond_positions, looks_positions_up, positions_of, without_weights
 from .sharding import (

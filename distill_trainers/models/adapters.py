@@ -63,6 +63,26 @@ def add_adapter(model: PreTrainedModel, peft_config: Any, gradient_checkpointing
         ) from error
 
 
+def keep_4bit_trainable(model: nn.Module) -> nn.Module:
+    """Keep bitsandbytes from putting 4-bit weights into a layout for inference, and put back those that are in it.
+
+    On CPUs with AVX-512-BF16 its layers do so at their first forward in eval mode, for good. In that layout they pass
+    no gradient on: after one evaluation, or one rollout, an adapter before them would get a gradient of 0.
+    """
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        layer: Any = module
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                layer.weight.data, layer.weight.quant_state
+            )
+    return model
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside any stack of DDP, FSDP and DeepSpeed wrappers; a PeftModel stays one."""
     # Wrappers pass attribute look-ups on, so ask for their own submodules.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +33,7 @@ def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: batch[entry] for name, entry in names.items()}
 
 
-def logits_of(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
+def output_of(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
     """Return the output of the model's own forward, with logits of all positions, and no cache that nobody reads."""
     accepted = inspect.signature(type(causal_lm_of(model)).forward).parameters
     return model(**inputs, **options, **({"use_cache": False} if "use_cache" in accepted else {}))
@@ -77,21 +76,6 @@ def without_token_forward(model: Any) -> Any:
     for name in ("forward", "_distill_original_forward", "_distill_head_is_known"):
         causal_lm.__dict__.pop(name, None)
     return model
-
-
-def merged_copy(model: Any) -> PreTrainedModel:
-    """Copy the causal LM of a whole PeftModel to the CPU, adapter merged; the model itself stays as it is.
-
-    Merging into the model and out of it again would round its weights.
-    """
-    # What is shared stays shared: a copy finds a tensor's stand-in by the tensor.
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        moved = nn.Parameter(parameter.detach().to("cpu", copy=True), requires_grad=parameter.requires_grad)
-        memo[id(parameter)] = moved
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
-    return without_token_forward(copy.deepcopy(model, memo).merge_and_unload())
 
 
 def gives_hidden_states(model: nn.Module) -> bool:
@@ -220,7 +204,7 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
 
     with uncompiled():  # one row and a cache are not what layers are compiled for
         rebuilt = model(**sample, on_hidden=rebuild)
-        expected = logits_of(model, sample).logits[0]
+        expected = output_of(model, sample).logits[0]
     model.train(was_training)
     if rebuilt is None:
         return False

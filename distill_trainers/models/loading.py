@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -155,15 +154,6 @@ def refuse_two_quantizations(init_kwargs: Mapping[str, Any], setting: str) -> No
             f"Got a quantization both as `quantization_config` and in `{setting}`; expected one. Keep the argument "
             "`quantization_config` (in a recipe: `load_in_4bit`)."
         )
-
-
-def load_merged_adapter(name: str, *, role: str = "student", **init_kwargs: Any) -> Any:
-    """Load the base model of a folder that holds a PEFT adapter alone, with the adapter merged into it."""
-    from peft import PeftModel
-
-    base = json.loads((Path(name).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
-    model = load_causal_lm(base["base_model_name_or_path"], role=role, **init_kwargs)
-    return PeftModel.from_pretrained(model, name).merge_and_unload()
 
 
 def dtype_of(dtype: Any, config: Any) -> torch.dtype:

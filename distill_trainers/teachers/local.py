@@ -129,7 +129,7 @@ class LocalTeacher(Teacher):
         if self._fused is None:
             self._fused = models.head_is_fusable(self.model) and models.head_reproduces_logits(self.model, inputs)
         if not self._fused:
-            logits = models.logits_of(self.model, inputs).logits[:, :-1][predicts]
+            logits = models.output_of(self.model, inputs).logits[:, :-1][predicts]
             return Logits(logits[:, :vocab_size])
         hidden = self.model(**inputs, on_hidden=lambda hidden, head: hidden[:, :-1][predicts])
         return self.signal_of(hidden, vocab_size)

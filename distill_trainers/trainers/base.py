@@ -50,7 +50,9 @@ from .lifecycle.fresh import FreshStudents
 from .lifecycle.held_out import HeldOutMeasures
 from .lifecycle.metrics import RunningMetrics
 from .lifecycle.order import check_first_window
+from .lifecycle.proof import Proof
 from .lifecycle.recording import RunRecorder
+from .lifecycle.sentinel import Sentinel
 from .preflight import Given, preflight
 from .protocol import Batch
 from .step import TwoModels
@@ -221,6 +223,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self.recorder = RunRecorder(self)
         self.add_callback(self.recorder)
         self.add_callback(TeacherKeeper(self.teacher))
+        self.proof, self.sentinel = Proof(self), Sentinel(self)
+        self.add_callback(self.sentinel)
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
 
     def set_up_method(self) -> None:
@@ -417,6 +421,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             loss = loss + window_mean(models.balance_coefficient(model) * balance, micro_batches)
             self.metrics.add_means({models.AUX_LOSS: balance.detach()}, 1)
         if model.training:
+            self.proof.look(inputs)
+            self.sentinel.look(inputs)
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])
             for name, values in terms.items():
@@ -432,6 +438,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = models.whole(super()._get_grad_norm(model, grad_norm=grad_norm))  # each has a share under FSDP2
+        self.sentinel.gradient_norm = grad_norm
         if self.accelerator.scaler is None and grad_norm is not None:  # fp16's scaler skips such steps by itself
             self.window_loss = self.window_loss + 0 * torch.as_tensor(grad_norm, device=self.args.device)  # keeps NaN
         return grad_norm

@@ -92,6 +92,9 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     merge_adapter: bool = setting(
         False, "Also save the student with its adapter merged, in `<output_dir>/merged`, and upload that."
     )
+    verify_saved: bool = setting(
+        True, "Load what was saved once more, and compare its logits with the trained student's on one batch."
+    )
     card_license: str | None = setting(
         None, "Licence in the model card; by default the one that teacher, student and data share."
     )

@@ -118,7 +118,7 @@ class TwoModels:
                 (total, terms), balance = result if balanced else (result, None)
             else:
                 asked = {"output_router_logits": True} if balanced else {}
-                output = models.logits_of(student, forward_inputs, **asked)
+                output = models.output_of(student, forward_inputs, **asked)
                 logits_NV = output.logits[:, :-1][predicts][:, : self.vocab_size].float()
                 total, terms = _terms_of_logits(logits_NV, whole_signal, terms_fn, row_terms, tokens, weights)
                 balance = getattr(output, models.AUX_LOSS, None) if balanced else None

@@ -52,6 +52,7 @@ def load_student(
         raise ConfigurationError("The student is a prompt-learning PeftModel; only adapters of weights are supported.")
     if trains and not models.num_parameters(student, trainable_only=True):
         _refuse_frozen(student)
+    models.keep_4bit_trainable(student)
     if args.disable_dropout:
         models.disable_dropout(student)
     if models.is_peft(student) and models.recomputes_activations(args):

@@ -181,3 +181,12 @@ def test_rows_without_a_rejected_response_make_ordinary_batches(tokenizer):
 
 
 # ---- Final numbers --------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_without_prompt_is_counted_once():
+    """Its first token is predicted by nothing, so the second stands for it."""
+    pair = {"input_ids": [3, 4, 5], "labels": [3, 4, 5], "prompt_length": 0}
+    pair |= {"rejected_ids": [6, 7], "rejected_labels": [6, 7]}
+    batch = PairCollator(0)([pair, pair])
+    assert batch["token_pair"].tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert batch["token_chosen"].sum() == 4 and batch["token_rejected"].sum() == 2

@@ -127,8 +127,9 @@ def test_teacher_probability_zero_is_the_limit_of_small_ones(name, dtype):
     torch.testing.assert_close(by_rule(DIVERGENCES[name], student, teacher), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in CLOSED if name != "logit_mse"])
-@pytest.mark.parametrize("masked", [-1e4, -math.inf])
+@pytest.mark.parametrize(
+    ("name", "masked"), [(name, at) for name in CLOSED for at in (-1e4, -math.inf) if (name, at) != ("logit_mse", -1e4)]
+)
 def test_an_id_that_neither_can_say_changes_nothing(name, masked):
     student, teacher = logits_pair(dtype=torch.float32)
     value, gradient = by_rule(DIVERGENCES[name], student, teacher)

@@ -8,6 +8,7 @@ import torch
 from distill_trainers.losses.reduction import (
     count_of,
     count_trained_tokens,
+    first_trained,
     masked_sum,
     means_of_sums,
     step_counts,
@@ -25,6 +26,13 @@ def test_trained_mask_shifts_by_one_and_ignores_the_first_label():
     expected = [[False, True, True], [False, False, False], [True, False, True]]
     assert trained_mask(LABELS).tolist() == expected
     assert trained_mask(LABELS[:, :1]).shape == (3, 0)
+
+
+def test_one_predicted_label_stands_for_each_row():
+    """Neither label 0, nor a second stretch; a row with nothing but label 0 has none."""
+    labels = torch.cat([LABELS, torch.tensor([[9, -100, -100, -100], [1, 2, 3, 4]])])
+    places = [row.nonzero().flatten().tolist() for row in first_trained(labels)]
+    assert places == [[2], [], [1], [], [1]]
 
 
 def test_count_is_over_all_batches_of_any_length():

@@ -21,6 +21,7 @@ from distill_trainers.losses import (
     token_logps,
 )
 from distill_trainers.signals import (
+    SMALLEST_TAIL,
     Head,
     HiddenStates,
     Sampled,
@@ -193,6 +194,49 @@ def test_stored_probabilities_that_were_rounded_are_normalised_anew():
     found = token_divergence("forward_kl", TokenLogits(student[2:5].float()), chunk)
     torch.testing.assert_close(found.double(), by_top_k("forward_kl", student, teacher, 6)[2:5], rtol=0.01, atol=1e-3)
     assert (token_divergence("forward_kl", TokenLogits(teacher[2:5].float()), chunk) >= 0).all()
+
+
+SURE = {  # what a sure teacher's server tells of three of twelve ids, as log-probabilities
+    "one id has it all": [0.0, -40.0, -41.0],
+    "rounds to 1": [-3e-8, -19.0, -20.0],
+    "a little above 1": [math.log1p(2e-4), -12.0, -13.0],
+    "an id that it cannot say": [0.0, -math.inf, -math.inf],
+}
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        (told, name)
+        for told in SURE
+        for name in ("forward_kl", "jsd", "skew_reverse_kl", "reverse_kl", "adaptive_kl")
+        if "cannot" not in told or name not in ("reverse_kl", "adaptive_kl")  # infinite, as for whole distributions
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_teacher_whose_ids_have_all_mass_keeps_the_least_tail(told, dtype, name):
+    logps = torch.tensor([SURE[told]]).to(dtype)
+    signal = TopK(torch.tensor([[3, 0, 7]], dtype=torch.int32), logps, torch.tensor([-math.inf]))
+    student = rand(1, V, seed=1).float().requires_grad_()
+    value = token_divergence(name, TokenLogits(student), signal.chunk(slice(None)))
+    (found,) = torch.autograd.grad(value.sum(), student)
+
+    double = student.detach().double().requires_grad_()
+    q, told_probs = double.softmax(-1)[:, [3, 0, 7]], logps.double().exp()
+    q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
+    p = torch.cat([told_probs, torch.tensor([[2.0**-24]], dtype=torch.float64)], -1)
+    expected = DIVERGENCES[name](q.log(), (p / p.sum()).log())
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.double(), torch.autograd.grad(expected.sum(), double)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", [-math.inf, SMALLEST_TAIL, -3.0])
+def test_all_ids_leave_no_tail_whatever_is_told_of_it(tail):
+    student, teacher = pair()
+    told = TokenTopK(torch.arange(V).expand(N, V), teacher.log_softmax(-1), torch.full((N,), tail))
+    for name in BUCKETED:
+        found = token_divergence(name, TokenLogits(student), told)
+        torch.testing.assert_close(found, whole(name, student, teacher))
 
 
 # Sampled

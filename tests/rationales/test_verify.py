@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 
+from distill_trainers.answers.numbers import as_number
 from distill_trainers.answers.symbolic import SymbolicEquality, is_available
 from distill_trainers.answers.verify import final_number
 from distill_trainers.exceptions import ConfigurationError
@@ -56,6 +57,69 @@ needs_math_verify = pytest.mark.skipif(not is_available(), reason="math-verify i
 )
 def test_numbers(answer, reference, right):
     assert verify_answer(answer, reference, "number").right is right
+
+
+SCALED = {
+    "5 tenths": "1/2",
+    "5 hundredths": "0.05",
+    "5 thousandths": "0.005",
+    "3 halves": "1.5",
+    "1 half": "0.5",
+    "2 thirds of it": "2/3",
+    "5 bn": "5000000000",
+    "$5bn": "5000000000",
+    "5 lakh": "500000",
+    "5 crores": "50000000",
+    "5 lakh crore": "5000000000000",
+    "5 grand": "5000",
+    "5 dozen": "60",
+    "5 dozen eggs": "60",
+    "5k": "5000",
+    "5M": "5000000",
+    "$2.5 million": "2500000",
+    "2.5 Million dollars per year": "2500000",
+    "1,000 thousand": "1000000",
+    "5 hundred": "500",
+}
+UNITS = [
+    "5 per cent",
+    "5%",
+    "5 points",
+    "5 times",
+    "5 seconds",
+    "5 ms",
+    "5 kg",
+    "5 days to go",
+    "5 feet tall",
+    "5 miles",
+]
+NO_NUMBER = ["half of 5", "5 fifth", "5 quarters", "5 pi", "5 squared", "5 cubed", "5 and a half", "5 mil", "5 score"]
+NO_NUMBER += [
+    "5 thousand two hundred",
+    "5 hundred thousandths",
+    "5 plus two",
+    "5 or six",
+    "5 grand pianos",
+    "5 root two",
+]
+NO_NUMBER += ["5 dollars and fifty cents", "5 % of ten", "5m", "5 cups and half", "5 point two", "5 root two"]
+
+
+@pytest.mark.parametrize(("answer", "number"), SCALED.items())
+def test_words_that_scale_a_number(answer, number):
+    for kind in ("number", "math", "auto") if is_available() else ("number",):
+        assert verify_answer(answer, number, kind).right and not verify_answer(answer, "5", kind).right
+    assert as_number(answer) == Fraction(number)
+
+
+@pytest.mark.parametrize("answer", UNITS)
+def test_words_that_are_a_unit(answer):
+    assert as_number(answer) == 5
+
+
+@pytest.mark.parametrize("answer", NO_NUMBER)
+def test_words_that_change_a_number_in_a_way_that_is_not_read(answer):
+    assert as_number(answer) is None and not verify_answer(answer, "5", "number").right
 
 
 @pytest.mark.parametrize(
@@ -160,6 +224,12 @@ def test_majority():
         ("version 1.2.3", None),
         ("it is 2^10", None),
         ("5-3", None),
+        ("it costs 5 million in all", 5_000_000),
+        ("she sold 5 dozen eggs", 60),
+        ("that makes $5k.", 5000),
+        ("5 tenths, then", Fraction(1, 2)),
+        ("the area is 5 squared", None),
+        ("it is 5 years old", 5),
     ],
 )
 def test_final_numbers(text, number):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import signal
 import threading
@@ -13,7 +14,9 @@ from transformers import TrainerCallback
 
 from distill_trainers.cli import main
 from distill_trainers.exceptions import ConfigurationError, TeacherServerError
+from distill_trainers.losses import token_divergence
 from distill_trainers.recipe.parse import parse_recipe
+from distill_trainers.signals import TokenLogits
 from distill_trainers.teachers import LocalTeacher, RemoteTeacher
 from distill_trainers.teachers.remote import RemoteSettings
 from distill_trainers.teachers.remote.endpoints import parse_servers
@@ -499,6 +502,38 @@ def test_few_ids_are_those_of_our_own_server(vllm, serve):
     torch.testing.assert_close(theirs.tail_logps.exp(), ours.tail_logps.exp(), atol=1e-5, rtol=0)
     for teacher in found:
         teacher.close()
+
+
+@pytest.mark.parametrize("most", [0.0, -1e-9, 1e-5, -3e-8])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "adaptive_kl"])
+def test_a_teacher_so_sure_that_nothing_is_left_for_the_others(fake, most, divergence):
+    logps = {5: most, 6: -30.0, 7: -31.0}
+    places = [None, *({str(i): {"logprob": logp} for i, logp in logps.items()} for _ in range(9))]
+
+    def complete(body):
+        prompts = json.loads(body)["prompt"]
+        choices = [{"index": i, "prompt_logprobs": places[: len(prompt)]} for i, prompt in enumerate(prompts)]
+        return 200, {"choices": choices}
+
+    server = fake({"/v1/models": lambda body: (200, {"data": [{"id": "sure"}]}), "/v1/completions": complete})
+    teacher = RemoteTeacher(server.url, RemoteSettings("topk", top_k=3))
+    batch = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    signal = teacher.signal(batch, torch.ones(1, 5, dtype=torch.bool), None)
+    teacher.close()
+    student = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = token_divergence(divergence, TokenLogits(student), signal.chunk(slice(None)))
+    value.sum().backward()
+
+    left = max(1 - sum(math.exp(logp) for logp in logps.values()), 2.0**-24)
+    p = torch.tensor([*(math.exp(logp) for logp in logps.values()), left], dtype=torch.float64)
+    q = student.detach().double().softmax(-1)[:, 5:8]
+    q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
+    reverse, forward = (q * (q / p).log()).sum(-1), (p * (p / q).log()).sum(-1)
+    gaps = (p - q).abs()
+    share = gaps[:, 0] / gaps.sum(-1)  # the likeliest id is all of the head
+    expected = reverse if divergence == "reverse_kl" else share * forward + (1 - share) * reverse
+    torch.testing.assert_close(value.detach().double(), expected, rtol=1e-4, atol=1e-5)
+    assert student.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,14 @@ def test_anchor_and_squared_difference_are_added(make_pair_trainer, batch_of):
     assert loss.item() == pytest.approx(preference + 0.5 * nll / tokens + 0.25 * sum(squares) / 24, rel=1e-9)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_an_anchor_without_weight_is_not_logged(make_pair_trainer, by_step, weight):
+    trainer = make_pair_trainer(lm_loss_weight=weight, max_steps=2)
+    trainer.train()
+    assert len(by_step(trainer, "lm_loss")) == (2 if weight else 0)
+    assert len(by_step(trainer, "nll_chosen")) == 2
+
+
 def test_a_head_that_cannot_be_fused_gives_the_same(make_pair_trainer, batch_of):
     losses = []
     for fused in (True, False):

@@ -72,6 +72,29 @@ def test_lm_loss_is_added_at_temperature_1(make_trainer, batch_of, dense, by_ste
     assert by_step(trainer, "lm_loss")[1] == pytest.approx(nll, rel=1e-5)
 
 
+@pytest.mark.parametrize("replay", [{}, {"replay_buffer_size": 8}])
+def test_lm_loss_is_logged_where_it_is_trained(make_trainer, by_step, replay):
+    settings = {"lm_loss_weight": 0.25, "tau_squared": False, "max_steps": 4, "seed": 1, **replay}
+    trainer = make_trainer(lmbda=0.5, eval_dataset=addition_dataset(4, seed=9), **settings)
+    trainer.train()
+    given = {step for step in range(1, 5) if not draws_on_policy(0.5, 1, step - 1)}  # others sample, or replay samples
+    assert 0 < len(given) < 4 and by_step(trainer, "lm_loss").keys() == given
+    for step, value in by_step(trainer).items():
+        language = 0.25 * by_step(trainer, "lm_loss").get(step, 0.0)
+        assert value == pytest.approx(by_step(trainer, "divergence")[step] + language, rel=1e-5)
+    assert trainer.evaluate()["eval_lm_loss"] > 0
+
+
+def test_a_log_over_steps_of_both_kinds_is_the_mean_over_those_that_train_it(make_trainer, by_step):
+    settings = {"lmbda": 0.5, "lm_loss_weight": 0.25, "max_steps": 4, "seed": 1}
+    steps, once = (make_trainer(**settings, logging_steps=logging) for logging in (1, 4))
+    for trainer in (steps, once):
+        trainer.train()
+    tokens, means = by_step(steps, "trained_tokens"), by_step(steps, "lm_loss")
+    expected = sum(tokens[step] * mean for step, mean in means.items()) / sum(tokens[step] for step in means)
+    assert by_step(once, "lm_loss")[4] == pytest.approx(expected, rel=1e-5)
+
+
 # ---- λ --------------------------------------------------------------------------------------------------------------
 
 

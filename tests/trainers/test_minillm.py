@@ -376,6 +376,39 @@ def test_settings_that_the_token_objective_leaves_out(make, by_step):
     assert by_step(other)[1] == pytest.approx(by_step(trainer)[1] * lengths, rel=1e-5)
 
 
+def given_rows(tokenizer):
+    """Rows of given tokens by how their prompts are: none at all, none but a masked stretch, several stretches."""
+    texts = [tokenizer(f"{n}+{n}={2 * n}").input_ids for n in range(10, 18)]
+    plain = Dataset.from_list([{"text": f"{n}+{n}={2 * n}"} for n in range(10, 18)])
+    empty = Dataset.from_list([{"prompt": "", "completion": f"{n}+{n}={2 * n}"} for n in range(10, 18)])
+    masked = [{"input_ids": ids, "labels": [-100] * 3 + ids[3:]} for ids in texts]
+    stretches = [{"input_ids": ids, "labels": [*ids[:2], -100, ids[3], -100, *ids[5:]]} for ids in texts]
+    kinds = {"text": plain, "empty prompt": empty, "masked stretch": masked, "several stretches": stretches}
+    return {name: Dataset.from_list(rows) if isinstance(rows, list) else rows for name, rows in kinds.items()}
+
+
+@pytest.mark.parametrize("kind", ["text", "empty prompt", "masked stretch", "several stretches"])
+def test_a_sum_over_each_row_is_divided_by_the_rows(make, tokenizer, dense, by_step, kind):
+    """Label 0 is predicted by nothing: where it is trained, another one must stand for its row."""
+    rows = given_rows(tokenizer)[kind]
+    settings = {"objective": "token", "lmbda": 0.0, "loss_reduction": "sequence", "max_steps": 1}
+    trainer = make(train=rows, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)
+    found = dense(trainer.model, trainer.teacher.model, trainer.train_dataset)
+    expected = (found.q.exp() * (found.q - found.p)).sum().item() / 8
+    trainer.train()
+    assert by_step(trainer)[1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_given_tokens_have_a_language_model_loss_and_sampled_ones_none(make, by_step):
+    trainer = make(objective="token", lmbda=0.5, lm_loss_weight=0.1, max_steps=4, seed=1)
+    trainer.train()
+    given = {step for step, rollouts in by_step(trainer, "rollouts").items() if not rollouts}
+    assert 0 < len(given) < 4 and by_step(trainer, "lm_loss").keys() == given
+    for step, value in by_step(trainer).items():
+        language = 0.1 * by_step(trainer, "lm_loss").get(step, 0.0)
+        assert value == pytest.approx(by_step(trainer, "single")[step] + language, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "settings, named",
     [

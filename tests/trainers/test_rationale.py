@@ -142,6 +142,23 @@ def test_tasks_keep_their_own_counts_in_a_window_of_unlike_batches(make_trainer,
     assert total.item() == pytest.approx(expected.item(), rel=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("settings", "unused"),
+    [
+        ({"rationale_weight": 0.0}, "rationale"),
+        ({"objective": "dual_chain", "innovation_weight": 0.0}, "innovation"),
+        ({"objective": "dual_chain", "answer_weight": 0.0, "innovation_weight": 0.0}, "answer"),
+    ],
+)
+def test_terms_without_weight_are_measured_in_evaluation_alone(make_trainer, by_step, settings, unused):
+    trainer = rationale_trainer(make_trainer, max_steps=2, eval_dataset=addition_rationales(4, seed=9), **settings)
+    trainer.train()
+    assert not by_step(trainer, unused)
+    for name, weight in trainer.loss_weights.items():
+        assert len(by_step(trainer, name)) == 2 and weight
+    assert f"eval_{unused}" in trainer.evaluate()
+
+
 def test_distillation_is_the_divergence_on_the_same_tokens(make_trainer, batch_of, dense):
     settings = {"distill_weight": 2.0, "divergence": "jsd", "divergence_params": {"beta": 0.3}, "kd_temperature": 1.5}
     trainer = rationale_trainer(make_trainer, **settings)

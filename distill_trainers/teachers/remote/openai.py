@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...exceptions import ConfigurationError, TeacherServerError
+from ...signals import SMALLEST_TAIL
 from ..cache.shards import Answer
 from ..vocabulary import PROBE
 from .dialects import Dialect, RemoteSettings
@@ -127,7 +128,8 @@ class OpenAIDialect(Dialect):
             raise Again(f"{endpoint.url} tells of probabilities that add up to more than 1", broken=True)
         if not k:
             return {"logps": values[:, 0].float()}
-        tail = torch.log1p(-mass.clamp(max=1.0))
+        # The mass comes from rounded numbers: what is left of it may be nothing, or less.
+        tail = torch.log1p(-mass.clamp(max=1.0)).clamp(min=SMALLEST_TAIL)
         return {"ids": torch.tensor(ids, dtype=torch.int32), "logps": values.float(), "tail": tail.float()}
 
     def _complete(self, prompts: list[list[int]], k: int, endpoint: Endpoint) -> list[Any]:

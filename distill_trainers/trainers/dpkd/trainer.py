@@ -184,7 +184,6 @@ class DPKDTrainer(DistillTrainer):
         )
         margin = rewards[:pairs] - rewards[pairs:]
         terms = {
-            "lm_loss": -logps * chosen,
             "nll_chosen": -logps.detach() * chosen,
             "nll_rejected": -logps.detach() * rejected,
             "reward_chosen": at_pair(rewards[:pairs].detach()),
@@ -194,6 +193,8 @@ class DPKDTrainer(DistillTrainer):
             "chosen_length": at_pair(lengths[:pairs]),
             "rejected_length": at_pair(lengths[pairs:]),
         }
+        if args.lm_weight:
+            terms["lm_loss"] = -logps * chosen
         if args.loss_type != CONTRASTIVE:
             preference = PREFERENCE_LOSSES[args.loss_type](args.beta, args.target_margin or 0.0)
             terms["preference"] = at_pair(preference(margin))

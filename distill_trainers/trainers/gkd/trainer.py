@@ -116,6 +116,6 @@ class GKDTrainer(DistillTrainer):
     ) -> dict[str, Tensor]:
         assert teacher is not None
         terms = {"divergence": token_divergence(self.divergence_now(), student, teacher, self.args.kd_temperature)}
-        if self.args.lm_loss_weight:
+        if "lm_loss" in self.loss_weights:
             terms["lm_loss"] = -token_logps(student, tokens["labels"])
         return terms

@@ -19,6 +19,7 @@ from ...data.chat import turn_end_id
 from ...exceptions import ConfigurationError
 from ...storage import writing
 from ..protocol import METHODS
+from .proof import Proof
 
 if TYPE_CHECKING:
     from ..config import DistillConfig
@@ -71,11 +72,13 @@ def _what(base: str | None) -> str:
 
 
 def check_merger(args: DistillConfig, student: nn.Module, accelerator: Any) -> None:
-    """Refuse to merge the adapter of a sharded student that is not there by name: it is merged into what is on disk.
+    """Refuse adapters that cannot be merged; a sharded student's is merged into what is on disk, by its name.
 
     Raises:
-        ConfigurationError: the student was made in memory.
+        ConfigurationError: it is of such a kind, or a sharded student was made in memory.
     """
+    if args.merge_adapter:
+        models.refuse_unmergeable(student)
     if args.merge_adapter and _is_sharded(accelerator) and not models.source_of(student):
         raise ConfigurationError(
             "Got `merge_adapter: true` under ZeRO-3 or FSDP2 with a student made in memory; expected one loaded by "
@@ -130,11 +133,16 @@ class Publishing(Trainer):
         model: nn.Module
         hub_model_id: Any
         data_sources: list[str]
+        proof: Proof
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Do as `transformers.Trainer.save_model`; with `merge_adapter`, the run's folder also gets `merged`."""
+        """Do as `transformers.Trainer.save_model`; with `merge_adapter`, the run's folder also gets `merged`.
+
+        Raises:
+            UnlikeModelError: what was saved does not answer as what was trained; nothing is uploaded.
+        """
         is_run_folder = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
         if is_run_folder:
             self._finish_current_push()  # which reads the files that are written now
@@ -142,6 +150,8 @@ class Publishing(Trainer):
         super().save_model(output_dir, _internal_call=True)  # else it uploads before `merged` is there
         if is_run_folder and self.args.merge_adapter:
             self._save_merged()
+        if is_run_folder or not _internal_call:  # checkpoints are read again by those who go on from them
+            self.proof.check(self.published_folder if is_run_folder else Path(str(output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

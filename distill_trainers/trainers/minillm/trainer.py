@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...data import DistillCollator
 from ...losses import policy_gradient, token_divergence, token_logps
-from ...losses.reduction import IGNORE_INDEX
+from ...losses.reduction import IGNORE_INDEX, first_trained
 from ...rollouts import draws_on_policy
 from ...signals import TeacherSignal, TokenLogits, TokenLogprobs, TokenSignal, padded
 from ..base import Batch, DistillTrainer
@@ -95,11 +95,12 @@ class MiniLLMTrainer(DistillTrainer):
         """Add `ratio` and `clipped`: how far the student has moved from the one that sampled."""
         terms: dict[str, Tensor] = {}
         own_mask: Tensor | float = tokens.get("token_own", 1.0)
-        if {"token_logps", "token_text"} & tokens.keys() or self.args.lm_loss_weight:
+        reads_given = "lm_loss" in self.loss_weights  # on the student's own samples it is no part of the loss
+        if {"token_logps", "token_text"} & tokens.keys() or reads_given:
             logps = token_logps(student, tokens["labels"])
             if "token_logps" in tokens:
                 terms |= self._surrogates(logps, tokens)
-            if self.args.lm_loss_weight:
+            if reads_given:
                 terms["lm_loss"] = -logps * own_mask
             if "token_text" in tokens:
                 terms["pretraining"] = -logps * tokens["token_text"]
@@ -182,8 +183,8 @@ class MiniLLMTrainer(DistillTrainer):
     def _scored(self, batch: Batch) -> Batch:
         args, mask = self.args, batch["labels"] != IGNORE_INDEX
         own_mask = mask.float()
-        first = own_mask * (mask.cumsum(1) == 1)
-        batch = {**batch, "token_own": own_mask, "token_unit": own_mask if args.loss_reduction == "token" else first}
+        unit = own_mask if args.loss_reduction == "token" else first_trained(batch["labels"]).float()
+        batch = {**batch, "token_own": own_mask, "token_unit": unit}
         if not args.scores_rollouts:
             return {**batch, "token_single": own_mask}
         student, sampler, teacher = batch.pop(LOGPS).unbind(-1)

@@ -89,7 +89,9 @@ class RationaleTrainer(DistillTrainer):
         if self.args.distill_weight and teacher is not None:
             divergence = token_divergence(self.divergence, student, teacher, self.args.kd_temperature)
             terms["distillation"] = divergence * tokens["token_given"]
-        return terms
+        # In evaluation a term without weight is a measure: edit's perplexity is that of right chains.
+        unused = {name for name, weight in self.args.uses.items() if self.model.training and not weight}
+        return {name: values for name, values in terms.items() if name not in unused}
 
     def teacher_signal(self, inputs: Batch, predicts: Tensor) -> TeacherSignal | None:
         """Ask only in evaluation a teacher that the loss does not need."""
