@@ -32,7 +32,8 @@ from ..data import DistillCollator, replace_completions
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_of, step_counts, step_weights, token_mean
-from ..rollouts import build_engine, rollout_rng
+from ..randomness import Purpose, Role, Stream
+from ..rollouts import build_engine
 from ..rollouts.sampling import join_prompts
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import Teacher
@@ -43,7 +44,7 @@ from .config import DistillConfig, config_from_arguments
 from .dataloaders import Dataloaders
 from .evaluation_loop import TeacherForcedEvaluation
 from .lifecycle import outage, publishing
-from .lifecycle.callbacks import StepLoss, TeacherKeeper, divergence_error
+from .lifecycle.callbacks import StepLoss, TeacherKeeper
 from .lifecycle.checkpoints import Resuming
 from .lifecycle.completions import sampling_settings
 from .lifecycle.fresh import FreshStudents
@@ -337,26 +338,30 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
-        """Sample for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
+        """Sample for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch.
+
+        A row's random numbers follow from its batch, counted over all processes, and its place there.
+        """
         if not all("prompt_ids" in batch for batch in batches):
             raise DatasetError(
                 "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
                 f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
             )
         prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
-        rank, step, seed = self.accelerator.process_index, self.state.global_step, self.args.seed
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        step = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(step=self.state.global_step)
+        streams = [
+            step.at(batch=number * world + rank, row=row)
+            for number, batch in enumerate(batches)
+            for row in range(len(batch["prompt_ids"]))
+        ]
         ready = (
             models.generating(self.model_wrapped, self.accelerator)
             if self.engine.runs_the_model
             else contextlib.nullcontext(self.model)
         )
-        try:
-            with rollout_rng(seed, step, rank, self.args.device), ready as model:
-                completions = (generate or self.engine.generate)(model, *prompts, self.sampling)
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):  # torch.multinomial's words for NaN
-                raise
-            raise divergence_error(self, "A probability that rollouts are sampled from") from error
+        with ready as model:
+            completions = (generate or self.engine.generate)(model, *prompts, self.sampling, streams)
         self.metrics.add_sums(rollouts=len(completions))
         self.metrics.add_means({"completion_length": sum(map(len, completions))}, len(completions))
         sampled, start = [], 0

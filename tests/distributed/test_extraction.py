@@ -21,12 +21,14 @@ from accelerate import Accelerator
 from distill_trainers.toy import character_tokenizer, tiny_llama
 from distill_trainers.storage import RecordStore
 from distill_trainers.rationales.stages import extract
+from distill_trainers.randomness import Purpose, Role, Stream
 from distill_trainers.rollouts import CompletionSettings, SamplingSettings
 from distill_trainers.rationales.local_model import LocalTextModel
 
 accelerator, tokenizer = Accelerator(cpu=True), character_tokenizer()
 rank = accelerator.process_index
-settings = CompletionSettings(SamplingSettings(6, 1.0, eos_token_ids=[1], pad_token_id=0), 0, 3)
+stream = Stream(0, Role.TEACHER, Purpose.RATIONALE)
+settings = CompletionSettings(SamplingSettings(6, 1.0, eos_token_ids=[1], pad_token_id=0), stream, 3)
 model = tiny_llama(tokenizer, 32, 2, seed=7, initializer_range=0.25).eval()
 teacher = LocalTextModel(model, tokenizer, settings, accelerator, name="t", style="text")
 questions = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 60, 5)]

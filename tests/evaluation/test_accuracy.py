@@ -18,7 +18,7 @@ class Echo:
     def __init__(self, tokenizer):
         self.tokenizer, self.sizes = tokenizer, []
 
-    def generate(self, model, prompt_ids, prompt_mask, sampling):
+    def generate(self, model, prompt_ids, prompt_mask, sampling, streams=None):
         self.sizes.append(len(prompt_ids))
         prompts = [ids[mask.bool()].tolist() for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
         return [[*prompt[-2::-1], 1] for prompt in prompts]

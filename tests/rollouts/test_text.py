@@ -15,6 +15,7 @@ import pytest
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from distill_trainers.randomness import Purpose, Role, Stream
 from distill_trainers.rationales.local_model import LocalTextModel
 from distill_trainers.rationales.records import Request
 from distill_trainers.rationales.stages import extract
@@ -30,13 +31,14 @@ class Numbered:
     def __init__(self):
         self.sizes = []
 
-    def generate(self, model, prompt_ids, prompt_mask, sampling):
+    def generate(self, model, prompt_ids, prompt_mask, sampling, streams=None):
         self.sizes.append(len(prompt_ids))
         return [[2 + int(length) % 10, 1] for length in prompt_mask.sum(1)]
 
 
 def local(make_teacher, tokenizer, style="auto", **settings):
-    settings = CompletionSettings(SamplingSettings(8, 1.0, eos_token_ids=[1], pad_token_id=0), 0, **settings)
+    stream = Stream(0, Role.TEACHER, Purpose.RATIONALE)
+    settings = CompletionSettings(SamplingSettings(8, 1.0, eos_token_ids=[1], pad_token_id=0), stream, **settings)
     return LocalTextModel(make_teacher().eval(), tokenizer, settings, Accelerator(cpu=True), name="t", style=style)
 
 
