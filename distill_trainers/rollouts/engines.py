@@ -140,7 +140,7 @@ class VllmEngine(RolloutEngine):
         if not streams:
             return contextlib.nullcontext()
         model = self.generation.accelerator.process_index // self.generation.tensor_parallel_size
-        return streams[0].at(batch=model).ruling_torch(device)
+        return streams[0].at(rank=model).ruling_torch(device)
 
 
 def vllm_sampling(sampling: SamplingSettings, vocab_rows: int) -> dict[str, Any]:

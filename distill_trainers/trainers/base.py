@@ -338,23 +338,16 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
-        """Sample for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch.
-
-        A row's random numbers follow from its batch, counted over all processes, and its place there.
-        """
+        """Sample for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
         if not all("prompt_ids" in batch for batch in batches):
             raise DatasetError(
                 "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
                 f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
             )
         prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        step = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(step=self.state.global_step)
-        streams = [
-            step.at(batch=number * world + rank, row=row)
-            for number, batch in enumerate(batches)
-            for row in range(len(batch["prompt_ids"]))
-        ]
+        place = {"step": self.state.global_step, "rank": self.accelerator.process_index}
+        stream = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(**place)
+        streams = [stream.at(row=row) for row in range(len(prompts[0]))]
         ready = (
             models.generating(self.model_wrapped, self.accelerator)
             if self.engine.runs_the_model
