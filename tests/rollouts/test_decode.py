@@ -61,6 +61,62 @@ def test_greedy_equals_generate_under_processors(make_model, pad_left, prompts, 
     assert ours != decode_completions(make_model(), *pad_left(prompts, 22), plain)
 
 
+def _likeliest(model, prompt, sampling):
+    """Greedy text by whole unpadded forwards, with penalty and n-grams counted by hand."""
+    ids, size, penalty = list(prompt), sampling.no_repeat_ngram_size, sampling.repetition_penalty
+    while len(ids) < len(prompt) + sampling.max_new_tokens:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1].tolist()
+        for token in set(ids):
+            logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+        if size:
+            grams = {tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)}
+            for token in range(len(logits)):
+                if len(ids) >= size - 1 and (*ids[len(ids) - size + 1 :], token) in grams:
+                    logits[token] = -math.inf
+        ids.append(logits.index(max(logits)))
+        if ids[-1] in sampling.eos_token_ids:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("complete", [decode_completions, generate_completions])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1, "max_new_tokens": 6},
+        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 3},
+        {"repetition_penalty": 1.9},
+        {"no_repeat_ngram_size": 2, "repetition_penalty": 0.7},
+    ],
+    ids=str,
+)
+def test_padding_is_no_text_to_what_reads_the_text(make_model, pad_left, prompts, complete, settings):
+    """Its id stands in other prompts, and every first token could be taken for it."""
+    model, prompts = make_model(), [[5], [5, 5], [3], *prompts[:9]]
+    sampling = SamplingSettings(**{"max_new_tokens": 8, "temperature": 0.0, "pad_token_id": 3, **settings})
+    expected = [_likeliest(model, prompt, sampling) for prompt in prompts]
+    for size in (None, 4):
+        assert complete(model, *pad_left(prompts, 3), sampling, size) == expected
+
+
+@pytest.mark.parametrize("complete", [decode_completions, generate_completions])
+def test_a_token_may_follow_itself_once_beside_a_longer_prompt(make_student, complete, streams):
+    """A model that says its last token again (p > 0.99); padding as copies of the first token forbade that."""
+    model = make_student(initializer_range=0.3, tie_word_embeddings=True).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.norm.weight.fill_(4.0)
+    ids, mask = torch.tensor([[0, 0, 0, 5], [6, 7, 8, 9]]), torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
+    assert model(input_ids=torch.tensor([[5]])).logits[0, -1].softmax(-1)[5] > 0.99
+    sampling = SamplingSettings(2, pad_token_id=0, no_repeat_ngram_size=2)
+    ids, mask = ids.repeat(50, 1), mask.repeat(50, 1)
+    texts = complete(model, ids, mask, sampling, streams=streams(100))
+    assert sum(text[0] == 5 for text in texts[::2]) > 45 and not any(text == [5, 5] for text in texts[::2])
+
+
 def test_each_prompt_gets_what_it_gets_alone(make_model, pad_left, prompts):
     model = make_model()
     sampling = SamplingSettings(16, temperature=0.0, eos_token_ids=EOS)
@@ -216,6 +272,70 @@ def test_samples_follow_the_enumerated_law_whatever_their_batch_mates(make_model
         assert len(bins) > 15
         half = torch.tensor([len(bins) - 1, statistic], dtype=torch.float64) / 2
         assert torch.special.gammaincc(*half) > 3e-7  # as rare as 5 standard errors
+
+
+@pytest.mark.parametrize("complete", [decode_completions, generate_completions])
+def test_a_temperature_needs_random_numbers_for_each_prompt(make_model, pad_left, complete, streams):
+    for rows, said in ((None, "no streams"), (streams(1), "1 streams")):
+        with pytest.raises(ValueError, match=f"Got {said} .* 2 prompts"):
+            complete(make_model(), *pad_left([[4], [5]]), SamplingSettings(3), streams=rows)
+
+
+@pytest.mark.parametrize("ignores", [True, False])
+def test_a_generate_that_draws_by_itself_is_refused(make_model, pad_left, streams, monkeypatch, ignores):
+    """It would take the likeliest token, or one by the state of the process, and say nothing."""
+    model = make_model()
+
+    def generate(input_ids, logits_processor, **kwargs):
+        scores = torch.zeros(len(input_ids), 24)
+        tokens = logits_processor(input_ids, scores).argmax(-1) if not ignores else scores.argmax(-1)
+        return torch.cat([input_ids, (tokens + 1 - int(ignores)).unsqueeze(1)], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate, raising=False)
+    with pytest.raises(ConfigurationError, match="LlamaForCausalLM.*own `generate`.*rollout_engine: decode"):
+        HfEngine().generate(model, *pad_left([[4], [5]]), SamplingSettings(1), streams(2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_p": 0.6},
+        {"top_k": 3, "temperature": 1.5},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("complete", [decode_completions, generate_completions])
+def test_filtered_samples_have_the_probabilities_counted_by_hand(make_model, pad_left, complete, settings, streams):
+    """Of the first token, behind padding: each within 5 standard errors."""
+    model, prompt, count = make_model(), [4, 8, 4], 4000
+    sampling = SamplingSettings(1, pad_token_id=3, **settings)
+    logits = (model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / sampling.temperature).tolist()
+    for token in set(prompt):
+        penalty = sampling.repetition_penalty
+        logits[token] = logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
+        if sampling.no_repeat_ngram_size:
+            logits[token] = -math.inf
+    order, mass, p = sorted(range(24), key=lambda token: -logits[token]), 0.0, torch.tensor(logits).softmax(-1)
+    kept = []
+    for token in order:
+        if (
+            mass >= sampling.top_p
+            or (sampling.top_k and len(kept) == sampling.top_k)
+            or p[token] < sampling.min_p * p.max()
+        ):
+            break
+        kept.append(token)
+        mass += float(p[token])
+    law = torch.zeros(24)
+    law[kept] = (p[kept] / p[kept].sum()).float()
+    mates = [prompt, [9] * 11]
+    texts = complete(model, *pad_left(mates * count), sampling, streams=streams(2 * count))[::2]
+    shares = torch.bincount(torch.tensor(texts).flatten(), minlength=24) / count
+    assert ((shares - law).abs() <= 5 * (law * (1 - law) / count).sqrt()).all()
+    assert len(kept) > 1 and (shares[law == 0] == 0).all()
 
 
 def test_what_is_sampled_does_not_depend_on_the_batch(make_model, pad_left, prompts, streams):
