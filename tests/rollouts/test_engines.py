@@ -202,12 +202,30 @@ def test_vllm_gets_prompts_settings_and_weights(make_model, pad_left, vllm):
     assert generation.calls[1][1]["generation_kwargs"] == {"stop_token_ids": [1]}
 
 
+def test_vllm_draws_anew_at_each_step_and_leaves_the_random_state(make_model, pad_left, vllm, streams):
+    """As it does in this process: from torch's own state. Processes that share one model must draw alike."""
+    states = []
+    for rank, shared in ((0, 1), (0, 1), (1, 1), (0, 2), (1, 2)):
+        generation = vllm(make_model(), SimpleNamespace(process_index=rank), "tokenizer")
+        generation.tensor_parallel_size = shared
+        inner, drawn = generation.generate, []
+        generation.generate = lambda **given: drawn.append(torch.rand(3).tolist()) or inner(**given)  # noqa: B023
+        before = torch.get_rng_state()
+        for step in (1, 2):
+            rows = streams(2, step=step, rank=rank)
+            VllmEngine(generation, 24).generate(make_model(), *pad_left([[4], [5]]), SamplingSettings(3), rows)
+        assert torch.equal(torch.get_rng_state(), before) and drawn[0] != drawn[1]
+        states.append(drawn)
+    assert states[0] == states[1] == states[3] == states[4] != states[2]
+
+
 def test_our_names_of_vllms_settings_are_trls():
     """The fake can only be trusted if the real class has these attributes and arguments."""
     from trl.generation.vllm_generation import VLLMGeneration
 
     source = inspect.getsource(VLLMGeneration)
-    assert all(f"self.{name} = " in source and f"self.{name}" in source for name in FakeVllm.settings)
+    names = FakeVllm.settings | {"accelerator", "tensor_parallel_size"}
+    assert all(f"self.{name} = " in source and f"self.{name}" in source for name in names)
     assert list(inspect.signature(VLLMGeneration.generate).parameters)[1:4] == ["prompts", "images", "num_generations"]
     known = inspect.signature(VLLMGeneration.__init__).parameters
     assert {"mode", "max_model_length", "max_num_seqs", "server_port", "processing_class"} <= known.keys()

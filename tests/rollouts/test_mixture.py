@@ -72,6 +72,18 @@ def test_it_is_asked_only_when_its_coin_comes_up(pair, monkeypatch, alpha):
     assert len(calls) - 1 == sum(coins[1:]) + (not coins[-1])
 
 
+def test_a_mixture_does_not_depend_on_how_many_are_worked_on_together(pair):
+    """Nor on their order: all batches of a rollout share its coins, and each row has its own numbers."""
+    sampling, mixture = SamplingSettings(24, eos_token_ids=ENDS, suppress_from=14), Mixture(pair[1], 0.5, COINS)
+    ids, mask = padded()
+    runs = [
+        [row.ids for row in decode_scored(pair[0], ids, mask, sampling, size, streams=STREAMS, mixture=mixture)]
+        for size in (None, 1, 4)
+    ]
+    turned = decode_scored(pair[0], ids.flip(0), mask.flip(0), sampling, 2, streams=STREAMS[::-1], mixture=mixture)
+    assert runs[0] == runs[1] == runs[2] == [row.ids for row in turned][::-1]
+
+
 @pytest.mark.parametrize("setting", [{"temperature": 0.7}, {"top_k": 3}, {"temperature": 0.0}])
 def test_filters_are_refused(pair, setting):
     with pytest.raises(ValueError, match="temperature 1 and no filters"):
