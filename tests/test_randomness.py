@@ -40,6 +40,7 @@ USES = {
 # Draws that are not named, by file and what is called, and why.
 ALLOWED = {
     ("trainers/base.py", "set_seed"): "transformers' own, for adapters and dropout, as `Trainer` has it",
+    ("trainers/lifecycle/fresh.py", "set_seed"): "likewise, for what makes the model",
     ("trainers/lifecycle/order.py", "torch.Generator"): "the order must be that of the Trainer of transformers",
     ("trainers/lifecycle/order.py", "manual_seed"): "likewise",
     ("trainers/lifecycle/order.py", "torch.randperm"): "likewise",
