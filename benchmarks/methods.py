@@ -152,6 +152,7 @@ def sampled(
     """The model's answers, in order; empty for those that did not end."""
     import torch
 
+    from distill_trainers.randomness import Purpose, Role, Stream
     from distill_trainers.rollouts import DecodeEngine, SamplingSettings
 
     ids = [
@@ -162,8 +163,8 @@ def sampled(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
     end = tokenizer.eos_token_id
     settings = SamplingSettings(96, temperature, eos_token_ids=[end], pad_token_id=pad)
-    torch.manual_seed(0)
-    written = DecodeEngine(batch_size=96).generate(model, inputs, mask, settings)
+    streams = [Stream(0, Role.TEACHER, Purpose.COMPLETION).at(row=row) for row in range(len(ids))]
+    written = DecodeEngine(batch_size=96).generate(model, inputs, mask, settings, streams)
     texts = [tokenizer.decode(each, skip_special_tokens=True).strip() for each in written]
     if options.quick:  # a random teacher ends nothing, and may say nothing
         return [text or "nothing" for text in texts]

@@ -65,7 +65,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
     import transformers
 
-    from distill_trainers.rollouts import DecodeEngine, HfEngine, rollout_rng
+    from distill_trainers.randomness import Purpose, Role, Stream
+    from distill_trainers.rollouts import DecodeEngine, HfEngine
     from distill_trainers.rollouts.decode import loop as decode
 
     torch.set_num_threads(options.threads)
@@ -79,8 +80,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     meter, seconds, cpu, kept, longest = Meter(options.device), [], [], [], []
     for call in range(size["calls"] + 1):
         before = meter.now()
-        with rollout_rng(0, call, 0, device):
-            lengths = [len(text) for text in engine.generate(model, ids, mask, sampling)]
+        stream = Stream(0, Role.STUDENT, Purpose.ROLLOUT).at(step=call)
+        streams = [stream.at(row=row) for row in range(len(ids))]
+        lengths = [len(text) for text in engine.generate(model, ids, mask, sampling, streams)]
         after = meter.now()
         seconds.append(after[0] - before[0])
         cpu.append(after[1] - before[1])

@@ -32,6 +32,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from distill_trainers.randomness import Purpose, Role, Stream
 from distill_trainers.toy import (
     RATIONALE_PROMPTS,
     addition_dataset,
@@ -84,6 +85,17 @@ def build_tokenizer(*, bos: bool = False, template: str | None = CHATML) -> PreT
 def make_tokenizer():
     """A byte-level tokenizer made on the spot: one token a byte, a ChatML template, padding with the EOS token."""
     return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def streams():
+    """`streams(count, step=0, …)`: random numbers for so many prompts; others at another place."""
+
+    def make(count, seed=0, **place):
+        stream = Stream(seed, Role.STUDENT, Purpose.ROLLOUT).at(**place)
+        return [stream.at(row=row) for row in range(count)]
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ ROOT = Path(distill_trainers.__file__).parent
 FLOORS = {
     "exceptions": 0,
     "storage": 0,
+    "randomness": 0,
     "requirements": 0,
     "settings": 0,
     "signals": 0,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from distill_trainers.randomness import Purpose, Role, Stream
 from distill_trainers.rollouts import (
     CompletionSettings,
     CompletionStore,
@@ -16,7 +17,6 @@ from distill_trainers.rollouts import (
     completing,
     draws_on_policy,
     generate_completions,
-    rollout_rng,
 )
 from distill_trainers.rollouts.store import prompt_key
 
@@ -28,19 +28,6 @@ def test_lambda_is_drawn_with_its_probability_and_only_from_seed_and_step():
     assert draws != [draws_on_policy(0.3, seed=2, step=s) for s in range(4000)]
     assert not any(draws_on_policy(0.0, 0, s) for s in range(500))
     assert all(draws_on_policy(1.0, 0, s) for s in range(500))
-
-
-def test_rollout_randomness_leaves_no_trace_and_differs_by_rank():
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    with rollout_rng(0, 5, 0):
-        first = torch.rand(4)
-    assert torch.equal(torch.rand(2), expected)
-    with rollout_rng(0, 5, 0):
-        assert torch.equal(torch.rand(4), first)
-    with rollout_rng(0, 5, 1):
-        assert not torch.equal(torch.rand(4), first)
 
 
 def test_completions_end_at_their_first_eos_and_do_not_depend_on_padding(make_teacher, tokenizer):
@@ -57,11 +44,11 @@ def test_completions_end_at_their_first_eos_and_do_not_depend_on_padding(make_te
         assert all(token not in (1, 9) for token in completion[:-1]) and 1 <= len(completion) <= 6
 
 
-def test_ids_beyond_the_vocabulary_are_never_sampled(make_teacher):
+def test_ids_beyond_the_vocabulary_are_never_sampled(make_teacher, streams):
     model = make_teacher().eval()
     settings = SamplingSettings(8, temperature=5.0, pad_token_id=0, suppress_from=6)
-    with rollout_rng(0, 0, 0):
-        completions = generate_completions(model, torch.full((16, 3), 4), torch.ones(16, 3), settings)
+    prompts = torch.full((16, 3), 4), torch.ones(16, 3)
+    completions = generate_completions(model, *prompts, settings, streams=streams(16))
     assert max(max(c) for c in completions) < 6
 
 
@@ -84,8 +71,9 @@ def test_a_process_that_looks_late_leaves_nothing_out(tmp_path, monkeypatch, lat
     """One that has written before the other has looked would leave it with a shorter list, and other batches."""
     prompts = {prompt_key([n]): [n] for n in range(16)}
     barrier, parts, outcomes = threading.Barrier(2), [], [{}, {}]
-    echo = SimpleNamespace(generate=lambda model, ids, mask, sampling: ids[:, -1:].tolist())
-    settings = CompletionSettings(SamplingSettings(1, eos_token_ids=[0], pad_token_id=0), 0, 2, echo)
+    echo = SimpleNamespace(generate=lambda model, ids, mask, sampling, streams: ids[:, -1:].tolist())
+    stream = Stream(0, Role.TEACHER, Purpose.COMPLETION)
+    settings = CompletionSettings(SamplingSettings(1, eos_token_ids=[0], pad_token_id=0), stream, 2, echo)
 
     class LateStore(CompletionStore):
         def load(self):

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -261,18 +261,17 @@ class _Writer:
     def answer(self, prompts: dict[str, Prompt], attempt: int) -> dict[str, dict[str, Any]]:
         """Text of each response, whether it is finished, and its number of tokens."""
         from ..models import eos_ids
+        from ..randomness import Purpose, Role, Stream
         from ..rollouts import Alone, CompletionStore, complete_prompts
-        from ..rollouts.draws import mix
         from ..storage import write_atomically
         from ..teachers.cache.identity import describe_source, hashed
         from ..trainers.lifecycle.completions import completion_settings, sampling_settings
 
         args: Any = self.args
+        stream = Stream(args.seed, Role(self.role), Purpose.PAIR).at(attempt=attempt)
         identity = {
-            "role": self.role,
             "model": hashed(describe_source(self.name)),
-            "attempt": attempt,
-            "seed": args.seed,
+            **stream.as_dict(),
             **{name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")},
             "repetition_penalty": args.repetition_penalty,
             "stop_strings": args.stop_strings,
@@ -284,12 +283,12 @@ class _Writer:
             model = self._load()
             write_atomically(ends_file, json.dumps(eos_ids(model, self.tokenizer)).encode())
             sampling = sampling_settings(args, model, self.tokenizer, len(self.tokenizer))
-            settings = completion_settings(args, sampling, self.tokenizer)
+            settings = completion_settings(args, sampling, self.tokenizer, stream)
             written = complete_prompts(
                 {key: prompt.ids for key, prompt in prompts.items()},
                 contextlib.nullcontext(model),
                 Alone(args.device),
-                replace(settings, seed=mix(args.seed, attempt)),
+                settings,
                 store,
                 title=f"{self.role.capitalize()} responses",
             )

@@ -197,6 +197,7 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
     from accelerate import Accelerator
 
     from .. import models
+    from ..randomness import Purpose, Role, Stream
     from ..rationales.local_model import LocalTextModel
     from ..rollouts import CompletionSettings, DecodeEngine, SamplingSettings
     from ..teachers import LocalTeacher
@@ -220,10 +221,11 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
         pad_token_id=tokenizer.pad_token_id,
     )
     weights = LocalTeacher(model).fingerprint()
+    stream = Stream(args.seed, Role.TEACHER, Purpose.RATIONALE)
     local = LocalTextModel(
         models.prepare_frozen(model, accelerator),
         tokenizer,
-        CompletionSettings(sampling, args.seed, args.batch_size, DecodeEngine(tokenizer)),
+        CompletionSettings(sampling, stream, args.batch_size, DecodeEngine(tokenizer)),
         accelerator,
         name=args.teacher,
         weights=weights,

@@ -184,6 +184,7 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any,
         completion_store,
         prompts_to_complete,
         sampling_settings,
+        teachers_text,
         with_completions,
     )
 
@@ -198,7 +199,7 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any,
     prompts = prompts_to_complete(dataset, replace=False)
     if prompts:
         sampling = sampling_settings(args, teacher, tokenizer, None)
-        settings = completion_settings(args, sampling, tokenizer)
+        settings = completion_settings(args, sampling, tokenizer, teachers_text(args))
         store = completion_store(args, settings, teacher=LocalTeacher(teacher).fingerprint())
         generating = contextlib.nullcontext(teacher.eval())
         completions = complete_prompts(prompts, generating, Alone(args.device), settings, store)

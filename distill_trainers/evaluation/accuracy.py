@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..answers.formats import clean, find_format, parse_response
 from ..answers.verify import verify_answer
 from ..exceptions import DatasetError
+from ..randomness import Stream
 from ..rollouts import DecodeEngine, RolloutEngine, SamplingSettings
 from ..rollouts.sampling import pad_left
 from .intervals import Sums
@@ -72,6 +73,7 @@ def answer_questions(
     questions: Sequence[Question],
     sampling: SamplingSettings,
     *,
+    stream: Stream | None = None,
     parse: Parse = whole_text,
     kind: str = "auto",
     batch_size: int = 32,
@@ -86,6 +88,7 @@ def answer_questions(
     Args:
         model: ready to generate (see `models.generating`).
         sampling: greedy (`temperature` 0), unless the accuracy of samples is wanted.
+        stream: of the random numbers of samples; each question has its own within it.
         parse: the answer in a text.
         kind: how answers are compared, see `verify_answer`.
 
@@ -104,7 +107,8 @@ def answer_questions(
         places = batches[turn] if turn < len(batches) else [0]  # of no use, but others may wait for it
         prompts = [questions[place].prompt_ids for place in places]
         ids, mask = pad_left(prompts, sampling.pad_token_id, device)
-        completions = engine.generate(model, ids, mask, sampling)
+        streams = None if stream is None else [stream.at(question=place) for place in places]
+        completions = engine.generate(model, ids, mask, sampling, streams)
         if turn < len(batches):
             for place, completion in zip(places, completions, strict=True):
                 answers[place] = judge(questions[place], completion, tokenizer, parse, kind)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..randomness import Role
 from ..rollouts import Alone, CompletionSettings, CompletionStore, DecodeEngine, SamplingSettings, complete_prompts
 from ..signals import TokenLogits
 from ..storage import RecordStore, content_key
@@ -116,7 +117,9 @@ class Workshop:
         self, subject: Subject, examples: list[Example], sampling: SamplingSettings, seed: int, title: str
     ) -> list[list[int]]:
         prompts = {example.key: example.prompt_ids for example in examples}
-        settings = CompletionSettings(sampling, seed, self.settings.batch_size, DecodeEngine(self.tokenizer))
+        # A baseline draws by its student's numbers, so that a difference shows what training changed.
+        stream = self.settings.stream(seed, Role.TEACHER if subject.role == "teacher" else Role.STUDENT)
+        settings = CompletionSettings(sampling, stream, self.settings.batch_size, DecodeEngine(self.tokenizer))
         store = None
         if self.cache is not None:
             store = CompletionStore(self.cache / "completions", settings.identity(model=subject.facts.fingerprint))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..exceptions import ConfigurationError
+from ..randomness import Purpose, Role, Stream
 from .results import GapClosed, Score
 
 Array = NDArray[np.float64]
@@ -70,7 +71,7 @@ class Sums:
 
 def bootstrap_counts(prompts: int, resamples: int, seed: int) -> Array:
     """Count how often each of P prompts is drawn in each of R resamples, `[R, P]`; same arguments, same counts."""
-    draw = np.random.default_rng([seed, prompts])
+    draw = Stream(seed, Role.SCORES, Purpose.BOOTSTRAP).at(prompts=prompts).numpy_generator()
     return draw.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples).astype(float)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..answers.verify import check_kind
+from ..randomness import Purpose, Role, Stream
 from ..rollouts import SamplingSettings
 from ..settings import Checked, require, setting
 from .accuracy import answer_parser
@@ -91,6 +92,10 @@ class EvaluationSettings(Checked):
     def sampled_seeds(self) -> list[int]:
         """Seeds that give different samples: greedy text is always the same."""
         return self.seeds if self.temperature > 0 else self.seeds[:1]
+
+    def stream(self, seed: int, role: Role) -> Stream:
+        """Name the random numbers of text that is scored: a student's are never its teacher's."""
+        return Stream(seed, role, Purpose.SCORED)
 
     def sampling(
         self, eos_token_ids: list[int], pad_token_id: int, vocab_size: int | None, *, greedy: bool = False

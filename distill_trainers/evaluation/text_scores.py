@@ -66,13 +66,22 @@ def distinct_sums(by_seed: Sequence[Sequence[Sequence[int]]], n: int = 4) -> Sum
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Return mean BLEU (0 to 100) of each text against all others (Zhu et al., arXiv 1802.01886); 100: all alike."""
+    """Return mean BLEU (0 to 100) of each text against all others (Zhu et al., arXiv 1802.01886); 100: all alike.
+
+    BLEU says 0 of a text without words; here it is 100 like any text that another one equals, if another has none too.
+    """
     require_library("sacrebleu", "sacrebleu", "diversity")
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(effective_order=True)  # shorter texts than 4 words are scored by the n-grams they have
-    others = [[*texts[:i], *texts[i + 1 :]] for i in range(len(texts))]
-    return sum(bleu.sentence_score(text, rest).score for text, rest in zip(texts, others, strict=True)) / len(texts)
+    empty = sum(not text.strip() for text in texts)
+
+    def score(place: int, text: str) -> float:
+        if not text.strip():
+            return 100.0 if empty > 1 else 0.0
+        return bleu.sentence_score(text, [*texts[:place], *texts[place + 1 :]]).score
+
+    return sum(score(place, text) for place, text in enumerate(texts)) / len(texts)
 
 
 def self_bleu_sums(by_seed: Sequence[Sequence[str]]) -> Sums:

@@ -18,7 +18,7 @@ class LocalTextModel:
 
     Args:
         model: prepared for the launch (see `models.prepare_frozen`).
-        settings: what a request gets depends on them, the model and the request's batch, not on when it is run.
+        settings: what a request gets depends on them, the model and the request's key alone.
         weights: fingerprint of its weights, so that the answers of another model in the same folder are not taken.
         style: `chat`, `text`, or `auto`: chat where the tokenizer has a template.
         next_question: in style `text`, what begins a question that the model goes on with; nothing behind it counts.
@@ -48,7 +48,7 @@ class LocalTextModel:
             "teacher": self.name,
             "weights": self.weights,
             "style": self.style,
-            "seed": self.settings.seed,
+            "seed": self.settings.stream.seed,
             "sampling": sampling,
         }
 

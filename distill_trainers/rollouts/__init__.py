@@ -4,7 +4,7 @@ from .completing import Alone, CompletionSettings, complete_prompts
 from .decode.loop import decode_completions, decode_scored, why_not_scored
 from .decode.mixture import Mixture
 from .decode.rows import Scored
-from .draws import draws_on_policy, rollout_rng
+from .draws import draws_on_policy
 from .engines import (
     ENGINES,
     DecodeEngine,
@@ -42,6 +42,5 @@ __all__ = [
     "draws_on_policy",
     "generate_completions",
     "local_engine",
-    "rollout_rng",
     "why_not_scored",
 ]

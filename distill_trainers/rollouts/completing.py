@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .draws import rollout_rng
+from ..randomness import Purpose, Stream
 from .engines import DecodeEngine, RolloutEngine
 from .sampling import SamplingSettings, pad_left
 from .store import CompletionStore
@@ -39,28 +39,31 @@ class Alone:
 
 @dataclass(frozen=True)
 class CompletionSettings:
-    """What completions depend on, beside the model and the prompts.
+    """How prompts are completed. A text depends on its prompt, the model, the sampling and the stream, on nothing else.
 
     Args:
-        seed: of the random numbers; those of a batch also follow from its first prompt.
+        stream: of the random numbers; each prompt has those of its own key within it.
         batch_size: None takes 16.
         engine: one that runs the model; it serves one model only.
     """
 
     sampling: SamplingSettings
-    seed: int
+    stream: Stream
     batch_size: int | None = None
     engine: RolloutEngine = field(default_factory=DecodeEngine)
 
     def identity(self, **writer: str) -> dict[str, Any]:
         """Tell the store of `writer`'s completions from all others, as in `identity(teacher=fingerprint)`."""
-        return {**writer, "seed": self.seed, **self.sampling.as_dict()}
+        named = self.stream.as_dict()
+        if self.stream.purpose is Purpose.COMPLETION:  # so that those of earlier versions, which cost most, are found
+            named = {"seed": self.stream.seed}
+        return {**writer, **named, **self.sampling.as_dict()}
 
     def complete(self, model: Any, batch: Prompts, device: torch.device) -> Completions:
         """Complete one batch by a model that is ready to generate."""
         ids, mask = pad_left(list(batch.values()), self.sampling.pad_token_id, device)
-        with rollout_rng(self.seed, int(next(iter(batch))[:12], 16), 0, device):
-            return dict(zip(batch, self.engine.generate(model, ids, mask, self.sampling), strict=True))
+        streams = [self.stream.at(prompt=key) for key in batch]
+        return dict(zip(batch, self.engine.generate(model, ids, mask, self.sampling, streams), strict=True))
 
 
 def share_batches(

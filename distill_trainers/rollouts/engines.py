@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .. import models
 from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..randomness import Stream
 from ..settings import require
 from .decode.loop import decode_completions, why_not_decodable
 from .hf import generate_completions
@@ -38,13 +41,19 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def generate(
-        self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, sampling: SamplingSettings
+        self,
+        model: Any,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampling: SamplingSettings,
+        streams: Sequence[Stream] | None = None,
     ) -> list[list[int]]:
         """Sample from `model` as it is now.
 
         Args:
             model: a causal LM in eval mode; ready to be run if the engine `runs_the_model`.
             prompt_ids, prompt_mask: `[B, P]`, padded on the left.
+            streams: the random numbers of each prompt; needed at a temperature above 0.
 
         Returns:
             B lists of ids without padding, up to and including the first EOS or stop string.
@@ -59,10 +68,15 @@ class HfEngine(RolloutEngine):
         self.batch_size = batch_size
 
     def generate(
-        self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, sampling: SamplingSettings
+        self,
+        model: Any,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampling: SamplingSettings,
+        streams: Sequence[Stream] | None = None,
     ) -> list[list[int]]:
-        tokenizer, size = self.tokenizer, self.batch_size
-        return generate_completions(model, prompt_ids, prompt_mask, sampling, size, tokenizer=tokenizer)
+        given = {"streams": streams, "tokenizer": self.tokenizer}
+        return generate_completions(model, prompt_ids, prompt_mask, sampling, self.batch_size, **given)
 
 
 class DecodeEngine(HfEngine):
@@ -71,20 +85,29 @@ class DecodeEngine(HfEngine):
     _asked, _reason = False, ""
 
     def generate(
-        self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, sampling: SamplingSettings
+        self,
+        model: Any,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampling: SamplingSettings,
+        streams: Sequence[Stream] | None = None,
     ) -> list[list[int]]:
         if not self._asked:
             self._asked, self._reason = True, why_not_decodable(model) or ""
             if self._reason:
                 logger.info("Rollouts use `generate` of transformers, since %s.", self._reason)
         if self._reason:
-            return super().generate(model, prompt_ids, prompt_mask, sampling)
-        tokenizer, size = self.tokenizer, self.batch_size
-        return decode_completions(model, prompt_ids, prompt_mask, sampling, size, tokenizer=tokenizer)
+            return super().generate(model, prompt_ids, prompt_mask, sampling, streams)
+        given = {"streams": streams, "tokenizer": self.tokenizer}
+        return decode_completions(model, prompt_ids, prompt_mask, sampling, self.batch_size, **given)
 
 
 class VllmEngine(RolloutEngine):
     """vLLM, in this process or on a server, through TRL's `VLLMGeneration`, which also sends it the weights.
+
+    `VLLMGeneration` takes one seed for all prompts of a call, by which equal prompts would get equal texts. So vLLM
+    draws from torch's state, where it runs in this process: seeded here for each call, alike on the processes that
+    share one model.
 
     Args:
         generation: a `VLLMGeneration`, built around the model that is trained.
@@ -98,15 +121,27 @@ class VllmEngine(RolloutEngine):
         self.vocab_rows = vocab_rows
 
     def generate(
-        self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, sampling: SamplingSettings
+        self,
+        model: Any,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampling: SamplingSettings,
+        streams: Sequence[Stream] | None = None,
     ) -> list[list[int]]:
         for name, value in vllm_sampling(sampling, self.vocab_rows).items():
             setattr(self.generation, name, value)
         self.generation.sync_weights()
         rows = zip(prompt_ids.tolist(), prompt_mask.tolist(), strict=True)
         prompts = [[token for token, real in zip(*row, strict=True) if real] for row in rows]
-        _, completions, *_ = self.generation.generate(prompts=prompts, images=None, num_generations=1)
+        with self._draws(streams, prompt_ids.device):
+            _, completions, *_ = self.generation.generate(prompts=prompts, images=None, num_generations=1)
         return [up_to_eos(list(ids), sampling.eos_token_ids) for ids in completions]
+
+    def _draws(self, streams: Sequence[Stream] | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        if not streams:
+            return contextlib.nullcontext()
+        model = self.generation.accelerator.process_index // self.generation.tensor_parallel_size
+        return streams[0].at(rank=model).ruling_torch(device)
 
 
 def vllm_sampling(sampling: SamplingSettings, vocab_rows: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ probability φ it trains on kept text, else on the dataset; φ rises whenever th
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data import replace_completions
-from .draws import mix
+from ..randomness import Purpose, Role, Stream
 from .sampling import pad_left
 
 ReplayRow = tuple[list[int], ...]
@@ -45,10 +44,9 @@ class ReplayBuffer:
 
     def sample(self, count: int, *, seed: int, step: int, rank: int) -> list[ReplayRow]:
         """Draw `count` rows from (seed, step, rank); different ones, unless fewer are there."""
-        drawn = random.Random(mix(seed, step, rank, 2))
-        if count > len(self.rows):
-            return drawn.choices(self.rows, k=count)
-        return [self.rows[index] for index in drawn.sample(range(len(self.rows)), count)]
+        drawn = Stream(seed, Role.DATA, Purpose.REPLAY).at(step=step, rank=rank).numpy_generator()
+        places = drawn.choice(len(self.rows), count, replace=count > len(self.rows))
+        return [self.rows[place] for place in places.tolist()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all rows as two tensors: ids one after the other, and `[N, parts]` lengths."""

@@ -13,6 +13,10 @@ from ..exceptions import ConfigurationError
 
 Stops = Callable[[Tensor], Tensor]
 
+# Stands for padding among the ids that logits processors read: no token, beyond every vocabulary. Those of transformers
+# pass over such ids, and no n-gram of text holds one.
+PADDING = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -51,35 +55,13 @@ class SamplingSettings:
             del settings["no_repeat_ngram_size"]
         return settings
 
-    def generation_config(self, vocab_rows: int):
-        """Return the equivalent `GenerationConfig`, but for stop strings (see `stop_function`)."""
-        from transformers import GenerationConfig
-
-        settings: dict[str, Any] = {}
-        if self.suppress_from is not None and self.suppress_from < vocab_rows:
-            settings["suppress_tokens"] = list(range(self.suppress_from, vocab_rows))
-        if self.temperature > 0:
-            settings |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-            if self.min_p:
-                settings["min_p"] = self.min_p
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=self.temperature > 0,
-            use_cache=True,
-            eos_token_id=self.eos_token_ids or None,
-            pad_token_id=self.pad_token_id,
-            repetition_penalty=float(self.repetition_penalty),
-            no_repeat_ngram_size=self.no_repeat_ngram_size,
-            **settings,
-        )
-
 
 def logits_processors(sampling: SamplingSettings):
     """List the processors, in transformers' own order, that turn the model's logits into those to sample from.
 
     Returns:
-        a `LogitsProcessorList`, called with the ids so far `[n, T]` and logits `[n, V]`. Padding of the vocabulary
-        is to be cut off before.
+        a `LogitsProcessorList`, called with the ids so far `[n, T]`, `PADDING` where there is no token, and logits
+        `[n, V]`. Padding of the vocabulary is to be cut off before.
     """
     from transformers import (
         LogitsProcessorList,

@@ -32,7 +32,8 @@ from ..data import DistillCollator, replace_completions
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_of, step_counts, step_weights, token_mean, window_mean
-from ..rollouts import build_engine, rollout_rng
+from ..randomness import Purpose, Role, Stream
+from ..rollouts import build_engine
 from ..rollouts.sampling import join_prompts
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import Teacher
@@ -43,7 +44,7 @@ from .config import DistillConfig, config_from_arguments
 from .dataloaders import Dataloaders
 from .evaluation_loop import TeacherForcedEvaluation
 from .lifecycle import outage, publishing
-from .lifecycle.callbacks import StepLoss, TeacherKeeper, divergence_error
+from .lifecycle.callbacks import StepLoss, TeacherKeeper
 from .lifecycle.checkpoints import Resuming
 from .lifecycle.completions import sampling_settings
 from .lifecycle.fresh import FreshStudents
@@ -356,19 +357,16 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
                 f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
             )
         prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
-        rank, step, seed = self.accelerator.process_index, self.state.global_step, self.args.seed
+        place = {"step": self.state.global_step, "rank": self.accelerator.process_index}
+        stream = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(**place)
+        streams = [stream.at(row=row) for row in range(len(prompts[0]))]
         ready = (
             models.generating(self.model_wrapped, self.accelerator)
             if self.engine.runs_the_model
             else contextlib.nullcontext(self.model)
         )
-        try:
-            with rollout_rng(seed, step, rank, self.args.device), ready as model:
-                completions = (generate or self.engine.generate)(model, *prompts, self.sampling)
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):  # torch.multinomial's words for NaN
-                raise
-            raise divergence_error(self, "A probability that rollouts are sampled from") from error
+        with ready as model:
+            completions = (generate or self.engine.generate)(model, *prompts, self.sampling, streams)
         self.metrics.add_sums(rollouts=len(completions))
         self.metrics.add_means({"completion_length": sum(map(len, completions))}, len(completions))
         sampled, start = [], 0

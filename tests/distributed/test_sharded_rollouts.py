@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
 from distill_trainers import models
 from distill_trainers.toy import character_tokenizer, tiny_llama
+from distill_trainers.randomness import Purpose, Role, Stream
 from distill_trainers.rollouts import DecodeEngine, Mixture, SamplingSettings, decode_completions, decode_scored
 
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
@@ -44,9 +45,10 @@ report["found"] = [engine.generate(sharded, prompts, mask, sampling) for _ in ra
 report["expected"] = decode_completions(whole, prompts, mask, sampling)
 report["mixed"] = []
 for student, teacher in ((sharded, shard(other)), (whole, other)):
-    torch.manual_seed(5)
     sampling = SamplingSettings(20, eos_token_ids=sampling.eos_token_ids)
-    found = decode_scored(student, prompts, mask, sampling, mixture=Mixture(teacher, 0.4))
+    mixture = Mixture(teacher, 0.4, Stream(5, Role.RUN, Purpose.MIXTURE))
+    rows = [Stream(5, Role.STUDENT, Purpose.ROLLOUT).at(batch=rank, row=row) for row in range(3)]
+    found = decode_scored(student, prompts, mask, sampling, streams=rows, mixture=mixture)
     report["mixed"].append([[each.ids for each in found], [each.logps.tolist() for each in found]])
 dist.barrier()  # nobody is left waiting in a forward
 with open(f"{sys.argv[1]}/{rank}.json", "w") as out:

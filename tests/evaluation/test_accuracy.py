@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from distill_trainers.evaluation import Question, accuracy_metrics, accuracy_sums, answer_questions
 from distill_trainers.evaluation.accuracy import stated_answer, whole_text
 from distill_trainers.exceptions import DatasetError
+from distill_trainers.randomness import Purpose, Role, Stream
 from distill_trainers.rollouts import SamplingSettings
 
 SAMPLING = SamplingSettings(8, 0.0, eos_token_ids=[1], pad_token_id=0)
@@ -18,7 +21,7 @@ class Echo:
     def __init__(self, tokenizer):
         self.tokenizer, self.sizes = tokenizer, []
 
-    def generate(self, model, prompt_ids, prompt_mask, sampling):
+    def generate(self, model, prompt_ids, prompt_mask, sampling, streams=None):
         self.sizes.append(len(prompt_ids))
         prompts = [ids[mask.bool()].tolist() for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
         return [[*prompt[-2::-1], 1] for prompt in prompts]
@@ -66,6 +69,18 @@ def test_processes_share_questions_and_run_equally_many_batches(tokenizer, world
             sums[name] = sums.get(name, 0) + value
     assert len({len(engine.sizes) for engine in engines}) == 1
     assert accuracy_metrics(sums) == scores(tokenizer, asked)[1]
+
+
+def test_sampled_answers_depend_on_no_batch_and_no_process(tokenizer, make_teacher):
+    sampled, asked = dataclasses.replace(SAMPLING, temperature=1.0), questions(tokenizer)
+    stream, model = Stream(3, Role.STUDENT, Purpose.SCORED), make_teacher().eval()
+    whole = answer_questions(model, tokenizer, asked, sampled, stream=stream)
+    assert answer_questions(model, tokenizer, asked, sampled, stream=stream, batch_size=2) == whole
+    shares = [answer_questions(model, tokenizer, asked, sampled, stream=stream, rank=r, world=2) for r in (0, 1)]
+    assert [shares[place % 2][place // 2] for place in range(len(asked))] == whole
+    assert answer_questions(model, tokenizer, asked, sampled, stream=stream.at(sample=1)) != whole
+    with pytest.raises(ValueError, match="no streams"):
+        answer_questions(model, tokenizer, asked, sampled)
 
 
 def test_no_answer_counts_as_wrong(tokenizer):

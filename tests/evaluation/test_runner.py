@@ -107,14 +107,19 @@ def test_a_copy_of_the_teacher_has_closed_all_of_every_gap(all_results):
     assert same.scores["top1_agreement"].value == same.scores["student_text_top1_agreement"].value == 1.0
     assert same.scores["exposure_error"].value == 0.0
     assert same.scores.keys() == teacher.scores.keys()
+    # Text that is sampled anew: the copy draws by a student's random numbers, not by its teacher's.
+    sampled = {"rouge_l", "distinct_4", "self_bleu", "completion_tokens", "ended", "consistency", "majority_accuracy"}
     compared = 0
     for name, score in same.scores.items():
+        if name in sampled:
+            continue
         assert score.value == teacher.scores[name].value, name
         assert score.gap_closed is not None
         if score.gap_closed.value is not None:  # else teacher and baseline score alike
             assert score.gap_closed.value == pytest.approx(1.0), name
             compared += 1
-    assert compared >= 12
+    assert compared >= 9
+    assert any(same.scores[name].value != teacher.scores[name].value for name in sampled)
 
 
 def test_a_student_that_is_the_baseline_has_closed_nothing(run, models):
@@ -177,7 +182,7 @@ def test_without_references_the_teachers_text_is_forced(run):
     results = run([{"prompt": row["prompt"]} for row in ROWS], metrics=["perplexity", "agreement", "exposure_bias"])
     assert results.data["reference_text"] == "the teacher"
     forced = next(each for each in results.tokens if each.text == "reference")
-    assert "".join(forced.tokens).replace("<eos>", "") == results.samples[0].completions["teacher"]
+    assert "".join(forced.tokens).replace("<eos>", "").replace("<pad>", "") == results.samples[0].completions["teacher"]
 
 
 def test_one_model_alone(run):

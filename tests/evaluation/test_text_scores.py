@@ -79,6 +79,23 @@ def test_self_bleu_of_equal_and_of_unlike_samples():
     assert sums.value == pytest.approx((100 + self_bleu(unlike)) / 2)
 
 
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["", ""], 100.0),  # all alike: it was 0, "most diverse"
+        (["", " \n", ""], 100.0),
+        (["", "one two three four"], 0.0),
+        (["one two three four", "one two three four", ""], 200 / 3),
+        (["", "", "one two three four"], 200 / 3),
+        ([".", "."], 100.0),
+        (["one", "one"], 100.0),
+    ],
+)
+def test_self_bleu_of_texts_without_words(texts, expected):
+    assert self_bleu(texts) == pytest.approx(expected)
+    assert self_bleu_sums([[text] for text in texts]).value == pytest.approx(expected)
+
+
 def test_lengths_count_the_end_and_ends_are_told_by_their_token():
     by_seed = [[[5, 6, 1], [5]], [[1], [5, 6, 7]]]
     assert length_sums(by_seed).value == pytest.approx((3 + 1 + 1 + 3) / 4)

@@ -35,6 +35,30 @@ def make_model():
 
 
 @pytest.fixture(scope="session")
+def config_of():
+    """`config_of(sampling, rows)`: how transformers itself is told the same, for a head of so many rows."""
+
+    def make(sampling, vocab_rows):
+        settings = {}
+        if sampling.suppress_from is not None and sampling.suppress_from < vocab_rows:
+            settings["suppress_tokens"] = list(range(sampling.suppress_from, vocab_rows))
+        if sampling.temperature > 0:
+            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+            settings |= {"min_p": sampling.min_p} if sampling.min_p else {}
+        return transformers.GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            eos_token_id=sampling.eos_token_ids or None,
+            pad_token_id=sampling.pad_token_id,
+            repetition_penalty=float(sampling.repetition_penalty),
+            no_repeat_ngram_size=sampling.no_repeat_ngram_size,
+            **settings,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def pad_left():
     """`pad_left(prompts)`: ids and mask `[B, P]`; the padding id is one that also stands in prompts."""
 

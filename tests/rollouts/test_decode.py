@@ -17,7 +17,6 @@ from distill_trainers.rollouts import (
     decode_completions,
     decode_scored,
     generate_completions,
-    rollout_rng,
 )
 from distill_trainers.rollouts.decode import loop as decode
 from distill_trainers.rollouts.decode.kv_cache import GrowingLayer
@@ -60,6 +59,62 @@ def test_greedy_equals_generate_under_processors(make_model, pad_left, prompts, 
     ours, theirs = _same_text(make_model(), *pad_left(prompts, 22), sampling)
     assert ours == theirs
     assert ours != decode_completions(make_model(), *pad_left(prompts, 22), plain)
+
+
+def _likeliest(model, prompt, sampling):
+    """Greedy text by whole unpadded forwards, with penalty and n-grams counted by hand."""
+    ids, size, penalty = list(prompt), sampling.no_repeat_ngram_size, sampling.repetition_penalty
+    while len(ids) < len(prompt) + sampling.max_new_tokens:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1].tolist()
+        for token in set(ids):
+            logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+        if size:
+            grams = {tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)}
+            for token in range(len(logits)):
+                if len(ids) >= size - 1 and (*ids[len(ids) - size + 1 :], token) in grams:
+                    logits[token] = -math.inf
+        ids.append(logits.index(max(logits)))
+        if ids[-1] in sampling.eos_token_ids:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("complete", [decode_completions, generate_completions])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1, "max_new_tokens": 6},
+        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 3},
+        {"repetition_penalty": 1.9},
+        {"no_repeat_ngram_size": 2, "repetition_penalty": 0.7},
+    ],
+    ids=str,
+)
+def test_padding_is_no_text_to_what_reads_the_text(make_model, pad_left, prompts, complete, settings):
+    """Its id stands in other prompts, and every first token could be taken for it."""
+    model, prompts = make_model(), [[5], [5, 5], [3], *prompts[:9]]
+    sampling = SamplingSettings(**{"max_new_tokens": 8, "temperature": 0.0, "pad_token_id": 3, **settings})
+    expected = [_likeliest(model, prompt, sampling) for prompt in prompts]
+    for size in (None, 4):
+        assert complete(model, *pad_left(prompts, 3), sampling, size) == expected
+
+
+@pytest.mark.parametrize("complete", [decode_completions, generate_completions])
+def test_a_token_may_follow_itself_once_beside_a_longer_prompt(make_student, complete, streams):
+    """A model that says its last token again (p > 0.99); padding as copies of the first token forbade that."""
+    model = make_student(initializer_range=0.3, tie_word_embeddings=True).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.norm.weight.fill_(4.0)
+    ids, mask = torch.tensor([[0, 0, 0, 5], [6, 7, 8, 9]]), torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
+    assert model(input_ids=torch.tensor([[5]])).logits[0, -1].softmax(-1)[5] > 0.99
+    sampling = SamplingSettings(2, pad_token_id=0, no_repeat_ngram_size=2)
+    ids, mask = ids.repeat(50, 1), mask.repeat(50, 1)
+    texts = complete(model, ids, mask, sampling, streams=streams(100))
+    assert sum(text[0] == 5 for text in texts[::2]) > 45 and not any(text == [5, 5] for text in texts[::2])
 
 
 def test_each_prompt_gets_what_it_gets_alone(make_model, pad_left, prompts):
@@ -115,19 +170,21 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
-def test_every_step_samples_from_the_distribution_of_generate(make_model, pad_left, prompts, monkeypatch, settings):
+def test_every_step_samples_from_the_distribution_of_generate(
+    make_model, pad_left, prompts, monkeypatch, settings, config_of, streams
+):
     """Along the very tokens that `generate` sampled, the probabilities before each of them are equal."""
     model, steps = make_model(), 10
     ids, mask = pad_left([[token for token in prompt if token != 3] or [4] for prompt in prompts])
     sampling = SamplingSettings(steps, pad_token_id=3, **settings)
-    with rollout_rng(0, 0, 0):
-        theirs = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=sampling.generation_config(24),
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
+    torch.manual_seed(0)
+    theirs = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config_of(sampling, 24),
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     tokens, order = theirs.sequences[:, ids.shape[1] :], mask.sum(1).argsort(descending=True, stable=True)
     seen = []
 
@@ -137,7 +194,7 @@ def test_every_step_samples_from_the_distribution_of_generate(make_model, pad_le
         return tokens[order, len(seen) - 1]
 
     monkeypatch.setattr(decode, "draw_tokens", follow)
-    assert decode_completions(model, ids, mask, sampling) == tokens.tolist()
+    assert decode_completions(model, ids, mask, sampling, streams=streams(len(ids))) == tokens.tolist()
     assert len(seen) == steps
     for found, scores in zip(seen, theirs.scores, strict=True):
         torch.testing.assert_close(found, scores.softmax(-1), rtol=1e-4, atol=1e-5)
@@ -195,13 +252,12 @@ def _text_law(model, prompt, length, sampling):
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
-def test_samples_follow_the_enumerated_law_whatever_their_batch_mates(make_model, pad_left, settings):
+def test_samples_follow_the_enumerated_law_whatever_their_batch_mates(make_model, pad_left, settings, streams):
     """Chi-square over all texts of two tokens; prompts of different lengths share the batch, and rows end early."""
     model, count = make_model(), 6000
     sampling = SamplingSettings(2, eos_token_ids=[2, 5], **settings)
     mixed = [[4, 8, 15, 16], [23], [4, 8]]
-    with rollout_rng(3, 0, 0):
-        texts = decode_completions(model, *pad_left(mixed * count), sampling)
+    texts = decode_completions(model, *pad_left(mixed * count), sampling, streams=streams(3 * count, step=3))
     for index, prompt in enumerate(mixed):
         law = _text_law(model, prompt, 2, sampling)
         assert sum(law.values()) == pytest.approx(1)
@@ -218,16 +274,80 @@ def test_samples_follow_the_enumerated_law_whatever_their_batch_mates(make_model
         assert torch.special.gammaincc(*half) > 3e-7  # as rare as 5 standard errors
 
 
-def test_what_is_sampled_does_not_depend_on_the_batch(make_model, pad_left, prompts):
+@pytest.mark.parametrize("complete", [decode_completions, generate_completions])
+def test_a_temperature_needs_random_numbers_for_each_prompt(make_model, pad_left, complete, streams):
+    for rows, said in ((None, "no streams"), (streams(1), "1 streams")):
+        with pytest.raises(ValueError, match=f"Got {said} .* 2 prompts"):
+            complete(make_model(), *pad_left([[4], [5]]), SamplingSettings(3), streams=rows)
+
+
+@pytest.mark.parametrize("ignores", [True, False])
+def test_a_generate_that_draws_by_itself_is_refused(make_model, pad_left, streams, monkeypatch, ignores):
+    """It would take the likeliest token, or one by the state of the process, and say nothing."""
+    model = make_model()
+
+    def generate(input_ids, logits_processor, **kwargs):
+        scores = torch.zeros(len(input_ids), 24)
+        tokens = logits_processor(input_ids, scores).argmax(-1) if not ignores else scores.argmax(-1)
+        return torch.cat([input_ids, (tokens + 1 - int(ignores)).unsqueeze(1)], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate, raising=False)
+    with pytest.raises(ConfigurationError, match="LlamaForCausalLM.*own `generate`.*rollout_engine: decode"):
+        HfEngine().generate(model, *pad_left([[4], [5]]), SamplingSettings(1), streams(2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_p": 0.6},
+        {"top_k": 3, "temperature": 1.5},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("complete", [decode_completions, generate_completions])
+def test_filtered_samples_have_the_probabilities_counted_by_hand(make_model, pad_left, complete, settings, streams):
+    """Of the first token, behind padding: each within 5 standard errors."""
+    model, prompt, count = make_model(), [4, 8, 4], 4000
+    sampling = SamplingSettings(1, pad_token_id=3, **settings)
+    logits = (model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / sampling.temperature).tolist()
+    for token in set(prompt):
+        penalty = sampling.repetition_penalty
+        logits[token] = logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
+        if sampling.no_repeat_ngram_size:
+            logits[token] = -math.inf
+    order, mass, p = sorted(range(24), key=lambda token: -logits[token]), 0.0, torch.tensor(logits).softmax(-1)
+    kept = []
+    for token in order:
+        if (
+            mass >= sampling.top_p
+            or (sampling.top_k and len(kept) == sampling.top_k)
+            or p[token] < sampling.min_p * p.max()
+        ):
+            break
+        kept.append(token)
+        mass += float(p[token])
+    law = torch.zeros(24)
+    law[kept] = (p[kept] / p[kept].sum()).float()
+    mates = [prompt, [9] * 11]
+    texts = complete(model, *pad_left(mates * count), sampling, streams=streams(2 * count))[::2]
+    shares = torch.bincount(torch.tensor(texts).flatten(), minlength=24) / count
+    assert ((shares - law).abs() <= 5 * (law * (1 - law) / count).sqrt()).all()
+    assert len(kept) > 1 and (shares[law == 0] == 0).all()
+
+
+def test_what_is_sampled_does_not_depend_on_the_batch(make_model, pad_left, prompts, streams):
     model = make_model()
     sampling = SamplingSettings(20, temperature=1.2, eos_token_ids=EOS)
-    runs = []
+    runs, rows = [], streams(len(prompts))
     for size in (None, 1, 5, 24):
-        with rollout_rng(0, 1, 0):
-            runs.append(decode_completions(model, *pad_left(prompts), sampling, size))
+        runs.append(decode_completions(model, *pad_left(prompts), sampling, size, streams=rows))
     assert all(run == runs[0] for run in runs[1:])
-    with rollout_rng(0, 2, 0):
-        assert decode_completions(model, *pad_left(prompts), sampling) != runs[0]
+    backwards = decode_completions(model, *pad_left(prompts[::-1]), sampling, 5, streams=rows[::-1])
+    assert backwards == runs[0][::-1]
+    assert decode_completions(model, *pad_left(prompts), sampling, streams=streams(len(prompts), step=1)) != runs[0]
 
 
 # ---- The work that is saved -----------------------------------------------------------------------------------------
@@ -264,7 +384,7 @@ def test_prompts_are_read_with_little_padding(make_model, pad_left, prompts):
                 seen.append(ids.numel() if mask is None else int(mask.sum()))
 
         model.model.register_forward_pre_hook(spy, with_kwargs=True)
-        decode_completions(model, *pad_left(prompts), SamplingSettings(2))
+        decode_completions(model, *pad_left(prompts), SamplingSettings(2, 0.0))
         assert sum(seen) == sum(map(len, prompts)), "every token once"
         assert (len(read) > 1) == apart
         assert sum(read) <= sum(seen) / 0.75 if apart else sum(read) == len(prompts) * max(map(len, prompts))
@@ -273,7 +393,7 @@ def test_prompts_are_read_with_little_padding(make_model, pad_left, prompts):
 def test_nothing_runs_after_the_last_row_has_ended(make_model, pad_left):
     model, calls = make_model(), []
     model.model.register_forward_pre_hook(lambda *a: calls.append(1))
-    everything = SamplingSettings(50, eos_token_ids=list(range(24)))
+    everything = SamplingSettings(50, 0.0, eos_token_ids=list(range(24)))
     assert all(len(text) == 1 for text in decode_completions(model, *pad_left([[4, 5], [5, 6]]), everything))
     assert len(calls) == 1
     assert decode_completions(model, torch.zeros(0, 3).long(), torch.zeros(0, 3).long(), everything) == []
@@ -283,7 +403,9 @@ def test_one_row_of_logits_and_no_mask_without_padding(make_model):
     model, seen = make_model(), []
     model.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["attention_mask"]), with_kwargs=True)
     model.lm_head.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[1]))
-    decode_completions(model, torch.tensor([[0, 4, 5], [0, 6, 7]]), torch.tensor([[0, 1, 1]] * 2), SamplingSettings(3))
+    decode_completions(
+        model, torch.tensor([[0, 4, 5], [0, 6, 7]]), torch.tensor([[0, 1, 1]] * 2), SamplingSettings(3, 0.0)
+    )
     assert seen == [None, 1] * 3
 
 
@@ -339,12 +461,13 @@ def test_models_in_step_call_generate_with_synced_gpus(make_model, pad_left, pro
     model, seen = make_model(), []
     monkeypatch.setattr(models, "must_stay_in_step", lambda model: True)
 
-    def generate(input_ids, synced_gpus, **kwargs):
+    def generate(input_ids, synced_gpus, logits_processor, **kwargs):
         seen.append(synced_gpus)
-        return torch.cat([input_ids, torch.full_like(input_ids[:, :1], 5)], dim=1)
+        scores = logits_processor(input_ids, torch.eye(24)[torch.full((len(input_ids),), 5)])
+        return torch.cat([input_ids, scores.argmax(-1, keepdim=True)], dim=1)
 
     monkeypatch.setattr(model, "generate", generate, raising=False)
-    texts = DecodeEngine().generate(model, *pad_left(prompts), SamplingSettings(4))
+    texts = DecodeEngine().generate(model, *pad_left(prompts), SamplingSettings(4, 0.0))
     assert texts == [[5]] * len(prompts) and seen == [True]
 
 
@@ -406,15 +529,17 @@ def test_a_prompt_that_ends_in_half_a_stop_string_changes_nothing(make_model, le
 
 def test_a_tokenizer_that_cannot_match_strings_is_named(make_model, tokenizer, pad_left):
     with pytest.raises(ConfigurationError, match="TokenizersBackend.*EOS"):
-        decode_completions(make_model(), *pad_left([[4]]), SamplingSettings(3, stop_strings=["1"]), tokenizer=tokenizer)
+        decode_completions(
+            make_model(), *pad_left([[4]]), SamplingSettings(3, 0.0, stop_strings=["1"]), tokenizer=tokenizer
+        )
 
 
 def test_stop_strings_without_a_tokenizer_are_refused(make_model, pad_left):
     with pytest.raises(ConfigurationError, match="tokenizer"):
-        decode_completions(make_model(), *pad_left([[4]]), SamplingSettings(3, stop_strings=["x"]))
+        decode_completions(make_model(), *pad_left([[4]]), SamplingSettings(3, 0.0, stop_strings=["x"]))
 
 
-def test_log_probabilities_of_draws_are_not_rounded_like_bfloat16_logits(make_student):
+def test_log_probabilities_of_draws_are_not_rounded_like_bfloat16_logits(make_student, streams):
     """All logits lie near −100, where bfloat16 has steps of a half; the softmax does not see that, nor may a ratio."""
     model = models.install_token_forward(make_student(initializer_range=0.25, tie_word_embeddings=False)).bfloat16()
     with torch.no_grad():
@@ -423,8 +548,8 @@ def test_log_probabilities_of_draws_are_not_rounded_like_bfloat16_logits(make_st
         model.lm_head.weight[:, 0] = -20.0
     ids = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
     sampling = SamplingSettings(6, pad_token_id=0)
-    torch.manual_seed(0)
-    for prompt, row in zip(ids.tolist(), decode_scored(model, ids, torch.ones_like(ids), sampling), strict=True):
+    rows = decode_scored(model, ids, torch.ones_like(ids), sampling, streams=streams(2))
+    for prompt, row in zip(ids.tolist(), rows, strict=True):
         whole = torch.tensor([prompt + row.ids])
         hidden = model.model(whole).last_hidden_state[0, 3:-1].float()
         logits = hidden @ model.lm_head.weight.float().T

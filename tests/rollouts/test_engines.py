@@ -19,7 +19,6 @@ from distill_trainers.rollouts import (
     build_engine,
     check_engine,
     local_engine,
-    rollout_rng,
 )
 
 BUILD = {"model": SimpleNamespace(name_or_path=""), "accelerator": None, "tokenizer": None, "max_length": 32}
@@ -30,7 +29,10 @@ class FakeVllm:
 
     built: list[FakeVllm] = []
 
+    tensor_parallel_size = 1
+
     def __init__(self, model, accelerator, processing_class, **options):
+        self.accelerator = accelerator
         self.model, self.processing_class, self.options = model, processing_class, options
         self.calls, self.weights, self.answers = [], None, None
         FakeVllm.built.append(self)
@@ -98,18 +100,15 @@ def test_a_run_that_never_samples_needs_no_engine(make_trainer):
     make_trainer(rollout_engine="vllm", lmbda=0.0, max_steps=1).train()
 
 
-def test_both_local_engines_sample_one_law(make_model, pad_left, prompts):
-    """Shares of first tokens over many equal prompts, all settings on."""
-    sampling = SamplingSettings(1, temperature=1.4, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
-    batch = pad_left([prompts[1]] * 4000, 0)
-    shares = []
-    for engine in (DecodeEngine(), HfEngine(), HfEngine(batch_size=1000)):
-        with rollout_rng(0, 0, 0):
-            tokens = [text[0] for text in engine.generate(make_model(), *batch, sampling)]
-        shares.append(torch.bincount(torch.tensor(tokens), minlength=24) / 4000)
-    for share in shares[1:]:
-        assert (shares[0] - share).abs().max() < 0.05  # 5 standard errors
-        assert torch.equal(shares[0] > 0.01, share > 0.01) and (share > 0).sum() > 3
+def test_both_local_engines_draw_the_same_texts(make_model, pad_left, prompts, streams):
+    """All settings on, whatever the batches, by the same random numbers."""
+    sampling = SamplingSettings(
+        8, 1.4, top_k=9, top_p=0.9, eos_token_ids=[1], min_p=0.02, repetition_penalty=1.3, no_repeat_ngram_size=3
+    )
+    runs = []
+    for engine in (DecodeEngine(), HfEngine(), HfEngine(batch_size=5), HfEngine(batch_size=1)):
+        runs.append(engine.generate(make_model(), *pad_left(prompts), sampling, streams(len(prompts))))
+    assert runs[1:] == runs[:1] * 3 and len(set(map(tuple, runs[0]))) > 12
 
 
 # ---- In a trainer ---------------------------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ def test_what_is_sampled_does_not_depend_on_rollout_batches(make_trainer, batch_
 
 def test_vllm_gets_prompts_settings_and_weights(make_model, pad_left, vllm):
     model = make_model()
-    generation = vllm(model, "accelerator", "tokenizer")
+    generation = vllm(model, SimpleNamespace(process_index=0), "tokenizer")
     engine = VllmEngine(generation, vocab_rows=24)
     generation.answers = [[4, 5, 1, 6], [8, 8], [9]]
     sampling = SamplingSettings(
@@ -203,12 +202,30 @@ def test_vllm_gets_prompts_settings_and_weights(make_model, pad_left, vllm):
     assert generation.calls[1][1]["generation_kwargs"] == {"stop_token_ids": [1]}
 
 
+def test_vllm_draws_anew_at_each_step_and_leaves_the_random_state(make_model, pad_left, vllm, streams):
+    """As it does in this process: from torch's own state. Processes that share one model must draw alike."""
+    states = []
+    for rank, shared in ((0, 1), (0, 1), (1, 1), (0, 2), (1, 2)):
+        generation = vllm(make_model(), SimpleNamespace(process_index=rank), "tokenizer")
+        generation.tensor_parallel_size = shared
+        inner, drawn = generation.generate, []
+        generation.generate = lambda **given: drawn.append(torch.rand(3).tolist()) or inner(**given)  # noqa: B023
+        before = torch.get_rng_state()
+        for step in (1, 2):
+            rows = streams(2, step=step, rank=rank)
+            VllmEngine(generation, 24).generate(make_model(), *pad_left([[4], [5]]), SamplingSettings(3), rows)
+        assert torch.equal(torch.get_rng_state(), before) and drawn[0] != drawn[1]
+        states.append(drawn)
+    assert states[0] == states[1] == states[3] == states[4] != states[2]
+
+
 def test_our_names_of_vllms_settings_are_trls():
     """The fake can only be trusted if the real class has these attributes and arguments."""
     from trl.generation.vllm_generation import VLLMGeneration
 
     source = inspect.getsource(VLLMGeneration)
-    assert all(f"self.{name} = " in source and f"self.{name}" in source for name in FakeVllm.settings)
+    names = FakeVllm.settings | {"accelerator", "tensor_parallel_size"}
+    assert all(f"self.{name} = " in source and f"self.{name}" in source for name in names)
     assert list(inspect.signature(VLLMGeneration.generate).parameters)[1:4] == ["prompts", "images", "num_generations"]
     known = inspect.signature(VLLMGeneration.__init__).parameters
     assert {"mode", "max_model_length", "max_num_seqs", "server_port", "processing_class"} <= known.keys()

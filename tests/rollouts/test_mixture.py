@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from distill_trainers import models
-from distill_trainers.rollouts import Mixture, SamplingSettings, decode_scored, rollout_rng
+from distill_trainers.randomness import Purpose, Role, Stream
+from distill_trainers.rollouts import Mixture, SamplingSettings, decode_scored
 from distill_trainers.rollouts.decode.mixture import Partner
 from distill_trainers.rollouts.decode.thin_products import linear, thin_products
 from distill_trainers.toy import character_tokenizer, tiny_llama
 
 PROMPTS = [[3, 4, 12], [7, 12, 7, 13, 2, 5], [2, 2, 9, 9, 4], [5], [8, 8], [3, 4, 12, 5, 13, 6, 7]]
 ENDS = [1, 5, 9]
+COINS = Stream(4, Role.RUN, Purpose.MIXTURE)
+STREAMS = [Stream(4, Role.STUDENT, Purpose.ROLLOUT).at(row=row) for row in range(len(PROMPTS))]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +32,7 @@ def padded():
 
 def mixed(pair, alpha, **how):
     sampling = SamplingSettings(24, eos_token_ids=ENDS, suppress_from=14)
-    with rollout_rng(4, 0, 0):
-        return decode_scored(pair[0], *padded(), sampling, mixture=Mixture(pair[1], alpha, **how))
+    return decode_scored(pair[0], *padded(), sampling, streams=STREAMS, mixture=Mixture(pair[1], alpha, COINS, **how))
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.5, 0.95])
@@ -63,19 +65,30 @@ def test_it_is_asked_only_when_its_coin_comes_up(pair, monkeypatch, alpha):
     calls, forward = [], Partner._forward
     monkeypatch.setattr(Partner, "_forward", lambda *args: calls.append(args[1].shape[1]) or forward(*args))
     ids = torch.tensor([[3, 4, 12], [2, 2, 9]])
-    with rollout_rng(4, 0, 0):
-        decode_scored(pair[0], ids, torch.ones_like(ids), SamplingSettings(24), mixture=Mixture(pair[1], alpha))
-    with rollout_rng(4, 0, 0):
-        torch.rand((2, 24), dtype=torch.float64)  # the rows' uniform numbers
-        coins = (torch.rand(24) < alpha).tolist()
+    mixture = Mixture(pair[1], alpha, COINS)
+    decode_scored(pair[0], ids, torch.ones_like(ids), SamplingSettings(24), streams=STREAMS[:2], mixture=mixture)
+    coins = (COINS.numpy_generator().random(24) < alpha).tolist()
     assert calls[0] == 3 and sum(calls[1:]) == 23, "every token is read once, and the last not at all"
     assert len(calls) - 1 == sum(coins[1:]) + (not coins[-1])
+
+
+def test_a_mixture_does_not_depend_on_how_many_are_worked_on_together(pair):
+    """Nor on their order: all batches of a rollout share its coins, and each row has its own numbers."""
+    sampling, mixture = SamplingSettings(24, eos_token_ids=ENDS, suppress_from=14), Mixture(pair[1], 0.5, COINS)
+    ids, mask = padded()
+    runs = [
+        [row.ids for row in decode_scored(pair[0], ids, mask, sampling, size, streams=STREAMS, mixture=mixture)]
+        for size in (None, 1, 4)
+    ]
+    turned = decode_scored(pair[0], ids.flip(0), mask.flip(0), sampling, 2, streams=STREAMS[::-1], mixture=mixture)
+    assert runs[0] == runs[1] == runs[2] == [row.ids for row in turned][::-1]
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 0.7}, {"top_k": 3}, {"temperature": 0.0}])
 def test_filters_are_refused(pair, setting):
     with pytest.raises(ValueError, match="temperature 1 and no filters"):
-        decode_scored(pair[0], *padded(), SamplingSettings(4, **setting), mixture=Mixture(pair[1], 0.5))
+        mixture = Mixture(pair[1], 0.5, COINS)
+        decode_scored(pair[0], *padded(), SamplingSettings(4, **setting), streams=STREAMS, mixture=mixture)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5])

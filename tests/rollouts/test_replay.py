@@ -143,7 +143,7 @@ def test_processes_agree_on_what_a_step_does_but_not_on_its_rows(make_trainer, b
 # ---- In a trainer ---------------------------------------------------------------------------------------------------
 
 RUN = {
-    "seed": 55,
+    "seed": 58,
     "lmbda": 0.2,
     "replay_buffer_size": 16,
     "adaptive_rollouts": True,

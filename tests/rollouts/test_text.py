@@ -15,6 +15,7 @@ import pytest
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from distill_trainers.randomness import Purpose, Role, Stream
 from distill_trainers.rationales.local_model import LocalTextModel
 from distill_trainers.rationales.records import Request
 from distill_trainers.rationales.stages import extract
@@ -30,13 +31,14 @@ class Numbered:
     def __init__(self):
         self.sizes = []
 
-    def generate(self, model, prompt_ids, prompt_mask, sampling):
+    def generate(self, model, prompt_ids, prompt_mask, sampling, streams=None):
         self.sizes.append(len(prompt_ids))
         return [[2 + int(length) % 10, 1] for length in prompt_mask.sum(1)]
 
 
 def local(make_teacher, tokenizer, style="auto", **settings):
-    settings = CompletionSettings(SamplingSettings(8, 1.0, eos_token_ids=[1], pad_token_id=0), 0, **settings)
+    stream = Stream(0, Role.TEACHER, Purpose.RATIONALE)
+    settings = CompletionSettings(SamplingSettings(8, 1.0, eos_token_ids=[1], pad_token_id=0), stream, **settings)
     return LocalTextModel(make_teacher().eval(), tokenizer, settings, Accelerator(cpu=True), name="t", style=style)
 
 
@@ -64,7 +66,7 @@ def test_a_prompt_beyond_the_models_positions_costs_itself_alone(tokenizer):
 
 
 def test_it_goes_on_where_it_was_stopped_with_the_same_answers(make_teacher, tokenizer, tmp_path):
-    """What a question gets depends on its batch mates' keys, never on when it is asked."""
+    """What a question gets depends on its own key, never on when it is asked or with which others."""
     how = {"batch_size": 1, "style": "text"}
     whole, asked = extract(QUESTIONS, local(make_teacher, tokenizer, **how), RecordStore(tmp_path / "whole"))
     assert asked.done + asked.failed.total() == len(QUESTIONS) and asked.done > 3
@@ -78,7 +80,7 @@ def test_it_goes_on_where_it_was_stopped_with_the_same_answers(make_teacher, tok
     store = RecordStore(tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         extract(QUESTIONS, local(make_teacher, tokenizer, **how), store, progress=killed)
-    rows, again = extract(QUESTIONS, local(make_teacher, tokenizer, **how), store)
+    rows, again = extract(QUESTIONS, local(make_teacher, tokenizer, style="text", batch_size=4), store)
     assert again.known > 0 and again.known + again.done == asked.done
     assert [row["response"] for row in rows] == [row["response"] for row in whole]
 

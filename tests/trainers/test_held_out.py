@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import sys
@@ -143,6 +144,58 @@ def test_a_resumed_run_counts_from_the_same_start(make, die_at, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     name = "eval_gap_closed_student_text_jsd"
     assert evaluations(resumed)[4][name] == pytest.approx(evaluations(whole)[4][name])
+
+
+@pytest.fixture
+def student_writes(monkeypatch):
+    """`student_writes(lengths)`: at each evaluation the student writes so many tokens, the teacher 3 or 4."""
+    from distill_trainers.trainers.lifecycle import held_out
+
+    def script(lengths):
+        turns = iter(lengths)
+
+        def complete(prompts, generating, accelerator, settings, store=None, **kwargs):
+            length = next(turns) if store is None else None
+            sizes = (3 + n % 2 for n in range(len(prompts))) if length is None else itertools.repeat(length)
+            return {key: [4] * size for key, size in zip(prompts, sizes, strict=False)}
+
+        monkeypatch.setattr(held_out, "complete_prompts", complete)
+
+    return script
+
+
+def excess(trainer):
+    return [row.get("eval_exposure_error") for row in evaluations(trainer).values()]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_excess_error_of_all_steps_is_at_one_length(make, monkeypatch, student_writes, die_at, tmp_path, resumed):
+    """That of the first evaluation, 2: it was chosen anew at each, and in a resumed run."""
+    from distill_trainers.evaluation import scores
+
+    seen, inner = [], scores.exposure_sums
+    monkeypatch.setattr(
+        scores, "exposure_sums", lambda own, given, length: seen.append(length) or inner(own, given, length)
+    )
+    settings = {"eval_measures_seeds": 1, "lmbda": 0.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    student_writes([2, 4, 3, 4, 4])
+    if resumed:
+        with pytest.raises(die_at.error):
+            make(["exposure_bias"], **settings, callbacks=[die_at(3)]).train()
+    trainer = make(["exposure_bias"], **settings)
+    trainer.train(resume_from_checkpoint=resumed or None)
+    assert [length for length in seen if length > 1] == [2] * 4  # a teacher's own, which is 0, is taken at 1
+    assert None not in excess(trainer)
+
+
+def test_an_excess_error_that_no_text_reaches_is_left_out_and_said(make, student_writes, caplog):
+    """A student that has fallen silent must not look good: positions that it never reaches add nothing."""
+    student_writes([4, 2, 4])
+    trainer = make(["exposure_bias"], eval_measures_seeds=1, lmbda=0.0)
+    trainer.train()
+    silent, speaking = excess(trainer)
+    assert silent is None and speaking is not None
+    assert "exposure_error is left out of step 2: it is taken over 3 tokens" in caplog.text
 
 
 def test_several_evaluation_sets_share_the_measures_of_the_first(make):

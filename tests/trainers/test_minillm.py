@@ -110,7 +110,9 @@ def test_states_kept_from_generation_give_the_loss_of_a_teacher_that_is_asked(ma
     losses = []
     for keeps in (True, False):
         if not keeps:
-            monkeypatch.setattr(scoring, "Mixture", lambda model, alpha, keeps_hidden: Mixture(model, alpha))
+            monkeypatch.setattr(
+                scoring, "Mixture", lambda model, alpha, coins, keeps_hidden: Mixture(model, alpha, coins)
+            )
         trainer = make(teacher_mix_alpha=0.2, max_steps=3, logging_steps=1)
         trainer.train()
         losses.append(by_step(trainer))

@@ -18,7 +18,8 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from distill_trainers.data import replace_completions
-from distill_trainers.rollouts import Mixture, SamplingSettings, decode_completions, decode_scored, rollout_rng
+from distill_trainers.randomness import Purpose, Role, Stream
+from distill_trainers.rollouts import Mixture, SamplingSettings, decode_completions, decode_scored
 from distill_trainers.trainers.minillm.cycles import with_logps
 
 EOS, LENGTH = 1, 3
@@ -197,7 +198,7 @@ def test_single_and_long_of_sampled_tokens_are_clipped_as_one(trainer_of, sign):
 # ---- Sampling from the mixture --------------------------------------------------------------------------------------
 
 
-def test_mixed_sampling_draws_from_the_mixture(toy):
+def test_mixed_sampling_draws_from_the_mixture(toy, streams):
     """Pearson's test over all sequences, and the log-probabilities that come with them."""
     student, teacher = toy[1](1), toy[1](2)
     alpha, draws = 0.3, 800
@@ -205,8 +206,9 @@ def test_mixed_sampling_draws_from_the_mixture(toy):
     sampling = SamplingSettings(LENGTH, eos_token_ids=[EOS])
     found = []
     for step in range(draws):  # rows of one call share their coins, so a call for each
-        with rollout_rng(3, step, 0):
-            found += decode_scored(student, ids, torch.ones_like(ids), sampling, mixture=Mixture(teacher, alpha))
+        mixture = Mixture(teacher, alpha, Stream(3, Role.RUN, Purpose.MIXTURE).at(step=step))
+        drawn = streams(1, step=step)
+        found += decode_scored(student, ids, torch.ones_like(ids), sampling, streams=drawn, mixture=mixture)
     counts = dict.fromkeys(SEQUENCES, 0)
     kept = {}
     for each in found:
@@ -226,14 +228,13 @@ def test_mixed_sampling_draws_from_the_mixture(toy):
     assert statistic < bound < against_student, (statistic, against_student)
 
 
-def test_without_the_teacher_draws_are_the_plain_ones(toy):
+def test_without_the_teacher_draws_are_the_plain_ones(toy, streams):
     student = toy[1](1)
     ids = torch.full((64, 1), 2)
     sampling = SamplingSettings(6, eos_token_ids=[EOS])
     runs = []
     for complete in (decode_completions, decode_scored):
-        with rollout_rng(5, 1, 0):
-            runs.append(complete(student, ids, torch.ones_like(ids), sampling))
+        runs.append(complete(student, ids, torch.ones_like(ids), sampling, streams=streams(64)))
     assert [each.ids for each in runs[1]] == runs[0]
     for each in runs[1]:
         torch.testing.assert_close(each.logps[:, 0], token_logps(student, each.ids).detach())

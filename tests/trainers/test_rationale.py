@@ -285,7 +285,7 @@ class Scripted:
     def __init__(self, texts, tokenizer):
         self.texts, self.tokenizer, self.asked = texts, tokenizer, 0
 
-    def generate(self, model, prompt_ids, prompt_mask, sampling):
+    def generate(self, model, prompt_ids, prompt_mask, sampling, streams=None):
         texts = [self.texts[i % len(self.texts)] for i in range(len(prompt_ids))]
         self.asked += len(prompt_ids)
         return [self.tokenizer(text.removesuffix("|")).input_ids + [1] * (not text.endswith("|")) for text in texts]
@@ -379,7 +379,7 @@ def test_accuracy_counts_right_answers_by_task(make_trainer, tokenizer, monkeypa
     answers = {row["question"]: row["answer"] if row["task"] == "carry" else "0" for row in evaluation}
 
     class Knows(Scripted):
-        def generate(self, model, prompt_ids, prompt_mask, sampling):
+        def generate(self, model, prompt_ids, prompt_mask, sampling, streams=None):
             assert sampling.temperature == 0
             prompts = [
                 tokenizer.decode(ids[m.bool()]).replace(" ", "") for ids, m in zip(prompt_ids, prompt_mask, strict=True)

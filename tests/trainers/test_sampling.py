@@ -131,21 +131,18 @@ def test_rollout_batches_bound_one_call(make_trainer, batch_of):
     assert calls == [5, 5, 2]
 
 
-def test_eos_of_a_rollout_is_kept_where_it_is_also_the_padding(make_trainer, batch_of):
+def test_eos_of_a_rollout_is_kept_where_it_is_also_the_padding(make_trainer, batch_of, monkeypatch):
     tok = character_tokenizer()
     tok.pad_token = tok.eos_token
     trainer = make_trainer(tok=tok, lmbda=1.0, rollout_engine="hf")
     eos = tok.eos_token_id
-    answers = [[5, 6, eos, eos, eos], [eos] * 5, [4, 4, 4, 4, 4]]
-
-    def generate(input_ids, **kwargs):
-        return torch.cat([input_ids, torch.tensor(answers)], dim=1)
-
-    trainer.model.generate = generate
+    answers = [[5, 6, eos, eos], [eos] * 4, [4, 4, 4, 4]]
+    tokens = iter(torch.tensor(answers).T)
+    monkeypatch.setattr("distill_trainers.rollouts.hf.draw_tokens", lambda scores, uniforms: next(tokens))
     (batch,), count = trainer.get_batch_samples(iter([batch_of(trainer, range(3))]), 1, CPU)
     trained = [labels[labels != -100].tolist() for labels in batch["labels"]]
-    assert trained == [[5, 6, eos], [eos], [4, 4, 4, 4, 4]]
-    assert count == 9
+    assert trained == [[5, 6, eos], [eos], [4, 4, 4, 4]]
+    assert count == 8
 
 
 def _greedy(model, prompt, steps, eos):

@@ -3,7 +3,7 @@
 `generate` runs every row of a batch until the longest one ends. Here finished rows leave the batch and the KV cache,
 the cache grows in place, prompts of different lengths are read apart, so that little padding is, and padding of the
 vocabulary is cut off before it is processed. The law of what is sampled is that of `generate`; the random numbers are
-drawn per prompt, so a completion does not depend on its batch mates.
+those of a stream per prompt, so a completion does not depend on its batch mates.
 
 A second model may have its say in every token (`Mixture`), and the log-probabilities of what was drawn may be kept
 (`decode_scored`): policy gradients need the sampler's own, not those of a later forward.
@@ -12,6 +12,7 @@ A second model may have its say in every token (`Mixture`), and the log-probabil
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from ... import models
+from ...randomness import Stream
+from ..draws import uniforms_of
 from ..sampling import SamplingSettings, Stops, draw_tokens, logits_processors, stop_function, trim_left
 from .forwards import parameters_of, read_prompts, runner
 from .kv_cache import droppable_cache, keep_rows
@@ -64,6 +67,7 @@ def decode_completions(
     sampling: SamplingSettings,
     batch_size: int | None = None,
     *,
+    streams: Sequence[Stream] | None = None,
     tokenizer: Any = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt.
@@ -73,12 +77,17 @@ def decode_completions(
         prompt_ids, prompt_mask: `[B, P]`, padded on the left.
         batch_size: prompts that are decoded together, those of similar length; None takes all. What is sampled does
             not depend on it.
+        streams: the random numbers of each prompt; not needed at temperature 0.
         tokenizer: only needed for stop strings.
 
     Returns:
         B lists of ids, up to and including the first EOS or stop string.
+
+    Raises:
+        ValueError: a temperature without streams.
     """
-    return [scored.ids for scored in _decode_all(model, prompt_ids, prompt_mask, sampling, batch_size, tokenizer)]
+    texts = _decode_all(model, prompt_ids, prompt_mask, sampling, batch_size, streams, tokenizer)
+    return [scored.ids for scored in texts]
 
 
 @torch.no_grad()
@@ -89,6 +98,7 @@ def decode_scored(
     sampling: SamplingSettings,
     batch_size: int | None = None,
     *,
+    streams: Sequence[Stream] | None = None,
     tokenizer: Any = None,
     mixture: Mixture | None = None,
 ) -> list[Scored]:
@@ -97,7 +107,7 @@ def decode_scored(
     Models that are sharded over processes run too: all processes then take as many steps as the longest row of any of
     them. They must come with equally many prompts each.
     """
-    return _decode_all(model, prompt_ids, prompt_mask, sampling, batch_size, tokenizer, mixture, scored=True)
+    return _decode_all(model, prompt_ids, prompt_mask, sampling, batch_size, streams, tokenizer, mixture, scored=True)
 
 
 def _decode_all(
@@ -106,20 +116,17 @@ def _decode_all(
     prompt_mask: Tensor,
     sampling: SamplingSettings,
     batch_size: int | None,
+    streams: Sequence[Stream] | None,
     tokenizer: Any,
     mixture: Mixture | None = None,
     scored: bool = False,
 ) -> list[Scored]:
-    uniforms = None
-    if sampling.temperature > 0:
-        precise = torch.float32 if prompt_ids.device.type == "mps" else torch.float64  # which MPS has not
-        shape = (len(prompt_ids), sampling.max_new_tokens)
-        uniforms = torch.rand(shape, dtype=precise, device=prompt_ids.device)
-    coins = None  # not before the uniform numbers, which are those of a run without a mixture
+    uniforms = uniforms_of(streams, len(prompt_ids), sampling, prompt_ids.device)
+    coins = None
     if mixture is not None:
         if sampling.temperature != 1 or len(logits_processors(sampling)):
             raise ValueError(f"Got {sampling} with a mixture; expected temperature 1 and no filters.")
-        coins = (torch.rand(sampling.max_new_tokens) < mixture.alpha).tolist()
+        coins = (mixture.coins.numpy_generator().random(sampling.max_new_tokens) < mixture.alpha).tolist()
     stops = stop_function(sampling, tokenizer)
     completions: list[Scored] = [Scored([]) for _ in range(len(prompt_ids))]
     order = prompt_mask.sum(dim=1).argsort(descending=True, stable=True)  # the longest first, as `Rows` expects

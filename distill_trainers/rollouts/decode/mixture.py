@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ... import models
 from ...losses.fused_logps import fused_token_logps
+from ...randomness import Stream
 from ...signals import Head
 from .forwards import parameters_of, read_prompts, wide_logits
 from .kv_cache import keep_rows
@@ -30,11 +31,13 @@ class Mixture:
 
     Args:
         model: unwrapped and in eval mode, of the student's vocabulary; `why_not_scored` accepts it.
+        coins: decide which of the two draws, one for each step of a rollout, all its batches alike.
         keeps_hidden: whether to keep its last hidden states, which spares a forward over what was written.
     """
 
     model: Any
     alpha: float
+    coins: Stream
     keeps_hidden: bool = False
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sampling import Stops
+from ..sampling import PADDING, Stops
 
 # Prompts are read together down to this share of the longest one's length.
 _ALIKE = 3 / 4
@@ -39,8 +39,7 @@ class Rows:
     def __init__(self, ids: Tensor, mask: Tensor, uniforms: Tensor | None):
         self.prompt_width = ids.shape[1]
         self.places = list(range(len(ids)))
-        first = ids.gather(1, mask.argmax(dim=1, keepdim=True))
-        self.ids = torch.where(mask.bool(), ids, first)  # [n, T]; padding must not count as a token that was said
+        self.ids = ids.masked_fill(~mask.bool(), PADDING)  # [n, T]; padding must not count as a token that was said
         self.inputs = ids
         self.mask: Tensor | None = mask
         self.positions = (mask.cumsum(dim=1) - 1).clamp(min=0)

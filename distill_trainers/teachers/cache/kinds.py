@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...exceptions import ConfigurationError
 from ...losses import check_sparse
+from ...randomness import Purpose, Role, Stream
 from ...requirements import Requirements
 from ...signals import Head, HiddenStates, Sampled, TeacherSignal, TokenLogits, TopK
 from .identity import CacheIdentity
@@ -143,8 +144,8 @@ class SampledKind(_SparseKind):
         parts = []
         for logits in self._chunks(signal, start, stop):
             if generator is None:
-                generator = torch.Generator(device=logits.logits.device)
-                generator.manual_seed((int.from_bytes(key[:8], "little") ^ (self.identity.seed or 0)) % 2**63)
+                stream = Stream(self.identity.seed or 0, Role.TEACHER, Purpose.CACHE).at(row=key.hex())
+                generator = stream.torch_generator(logits.logits.device)
             drawn = logits.sample(self.draws, generator)
             real = drawn.weights > 0
             counts = (drawn.weights[real] * self.draws).round().short()

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from ... import models
 from ...data import join_pairs
+from ...randomness import Purpose, Role, Stream
 from ...rollouts import ReplayBuffer, complete_prompts
 from ...rollouts.replay import sampled_rows, with_rows
 from ...rollouts.store import prompt_key
@@ -79,7 +80,8 @@ def with_student_responses(run: Run, dataset: Any, written_by: str) -> Any:
     """
     prompts = prompts_to_complete(dataset, replace=True)
     args, accelerator = run.args, run.accelerator
-    settings = completion_settings(args, run.sampling, run.processing_class)
+    stream = Stream(args.seed, Role.STUDENT, Purpose.REJECTED)
+    settings = completion_settings(args, run.sampling, run.processing_class, stream)
     store = completion_store(args, settings, accelerator.process_index, student=written_by)
     generating = models.generating(run.model_wrapped, accelerator)
     written = complete_prompts(prompts, generating, accelerator, settings, store, title="Student responses")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ... import models
 from ...data.labels import any_trained, completion_labels
+from ...randomness import Purpose, Role, Stream
 from ...rollouts import CompletionSettings, CompletionStore, SamplingSettings, complete_prompts, local_engine
 from ...rollouts.completing import Prompts
 from ...rollouts.store import prompt_key
@@ -33,10 +34,17 @@ def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_siz
     )
 
 
-def completion_settings(args: DistillConfig, sampling: SamplingSettings, tokenizer: Any) -> CompletionSettings:
+def teachers_text(args: DistillConfig) -> Stream:
+    """Name the random numbers of the teacher's completions."""
+    return Stream(args.seed, Role.TEACHER, Purpose.COMPLETION)
+
+
+def completion_settings(
+    args: DistillConfig, sampling: SamplingSettings, tokenizer: Any, stream: Stream
+) -> CompletionSettings:
     """Say how a model that runs here completes prompts under a config."""
     engine = local_engine(args.rollout_engine, tokenizer)
-    return CompletionSettings(sampling, args.seed, args.rollout_batch_size, engine)
+    return CompletionSettings(sampling, stream, args.rollout_batch_size, engine)
 
 
 def completion_store(
@@ -86,7 +94,7 @@ def fill_with_teacher_completions(run: Run, dataset: Any, *, replace: bool) -> A
         sampling_settings(args, run.model, run.processing_class, run.vocab_size),
         eos_token_ids=teacher.eos_ids(run.processing_class),
     )
-    settings = completion_settings(args, sampling, run.processing_class)
+    settings = completion_settings(args, sampling, run.processing_class, teachers_text(args))
     store = completion_store(args, settings, accelerator.process_index, teacher=teacher.fingerprint())
     completions = complete_prompts(prompts, teacher.generating(accelerator), accelerator, settings, store)
     return with_completions(dataset, completions, replace=replace)

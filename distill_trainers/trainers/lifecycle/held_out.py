@@ -1,8 +1,8 @@
 """The measures of `evaluation` at each evaluation of a run, on a few held-out prompts that both models complete.
 
-The student's completions are new each time, from the same random numbers; the teacher's are made once and kept. Scores
-go into the metrics of the evaluation before anybody reads them: logs, trackers, the choice of the best model and early
-stopping see them like any other.
+The student's completions are new each time, from the same random numbers; the teacher's, from others, are made once and
+kept. Scores go into the metrics of the evaluation before anybody reads them: logs, trackers, the choice of the best
+model and early stopping see them like any other.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ...evaluation.scores import scores_of
 from ...evaluation.teacher_forced import Text, TokenValues, force
 from ...exceptions import ConfigurationError, DatasetError
 from ...losses.reduction import trained_mask
+from ...randomness import Role
 from ...requirements import Requirements
 from ...rollouts import CompletionSettings, complete_prompts, local_engine
 from ...storage import content_key
@@ -130,6 +131,7 @@ class HeldOutMeasures(TrainerCallback):
         self._teacher: Collected | None = None
         self._teacher_scores: dict[str, float] = {}
         self._initial: dict[str, float] | None = None
+        self._exposure_length: int | None = None
         self._taken: tuple[int, dict[str, float]] | None = None  # at which step
 
     # ---- When -------------------------------------------------------------------------------------------------------
@@ -154,6 +156,7 @@ class HeldOutMeasures(TrainerCallback):
         if self.examples is None:
             self.examples = ExampleSet(self._examples(rows))
             self._take_teacher()
+        self._recall(step)
         model = self.run.model_wrapped
         was_training = model.training
         model.eval()
@@ -252,14 +255,30 @@ class HeldOutMeasures(TrainerCallback):
 
     def _scores(self, texts: Collected, metrics: list[str] | None = None, is_teacher: bool = False) -> dict[str, Sums]:
         assert self.examples is not None
-        length = None
-        if "exposure_bias" in self.metrics and self._teacher is not None:
-            length = covered_length([texts.samples[0], self._teacher.samples[0]])
+        length = 1 if is_teacher else self._covered(texts)  # a teacher has no error at any length
         metrics = self.metrics if metrics is None else metrics
         tokenizer = self.run.processing_class
         return scores_of(
             texts, self.examples, self.settings, metrics, tokenizer, is_teacher=is_teacher, exposure_length=length
         )[0]
+
+    def _covered(self, texts: Collected) -> int | None:
+        """Return l of ExAccErr(l), the same at all evaluations of a run: each further position would add to it."""
+        if "exposure_bias" not in self.metrics or self._teacher is None:
+            return None
+        if self._exposure_length is None:
+            self._exposure_length = covered_length([texts.samples[0], self._teacher.samples[0]])
+        longest = max(map(len, texts.samples[0]))
+        if longest >= self._exposure_length:
+            return self._exposure_length
+        logger.warning(
+            "exposure_error is left out of step %d: it is taken over %d tokens in this run, and the student's longest "
+            "completion now has %d.",
+            self.run.state.global_step,
+            self._exposure_length,
+            longest,
+        )
+        return None
 
     def _gaps(self, scores: dict[str, float]) -> dict[str, float]:
         """(now − initial) / (teacher − initial), where all three are known and the gap is not 0."""
@@ -270,20 +289,34 @@ class HeldOutMeasures(TrainerCallback):
                 gaps[name] = (scores[name] - initial[name]) / gap
         return {name: gaps[name] for name in scores if name in gaps}
 
-    def _remember(self, scores: dict[str, float], step: int) -> None:
-        """Initial scores survive in a file, for a run that goes on from a checkpoint."""
+    @property
+    def _file(self) -> Path:
+        """What a run that goes on from a checkpoint must know of its first evaluation."""
+        return Path(self.run.args.output_dir) / INITIAL_NAME
+
+    @property
+    def _key(self) -> str:
         assert self.examples is not None
-        file = Path(self.run.args.output_dir) / INITIAL_NAME
         prompts = [example.prompt_ids for example in self.examples.examples]
-        key = content_key(prompts, self.settings.metrics, self.settings.seeds, self.settings.max_new_tokens)
-        if step == 0:
-            self._initial = scores
-            if self.run.accelerator.is_main_process and self.run.is_in_train:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps({"key": key, "scores": scores}))
-        elif self._initial is None and file.is_file():
-            record = json.loads(file.read_text())
-            self._initial = record["scores"] if record.get("key") == key else None
+        return content_key(prompts, self.settings.metrics, self.settings.seeds, self.settings.max_new_tokens)
+
+    def _remember(self, scores: dict[str, float], step: int) -> None:
+        if step:
+            return
+        self._initial = scores
+        if self.run.accelerator.is_main_process and self.run.is_in_train:
+            record = {"key": self._key, "scores": scores, "exposure_length": self._exposure_length}
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps(record))
+
+    def _recall(self, step: int) -> None:
+        """Take up what another process of this run has remembered; all processes take the main one's."""
+        if step == 0 or self._initial is not None:
+            return
+        text = self._file.read_text() if self.run.accelerator.is_main_process and self._file.is_file() else "{}"
+        record = json.loads(gather_object([text])[0])
+        if record.get("key") == self._key:
+            self._initial, self._exposure_length = record["scores"], record.get("exposure_length")
 
     def _side_by_side(self, of_student: Collected) -> list[SideBySide]:
         assert self.examples is not None
@@ -326,12 +359,13 @@ class HeldOutMeasures(TrainerCallback):
         greedy: bool = False,
         fingerprint: str | None = None,
     ) -> list[list[int]]:
-        """Completions by all processes together; kept on disk where the model has a `fingerprint`."""
+        """Completions by all processes together; kept on disk where the model has a `fingerprint`, as a teacher has."""
         run, accelerator = self.run, self.run.accelerator
         tokenizer, rank = run.processing_class, accelerator.process_index
         sampling = self.settings.sampling(end_ids, tokenizer.pad_token_id, run.vocab_size, greedy=greedy)
         engine = local_engine(run.args.rollout_engine, tokenizer)
-        settings = CompletionSettings(sampling, seed, self.settings.batch_size, engine)
+        stream = self.settings.stream(seed, Role.STUDENT if fingerprint is None else Role.TEACHER)
+        settings = CompletionSettings(sampling, stream, self.settings.batch_size, engine)
         store = None if fingerprint is None else completion_store(run.args, settings, rank, teacher=fingerprint)
         prompts = {example.key: example.prompt_ids for example in examples}
         written = complete_prompts(prompts, generating, accelerator, settings, store, progress=False)

@@ -9,7 +9,6 @@ serves any number of processes and a run goes on in the middle of an inner epoch
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from ...data import DistillCollator
 from ...data.labels import completion_labels
 from ...exceptions import CheckpointError, DatasetError
 from ...losses.reduction import IGNORE_INDEX
-from ...rollouts.draws import mix
+from ...randomness import Purpose, Role, Stream
 from ...rollouts.replay import sampled_rows
 from ..protocol import Batch, Run
 
@@ -128,7 +127,8 @@ class RolloutCycles:
         epoch, minibatch = divmod(position, steps)
         order = list(range(len(self.rows)))
         if epoch:
-            random.Random(mix(self.run.args.seed, self.start, epoch, 3)).shuffle(order)
+            shuffled = Stream(self.run.args.seed, Role.DATA, Purpose.INNER_EPOCH).at(start=self.start, epoch=epoch)
+            order = shuffled.numpy_generator().permutation(len(order)).tolist()
         size = len(order) // steps
         return self._batches([self.rows[i] for i in order[minibatch * size : (minibatch + 1) * size]])
 

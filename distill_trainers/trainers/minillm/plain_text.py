@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...data import DistillCollator
 from ...losses.reduction import IGNORE_INDEX
-from ...rollouts.draws import mix
+from ...randomness import Purpose, Role, Stream
 from ..protocol import Batch
 
 SHAPE = "scored_shape"  # the batch entry that holds rows and width of a batch before text was added to it
@@ -35,8 +35,8 @@ class PlainText:
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, turn: int) -> list[int]:
-        generator = torch.Generator().manual_seed(mix(self.seed, turn, 4))
-        return torch.randperm(len(self.rows), generator=generator).tolist()
+        stream = Stream(self.seed, Role.DATA, Purpose.PLAIN_TEXT).at(turn=turn)
+        return stream.numpy_generator().permutation(len(self.rows)).tolist()
 
     def numbers(self, step: int, accumulated: int, batch: int, world: int, rank: int) -> list[int]:
         """Tell which rows go to a micro-batch: its place in an endless row of shuffled passes."""

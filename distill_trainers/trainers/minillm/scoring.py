@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...exceptions import ConfigurationError
 from ...losses import token_logps
+from ...randomness import Purpose, Role, Stream
 from ...rollouts import Mixture, Scored, decode_scored, why_not_scored
 from ...signals import HiddenStates, TokenLogits, TokenSignal
 from ...teachers import Teacher
@@ -49,16 +50,18 @@ def sample_scored(run: Run, batches: list[Batch], alpha: float, keep_signal: boo
         keep_signal: leave what the teacher said in the batch, for a loss on the very same rows.
     """
     args, scored = run.args, list[Scored]()
+    place = {"step": run.state.global_step, "rank": run.accelerator.process_index}
+    coins = Stream(args.seed, Role.RUN, Purpose.MIXTURE).at(**place)
     decodes = args.rollout_engine == "decode" and why_not_scored(run.model) is None
 
-    def generate(model: Any, ids: Tensor, mask: Tensor, sampling: Any) -> list[list[int]]:
+    def generate(model: Any, ids: Tensor, mask: Tensor, sampling: Any, streams: Any) -> list[list[int]]:
         teacher: Any = contextlib.nullcontext()
         if alpha:
             teacher = run.teacher.generating(run.accelerator)
         with teacher as other:
-            mixture = Mixture(other, alpha, keeps_hidden=keep_signal) if alpha else None
-            size, tokenizer = args.rollout_batch_size, run.processing_class
-            scored.extend(decode_scored(model, ids, mask, sampling, size, tokenizer=tokenizer, mixture=mixture))
+            mixture = Mixture(other, alpha, coins, keeps_hidden=keep_signal) if alpha else None
+            size, given = args.rollout_batch_size, {"streams": streams, "tokenizer": run.processing_class}
+            scored.extend(decode_scored(model, ids, mask, sampling, size, mixture=mixture, **given))
         return [completion.ids for completion in scored]
 
     batches = run.sample_completions(batches, generate if decodes else None)
