@@ -85,7 +85,7 @@ def check_resumable(folder: str | Path) -> None:
             "from it: optimizer and learning rate would start anew. Start a new run with it as the student's `model`, "
             "or resume a checkpoint that was saved with `save_only_model: false`."
         )
-    if (folder / "optimizer.pt").is_file() and not (folder / "scheduler.pt").is_file():
+    if is_complete(folder) and (folder / "optimizer.pt").is_file() and not (folder / "scheduler.pt").is_file():
         raise CheckpointError(
             f"The checkpoint {str(folder)!r} has no scheduler.pt: optimizer and learning rate would start anew. Resume "
             "another one."
