@@ -185,7 +185,7 @@ class Resuming(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _seal(self, folder: Path) -> None:
-        if self.args.should_save and not (folder / MANIFEST_NAME).exists():
+        if self.args.should_save and is_complete(folder) and not (folder / MANIFEST_NAME).exists():
             write_manifest(folder, self.exact_settings())
 
     def exact_settings(self) -> dict[str, Any]:
