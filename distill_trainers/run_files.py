@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from . import models
 from .exceptions import CheckpointError
+from .manifest import damage_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +66,29 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def check_resumable(folder: str | Path) -> None:
-    """Refuse a checkpoint without the optimiser's state: its schedule would start anew, unnoticed.
+    """Refuse a checkpoint that is damaged, or has not all that a run goes on from: parts would start anew, unnoticed.
 
     Raises:
-        CheckpointError: it was written with `save_only_model`.
+        CheckpointError: a file is not as it was written, or it was written with `save_only_model`.
     """
     folder = Path(folder)
+    damage = damage_of(folder) if folder.is_dir() else None
+    if damage is not None:
+        whole = [f for f in folder.parent.glob("checkpoint-*") if is_complete(f) and damage_of(f) is None]
+        newest = max(whole, key=lambda f: (f / TRAINER_STATE_NAME).stat().st_mtime_ns, default=None)
+        remedy = f"The newest whole one is {newest}: name that." if newest else "No other is whole: start a new run."
+        raise CheckpointError(f"The checkpoint {str(folder)!r} is damaged: {damage}. {remedy}")
     patterns = ("optimizer*", "global_step*")  # the latter by DeepSpeed
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns):
         raise CheckpointError(
             f"The checkpoint {str(folder)!r} holds no optimizer state (`save_only_model: true`), so a run cannot go on "
             "from it: optimizer and learning rate would start anew. Start a new run with it as the student's `model`, "
             "or resume a checkpoint that was saved with `save_only_model: false`."
+        )
+    if is_complete(folder) and (folder / "optimizer.pt").is_file() and not (folder / "scheduler.pt").is_file():
+        raise CheckpointError(
+            f"The checkpoint {str(folder)!r} has no scheduler.pt: optimizer and learning rate would start anew. Resume "
+            "another one."
         )
 
 

@@ -176,9 +176,8 @@ class TokenSampled:
         width = int(place.max()) + 1 if place.numel() else 1
         shape = (len(ids), width)
         unique = ids.new_zeros(shape).scatter_(-1, place, ids)
-        share = torch.full_like(ids, 1 / ids.shape[-1], dtype=logps.dtype)
-        weights = logps.new_zeros(shape).scatter_add_(-1, place, share)
-        return cls(unique, logps.gather(-1, unique), weights)
+        counts = ids.new_zeros(shape).scatter_add_(-1, place, torch.ones_like(ids))
+        return cls(unique, logps.gather(-1, unique), counts.to(logps.dtype) / ids.shape[-1])
 
 
 class _OfTokens:

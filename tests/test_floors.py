@@ -19,6 +19,7 @@ FLOORS = {
     "signals": 0,
     "losses": 0,
     "hub": 1,
+    "manifest": 1,
     "models": 1,
     "answers": 1,
     "data": 1,

@@ -77,7 +77,9 @@ class TeacherOptions(Checked, _Config):
         None, "The teacher as an OpenAI-compatible server names it; by default the only one it serves."
     )
     teacher_server_concurrency: int = setting(8, "Questions to teacher servers in flight at once, in each process.")
-    teacher_server_timeout: float = setting(120.0, "Seconds without an answer after which an attempt has failed.")
+    teacher_server_timeout: float = setting(
+        120.0, "Seconds for one whole answer of a server; without it an attempt has failed."
+    )
     teacher_server_patience: float = setting(300.0, "Seconds for which a teacher server that is away is waited for.")
 
     @property

@@ -88,6 +88,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         None, "Where the teacher's completions are kept; by default `<output_dir>/completions`."
     )
 
+    # Resuming
+    resume_anyway: bool = setting(
+        False, "Go on from a checkpoint though settings differ that an exact resumption needs; they are listed."
+    )
+
     # The finished student
     merge_adapter: bool = setting(
         False, "Also save the student with its adapter merged, in `<output_dir>/merged`, and upload that."

@@ -141,7 +141,7 @@ def test_checkpoints_are_uploaded_while_training(make_trainer, hub):
     } <= names
     assert not any(name.endswith("training_args.bin") for name in names)
     folder = snapshot_download("me/student", allow_patterns="last-checkpoint/*")
-    again = make_trainer(max_steps=6, lmbda=0.0)
+    again = make_trainer(max_steps=6, lmbda=0.0, resume_anyway=True)
     again.train(resume_from_checkpoint=f"{folder}/last-checkpoint")
     assert again.state.global_step == 6
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from distill_trainers.exceptions import CheckpointError, TrainingDivergedError
-from distill_trainers.run_files import find_last_complete_checkpoint, last_complete_checkpoint
+from distill_trainers.run_files import check_resumable, find_last_complete_checkpoint, last_complete_checkpoint
 from distill_trainers.toy import addition_dataset
 
 # 24 rows in windows of 2 x 2: 6 steps an epoch.
@@ -403,3 +403,88 @@ def test_a_checkpoint_is_an_ordinary_model(make_trainer, tmp_path, tokenizer):
     assert AutoTokenizer.from_pretrained(copied)("37+58=").input_ids == tokenizer("37+58=").input_ids
     assert not any("forward" in vars(module) for module in model.modules())
     assert {path.name for path in Path(copied).iterdir()} >= {"config.json", "model.safetensors", "trainer_state.json"}
+
+
+# ---- Damage, and other settings -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_checkpoints(make_trainer, tmp_path):
+    """A run's folder with checkpoint-2 and checkpoint-4, whole."""
+    make_trainer(max_steps=4, save_strategy="steps", save_steps=2).train()
+    return tmp_path / "out"
+
+
+FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"]
+
+
+def test_damage_is_named_with_the_newest_whole_checkpoint(make_trainer, two_checkpoints):
+    """Every file, in four ways."""
+    last = two_checkpoints / "checkpoint-4"
+    for name in [*FILES, "manifest.json"]:
+        file = last / name
+        data, middle = file.read_bytes(), file.stat().st_size // 2
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        for harmed in (flipped, data[: middle + 1], b"", None):
+            file.unlink() if harmed is None else file.write_bytes(harmed)
+            if (name, harmed) != ("manifest.json", None):  # without it, it is a checkpoint of transformers' own
+                with pytest.raises(CheckpointError, match=f"is damaged: {name} .*newest whole one is .*checkpoint-2"):
+                    check_resumable(last)
+        file.write_bytes(data)
+        check_resumable(last)
+    (last / "rng_state.pth").unlink()
+    trainer = make_trainer(max_steps=6)
+    with pytest.raises(CheckpointError, match=r"is damaged: rng_state.pth is missing"):
+        trainer.train(resume_from_checkpoint=str(last))
+    trainer.train(resume_from_checkpoint=str(two_checkpoints / "checkpoint-2"))
+    assert trainer.state.global_step == 6
+
+
+def test_a_checkpoint_that_was_never_sealed_still_needs_its_schedule(make_trainer, two_checkpoints):
+    for name in ("manifest.json", "scheduler.pt"):
+        (two_checkpoints / "checkpoint-4" / name).unlink()
+    with pytest.raises(CheckpointError, match="no scheduler.pt"):
+        make_trainer(max_steps=6).train(resume_from_checkpoint=str(two_checkpoints / "checkpoint-4"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 8},
+        {"learning_rate": 1e-3},
+        {"lr_scheduler_type": "linear"},
+        {"gradient_accumulation_steps": 2},
+        {"kd_temperature": 2.0},
+        {"optim": "sgd"},
+    ],
+    ids=str,
+)
+def test_other_settings_are_listed_and_refused_unless_told(make_trainer, two_checkpoints, changes, caplog):
+    name = "rows of a step" if "gradient_accumulation_steps" in changes else next(iter(changes))
+    folder = str(two_checkpoints / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=f"{name}: .*, now .*resume_anyway: true"):
+        make_trainer(max_steps=4, **changes).train(resume_from_checkpoint=folder)
+    if "optim" in changes:  # another optimiser's state does not fit: that is torch's own error
+        return
+    make_trainer(max_steps=4, resume_anyway=True, **changes).train(resume_from_checkpoint=folder)
+    assert f"{name}: " in caplog.text
+
+
+def test_another_teacher_or_other_rows_are_refused(make_trainer, make_teacher, two_checkpoints, tmp_path):
+    folder = str(two_checkpoints / "checkpoint-2")
+    teacher = make_teacher(seed=8)
+    teacher.save_pretrained(tmp_path / "other")
+    teacher.config.name_or_path = str(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="teacher: .*'other'"):
+        make_trainer(teacher=teacher, max_steps=4).train(resume_from_checkpoint=folder)
+    trainer = make_trainer(max_steps=4)
+    trainer.train_dataset = trainer.train_dataset.select(range(8))
+    with pytest.raises(CheckpointError, match="rows of train_dataset: .*, now 8"):
+        trainer.train(resume_from_checkpoint=folder)
+
+
+def test_settings_that_change_nothing_may_change(make_trainer, two_checkpoints):
+    changes = {"logging_steps": 3, "save_steps": 1, "eval_strategy": "no", "loss_chunk_mib": 1.0, "run_name": "b"}
+    trainer = make_trainer(max_steps=6, save_strategy="steps", **changes)
+    trainer.train(resume_from_checkpoint=str(two_checkpoints / "checkpoint-4"))
+    assert trainer.state.global_step == 6

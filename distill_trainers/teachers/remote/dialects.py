@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,34 @@ from ...exceptions import ConfigurationError, TeacherServerError
 from ...signals import Head
 from ..cache.identity import tokenizer_fingerprint
 from ..cache.shards import Answer
-from .endpoints import Again, Endpoint
-from .wire import PROTOCOL, Question, WireError, pack_question, unpack, unpack_head
+from .endpoints import SMALL, Again, Endpoint
+from .wire import PROTOCOL, SERVER_KINDS, Question, WireError, answer_bytes, pack_question, unpack, unpack_head
 
 TOKEN_ENV = "DISTILL_TEACHER_TOKEN"
-_DESCRIPTION = ("teacher", "weights", "tokenizer", "vocab_rows", "dtype", "kinds", "hidden_size", "head_sha256")
 LIMITS = ("max_rows", "max_tokens", "max_row_tokens", "max_answer_bytes")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**53
+
+
+def is_name(value: Any) -> bool:
+    """Tell whether a server's text may be shown: on one line, and without what moves a terminal's cursor."""
+    return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
+
+
+# What a server says of itself, and when that makes sense.
+_DESCRIPTION: dict[str, Callable[[Any], bool]] = {
+    "teacher": is_name,
+    "weights": is_name,
+    "tokenizer": is_name,
+    "vocab_rows": _is_count,
+    "dtype": lambda value: value in ("float64", "float32", "bfloat16", "float16"),
+    "kinds": lambda value: isinstance(value, list) and bool(value) and all(kind in SERVER_KINDS for kind in value),
+    "hidden_size": lambda value: value is None or _is_count(value),
+    "head_sha256": lambda value: value is None or is_name(value),
+    **dict.fromkeys(LIMITS, _is_count),
+}
 
 
 def token_from_environment() -> str | None:
@@ -45,7 +68,7 @@ class RemoteSettings:
         top_k, draws, seed: of the kinds topk and sampled.
         dtype: of the numbers on the wire; None is the teacher's own for hidden states, else float32.
         model: as an OpenAI-compatible server names it; None takes the only one that it has.
-        timeout: seconds without an answer after which one attempt has failed.
+        timeout: seconds for one whole answer; an attempt without it has failed.
         patience: seconds for which servers that are away are waited for.
     """
 
@@ -64,7 +87,7 @@ class Dialect(ABC):
     """How a kind of server is spoken to.
 
     Attributes:
-        info: what the server says of itself, `_DESCRIPTION` and `LIMITS`; None for what it does not say.
+        info: what the server says of itself, `_DESCRIPTION`; None for what it does not say.
     """
 
     info: dict[str, Any]
@@ -93,9 +116,12 @@ class OwnDialect(Dialect):
                 f"The teacher's server {url} has version {info.get('version')} and speaks protocol "
                 f"{info.get('protocol')}, expected {PROTOCOL}. Install the same version there and here."
             )
-        missing = [name for name in (*_DESCRIPTION, *LIMITS) if name not in info]
-        if missing:
-            raise ConfigurationError(f"The server {url} does not tell its {', '.join(missing)}. Check the address.")
+        wrong = [name for name, good in _DESCRIPTION.items() if not good(info.get(name))]
+        if wrong:
+            raise ConfigurationError(
+                f"The server {url} tells no {', '.join(wrong)} that makes sense (`{wrong[0]}`: "
+                f"{info.get(wrong[0])!r:.60}). Check the address."
+            )
         self.info = info
 
     def compare_tokenizer(self, endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,7 +135,8 @@ class OwnDialect(Dialect):
 
     def ask(self, question: Question, endpoint: Endpoint) -> Answer:
         try:
-            arrays, said = unpack(endpoint.request("/v1/signal", pack_question(question)))
+            most = SMALL + 2 * int(answer_bytes(question.wanted, self.info) * sum(question.counts))
+            arrays, said = unpack(endpoint.request("/v1/signal", pack_question(question), most=most))
         except WireError as error:
             raise Again(f"{endpoint.url} answers nonsense: {error}", broken=True) from error
         self.same_weights(said.get("weights"), endpoint)
@@ -125,7 +152,8 @@ class OwnDialect(Dialect):
 
     def head(self, device: torch.device, endpoint: Endpoint) -> Head:
         """Fetch the teacher's head, whole as its server had it."""
-        data = endpoint.request("/v1/head")
+        # At most float64 numbers, a bias and a scale for each id.
+        data = endpoint.request("/v1/head", most=SMALL + 8 * self.info["vocab_rows"] * (self.info["hidden_size"] + 2))
         if hashlib.sha256(data).hexdigest() != self.info["head_sha256"]:
             raise Again(f"the head from {endpoint.url} has not the hash that it should have", broken=True)
         return unpack_head(data, device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures as futures
+import io
 import json
 import logging
 import random
@@ -13,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-import urllib3
+import aiohttp
 
 from ...exceptions import ConfigurationError, TeacherServerError
 
@@ -27,6 +29,9 @@ _LONGEST_ASKED = 30.0
 _BROKEN_ANSWERS = 3  # so often one question may fail inside a server, or be answered by nonsense
 _CONNECT_TIMEOUT = 5.0
 _SILENT = 2.0  # seconds before anybody is told that servers are away
+_GRACE = 3.0  # seconds for answers that are on their way when a run is asked to end
+_ERROR_BYTES = 2**16  # of the body of a refusal
+SMALL = 2**20  # bytes of an answer that describes something
 
 
 class Again(Exception):
@@ -72,45 +77,131 @@ def parse_servers(text: str) -> list[str]:
     return addresses
 
 
+class _Client:
+    """aiohttp in a thread of its own: whatever a server does, an answer has one deadline and a cap on its bytes."""
+
+    def __init__(self, concurrency: int, timeout: float):
+        self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=min(_CONNECT_TIMEOUT, timeout))
+        self._concurrency = concurrency
+        self._session: aiohttp.ClientSession | None = None
+        self._ended = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-http", daemon=True)
+        self._thread.start()
+
+    def fetch(
+        self, verb: str, url: str, body: bytes | None, headers: dict[str, str], most: int
+    ) -> tuple[int, Any, bytes]:
+        """Return status, headers and body of an answer.
+
+        Raises:
+            Again: no answer in time, or one of more than `most` bytes.
+        """
+        work = self._fetch(verb, url, body, headers, most)
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except TimeoutError:
+            raise Again("time-out") from None
+        except (aiohttp.ClientError, OSError) as error:
+            refused = isinstance(error, aiohttp.ClientConnectorError)
+            raise Again("connection refused" if refused else type(error).__name__) from error
+        except (futures.CancelledError, RuntimeError) as error:  # the latter: the loop is closed
+            work.close()
+            raise Again("called off") from error
+
+    async def _fetch(
+        self, verb: str, url: str, body: bytes | None, headers: dict[str, str], most: int
+    ) -> tuple[int, Any, bytes]:
+        if self._ended:
+            raise asyncio.CancelledError
+        if self._session is None:
+            # Nothing is decompressed: a small answer must not become a large one.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, limit_per_host=self._concurrency),
+                headers={"Accept-Encoding": "identity"},
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        question, data = None if body is None else io.BytesIO(body), bytearray()
+        async with self._session.request(
+            verb, url, data=question, headers=headers, timeout=self._timeout, allow_redirects=False
+        ) as answer:
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise Again(f"{url} answers in an encoding that was not asked for", broken=True)
+            most, size = most if answer.status == 200 else _ERROR_BYTES, answer.content_length or 0
+            while size <= most and (piece := await answer.content.read(2**16)):
+                data += piece
+                size = max(size, len(data))
+            if size > most:
+                answer.close()  # the rest is not read
+                raise Again(f"{url} answers with more than the {most:,} bytes that it may", broken=True)
+            return answer.status, answer.headers, bytes(data)
+
+    def end_soon(self) -> None:
+        """Call off what is not answered within seconds, and whatever comes after. A signal's handler may call it."""
+
+        def call_off() -> None:
+            self._ended = True
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+
+        self._loop.call_soon_threadsafe(self._loop.call_later, _GRACE, call_off)
+
+    def close(self) -> None:
+        """Drop all connections and end the thread."""
+
+        async def close() -> None:
+            self._ended = True
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._session is not None:
+                await self._session.close()
+            self._loop.stop()
+
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(close(), self._loop)
+            if threading.current_thread() is not self._thread:  # garbage is collected wherever it may be
+                self._thread.join()
+                self._loop.close()
+
+
 class Endpoint:
     """One server, and how it has been doing."""
 
-    def __init__(self, url: str, pool: urllib3.PoolManager, token: str | None, timeout: float):
+    def __init__(self, url: str, client: _Client, token: str | None):
         self.url = url
         self.in_flight = self.failures = 0
         self.not_before = 0.0
-        self._pool, self._timeout = pool, urllib3.Timeout(connect=min(_CONNECT_TIMEOUT, timeout), read=timeout)
+        self._client = client
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
-    def request(self, path: str, body: bytes | None = None, kind: str = "application/octet-stream") -> bytes:
-        """Return the body of the answer to a GET, or to a POST of `body`.
+    def request(
+        self, path: str, body: bytes | None = None, kind: str = "application/octet-stream", most: int = SMALL
+    ) -> bytes:
+        """Return the body of the answer to a GET, or to a POST of `body`, of at most so many bytes.
 
         Raises:
             Again: it may work later.
             TeacherServerError: the server refuses, and will again.
         """
         headers = self._headers if body is None else {**self._headers, "Content-Type": kind}
-        verb, limit = "GET" if body is None else "POST", self._timeout
-        try:
-            response = self._pool.request(
-                verb, self.url + path, body=body, headers=headers, timeout=limit, retries=False, redirect=False
-            )
-        except urllib3.exceptions.HTTPError as error:
-            raise Again(_short(error)) from error
-        if response.status == 200:
-            return response.data
-        reason = f"{response.status} {_reason(response.data)}".strip()
-        if response.status in _PASSES:
-            raise Again(reason, _asked_wait(response.headers), broken=response.status == 500)
-        raise TeacherServerError(f"The teacher's server {self.url} refuses: {reason}", response.status)
+        status, said, data = self._client.fetch("GET" if body is None else "POST", self.url + path, body, headers, most)
+        if status == 200:
+            return data
+        reason = f"{status} {_reason(data)}".strip()
+        if status in _PASSES:
+            raise Again(reason, _asked_wait(said), broken=status == 500)
+        raise TeacherServerError(f"The teacher's server {self.url} refuses: {reason}", status)
 
-    def json(self, path: str, question: Any = None) -> Any:
+    def json(self, path: str, question: Any = None, most: int = SMALL) -> Any:
         """Do as `request`, in JSON both ways."""
         body = None if question is None else json.dumps(question).encode()
-        answer = self.request(path, body, "application/json")
+        answer = self.request(path, body, "application/json", most)
         try:
             return json.loads(answer)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Again("the answer is not JSON", broken=True) from error
 
 
@@ -154,20 +245,20 @@ class Servers:
 
     Args:
         token: that requests bear.
-        timeout: seconds without a sign of an answer after which an attempt has failed.
+        timeout: seconds after which an attempt has failed that has no whole answer.
         patience: seconds for which servers that are away are waited for.
     """
 
     def __init__(self, urls: Sequence[str], token: str | None, concurrency: int, timeout: float, patience: float):
         self.patience = patience
-        self._pool = urllib3.PoolManager(num_pools=len(urls), maxsize=concurrency, retries=False)
-        self.endpoints = [Endpoint(url, self._pool, token, timeout) for url in urls]
+        self._client = _Client(concurrency, timeout)
+        self.endpoints = [Endpoint(url, self._client, token) for url in urls]
         self._threads = futures.ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
         self._lock = threading.Lock()
         self._turn = 0
         self.waits_no_more = False
         self._told = False  # whether it was said that servers are away
-        self.close = weakref.finalize(self, _close, self._threads, self._pool)
+        self.close = weakref.finalize(self, _close, self._threads, self._client)
 
     @property
     def names(self) -> str:
@@ -192,8 +283,9 @@ class Servers:
             time.sleep(min(left, 0.2))
 
     def stop_waiting(self) -> None:
-        """Stop waiting for servers that are away. A signal's handler may call it."""
+        """Stop waiting for servers that are away, or silent. A signal's handler may call it."""
         self.waits_no_more = True
+        self._client.end_soon()
 
     def _run(self, call: Callable[[Endpoint], T]) -> T:
         endpoint = self._pick()
@@ -221,9 +313,9 @@ class Servers:
             return chosen
 
 
-def _close(threads: futures.ThreadPoolExecutor, pool: urllib3.PoolManager) -> None:
+def _close(threads: futures.ThreadPoolExecutor, client: _Client) -> None:
     threads.shutdown(wait=False, cancel_futures=True)
-    pool.clear()
+    client.close()
 
 
 def _reason(body: bytes) -> str:
@@ -232,9 +324,10 @@ def _reason(body: bytes) -> str:
         content = json.loads(body)
         content = content.get("error", content.get("message", content)) if isinstance(content, dict) else content
         content = content.get("message", content) if isinstance(content, dict) else content
-    except ValueError:
+    except (ValueError, RecursionError):
         content = body.decode("utf-8", errors="replace")
-    return " ".join(str(content).split())[:300]
+    # It ends on a terminal: what is not printable could move its cursor.
+    return "".join(c if c.isprintable() else " " for c in " ".join(str(content).split()))[:300]
 
 
 def _asked_wait(headers: Any) -> float:
@@ -242,8 +335,3 @@ def _asked_wait(headers: Any) -> float:
         return max(0.0, float(headers.get("Retry-After", 0)))
     except ValueError:
         return 0.0
-
-
-def _short(error: Exception) -> str:
-    kind = type(error).__name__
-    return {"NewConnectionError": "connection refused", "ReadTimeoutError": "time-out"}.get(kind, kind)

@@ -15,10 +15,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import h11
 import uvicorn
@@ -32,13 +35,49 @@ from .service import Refusal, TeacherService
 from .wire import PROTOCOL, Question, WireError, unpack_question
 
 _PIECE = 2**20
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def build_app(service: TeacherService, token: str | None = None) -> FastAPI:
+class Door:
+    """Connections of strangers: those that have not shown the token yet. The oldest go when too many wait.
+
+    So whoever holds connections open without the token takes places from others of his kind alone.
+
+    Args:
+        most: strangers that may stay.
+        grace: seconds in which nobody is sent away: honest clients come in crowds, too.
+    """
+
+    def __init__(self, most: int = 64, grace: float = 1.0):
+        self._most, self._grace = most, grace
+        self._strangers: dict[Any, tuple[float, asyncio.Transport]] = {}
+
+    def enter(self, client: Any, transport: asyncio.Transport) -> None:
+        now = time.monotonic()
+        self._strangers[client] = now, transport
+        while len(self._strangers) > self._most:
+            oldest = next(iter(self._strangers))
+            since, its_transport = self._strangers[oldest]
+            if now - since < self._grace:
+                break
+            del self._strangers[oldest]
+            its_transport.abort()
+
+    def leave(self, client: Any) -> None:
+        """Forget a connection that is over, or that is no stranger's any more."""
+        self._strangers.pop(client, None)
+
+
+def build_app(
+    service: TeacherService, token: str | None = None, hosts: frozenset[str] | None = None, door: Door | None = None
+) -> FastAPI:
     """Build the application; it closes the service when the server stops.
 
     Args:
         token: that requests must bear; None lets everybody in.
+        hosts: names by which the server may be called; None allows any. Without a token, a page in a browser of this
+            machine could have a name of its own lead here (DNS rebinding).
+        door: is told who is no stranger.
     """
 
     @contextlib.asynccontextmanager
@@ -50,6 +89,8 @@ def build_app(service: TeacherService, token: str | None = None) -> FastAPI:
         given = request.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise Refusal(401, "This server wants its bearer token (`Authorization: Bearer …`).")
+        if door is not None:
+            door.leave(request.client and tuple(request.client))
 
     async def refuse(request: Request, refusal: Exception) -> Response:
         assert isinstance(refusal, Refusal)
@@ -58,7 +99,14 @@ def build_app(service: TeacherService, token: str | None = None) -> FastAPI:
             headers["Retry-After"] = f"{refusal.retry_after:g}"
         return JSONResponse({"error": str(refusal)}, refusal.status, headers)
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    async def check_host(request: Request) -> None:
+        name = urlsplit(f"//{request.headers.get('host', '')}").hostname
+        if hosts is not None and name not in hosts:
+            raise Refusal(421, f"This server is not {name!r}. Call it by its address, or give it a token.")
+
+    app = FastAPI(
+        lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(check_host)]
+    )
     app.add_exception_handler(Refusal, refuse)
     closed = APIRouter(prefix="/v1", dependencies=[Depends(check_token)])
 
@@ -151,15 +199,22 @@ async def _disconnected(request: Request) -> None:
 
 
 class _PatientProtocol(H11Protocol):
-    """uvicorn's HTTP with limits on how long a request's head may take, and on how long an answer may lie unread."""
+    """uvicorn's HTTP with limits on how long a request may take to come, and on how long an answer may lie unread."""
 
     seconds = 30.0
+    door: Door
     _timer: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.door.enter(self.client and tuple(self.client), transport)
         self._wait_for_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:  # answered without its body, which may never end
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -175,6 +230,7 @@ class _PatientProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop("_timer")
+        self.door.leave(self.client and tuple(self.client))
         super().connection_lost(exc)
         self._stop("_unread")
 
@@ -209,12 +265,18 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def build_server(service: TeacherService, token: str | None = None) -> uvicorn.Server:
-    """Build a uvicorn server of `build_app`; `run(sockets=[bind(host, port)])` serves until it is told to exit."""
-    limits = service.limits
-    protocol = type("Protocol", (_PatientProtocol,), {"seconds": limits.slow_timeout})
+def build_server(
+    service: TeacherService, token: str | None = None, hosts: frozenset[str] | None = LOOPBACK
+) -> uvicorn.Server:
+    """Build a uvicorn server of `build_app`; `run(sockets=[bind(host, port)])` serves until it is told to exit.
+
+    Args:
+        hosts: names by which it may be called where there is no token; None allows any.
+    """
+    limits, door = service.limits, Door()
+    protocol = type("Protocol", (_PatientProtocol,), {"seconds": limits.slow_timeout, "door": door})
     config = uvicorn.Config(
-        build_app(service, token),
+        build_app(service, token, hosts if token is None else None, door),
         http=protocol,
         ws="none",
         loop="asyncio",
@@ -225,14 +287,15 @@ def build_server(service: TeacherService, token: str | None = None) -> uvicorn.S
         proxy_headers=False,
         timeout_keep_alive=int(max(1, limits.slow_timeout)),
         timeout_graceful_shutdown=int(max(1, limits.slow_timeout)),
-        limit_concurrency=2 * limits.max_queue + 64,
+        limit_concurrency=2 * limits.max_queue + 128,  # half of the difference are strangers
     )
     return uvicorn.Server(config)
 
 
 def serve(service: TeacherService, bound: socket.socket, token: str | None = None) -> None:
     """Serve until SIGTERM or SIGINT; what runs is finished, what waits is told to come again, then return."""
-    server = build_server(service, token)
+    host = bound.getsockname()[0]
+    server = build_server(service, token, LOOPBACK | {host} if ipaddress.ip_address(host).is_loopback else None)
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run(sockets=[bound])  # uvicorn raises the signal again once it is done, to the handlers before its own

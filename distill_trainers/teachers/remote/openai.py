@@ -17,8 +17,8 @@ from ...exceptions import ConfigurationError, TeacherServerError
 from ...signals import SMALLEST_TAIL
 from ..cache.shards import Answer
 from ..vocabulary import PROBE
-from .dialects import Dialect, RemoteSettings
-from .endpoints import Again, Endpoint
+from .dialects import Dialect, RemoteSettings, is_name
+from .endpoints import SMALL, Again, Endpoint
 from .wire import Question
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _TOKENS = 8192  # of one request, whose answer takes about 70 bytes for each token and id
 _ROWS = 64
+_ENTRY_BYTES = 512  # that an id may take: some tokens are long, and escaped in JSON
 
 
 class OpenAIDialect(Dialect):
@@ -40,7 +41,7 @@ class OpenAIDialect(Dialect):
     def __init__(self, endpoint: Endpoint, settings: RemoteSettings):
         listed = endpoint.json("/v1/models")
         try:
-            models = {model["id"]: model for model in listed["data"]}
+            models = {model["id"]: model for model in listed["data"] if is_name(model["id"])}
         except (TypeError, KeyError) as error:
             raise ConfigurationError(
                 f"{endpoint.url} is neither a `distill-trainers serve-teacher` nor an OpenAI-compatible server: its "
@@ -53,6 +54,8 @@ class OpenAIDialect(Dialect):
                 "one of these."
             )
         longest = models[name].get("max_model_len")
+        if longest is not None and not (type(longest) is int and longest > 2):
+            raise ConfigurationError(f"Got `max_model_len: {longest!r:.60}` from {endpoint.url}; expected a number.")
         self.model = name
         self.info = {
             "teacher": name,
@@ -124,7 +127,7 @@ class OpenAIDialect(Dialect):
             raise Again(f"{endpoint.url} tells of fewer than {k} ids", broken=True)
         values = torch.tensor(logps, dtype=torch.float64)
         mass = values.exp().sum(-1)
-        if values.isnan().any() or (mass > 1 + 1e-3).any():
+        if not bool((mass <= 1 + 1e-3).all()):  # NaN is not
             raise Again(f"{endpoint.url} tells of probabilities that add up to more than 1", broken=True)
         if not k:
             return {"logps": values[:, 0].float()}
@@ -135,7 +138,8 @@ class OpenAIDialect(Dialect):
     def _complete(self, prompts: list[list[int]], k: int, endpoint: Endpoint) -> list[Any]:
         """`prompt_logprobs` of each prompt, in order."""
         body = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        answer = endpoint.json("/v1/completions", body)
+        most = SMALL + _ENTRY_BYTES * (k + 2) * sum(map(len, prompts))
+        answer = endpoint.json("/v1/completions", body, most)
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             told = [choice.get("prompt_logprobs") for choice in choices]

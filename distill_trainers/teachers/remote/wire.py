@@ -28,6 +28,8 @@ from ..rows import TokenRow
 PROTOCOL = 1  # raised whenever an older client or server would misunderstand a message
 SERVER_KINDS = ("hidden", "topk", "sampled", "token_logprobs")
 _HEADER_BYTES = 64 * 2**10
+_ABOVE_0 = 1e-3  # of a log-probability, by rounding
+_OFF_1 = 0.05  # of a sum of probabilities; log-probabilities may be float16
 
 
 class WireError(ValueError):
@@ -205,10 +207,34 @@ def problem_of(answer: Answer, count: int, wanted: Wanted, info: dict[str, Any],
         return f"it lacks {error}"
     if not good:
         return "its arrays have other shapes than its question asked for"
+    return _problem_of_numbers(answer, wanted, known_ids)
+
+
+def _problem_of_numbers(answer: Answer, wanted: Wanted, known_ids: int | None) -> str | None:
+    if any(values.is_floating_point() == (name in ("ids", "counts", "lengths")) for name, values in answer.items()):
+        return "its numbers are not of the types that they should have"
+    if "hidden" in answer:
+        return None if bool(answer["hidden"].isfinite().all()) else "some of its hidden states are not finite"
+    if any(not bool((answer[name] <= _ABOVE_0).all()) for name in ("logps", "tail") if name in answer):
+        return "some of its log-probabilities are above 0, or not numbers"
     ids = answer.get("ids")
-    if ids is not None and ids.numel() and known_ids and not 0 <= int(ids.min()) <= int(ids.max()) < known_ids:
+    if ids is None or not ids.numel():
+        return None
+    if known_ids and not 0 <= int(ids.min()) <= int(ids.max()) < known_ids:
         return f"it tells of ids that are not in a vocabulary of {known_ids}"
-    return None
+    if wanted.kind == "topk":
+        mass = answer["logps"].double().exp().sum(-1) + answer["tail"].double().exp()
+        if not bool(((mass - 1).abs() < _OFF_1).all()):
+            return "its probabilities do not add up to 1"
+    else:
+        counts = answer["counts"].long()
+        drawn = torch.segment_reduce(counts.double(), "sum", lengths=answer["lengths"].long())
+        if bool((counts < 1).any()) or bool((drawn != (wanted.draws or 1)).any()):
+            return f"it counts other than {wanted.draws} draws for a token"
+    tokens = torch.arange(len(ids)) if ids.ndim == 2 else torch.arange(len(answer["lengths"]))
+    width = ids.shape[1] if ids.ndim == 2 else answer["lengths"].long()
+    places = tokens.repeat_interleave(width) * 2**32 + ids.flatten().long()
+    return None if len(places.unique()) == ids.numel() else "it tells of the same id twice for a token"
 
 
 def empty_answer(count: int, wanted: Wanted, info: dict[str, Any], dtype: torch.dtype | None = None) -> Answer:

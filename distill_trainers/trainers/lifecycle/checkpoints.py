@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -19,7 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ...exceptions import CheckpointError, DatasetError
-from ...run_files import check_resumable, is_complete, last_complete_checkpoint
+from ...manifest import MANIFEST_NAME, differences, matters, write_manifest
+from ...run_files import check_resumable, is_complete, last_complete_checkpoint, shown
 from ...teachers import Teacher
 from . import outage
 
@@ -148,11 +150,13 @@ class Resuming(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self.run_checkpoints, self.last_step = [], None
         if isinstance(resume_from_checkpoint, str):
-            check_resumable(resume_from_checkpoint)
+            if self.args.local_process_index == 0:  # each would read all of it
+                check_resumable(resume_from_checkpoint)
             if self.args.should_save:
                 remove_torn(self.args.output_dir)
             self.run_checkpoints.append(resume_from_checkpoint)
             self.load_method_state(read_method_state(resume_from_checkpoint))
+            self._compare_settings(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _init_training_state(
@@ -173,7 +177,44 @@ class Resuming(Trainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_method_state(folder, state)
             super()._save_checkpoint(model, trial)
+            self._seal(folder)
         self.run_checkpoints.append(str(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._seal(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _seal(self, folder: Path) -> None:
+        if self.args.should_save and is_complete(folder) and not (folder / MANIFEST_NAME).exists():
+            write_manifest(folder, self.exact_settings())
+
+    def exact_settings(self) -> dict[str, Any]:
+        """Return what a resumed run must have as it was, to go on as if it had never stopped."""
+        args = self.args
+        settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init and matters(f.name)}
+        rows = self.train_dataset if hasattr(self.train_dataset, "__len__") else None
+        return {
+            **{name: getattr(value, "value", value) for name, value in settings.items()},
+            "teacher": shown(self.teacher.name),
+            "number of processes": args.world_size,
+            "rows of a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "rows of train_dataset": None if rows is None else len(rows),
+        }
+
+    def _compare_settings(self, checkpoint: str) -> None:
+        changed = differences(checkpoint, self.exact_settings())
+        if not changed:
+            return
+        listed = "; ".join(f"{name}: {then!r:.60}, now {now!r:.60}" for name, (then, now) in changed.items())
+        if not self.args.resume_anyway:
+            raise CheckpointError(
+                f"The run of {checkpoint} had other settings ({listed}), so it cannot go on as if it had not stopped. "
+                "Set them as they were, or say `resume_anyway: true`."
+            )
+        if self.args.should_save:
+            logger.warning(
+                "Going on from %s with other settings (%s): not what an undisturbed run gives.", checkpoint, listed
+            )
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
