@@ -402,7 +402,7 @@ def test_settings_that_the_token_objective_leaves_out(make, by_step):
         ({"num_minibatches": 0}, "num_minibatches: 0"),
         ({"num_inner_epochs": 0}, "num_inner_epochs: 0"),
         ({"num_minibatches": 1.5}, "num_minibatches: 1.5"),
-        ({"num_minibatches": None}, "num_minibatches: None"),
+        ({"num_minibatches": None}, "num_minibatches: null"),
         ({"num_inner_epochs": 2.0}, "num_inner_epochs: 2.0"),
         ({"pretraining_batch_size": 1.5}, "pretraining_batch_size: 1.5"),
         ({"num_inner_epochs": 2, "objective": "token"}, "num_inner_epochs: 2"),
