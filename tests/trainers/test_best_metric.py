@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill_trainers import DPKDConfig, GKDConfig, RationaleConfig, models
+from distill_trainers import DPKDConfig, GKDConfig, GKDTrainer, RationaleConfig, models
 from distill_trainers.evaluation.measures import higher_is_better
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.toy import addition_dataset
@@ -121,3 +121,11 @@ def test_of_a_term_of_the_loss_less_is_better(config, metric, better):
 
 def test_the_user_has_the_last_word():
     assert GKDConfig(**PLAIN, metric_for_best_model="eval_kl", greater_is_better=True).greater_is_better is True
+
+
+def test_a_score_of_ones_own_is_taken(make_student, make_teacher, tokenizer, tmp_path):
+    """With `compute_metrics` nobody but its author knows the names."""
+    args = GKDConfig(**{**PLAIN, **BEST, "output_dir": str(tmp_path)}, lmbda=0.0, metric_for_best_model="eval_mine")
+    own = {"eval_dataset": TWO["easy"], "compute_metrics": lambda prediction: {"mine": 1.0}}
+    trainer = GKDTrainer(make_student(), make_teacher(), args, addition_dataset(4), processing_class=tokenizer, **own)
+    assert trainer.evaluate()["eval_mine"] == 1.0
