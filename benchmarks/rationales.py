@@ -62,6 +62,7 @@ def train(rows: dict[str, Dataset], student: Any, tokenizer: Any, weight: float,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=16,
         learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
         warmup_steps=max(1, options.steps // 10),
         answer_kind="number",
         logging_steps=10,
@@ -74,7 +75,7 @@ def train(rows: dict[str, Dataset], student: Any, tokenizer: Any, weight: float,
         **(
             ADDITION
             if options.task == "addition"
-            else {"max_length": 256, "max_new_tokens": 24, "prompt_style": "text"}
+            else {"max_length": 256, "max_new_tokens": 24, "prompt_style": "text", "weight_decay": 1e-4}
         ),
     )
     trainer = RationaleTrainer(student, None, args, rows["train"], rows["test"], processing_class=tokenizer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
+from . import trl_names
+
 
 class ConfigurationError(ValueError):
     """Settings that cannot work, alone or together. Raised before any model is loaded where that is possible."""
@@ -55,14 +57,33 @@ BAD_INPUT = (ConfigurationError, DatasetError, VocabularyError)
 FAILURES = (CacheError, CheckpointError, HubError, TeacherServerError, TrainingDivergedError, UnlikeModelError)
 
 
+_SHOWN = 40  # so many known keys are a list that one can read
+
+
 def refuse_unknown_keys(given: Iterable[str], known: Collection[str], where: str) -> None:
-    """Refuse keys that are not known, suggesting the nearest ones.
+    """Refuse keys that are not known, all at once: each with the nearest ones, or with what to do about TRL's names.
 
     Raises:
-        ConfigurationError: for the first unknown key.
+        ConfigurationError: naming them.
     """
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=3)
-            hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known: {', '.join(sorted(known))}."
-            raise ConfigurationError(f"Unknown key {key!r} in {where}. {hint}")
+    unknown = [str(key) for key in given if key not in known]
+    if len(unknown) == 1:
+        raise ConfigurationError(f"Unknown key {unknown[0]!r} in {where}. {_hint(unknown[0], known)}")
+    if unknown:
+        hints = " ".join(f"{key!r}: {_hint(key, known)}" for key in unknown)
+        raise ConfigurationError(f"Unknown keys in {where}: {', '.join(map(repr, unknown))}. {hints}")
+
+
+def _hint(key: str, known: Collection[str]) -> str:
+    if trl_names.KEYS.get(key) in known:
+        return f"That is TRL's name of {trl_names.KEYS[key]!r}."
+    if key in trl_names.REFUSED:
+        return f"That is a setting of TRL without a counterpart here. Instead: {trl_names.REFUSED[key]}."
+    if key.startswith("vllm_") and "vllm_kwargs" in known:
+        return f"That is a setting of TRL. Instead: set `vllm_kwargs: {{{key.removeprefix('vllm_')}: …}}`."
+    if key in trl_names.HARMLESS:
+        return f"That is a setting of TRL that does nothing here; leave it out: {trl_names.HARMLESS[key]}."
+    close = difflib.get_close_matches(key, known, n=3)
+    if close:
+        return f"Did you mean {' or '.join(map(repr, close))}?"
+    return f"Known: {', '.join(sorted(known))}." if len(known) <= _SHOWN else "Nothing that is known looks like it."

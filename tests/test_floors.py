@@ -16,6 +16,8 @@ FLOORS = {
     "randomness": 0,
     "requirements": 0,
     "settings": 0,
+    "value_types": 0,
+    "trl_names": 0,
     "signals": 0,
     "losses": 0,
     "hub": 1,

@@ -67,7 +67,7 @@ class CardFacts:
     data: list[str]
     rows: int | None
     settings: dict[str, Any]
-    max_length: int
+    max_length: int | None
     seed: int
     steps: int
     epochs: float

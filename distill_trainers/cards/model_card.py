@@ -220,7 +220,9 @@ def _reproduction(facts: CardFacts) -> list[str]:
 
 
 def _limits(facts: CardFacts) -> list[str]:
-    lines = [f"- Trained on text of up to {facts.max_length} tokens; longer text was not seen."]
+    lines = []
+    if facts.max_length is not None:
+        lines += [f"- Trained on text of up to {facts.max_length} tokens; longer text was not seen."]
     if facts.teacher is not None:
         lines.append("- A student repeats its teacher's mistakes and biases, and adds its own where it is weaker.")
     lines.append("- Only what stands under Scores was measured. Safety was not evaluated.")

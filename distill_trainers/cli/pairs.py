@@ -188,7 +188,7 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
             raise DatasetError(f"Row {number} of dataset 'train': {error}") from error
         ids = tokens["input_ids"][: tokens["prompt_length"]]
         key = prompt_key(ids)
-        if not ids or len(ids) + args.max_new_tokens > args.max_length:
+        if not ids or len(ids) + args.max_new_tokens > args.row_limit:
             counts["prompts that are empty or leave no room within max_length"] += 1
         elif key in prompts:
             counts["prompts that came twice"] += 1

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipe.checks import CheckedRecipe, check_recipe, optimiser_steps, without_weights
+from ..recipe.checks import CheckedRecipe, check_recipe, optimiser_steps, refuse_to_start_over, without_weights
 from ..recipe.parse import Recipe
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def make_plan(recipe: Recipe) -> Plan:
     from ..teachers.loading import kind_of
 
     settings, args = recipe.run, recipe.args
+    refuse_to_start_over(recipe.args)
     checked = check_recipe(recipe)
     train, evaluation, text = checked.ready.rows()
     cache, without_teacher = _teacher_cache(checked.ready, (train, evaluation))

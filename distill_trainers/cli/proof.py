@@ -103,6 +103,7 @@ def distill(student, teacher, tokenizer, rows, held_out, method, settings, outpu
         rollout_batch_size=1000,
         learning_rate=LEARNING_RATE,
         warmup_steps=max(1, steps // 10),
+        lr_scheduler_type="cosine",
         weight_decay=0.1,
         adam_beta2=ADAM_BETA2,
         max_length=16,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import DatasetError
-from ..recipe.checks import check_recipe
+from ..recipe.checks import check_recipe, refuse_to_start_over
 from ..recipe.parse import Recipe, parse_recipe
 from ..storage import writing
 from . import report_errors
@@ -95,6 +95,7 @@ def run(recipe: Recipe) -> Any:
     """Train, evaluate, save and upload the recipe's student; return the trainer."""
     from .progress import stop_progress
 
+    refuse_to_start_over(recipe.args)
     trainer = build_trainer(recipe, look_before if recipe.run.doctor else None)
     try:
         result = trainer.train(resume_from_checkpoint=recipe.args.resume_from_checkpoint)

@@ -13,7 +13,7 @@ _CUT = 0.1  # share of rows that may lose their end unmentioned
 
 def check_lengths(case: Case) -> Iterator[Finding]:
     """Check the context lengths of both models, and how much of the data is cut."""
-    limit = case.args.max_length
+    limit = case.args.max_length or max(case.lengths, default=0)  # null cuts nothing
     longest = min(limit, max(case.lengths, default=limit))
     reached = limit if case.samples else longest
     for role, shape in (("student", case.student_shape), ("teacher", case.teacher_shape)):

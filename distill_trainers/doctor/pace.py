@@ -52,7 +52,7 @@ def pace_of(case: Case, rates: Rates | None) -> Pace | None:
     student, work = case.student_shape, case.work
     if student is None or work is None:
         return None
-    limit = case.args.max_length
+    limit = work.length
     share = float(getattr(case.args, "lmbda", 1.0)) if work.rollout_rows else 0.0
     prompt = _mean(case.prompt_lengths, limit) or work.prompt
     sampled = min(limit, prompt + work.new_tokens)

@@ -15,7 +15,14 @@ from ..data.labels import any_trained
 from ..data.pairs import is_pair
 from ..data.rows import tokenize_row
 from ..exceptions import CacheError, ConfigurationError, DatasetError, NoUsableRowsError, VocabularyError
-from ..recipe.checks import CheckedRecipe, check_recipe, load_datasets, student_and_teacher, without_weights
+from ..recipe.checks import (
+    CheckedRecipe,
+    check_recipe,
+    load_datasets,
+    refuse_to_start_over,
+    student_and_teacher,
+    without_weights,
+)
 from ..recipe.parse import Recipe
 from ..requirements import Requirements
 from ..settings import require
@@ -46,6 +53,8 @@ def case_of(
     student, teacher = student_and_teacher(recipe)
     on_paper = {name for name in (student, teacher) if name and _paper(name, architectures) is not None}
     findings: list[Finding] = []
+    if checked is None:
+        _attempt(findings, "recipe", lambda: refuse_to_start_over(recipe.args))
     if checked is None and not on_paper:
         checked = _attempt(findings, "recipe", lambda: check_recipe(recipe), ignored=VocabularyError)
     case = Case(recipe.args, launch, student, teacher, gpus=gpus, peft=recipe.model.use_peft)
@@ -185,6 +194,7 @@ def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:
         frozen_bytes=frozen,
         teacher_dtype=case.teacher_dtype,
         samples=case.samples,
+        longest=max(case.lengths, default=1024),
     )
     if case.student_config is not None:
         case.stops = _stop_ids(case.student, case.student_config)

@@ -23,13 +23,15 @@ def workload(
     frozen_bytes: float | None = None,
     teacher_dtype: str = "float32",
     samples: bool = False,
+    longest: int = 1024,
 ) -> Workload:
     """Return the workload of a run.
 
     Args:
         samples: whether steps sample the student's completions.
+        longest: row of the data, which counts where `max_length` cuts nothing.
     """
-    rows = args.per_device_train_batch_size
+    rows, length = args.per_device_train_batch_size, args.max_length or longest
     window = rows * args.gradient_accumulation_steps * getattr(args, "innovation_samples", 1)
     text = 0
     if method == "minillm" and args.pretraining_weight:
@@ -38,7 +40,7 @@ def workload(
     sampled = (args.rollout_batch_size or window * getattr(args, "num_minibatches", 1)) if samples else 0
     return Workload(
         rows=rows * _rows_of_one(args, method) + text,
-        length=args.max_length,
+        length=length,
         accumulation=args.gradient_accumulation_steps,
         checkpointing=models.recomputes_activations(args),
         weight_bytes=BYTES.get(student_dtype, 4.0),
@@ -48,7 +50,7 @@ def workload(
         state_bytes=_state_bytes(str(getattr(args.optim, "value", args.optim))),
         chunk_bytes=mib * 2**20,
         rollout_rows=sampled,
-        prompt=max(1, args.max_length - args.max_new_tokens) if samples else 0,
+        prompt=max(1, length - args.max_new_tokens) if samples else 0,
         new_tokens=args.max_new_tokens if samples else 0,
         teacher_samples=method == "minillm" and args.alpha > 0,
         teacher_sparse=args.teacher_cache is not None and args.teacher_cache_kind != "hidden",

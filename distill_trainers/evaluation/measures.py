@@ -83,6 +83,7 @@ def higher_is_better(metric: str) -> bool:
     name = metric.removeprefix("eval_").removeprefix("teacher_")
     if name.startswith("gap_closed_"):
         return True
-    if name in MEASURES:
-        return MEASURES[name].higher_is_better is not False
+    ends = [measure for measure in MEASURES if name == measure or name.endswith(f"_{measure}")]  # of one set of several
+    if ends:
+        return MEASURES[max(ends, key=len)].higher_is_better is not False
     return not metric.endswith(_SMALLER_IS_BETTER)

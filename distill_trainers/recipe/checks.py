@@ -129,6 +129,23 @@ def checkpoint_to_resume(args: Any) -> str | None:
     return str(folder)
 
 
+def refuse_to_start_over(args: Any) -> None:
+    """Refuse a run that would start anew in a folder that has checkpoints, unless it says so.
+
+    Raises:
+        ConfigurationError: naming the newest checkpoint, and both ways to go on.
+    """
+    from ..run_files import find_last_complete_checkpoint
+
+    found = None if args.resume_from_checkpoint or args.overwrite_output_dir else args.output_dir
+    if found is not None and (found := find_last_complete_checkpoint(found)) is not None:
+        raise ConfigurationError(
+            f"Got `output_dir: {args.output_dir}`, which has checkpoints (the newest is {Path(found).name}), and no "
+            "`resume_from_checkpoint`; expected to be told whether to go on. Add `--resume_from_checkpoint true` to go "
+            "on, or `--overwrite_output_dir true` to start anew."
+        )
+
+
 def _config(name: str, role: str, recipe: Recipe) -> Any:
     from ..models import load_config
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..exceptions import ConfigurationError, refuse_unknown_keys
 from ..settings import require, setting
-from .value_types import check_value_types, names_of_mappings, parse_mapping
+from ..trl_names import other_names
+from ..value_types import check_value_types, names_of_mappings, parse_mapping
+from .known_keys import known_keys, options_with_our_names, with_our_names
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -71,13 +74,22 @@ def parse_recipe(argv: Sequence[str], extra: type | None = None) -> Recipe:
         ConfigurationError: no such file, not a mapping, unknown or contradictory keys, an unknown method, values of
             the wrong type.
     """
-    from trl import ModelConfig
 
     def classes(given: dict[str, Any], argv: list[str]) -> tuple[Any, ...]:
+        from trl import ModelConfig
+
         config_class = _methods()[_method(given, argv)][0]
         return (RecipeArguments, config_class, ModelConfig, *([] if extra is None else [extra]))
 
-    recipe = Recipe(*parse_settings(argv, classes, what="the recipe"))
+    argv = _split_config(argv)
+    given, options = read_yaml(argv), option_names(argv)
+    more = (RecipeArguments, *([] if extra is None else [extra]))
+    known = known_keys(_method_named(given, argv), *more)
+    if known is not None:
+        refuse_unknown(given, options, known, "the recipe")
+    recipe = Recipe(*parse_settings(argv, classes, what="the recipe", renamed=True))
+    if "dataset_test_split" in {*given, *options} and recipe.run.eval_fraction is None:
+        recipe.run.eval_dataset = recipe.run.eval_dataset or recipe.run.dataset  # TRL's is a split of the same data
     _refuse_contradictions(recipe)
     return recipe
 
@@ -88,6 +100,7 @@ def parse_settings(
     *,
     what: str,
     command: str = "train",
+    renamed: bool = False,
 ) -> list[Any]:
     """Fill dataclasses from `--config FILE` and from options of the command line, which come first.
 
@@ -95,25 +108,58 @@ def parse_settings(
         classes: gives them for what the file says and for the command line.
         what: the file is called in errors.
         command: whose `--help` lists the settings.
+        renamed: take TRL's names of settings for ours.
 
     Raises:
         ConfigurationError: no such file, not a mapping, unknown keys, values of the wrong type.
     """
-    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    argv = _split_config(argv)
     given = read_yaml(argv)
     chosen = classes(given, argv)
-    known = {f.name for cls in chosen for f in fields(cls) if f.init} | {"env"}
-    refuse_unknown_keys(given, known, what)
-    options = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
-    refuse_unknown_keys([o for o in options if not o.startswith("no_")], known | {"config", "help"}, "the command line")
+    known = {f.name for cls in chosen for f in fields(cls) if f.init}
+    refuse_unknown(given, option_names(argv), known, what)
+    if renamed:
+        names = other_names(known)
+        given, argv = with_our_names(given, names), options_with_our_names(argv, names)
     for cls in chosen:
         check_value_types(given, cls, text_is_parsed=True)
+    _set_environment(given.pop("env", {}))
+    if "--config" in argv:
+        argv = [*argv[: (place := argv.index("--config"))], *argv[place + 2 :]]
     try:
-        return list(make_parser(chosen, command).parse_args_and_config(argv))
+        parser = make_parser(chosen, command)
+        parser.set_defaults_with_config(**given)
+        return list(parser.parse_args_into_dataclasses(args=argv))
     except ConfigurationError:
         raise
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"{what[0].upper()}{what[1:]} could not be read: {error}") from error
+
+
+def _split_config(argv: Sequence[str]) -> list[str]:
+    return [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+
+
+def option_names(argv: Sequence[str]) -> list[str]:
+    """Name the options of a command line; `--no_x` is an option of `x`."""
+    return [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
+
+
+def refuse_unknown(given: Iterable[str], options: Iterable[str], known: set[str], what: str) -> None:
+    """Refuse unknown keys of a file, and then those of the command line, all at once; TRL's names are known.
+
+    Raises:
+        ConfigurationError: naming them.
+    """
+    known = known | {theirs for theirs, ours in other_names(known).items() if ours in known}
+    refuse_unknown_keys(given, known | {"env"}, what)
+    asked = [option for option in options if not option.startswith("no_")]
+    refuse_unknown_keys(asked, known | {"config", "help"}, "the command line")
+
+
+def _set_environment(variables: Any) -> None:
+    require(isinstance(variables, dict), "env", variables, "a mapping of names to values")
+    os.environ.update({name: str(value) for name, value in variables.items()})
 
 
 def make_parser(classes: tuple[Any, ...], command: str = "train") -> Any:
@@ -163,15 +209,20 @@ def read_yaml(argv: list[str]) -> dict[str, Any]:
 
 
 def _method(recipe: dict[str, Any], argv: list[str]) -> str:
+    method = _method_named(recipe, argv)
+    if method not in _methods():
+        raise ConfigurationError(f"Got `method: {method}`; expected one of {', '.join(_methods())}.")
+    return method
+
+
+def _method_named(recipe: dict[str, Any], argv: list[str]) -> str:
     method = recipe.get("method", "gkd")
     for position, argument in enumerate(argv):
         if argument == "--method" and position + 1 < len(argv):
             method = argv[position + 1]
         elif argument.startswith("--method="):
             method = argument.split("=", 1)[1]
-    if not isinstance(method, str) or method not in _methods():
-        raise ConfigurationError(f"Got `method: {method}`; expected one of {', '.join(_methods())}.")
-    return method
+    return str(method)
 
 
 def _refuse_contradictions(recipe: Recipe) -> None:

@@ -189,7 +189,7 @@ def build_engine(
     model: Any,
     accelerator: Any,
     tokenizer: Any,
-    max_length: int,
+    max_length: int | None,
     batch_size: int | None = None,
     vllm_options: Mapping[str, Any] | None = None,
 ) -> RolloutEngine:

@@ -126,6 +126,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self.args = config_from_arguments(self.config_class, args)
         self.adapter, self.quantization = peft_config, quantization_config
         self.formatting_func, self.model_init = formatting_func, model_init  # type: ignore[assignment]  # or a name
+        self.compute_metrics = compute_metrics
         source = models.compiled_by_layer(arguments.plain(model)) if model_init is None else self.new_source()
         adapted, teacher = peft_config is not None, models.compiled_by_layer(arguments.plain(teacher_model))
         pair = Pair(source, teacher, adapted, processing_class, teacher_processing_class)
@@ -155,7 +156,17 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         args, train = self.args, arguments.formatted(train_dataset, self.formatting_func, "train")
         evaluation = arguments.formatted(eval_dataset, self.formatting_func, "eval")
         quantized = self.quantization is not None
-        ready = preflight(Given(pair, args, train, evaluation, self.pretraining_dataset, quantized))
+        ready = preflight(
+            Given(
+                pair,
+                args,
+                train,
+                evaluation,
+                self.pretraining_dataset,
+                quantized,
+                own_scores=self.compute_metrics is not None,
+            )
+        )
         self.requirements, self.student_config, tokenizer = ready.wants, ready.config, ready.pair.tokenizer
         self.data_sources = list(hub.hub_ids_of(train_dataset))  # Hub ids, or files and folders
         train_rows, eval_rows, self.pretraining_dataset = ready.rows()

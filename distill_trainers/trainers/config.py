@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from transformers import TrainingArguments
 
 from ..data import prepare_dataset
 from ..data.tokenization import Needs
-from ..evaluation.measures import METRICS, higher_is_better
-from ..exceptions import ConfigurationError
+from ..evaluation.measures import MEASURES, METRICS, higher_is_better
+from ..exceptions import ConfigurationError, refuse_unknown_keys
 from ..requirements import Requirements
 from ..rollouts import ENGINES
 from ..settings import documented, require, setting
 from ..teachers.options import TeacherOptions
+from ..value_types import check_finite, check_value_types, names_of_mappings, names_of_numbers
+from .carrying import carried
+from .fields import check_arguments
+from .packages import check_before_devices
 
 
 @documented
@@ -35,8 +41,6 @@ class DistillConfig(TeacherOptions, TrainingArguments):
 
     # Defaults of TrainingArguments that suit distillation better.
     logging_steps: float = setting(10, "Log every so many optimiser steps (below 1: a share of all).")
-    lr_scheduler_type: str = setting("cosine", "Learning-rate schedule.")
-    weight_decay: float = setting(1e-4, "Weight decay of AdamW.")
     logging_nan_inf_filter: bool = setting(
         False, "Off: a NaN stops training instead of being hidden, and no micro-step waits for the device."
     )
@@ -52,7 +56,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     )
 
     # Data
-    max_length: int = setting(1024, "Longest prompt plus completion, in tokens.")
+    max_length: int | None = setting(1024, "Longest prompt plus completion, in tokens; null cuts nothing.")
     assistant_only_loss: bool = setting(False, "With `messages`: train on every assistant turn, not only on the last.")
     column_mapping: dict[str, str] | str | None = setting(
         None, "Rename dataset columns, such as {question: prompt, answer: completion} (JSON)."
@@ -70,10 +74,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     # Rollouts
     max_new_tokens: int = setting(128, "Longest sampled completion, in tokens.")
     temperature: float = setting(1.0, "Sampling temperature of rollouts; 0 takes the most likely token.")
-    top_p: float = setting(1.0, "Nucleus filter of rollouts; 1 is off.")
-    top_k: int = setting(0, "Top-k filter of rollouts; 0 is off.")
-    min_p: float = setting(0.0, "Drop tokens below this share of the likeliest token's probability; 0 is off.")
-    repetition_penalty: float = setting(
+    max_completion_length: int | None = setting(None, "TRL's name of max_new_tokens.")
+    top_p: float | None = setting(1.0, "Nucleus filter of rollouts; 1 is off.")
+    top_k: int | None = setting(0, "Top-k filter of rollouts; 0 is off.")
+    min_p: float | None = setting(0.0, "Drop tokens below this share of the likeliest token's probability; 0 is off.")
+    repetition_penalty: float | None = setting(
         1.0, "Above 1, tokens already in prompt or completion become less likely; 1 is off."
     )
     stop_strings: list[str] | None = setting(None, "A completion also ends with the first of these, which it keeps.")
@@ -91,6 +96,9 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     # Resuming
     resume_anyway: bool = setting(
         False, "Go on from a checkpoint though settings differ that an exact resumption needs; they are listed."
+    )
+    overwrite_output_dir: bool = setting(
+        False, "Start anew where `output_dir` has checkpoints; its command refuses that, and `train()` warns."
     )
 
     # The finished student
@@ -122,13 +130,26 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         "vllm_kwargs",
     ]
 
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Name a setting that is not one, before Python says no more than that."""
+        refuse_unknown_keys(given, {f.name for f in fields(cls) if f.init}, f"the arguments of {cls.__name__}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        self._check_values()
+        self._fill_in()
         self._check()
         if self.load_best_model_at_end and not self.metric_for_best_model:
             self.metric_for_best_model = "eval_perplexity"
         if self.metric_for_best_model and self.greater_is_better is None:
-            self.greater_is_better = higher_is_better(self.metric_for_best_model)
+            name = self.metric_for_best_model.removeprefix("eval_")  # behind the name of one of several sets, maybe
+            of_loss = any(f"_{name}".endswith(f"_{term}") for term in self.loss_terms or ()) and name not in MEASURES
+            self.greater_is_better = not of_loss and higher_is_better(self.metric_for_best_model)
+        check_before_devices(self)
         super().__post_init__()
+        self._check_accelerator()
+        if self.use_liger_kernel:
+            self._keep_the_forward()
 
     @property
     def loss_chunk_bytes(self) -> int:
@@ -138,6 +159,8 @@ class DistillConfig(TeacherOptions, TrainingArguments):
 
     # ---- What a method asks of its rows and its teacher; its config overrides these ---------------------------------
 
+    may_be_infinite: ClassVar[frozenset[str]] = frozenset({"max_grad_norm", "teacher_server_patience"})
+    stands_for: ClassVar[frozenset[str]] = frozenset()  # names of configs whose own settings mean the same here
     accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
     accepts_encoder_decoders: ClassVar[bool] = False  # whether students such as T5 train; batches have `encoder_ids`
     reads_first_row: ClassVar[bool] = False  # whether `requirements` depend on the layout of the data
@@ -147,6 +170,16 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     def needs(self) -> frozenset[str]:
         """Kinds of signal that the teacher must give; with none, there may be no teacher."""
         return frozenset({"distribution"})
+
+    @property
+    def loss_terms(self) -> frozenset[str] | None:
+        """Names of the terms that evaluation logs and adds up to the loss; None where a method does not tell."""
+        return None
+
+    @property
+    def other_scores(self) -> frozenset[str]:
+        """Names of what evaluation logs besides."""
+        return frozenset()
 
     @property
     def samples_completions(self) -> bool:
@@ -162,6 +195,15 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     def replaces_completions(self) -> bool:
         """Whether the teacher's own completions take the place of the dataset's."""
         return False
+
+    @classmethod
+    def taken_from(cls, args: TrainingArguments, changed: dict[str, Any]) -> dict[str, Any]:
+        """Return settings that a config of another trainer says in other words.
+
+        Args:
+            changed: settings of `args` that have no counterpart by name; those that are read are taken out.
+        """
+        return {}
 
     def requirements(self, first_row: Mapping[str, Any] | None = None) -> Requirements:
         """Return all of it at once, for a training dataset.
@@ -214,34 +256,81 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         """Tell whether prompts of the dataset `name` must leave room for sampled completions."""
         return wants.samples_completions or wants.replaces_completions
 
+    @property
+    def row_limit(self) -> int:
+        """`max_length`, or more than any row has where nothing is cut."""
+        return sys.maxsize if self.max_length is None else self.max_length
+
     # ---- Checks -----------------------------------------------------------------------------------------------------
+
+    def _check_values(self) -> None:
+        """Refuse values of another type than declared, and numbers that are none."""
+        check_arguments(self)
+        theirs = {f.name for f in fields(TrainingArguments)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        values = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in values.items()}
+        vars(self).update(values)
+        checked = names_of_numbers(type(self))  # transformers reads others in more forms than it declares
+        for field in fields(TrainingArguments):
+            if field.name not in checked or (values[field.name], field.type) == (None, bool):
+                del values[field.name]  # None is as good as False
+        check_value_types(values, type(self))
+        check_finite(values, self.may_be_infinite)
+        for name in names_of_mappings(type(self)) - theirs:
+            if isinstance(values[name], str):
+                mapping = values[name].lstrip().startswith("{")
+                self._require(name, mapping, 'a mapping, or one in JSON such as {"key": "value"}')
+
+    def _fill_in(self) -> None:
+        """None turns a filter of sampling off, as in transformers; TRL's name goes before the default of ours."""
+        for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0)):
+            if getattr(self, name) is None:
+                setattr(self, name, off)
+        if self.max_completion_length is not None:
+            self._require("max_completion_length", self.max_completion_length >= 1, "at least 1 token")
+            default = next(f.default for f in fields(self) if f.name == "max_new_tokens")
+            both = f"one of it and `max_completion_length: {self.max_completion_length}`, which is its name in TRL"
+            given = self.max_new_tokens not in (default, self.max_completion_length)
+            self._require("max_new_tokens", not given, both)
+            self.max_new_tokens, self.max_completion_length = self.max_completion_length, None
 
     def _check(self) -> None:
         """Refuse what cannot work; subclasses extend it."""
         self._require("kd_temperature", self.kd_temperature > 0, "a number above 0")
         self._require("temperature", self.temperature >= 0, "0 (greedy) or a positive number")
-        self._require("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
-        self._require("top_k", self.top_k >= 0, "0 (off) or a positive number")
-        self._require("min_p", 0 <= self.min_p < 1, "a number in [0, 1)")
-        self._require("repetition_penalty", self.repetition_penalty > 0, "a number above 0")
+        self._require("top_p", 0 < (self.top_p or 0) <= 1, "a number in (0, 1]")
+        self._require("top_k", (self.top_k or 0) >= 0, "0 (off) or a positive number")
+        self._require("min_p", 0 <= (self.min_p or 0) < 1, "a number in [0, 1)")
+        self._require("repetition_penalty", (self.repetition_penalty or 0) > 0, "a number above 0")
         self._require("rollout_engine", self.rollout_engine in ENGINES, f"one of {', '.join(ENGINES)}")
-        self._require("max_length", self.max_length >= 2, "at least 2 tokens")
+        self._require("max_length", self.row_limit >= 2, "at least 2 tokens")
         self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1 token")
+        for name in ("dataset_num_proc", "pad_to_multiple_of", "rollout_batch_size"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "at least 1, or null")
         mib = self.loss_chunk_mib
         self._require("loss_chunk_mib", mib is None or mib > 0, "a positive number of MiB")
         self._check_eval_measures()
         self.check_teacher_options()
-        self._require("remove_unused_columns", not self.remove_unused_columns, "False: the collator needs the columns")
-        self._require(
-            "label_smoothing_factor",
-            self.label_smoothing_factor == 0,
-            "0: a teacher's distribution takes the place of smoothed labels",
-        )
-        self._require(
-            "use_liger_kernel",
-            not self.use_liger_kernel,
-            "False: its fused cross-entropy replaces the forward that the distillation loss runs in",
-        )
+
+    def _check_accelerator(self) -> None:
+        """Refuse ways to share batches that rows of different lengths, or counted steps, do not allow."""
+        config: Any = self.accelerator_config
+        shared = "none or false: each process reads its own rows, since batches of different lengths cannot be shared"
+        require(not config.dispatch_batches, "accelerator_config.dispatch_batches", config.dispatch_batches, shared)
+        even = "true: a process without a batch would leave the others waiting"
+        require(config.even_batches is not False, "accelerator_config.even_batches", config.even_batches, even)
+
+    def _keep_the_forward(self) -> None:
+        """Leave Liger's losses out: they replace the forward that the distillation loss runs in."""
+        given = self.liger_kernel_config or {}
+        require(isinstance(given, dict), "liger_kernel_config", given, "a mapping, such as {rope: true}")
+        config: dict[str, Any] = dict(given)
+        for name in ("cross_entropy", "fused_linear_cross_entropy"):
+            expected = "false: the distillation loss has a fused head of its own"
+            require(not config.get(name), f"liger_kernel_config.{name}", config.get(name), expected)
+            config[name] = False
+        self.liger_kernel_config = config
 
     def _check_eval_measures(self) -> None:
         known = [name for name in METRICS if name not in ("perplexity", "speed")]
@@ -252,15 +341,14 @@ class DistillConfig(TeacherOptions, TrainingArguments):
 
 
 def config_from_arguments(config_class: type[DistillConfig], args: TrainingArguments | None) -> DistillConfig:
-    """Turn `args` into the method's config: defaults for None, TrainingArguments carried over field by field."""
+    """Turn `args` into the method's config: its defaults for None, else what `carrying.carried` finds in them."""
     if args is None:
         return config_class(output_dir="distilled")
     if isinstance(args, config_class):
         return args
     if not isinstance(args, TrainingArguments):
         raise ConfigurationError(f"Got `args` of type {type(args).__name__}; expected {config_class.__name__}.")
-    names = {f.name for f in fields(config_class)}
-    values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in names}
+    values = carried(args, config_class, {f.name for f in fields(DistillConfig) if f.init})
     values["remove_unused_columns"] = False
     values["logging_nan_inf_filter"] = False
     return config_class(**values)

@@ -20,9 +20,11 @@ from ..rollouts import check_engine
 from ..teachers import loading
 from ..teachers.base import Pair, Teacher
 from ..teachers.rows import dataset_rows
+from .best_metric import check_best_metric
 from .config import DistillConfig
 from .lengths import check_positions
 from .lifecycle import held_out, publishing
+from .packages import check_packages
 from .student import student_config, student_tokenizer
 
 
@@ -34,6 +36,7 @@ class Given:
         pair: both models, and tokenizers that were given.
         train, evaluation, text: raw datasets; the last is that of the loss on plain text.
         quantized: whether the student's weights are loaded in 4 or 8 bits.
+        own_scores: whether evaluation gives scores of a function of the user's.
         base: the name that an uploaded adapter would give to its base, if not the student's.
     """
 
@@ -44,6 +47,7 @@ class Given:
     text: Any = None
     quantized: bool = False
     base: str | None = None
+    own_scores: bool = False
 
 
 @dataclass
@@ -173,6 +177,7 @@ def preflight(given: Given) -> Ready:
     _check_parallelism(args)
     models.check_compiler(args)
     given = _plain(given)
+    check_packages(args)
     adapted = given.pair.adapted or (isinstance(student, nn.Module) and models.is_peft(student))
     pair = dataclasses.replace(given.pair, adapted=adapted)
     wants = args.requirements(first_row(given.train) if args.reads_first_row and given.train is not None else None)
@@ -278,4 +283,6 @@ def _check_datasets(given: Given, wants: Requirements) -> None:
     if strategy != "no" and evaluation is None:
         raise DatasetError(f"Got `eval_strategy: {strategy}` but no `eval_dataset`; pass one or set 'no'.")
     held_out.check(args, evaluation, loading.kind_of(given.pair.teacher, args), wants)
+    if not given.own_scores:
+        check_best_metric(args, evaluation)
     args.check_datasets(given.train, evaluation, given.text, wants)

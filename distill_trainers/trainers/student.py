@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,10 @@ def load_student(
     Raises:
         ConfigurationError: it is to be trained, and nothing of it can be.
     """
+    if args.use_liger_kernel and args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigurationError(
+            "Got `use_liger_kernel: True` on a CPU; expected a GPU, for which its kernels are made."
+        )
     if isinstance(student, str):
         given = models.settled_kwargs(args.model_init_kwargs, "model_init_kwargs")  # type: ignore[arg-type]  # parsed
         kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **given}

@@ -13,7 +13,7 @@ from distill_trainers import GKDConfig, models
 from distill_trainers.cli import main
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.recipe.parse import RecipeArguments, parse_recipe
-from distill_trainers.recipe.value_types import check_value_types
+from distill_trainers.value_types import check_value_types
 
 
 @pytest.fixture(params=["run", "dry run"])

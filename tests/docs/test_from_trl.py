@@ -15,6 +15,7 @@ from transformers import Trainer
 from distill_trainers import DPKDConfig, GKDConfig, GKDTrainer
 from distill_trainers.recipe.parse import RecipeArguments
 from distill_trainers.toy import addition_dataset
+from distill_trainers.trainers.fields import ARGUMENTS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -77,6 +78,36 @@ def test_each_argument_of_other_trainers_has_a_row():
             assert found & taken[trainer], (found, trainer)
         assert here.startswith("refused") != (found <= ours), found
     assert set().union(*taken.values()) == listed
+
+
+def _between(name):
+    block = PAGE.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.strip().splitlines()[2:]]
+
+
+def test_the_table_of_defaults_names_each_that_differs():
+    """Held against objects, whose defaults `__post_init__` may have filled in, and not against the fields."""
+    told = {(name, trainer) for name, trainers, *_ in _between("defaults") for trainer in trainers.split(", ")}
+    plain = {"output_dir": "out", "use_cpu": True}
+    for title, cls in THEIRS.items():
+        theirs, ours = cls(**plain, bf16=False), (DPKDConfig if title == "DPO" else GKDConfig)(**plain)
+        for name in (
+            "learning_rate",
+            "lr_scheduler_type",
+            "weight_decay",
+            "warmup_steps",
+            "logging_steps",
+            "max_length",
+        ):
+            differs = getattr(theirs, name, getattr(ours, name)) != getattr(ours, name)
+            assert ((f"`{name}`", title) in told) is differs, (name, title)
+    assert ("`learning_rate`", "Distillation") in told and ("`learning_rate`", "DPO") not in told
+
+
+def test_the_table_of_arguments_names_what_does_not_act():
+    told = {name.strip("`"): does for name, does, _ in _between("arguments")}
+    assert told["label_smoothing_factor"] == "refused" and told["use_cache"] == "ignored"
+    assert all(told.get(name) == a.does for name, a in ARGUMENTS.items() if a.does != "acts")
 
 
 def test_what_has_no_counterpart_is_there():

@@ -156,7 +156,6 @@ def test_rollouts_leave_the_random_state_as_it_was(make_trainer, batch_of):
         ({"loss_chunk_mib": 0.0}, "loss_chunk_mib: 0.0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: 0.1"),
         ({"remove_unused_columns": True}, "remove_unused_columns: True"),
-        ({"use_liger_kernel": True}, "use_liger_kernel: True"),
         ({"seq_kd": True, "lmbda": 1.0}, "seq_kd: True"),
         ({"divergence": "kl"}, "'kl'"),
         ({"divergence": "jsd", "beta": 1.5}, "beta"),

@@ -437,7 +437,7 @@ def test_given_tokens_have_a_language_model_loss_and_sampled_ones_none(make, by_
         ({"num_minibatches": 0}, "num_minibatches: 0"),
         ({"num_inner_epochs": 0}, "num_inner_epochs: 0"),
         ({"num_minibatches": 1.5}, "num_minibatches: 1.5"),
-        ({"num_minibatches": None}, "num_minibatches: None"),
+        ({"num_minibatches": None}, "num_minibatches: null"),
         ({"num_inner_epochs": 2.0}, "num_inner_epochs: 2.0"),
         ({"pretraining_batch_size": 1.5}, "pretraining_batch_size: 1.5"),
         ({"num_inner_epochs": 2, "objective": "token"}, "num_inner_epochs: 2"),

@@ -164,7 +164,7 @@ class RemoteTeacher(Teacher):
 
     # ---- What a trainer tells it ------------------------------------------------------------------------------------
 
-    def meet(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def meet(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         """Compare the student's tokenizer and longest row with what the servers take.
 
         Raises:
@@ -176,7 +176,7 @@ class RemoteTeacher(Teacher):
             except (Again, TeacherServerError) as error:
                 raise ConfigurationError(f"The teacher's server {endpoint.url} failed: {error}.") from error
         longest = self.info["max_row_tokens"]
-        if longest is not None and max_length > longest:
+        if longest is not None and max_length is not None and max_length > longest:
             raise ConfigurationError(
                 f"Got `max_length: {max_length}`, but the teacher's server {self.servers.names} takes rows of "
                 f"{longest} tokens. Set `max_length: {longest}`, or raise the server's limit."

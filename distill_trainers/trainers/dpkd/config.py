@@ -7,18 +7,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers import TrainingArguments
+
 from ...data import prepare_pairs
 from ...data.formats import first_row
 from ...data.pairs import is_pair
 from ...exceptions import ConfigurationError
 from ...losses.preference import PREFERENCE_LOSSES
 from ...requirements import Requirements
-from ...settings import documented, setting
+from ...settings import documented, require, setting
 from ..config import DistillConfig
 from .guard import MODES
 
 CONTRASTIVE = "contrastive_skew"
 LOSS_TYPES = (*PREFERENCE_LOSSES, CONTRASTIVE)
+_TRL_LOSSES = {
+    "sigmoid": ("sigmoid", False),
+    "hinge": ("hinge", False),
+    "sigmoid_norm": ("sigmoid", True),
+    "ipo": ("ipo", True),
+}  # TRL's names to ours, and whether log-ratios are divided by lengths
+
+_SCORES = frozenset(
+    {"sequence_kl", "reward_accuracy", "reward_margin"}
+    | {f"{name}_{side}" for name in ("nll", "reward") for side in ("chosen", "rejected")}
+    | {"chosen_length", "rejected_length"}
+)
 
 
 @documented
@@ -26,6 +40,7 @@ LOSS_TYPES = (*PREFERENCE_LOSSES, CONTRASTIVE)
 class DPKDConfig(DistillConfig):
     """Settings of `DPKDTrainer`."""
 
+    learning_rate: float = setting(1e-6, "That of TRL's DPO; adapters take about ten times as much.")
     loss_type: str = setting("sigmoid", f"Loss of a pair: one of {', '.join(LOSS_TYPES)}.")
     beta: float = setting(
         1.0,
@@ -79,12 +94,21 @@ class DPKDConfig(DistillConfig):
     def defers_teacher(self) -> bool:
         return self.reference_logps_dir is not None
 
-    def __post_init__(self) -> None:
+    def _fill_in(self) -> None:
         if self.target_margin is None and self.loss_type == "simpo":
             self.target_margin = 0.5
         if self.reference_logps_dir is not None:
             self.reference_logps_dir = os.path.expanduser(self.reference_logps_dir)
-        super().__post_init__()
+        super()._fill_in()
+
+    @property
+    def loss_terms(self) -> frozenset[str]:
+        terms = {"skew_chosen", "skew_rejected"} if self.loss_type == CONTRASTIVE else {"preference"}
+        return frozenset(terms | {"lm_loss"} | ({"logprob_mse"} if self.logprob_mse_weight else set()))
+
+    @property
+    def other_scores(self) -> frozenset[str]:
+        return _SCORES
 
     @property
     def samples_completions(self) -> bool:
@@ -99,7 +123,22 @@ class DPKDConfig(DistillConfig):
     def replaces_completions(self) -> bool:
         return self.chosen == "teacher"
 
+    may_be_infinite = DistillConfig.may_be_infinite | {"guard_limit"}
+    stands_for = frozenset({"DPOConfig", "DPKDConfig"})
     reads_first_row = True
+
+    @classmethod
+    def taken_from(cls, args: TrainingArguments, changed: dict[str, Any]) -> dict[str, Any]:
+        """Return what a `DPOConfig` of TRL says: log-ratios of whole responses, and no other loss beside them."""
+        given = getattr(args, "loss_type", None)
+        if not isinstance(given, list):
+            return {}
+        require(len(given) == 1 and given[0] in _TRL_LOSSES, "loss_type", given, f"one of {', '.join(_TRL_LOSSES)}")
+        loss_type, normalized = _TRL_LOSSES[given[0]]
+        values: dict[str, Any] = {"loss_type": loss_type, "length_normalized": normalized, "lm_loss_weight": 0.0}
+        if changed.pop("precompute_ref_log_probs", False):
+            values["reference_logps_dir"] = os.path.join(str(args.output_dir), "reference_logps")
+        return values
 
     def requirements(self, first_row: Mapping[str, Any] | None = None) -> Requirements:
         wants = super().requirements(first_row)
@@ -126,7 +165,7 @@ class DPKDConfig(DistillConfig):
         return prepare_pairs(
             dataset,
             tokenizer,
-            max_length=self.max_length,
+            max_length=self.row_limit,
             column_mapping=self.column_mapping,  # type: ignore[arg-type]  # parsed by now
             chat_template_kwargs=self.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
             num_proc=self.dataset_num_proc,
@@ -151,6 +190,7 @@ class DPKDConfig(DistillConfig):
         self._require("beta", self.beta > 0, "a positive number")
         self._require("lm_loss_weight", self.lm_weight >= 0, "0 or a positive number")
         self._require("logprob_mse_weight", self.logprob_mse_weight >= 0, "0 or a positive number")
+        self._require("target_margin", (self.target_margin or 0) >= 0, "0 or a positive number")
         self._require("guard_limit", self.guard_limit > 0, "a positive number of nats per token")
         self._require("refresh_steps", self.refresh_steps >= 1, "1 (every step) or more")
         self._require("skew_alpha", 0.01 <= self.skew_alpha < 1, "a number from 0.01 to 1")

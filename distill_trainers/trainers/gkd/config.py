@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import TrainingArguments
+
 from ...exceptions import ConfigurationError
 from ...losses.divergences import DIVERGENCES, resolve_divergence
 from ...requirements import Requirements
@@ -17,6 +19,7 @@ from ..config import DistillConfig
 class GKDConfig(DistillConfig):
     """Settings of `GKDTrainer`."""
 
+    learning_rate: float = setting(2e-5, "That of TRL's GKD and SFT; adapters take about ten times as much.")
     lmbda: float = setting(0.5, "λ: probability that an optimiser step trains on student rollouts; 0 never samples.")
     divergence: str = setting("jsd", f"Per-token divergence: one of {', '.join(DIVERGENCES)}.")
     beta: float | None = setting(None, "β of jsd: weight of the teacher in the mixture; 0.5 if not set.")
@@ -46,7 +49,19 @@ class GKDConfig(DistillConfig):
         settings = {"beta": self.beta, "alpha": self.alpha, "mu": self.mu, "t": self.t}
         return {name: value for name, value in settings.items() if value is not None}
 
+    stands_for = frozenset({"GKDConfig", "GOLDConfig", "DistillationConfig"})
     accepts_sparse_teachers = True
+
+    @classmethod
+    def taken_from(cls, args: TrainingArguments, changed: dict[str, Any]) -> dict[str, Any]:
+        """TRL's `DistillationTrainer` samples in every step, and its temperature is that of the loss, too."""
+        if "DistillationConfig" not in {theirs.__name__ for theirs in type(args).__mro__}:
+            return {}
+        return {"lmbda": 1.0, "kd_temperature": args.temperature}  # type: ignore[attr-defined]
+
+    @property
+    def loss_terms(self) -> frozenset[str]:
+        return frozenset({"divergence"} | ({"lm_loss"} if self.lm_loss_weight else set()))
 
     @property
     def samples_completions(self) -> bool:
@@ -84,7 +99,7 @@ class GKDConfig(DistillConfig):
         )
         self._require(
             "max_new_tokens",
-            self.max_new_tokens < self.max_length or not (self.samples_completions or self.seq_kd),
+            self.max_new_tokens < self.row_limit or not (self.samples_completions or self.seq_kd),
             f"less than max_length ({self.max_length}), which counts prompt and completion",
         )
         self._require(

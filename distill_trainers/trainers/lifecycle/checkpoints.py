@@ -21,7 +21,13 @@ from transformers.trainer_utils import TrainOutput
 
 from ...exceptions import CheckpointError, DatasetError
 from ...manifest import MANIFEST_NAME, differences, matters, write_manifest
-from ...run_files import check_resumable, is_complete, last_complete_checkpoint, shown
+from ...run_files import (
+    check_resumable,
+    find_last_complete_checkpoint,
+    is_complete,
+    last_complete_checkpoint,
+    shown,
+)
 from ...teachers import Teacher
 from . import outage
 
@@ -146,6 +152,11 @@ class Resuming(Trainer):
             raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+        if resume_from_checkpoint is None and trial is None:
+            told: str | None = self.args.resume_from_checkpoint
+            words: dict[str, bool] = {"true": True, "false": False}
+            resume_from_checkpoint = words.get(str(told).lower(), told)
+            self._warn_of_checkpoints(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self.run_checkpoints, self.last_step = [], None
@@ -158,6 +169,20 @@ class Resuming(Trainer):
             self.load_method_state(read_method_state(resume_from_checkpoint))
             self._compare_settings(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _warn_of_checkpoints(self, resumed: Any) -> None:
+        """Say that a run starts anew beside checkpoints: in Python that may be meant."""
+        if resumed or self.args.overwrite_output_dir or not self.args.should_save:
+            return
+        found = find_last_complete_checkpoint(self.args.output_dir)
+        if found is not None and found not in self.run_checkpoints:
+            logger.warning(
+                "Starting anew in %s, which has checkpoints (the newest is %s): they will be overwritten as the run "
+                "comes by. `train(resume_from_checkpoint=True)` goes on from it; `overwrite_output_dir=True` in the "
+                "config says that a new start is meant.",
+                self.args.output_dir,
+                Path(found).name,
+            )
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any

@@ -23,13 +23,13 @@ def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_siz
     return SamplingSettings(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
+        top_p=args.top_p,  # type: ignore[arg-type]  # None has become its default
+        top_k=args.top_k,  # type: ignore[arg-type]  # None has become its default
         eos_token_ids=models.eos_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         suppress_from=vocab_size,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
+        min_p=args.min_p,  # type: ignore[arg-type]  # None has become its default
+        repetition_penalty=args.repetition_penalty,  # type: ignore[arg-type]  # None has become its default
         stop_strings=list(args.stop_strings or []),
     )
 

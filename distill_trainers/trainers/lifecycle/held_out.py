@@ -65,7 +65,7 @@ def check(args: Any, eval_dataset: Any, teacher: type[Teacher], wants: Requireme
         return
     if eval_dataset is None:
         raise DatasetError(f"Got `eval_measures: {names}` but no `eval_dataset`, whose first rows they are taken on.")
-    if args.max_new_tokens >= args.max_length:
+    if args.max_new_tokens >= args.row_limit:
         raise ConfigurationError(
             f"Got `eval_measures` with max_new_tokens={args.max_new_tokens} and max_length={args.max_length}, which "
             "leaves no room for a prompt. Raise max_length, or lower max_new_tokens."
@@ -103,7 +103,7 @@ def held_out_settings(args: Any) -> EvaluationSettings:
     """Say how a run's measures are taken: sampled at temperature 1, whatever its rollouts are."""
     return EvaluationSettings(
         metrics=list(args.eval_measures),
-        max_length=args.max_length,
+        max_length=args.row_limit,
         max_new_tokens=args.max_new_tokens,
         seeds=[args.seed + k for k in range(args.eval_measures_seeds)],
         stop_strings=args.stop_strings,

@@ -18,6 +18,8 @@ from ..config import DistillConfig
 class MiniLLMConfig(DistillConfig):
     """Settings of `MiniLLMTrainer`."""
 
+    learning_rate: float = setting(5e-6, "That of the paper's code; adapters take about ten times as much.")
+    lr_scheduler_type: str = setting("constant_with_warmup", "Schedule; in the paper's code, too, the rate stays.")
     objective: str = setting(
         "sequence", "sequence: the reverse KL of whole sequences; token: that of each token by itself, without Long."
     )
@@ -79,6 +81,10 @@ class MiniLLMConfig(DistillConfig):
     def needs(self) -> frozenset[str]:
         kinds = {"token_logprobs" if self.estimator == "sampled" else "distribution"}
         return frozenset(kinds | ({"completions"} if self.alpha else set()))
+
+    @property
+    def loss_terms(self) -> frozenset[str]:
+        return frozenset({"single"} | ({"lm_loss"} if self.lm_loss_weight else set()))
 
     @property
     def samples_completions(self) -> bool:
@@ -151,7 +157,7 @@ class MiniLLMConfig(DistillConfig):
         self._require("lm_loss_weight", self.lm_loss_weight == 0 or self.lmbda < 1, expected)
         self._require("pretraining_weight", self.pretraining_weight >= 0, "0 or a positive number")
         room = f"less than max_length ({self.max_length}), which counts prompt and completion"
-        fits = self.max_new_tokens < self.max_length or self.lmbda == 0
+        fits = self.max_new_tokens < self.row_limit or self.lmbda == 0
         self._require("max_new_tokens", fits, room)
 
 

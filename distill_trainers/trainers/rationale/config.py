@@ -14,6 +14,9 @@ from ...requirements import Requirements
 from ...settings import documented, require, setting
 from ..config import DistillConfig
 
+_WEIGHTS = tuple(
+    f"{name}_weight" for name in ("rationale", "right", "wrong", "imitation", "answer", "innovation", "distill")
+)
 _STYLES = ("auto", "text", "chat")
 
 
@@ -22,6 +25,7 @@ _STYLES = ("auto", "text", "chat")
 class RationaleConfig(DistillConfig):
     """Settings of `RationaleTrainer`."""
 
+    learning_rate: float = setting(5e-5, "That of transformers; adapters take about ten times as much.")
     objective: str = setting("step_by_step", f"One of {', '.join(OBJECTIVES)}.")
     rationale_weight: float = setting(1.0, "λ of step_by_step: L = L_label + λ L_rationale.")
     alpha: float | None = setting(None, "Instead of λ: L = α L_label + (1 − α) L_rationale, 0 < α ≤ 1.")
@@ -58,6 +62,7 @@ class RationaleConfig(DistillConfig):
     eval_accuracy: bool = setting(True, "Answer the evaluation questions, and score that.")
     eval_accuracy_samples: int | None = setting(None, "Answer only so many of them.")
 
+    may_be_infinite = DistillConfig.may_be_infinite | {"wrong_floor"}
     _VALID_DICT_FIELDS = DistillConfig._VALID_DICT_FIELDS + ["divergence_params"]
 
     @property
@@ -81,6 +86,16 @@ class RationaleConfig(DistillConfig):
     @property
     def accepts_encoder_decoders(self) -> bool:  # type: ignore[override]  # it depends on the settings
         return self.objective == "step_by_step"
+
+    @property
+    def loss_terms(self) -> frozenset[str]:
+        always = {"right_steps", "wrong_steps", "imitation"} if self.objective == "edit" else set()
+        return frozenset(always | {name for name, weight in self.uses.items() if weight})
+
+    @property
+    def other_scores(self) -> frozenset[str]:
+        accuracy = {"accuracy", "answered", "tokens_per_answer"} if self.eval_accuracy else set()
+        return frozenset(accuracy | ({"wrong_logp"} if self.objective == "edit" else set()))
 
     @property
     def samples_completions(self) -> bool:
@@ -111,7 +126,7 @@ class RationaleConfig(DistillConfig):
             tokenizer,
             templates,
             self.objective,
-            self.max_length,
+            self.row_limit,
             reserve=self.max_new_tokens if wants.samples_completions else 0,
             separate=wants.encoder_decoder,
             chat_settings=self.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
@@ -139,6 +154,10 @@ class RationaleConfig(DistillConfig):
             self.alpha is None or self.rationale_weight == 1,
             "either `alpha` or `rationale_weight`, which say the same in two ways (λ = (1 − α)/α, and L times α)",
         )
+        for name in _WEIGHTS:
+            self._require(name, (getattr(self, name) or 0) >= 0, "a weight of 0 or more")
+        samples = self.eval_accuracy_samples
+        self._require("eval_accuracy_samples", samples is None or samples >= 1, "1 or more, or null")
         for name, weight in self.uses.items():
             require(weight >= 0, name, weight, "a weight of 0 or more")
         self._require("objective", any(self.uses.values()), "some weight above 0")

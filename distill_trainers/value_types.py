@@ -1,15 +1,19 @@
-"""Whether a recipe's values are of the kind that their settings take: YAML reads what it likes."""
+"""Whether values are of the kind that their settings take: YAML reads what it likes, and Python checks nothing."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
+import numbers
+import os
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..exceptions import ConfigurationError
+from .exceptions import ConfigurationError
 
 _NAMES = {
     int: "a whole number",
@@ -36,7 +40,7 @@ def check_value_types(values: Mapping[str, Any], settings: type, *, text_is_pars
     Raises:
         ConfigurationError: for the first value of another type, naming its setting.
     """
-    hints = get_type_hints(settings)
+    hints = _hints(settings)
     for name in (f.name for f in fields(settings) if f.init and f.name in values):
         value, hint = values[name], hints[name] | _ALSO[name] if name in _ALSO else hints[name]
         if _fits(value, hint) or (text_is_parsed and isinstance(value, str)):
@@ -47,9 +51,28 @@ def check_value_types(values: Mapping[str, Any], settings: type, *, text_is_pars
         raise ConfigurationError(f"Got `{name}: {json.dumps(value, default=str)}`; expected {expected}.")
 
 
+def check_finite(values: Mapping[str, Any], may_be_infinite: Collection[str] = ()) -> None:
+    """Refuse NaN, and infinity where it means nothing.
+
+    Raises:
+        ConfigurationError: for the first such number, naming its setting.
+    """
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real) or math.isfinite(value):
+            continue
+        if math.isnan(value) or name not in may_be_infinite:
+            raise ConfigurationError(f"Got `{name}: {value}`; expected a finite number.")
+
+
+def names_of_numbers(settings: type) -> set[str]:
+    """Name the fields that hold nothing but numbers, true and false."""
+    kinds = {int, float, bool, type(None)}
+    return {name for name, hint in _hints(settings).items() if kinds.issuperset(_kinds(hint))}
+
+
 def names_of_mappings(settings: type) -> set[str]:
     """Name the fields that hold a mapping, which may be written as JSON."""
-    hints = get_type_hints(settings)
+    hints = _hints(settings)
     return {name for name, hint in hints.items() if {dict, str} <= set(_kinds(hint))} - _MAY_BE_FILES
 
 
@@ -62,6 +85,11 @@ def parse_mapping(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'got {text!r}; expected a mapping, in JSON such as {{"key": "value"}}')
     return value
+
+
+@functools.cache
+def _hints(settings: type) -> dict[str, Any]:
+    return get_type_hints(settings)
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
@@ -85,5 +113,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is dict:
         return isinstance(value, dict) and all(_fits(item, inside[1]) for item in value.values())
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
+        kind = numbers.Integral if hint is int else numbers.Real  # those of NumPy are numbers too
+        return isinstance(value, kind) and not isinstance(value, bool)
+    return isinstance(value, (str, os.PathLike) if hint is str else hint)

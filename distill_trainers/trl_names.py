@@ -1,0 +1,92 @@
+"""TRL's names of settings: what they are called here, and what to do where there is no counterpart.
+
+Read for recipes, and for configs of TRL that are passed as `args`. It imports nothing: a recipe is checked at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+# Other names of keys that a recipe takes: those of TRL's commands, and shorter ones.
+KEYS = {
+    "dataset_name": "dataset",
+    "dataset_train_split": "dataset_split",
+    "dataset_test_split": "eval_split",
+    "dataset_streaming": "streaming",
+    "max_completion_length": "max_new_tokens",
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "student_model_name_or_path": "model_name_or_path",
+    "teacher_model": "teacher_model_name_or_path",
+    "model": "model_name_or_path",
+}
+
+# Names of transformers 5.23, which an older one knows by another.
+NEWER = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+
+
+def other_names(known: Collection[str]) -> dict[str, str]:
+    """Return other names of settings, and ours, where the settings are these."""
+    return KEYS | {new: old for new, old in NEWER.items() if new not in known}
+
+
+_TOKENIZER = "set it on the tokenizer that you pass as `processing_class`, or save it with the model's tokenizer"
+_PACKED = "rows are not put together here; leave it out"
+_ULD = "student and teacher must share a tokenizer here; leave it out"
+
+# Settings that would change what is trained; each with what to do instead.
+REFUSED = {
+    "completion_only_loss": "the prompt is never trained on; give whole texts as `text` to train on all of it",
+    "packing": _PACKED,
+    "eval_packing": _PACKED,
+    "packing_strategy": _PACKED,
+    "eos_token": _TOKENIZER,
+    "pad_token": _TOKENIZER,
+    "chat_template_path": _TOKENIZER,
+    "dataset_text_field": "set `column_mapping: {that column: text}`",
+    "dataset_kwargs": "rows that are tokenised already are known by their columns; leave it out",
+    "formatting_func": "call `dataset.map` with it first",
+    "max_prompt_length": "set `max_length`, which counts prompt and completion; a prompt loses its beginning",
+    "router_aux_loss_coef": "set it in the student's own config, in recipes by `model_init_kwargs`",
+    "teacher_model_revision": "set `teacher_model_init_kwargs: {revision: …}`",
+    "use_vllm": "set `rollout_engine: vllm`, and `vllm_kwargs`",
+    "accelerate_config": "start it with `accelerate launch --config_file …`",
+    "datasets": "name one as `dataset`",
+    "generation_kwargs": "set `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty` and `stop_strings`",
+    "vllm_structured_outputs_regex": "completions are not constrained here; leave it out",
+    "loss_weights": "one loss is trained at a time; name it as `loss_type`",
+    "label_smoothing": "leave it out",
+    "f_divergence_type": "leave it out",
+    "f_alpha_divergence_coef": "leave it out",
+    "ld_alpha": "set `length_normalized` instead",
+    "use_weighting": "leave it out",
+    "discopop_tau": "leave it out",
+    "sync_ref_model": "the reference stays as it is; leave it out",
+    "num_generations": "one completion is sampled for each prompt; leave it out",
+    "teacher_tokenizer_name_or_path": _ULD,
+    "use_uld_loss": _ULD,
+    "callbacks": "pass callbacks to the trainer",
+}
+
+# Settings that change nothing about what is trained; each with what does the same here.
+HARMLESS = {
+    "padding_free": "batches are padded",
+    "activation_offloading": "`activation_checkpointing` saves memory here",
+    "truncation_mode": "where a row is too long, the prompt loses its beginning before the completion loses its end",
+    "ds3_gather_for_generation": "weights are gathered where they have to be",
+    "cache_implementation": "the rollout engine chooses its own",
+    "max_tool_calling_iterations": "tools are not called",
+    "log_completions": "set `eval_measures` to see completions",
+    "log_completions_steps": "set `eval_measures` to see completions",
+    "num_completions_to_print": "set `eval_measures_shown`",
+    "log_unique_prompts": "set `eval_measures_shown`",
+    "wandb_log_unique_prompts": "set `eval_measures_shown`",
+    "precompute_ref_batch_size": "`per_device_train_batch_size` is taken",
+    "ref_model_mixup_alpha": "the reference stays as it is",
+    "ref_model_sync_steps": "the reference stays as it is",
+    "ignore_bias_buffers": "it is not needed",
+    "teacher_model_name_or_path": "pass it to the trainer as `teacher_model`",
+}
