@@ -52,6 +52,14 @@ def test_rollouts_of_every_engine_are_counted(tmp_path):
 
 
 @pytest.mark.slow
+def test_packed_rows_are_timed_beside_padded_ones(tmp_path):
+    _run("packing.py", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 4 and all(run["per_cpu_second"] > 0 for runs in results.values() for run in runs)
+    assert {run["steps"] for runs in results.values() for run in runs} == {4}, "as many rows a step, packed or not"
+
+
+@pytest.mark.slow
 def test_steps_of_minillm_are_timed_beside_gkd(tmp_path):
     _run("minillm.py", "--json", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())["results"]

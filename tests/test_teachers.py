@@ -84,6 +84,19 @@ def test_an_id_without_a_row_is_refused(rows):
         shared_vocabulary(words(*BASE), words(*BASE), *rows)
 
 
+def test_a_padding_token_that_the_teacher_has_no_row_for_is_let_pass():
+    """It is masked; not where it is also a token of texts, nor where the student itself has no row for it."""
+    tok, theirs = words(*BASE, "<fill>"), words(*BASE)
+    tok.pad_token = "<fill>"
+    assert shared_vocabulary(tok, theirs, 6, 5) == 5
+    assert shared_vocabulary(tok, theirs, 8, 5) == 5
+    with pytest.raises(VocabularyError, match=r"pads with '<fill>', id 5, for which the student has no row"):
+        shared_vocabulary(tok, theirs, 5, 5)
+    tok.unk_token = "<fill>"
+    with pytest.raises(VocabularyError, match=r"1 ids \(5: '<fill>'\)"):
+        shared_vocabulary(tok, theirs, 6, 5)
+
+
 def test_special_tokens_that_the_student_has_no_row_for_are_let_pass():
     """As in Gemma 3 1B; not where the student has one and the teacher has none, nor where it ends every row."""
     tok = words(*BASE)

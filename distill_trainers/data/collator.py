@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of the longest row, P tokens of the longest prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from distill_trainers.data.labels import IGNORED, completion_labels
-from distill_trainers.exceptions import ConfigurationError
+from distill_trainers.data.packing import positions_of, restarts
+from distill_trainers.exceptions import ConfigurationError, DatasetError
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,23 @@ class DistillCollator:
 
     Padding is known by lengths and never by id, so the padding token may be the EOS token.
 
+    Packed rows (with `seq_lengths`, see `packing.py`) get `position_ids` `[B, T]` in place of a mask.
+
     Args:
         pad_token_id: fills the padding; any id of the vocabulary will do.
         pad_to_multiple_of: rounds T and P up, for kernels that like it.
         with_prompts: add the prompts that rollouts start from.
+        known_ids: ids from here on are unknown to a model, and refused; None looks at none.
 
     Raises:
         ConfigurationError: there is no padding token.
+        DatasetError: an id that no model knows.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     with_prompts: bool = False
+    known_ids: int | None = None
 
     def __post_init__(self) -> None:
         if self.pad_token_id is None:
@@ -49,12 +55,32 @@ class DistillCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         ids = [row["input_ids"] for row in rows]
         labels = [row["labels"] for row in rows]
+        check_ids(ids, self.known_ids)
         batch = _training_tensors(ids, labels, self.pad_token_id, self.pad_to_multiple_of)
+        if "seq_lengths" in rows[0]:
+            return self._packed(batch, rows)
         if self.with_prompts:
             prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
             batch["prompt_ids"] = pad_rows(prompts, self.pad_token_id, self.pad_to_multiple_of, left=True)
             batch["prompt_mask"] = _lengths_mask(prompts, self.pad_to_multiple_of, left=True)
         return batch
+
+    def _packed(self, batch: dict[str, Tensor], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        positions = positions_of([row["seq_lengths"] for row in rows], batch["input_ids"].shape[1])
+        labels = batch["labels"].masked_fill(restarts(positions), IGNORED)
+        return {"input_ids": batch["input_ids"], "position_ids": positions, "labels": labels}
+
+
+def check_ids(rows: Iterable[Sequence[int]], known_ids: int | None) -> None:
+    """Refuse ids below 0, or from `known_ids` on."""
+    if known_ids is None:
+        return
+    for row in rows:
+        if len(row) and not 0 <= min(row) <= max(row) < known_ids:
+            raise DatasetError(
+                f"Got a row with the ids {min(row)} to {max(row)}; expected ids from 0 to {known_ids - 1}, which both "
+                "models know. Tokenise the data with the student's tokenizer, and mark padding by a mask."
+            )
 
 
 def replace_completions(

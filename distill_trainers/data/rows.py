@@ -52,7 +52,7 @@ def tokenize_row(
     """
     row = without_filling(row, features)
     if dataset_type == "tokenized":
-        return _from_tokens(row)
+        return _from_tokens(row, tokenizer)
     if dataset_type == "text":
         return _from_text(as_text(row["text"], column="text"), tokenizer)
     if dataset_type == "prompt" and not is_conversation(row["prompt"]):
@@ -115,7 +115,7 @@ def _from_strings(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     return _joined(prompt_ids, completion_ids) | ({"straddled": lost} if lost else {})
 
 
-def _from_tokens(row: Mapping[str, Any]) -> TokenizedRow:
+def _from_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
     ids, mask = list(row["input_ids"]), _given_mask(row)
     if len(mask) != len(ids):
         raise DatasetError(f"The row has {len(ids)} input_ids but {len(mask)} mask values. Both need the same length.")
@@ -128,8 +128,14 @@ def _from_tokens(row: Mapping[str, Any]) -> TokenizedRow:
         raise DatasetError(f"prompt_length is {prompt_length}, but the row has {len(ids)} input_ids.")
     padding = row.get("attention_mask") or [1] * len(ids)
     real = [i for i in range(len(ids)) if padding[i]]
+    used, known = [ids[i] for i in real], max(len(tokenizer), *(i + 1 for i in tokenizer.added_tokens_decoder), 1)
+    if used and not 0 <= min(used) <= max(used) < known:
+        raise DatasetError(
+            f"The row has ids from {min(used)} to {max(used)}; expected 0 to {known - 1}, those of the student's "
+            "tokenizer. Tokenise the data with it, and mark padding by an attention_mask."
+        )
     return {
-        "input_ids": [ids[i] for i in real],
+        "input_ids": used,
         "labels": [ids[i] if mask[i] else IGNORED for i in real],
         "prompt_length": sum(1 for i in real if i < prompt_length),
     }

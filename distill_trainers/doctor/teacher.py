@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import models
 from ..data import DistillCollator
 from ..data.labels import any_trained
 from ..exceptions import CacheError, ConfigurationError
@@ -90,7 +91,7 @@ def disagreement(case: Case, one: Teacher, other: Teacher, rows: Sequence[Any]) 
     assert case.tokenizer is not None
     fields = ("input_ids", "labels", "prompt_length")
     batch = DistillCollator(case.tokenizer.pad_token_id)([{k: row[k] for k in fields} for row in rows])
-    inputs = {name: batch[name].to(case.args.device) for name in ("input_ids", "attention_mask")}
+    inputs = {name: ids.to(case.args.device) for name, ids in models.forward_inputs(batch).items()}
     predicts = trained_mask(batch["labels"]).to(case.args.device)
     labels = batch["labels"].to(case.args.device)[:, 1:][predicts]
     vocabulary = None

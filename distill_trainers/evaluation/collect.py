@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import models
 from ..randomness import Role
 from ..rollouts import Alone, CompletionSettings, CompletionStore, DecodeEngine, SamplingSettings, complete_prompts
 from ..signals import TokenLogits
@@ -111,7 +112,8 @@ class Workshop:
     def _sampling(self, subject: Subject, *, greedy: bool = False) -> SamplingSettings:
         tokenizer = self.tokenizer
         ends = subject.end_ids(tokenizer)
-        return self.settings.sampling(ends, tokenizer.pad_token_id, self.vocab_size, greedy=greedy)
+        pad = models.padding_id(tokenizer, self.vocab_size or subject.rows)
+        return self.settings.sampling(ends, pad, self.vocab_size, greedy=greedy)
 
     def _completions(
         self, subject: Subject, examples: list[Example], sampling: SamplingSettings, seed: int, title: str

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import models
 from ..data import DistillCollator
 from ..data.labels import completion_labels
 from ..losses.fused_linear import TermsFn, fused_linear_terms
@@ -93,7 +94,7 @@ def pair_runner(
     @torch.no_grad()
     def run(batch: Batch) -> Mapping[str, Tensor]:
         predicts = trained_mask(batch["labels"])
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        inputs = models.forward_inputs(batch)
         tokens = {"labels": batch["labels"][:, 1:][predicts]}
         signal = student.signal(inputs, predicts, vocab_size)
         target = None if teacher is None else teacher.signal(inputs, predicts, vocab_size)

@@ -18,17 +18,16 @@ from .compiling import check_compiler, compile_for_launch, compiled_by_layer, un
 from .experts import AUX_LOSS, balance_coefficient, without_router_logits
 from .forward import (
     disable_dropout,
-    forward_inputs,
     gives_hidden_states,
     head_is_fusable,
     head_reproduces_logits,
     install_token_forward,
     logit_rows,
-    output_of,
     read_head,
 )
 from .frozen import loading_placed, prepare_frozen
 from .generation import check_can_generate, eos_ids, generating, generation_eos_ids
+from .inputs import check_rows_stay_apart, extra_inputs, forward_inputs, is_packed, output_of, refuse_extras
 from .loading import (
     check_model_source,
     decoder_start,
@@ -41,6 +40,7 @@ from .loading import (
     looks_like_path,
     model_class,
     num_parameters,
+    padding_id,
     recomputes_activations,
     refuse_two_quantizations,
     settled_kwargs,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -17,26 +16,12 @@ from ..signals import Head
 from .adapters import causal_lm_of, head_module_of
 from .compiling import uncompiled
 from .experts import AUX_LOSS
+from .inputs import for_kernels, output_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OnHidden = Callable[[Tensor, Head], Any]
-
-
-def forward_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Select what of a batch a model's forward takes; with `encoder_ids`, `input_ids` are the decoder's."""
-    if "encoder_ids" not in batch:
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
-    names = {"input_ids": "encoder_ids", "attention_mask": "encoder_mask"}
-    names |= {"decoder_input_ids": "input_ids", "decoder_attention_mask": "attention_mask"}
-    return {name: batch[entry] for name, entry in names.items()}
-
-
-def output_of(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
-    """Return the output of the model's own forward, with logits of all positions, and no cache that nobody reads."""
-    accepted = inspect.signature(type(causal_lm_of(model)).forward).parameters
-    return model(**inputs, **options, **({"use_cache": False} if "use_cache" in accepted else {}))
 
 
 def install_token_forward(model: nn.Module) -> nn.Module:
@@ -59,11 +44,16 @@ def install_token_forward(model: nn.Module) -> nn.Module:
             return self._distill_original_forward(*args, **kwargs)
         # PEFT passes labels, return_dict and the like along as None. A cache would keep keys and values for nothing.
         inputs = {k: v for k, v in kwargs.items() if v is not None and k not in ("labels", "return_dict")}
-        inputs = {"use_cache": False, **inputs}
+        ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+
+        def on_rows(hidden: Tensor, head: Head) -> Any:
+            return on_hidden(hidden if ids is None else hidden.reshape(*ids.shape, -1), head)
+
+        inputs = {"use_cache": False, **for_kernels(self, inputs)}
         if with_balance:
-            return _with_balance(self, args, inputs, on_hidden)
+            return _with_balance(self, args, inputs, on_rows)
         hidden = self.base_model(*args, **inputs).last_hidden_state
-        with _head_calls(self, lambda hidden: on_hidden(hidden, read_head(self))) as head_module:
+        with _head_calls(self, lambda hidden: on_rows(hidden, read_head(self))) as head_module:
             return head_module(hidden)
 
     causal_lm.forward = MethodType(forward, causal_lm)  # a bound method, so that deepcopy binds it to the copy
@@ -190,6 +180,8 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
     if causal_lm.base_model is causal_lm:  # its backbone goes by a name that its class does not tell
         return False
     sample = {name: value[:1, :16] for name, value in inputs.items()}
+    if any(value.ndim != 2 for value in inputs.values()):  # of a kind that cannot be cut with the tokens, as images are
+        sample = dict(inputs)
     was_training = model.training
     model.eval()
     full_precision = True
@@ -209,7 +201,8 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
     if rebuilt is None:
         return False
     rebuilt, expected = rebuilt[:, : expected.shape[-1]].double(), expected.double()
-    keep = sample.get("decoder_attention_mask", sample["attention_mask"])[0].bool()
+    mask = sample.get("decoder_attention_mask", sample.get("attention_mask"))
+    keep = slice(None) if mask is None else mask[0].bool()
     error = (rebuilt - expected)[keep].norm() / expected[keep].norm().clamp_min(1e-30)
     return bool(error < (1e-3 if full_precision else 0.05))  # bfloat16 rounding stays near 0.01
 

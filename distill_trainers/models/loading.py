@@ -205,6 +205,12 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase, known_ids: int) -> int:
+    """Return an id to pad with that is below `known_ids`: a teacher may lack the student's padding token."""
+    pad = tokenizer.pad_token_id
+    return pad if 0 <= pad < known_ids else 0
+
+
 def source_of(model: nn.Module) -> str | None:
     """Return the folder or Hub id a model came from, if it says."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None

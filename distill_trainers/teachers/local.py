@@ -43,6 +43,7 @@ class LocalTeacher(Teacher):
 
     provides = frozenset({"distribution", "completions"})
     has_files = can_generate = can_read_rollouts = keeps_logps = True
+    _rows_stay_apart = False  # whether that was looked at
 
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
@@ -126,6 +127,10 @@ class LocalTeacher(Teacher):
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
         self.model.eval()  # with `adapter_off` it is the student, which may be in training mode
+        models.refuse_extras(self.model, inputs, "the teacher")
+        if models.is_packed(inputs) and not self._rows_stay_apart:
+            models.check_rows_stay_apart(self.model, predicts.device, "the teacher")
+            self._rows_stay_apart = True
         if self._fused is None:
             self._fused = models.head_is_fusable(self.model) and models.head_reproduces_logits(self.model, inputs)
         if not self._fused:

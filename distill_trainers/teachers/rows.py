@@ -8,11 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..data.labels import IGNORED
+from ..data.packing import is_packed_dataset, restarts, rows_of_packed, unpacked
 from ..data.pairs import rows_of_pair
 from ..data.rationales import rows_of_rationales
+from ..exceptions import ConfigurationError
 
 TokenRow = tuple[
     np.ndarray, np.ndarray
@@ -32,6 +36,34 @@ def unpadded_rows(inputs: Mapping[str, Tensor], predicts: Tensor) -> list[TokenR
     return [(row[real], (real.cumsum() - 1)[:-1][where]) for row, real, where in zip(ids, mask, trained, strict=True)]
 
 
+def plain_rows(inputs: Mapping[str, Tensor], predicts: Tensor, teacher: str) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Return a batch as padded rows `[R, T']`, and what they predict, for teachers that know a row by its ids alone.
+
+    Packed rows are cut apart; all that is predicted stays in order.
+
+    Raises:
+        ConfigurationError: the batch says more about its rows than their ids.
+    """
+    positions = inputs.get("position_ids")
+    wrong = sorted(inputs.keys() - {"input_ids", "attention_mask", "position_ids", "labels"})
+    if positions is not None:
+        is_packed = "attention_mask" not in inputs
+        begins = restarts(positions) if is_packed else torch.zeros_like(positions, dtype=torch.bool)
+        begins[:, 0] = True
+        real = torch.ones_like(begins) if is_packed else inputs["attention_mask"].bool()
+        places = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+        usual = places - torch.where(begins, places, 0).cummax(1).values
+        wrong += ["position_ids"] if ((positions != usual) & real).any() else []
+    if wrong:
+        raise ConfigurationError(
+            f"Got batches with {wrong}; expected ids, mask and positions that count from 0: the teacher {teacher!r} "
+            "knows a row by its ids alone. Leave them out of the batches, or take a teacher in this process."
+        )
+    whole = {name: value for name, value in inputs.items() if name != "position_ids" or "attention_mask" not in inputs}
+    cut = unpacked({**whole, "predicts": pad(predicts, (0, 1))})
+    return cut, cut.pop("predicts")[:, :-1]
+
+
 def batch_keys(inputs: Mapping[str, Tensor], predicts: Tensor) -> list[bytes | None]:
     """Return the key of each row of a padded batch; None for rows without trained tokens."""
     return [row_key(*row) if len(row[1]) else None for row in unpadded_rows(inputs, predicts)]
@@ -44,7 +76,9 @@ def dataset_row_key(row: Mapping[str, Any]) -> tuple[bytes, int]:
 
 
 def examples_of(dataset: Any) -> Iterator[list[dict[str, Any]]]:
-    """Iterate over the rows of each example: one, the two of a pair, or the two tasks of a rationale."""
+    """Iterate over the rows of each example: one, the two of a pair, the two tasks of a rationale, or packed ones."""
+    if is_packed_dataset(dataset):
+        return map(rows_of_packed, dataset)
     if "rejected_ids" in dataset.column_names:
         return map(rows_of_pair, dataset)
     if "other_input_ids" in dataset.column_names:

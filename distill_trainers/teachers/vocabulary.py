@@ -52,11 +52,20 @@ def _check_rows(student: PreTrainedTokenizerBase, student_rows: int, teacher_row
     """Refuse ids that would be looked up in an embedding which ends before them.
 
     Special tokens beyond the student's own rows are let pass: text models are published with the tokenizer of their
-    multimodal relatives (Gemma 3 1B: 262144 rows, and an image token of that id), and no text becomes one of them.
+    multimodal relatives (Gemma 3 1B: 262144 rows, and an image token of that id), and no text becomes one of them. So
+    is a padding token that the teacher alone has no row for: padding is masked, and the teacher gets another id.
     """
+    pad, others = student.pad_token_id, (student.eos_token_id, student.bos_token_id, student.unk_token_id)
+    if pad is not None and pad >= student_rows and pad not in others:
+        raise VocabularyError(
+            f"The student's tokenizer pads with {student.pad_token!r}, id {pad}, for which the student has no row (it "
+            f"has {student_rows}): what is saved could not be loaded again. Set `tokenizer.pad_token = "
+            "tokenizer.eos_token` (padding is masked, so EOS is still trained), or `resize_token_embeddings`."
+        )
     used = {student.pad_token_id, student.eos_token_id, student.bos_token_id}
     special = {i for i, token in student.added_tokens_decoder.items() if token.special and i >= student_rows} - used
     rows = min(student_rows, teacher_rows)
+    special |= {pad} - set(others)
     lost = {i: token for token, i in student.get_vocab().items() if i >= rows and i not in special}
     if lost:
         shown = ", ".join(f"{i}: {lost[i]!r}" for i in sorted(lost)[:5])

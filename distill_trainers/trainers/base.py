@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from .. import hub, models
 from ..data import DistillCollator, replace_completions
+from ..data.foreign import fitted, with_ids
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_of, step_counts, step_weights, token_mean, window_mean
@@ -73,7 +74,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         train_dataset: rows of any layout that `distill_trainers.data.formats` names; may be iterable.
         eval_dataset: likewise, or a dict of several. Evaluation is teacher-forced, so it compares between steps.
         processing_class: the student's tokenizer; None loads the one saved beside the student.
-        data_collator: must give `input_ids`, `attention_mask`, `labels`, and prompts if the method samples.
+        data_collator: of yours, of transformers or TRL: see `ForeignCollator` for what it must give.
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: wraps the student with a new adapter.
         quantization_config: for a student given by name.
@@ -134,7 +135,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         super().__init__(
             model=student,
             args=self.args,
-            data_collator=data_collator or self.build_collator(tokenizer),
+            data_collator=self._collator(data_collator, student, tokenizer),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
@@ -181,6 +182,13 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         rows = models.causal_lm_of(student).config.get_text_config().vocab_size
         self.vocab_size = self.teacher.shared_ids(tokenizer, rows, pair.teacher_tokenizer)
         return student, tokenizer, train_rows, eval_rows
+
+    def _collator(self, given: Any, student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Make batches by the user's collator, or by the method's own."""
+        known_ids = self.vocab_size or models.causal_lm_of(student).config.get_text_config().vocab_size
+        own = with_ids(self.build_collator(tokenizer), models.padding_id(tokenizer, known_ids), known_ids)
+        takes = models.extra_inputs(student)
+        return fitted(given, own, method=self.method_name, packing=self.args.packing, takes=takes)
 
     def make_student(self, source: Any, trains: bool = True) -> nn.Module:
         """Load the student from a name, or take the model, with its adapter, ready for the loss in its head."""
@@ -243,7 +251,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         """Set up what is remembered from step to step; also when `model_init` has made the student anew."""
         args, autocast = self.args, self.compute_loss_context_manager
         self.sampling = sampling_settings(args, self.model, self.processing_class, self.vocab_size)
-        self.two_models = TwoModels(self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast)
+        extras = models.extra_inputs(self.model)
+        self.two_models = TwoModels(self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast, extras)
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self.metrics = RunningMetrics(args.device)
         self._eval_rows: list[Tensor] | None = None

@@ -64,6 +64,9 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Extra variables for the chat template (JSON).")
     dataset_num_proc: int | None = setting(None, "Processes for tokenisation.")
     pad_to_multiple_of: int | None = setting(None, "Pad batches to a multiple of this length.")
+    packing: bool = setting(
+        False, "Train on several rows in one of up to `max_length` tokens, which do not see each other."
+    )
 
     # Loss
     kd_temperature: float = setting(1.0, "Divides the logits of student and teacher inside the divergence.")
@@ -165,6 +168,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     accepts_encoder_decoders: ClassVar[bool] = False  # whether students such as T5 train; batches have `encoder_ids`
     reads_first_row: ClassVar[bool] = False  # whether `requirements` depend on the layout of the data
     has_plain_text_loss: ClassVar[bool] = False  # whether the trainer takes a `pretraining_dataset`
+
+    @property
+    def why_no_packing(self) -> str:
+        """What keeps `packing` from working, as the end of a sentence; empty: nothing."""
+        return "every step samples completions for single prompts" if self.samples_completions else ""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -9,6 +9,7 @@ from datasets import IterableDataset
 from transformers import Trainer
 
 from .. import hub
+from ..data.packing import is_packed_dataset, pack
 from ..data.plain import plain_dataset
 from ..exceptions import DatasetError
 from ..requirements import Requirements
@@ -65,6 +66,10 @@ class Dataloaders(Trainer):
 
     def get_train_dataloader(self) -> Any:
         self.complete_train()
+        if self.args.packing and not is_packed_dataset(self.train_dataset):
+            with self.args.main_process_first(desc="packing"):
+                batch_size = self.args.per_device_train_batch_size
+                self.train_dataset = self._ready_train = pack(self.train_dataset, self.args.max_length, batch_size)
         return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

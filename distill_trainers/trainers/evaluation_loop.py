@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .. import models
+from ..data.packing import unpacked
 from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_trained_tokens, means_of_sums, sum_per_example, token_mean, trained_mask
@@ -33,6 +34,7 @@ class TeacherForcedEvaluation(Trainer):
         distill_terms: Any
         agreement_terms: Any
         token_terms: Any
+        two_models: Any
         _eval_rows: list[Tensor] | None
         _eval_names: list[str]
 
@@ -103,7 +105,7 @@ class TeacherForcedEvaluation(Trainer):
         def terms_fn(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {**self.distill_terms(student, teacher, tokens), **self.agreement_terms(student, teacher, tokens)}
 
-        inputs = self._prepare_inputs(inputs)
+        inputs = unpacked(self._prepare_inputs(inputs))  # an example is a row
         with self.compute_loss_context_manager():
             total, terms = self.token_terms(model, inputs, terms_fn, self.loss_weights)
         predicts = trained_mask(inputs["labels"])
@@ -126,7 +128,7 @@ class TeacherForcedEvaluation(Trainer):
                 "predictions would not lie side by side; expected it without `inputs`. Leave it out."
             )
         with self.compute_loss_context_manager():
-            logits = model(**models.forward_inputs(inputs)).logits
+            logits = models.output_of(model, models.forward_inputs(inputs, self.two_models.extras)).logits
         if examples is None:
             return logits, labels
         order = examples.tolist()

@@ -182,6 +182,7 @@ def preflight(given: Given) -> Ready:
     pair = dataclasses.replace(given.pair, adapted=adapted)
     wants = args.requirements(first_row(given.train) if args.reads_first_row and given.train is not None else None)
     wants = dataclasses.replace(wants, streams_rows=given.train is not None and not hasattr(given.train, "__len__"))
+    _check_packing(args, wants)
     _check_models(given)
     config = student_config(student, args)
     wants = dataclasses.replace(wants, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
@@ -221,6 +222,18 @@ def _check_parallelism(args: DistillConfig) -> None:
         raise ConfigurationError(
             "Got a parallelism_config with tensor, context or sequence parallelism; expected data parallelism only "
             "(DDP, ZeRO, FSDP2): the loss needs whole rows of tokens."
+        )
+
+
+def _check_packing(args: DistillConfig, wants: Requirements) -> None:
+    if args.packing and args.why_no_packing:
+        raise ConfigurationError(
+            f"Got `packing: true` with {wants.trainer}, where {args.why_no_packing}; expected training on given "
+            "completions, token by token, as GKD with `lmbda: 0`. Set `packing: false`."
+        )
+    if args.packing and args.max_length is None:
+        raise ConfigurationError(
+            "Got `packing: true` without `max_length`; expected the length that rows are packed to."
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
+from ..exceptions import ConfigurationError
 from ..losses.fused_linear import TermsFn, fused_linear_terms
 from ..losses.fused_logps import fused_row_terms, row_terms_of_logits, signal_token_logps
 from ..losses.reduction import trained_mask, weighted_total
@@ -34,6 +35,7 @@ class TwoModels:
         vocab_size: ids from here on are padding and leave the softmax of both; None keeps all.
         chunk_bytes: size of one chunk of logits, see `fused_linear_terms`.
         autocast: makes the context of the run's mixed precision.
+        extras: entries of a batch that go to both models beside ids and mask (`models.extra_inputs` of the student).
 
     Attributes:
         head_is_fused: whether the student's logits are had from its hidden states; the first batch tells.
@@ -45,16 +47,19 @@ class TwoModels:
         vocab_size: int | None,
         chunk_bytes: int,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+        extras: frozenset[str] = frozenset(),
     ):
         self.teacher = teacher
         self.vocab_size = vocab_size
         self.chunk_bytes = chunk_bytes
         self.autocast = autocast
+        self.extras = extras
         self.head_is_fused: bool | None = None
+        self._rows_stay_apart = False
 
     def signal(self, inputs: Mapping[str, Any], predicts: Tensor) -> TeacherSignal:
         """Ask the teacher about the tokens that `predicts` `[B, T-1]` marks (`Teacher.signal`)."""
-        return self.teacher.signal(models.forward_inputs(inputs), predicts, self.vocab_size)
+        return self.teacher.signal(models.forward_inputs(inputs, self.extras), predicts, self.vocab_size)
 
     def ask_ahead(self, batches: Iterable[Mapping[str, Any]], teacher_signal: SignalFn) -> None:
         """Tell a remote teacher what it is going to be asked, so that it works while the student does.
@@ -94,13 +99,21 @@ class TwoModels:
         if row_terms is not None:
             tokens["row"] = predicts.nonzero()[:, 0]
             row_terms = functools.partial(row_terms, num_rows=len(labels))
-        forward_inputs = models.forward_inputs(inputs)
+        forward_inputs = models.forward_inputs(inputs, self.extras)
         trains = student.training and torch.is_grad_enabled()
         balanced = trains and models.balance_coefficient(student) > 0
         if self.head_is_fused is None:
             # Before the teacher is asked: ZeRO-3 keeps the order in which the first forward meets the weights, and a
             # teacher that is the student without its adapter would meet too few of them.
             self.head_is_fused = _head_can_be_fused(student, forward_inputs)
+        if models.is_packed(inputs) and row_terms is not None:
+            raise ConfigurationError(
+                "Got packed rows with a method that has terms of whole rows (`row_terms`); expected rows of their own. "
+                "Set `packing: false`, or leave `data_collator` out."
+            )
+        if models.is_packed(inputs) and not self._rows_stay_apart:
+            models.check_rows_stay_apart(student, labels.device, "the student")
+            self._rows_stay_apart = True
         signal = None if teacher_signal is None else teacher_signal(dict(inputs), predicts)
 
         def on_hidden(hidden_BTD: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -130,7 +143,7 @@ class TwoModels:
         predicts = trained_mask(batch["labels"])
         labels = batch["labels"][:, 1:][predicts]
         with self.autocast():
-            signal = frozen.signal(models.forward_inputs(batch), predicts, self.vocab_size)
+            signal = frozen.signal(models.forward_inputs(batch, self.extras), predicts, self.vocab_size)
             with frozen.whole_head(signal) as whole_signal:
                 return signal_token_logps(whole_signal, labels, chunk_bytes=self.chunk_bytes), signal
 

@@ -232,7 +232,7 @@ def test_tokenised_rows_keep_their_masks(tokenizer, row, mask, prompt_length):
 
 
 def test_padding_of_tokenised_rows_is_taken_off_by_its_mask(tokenizer):
-    row = {"input_ids": [0, 5, 0, 0], "attention_mask": [0, 1, 1, 0], "labels": [-100, -100, 0, -100]}
+    row = {"input_ids": [0, 5, 0, -100], "attention_mask": [0, 1, 1, 0], "labels": [-100, -100, 0, -100]}
     tokenized = tokenize_row(row, tokenizer, dataset_type="tokenized")
     assert tokenized == {"input_ids": [5, 0], "labels": [-100, 0], "prompt_length": 1}
 
@@ -242,6 +242,8 @@ def test_padding_of_tokenised_rows_is_taken_off_by_its_mask(tokenizer):
     [
         ({"input_ids": [5, 6], "labels": [6, -100]}, "unshifted"),
         ({"input_ids": [5, 6], "loss_mask": [1]}, "2 input_ids but 1"),
+        ({"input_ids": [5, -100]}, "ids from -100 to 5; expected 0 to 260"),
+        ({"input_ids": [5, 261]}, "ids from 5 to 261; expected 0 to 260"),
         ({"input_ids": [5, 6], "loss_mask": [1], "completion_mask": [0, 1]}, "masks of \\[1, 2\\] values"),
         ({"input_ids": [5, 6], "prompt_length": 3}, "prompt_length is 3"),
     ],

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 from distill_trainers.losses.reduction import trained_mask
 from distill_trainers.signals import HiddenStates, TokenLogprobs, TopK
@@ -28,6 +29,8 @@ def assert_same(found, expected, rel):
     ("method", "settings", "told"),
     [
         ("gkd", {"lmbda": 0.0}, {}),
+        ("gkd", {"lmbda": 0.0, "packing": True}, {}),
+        ("gkd", {"lmbda": 0.0, "data_collator": DataCollatorWithFlattening()}, {}),
         ("gkd", {"lmbda": 1.0, "divergence": "reverse_kl"}, {}),
         ("gkd", {"lmbda": 0.5, "divergence": "forward_kl", "kd_temperature": 2.0}, {}),
         ("gkd", {"lmbda": 0.0}, {"teacher_server_kind": "topk", "teacher_server_top_k": 14}),

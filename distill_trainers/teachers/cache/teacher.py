@@ -21,7 +21,7 @@ from ..base import Pair, Teacher
 from ..heads import read_head_file, write_head
 from ..local import LocalTeacher
 from ..placement import is_collective
-from ..rows import batch_keys, dataset_row_key
+from ..rows import batch_keys, dataset_row_key, plain_rows
 from ..vocabulary import shared_vocabulary
 from .identity import CacheIdentity, read_identity, read_learnt, refuse_differences, write_learnt
 from .kinds import CACHE_KINDS, refuse_sparse
@@ -180,6 +180,7 @@ class CachedTeacher(Teacher):
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
+        inputs, predicts = plain_rows(inputs, predicts, self.name)
         keys = batch_keys(inputs, predicts)
         rows = self._read(keys)
         missing = {key: number for number, key in enumerate(keys) if key is not None and key not in rows}

@@ -18,7 +18,7 @@ from ...signals import Head, TeacherSignal, TokenLogprobs
 from ..base import Pair, Teacher, is_remote, named
 from ..cache.kinds import CACHE_KINDS, refuse_sparse
 from ..cache.shards import Answer
-from ..rows import TokenRow, row_key, unpadded_rows
+from ..rows import TokenRow, plain_rows, row_key, unpadded_rows
 from ..vocabulary import shared_vocabulary
 from .dialects import LIMITS, TOKEN_ENV, Dialect, OwnDialect, RemoteSettings, token_from_environment
 from .endpoints import Again, Attempt, Endpoint, Servers, parse_servers
@@ -216,6 +216,7 @@ class RemoteTeacher(Teacher):
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
+        inputs, predicts = plain_rows(inputs, predicts, self.name)
         rows = [row for row in unpadded_rows(inputs, predicts) if len(row[1])]
         key = (vocab_size, *(row_key(*row) for row in rows))
         if self._announcing:

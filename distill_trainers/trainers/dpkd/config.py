@@ -110,6 +110,8 @@ class DPKDConfig(DistillConfig):
     def other_scores(self) -> frozenset[str]:
         return _SCORES
 
+    why_no_packing = "a loss of whole rows compares the two of each pair"
+
     @property
     def samples_completions(self) -> bool:
         """Where rows are prompts; a dataset of pairs is trained on as it is (see `requirements`)."""

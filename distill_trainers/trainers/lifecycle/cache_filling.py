@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...exceptions import ConfigurationError
@@ -69,7 +70,7 @@ def _ask_for(run: Run, batches: list[Any]) -> None:
             break
         chosen = batches[min(place, len(batches) - 1)]
         batch = run.data_collator([dataset[number] for _, dataset, number in chosen])
-        inputs = {name: batch[name].to(run.args.device) for name in ("input_ids", "attention_mask", "labels")}
+        inputs = {name: value.to(run.args.device) for name, value in batch.items() if isinstance(value, Tensor)}
         with torch.no_grad(), run.two_models.autocast():
             run.two_models.signal(inputs, trained_mask(inputs["labels"]))
 

@@ -20,13 +20,14 @@ from ..protocol import Run
 
 def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_size: int | None) -> SamplingSettings:
     """Say how `model` (student or teacher) is sampled under a config: it ends at its own end-of-text tokens."""
+    known_ids = vocab_size or models.causal_lm_of(model).config.get_text_config().vocab_size
     return SamplingSettings(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,  # type: ignore[arg-type]  # None has become its default
         top_k=args.top_k,  # type: ignore[arg-type]  # None has become its default
         eos_token_ids=models.eos_ids(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=models.padding_id(tokenizer, known_ids),
         suppress_from=vocab_size,
         min_p=args.min_p,  # type: ignore[arg-type]  # None has become its default
         repetition_penalty=args.repetition_penalty,  # type: ignore[arg-type]  # None has become its default

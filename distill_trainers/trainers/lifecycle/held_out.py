@@ -362,7 +362,7 @@ class HeldOutMeasures(TrainerCallback):
         """Completions by all processes together; kept on disk where the model has a `fingerprint`, as a teacher has."""
         run, accelerator = self.run, self.run.accelerator
         tokenizer, rank = run.processing_class, accelerator.process_index
-        sampling = self.settings.sampling(end_ids, tokenizer.pad_token_id, run.vocab_size, greedy=greedy)
+        sampling = self.settings.sampling(end_ids, run.sampling.pad_token_id, run.vocab_size, greedy=greedy)
         engine = local_engine(run.args.rollout_engine, tokenizer)
         stream = self.settings.stream(seed, Role.STUDENT if fingerprint is None else Role.TEACHER)
         settings = CompletionSettings(sampling, stream, self.settings.batch_size, engine)

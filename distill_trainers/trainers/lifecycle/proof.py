@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ... import models
+from ...data.packing import unpacked
 from ...exceptions import UnlikeModelError
 from ..protocol import Run
 
@@ -38,7 +39,7 @@ class Proof:
     def look(self, batch: Mapping[str, Any]) -> None:
         """Remember a few tokens of the first batch that is trained on."""
         if self.inputs is None and self.run.args.verify_saved:
-            inputs = models.forward_inputs(batch)
+            inputs = models.forward_inputs(unpacked(batch))
             self.inputs = {name: value[:_ROWS, :_TOKENS].detach().clone() for name, value in inputs.items()}
 
     def check(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from ...cards.facts import CardFacts, CardWishes, shown_settings
 from ...cards.model_card import inherited_terms, model_card
 from ...cards.plots import plot_history
 from ...data.chat import turn_end_id
+from ...data.packing import count_rows
 from ...exceptions import ConfigurationError
 from ...storage import writing
 from ..protocol import METHODS
@@ -199,7 +200,7 @@ class Publishing(Trainer):
             teacher=None if self.teacher.is_nobody else self.teacher.name,
             needs_teacher=bool(args.needs),
             data=self.data_sources,
-            rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            rows=count_rows(self.train_dataset),
             settings=shown_settings(args),
             max_length=args.max_length,
             seed=args.seed,

@@ -82,6 +82,8 @@ class MiniLLMConfig(DistillConfig):
         kinds = {"token_logprobs" if self.estimator == "sampled" else "distribution"}
         return frozenset(kinds | ({"completions"} if self.alpha else set()))
 
+    why_no_packing = "the loss weighs whole rows"
+
     @property
     def loss_terms(self) -> frozenset[str]:
         return frozenset({"single"} | ({"lm_loss"} if self.lm_loss_weight else set()))

@@ -87,6 +87,8 @@ class RationaleConfig(DistillConfig):
     def accepts_encoder_decoders(self) -> bool:  # type: ignore[override]  # it depends on the settings
         return self.objective == "step_by_step"
 
+    why_no_packing = "the two tasks of a row lie in two sequences"
+
     @property
     def loss_terms(self) -> frozenset[str]:
         always = {"right_steps", "wrong_steps", "imitation"} if self.objective == "edit" else set()

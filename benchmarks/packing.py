@@ -1,0 +1,124 @@
+"""What packing saves on rows of mixed lengths: real tokens per second, off-policy, in one run.
+
+    python benchmarks/packing.py                    # 4096 tokens, Llama 192 x 3 with a teacher of 5 layers, float32
+    python benchmarks/packing.py --quick            # the same code on a toy, for the tests
+    python benchmarks/packing.py --rounds 3 --json results.json
+
+Lengths are lognormal, as those of chats are: many short rows, few as long as `max_length`. Every contender trains over
+the same rows once, in turn, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from compare_trl import llama, word_tokenizer
+from measuring import machine, medians, write_results
+
+SIZE = {"vocab": 4096, "hidden": 192, "layers": 3, "teacher_layers": 5, "rows": 96, "median": 64, "length": 384}
+SIZE |= {"new_tokens": 0}
+QUICK = {"vocab": 512, "hidden": 32, "layers": 1, "teacher_layers": 2, "rows": 32, "median": 12, "length": 64}
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "batches of 8 rows": {"per_device_train_batch_size": 8},
+    "batches of 8 rows, grouped by length": {
+        "per_device_train_batch_size": 8,
+        "train_sampling_strategy": "group_by_length",
+    },
+    "packed, batches of 2": {"per_device_train_batch_size": 2, "packing": True},
+    "packed, batches of 2, eager attention": {
+        "per_device_train_batch_size": 2,
+        "packing": True,
+        "attention": "eager",
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a toy model and one round")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each contender, in turns")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--json", type=Path, help="write all measurements here")
+    options = parser.parse_args()
+    size = SIZE | (QUICK if options.quick else {})
+    described = f"{machine(options.threads)}\n\n{size}"
+    print(f"{described}\n")
+    few = {**size, "rows": 8}  # imports and first touches are nobody's cost
+    measure(CONTENDERS["batches of 8 rows"], few, options.threads)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    for _ in range(options.rounds):
+        for name, settings in CONTENDERS.items():
+            results[name].append(measure(settings, size, options.threads))
+    print(table(results))
+    write_results(options.json, described, results)
+
+
+def rows_of(size: dict[str, int]) -> list[dict[str, Any]]:
+    """Rows of random ids, three quarters of each trained."""
+    draw = random.Random(0)
+    lengths = [
+        min(size["length"], max(8, int(draw.lognormvariate(0, 0.8) * size["median"]))) for _ in range(size["rows"])
+    ]
+    texts = [[draw.randrange(4, size["vocab"]) for _ in range(length)] for length in lengths]
+    return [{"input_ids": ids, "labels": [-100] * (len(ids) // 4) + ids[len(ids) // 4 :]} for ids in texts]
+
+
+def measure(settings: dict[str, Any], size: dict[str, int], threads: int) -> dict[str, float]:
+    """Real tokens (without padding) per second, on the clock and of this process, over one epoch."""
+    import torch
+    from datasets import Dataset
+    from transformers.utils import logging
+
+    from distill_trainers import GKDConfig, GKDTrainer
+
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    settings = dict(settings)
+    attention = settings.pop("attention", "sdpa")
+    tokenizer, rows = word_tokenizer(size["vocab"]), rows_of(size)
+    with tempfile.TemporaryDirectory() as folder:
+        args = GKDConfig(
+            output_dir=folder,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_strategy="no",
+            num_train_epochs=1,
+            learning_rate=1e-5,
+            lmbda=0.0,
+            max_length=size["length"],
+            **settings,
+        )
+        pair = [
+            llama(tokenizer, size, size[layers], seed=seed) for seed, layers in ((1, "layers"), (2, "teacher_layers"))
+        ]
+        for model in pair:
+            model.set_attn_implementation(attention)
+        trainer = GKDTrainer(*pair, args, Dataset.from_list(rows), processing_class=tokenizer)
+        trainer.get_train_dataloader()  # packs
+        start, cpu_start = time.perf_counter(), time.process_time()
+        trainer.train()
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return {"steps": trainer.state.global_step, "per_second": tokens / seconds, "per_cpu_second": tokens / cpu_seconds}
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Medians over the rounds, and ratios to the first."""
+    found = medians(results)
+    base = next(iter(found.values()))
+    lines = ["| batches | steps | tokens per s | ratio | tokens per CPU s | ratio |", "|---|---|---|---|---|---|"]
+    for name, got in found.items():
+        cells = [f"{got[key]:.0f} | {got[key] / base[key]:.2f}" for key in ("per_second", "per_cpu_second")]
+        lines.append(f"| {name} | {got['steps']:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
