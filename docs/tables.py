@@ -20,7 +20,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 import distill_trainers
-from distill_trainers.trainers.fields import ARGUMENTS
+from distill_trainers.trainers.given.fields import ARGUMENTS
 
 DOCS = Path(__file__).parent
 TABLE = re.compile(r"(<!-- settings: (\w+) -->\n).*?(<!-- end of settings -->)", re.DOTALL)

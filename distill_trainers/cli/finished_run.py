@@ -13,6 +13,7 @@ from ..recipe.checks import datasets_of
 from ..recipe.parse import Recipe, RecipeArguments
 from ..run_files import STUDENT_INIT_NAME
 from ..storage import write_file
+from ..teachers.loading import has_files
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationSettings
@@ -41,6 +42,7 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
     told = {
         "version": _VERSION,
         "teacher": _whole_path(run.teacher_model_name_or_path),
+        "teacher_has_files": has_files(run.teacher_model_name_or_path, args),
         "baseline": _whole_path(recipe.model.model_name_or_path),  # none: it lies in the run's folder
         "loading": {name: getattr(args, name) for name in _LOADING},
         "data": data,
@@ -93,8 +95,6 @@ def take_up(args: Any, settings: EvaluationSettings) -> list[str]:
     Raises:
         ConfigurationError: there is no such run, or students are named beside it.
     """
-    from ..teachers.base import is_remote
-
     told, folder = recall(args.run), Path(args.run).expanduser()
     if args.student or args.students:
         raise ConfigurationError("The settings name `run`, and a student besides. Keep one of them.")
@@ -102,7 +102,7 @@ def take_up(args: Any, settings: EvaluationSettings) -> list[str]:
     baseline = told["baseline"] or str(folder / STUDENT_INIT_NAME)
     values = {"teacher": told["teacher"], "baseline": baseline, "output_dir": str(folder / "evaluation")}
     notes = []
-    if "teacher" not in args.given and is_remote(told["teacher"]):
+    if "teacher" not in args.given and told["teacher"] and not told["teacher_has_files"]:
         notes.append("The run's teacher is a server, which evaluation does not ask; name a model as `teacher` for it.")
         del values["teacher"]
     for name, value in {**values, **told["loading"]}.items():

@@ -40,10 +40,10 @@ from ..signals import TeacherSignal, TokenLogits
 from ..teachers import Teacher
 from ..teachers.base import Pair
 from ..teachers.loading import load_teacher
-from . import arguments
 from .config import DistillConfig, config_from_arguments
 from .dataloaders import Dataloaders
 from .evaluation_loop import TeacherForcedEvaluation
+from .given import arguments
 from .lifecycle import outage, publishing
 from .lifecycle.callbacks import StepLoss, TeacherKeeper
 from .lifecycle.checkpoints import Resuming

@@ -19,9 +19,9 @@ from ..rollouts import ENGINES
 from ..settings import documented, require, setting
 from ..teachers.options import TeacherOptions
 from ..value_types import check_finite, check_value_types, names_of_mappings, names_of_numbers
-from .carrying import carried
-from .fields import check_arguments
-from .packages import check_before_devices
+from .given.carrying import carried
+from .given.fields import check_arguments
+from .given.packages import check_before_devices
 
 
 @documented

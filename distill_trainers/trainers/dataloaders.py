@@ -14,8 +14,8 @@ from ..data.plain import plain_dataset
 from ..exceptions import DatasetError
 from ..requirements import Requirements
 from ..teachers import Teacher
-from . import arguments
-from .lengths import check_positions
+from .given import arguments
+from .given.lengths import check_positions
 from .lifecycle.completions import fill_with_teacher_completions
 from .lifecycle.order import train_sampler
 from .preflight import is_prepared, prepare_rows, read_stream, refuse_other_layout, tell_dataset

@@ -20,11 +20,11 @@ from ..rollouts import check_engine
 from ..teachers import loading
 from ..teachers.base import Pair, Teacher
 from ..teachers.rows import dataset_rows
-from .best_metric import check_best_metric
 from .config import DistillConfig
-from .lengths import check_positions
+from .given.best_metric import check_best_metric
+from .given.lengths import check_positions
+from .given.packages import check_packages
 from .lifecycle import held_out, publishing
-from .packages import check_packages
 from .student import student_config, student_tokenizer
 
 

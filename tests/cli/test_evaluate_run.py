@@ -155,7 +155,9 @@ def test_a_run_that_held_nothing_out_needs_data(finished, refusal):
 def test_a_teacher_behind_http_is_left_out_with_a_word(finished, capsys):
     folder = finished()
     file = folder / "evaluate.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "teacher": "http://127.0.0.1:9"}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "teacher": "http://127.0.0.1:9", "teacher_has_files": False})
+    )
     args, settings = parse_arguments(["--run", str(folder), "--metrics", "perplexity"])
     prepare_evaluation(args, settings)
     assert args.teacher is None and "teacher is a server" in capsys.readouterr().out

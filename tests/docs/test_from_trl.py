@@ -15,7 +15,7 @@ from transformers import Trainer
 from distill_trainers import DPKDConfig, GKDConfig, GKDTrainer
 from distill_trainers.recipe.parse import RecipeArguments
 from distill_trainers.toy import addition_dataset
-from distill_trainers.trainers.fields import ARGUMENTS
+from distill_trainers.trainers.given.fields import ARGUMENTS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -18,7 +18,7 @@ from distill_trainers import DPKDTrainer, GKDConfig, GKDTrainer, MiniLLMTrainer,
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.toy import addition_dataset, addition_rows
 from distill_trainers.trainers import METHODS
-from distill_trainers.trainers.arguments import ELSEWHERE
+from distill_trainers.trainers.given.arguments import ELSEWHERE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -171,7 +171,7 @@ def test_arguments_of_the_wrong_kind_are_refused_before_anything_loads(argument,
 
 def test_each_argument_has_a_kind():
     """So that a new one cannot be forgotten; datasets have refusals of their own."""
-    from distill_trainers.trainers.arguments import KINDS
+    from distill_trainers.trainers.given.arguments import KINDS
 
     assert {p.name for p in _parameters(GKDTrainer)} - KINDS.keys() == {"train_dataset", "eval_dataset"}
 

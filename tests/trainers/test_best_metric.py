@@ -6,7 +6,7 @@ from distill_trainers import DPKDConfig, GKDConfig, GKDTrainer, RationaleConfig,
 from distill_trainers.evaluation.measures import higher_is_better
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.toy import addition_dataset
-from distill_trainers.trainers.best_metric import scores_of
+from distill_trainers.trainers.given.best_metric import scores_of
 
 PLAIN = {"output_dir": "out", "use_cpu": True, "report_to": "none"}
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from distill_trainers import GKDConfig, MiniLLMConfig
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.toy import addition_dataset
-from distill_trainers.trainers.fields import ARGUMENTS
+from distill_trainers.trainers.given.fields import ARGUMENTS
 
 PLAIN = {"output_dir": "out", "use_cpu": True, "report_to": "none"}
 EVALUATES = {"eval_dataset": addition_dataset(8, seed=9), "eval_strategy": "steps", "eval_steps": 2}
@@ -19,7 +19,7 @@ EVALUATES = {"eval_dataset": addition_dataset(8, seed=9), "eval_strategy": "step
 
 def test_the_table_has_every_field_of_the_installed_transformers():
     missing = {f.name for f in fields(TrainingArguments)} - ARGUMENTS.keys()
-    assert not missing, "try each, and write a row for it in distill_trainers/trainers/fields.py"
+    assert not missing, "try each, and write a row for it in distill_trainers/trainers/given/fields.py"
 
 
 @pytest.mark.parametrize("name", [name for name, argument in ARGUMENTS.items() if argument.does != "acts"])

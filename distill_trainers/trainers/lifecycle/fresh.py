@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from ... import models
 from ...exceptions import ConfigurationError
-from .. import arguments
+from ..given import arguments
 from .checkpoints import read_method_state
 
 

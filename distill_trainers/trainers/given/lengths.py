@@ -10,11 +10,11 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from .. import models
-from ..exceptions import DatasetError
-from ..requirements import Requirements
-from ..teachers import loading
-from .config import DistillConfig
+from ... import models
+from ...exceptions import DatasetError
+from ...requirements import Requirements
+from ...teachers import loading
+from ..config import DistillConfig
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
-from ..settings import require
+from ...settings import require
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..exceptions import ConfigurationError
-from ..trl_names import HARMLESS, REFUSED
+from ...exceptions import ConfigurationError
+from ...trl_names import HARMLESS, REFUSED
 
 logger = logging.getLogger(__name__)
 

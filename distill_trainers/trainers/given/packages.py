@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from ..exceptions import ConfigurationError
+from ...exceptions import ConfigurationError
 
 # How the names of optimisers in transformers begin or end: module, and what to install.
 _OPTIMIZERS = {

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import models
-from ..data.formats import first_row
-from ..data.plain import plain_dataset
-from ..exceptions import ConfigurationError
-from ..teachers import Teacher
+from ... import models
+from ...data.formats import first_row
+from ...data.plain import plain_dataset
+from ...exceptions import ConfigurationError
+from ...teachers import Teacher
 
 _REWARD = "the reward is the teacher's log-probability; MiniLLMTrainer learns from it"
 _NO_TOOLS = "completions are sampled without tools or an environment; give rows that have the tool calls"

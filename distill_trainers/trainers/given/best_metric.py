@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from ..evaluation.measures import MEASURES
-from ..exceptions import ConfigurationError
-from .config import DistillConfig
+from ...evaluation.measures import MEASURES
+from ...exceptions import ConfigurationError
+from ..config import DistillConfig
 
 _ALWAYS = {"loss", "perplexity", "tokens", "runtime", "samples_per_second", "steps_per_second"}
 _OF_A_TEACHER = {"teacher_perplexity", "kl", "top1_agreement"}
