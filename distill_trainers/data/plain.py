@@ -82,6 +82,8 @@ def _from_rows(rows: Any, name: str) -> Dataset:
     try:
         while chunk := list(islice(read, _CHUNK)):
             parts.append(Dataset.from_list(chunk, features=parts[0].features if parts else None))
+    except DatasetError:
+        raise
     except (TypeError, ValueError) as error:  # also those of Arrow
         raise DatasetError(
             f"The rows of dataset {name!r} do not have the same columns and kinds of values: {error}. Expected "

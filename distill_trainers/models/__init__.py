@@ -46,6 +46,7 @@ from .loading import (
     settled_kwargs,
     source_of,
     which_files,
+    with_overrides,
     with_pad_token,
 )
 from .merging import (

@@ -92,7 +92,16 @@ def settled_kwargs(given: Mapping[str, Any] | None, setting: str) -> dict[str, A
     Raises:
         ConfigurationError: two dtypes that differ, or one that is not known.
     """
+    if not isinstance(given, Mapping | None) or not all(isinstance(name, str) for name in given or ()):
+        raise ConfigurationError(
+            f"Got `{setting}: {given!r}`; expected arguments of `from_pretrained` by name. Write a mapping, such as "
+            "{'dtype': 'bfloat16'}."
+        )
     kwargs = {name: value for name, value in (given or {}).items() if value is not None}
+    if kwargs.pop("output_loading_info", False):
+        raise ConfigurationError(
+            f"Got `output_loading_info` in `{setting}`, which asks for more than a model. Leave it out."
+        )
     older = kwargs.pop("torch_dtype", None)
     if older is not None and _dtype_name(kwargs.get("dtype", older)) != _dtype_name(older):
         raise ConfigurationError(
@@ -138,12 +147,21 @@ def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any
     model = model_class(load_config(name, role, **which_files(kwargs)))
     try:
         return model.from_pretrained(name, **kwargs)
+    except (torch.OutOfMemoryError, ConfigurationError):
+        raise
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
         raise ConfigurationError(
             f"Got `{setting}` with an argument that neither `from_pretrained` nor the {role}'s class takes: {error}. "
             "Leave it out."
+        ) from error
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # each library has its own
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        given = ", ".join(sorted(kwargs)) or "nothing"
+        raise ConfigurationError(
+            f"The {role} model {name!r} cannot be loaded: {reason}. Expected a whole model that takes what "
+            f"`from_pretrained` was given ({given}); look at its folder or Hub id, and at `{setting}`."
         ) from error
 
 
@@ -154,6 +172,16 @@ def refuse_two_quantizations(init_kwargs: Mapping[str, Any], setting: str) -> No
             f"Got a quantization both as `quantization_config` and in `{setting}`; expected one. Keep the argument "
             "`quantization_config` (in a recipe: `load_in_4bit`)."
         )
+
+
+def with_overrides(config: Any, init_kwargs: Mapping[str, Any]) -> Any:
+    """Return a configuration as `from_pretrained` with these arguments makes it: a config of its own, or set values."""
+    if init_kwargs.get("config") is not None and not isinstance(init_kwargs["config"], str):
+        return init_kwargs["config"]
+    for name in init_kwargs.keys() - {"dtype", *_WHICH_FILES}:
+        if name in vars(config):
+            setattr(config, name, init_kwargs[name])
+    return config
 
 
 def dtype_of(dtype: Any, config: Any) -> torch.dtype:

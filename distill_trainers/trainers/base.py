@@ -19,11 +19,12 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
@@ -59,9 +60,6 @@ from .preflight import Given, preflight
 from .protocol import Batch
 from .step import TwoModels
 from .student import load_student
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 
 class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders, TeacherForcedEvaluation):
@@ -139,7 +137,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            compute_metrics=compute_metrics,
+            compute_metrics=arguments.checked_metrics(compute_metrics),
             callbacks=list(callbacks or ()),
             optimizers=optimizers or (None, None),
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
@@ -258,7 +256,12 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self._eval_rows: list[Tensor] | None = None
         self._eval_names: list[str] = []
         self.last_eval_metrics: dict[str, float] = {}
-        self._eval_is_filled: dict[int, tuple[Any, Any]] = {}
+        self._eval_is_filled: dict[int, tuple[Any, ...]] = {}
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, a class or an instance; anything else would fail at the next event."""
+        arguments.check_kind(type(self).__name__, "callbacks", [callback], of="add_callback()")
+        super().add_callback(callback)
 
     def create_accelerator_and_postprocess(self) -> None:
         models.let_fsdp_shard_on_cpu(self.args)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasets import IterableDataset
+from datasets.fingerprint import Hasher
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from .. import hub
 from ..data.packing import is_packed_dataset, pack
 from ..data.plain import plain_dataset
-from ..exceptions import DatasetError
+from ..exceptions import ConfigurationError, DatasetError
 from ..requirements import Requirements
 from ..teachers import Teacher
 from .given import arguments
@@ -21,8 +23,15 @@ from .lifecycle.order import train_sampler
 from .preflight import is_prepared, prepare_rows, read_stream, refuse_other_layout, tell_dataset
 
 
+def _content(dataset: Any) -> str | None:
+    """A mark of rows that may change in place: those of a list, or of a dataset with another format or transform."""
+    return Hasher.hash(dataset) if isinstance(dataset, list | tuple) else getattr(dataset, "_fingerprint", None)
+
+
 class Dataloaders(Trainer):
     """What of `DistillTrainer` loads rows."""
+
+    _keeps_order = False
 
     if TYPE_CHECKING:
         args: Any
@@ -34,7 +43,7 @@ class Dataloaders(Trainer):
         eval_dataset: Any
         formatting_func: Callable[[Any], Any] | None
         _ready_train: Any
-        _eval_is_filled: dict[int, tuple[Any, Any]]
+        _eval_is_filled: dict[int, tuple[Any, ...]]
 
     def complete_eval(self, dataset: Any) -> Any:
         """Complete evaluation rows with whatever else the method wants, once they have their completions."""
@@ -87,15 +96,33 @@ class Dataloaders(Trainer):
                 names = sorted(self.eval_dataset) if isinstance(self.eval_dataset, Mapping) else "one without a name"
                 raise DatasetError(f"Got no evaluation set called {eval_dataset!r}; expected one of {names}.")
             eval_dataset = self.eval_dataset[eval_dataset]
-        return super().get_eval_dataloader(self._completed(self.eval_dataset if eval_dataset is None else eval_dataset))
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if eval_dataset is None:
+            raise DatasetError("Got no rows to evaluate on: pass `eval_dataset` to the trainer, or rows to `evaluate`.")
+        return super().get_eval_dataloader(self._completed(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Load rows for `predict`, as those of evaluation."""
-        return super().get_test_dataloader(self._completed(test_dataset, "test"))
+        """Load rows for `predict`, as those of evaluation, in their order: predictions are read beside rows."""
+        if test_dataset is None:
+            raise DatasetError("Got None as the rows to predict; expected a dataset, such as `trainer.eval_dataset`.")
+        self._keeps_order = True
+        try:
+            return super().get_test_dataloader(self._completed(test_dataset, "test"))
+        finally:
+            self._keeps_order = False
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # transformers groups by length what is predicted as well.
+        return SequentialSampler(eval_dataset) if self._keeps_order else super()._get_eval_sampler(eval_dataset)
 
     def _completed(self: Any, dataset: Any, name: str = "eval") -> Any:
-        known = self._eval_is_filled.get(id(dataset))
-        if known is None:
+        if self.model is None:
+            raise ConfigurationError(
+                "Got rows to score after `hyperparameter_search`, which has put its students away; expected one "
+                "that is trained. Call `train` first, with the best trial's settings in `args`."
+            )
+        known, content = self._eval_is_filled.get(id(dataset)), _content(dataset)
+        if known is None or known[0] != content:
             filled = self.prepared(dataset, name)
             if isinstance(filled, IterableDataset):
                 filled = read_stream(filled, name)
@@ -103,5 +130,6 @@ class Dataloaders(Trainer):
             filled = self.complete_eval(fill_with_teacher_completions(self, filled, replace=replaces))
             if filled is not dataset:
                 tell_dataset(self.teacher, filled, "evaluation")
-            known = self._eval_is_filled[id(dataset)] = (dataset, filled)  # holding it keeps its id taken
+            # Holding it keeps its id taken.
+            known = self._eval_is_filled[id(dataset)] = (content, filled, dataset)
         return known[1]

@@ -189,6 +189,8 @@ def preflight(given: Given) -> Ready:
     _check_architecture(config, teacher, args, wants)
     loading.refuse(pair, args, wants)
     _refuse_shared_weights(student, teacher)
+    _refuse_weights_without_values(student, "student")
+    _refuse_weights_without_values(loading.model_of(teacher), "teacher")
     _check_datasets(given, wants)
     quantized = given.quantized or "quantization_config" in (args.model_init_kwargs or {})
     publishing.check(args, given.base or student, adapted, quantized)
@@ -286,6 +288,23 @@ def _refuse_shared_weights(student: Any, teacher: Any) -> None:
             "and the base it was put on do), and the teacher's are frozen. Pass a copy as `teacher_model` "
             "(`copy.deepcopy(model)`, before it gets an adapter), or its name."
         )
+
+
+def _refuse_weights_without_values(model: Any, role: str) -> None:
+    """Refuse what torch refuses later, in words that name no model: weights on `meta`, or made to infer alone."""
+    if not isinstance(model, nn.Module):
+        return
+    for name, weight in model.named_parameters():
+        if weight.is_meta and not getattr(model, "hf_device_map", None):  # accelerate fetches what it has put away
+            raise ConfigurationError(
+                f"The {role}'s weight {name!r} is on the device `meta`, without values; expected a loaded model. Load "
+                "it with `from_pretrained`, without `init_empty_weights`."
+            )
+        if role == "student" and weight.is_inference():
+            raise ConfigurationError(
+                f"The student's weight {name!r} was made under `torch.inference_mode`, so that no gradient can flow "
+                "through it; expected one that trains. Load or build the model outside of it."
+            )
 
 
 def _check_datasets(given: Given, wants: Requirements) -> None:

@@ -15,7 +15,8 @@ from .config import DistillConfig
 def student_config(student: Any, args: DistillConfig) -> Any:
     """Return the student's configuration, read from its folder or the Hub if it is given by name."""
     if isinstance(student, str):
-        return models.load_config(student, "student", **args.files_of("student"))
+        given: Any = args.model_init_kwargs or {}
+        return models.with_overrides(models.load_config(student, "student", **args.files_of("student")), given)
     return getattr(models.causal_lm_of(student), "config", None)
 
 
@@ -50,7 +51,8 @@ def load_student(
     if isinstance(student, str):
         given = models.settled_kwargs(args.model_init_kwargs, "model_init_kwargs")  # type: ignore[arg-type]  # parsed
         kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **given}
-        student = models.load_causal_lm(student, role="student", quantization_config=quantization_config, **kwargs)
+        kwargs |= {} if quantization_config is None else {"quantization_config": quantization_config}
+        student = models.load_causal_lm(student, role="student", **kwargs)
     if peft_config is not None:
         student = models.add_adapter(student, peft_config, models.recomputes_activations(args))
     elif getattr(student, "active_peft_config", None) and student.active_peft_config.is_prompt_learning:

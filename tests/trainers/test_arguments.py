@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import typing
 import warnings
 from dataclasses import fields
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -18,6 +20,7 @@ from distill_trainers import DPKDTrainer, GKDConfig, GKDTrainer, MiniLLMTrainer,
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.toy import addition_dataset, addition_rows
 from distill_trainers.trainers import METHODS
+from distill_trainers.trainers.base import DistillTrainer
 from distill_trainers.trainers.given.arguments import ELSEWHERE
 
 with warnings.catch_warnings():
@@ -114,6 +117,12 @@ def test_signatures_show_the_parameters(trainer):
     assert not {p.kind for p in shown} & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_types_of_the_parameters_can_be_read(trainer):
+    assert typing.get_type_hints(trainer.__init__) and typing.get_type_hints(DistillTrainer.__init__)["peft_config"]
+    assert typing.get_type_hints(trainer.config_class)["max_length"]
+
+
 def test_a_subclass_with_arguments_of_its_own_shows_both():
     class Mine(RationaleTrainer):
         def __init__(self, *args, shade: str = "blue", **kwargs):
@@ -177,7 +186,7 @@ def test_each_argument_has_a_kind():
 
 
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
-@pytest.mark.parametrize("rows", ["data.jsonl", 3, addition_dataset])
+@pytest.mark.parametrize("rows", ["data.jsonl", 3, addition_dataset, np.arange(3), pandas.DataFrame({"prompt": ["1"]})])
 def test_datasets_of_the_wrong_kind_are_refused(make_trainer, make_student, tokenizer, name, rows):
     arguments = {"train_dataset": addition_dataset(4), name: rows}
     with pytest.raises(DatasetError, match="expected datasets.Dataset"):
@@ -296,6 +305,13 @@ def test_a_metric_of_ones_own_takes_the_place_of_ours_and_the_loss_stays(make_tr
     assert caplog.text.count("`compute_metrics` returns eval_perplexity") == 1
 
 
+@pytest.mark.parametrize("made", [None, 3.0, [0.5]])
+def test_metrics_that_are_no_dictionary_are_refused(make_trainer, made):
+    trainer = make_trainer(eval_dataset=addition_dataset(4), compute_metrics=lambda prediction: made)
+    with pytest.raises(ConfigurationError, match=f"returned an object of type {type(made).__name__}"):
+        trainer.evaluate()
+
+
 @pytest.mark.parametrize("method", ["dpkd", "rationale"])
 def test_metrics_are_of_one_row_for_each_example(make_trainer, rows_for, method):
     """The chosen response of a pair, and the answer of a question with a rationale."""
@@ -391,13 +407,35 @@ def test_rows_are_written_by_a_function(make_trainer, function, right, stream):
     [
         (lambda row: row["text"], "fails on the first row of dataset 'train', whose columns are .'a', 'b'.*KeyError"),
         (lambda row: 3, "returned an object of type int for a row"),
-        (lambda row: ["one text"], "returned 1 values for a batch of 8 rows"),
+        (lambda row: ["one text"], "returned a list for the first row of dataset 'train'"),
+        (lambda rows: ["two texts"] * min(2, len(rows["a"])), "returned 2 values for a batch of 8 rows"),
         (lambda rows: [1] * len(rows["a"]), "expected a list with one text for each row"),
     ],
 )
 def test_a_function_that_writes_no_rows_is_refused(make_trainer, function, words):
     with pytest.raises(ConfigurationError, match=words):
         make_trainer(train=SOURCE, formatting_func=function)
+
+
+def _adds_a_column(row):
+    row["text"] = row["a"] + row["b"]
+    return row
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_function_may_change_the_row_that_it_is_given(make_trainer, stream):
+    """Its other columns are of no layout, and do not stand in the way."""
+    rows = SOURCE.to_iterable_dataset() if stream else SOURCE
+    trainer = make_trainer(train=rows, formatting_func=_adds_a_column, lmbda=0.0)
+    right = make_trainer(train=[{"text": row["a"] + row["b"]} for row in SOURCE], lmbda=0.0)
+    assert [row["input_ids"] for row in trainer.train_dataset] == [row["input_ids"] for row in right.train_dataset]
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_list_of_one_text_for_a_row_is_refused(make_trainer, count):
+    """As a batch of one row it would go through, with the brackets of the list in its text."""
+    with pytest.raises(ConfigurationError, match="returned a list for the first row of dataset 'train'"):
+        make_trainer(train=SOURCE.select(range(count)), formatting_func=lambda row: [f"{row['a']}{row['b']}"])
 
 
 def test_a_function_for_rows_that_are_tokenised_is_refused(make_trainer):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoConfig, BitsAndBytesConfig, LlamaForCausalLM
 
 from distill_trainers import GKDConfig, GKDTrainer, models
 from distill_trainers.evaluation.runner import make_subjects
@@ -131,7 +132,7 @@ def test_rollouts_use_the_cache_whatever_the_config_says(make_named):
 
     trainer.model.model.forward = spy
     prompt = torch.tensor([[1, 2, 3]])
-    decode_completions(trainer.model, prompt, torch.ones_like(prompt), SamplingSettings(3), None)
+    decode_completions(trainer.model, prompt, torch.ones_like(prompt), SamplingSettings(3, temperature=0.0), None)
     assert calls and all(calls)
 
 
@@ -179,3 +180,53 @@ def test_a_subfolder_is_read_whole(make_named, subfolder):
     trainer = make_named({"subfolder": "inner"}, model=subfolder)
     assert type(trainer.model).__name__ == "LlamaForCausalLM"
     assert len(trainer.processing_class) == trainer.model.config.vocab_size
+
+
+def test_a_quantization_among_the_arguments_reaches_the_student(make_named, monkeypatch):
+    """TRL's scripts write it there. What quantises is not installed everywhere, so what is asked for is looked at."""
+    asked, load = [], LlamaForCausalLM.from_pretrained
+
+    def from_pretrained(name, **kwargs):
+        asked.append(kwargs.pop("quantization_config", None))
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    make_named({"quantization_config": four_bits}, {"quantization_config": {"load_in_8bit": True, "quant_method": "x"}})
+    assert asked == [four_bits, {"load_in_8bit": True, "quant_method": "x"}]
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"attn_implementation": "fast"}, 'attn_implementation="fast"'),
+        ({"attn_implementation": "flash_attention_2"}, "FlashAttention2"),
+        ({"variant": "fp16"}, "no file named model.fp16.safetensors"),
+        ({"vocab_size": 20}, "ignore_mismatched_sizes"),
+        ({"dtype": torch.int8}, "not a floating-point dtype"),
+    ],
+)
+def test_what_a_library_refuses_is_told_with_its_setting(make_named, role, kwargs, words):
+    setting = {"student": "model_init_kwargs", "teacher": "teacher_model_init_kwargs"}[role]
+    with pytest.raises(ConfigurationError) as error:
+        make_named(**{role: kwargs})
+    text = str(error.value)
+    assert words in text and f"The {role} model" in text and f"`{setting}`" in text and next(iter(kwargs)) in text
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("kwargs", ["auto", {1: 2}, {"output_loading_info": True}, ["dtype"]])
+def test_what_is_no_argument_of_a_model_is_refused(make_named, role, kwargs):
+    with pytest.raises(ConfigurationError, match="model_init_kwargs"):
+        make_named(**{role: kwargs})
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("form", ["value", "config"])
+def test_positions_that_are_overridden_are_those_that_rows_are_held_against(make_named, saved, caplog, role, form):
+    kwargs = {"max_position_embeddings": 5}
+    if form == "config":
+        kwargs = {"config": AutoConfig.from_pretrained(getattr(saved, role), **kwargs)}
+    make_named(**{role: kwargs})
+    assert "positions" in caplog.text and role in caplog.text

@@ -258,3 +258,33 @@ def test_a_teacher_that_requires_gradients_gets_none(make_trainer, make_student,
     trainer.train()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+# ---- Weights without values -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_weights_on_meta_are_named(make_trainer, make_student, role):
+    with torch.device("meta"):
+        model = type(make_student())(make_student().config)
+    with pytest.raises(ConfigurationError, match=f"The {role}'s weight 'model.embed_tokens.weight' is on .* `meta`"):
+        make_trainer(**{role: model})
+
+
+@pytest.mark.parametrize("part", ["whole", "head"])
+def test_a_student_made_to_infer_alone_is_named(make_trainer, make_student, part):
+    with torch.inference_mode():
+        model = make_student(tie_word_embeddings=False)
+    if part == "head":
+        head, model = model.lm_head, make_student(tie_word_embeddings=False)
+        model.lm_head = head
+    with pytest.raises(ConfigurationError, match="made under `torch.inference_mode`"):
+        make_trainer(model)
+
+
+def test_a_teacher_made_to_infer_alone_is_a_teacher(make_trainer, make_teacher, by_step):
+    with torch.inference_mode():
+        teacher = make_teacher()
+    trainer, plain = make_trainer(teacher=teacher), make_trainer()
+    trainer.train(), plain.train()
+    assert by_step(trainer) == by_step(plain)

@@ -179,6 +179,40 @@ def test_rows_that_come_later_may_be_a_list(make_trainer, by_step):
     assert trainer.predict(rows).metrics["test_loss"] == trainer.evaluate(Dataset.from_list(rows))["eval_loss"]
 
 
+def _replaced(rows):
+    rows[:] = addition_rows(6, seed=6)
+
+
+def _edited(rows):
+    for row, new in zip(rows, addition_rows(6, seed=6), strict=True):
+        row.update(new)
+
+
+@pytest.mark.parametrize("change, kind", [(_replaced, list), (_edited, list), (_edited, tuple)])
+def test_rows_that_change_in_place_are_read_again(make_trainer, change, kind):
+    trainer, rows = make_trainer(), kind(addition_rows(6, seed=5))
+    before = trainer.evaluate(rows)["eval_loss"]
+    assert trainer.evaluate(rows)["eval_loss"] == before
+    change(rows)
+    right = trainer.evaluate(addition_dataset(6, seed=6))["eval_loss"]
+    assert trainer.evaluate(rows)["eval_loss"] == trainer.predict(rows).metrics["test_loss"] == right != before
+
+
+def test_a_format_that_comes_later_is_read(make_trainer):
+    trainer, rows = make_trainer(), addition_dataset(6, seed=5)
+    other = {row["prompt"]: new for row, new in zip(rows, addition_rows(6, seed=6), strict=True)}
+    trainer.evaluate(rows)
+    columns = ("prompt", "completion")
+    rows.set_transform(lambda batch: {name: [other[prompt][name] for prompt in batch["prompt"]] for name in columns})
+    assert trainer.evaluate(rows)["eval_loss"] == trainer.evaluate(addition_dataset(6, seed=6))["eval_loss"]
+
+
+@pytest.mark.parametrize("call", [lambda t: t.evaluate(), lambda t: t.predict(None), lambda t: t.get_eval_dataloader()])
+def test_no_rows_are_named(make_trainer, call):
+    with pytest.raises(DatasetError, match="Got no rows to evaluate|Got None as the rows"):
+        call(make_trainer())
+
+
 def test_predictions_are_the_logits_of_the_rows(make_trainer):
     trainer = make_trainer()
     output = trainer.predict(addition_dataset(3, seed=5))
@@ -187,6 +221,20 @@ def test_predictions_are_the_logits_of_the_rows(make_trainer):
         with torch.no_grad():
             logits = trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].numpy()
         np.testing.assert_allclose(output.predictions[k, : len(logits)], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_are_in_the_order_of_the_rows(make_trainer):
+    rows = addition_dataset(12, seed=5)
+    expected = make_trainer().predict(rows)
+    output = make_trainer(train_sampling_strategy="group_by_length", per_device_eval_batch_size=4).predict(rows)
+    assert (output.label_ids == expected.label_ids).all()
+    np.testing.assert_allclose(output.predictions[:, :5], expected.predictions[:, :5], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_callback_is_refused_whenever_it_comes(make_trainer):
+    for wrong in (3, {}, print, PrinterCallback().on_log):
+        with pytest.raises(ConfigurationError, match=r"as `add_callback\(\)`; expected a list of TrainerCallbacks"):
+            make_trainer().add_callback(wrong)
 
 
 def test_the_loss_alone_is_predicted_where_that_is_asked_for(make_trainer):
@@ -323,3 +371,19 @@ def test_a_printer_can_be_removed(make_trainer):
 def test_a_search_without_students_is_refused_by_name(make_trainer):
     with pytest.raises(ConfigurationError, match="model_init=function"):
         make_trainer(method="minillm").hyperparameter_search(n_trials=1)
+
+
+def test_the_card_of_tuples_is_read_by_the_hub(make_trainer):
+    trainer = make_trainer()
+    trainer.create_model_card(language=("en", "de"), tags=("a", "b"), dataset_tags={"o/a"}, dataset=("A",))
+    header, card = _header(trainer)
+    assert header["language"] == ["en", "de"] and header["datasets"] == ["o/a"] and {"a", "b"} <= set(header["tags"])
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{"finetuned_from": ["a/b"]}, {"language": 3}, {"tags": [1]}, {"dataset_args": {"a": 1}}, {"license": ["x"]}],
+)
+def test_what_is_no_text_is_refused_on_a_card(make_trainer, wish):
+    with pytest.raises(ConfigurationError, match=f"Got `{next(iter(wish))}=.* expected a text"):
+        make_trainer().create_model_card(**wish)

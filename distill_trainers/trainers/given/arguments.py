@@ -85,8 +85,28 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2
 
 
-def _takes_a_trial(value: Any) -> bool:
-    return callable(value) and len(inspect.signature(value).parameters) <= 1
+def takes_trial(value: Any) -> bool | None:
+    """Tell whether a `model_init` is called with the trial; None where it is none at all.
+
+    With it, as in transformers, if it has one parameter; also if the trial is all it needs, or its first is so called.
+    """
+    if not callable(value) or isinstance(value, nn.Module):
+        return None
+    try:
+        parameters = list(inspect.signature(value).parameters.values())
+    except (TypeError, ValueError):  # functions of C that do not tell
+        return None
+    one = inspect.Parameter
+    needed = [p for p in parameters if p.default is one.empty and p.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    places = [p for p in parameters if p.kind not in (one.KEYWORD_ONLY, one.VAR_KEYWORD)]
+    if needed:
+        return True if needed == places[:1] else None
+    return bool(places) and (len(parameters) == 1 or places[0].name == "trial")
+
+
+def made_by(model_init: Any, trial: Any) -> Any:
+    """Call a `model_init`, with the trial if it takes one."""
+    return model_init(trial) if takes_trial(model_init) else model_init()
 
 
 _TOKENIZER = Kind(
@@ -122,7 +142,10 @@ KINDS = {
     "formatting_func": _FUNCTION,
     "compute_metrics": _FUNCTION,
     "preprocess_logits_for_metrics": _FUNCTION,
-    "model_init": Kind(_takes_a_trial, "a function of no argument, or of the trial, that returns a student"),
+    "model_init": Kind(
+        lambda value: takes_trial(value) is not None and not (isinstance(value, type) and issubclass(value, nn.Module)),
+        "a function of no argument, or of the trial, that returns a student",
+    ),
 }
 # Where one of the wrong kind belongs; also what is left of a call written in another trainer's order.
 _BELONGS = (
@@ -161,7 +184,9 @@ def checked(init: Callable[..., None]) -> Callable[..., None]:
         except TypeError as error:
             raise ConfigurationError(f"{name} got arguments that do not go together: {error}.") from error
         refuse_unknown(type(self), given.get("unknown", {}))
-        given = {argument: value for argument, value in given.items() if value is not None and value != (None, None)}
+        given = {argument: value for argument, value in given.items() if value is not None}
+        if _is_pair(given.get("optimizers")) and all(part is None for part in given["optimizers"]):
+            del given["optimizers"]
         for argument in KINDS.keys() & given.keys():
             check_kind(name, argument, given[argument])
         for one, other, reason in _EXCLUSIVE:
@@ -249,14 +274,19 @@ def formatted(dataset: Any, formatting_func: Callable[[Any], Any] | None, name: 
         raise ConfigurationError(
             f"Got `formatting_func` with dataset {name!r}, whose rows are tokenised already. Leave it out."
         )
+    columns = list(row)
     is_batched = _takes_batches(formatting_func, row, name)
     work = functools.partial(_format_rows if is_batched else _format_row, formatting_func, name)
-    return dataset.map(work, batched=is_batched, remove_columns=list(row))
+    return dataset.map(work, batched=is_batched, remove_columns=columns)
 
 
 def _takes_batches(formatting_func: Callable[[Any], Any], row: Mapping[str, Any], name: str) -> bool:
     try:
-        return isinstance(formatting_func(row), list)
+        if not isinstance(formatting_func(dict(row)), list):
+            return False
+        with contextlib.suppress(Exception):
+            if len(formatting_func({column: [value, value] for column, value in row.items()})) == 2:
+                return True
     except Exception as error:  # whatever a user's function raises
         with contextlib.suppress(Exception):
             if isinstance(formatting_func({column: [value] for column, value in row.items()}), list):
@@ -265,6 +295,10 @@ def _takes_batches(formatting_func: Callable[[Any], Any], row: Mapping[str, Any]
             f"`formatting_func` fails on the first row of dataset {name!r}, whose columns are {sorted(row)}: "
             f"{type(error).__name__}: {error}. It is given a row, and returns a text."
         ) from error
+    raise ConfigurationError(
+        f"`formatting_func` returned a list for the first row of dataset {name!r}, and of two rows not two texts; "
+        "expected a text for a row, or for a batch (a mapping of lists) a list of texts."
+    )
 
 
 def _format_row(formatting_func: Callable[[Any], Any], name: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,6 +324,24 @@ def _format_rows(formatting_func: Callable[[Any], Any], name: str, rows: Mapping
     return {"text": made}
 
 
+def checked_metrics(compute_metrics: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Let `compute_metrics` refuse what is no dictionary; in the midst of `batch_eval_metrics` nothing is awaited."""
+    if compute_metrics is None:
+        return None
+
+    @functools.wraps(compute_metrics)
+    def metrics(*args: Any, **kwargs: Any) -> Any:
+        made = compute_metrics(*args, **kwargs)
+        if kwargs.get("compute_result", True) and not isinstance(made, dict):
+            raise ConfigurationError(
+                f"`compute_metrics` returned an object of type {type(made).__name__}; expected a dictionary of metrics "
+                "by name. Return one, such as {'accuracy': 0.5}."
+            )
+        return made
+
+    return metrics
+
+
 # ---- Hyperparameter search ------------------------------------------------------------------------------------------
 
 
@@ -298,8 +350,19 @@ def checked_space(space: Callable[[Any], Any], args: Any) -> Callable[[Any], Any
     fields = {field.name: field for field in dataclasses.fields(args)}
     searched = {field.name for field in dataclasses.fields(TrainingArguments)}
 
+    if not callable(space):
+        raise ConfigurationError(
+            f"Got an object of type {type(space).__name__} as `hp_space`; expected a function of the trial. Write "
+            "`lambda trial: {'learning_rate': trial.suggest_float('learning_rate', 1e-5, 1e-3, log=True)}`."
+        )
+
     def refusing(trial: Any) -> Any:
         given = space(trial)
+        if not isinstance(given, Mapping):
+            raise ConfigurationError(
+                f"`hp_space` returned an object of type {type(given).__name__}; expected settings by name. Return one, "
+                "such as {'learning_rate': 1e-4}."
+            )
         for name in given.get("parameters", given):
             if name not in fields:
                 close = difflib.get_close_matches(name, fields, n=3)

@@ -43,7 +43,9 @@ def check_positions(
     if frozen is not None and hasattr(frozen, "config"):
         roles.append(("teacher", frozen, frozen.config))
     elif isinstance(teacher, str) and loading.has_files(teacher, args):
-        roles.append(("teacher", teacher, models.load_config(teacher, "teacher", **args.files_of("teacher"))))
+        config = models.load_config(teacher, "teacher", **args.files_of("teacher"))
+        given: Any = args.teacher_model_init_kwargs or {}
+        roles.append(("teacher", teacher, models.with_overrides(config, given)))
     for role, source, config in roles:
         context = None if wants.encoder_decoder else models.positions_of(config)
         if context is None or tokens <= context:

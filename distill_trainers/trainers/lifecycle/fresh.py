@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
@@ -12,6 +13,10 @@ from ... import models
 from ...exceptions import ConfigurationError
 from ..given import arguments
 from .checkpoints import read_method_state
+
+
+def _loss(metrics: Mapping[str, float]) -> float:
+    return metrics["eval_loss"]
 
 
 class FreshStudents(Trainer):
@@ -34,7 +39,7 @@ class FreshStudents(Trainer):
             ConfigurationError: it returned something else.
         """
         set_seed(self.args.seed)
-        source = models.compiled_by_layer(arguments.plain(super().call_model_init(trial)))
+        source = models.compiled_by_layer(arguments.plain(arguments.made_by(self.model_init, trial)))
         arguments.check_kind(type(self).__name__, "model", source, of="model_init()")
         if isinstance(source, nn.Module) and source is getattr(self, "student_source", None):
             raise ConfigurationError(
@@ -49,11 +54,16 @@ class FreshStudents(Trainer):
         models.compile_for_launch(student, self.args, self.accelerator)
         return student
 
-    def hyperparameter_search(self, hp_space: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Do as `transformers.Trainer.hyperparameter_search`.
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Do as `transformers.Trainer.hyperparameter_search`; without `compute_objective`, `eval_loss` is minimised.
+
+        The sum of all metrics, which transformers takes, would add agreement to perplexity and the count of tokens.
 
         Raises:
-            ConfigurationError: there is no `model_init`, or `hp_space` names what acts while the trainer is made.
+            ConfigurationError: there is no `model_init`; `hp_space` names what acts while the trainer is made; nothing
+                is evaluated, or what the search is for is not said and not the loss alone.
         """
         if self.model_init is None:
             raise ConfigurationError(
@@ -61,8 +71,23 @@ class FreshStudents(Trainer):
                 f"trainer with `{type(self).__name__}(model_init=function, …)` in place of `model=`, where "
                 "`function()` returns a folder, a Hub id or a new model."
             )
+        if self.eval_dataset is None:
+            raise ConfigurationError(
+                "Got `hyperparameter_search` without `eval_dataset`; expected one, as trials are compared by "
+                "what evaluation gives. Pass it to the trainer."
+            )
+        if compute_objective is None and (self.compute_metrics is not None or isinstance(self.eval_dataset, Mapping)):
+            raise ConfigurationError(
+                "Got `hyperparameter_search` with metrics of your own or several evaluation sets; expected to be told "
+                "what is compared. Pass `compute_objective=lambda metrics: metrics['eval_…']` and its `direction`."
+            )
+        if compute_objective is None and kwargs.get("direction", "minimize") != "minimize":
+            raise ConfigurationError(
+                f"Got `direction={kwargs['direction']!r}` without `compute_objective`, whose default is `eval_loss`; "
+                "expected 'minimize'. Pass `compute_objective=lambda metrics: metrics['eval_…']`."
+            )
         space = None if hp_space is None else arguments.checked_space(hp_space, self.args)
-        return super().hyperparameter_search(space, *args, **kwargs)
+        return super().hyperparameter_search(space, compute_objective or _loss, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
         # The one place between a new student, a trial's settings, and the first step.

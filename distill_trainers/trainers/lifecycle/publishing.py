@@ -231,14 +231,26 @@ class Publishing(Trainer):
 
         The arguments are those of `transformers.Trainer`, and TRL's `dataset_name`, which is a Hub id as `dataset_tags`
         are. What is given once stays in every later card of the run.
+
+        Raises:
+            ConfigurationError: an argument is neither text nor, where several make sense, a list of texts.
         """
+        words = {"license": license, "model_name": model_name, "finetuned_from": finetuned_from}
+        several = {"language": language, "tags": tags, "tasks": tasks, "dataset_tags": dataset_tags}
+        several |= {"dataset": dataset, "dataset_args": dataset_args, "dataset_name": dataset_name}
+        for name, value in {**words, **several}.items():
+            parts = value if name in several and isinstance(value, list | tuple | set) else [value]
+            if not all(isinstance(part, str | None) for part in parts):
+                expected = "a text or a list of texts" if name in several else "a text"
+                raise ConfigurationError(f"Got `{name}={value!r}` for the model card; expected {expected}.")
         lists = {"tags": tags, "tasks": tasks, "datasets": dataset_tags or dataset_name}
         lists |= {"dataset_names": dataset, "dataset_args": dataset_args}
         wishes: dict[str, Any] = {
             name: [value] if isinstance(value, str) else list(value) for name, value in lists.items() if value
         }
-        words = {"language": language, "model_name": model_name, "finetuned_from": finetuned_from}
-        wishes |= {name: word for name, word in words.items() if word}
+        wishes |= {name: word for name, word in words.items() if word and name != "license"}
+        if language:
+            wishes["language"] = language if isinstance(language, str) else list(language)
         self._wishes = replace(self._wishes, **wishes)
         if license is not None:
             self.args.card_license = license
