@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 
 import pytest
@@ -246,7 +247,9 @@ def test_a_cache_teaches_alone_once_it_is_full(make_trainer, make_teacher, by_st
 
 def test_a_quantized_teacher_has_a_cache_of_its_own(make_trainer, saved, tmp_path, monkeypatch):
     """It answers otherwise than the whole one."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    find = importlib.util.find_spec
+    pretend = lambda name, package=None: object() if name == "bitsandbytes" else find(name, package)  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", pretend)
     folder = str(tmp_path / "cache")
     make_trainer(teacher=saved.teacher, teacher_cache=folder, **RUN).train()
     with pytest.raises(ConfigurationError, match="quantized-8bit"):
