@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_trainers.data.arrow import without_filling
 from distill_trainers.data.conversations import tokenize_conversation
-from distill_trainers.data.formats import DatasetType, as_text, is_conversation
+from distill_trainers.data.formats import DatasetType, as_text, check_columns, is_conversation
 from distill_trainers.data.labels import IGNORED, completion_labels
 from distill_trainers.data.texts import ended, split_text, text_ids
 from distill_trainers.exceptions import DatasetError
@@ -51,6 +51,7 @@ def tokenize_row(
         DatasetError: a value of the wrong kind, or a conversation that the chat template cannot split.
     """
     row = without_filling(row, features)
+    check_columns(row, dataset_type)
     if dataset_type == "tokenized":
         return _from_tokens(row, tokenizer)
     if dataset_type == "text":
