@@ -180,3 +180,21 @@ def test_rows_of_numbers_are_no_json():
     rows = plain_dataset([{"input_ids": [1, 2], "note": {"a": 1}}, {"input_ids": [3], "note": None}])
     assert rows.features["input_ids"].feature == Value("int32") or rows.features["input_ids"].feature == Value("int64")
     assert rows[:]["input_ids"] == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": None}, "'input_ids' holds NoneType"),
+        ({"input_ids": [1, None, 3]}, "expected a list of whole numbers"),
+        ({"input_ids": [[4, 5]]}, "expected a list of whole numbers"),
+        ({"input_ids": "4 5"}, "'input_ids' holds str"),
+        ({"input_ids": [1.5, 2.5]}, "expected a list of whole numbers"),
+        ({"input_ids": [4, 5, 6], "loss_mask": [0, 1, 7]}, "loss_mask has 7"),
+        ({"input_ids": [4, 5, 6], "completion_mask": [0, None, 1]}, "completion_mask has None"),
+        ({"input_ids": [4, 5, 6], "attention_mask": [1, 1]}, "attention_mask of 2"),
+    ],
+)
+def test_tokens_and_masks_of_another_kind_are_refused(tokenizer, row, message):
+    with pytest.raises(DatasetError, match=message):
+        whole(tokenizer, [row])
