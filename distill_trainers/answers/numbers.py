@@ -26,11 +26,16 @@ _PARTS |= {"tenth": 10, "eleventh": 11, "twelfth": 12, "sixteenth": 16, "twentie
 _PARTS |= {f"{name}th": _SCALES[name] for name in ("hundred", "thousand", "million", "billion", "trillion")}
 # Those that may change it in a way that is not read here. All other words are its unit.
 _UNREAD = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety tens score gross myriad myriads mil
-mio mrd milliard milliards thou cr quarter quarters squared cubed root factorial pi doubled tripled halved twice thrice
-fold"""
+seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety twos threes fours fives sixes sevens
+eights nines tens twenties thirties forties fifties sixties seventies eighties nineties score gross myriad myriads mil
+mill mille permille mio mia mrd thou tsd tausend googol bil tril cr quarter quarters squared cubed root factorial pi
+double doubled triple tripled quadruple quintuple halved twice thrice fold"""
 _UNREAD_WORDS = frozenset(_UNREAD.split())
+# Quintillion, milliards, Millionen, millones; fifteenths and fortieths; tenfold.
+_UNREAD_FORMS = re.compile(r"\w{0,12}illi?(?:on|ard)\w{0,8}|\w{1,12}(?:teen|ie)ths?|\w{1,12}fold")
 CHANGING_WORDS = "|".join([*(f"{name}s?" for name in (*_SCALES, *_PARTS)), *sorted(_UNREAD_WORDS - {"one", "score"})])
+CHANGING_WORDS += f"|{_UNREAD_FORMS.pattern}"
+RAISED, LOWERED = "⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿⁱ", "₀-₉₊₋₍₎"  # as ranges of a pattern
 
 _ARITHMETIC = re.compile(r"[\d\s.+\-*/()]+")
 _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
@@ -43,6 +48,7 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 def normalised(text: str) -> str:
     """Unify compatible characters (full-width and other scripts' digits become ASCII) and spaces."""
+    text = re.sub(f"([{LOWERED}]+)", r"_\1", re.sub(f"([{RAISED}]+)", r"^\1", text))  # 5² is not 52
     text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("×", "*").replace("÷", "/")
     digits = (str(unicodedata.digit(c)) if not c.isascii() and c.isdecimal() else c for c in text)
     return " ".join("".join(digits).split())
@@ -78,13 +84,14 @@ def _scaled(number: Fraction, words: list[str]) -> Fraction | None:
     scales: list[Fraction] = []
     parts: list[Fraction] = []
     has_unit = False
-    for word in map(str.lower, words):
+    for written in words:
+        word = written.lower()
         name = word.removesuffix("s")
         if name in _SCALES and not has_unit:
             scales.append(Fraction(_SCALES[name]))
         elif name in _PARTS and not has_unit and (number == 1 or name != word):  # 5 fifths, but no 5 fifth
             parts.append(Fraction(1, _PARTS[name]))
-        elif name in _SCALES or name in _PARTS or word in _UNREAD_WORDS:
+        elif name in _SCALES or name in _PARTS or _is_unread(word) or written == "MM":  # millions, not millimetres
             return None
         else:
             has_unit = True
@@ -92,6 +99,10 @@ def _scaled(number: Fraction, words: list[str]) -> Fraction | None:
     if len(parts) + bool(scales) > 1 or (has_unit and words[0].lower() == "grand"):
         return None
     return number * math.prod(scales + parts)
+
+
+def _is_unread(word: str) -> bool:
+    return word in _UNREAD_WORDS or _UNREAD_FORMS.fullmatch(word) is not None
 
 
 def same_number(one: Fraction, other: Fraction) -> bool:

@@ -148,9 +148,9 @@ def _without_rejected(rows: Any) -> Any:
     first = first_row(rows, name="eval")
     if not is_pair(first):
         return rows
-    return rows.map(
-        lambda row: dict(zip(("prompt", "completion"), split_pair(row), strict=False)), remove_columns=list(first)
-    )
+    # The rest, such as `tools` and `system`, belongs to the prompt.
+    read = [name for name in ("chosen", "rejected", "prompt", "messages", "conversations") if name in first]
+    return rows.map(lambda row: dict(zip(("prompt", "completion"), split_pair(row), strict=False)), remove_columns=read)
 
 
 def _question_prompt(args: Any, tokenizer: Any) -> dict[str, str]:

@@ -117,4 +117,4 @@ def _member(feature: Any, key: str) -> Any:
 
 
 def _item(feature: Any) -> Any:
-    return getattr(feature, "feature", None)
+    return feature if _is_json(feature) else getattr(feature, "feature", None)

@@ -252,9 +252,9 @@ def _training_template(tokenizer: PreTrainedTokenizerBase, _template: str) -> st
     # The second argument is part of the key only: a tokenizer whose template was replaced is another case.
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    if has_generation_markers(tokenizer.chat_template):
-        return None
     try:
+        if has_generation_markers(tokenizer.chat_template):
+            return None
         return get_training_chat_template(tokenizer)
     except _failures():
         return None
@@ -262,8 +262,12 @@ def _training_template(tokenizer: PreTrainedTokenizerBase, _template: str) -> st
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token with which the tokenizer's chat template ends an assistant's turn; None without one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
+    template = getattr(tokenizer, "chat_template", None)
+    return _turn_end_id(tokenizer, str(template), len(tokenizer)) if template else None
+
+
+@lru_cache(maxsize=8)
+def _turn_end_id(tokenizer: PreTrainedTokenizerBase, _template: str, _tokens: int) -> int | None:
     try:
         text = Chat(tokenizer).conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     except DatasetError:  # a template that wants more than messages

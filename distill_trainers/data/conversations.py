@@ -15,6 +15,7 @@ from distill_trainers.data.chat import (
     RenderingError,
     split_conversation,
     training_template,
+    turn_end_id,
 )
 from distill_trainers.data.formats import DatasetType, as_messages, conversation_of
 from distill_trainers.data.labels import completion_labels, labels_of
@@ -54,6 +55,9 @@ def tokenize_conversation(
     else:
         prompt = as_messages(row["prompt"], role="user")
         completion = as_messages(row["completion"], role="assistant") if dataset_type == "prompt_completion" else []
+    system = row.get("system")  # LLaMA-Factory's ShareGPT keeps it in a column of its own
+    if isinstance(system, str) and system.strip() and not (prompt and prompt[0]["role"] in ("system", "developer")):
+        prompt = [{"role": "system", "content": system}, *prompt]
     if not prompt:
         # No template renders a header of nothing, so there is no prompt and nothing that could be told from it.
         return _joined([], [])
@@ -142,10 +146,29 @@ def _joined(prompt_ids: list[int], completion_ids: list[int]) -> TokenizedRow:
     }
 
 
+def _bare(chat: Chat, messages: list[Message]) -> list[Message]:
+    """Take BOS off the beginning and ends of turns off the end of messages that say more: the template writes them."""
+    tokenizer = chat.tokenizer
+    end_id = turn_end_id(tokenizer)
+    ends = tuple({tokenizer.eos_token, end_id is not None and str(tokenizer.decode([end_id]))} - {None, False, ""})
+    bare = []
+    for message in messages:
+        text = message["content"]
+        if isinstance(text, str) and ends:
+            if tokenizer.bos_token and tokenizer.bos_token not in ends:
+                text = text.removeprefix(tokenizer.bos_token)
+            while text.rstrip().endswith(ends):
+                text = text.rstrip()
+                text = text[: -max(len(end) for end in ends if text.endswith(end))]
+        bare.append({**message, "content": text} if text else message)
+    return bare
+
+
 # ---- What helps where a template does not serve ---------------------------------------------------------------------
 
 
 def _first_that_works(chat: Chat, turns: Turns, tokenize: Callable[[Chat, Turns], Any]) -> Any:
+    turns = (_bare(chat, turns[0]), _bare(chat, turns[1]))
     try:
         return tokenize(chat, turns)
     except RenderingError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,9 @@ LAYOUTS: dict[str, str] = {
     "text": "text (string), every token trained",
     "rationale": "question + answer + rationale, optionally choices, wrong_rationale and task, for method rationale",
 }
+
+# As JSON, Python and numpy write it, and so a CSV file.
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(?P<q>['"])(?:role|content|from|value)(?P=q)\s*:""")
 
 # ShareGPT and its relatives name the speakers differently from the roles that chat templates know.
 _ROLES = {
@@ -68,6 +72,28 @@ def detect_dataset_type(row: Mapping[str, Any], *, name: str = "train") -> Datas
         "Rename its columns with column_mapping, a table from the dataset's names to these, for example "
         "{question: prompt, answer: completion} (in Python: dataset.rename_columns)."
     )
+
+
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "tokenized": ("input_ids",),
+    "prompt_completion": ("prompt", "completion"),
+    "prompt": ("prompt",),
+    "text": ("text",),
+}
+
+
+def check_columns(row: Mapping[str, Any], dataset_type: DatasetType) -> None:
+    """Refuse a row without the columns of its dataset's layout, which is that of the first row.
+
+    Raises:
+        DatasetError: which are missing.
+    """
+    missing = [column for column in _COLUMNS.get(dataset_type, ()) if column not in row]
+    if missing:
+        raise DatasetError(
+            f"The row has the columns {sorted(row)}, and lacks {missing}, which the first row has. All rows need the "
+            "same layout: mend the row, or split the dataset by layout."
+        )
 
 
 def is_conversation(value: Any) -> bool:
@@ -134,7 +160,7 @@ def as_messages(value: Any, *, role: str) -> list[Message]:
     if value is None or value == "" or value == []:
         return []
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
+        return [{"role": role, "content": as_text(value, column="prompt" if role == "user" else "completion")}]
     if is_conversation(value):
         return to_chatml(value)
     raise DatasetError(
@@ -151,6 +177,11 @@ def as_text(value: Any, *, column: str) -> str:
     if value is None or value == []:
         return ""
     if isinstance(value, str):
+        if column != "text" and _MESSAGES_AS_TEXT.match(value):
+            raise DatasetError(
+                f"Column {column!r} holds the text of a list of messages ({value!r:.80}), which would be trained as "
+                "text. Give lists of {role, content} (in Python: json.loads), as a .jsonl or .parquet file has them."
+            )
         return value
     raise DatasetError(
         f"Column {column!r} holds {type(value).__name__} ({value!r:.80}), expected a string"

@@ -110,7 +110,7 @@ def _from_file(path: Path, split: str, streaming: bool) -> Dataset | IterableDat
         raise DatasetError(f"{str(path)!r} is an empty file. Expected rows to train on.")
     split_name = re.match(r"\w+", split)
     files = {split_name.group() if split_name else "train": str(path)}
-    return _load(str(path), reader, split=split, data_files=files, streaming=streaming)
+    return _load(str(path), reader, split=split, data_files=files, streaming=streaming, **_as_written([path]))
 
 
 def _from_folder(
@@ -123,7 +123,23 @@ def _from_folder(
             f"The folder {str(path)!r} has no dataset in it: looked for files ending in {', '.join(READERS)} and for "
             "what Dataset.save_to_disk writes (state.json, dataset_dict.json)."
         )
-    return _load(str(path), str(path), name=name, split=split, data_files=data_files, streaming=streaming)
+    files = [file for file in path.rglob("*") if file.suffix.lower() in READERS] if data_files is None else []
+    settings = {"name": name, "data_files": data_files, "streaming": streaming, **_as_written(files)}
+    return _load(str(path), str(path), split=split, **settings)
+
+
+def _as_written(files: Sequence[Path]) -> dict[str, Any]:
+    """How to read CSV files as the text that they are: pandas takes 007 for 7, and NA and None for nothing."""
+    if not files or any(file.suffix.lower() != ".csv" for file in files):
+        return {}
+    from datasets import Features, Value
+    from pandas import read_csv
+
+    try:
+        columns = read_csv(files[0], nrows=0).columns
+    except (OSError, ValueError):  # told by the reader of the whole
+        return {}
+    return {"features": Features({str(column): Value("string") for column in columns}), "keep_default_na": False}
 
 
 def _from_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:

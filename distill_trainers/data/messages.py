@@ -16,8 +16,8 @@ THINKING = ("reasoning_content", "reasoning", "thinking")
 
 # OpenAI's Responses API names the direction of a text; the rest call it text.
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# OpenAI and ShareGPT write a number, Axolotl a truth value.
-_WEIGHTS = ("weight", "train", "training")
+# OpenAI and ShareGPT write a number, Axolotl and ms-swift a truth value.
+_WEIGHTS = ("weight", "train", "training", "loss")
 _DETAILS = ("train_detail", "training_detail")
 _NOT_TEXT = {"role", "name", "id", "tool_call_id", "type"}
 

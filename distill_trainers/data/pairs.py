@@ -129,6 +129,8 @@ def _prepare_row(
     features: Mapping[str, Any] | None,
     name: str,
 ) -> dict[str, Any]:
+    from datasets import Json
+
     try:
         row = without_filling(row, features)
         prompt, chosen, rejected = split_pair(row)
@@ -141,6 +143,7 @@ def _prepare_row(
                 tokenizer,
                 dataset_type="prompt_completion",
                 chat_template_kwargs=chat_template_kwargs,
+                features=dict.fromkeys(("prompt", "completion", "tools"), Json()),  # what they lack is gone already
             )
             for completion in (chosen, rejected)
         ]

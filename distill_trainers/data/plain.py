@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from distill_trainers.data.arrow import without_filling
 from distill_trainers.exceptions import DatasetError
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ def plain_dataset(dataset: Any, *, name: str = "train") -> Dataset | IterableDat
         stream = dataset.with_format(None)
         return stream if stream.features is not None else stream.map(plain_row)
     if isinstance(dataset, torch_data.IterableDataset):
+        if iter(dataset) is iter(dataset):
+            raise DatasetError(
+                f"Dataset {name!r} can be read once only: its __iter__ returns the same iterator each time. Expected a "
+                "new one, since the first row is read beforehand, and every epoch reads all. Or pass a list."
+            )
         return datasets.IterableDataset.from_generator(_mappings, gen_kwargs={"rows": dataset, "name": name})
     if isinstance(dataset, torch_data.Dataset | Sequence) and not isinstance(dataset, str):
         return _from_rows(dataset, name)
@@ -81,7 +87,10 @@ def _from_rows(rows: Any, name: str) -> Dataset:
     parts: list[Dataset] = []
     try:
         while chunk := list(islice(read, _CHUNK)):
-            parts.append(Dataset.from_list(chunk, features=parts[0].features if parts else None))
+            parts.append(_table(chunk))
+        if any(part.features != parts[0].features for part in parts):  # a later row has other columns, or other kinds
+            return _table([row for part in parts for row in part])
+        return concatenate_datasets(parts) if parts else Dataset.from_list([])
     except DatasetError:
         raise
     except (TypeError, ValueError) as error:  # also those of Arrow
@@ -89,7 +98,29 @@ def _from_rows(rows: Any, name: str) -> Dataset:
             f"The rows of dataset {name!r} do not have the same columns and kinds of values: {error}. Expected "
             "dictionaries that share both."
         ) from error
-    return concatenate_datasets(parts) if parts else Dataset.from_list([])
+
+
+def _table(rows: list[dict[str, Any]]) -> Dataset:
+    """Put rows into a table that has the columns of all of them, and keeps dictionaries as they are.
+
+    A column of structs would give all rows the same keys, make 1 in one row 1.0 for the sake of 2.5 in another, and
+    refuse text beside lists.
+    """
+    from datasets import Dataset, Features, Json
+
+    # Rows that come from a table bring its filling, and JSON would make it the user's.
+    rows = [without_filling(row) for row in rows]
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    nested = {name: values for name, values in columns.items() if any(map(_holds_mappings, values))}
+    flat = Dataset.from_dict({name: values for name, values in columns.items() if name not in nested})
+    if not nested:
+        return flat
+    features = Features({name: Json() if name in nested else flat.features[name] for name in columns})
+    return Dataset.from_dict(columns, features=features)
+
+
+def _holds_mappings(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(map(_holds_mappings, value[:1])))
 
 
 def _mappings(rows: Iterable[Any], name: str) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_trainers.data.arrow import without_filling
 from distill_trainers.data.conversations import tokenize_conversation
-from distill_trainers.data.formats import DatasetType, as_text, is_conversation
+from distill_trainers.data.formats import DatasetType, as_text, check_columns, is_conversation
 from distill_trainers.data.labels import IGNORED, completion_labels
 from distill_trainers.data.texts import ended, split_text, text_ids
 from distill_trainers.exceptions import DatasetError
@@ -51,6 +51,7 @@ def tokenize_row(
         DatasetError: a value of the wrong kind, or a conversation that the chat template cannot split.
     """
     row = without_filling(row, features)
+    check_columns(row, dataset_type)
     if dataset_type == "tokenized":
         return _from_tokens(row, tokenizer)
     if dataset_type == "text":
@@ -116,6 +117,11 @@ def _from_strings(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _from_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
+    if not isinstance(row["input_ids"], list) or not set(map(type, row["input_ids"])) <= {int}:
+        raise DatasetError(
+            f"Column 'input_ids' holds {type(row['input_ids']).__name__} ({row['input_ids']!r:.80}), expected a list "
+            "of whole numbers. Tokenise the row anew, or remove it."
+        )
     ids, mask = list(row["input_ids"]), _given_mask(row)
     if len(mask) != len(ids):
         raise DatasetError(f"The row has {len(ids)} input_ids but {len(mask)} mask values. Both need the same length.")
@@ -127,6 +133,10 @@ def _from_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     if not 0 <= prompt_length <= len(ids):
         raise DatasetError(f"prompt_length is {prompt_length}, but the row has {len(ids)} input_ids.")
     padding = row.get("attention_mask") or [1] * len(ids)
+    if len(padding) != len(ids):
+        raise DatasetError(
+            f"The row has {len(ids)} input_ids but an attention_mask of {len(padding)}. Make them equal."
+        )
     real = [i for i in range(len(ids)) if padding[i]]
     used, known = [ids[i] for i in real], max(len(tokenizer), *(i + 1 for i in tokenizer.added_tokens_decoder), 1)
     if used and not 0 <= min(used) <= max(used) < known:
@@ -146,7 +156,11 @@ _MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 
 def _given_mask(row: Mapping[str, Any]) -> list[int]:
     """Return 1 where every mask that the row has says that a token is trained, as in TRL."""
-    masks = [[int(bool(value)) for value in row[name]] for name in _MASKS if row.get(name) is not None]
+    given = {name: row[name] for name in _MASKS if row.get(name) is not None}
+    for name, values in given.items():
+        if any(value not in (0, 1) for value in values):
+            raise DatasetError(f"{name} has {next(v for v in values if v not in (0, 1))!r}; expected 0 and 1 alone.")
+    masks = [[int(value) for value in values] for values in given.values()]
     if row.get("labels") is not None:
         masks.append(_mask_of_labels(row))
     if len(set(map(len, masks))) > 1:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from distill_trainers import hub, models
 from distill_trainers.cli import main
 from distill_trainers.cli.evaluate import parse_arguments, prepare_evaluation
-from distill_trainers.cli.finished_run import take_up
+from distill_trainers.cli.finished_run import _without_rejected, take_up
 from distill_trainers.cli.train import build_trainer
 from distill_trainers.data import train_eval_split
 from distill_trainers.evaluation import EvaluationResults
@@ -161,3 +161,8 @@ def test_a_teacher_behind_http_is_left_out_with_a_word(finished, capsys):
     args, settings = parse_arguments(["--run", str(folder), "--metrics", "perplexity"])
     prepare_evaluation(args, settings)
     assert args.teacher is None and "teacher is a server" in capsys.readouterr().out
+
+
+def test_pairs_keep_what_belongs_to_their_prompts():
+    rows = Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b", "system": "s", "tools": "[]"}])
+    assert _without_rejected(rows)[:] == {"prompt": ["q"], "completion": ["a"], "system": ["s"], "tools": ["[]"]}

@@ -247,7 +247,7 @@ def test_a_prompt_within_the_first_token_of_its_completion_is_dropped_and_told(t
 def test_responses_to_a_prompt_follow_the_whole_of_it(tokenizer):
     """The builder of pairs writes the prompt down as it was, so its responses must not begin within it."""
     data = Dataset.from_list([{"prompt": "q\n", "completion": "\na"}])
-    args = SimpleNamespace(column_mapping=None, chat_template_kwargs=None, max_new_tokens=4, max_length=16)
+    args = SimpleNamespace(column_mapping=None, chat_template_kwargs=None, max_new_tokens=4, row_limit=16)
     ready = SimpleNamespace(given=SimpleNamespace(train=data), pair=SimpleNamespace(tokenizer=tokenizer))
     settings = SimpleNamespace(verify="none")
     (prompt,) = _prompts(SimpleNamespace(ready=ready), SimpleNamespace(args=args), settings, Counter()).values()

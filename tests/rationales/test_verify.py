@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+import unicodedata
 from fractions import Fraction
 
 import pytest
 
 from distill_trainers.answers.numbers import as_number
 from distill_trainers.answers.symbolic import SymbolicEquality, is_available
-from distill_trainers.answers.verify import final_number
+from distill_trainers.answers.verify import final_number, same_text
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.rationales import majority_answer, verify_answer
 
@@ -235,3 +236,20 @@ def test_majority():
 def test_final_numbers(text, number):
     """Part of a term is no answer: 5-3 does not say 3, nor 2^10 ten."""
     assert final_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5²", "10⁻³", "5₂", "4 fifteenths", "3 thirtieths", "5 quintillion", "5 quadrillionths", "5 Millionen"]
+    + ["5 millones", "4 twos", "5 twenties", "5 tenfold", "$5 MM", "5 permille", "5 double", "5 Tsd"],
+)
+def test_what_changes_a_number_in_a_way_that_is_not_read_is_no_number(text):
+    assert as_number(text) is None
+    digits = "".join(c for c in unicodedata.normalize("NFKC", text) if c.isdigit())
+    assert not verify_answer(text, digits, "number").right and not verify_answer(text, digits[:1]).right
+    assert final_number(f"so we get {text}") is None
+
+
+def test_raised_digits_are_powers_in_texts_too():
+    assert same_text("x²", "x^2") and not same_text("x²", "x2") and not same_text("a₁", "a1")
+    assert as_number("5 mm") == as_number("5 scarves") == 5
