@@ -22,7 +22,9 @@ _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 # Whole numbers, decimals and fractions, but no part of a term, a version or a power.
 _LAST_NUMBER = (
     r"regex:(?<![\w.^])(?<!\d[-−+*/]\s?)[-−]?\s?\$?\d[\d,]*+(?:\.\d++)?+(?:/\d++)?+(?:[kKM]\b)?+"
-    rf"(?!\.?\w|\s?[-−+*/^]\s?\d)(?: (?i:{CHANGING_WORDS})\b)*"  # `5 million` does not say 5
+    # `5 million` does not say 5, nor does 5², 5½, 5 × 10^6 or `5 thousand 200`: what is not read is no number.
+    r"[⁰¹²³⁴-⁹⁻₀-₉¼-¾⅐-⅞]*+(?:\s?[×÷·]\s?\d++(?:\.\d++)?+(?:\^[-−]?\d++)?+[⁰¹²³⁴-⁹⁻]*+)*+"
+    rf"(?!\.?\w|\s?[-−+*/^]\s?\d)(?:(?:[ -](?i:{CHANGING_WORDS})\b)++(?:,? (?:and )?+\d[\d,]*+)?+)?+"
 )
 _MATHS = re.compile(r"[\\^=√π]|[A-Za-z]\s*[+*/-]|\d[A-Za-z(]")
 
