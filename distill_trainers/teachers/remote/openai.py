@@ -102,7 +102,8 @@ class OpenAIDialect(Dialect):
         if ids != theirs:
             raise ConfigurationError(
                 f"The teacher {self.model!r} at {endpoint.url} splits text into other ids than the student's tokenizer "
-                f"({theirs!r:.60}…, {ids!r:.60}…). Choose a student of the teacher's family and use its tokenizer for both."
+                f"({theirs!r:.60}…, {ids!r:.60}…). Choose a student of the teacher's family and use its tokenizer for "
+                "both."
             )
 
     def ask(self, question: Question, endpoint: Endpoint) -> Answer:
