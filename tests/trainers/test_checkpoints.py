@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -550,3 +551,39 @@ def test_a_manifest_holds_no_secret_and_nothing_of_one_process_alone(make_traine
     assert not any(secret in str(settings) for secret in ("hf_abc", "PASSWORD", " at 0x"))
     assert settings["model_init_kwargs"] == {"subfolder": "", "dtype": "torch.float32"}
     assert settings["lr_scheduler_kwargs"]["x"] == ["a", "b"]
+
+
+def _lora(r=2, targets=("q_proj",), **settings):
+    return LoraConfig(r=r, target_modules=list(targets), task_type="CAUSAL_LM", **settings)
+
+
+@pytest.mark.parametrize(
+    "then, now, named",
+    [
+        ({"peft_config": _lora()}, {"peft_config": _lora(lora_alpha=64)}, "adapter default, lora_alpha: 8, now 64"),
+        (
+            {"peft_config": _lora()},
+            {"peft_config": _lora(use_rslora=True)},
+            "adapter default, use_rslora: False, now True",
+        ),
+        ({"peft_config": _lora()}, {"peft_config": _lora(), "student": {"seed": 5}}, "the adapter's base: "),
+        ({"peft_config": _lora()}, {"peft_config": _lora(4)}, "trained weights: "),
+        ({"peft_config": _lora()}, {"peft_config": _lora(targets=["q_proj", "k_proj"])}, "trained weights: "),
+        ({"peft_config": _lora()}, {}, "trained weights: "),
+        ({}, {"peft_config": _lora()}, "trained weights: "),
+        ({}, {"student": {"num_hidden_layers": 3}}, "trained weights: "),
+        ({}, {"student": {"dtype": torch.bfloat16}}, "trained weights: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_student_or_adapter_is_refused(make_trainer, make_student, tmp_path, then, now, named):
+    def trainer(student=None, **settings):
+        config = dict(student or {})
+        dtype = config.pop("dtype", torch.float32)
+        settings |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lmbda": 0.0}
+        return make_trainer(student=make_student(**config).to(dtype), **copy.deepcopy(settings))
+
+    trainer(**then).train()
+    with pytest.raises(CheckpointError, match=named):
+        trainer(**now).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    trainer(**then).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))

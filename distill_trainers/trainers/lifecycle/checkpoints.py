@@ -20,6 +20,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from ... import models
 from ...exceptions import CheckpointError, DatasetError
 from ...manifest import MANIFEST_NAME, differences, matters, write_manifest
 from ...run_files import (
@@ -30,6 +31,7 @@ from ...run_files import (
     shown,
 )
 from ...teachers import Teacher
+from ...teachers.local import base_fingerprint
 from . import outage
 from .recording import plain
 
@@ -136,11 +138,32 @@ def _content_of(rows: Any) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
+def _facts_of(student: Any) -> dict[str, Any]:
+    """Say which weights train and, of adapters, how and on which base; all processes must call it.
+
+    A checkpoint of other shapes fails in torch, without a word of the reason; another scale or base of an adapter fits.
+    """
+    trained = [(name.replace("_orig_mod.", ""), p) for name, p in student.named_parameters() if p.requires_grad]
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained}
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for _, p in trained}))
+    size = sum(math.prod(shape) for shape in shapes.values())
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(shapes, sort_keys=True).encode())[:8]
+    facts: dict[str, Any] = {"trained weights": f"{size:,} in {len(shapes)} tensors ({digest}) of {dtypes}"}
+    if models.is_peft(student):
+        for name in student.active_adapters:
+            facts |= {
+                f"adapter {name}, {key}": said for key, said in plain(student.peft_config[name].to_dict()).items()
+            }
+        facts["the adapter's base"] = base_fingerprint(student, with_config=False)
+    return facts
+
+
 class Resuming(Trainer):
     """What of `DistillTrainer` writes checkpoints, and goes on from them."""
 
     last_step: outage.LastStep | None = None
     _method_state_aside: dict[str, Any] | None = None
+    _facts: dict[str, Any] = {}  # noqa: RUF012  # of the student before it is wrapped; replaced, never changed
     _content: str | None = None  # of the rows as they were given: methods may have a teacher answer them anew
 
     if TYPE_CHECKING:
@@ -172,6 +195,8 @@ class Resuming(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if self._content is None and hasattr(self.train_dataset, "__len__"):
             self._content = _content_of(self.train_dataset)
+        if not self._facts and self.model is not None:
+            self._facts = _facts_of(self.model)
         self.run_checkpoints, self.last_step = [], None
         if isinstance(resume_from_checkpoint, str):
             if self.args.local_process_index == 0:  # each would read all of it
@@ -254,6 +279,7 @@ class Resuming(Trainer):
             "rows of a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "rows of train_dataset": None if rows is None else len(rows),
             "content of train_dataset": self._content,
+            **self._facts,
         }
 
     def _compare_settings(self, checkpoint: str) -> None:
