@@ -85,7 +85,13 @@ def _read(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError):
         return {"files": {MANIFEST_NAME: {"bytes": -1, "xxh3": ""}}}  # it is damaged itself
-    return read if isinstance(read, dict) else {}
+    # Another tool's file of this name says nothing of sizes and checksums: then none was written by `write_manifest`.
+    parts = [read.get("files"), read.get("settings")] if isinstance(read, dict) else [None]
+    return read if all(isinstance(part, dict) for part in parts) and _all_told(read["files"]) else {}
+
+
+def _all_told(files: Mapping[str, Any]) -> bool:
+    return all(isinstance(told, dict) and told.keys() == {"bytes", "xxh3"} for told in files.values())
 
 
 def _checksum(file: Path) -> str:

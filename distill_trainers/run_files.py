@@ -69,8 +69,14 @@ def check_resumable(folder: str | Path) -> None:
     """Refuse a checkpoint that is damaged, or has not all that a run goes on from: parts would start anew, unnoticed.
 
     Raises:
-        CheckpointError: a file is not as it was written, or it was written with `save_only_model`.
+        CheckpointError: there is no such folder, a file is not as it was written, or it was written with
+            `save_only_model`.
     """
+    if not str(folder) or not Path(folder).is_dir():
+        raise CheckpointError(
+            f"Got {str(folder)!r} to resume from; expected the folder of a checkpoint, such as "
+            "`output_dir/checkpoint-500`, or `true` for the newest one of `output_dir`."
+        )
     folder = Path(folder)
     damage = damage_of(folder) if folder.is_dir() else None
     if damage is not None:

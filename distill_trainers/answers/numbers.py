@@ -19,23 +19,25 @@ _WITH_WORDS = re.compile(r"(?:[A-Za-z]+ = )?[$€£¥]?(" + _NUMBER + r")(k|K|M|
 # Words behind a number that multiply it, with or without an s.
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "grand": 10**3, "lakh": 10**5, "lac": 10**5, "crore": 10**7}
 _SCALES |= {"million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15}
+_SCALES |= {"quintillion": 10**18, "sextillion": 10**21, "septillion": 10**24, "octillion": 10**27}
+_SCALES |= {"nonillion": 10**30, "decillion": 10**33, "arab": 10**9, "kharab": 10**11}
 _SCALES |= {"mn": 10**6, "mln": 10**6, "bn": 10**9, "tn": 10**12, "trn": 10**12}
 _LETTERS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "bn": 10**9, "tn": 10**12}  # right behind it; 5m are metres
 _PARTS = {"half": 2, "halve": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9}
 _PARTS |= {"tenth": 10, "eleventh": 11, "twelfth": 12, "sixteenth": 16, "twentieth": 20}
-_PARTS |= {f"{name}th": _SCALES[name] for name in ("hundred", "thousand", "million", "billion", "trillion")}
+_PARTS |= {f"{name}th": scale for name, scale in _SCALES.items() if name.endswith(("hundred", "thousand", "illion"))}
 # Those that may change it in a way that is not read here. All other words are its unit.
 _UNREAD = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety twos threes fours fives sixes sevens
 eights nines tens twenties thirties forties fifties sixties seventies eighties nineties score gross myriad myriads mil
 mill mille permille mio mia mrd thou tsd tausend googol bil tril cr quarter quarters squared cubed root factorial pi
-double doubled triple tripled quadruple quintuple halved twice thrice fold"""
+double doubled triple tripled quadruple quintuple halved twice thrice fold twofold threefold fourfold fivefold sixfold
+tenfold sqrt recurring repeating negative zillion zillions gazillion gazillions milion bilion trilion wan oku"""
 _UNREAD_WORDS = frozenset(_UNREAD.split())
 # Quintillion, milliards, Millionen, millones; fifteenths and fortieths; tenfold.
 _UNREAD_FORMS = re.compile(r"\w{0,12}illi?(?:on|ard)\w{0,8}|\w{1,12}(?:teen|ie)ths?|\w{1,12}fold")
 CHANGING_WORDS = "|".join([*(f"{name}s?" for name in (*_SCALES, *_PARTS)), *sorted(_UNREAD_WORDS - {"one", "score"})])
 CHANGING_WORDS += f"|{_UNREAD_FORMS.pattern}"
-RAISED, LOWERED = "⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿⁱ", "₀-₉₊₋₍₎"  # as ranges of a pattern
 
 _ARITHMETIC = re.compile(r"[\d\s.+\-*/()]+")
 _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
@@ -46,10 +48,19 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 }
 
 
+_RAISED = re.compile("[⁺⁻⁽]*[⁰¹²³⁴-⁹ⁿⁱ]+[⁾]?")
+_LOWERED = re.compile("[₊₋₍]*[₀-₉]+[₎]?")
+_VULGAR = re.compile("(?<=[^ ])(?=[¼-¾⅐-⅞↉])")  # the place between the two of 5½, which are not 51/2
+_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}")
+
+
 def normalised(text: str) -> str:
-    """Unify compatible characters (full-width and other scripts' digits become ASCII) and spaces."""
-    text = re.sub(f"([{LOWERED}]+)", r"_\1", re.sub(f"([{RAISED}]+)", r"^\1", text))  # 5² is not 52
-    text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("×", "*").replace("÷", "/")
+    """Unify compatible characters (full-width and other scripts' digits become ASCII) and spaces.
+
+    What is raised stays a power (5² is 5^2 and not 52), what is lowered an index, and ½ is 1/2.
+    """
+    text = _VULGAR.sub(" ", _LOWERED.sub(r"_\g<0>", _RAISED.sub(r"^\g<0>", text)))
+    text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("×", "*").replace("÷", "/").replace("⁄", "/")
     digits = (str(unicodedata.digit(c)) if not c.isascii() and c.isdecimal() else c for c in text)
     return " ".join("".join(digits).split())
 
@@ -64,7 +75,7 @@ def as_number(text: str) -> Fraction | None:
     """
     if len(text) > 2 * _LONGEST:
         return None
-    text = normalised(text).rstrip(".")
+    text = normalised(_TEXT.sub(r" \1 ", text).replace(r"\%", "%").replace(r"\$", "$")).rstrip(".")
     if not text or len(text) > _LONGEST or not any(c.isdigit() for c in text):
         return None
     ratio = _RATIO.fullmatch(text)

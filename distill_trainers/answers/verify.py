@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from ..settings import require
 from .formats import DEFAULT_FORMATS, parse_response
-from .numbers import CHANGING_WORDS, LOWERED, RAISED, as_number, normalised, same_number
+from .numbers import CHANGING_WORDS, as_number, normalised, same_number
 from .symbolic import SymbolicEquality, is_available, require_math_verify
 
 ANSWER_KINDS = ("auto", "number", "math", "exact", "choice")
@@ -22,7 +22,9 @@ _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 # Whole numbers, decimals and fractions, but no part of a term, a version or a power.
 _LAST_NUMBER = (
     r"regex:(?<![\w.^])(?<!\d[-−+*/]\s?)[-−]?\s?\$?\d[\d,]*+(?:\.\d++)?+(?:/\d++)?+(?:[kKM]\b)?+"
-    rf"(?!\.?\w|[{RAISED}{LOWERED}]|\s?[-−+*/^]\s?\d)(?: (?:(?i:{CHANGING_WORDS})|MM)\b)*"  # `5 million` does not say 5
+    # `5 million` does not say 5, nor does 5², 5½, 5 × 10^6 or `5 thousand 200`: what is not read is no number.
+    r"[⁰¹²³⁴-⁹⁻₀-₉¼-¾⅐-⅞]*+(?:\s?[×÷·]\s?\d++(?:\.\d++)?+(?:\^[-−]?\d++)?+[⁰¹²³⁴-⁹⁻]*+)*+"
+    rf"(?!\.?\w|\s?[-−+*/^]\s?\d)(?:(?:[ -](?:(?i:{CHANGING_WORDS})|MM)\b)++(?:,? (?:and )?+\d[\d,]*+)?+)?+"
 )
 _MATHS = re.compile(r"[\\^=√π]|[A-Za-z]\s*[+*/-]|\d[A-Za-z(]")
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ import torch
 
 from distill_trainers.exceptions import ConfigurationError, TeacherServerError
 from distill_trainers.teachers import RemoteTeacher
-from distill_trainers.teachers.remote import RemoteSettings, endpoints
-from distill_trainers.teachers.remote.wire import PROTOCOL, Wanted, pack, problem_of
+from distill_trainers.teachers.remote import RemoteSettings, endpoints, openai
+from distill_trainers.teachers.remote.wire import PROTOCOL, Question, Wanted, pack, problem_of
 from distill_trainers.trainers.lifecycle.callbacks import InterruptCallback
 
 INFO = {
@@ -240,6 +241,18 @@ HIDDEN, GIVEN = Wanted("hidden"), Wanted("token_logprobs")
         (TOPK, topk(ids=torch.tensor([[1, -2], [3, 4]])), "vocabulary of 16"),
         (TOPK, topk(ids=torch.tensor([[1.0, 2.0], [3.0, 4.0]])), "types"),
         (TOPK, topk(logps=torch.zeros(2, 2, dtype=torch.int8)), "types"),
+        # What torch neither compares nor adds, and what would keep the others from being looked at.
+        (TOPK, topk(ids=torch.tensor([[1, 2], [3, 4]]).to(torch.uint32)), "types"),
+        (TOPK, topk(ids=torch.tensor([[1, 2], [3, 4]]).to(torch.complex64)), "types"),
+        (TOPK, topk(ids=torch.tensor([[False, True], [True, False]])), "types"),
+        (TOPK, topk(tail=torch.tensor([0.25, 0.1]).log().to(torch.float8_e4m3fn)), "types"),
+        (DRAWN, drawn(lengths=torch.tensor([2, 1]).to(torch.uint16)), "types"),
+        (
+            TOPK,
+            topk(ids=torch.tensor([[1, 1], [3, 4]]), hidden=torch.zeros(2, 3)),
+            "hidden, ids, logps, tail, expected",
+        ),
+        (GIVEN, {}, "nothing, expected logps"),
         (DRAWN, drawn(counts=torch.tensor([1, 2, 4], dtype=torch.int16)), "3 draws"),
         (DRAWN, drawn(counts=torch.tensor([-1, 4, 3], dtype=torch.int16)), "3 draws"),
         (DRAWN, drawn(ids=torch.tensor([2, 2, 5])), "same id twice"),
@@ -254,6 +267,46 @@ HIDDEN, GIVEN = Wanted("hidden"), Wanted("token_logprobs")
 def test_answers_are_checked_where_they_arrive(wanted, answer, words):
     problem = problem_of(answer, 2, wanted, {"hidden_size": 3, "vocab_rows": 16}, 16)
     assert problem is None if words is None else words in problem
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"99999999999": -0.7, "3": -0.7},
+        {"-1": -0.7, "3": -0.7},
+        {"2": -(10**400), "3": -0.1},
+        {"2": "x", "3": 0},
+        5,
+        [],
+    ],
+    ids=str,
+)
+def test_prompt_logprobs_of_ids_or_numbers_that_cannot_be_are_nonsense(place):
+    told = {i: {"logprob": value} for i, value in place.items()} if isinstance(place, dict) else place
+    dialect = openai.OpenAIDialect.__new__(openai.OpenAIDialect)
+    dialect.model = "m"
+    choices = [{"index": 0, "prompt_logprobs": [None, told, told]}]
+    endpoint = SimpleNamespace(url="http://x", json=lambda *args: {"choices": choices})
+    with pytest.raises(endpoints.Again, match="nonsense"):
+        dialect.ask(Question(TOPK, "t", [(np.array([1, 2, 3]), np.array([0, 1]))]), endpoint)
+
+
+@pytest.mark.parametrize("told", [5, "ab", {"a": 1, "b": 2}, None])
+def test_an_openai_server_whose_prompt_logprobs_are_no_list_is_refused(told):
+    answers = {"/v1/models": {"data": [{"id": "m"}]}, "/v1/completions": {"choices": [{"index": 0}]}}
+    answers["/v1/completions"]["choices"][0]["prompt_logprobs"] = told
+    endpoint = SimpleNamespace(url="http://x", json=lambda path, *args: answers[path])
+    with pytest.raises(ConfigurationError, match="gives no `prompt_logprobs`"):
+        openai.OpenAIDialect(endpoint, RemoteSettings(kind="topk", top_k=2))
+
+
+@pytest.mark.parametrize("theirs", [5, None, {"a": 1}, "ab"])
+def test_an_openai_server_whose_tokens_are_no_ids_has_another_tokenizer(theirs, tokenizer):
+    dialect = openai.OpenAIDialect.__new__(openai.OpenAIDialect)
+    dialect.model = "m"
+    endpoint = SimpleNamespace(url="http://x", json=lambda *args: {"tokens": theirs})
+    with pytest.raises(ConfigurationError, match="splits text into other ids"):
+        dialect.compare_tokenizer(endpoint, tokenizer)
 
 
 def test_a_server_s_nonsense_ends_the_run_with_its_reason(liar):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -488,3 +489,101 @@ def test_settings_that_change_nothing_may_change(make_trainer, two_checkpoints):
     trainer = make_trainer(max_steps=6, save_strategy="steps", **changes)
     trainer.train(resume_from_checkpoint=str(two_checkpoints / "checkpoint-4"))
     assert trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("method, settings", [("gkd", {"seq_kd": True}), ("dpkd", {}), ("rationale", {})])
+def test_rows_that_a_method_replaces_are_the_same_when_it_goes_on(make_trainer, by_step, tmp_path, method, settings):
+    settings = {"method": method, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, **settings}
+    first, second = make_trainer(**settings), make_trainer(**settings)
+    first.train()
+    second.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert by_step(second) == by_step(first)
+
+
+def test_a_teacher_or_rows_that_only_look_the_same_are_refused(make_trainer, make_teacher, rows_for, two_checkpoints):
+    """Equally many rows; a teacher of the same class without a name."""
+    folder = str(two_checkpoints / "checkpoint-2")
+    with pytest.raises(CheckpointError, match="teacher's weights: "):
+        make_trainer(teacher=make_teacher(seed=8), max_steps=4).train(resume_from_checkpoint=folder)
+    with pytest.raises(CheckpointError, match="content of train_dataset: "):
+        make_trainer(train=rows_for("gkd")(24, 99), max_steps=4).train(resume_from_checkpoint=folder)
+
+
+@pytest.mark.parametrize("schedule, told", [("cosine", True), ("linear", True), ("constant", False)])
+def test_a_schedule_that_depends_on_the_number_of_steps_is_told_of(make_trainer, tmp_path, caplog, schedule, told):
+    settings = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": schedule}
+    make_trainer(max_steps=2, **settings).train()
+    folder = str(tmp_path / "out" / "checkpoint-1")
+    make_trainer(max_steps=2, **settings).train(resume_from_checkpoint=folder)
+    assert "its learning rate is another" not in caplog.text
+    make_trainer(max_steps=4, **settings).train(resume_from_checkpoint=folder)
+    assert (
+        "was to take 2 optimiser steps, and now 4: from here on its learning rate is another" in caplog.text
+    ) == told
+
+
+@pytest.mark.parametrize(
+    "text", ['["a"]', '{"files": ["a"]}', '{"files": {"config.json": 3}, "settings": {}}', '{"settings": ["a"]}']
+)
+def test_a_manifest_of_another_tool_says_nothing(two_checkpoints, text):
+    (two_checkpoints / "checkpoint-4" / "manifest.json").write_text(text)
+    check_resumable(two_checkpoints / "checkpoint-4")
+
+
+@pytest.mark.parametrize("name", ["nope", "file", ""])
+def test_what_is_no_folder_is_no_checkpoint(make_trainer, tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="expected the folder of a checkpoint"):
+        make_trainer().train(resume_from_checkpoint=str(tmp_path / name) if name else "")
+
+
+def test_a_manifest_holds_no_secret_and_nothing_of_one_process_alone(make_trainer, saved):
+    """Checkpoints may be uploaded; an object's address would never be the same again."""
+    hidden = {
+        "token": "hf_abcdefghijklmnopqrstuvwx",
+        "proxies": {"https": "http://me:PASSWORD@proxy"},
+        "subfolder": "",
+    }
+    trainer = make_trainer(student=saved.student, model_init_kwargs={**hidden, "dtype": torch.float32})
+    trainer.args.optim_args = "note=http://me:PASSWORD@proxy"
+    trainer.args.lr_scheduler_kwargs = {"f": make_trainer, "x": {"b", "a"}, "g": object()}
+    settings = trainer.exact_settings()
+    assert not any(secret in str(settings) for secret in ("hf_abc", "PASSWORD", " at 0x"))
+    assert settings["model_init_kwargs"] == {"subfolder": "", "dtype": "torch.float32"}
+    assert settings["lr_scheduler_kwargs"]["x"] == ["a", "b"]
+
+
+def _lora(r=2, targets=("q_proj",), **settings):
+    return LoraConfig(r=r, target_modules=list(targets), task_type="CAUSAL_LM", **settings)
+
+
+@pytest.mark.parametrize(
+    "then, now, named",
+    [
+        ({"peft_config": _lora()}, {"peft_config": _lora(lora_alpha=64)}, "adapter default, lora_alpha: 8, now 64"),
+        (
+            {"peft_config": _lora()},
+            {"peft_config": _lora(use_rslora=True)},
+            "adapter default, use_rslora: False, now True",
+        ),
+        ({"peft_config": _lora()}, {"peft_config": _lora(), "student": {"seed": 5}}, "the adapter's base: "),
+        ({"peft_config": _lora()}, {"peft_config": _lora(4)}, "trained weights: "),
+        ({"peft_config": _lora()}, {"peft_config": _lora(targets=["q_proj", "k_proj"])}, "trained weights: "),
+        ({"peft_config": _lora()}, {}, "trained weights: "),
+        ({}, {"peft_config": _lora()}, "trained weights: "),
+        ({}, {"student": {"num_hidden_layers": 3}}, "trained weights: "),
+        ({}, {"student": {"dtype": torch.bfloat16}}, "trained weights: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_student_or_adapter_is_refused(make_trainer, make_student, tmp_path, then, now, named):
+    def trainer(student=None, **settings):
+        config = dict(student or {})
+        dtype = config.pop("dtype", torch.float32)
+        settings |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lmbda": 0.0}
+        return make_trainer(student=make_student(**config).to(dtype), **copy.deepcopy(settings))
+
+    trainer(**then).train()
+    with pytest.raises(CheckpointError, match=named):
+        trainer(**now).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    trainer(**then).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))

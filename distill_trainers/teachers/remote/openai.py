@@ -82,7 +82,7 @@ class OpenAIDialect(Dialect):
                 f"{error}. Asked for were prompt log-probs of {k} ids per token: vLLM tells as many as "
                 "its option `--max-logprobs` says (20 by default); lower `teacher_server_top_k` or raise that."
             ) from error
-        if told is None or len(told) != 2:
+        if not isinstance(told, list) or len(told) != 2:
             raise ConfigurationError(
                 f"The server {endpoint.url} gives no `prompt_logprobs`, so it cannot tell what its model thinks of "
                 "given tokens. Use vLLM, or `distill-trainers serve-teacher`."
@@ -102,7 +102,8 @@ class OpenAIDialect(Dialect):
         if ids != theirs:
             raise ConfigurationError(
                 f"The teacher {self.model!r} at {endpoint.url} splits text into other ids than the student's tokenizer "
-                f"({theirs[:8]}…, {ids[:8]}…). Choose a student of the teacher's family and use its tokenizer for both."
+                f"({theirs!r:.60}…, {ids!r:.60}…). Choose a student of the teacher's family and use its tokenizer for "
+                "both."
             )
 
     def ask(self, question: Question, endpoint: Endpoint) -> Answer:
@@ -115,10 +116,12 @@ class OpenAIDialect(Dialect):
                 for position in positions.tolist():
                     logps_of = {int(token): float(entry["logprob"]) for token, entry in places[position + 1].items()}
                     label = int(row[position + 1])
+                    if not all(0 <= token < 2**31 for token in logps_of):
+                        raise ValueError("no id of a vocabulary")
                     chosen = sorted(logps_of, key=lambda token: -logps_of[token])[:k] if k else [label]
                     ids.append(chosen)
                     logps.append([logps_of[token] for token in chosen])
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
                 raise Again(f"{endpoint.url} answers nonsense ({type(error).__name__})", broken=True) from error
         return self._row(ids, logps, k, endpoint)
 

@@ -27,6 +27,11 @@ from ..rows import TokenRow
 
 PROTOCOL = 1  # raised whenever an older client or server would misunderstand a message
 SERVER_KINDS = ("hidden", "topk", "sampled", "token_logprobs")
+_ARRAYS = {"hidden": {"hidden"}, "topk": {"ids", "logps", "tail"}, "token_logprobs": {"logps"}}
+_ARRAYS |= {"sampled": {"ids", "logps", "counts", "lengths"}}
+_COUNTED = {"ids", "counts", "lengths"}
+_WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_REAL = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # what torch compares and adds
 _HEADER_BYTES = 64 * 2**10
 _ABOVE_0 = 1e-3  # of a log-probability, by rounding
 _OFF_1 = 0.05  # of a sum of probabilities; log-probabilities may be float16
@@ -190,29 +195,28 @@ def problem_of(answer: Answer, count: int, wanted: Wanted, info: dict[str, Any],
     Args:
         known_ids: ids from here on are in no vocabulary; None if that is not known.
     """
-    try:
-        if wanted.kind == "hidden":
-            good = list(answer["hidden"].shape) == [count, info["hidden_size"]]
-        elif wanted.kind == "topk":
-            good = list(answer["ids"].shape) == list(answer["logps"].shape) == [count, _ids_told(wanted, info)]
-            good &= list(answer["tail"].shape) == [count]
-        elif wanted.kind == "sampled":
-            lengths = answer["lengths"]
-            total = [int(lengths.sum())]
-            good = list(lengths.shape) == [count] and bool((lengths > 0).all())
-            good &= all(list(answer[name].shape) == total for name in ("ids", "logps", "counts"))
-        else:
-            good = list(answer["logps"].shape) == [count]
-    except KeyError as error:
-        return f"it lacks {error}"
+    if answer.keys() != _ARRAYS[wanted.kind]:
+        return f"it holds {', '.join(sorted(answer)) or 'nothing'}, expected {', '.join(sorted(_ARRAYS[wanted.kind]))}"
+    if any(values.dtype not in (_WHOLE if name in _COUNTED else _REAL) for name, values in answer.items()):
+        return "its numbers are not of the types that they should have"
+    if wanted.kind == "hidden":
+        good = list(answer["hidden"].shape) == [count, info["hidden_size"]]
+    elif wanted.kind == "topk":
+        good = list(answer["ids"].shape) == list(answer["logps"].shape) == [count, _ids_told(wanted, info)]
+        good &= list(answer["tail"].shape) == [count]
+    elif wanted.kind == "sampled":
+        lengths = answer["lengths"]
+        total = [int(lengths.sum())]
+        good = list(lengths.shape) == [count] and bool((lengths > 0).all())
+        good &= all(list(answer[name].shape) == total for name in ("ids", "logps", "counts"))
+    else:
+        good = list(answer["logps"].shape) == [count]
     if not good:
         return "its arrays have other shapes than its question asked for"
     return _problem_of_numbers(answer, wanted, known_ids)
 
 
 def _problem_of_numbers(answer: Answer, wanted: Wanted, known_ids: int | None) -> str | None:
-    if any(values.is_floating_point() == (name in ("ids", "counts", "lengths")) for name, values in answer.items()):
-        return "its numbers are not of the types that they should have"
     if "hidden" in answer:
         return None if bool(answer["hidden"].isfinite().all()) else "some of its hidden states are not finite"
     if any(not bool((answer[name] <= _ABOVE_0).all()) for name in ("logps", "tail") if name in answer):

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from ... import models
 from ...exceptions import CheckpointError, DatasetError
 from ...manifest import MANIFEST_NAME, differences, matters, write_manifest
 from ...run_files import (
@@ -29,13 +31,16 @@ from ...run_files import (
     shown,
 )
 from ...teachers import Teacher
+from ...teachers.local import base_fingerprint
 from . import outage
+from .recording import plain
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
+_ROWS_LOOKED_AT = 32
 METHOD_STATE_NAME = "distill_state.json"
 METHOD_TENSORS_NAME = "distill_state.safetensors"
 
@@ -126,11 +131,40 @@ def _split(state: dict[str, Any], path: str = "") -> tuple[dict[str, Any], dict[
     return plain, tensors
 
 
+def _content_of(rows: Any) -> str:
+    """Hash some rows from all over a data set."""
+    places = range(0, len(rows), max(1, len(rows) // _ROWS_LOOKED_AT))
+    text = json.dumps([rows[place] for place in places], default=str, sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def _facts_of(student: Any) -> dict[str, Any]:
+    """Say which weights train and, of adapters, how and on which base; all processes must call it.
+
+    A checkpoint of other shapes fails in torch, without a word of the reason; another scale or base of an adapter fits.
+    """
+    trained = [(name.replace("_orig_mod.", ""), p) for name, p in student.named_parameters() if p.requires_grad]
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained}
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for _, p in trained}))
+    size = sum(math.prod(shape) for shape in shapes.values())
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(shapes, sort_keys=True).encode())[:8]
+    facts: dict[str, Any] = {"trained weights": f"{size:,} in {len(shapes)} tensors ({digest}) of {dtypes}"}
+    if models.is_peft(student):
+        for name in student.active_adapters:
+            facts |= {
+                f"adapter {name}, {key}": said for key, said in plain(student.peft_config[name].to_dict()).items()
+            }
+        facts["the adapter's base"] = base_fingerprint(student, with_config=False)
+    return facts
+
+
 class Resuming(Trainer):
     """What of `DistillTrainer` writes checkpoints, and goes on from them."""
 
     last_step: outage.LastStep | None = None
     _method_state_aside: dict[str, Any] | None = None
+    _facts: dict[str, Any] = {}  # noqa: RUF012  # of the student before it is wrapped; replaced, never changed
+    _content: str | None = None  # of the rows as they were given: methods may have a teacher answer them anew
 
     if TYPE_CHECKING:
         args: Any
@@ -159,6 +193,10 @@ class Resuming(Trainer):
             self._warn_of_checkpoints(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if self._content is None and hasattr(self.train_dataset, "__len__"):
+            self._content = _content_of(self.train_dataset)
+        if not self._facts and self.model is not None:
+            self._facts = _facts_of(self.model)
         self.run_checkpoints, self.last_step = [], None
         if isinstance(resume_from_checkpoint, str):
             if self.args.local_process_index == 0:  # each would read all of it
@@ -188,7 +226,21 @@ class Resuming(Trainer):
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
-        if resume_from_checkpoint is None or hasattr(self.train_dataset, "__len__"):
+        if resume_from_checkpoint is None:
+            return position
+        planned = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))[
+            "max_steps"
+        ]
+        if planned != max_steps and "constant" not in str(getattr(self.args.lr_scheduler_type, "value", "")):
+            logger.warning(
+                "The run of %s was to take %d optimiser steps, and now %d: from here on its learning rate is another, "
+                "since `lr_scheduler_type: %s` depends on them.",
+                resume_from_checkpoint,
+                planned,
+                max_steps,
+                getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type),
+            )
+        if hasattr(self.train_dataset, "__len__"):
             return position
         # transformers takes all steps so far for steps of a stream's first pass.
         passes, steps = stream_position(resume_from_checkpoint)
@@ -218,12 +270,16 @@ class Resuming(Trainer):
         args = self.args
         settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init and matters(f.name)}
         rows = self.train_dataset if hasattr(self.train_dataset, "__len__") else None
+        if getattr(self.teacher, "is_live", True):  # it is not loaded for this
+            settings["teacher's weights"] = self.teacher.fingerprint()
         return {
-            **{name: getattr(value, "value", value) for name, value in settings.items()},
+            **plain(settings),
             "teacher": shown(self.teacher.name),
             "number of processes": args.world_size,
             "rows of a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "rows of train_dataset": None if rows is None else len(rows),
+            "content of train_dataset": self._content,
+            **self._facts,
         }
 
     def _compare_settings(self, checkpoint: str) -> None:

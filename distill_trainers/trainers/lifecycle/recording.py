@@ -23,7 +23,11 @@ from ...storage import write_file
 from ..protocol import Run
 
 # Keys that may hold secrets or tell about the machine, and those that say nothing about the run.
-_PRIVATE = re.compile(r"((?<!eos_)token|password|secret|api_key|_dir|_file|(?<!or)_path)$")
+_PRIVATE = re.compile(
+    r"((?<!eos_)token|password|secret|api_key|proxies|headers|credentials|auth|_dir|_file|(?<!or)_path)$"
+)
+_SECRET = re.compile(r"://[^/\s@]+@|\bhf_\w{20,}")  # values that are one, whatever their key
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # another one in each process
 _SILENT = {"run_name", "resume_from_checkpoint", "disable_tqdm", "report_to", "dry_run", "local_rank"}
 
 
@@ -121,18 +125,22 @@ def changed_settings(settings: Any) -> dict[str, Any]:
         unset = value is None or value == default or (not value and not default)  # False is what None comes to
         if field.init and field.name not in _SILENT and not unset and not is_dataclass(value):
             changed[field.name] = value
-    return _plain(changed)
+    return plain(changed)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a setting as JSON, the same in every process: folders by name, and no possible secret."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if not _PRIVATE.search(str(key))}
+        return {str(key): plain(item) for key, item in value.items() if not _PRIVATE.search(str(key))}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, map(plain, value)))
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     value = getattr(value, "value", value)
     if isinstance(value, str):
+        value = "(not shown)" if _SECRET.search(value) else value
         return value if " " in value or "\n" in value else shown(value)
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
+    return value if value is None or isinstance(value, bool | int | float) else _ADDRESS.sub("", str(value))
 
 
 def energy_joules(device: torch.device) -> float | None:
