@@ -104,7 +104,8 @@ class DPKDConfig(DistillConfig):
     @property
     def loss_terms(self) -> frozenset[str]:
         terms = {"skew_chosen", "skew_rejected"} if self.loss_type == CONTRASTIVE else {"preference"}
-        return frozenset(terms | {"lm_loss"} | ({"logprob_mse"} if self.logprob_mse_weight else set()))
+        weights = {"lm_loss": self.lm_weight, "logprob_mse": self.logprob_mse_weight}
+        return frozenset(terms | {name for name, weight in weights.items() if weight})
 
     @property
     def other_scores(self) -> frozenset[str]:
