@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..exceptions import ConfigurationError, UnlikeModelError
 from .adapters import causal_lm_of
+from .compiling import uncompiled
 from .forward import without_token_forward
 from .loading import decoder_start, load_causal_lm
 
@@ -187,13 +188,30 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor], *, sharded: bool = False
         sharded: it answers only through its wrapper; all processes must call it.
     """
     device = next(model.parameters()).device
-    with evaluating(model):
+    with evaluating(model), uncompiled(), _exact_float32():
         # accelerate puts autocast around the forward of the model that trains, whose rounding is not of its weights.
         forward: Callable[..., Any] = model if sharded else model.__dict__.get("_original_forward", model)
         logits = forward(**{name: value.to(device) for name, value in inputs.items()}).logits
     keep = inputs.get("decoder_attention_mask", None if "decoder_input_ids" in inputs else inputs["attention_mask"])
     logits = logits.flatten(0, 1) if keep is None else logits[keep.to(device).bool()]
     return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def _exact_float32() -> Iterator[None]:
+    """Keep TF32 out within it: a GPU that trains with it (`tf32`, `torch_compile`) rounds what a CPU does not."""
+    backends: Any = torch.backends
+    new = hasattr(backends, "fp32_precision")  # since torch 2.9, which refuses a mixture of both ways
+    name, off = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
+    places = [backends.cuda.matmul, *([backends.cudnn.conv, backends.cudnn.rnn] if new else [backends.cudnn])]
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, off)
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
 
 
 @contextlib.contextmanager

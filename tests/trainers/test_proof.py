@@ -189,6 +189,24 @@ def test_bfloat16_autocast_is_not_rounding_of_the_weights(make_trainer, tmp_path
     assert trainer.model.dtype == torch.float32
 
 
+def test_rounding_of_a_gpu_s_training_is_not_that_of_the_weights(make_student):
+    """TF32 is left out while logits are compared, and what was set comes back."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch before 2.9 has other names for it")
+    student, seen = make_student(), []
+    places = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    before = [place.fp32_precision for place in places]
+    student.register_forward_hook(lambda *_: seen.extend(place.fp32_precision for place in places))
+    try:
+        for place in places:
+            place.fp32_precision = "tf32"
+        models.logits_of(student, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)})
+        assert seen == ["ieee"] * 3 and all(place.fp32_precision == "tf32" for place in places)
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
+
+
 def test_what_counts_as_a_difference():
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     assert logits_gap(logits + torch.arange(5.0)[:, None], logits) < 1e-6
