@@ -16,6 +16,7 @@ from .storage import write_file
 MANIFEST_NAME = "manifest.json"
 _UNREAD = {MANIFEST_NAME, "training_args.bin"}  # no run goes on from the latter, and it is not uploaded
 _PIECE = 2**24
+_DAMAGED: dict[str, Any] = {"files": {MANIFEST_NAME: {"bytes": -1, "xxh3": ""}}}  # the manifest itself
 
 # Settings that change neither what is drawn nor what is computed, or that say themselves how to resume.
 _HARMLESS = re.compile(
@@ -84,14 +85,17 @@ def _read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
-        return {"files": {MANIFEST_NAME: {"bytes": -1, "xxh3": ""}}}  # it is damaged itself
+        return _DAMAGED
     # Another tool's file of this name says nothing of sizes and checksums: then none was written by `write_manifest`.
-    parts = [read.get("files"), read.get("settings")] if isinstance(read, dict) else [None]
-    return read if all(isinstance(part, dict) for part in parts) and _all_told(read["files"]) else {}
+    files = read.get("files") if isinstance(read, dict) else None
+    told = [_is_told(part) for part in files.values()] if isinstance(files, dict) else []
+    if not any(told):
+        return {}
+    return read if all(told) and isinstance(read.get("settings"), dict) else _DAMAGED
 
 
-def _all_told(files: Mapping[str, Any]) -> bool:
-    return all(isinstance(told, dict) and told.keys() == {"bytes", "xxh3"} for told in files.values())
+def _is_told(file: Any) -> bool:
+    return isinstance(file, dict) and file.keys() == {"bytes", "xxh3"}
 
 
 def _checksum(file: Path) -> str:

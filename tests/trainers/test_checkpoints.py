@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from distill_trainers.exceptions import CheckpointError, TrainingDivergedError
 from distill_trainers.run_files import check_resumable, find_last_complete_checkpoint, last_complete_checkpoint
 from distill_trainers.toy import addition_dataset
+from distill_trainers.trainers.lifecycle.checkpoints import _content_of
 
 # 24 rows in windows of 2 x 2: 6 steps an epoch.
 RUN = {"max_steps": 14, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -528,6 +529,20 @@ def test_a_schedule_that_depends_on_the_number_of_steps_is_told_of(make_trainer,
 def test_a_manifest_of_another_tool_says_nothing(two_checkpoints, text):
     (two_checkpoints / "checkpoint-4" / "manifest.json").write_text(text)
     check_resumable(two_checkpoints / "checkpoint-4")
+
+
+@pytest.mark.parametrize("change", [('"xxh3"', '"xxh4"'), ('"bytes"', '"byte3"'), ('"settings"', '"Settings"')])
+def test_a_manifest_with_a_changed_key_is_damaged(two_checkpoints, change):
+    file = two_checkpoints / "checkpoint-4" / "manifest.json"
+    file.write_text(file.read_text().replace(*change, 1))
+    with pytest.raises(CheckpointError, match="is damaged: manifest.json"):
+        check_resumable(two_checkpoints / "checkpoint-4")
+
+
+def test_rows_of_objects_have_the_same_content_in_every_process():
+    """An object that has no text of its own tells its address."""
+    first, second = ([{"input_ids": [1, 2], "image": object()}] for _ in range(2))
+    assert str(first) != str(second) and _content_of(first) == _content_of(second)
 
 
 @pytest.mark.parametrize("name", ["nope", "file", ""])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
@@ -134,7 +135,7 @@ def _split(state: dict[str, Any], path: str = "") -> tuple[dict[str, Any], dict[
 def _content_of(rows: Any) -> str:
     """Hash some rows from all over a data set."""
     places = range(0, len(rows), max(1, len(rows) // _ROWS_LOOKED_AT))
-    text = json.dumps([rows[place] for place in places], default=str, sort_keys=True)
+    text = json.dumps([rows[place] for place in places], default=plain, sort_keys=True)
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
@@ -199,14 +200,25 @@ class Resuming(Trainer):
             self._facts = _facts_of(self.model)
         self.run_checkpoints, self.last_step = [], None
         if isinstance(resume_from_checkpoint, str):
-            if self.args.local_process_index == 0:  # each would read all of it
-                check_resumable(resume_from_checkpoint)
+            self._check_together(resume_from_checkpoint)
             if self.args.should_save:
                 remove_torn(self.args.output_dir)
             self.run_checkpoints.append(resume_from_checkpoint)
             self.load_method_state(read_method_state(resume_from_checkpoint))
             self._compare_settings(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _check_together(self, checkpoint: str) -> None:
+        """Let one process of each machine read it, and all refuse it: one alone would keep the others waiting."""
+        failure = None
+        if self.args.local_process_index == 0:
+            try:
+                check_resumable(checkpoint)
+            except CheckpointError as error:
+                failure = str(error)
+        failures = [told for told in gather_object([failure]) if told is not None]
+        if failures:
+            raise CheckpointError(failures[0])
 
     def _warn_of_checkpoints(self, resumed: Any) -> None:
         """Say that a run starts anew beside checkpoints: in Python that may be meant."""

@@ -33,7 +33,7 @@ from ...losses.reduction import trained_mask
 from ...randomness import Role
 from ...requirements import Requirements
 from ...rollouts import CompletionSettings, complete_prompts, local_engine
-from ...storage import content_key
+from ...storage import content_key, write_file
 from ...teachers import Teacher
 from ..protocol import Run
 from .completions import completion_store
@@ -306,8 +306,7 @@ class HeldOutMeasures(TrainerCallback):
         self._initial = scores
         if self.run.accelerator.is_main_process and self.run.is_in_train:
             record = {"key": self._key, "scores": scores, "exposure_length": self._exposure_length}
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(json.dumps(record))
+            write_file(self._file, json.dumps(record), "the scores of the first evaluation", "Free some space.")
 
     def _recall(self, step: int) -> None:
         """Take up what another process of this run has remembered; all processes take the main one's."""
