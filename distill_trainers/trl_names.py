@@ -34,15 +34,13 @@ def other_names(known: Collection[str]) -> dict[str, str]:
 
 
 _TOKENIZER = "set it on the tokenizer that you pass as `processing_class`, or save it with the model's tokenizer"
-_PACKED = "rows are not put together here; leave it out"
 _ULD = "student and teacher must share a tokenizer here; leave it out"
 
 # Settings that would change what is trained; each with what to do instead.
 REFUSED = {
     "completion_only_loss": "the prompt is never trained on; give whole texts as `text` to train on all of it",
-    "packing": _PACKED,
-    "eval_packing": _PACKED,
-    "packing_strategy": _PACKED,
+    "eval_packing": "evaluation is not packed, and scores each row by itself; leave it out",
+    "packing_strategy": "`packing: true` fits whole rows together, TRL's `bfd`; leave it out",
     "eos_token": _TOKENIZER,
     "pad_token": _TOKENIZER,
     "chat_template_path": _TOKENIZER,

@@ -19,7 +19,7 @@ EVERY = [pytest.param(cls, f.name, id=f"{cls.__name__}-{f.name}") for cls in CON
 HINTS = {cls: get_type_hints(cls) for cls in CONFIGS}
 NUMBERS = {int, float, int | None, float | None}
 EVERY_NUMBER = [case for case in EVERY if HINTS[case.values[0]][case.values[1]] in NUMBERS]
-MAY_BE_NEGATIVE = {"max_steps", "local_rank", "wrong_floor", "save_total_limit"}
+MAY_BE_NEGATIVE = {"max_steps", "local_rank", "wrong_floor"}
 MAY_BE_INFINITE = {"max_grad_norm", "wrong_floor", "guard_limit", "teacher_server_patience"}
 
 

@@ -47,7 +47,7 @@ ARGUMENTS: dict[str, Argument] = {
     "warmup_steps": Argument(least=0),
     "optim": Argument(why="its package is looked for first"),
     "optim_args": Argument(),
-    "weight_decay": Argument(why="default by method", least=0),
+    "weight_decay": Argument(least=0),
     "adam_beta1": Argument(least=0),
     "adam_beta2": Argument(least=0),
     "adam_epsilon": Argument(least=0),
@@ -93,7 +93,9 @@ ARGUMENTS: dict[str, Argument] = {
     "eval_steps": Argument(least=0),
     "eval_delay": Argument(least=0),
     "per_device_eval_batch_size": Argument(least=1),
-    "prediction_loss_only": Argument("ignored", "evaluation gives its scores in any case"),
+    "prediction_loss_only": Argument(
+        why="leaves out predictions and `compute_metrics`; evaluation gives its own scores in any case"
+    ),
     "eval_on_start": Argument(),
     "eval_do_concat_batches": Argument(why=_SCORES),
     "eval_use_gather_object": Argument(why=_SCORES),
@@ -104,7 +106,7 @@ ARGUMENTS: dict[str, Argument] = {
     "save_strategy": Argument(),
     "save_steps": Argument(least=0),
     "save_on_each_node": Argument(),
-    "save_total_limit": Argument(why="never removes the last whole checkpoint"),
+    "save_total_limit": Argument(why="never removes the last whole checkpoint; 0 is no limit", least=0),
     "enable_jit_checkpoint": Argument(why="the command writes a checkpoint at SIGTERM in any case"),
     "push_to_hub": Argument(why="access is checked first"),
     "hub_token": Argument(),
