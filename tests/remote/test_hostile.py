@@ -423,6 +423,7 @@ def test_an_answer_before_its_request_s_body_ends_the_connection(serve):
         ("evil.example", 421),
         ("127.0.0.1.evil.example:80", 421),
         ("localhost@evil.example", 421),
+        ("[localhost", 421),
         ("", 421),
     ],
 )

@@ -100,7 +100,9 @@ def build_app(
         return JSONResponse({"error": str(refusal)}, refusal.status, headers)
 
     async def check_host(request: Request) -> None:
-        name = urlsplit(f"//{request.headers.get('host', '')}").hostname
+        name = request.headers.get("host", "")
+        with contextlib.suppress(ValueError):  # what is no address is none of its names either
+            name = urlsplit(f"//{name}").hostname or ""
         if hosts is not None and name not in hosts:
             raise Refusal(421, f"This server is not {name!r}. Call it by its address, or give it a token.")
 
