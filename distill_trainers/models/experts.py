@@ -2,7 +2,8 @@
 
     loss = … + router_aux_loss_coef · aux_loss,   aux_loss = E · Σ_e f_e · P_e   (Switch Transformers, arXiv 2101.03961)
 
-with f_e the share of tokens that expert e of E gets and P_e its mean probability, over all layers, padding left out.
+with f_e the share of tokens that expert e of E gets and P_e its mean probability, over all layers; padding is left out
+where there is a mask (packed rows have none).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 
 from distill_trainers import GKDConfig
 from distill_trainers.exceptions import ConfigurationError
-from distill_trainers.trainers import packages
+from distill_trainers.trainers.given import packages
 
 PLAIN = {"output_dir": "out", "use_cpu": True, "report_to": "none", "use_liger_kernel": True}
 LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}

@@ -139,6 +139,36 @@ def test_a_saved_model_that_answers_otherwise_ends_the_run_by_name(make_trainer,
     trainer.save_model(folder and where)
 
 
+def test_a_model_that_runs_on_gpus_alone_is_not_compared(make_trainer, monkeypatch, caplog):
+    """A kernel that reads no memory of the CPU ends no run."""
+    trainer = make_trainer()
+    trainer.train()
+    logits_of = models.logits_of
+
+    def on_gpus(model, inputs, **settings):
+        if model is not trainer.model:
+            raise ValueError("Pointer argument cannot be accessed from Triton")
+        return logits_of(model, inputs, **settings)
+
+    monkeypatch.setattr(models, "logits_of", on_gpus)
+    trainer.save_model()
+    assert "is not compared with what was trained: it does not run on the CPU (ValueError: Pointer" in caplog.text
+
+
+def test_an_adapter_whose_model_runs_on_gpus_alone_is_merged_uncompared(make_student, monkeypatch, caplog):
+    student = moved(get_peft_model(make_student(), lora("q_proj", "lm_head"))).eval()
+    expected, forward = student(IDS).logits, type(student.get_base_model()).forward
+
+    def on_gpus(*args, **kwargs):
+        raise ValueError("Pointer argument cannot be accessed from Triton")
+
+    monkeypatch.setattr(type(student.get_base_model()), "forward", on_gpus)
+    merged = models.merged_copy(student)
+    assert "merged, but not compared before and after: the model does not run here: Pointer argument" in caplog.text
+    monkeypatch.setattr(type(student.get_base_model()), "forward", forward)
+    assert logits_gap(merged(IDS).logits.flatten(0, 1), expected.flatten(0, 1)) < 1e-5
+
+
 def test_checkpoints_are_not_loaded_again(make_trainer, monkeypatch):
     trainer = make_trainer(save_strategy="steps", save_steps=1)
     monkeypatch.setattr(trainer.proof, "check", lambda folder: pytest.fail("a checkpoint was loaded"))

@@ -65,6 +65,6 @@ def train_sampler(dataset: Any, args: DistillConfig, epoch: Callable[[], float])
         return None
     if args.train_sampling_strategy == "random":
         return EpochSampler(len(dataset), args, epoch)
-    if args.length_column_name in (getattr(dataset, "column_names", None) or []):
-        return EpochSampler(len(dataset), args, epoch, list(dataset[args.length_column_name]))
+    if "length" in (getattr(dataset, "column_names", None) or []):  # as rows get it when they are tokenised
+        return EpochSampler(len(dataset), args, epoch, list(dataset["length"]))
     return EpochSampler(len(dataset), args, epoch, [len(row["input_ids"]) for row in dataset])
