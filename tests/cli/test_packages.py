@@ -9,7 +9,7 @@ from transformers.training_args import OptimizerNames
 from distill_trainers import GKDConfig, models
 from distill_trainers.cli import main
 from distill_trainers.exceptions import ConfigurationError
-from distill_trainers.trainers import packages
+from distill_trainers.trainers.given import packages
 
 PLAIN = {"output_dir": "out", "use_cpu": True}
 OF_TORCH = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
