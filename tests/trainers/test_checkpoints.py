@@ -545,6 +545,17 @@ def test_rows_of_objects_have_the_same_content_in_every_process():
     assert str(first) != str(second) and _content_of(first) == _content_of(second)
 
 
+def test_rows_put_in_after_a_run_are_those_of_the_next_one(make_trainer):
+    trainer = make_trainer(lmbda=0.0, max_steps=1)
+    trainer.train()
+    first, other = trainer.exact_settings()["content of train_dataset"], addition_dataset(24, seed=7)
+    trainer.train()
+    assert trainer.exact_settings()["content of train_dataset"] == first
+    trainer.train_dataset = other
+    trainer.train()
+    assert trainer.exact_settings()["content of train_dataset"] == _content_of(other) != first
+
+
 @pytest.mark.parametrize("name", ["nope", "file", ""])
 def test_what_is_no_folder_is_no_checkpoint(make_trainer, tmp_path, name):
     (tmp_path / "file").write_text("x")

@@ -171,6 +171,7 @@ class Resuming(Trainer):
         args: Any
         teacher: Teacher
         run_checkpoints: list[str]
+        _ready_train: Any
 
         def method_state(self) -> dict[str, Any]: ...
 
@@ -194,8 +195,8 @@ class Resuming(Trainer):
             self._warn_of_checkpoints(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if self._content is None and hasattr(self.train_dataset, "__len__"):
-            self._content = _content_of(self.train_dataset)
+        if self._content is None or self.train_dataset is not self._ready_train:
+            self._content = _content_of(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         if not self._facts and self.model is not None:
             self._facts = _facts_of(self.model)
         self.run_checkpoints, self.last_step = [], None
