@@ -63,6 +63,8 @@ def damage_of(folder: str | Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
+        if told["bytes"] < 0:
+            return f"{name} cannot be read"
         if file.stat().st_size != told["bytes"]:
             return f"{name} has {file.stat().st_size:,} bytes and had {told['bytes']:,}"
     with ThreadPoolExecutor(4) as threads:

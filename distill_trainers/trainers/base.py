@@ -217,6 +217,11 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
                 "Got `output_router_logits: true` in the student's config under ZeRO-3, where the backward pass of the "
                 "loss that balances its experts fails; expected ZeRO-2, DDP or FSDP2, or `output_router_logits: false`."
             )
+        if self.args.packing and models.balance_coefficient(self.model):
+            raise ConfigurationError(
+                "Got `packing: true` with `output_router_logits: true` in the student's config: the loss that balances "
+                "its experts would count padding, for which packed batches have no mask. Set one of them to false."
+            )
         publishing.check_merger(self.args, self.model, self.accelerator)
 
     def _start(self) -> None:

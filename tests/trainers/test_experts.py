@@ -227,3 +227,10 @@ def test_an_encoder_decoder_that_asks_for_it_is_refused(make_trainer):
     student.config = config
     with pytest.raises(ConfigurationError, match="`output_router_logits: true`.*nllb-moe"):
         make_trainer(student, method="rationale", objective="step_by_step")
+
+
+def test_packed_rows_whose_padding_the_balance_would_count_are_refused(make_trainer):
+    settings = {"lmbda": 0.0, "packing": True, "max_steps": 1}
+    with pytest.raises(ConfigurationError, match="packing: true` with `output_router_logits: true"):
+        make_trainer(mixture(), **settings)
+    make_trainer(mixture(output_router_logits=False), **settings).train()

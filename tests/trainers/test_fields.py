@@ -61,6 +61,12 @@ def test_words_are_taken_from_a_list(name, value):
         GKDConfig(**PLAIN, **{name: value})
 
 
+@pytest.mark.parametrize(("name", "value"), [("adam_beta1", 1.0), ("adam_beta2", 1.5)])
+def test_decays_of_the_optimiser_are_below_1(name, value):
+    with pytest.raises(ConfigurationError, match=f"`{name}: {value}`; expected a number below 1"):
+        GKDConfig(**PLAIN, **{name: value})
+
+
 def losses(trainer, name="loss"):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 

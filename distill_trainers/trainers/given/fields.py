@@ -23,12 +23,14 @@ class Argument:
         why: what differs from transformers, or why the value is refused or ignored.
         only: values that are taken all the same: they ask for what happens anyway.
         least: the smallest number that it takes.
+        below: what a number must stay below.
     """
 
     does: str = "acts"
     why: str = ""
     only: tuple[Any, ...] = ()
     least: float | None = None
+    below: float | None = None
 
 
 _TRACKER = "read by its tracker, with `report_to`"
@@ -48,8 +50,8 @@ ARGUMENTS: dict[str, Argument] = {
     "optim": Argument(why="its package is looked for first"),
     "optim_args": Argument(),
     "weight_decay": Argument(least=0),
-    "adam_beta1": Argument(least=0),
-    "adam_beta2": Argument(least=0),
+    "adam_beta1": Argument(least=0, below=1),
+    "adam_beta2": Argument(least=0, below=1),
     "adam_epsilon": Argument(least=0),
     "optim_target_modules": Argument(why="by GaLore and APOLLO, as in transformers"),
     "gradient_accumulation_steps": Argument(least=1),
@@ -171,6 +173,8 @@ def check_arguments(args: Any) -> None:
         value, argument = getattr(args, field.name), ARGUMENTS.get(field.name, Argument())
         if argument.least is not None and isinstance(value, (int, float)):
             require(not value < argument.least, field.name, value, f"{argument.least:g} or more")
+        if argument.below is not None and isinstance(value, (int, float)):
+            require(value < argument.below, field.name, value, f"a number below {argument.below:g}")
         if (choice := choices.get(field.name)) is not None:
             words = [member.value for member in choice]
             require(value in words, field.name, value, f"one of {', '.join(words)}")
