@@ -352,6 +352,10 @@ def test_off_policy_what_follows_the_last_answer_is_said_to_be_left_out(tokenize
         rows = prepared(tokenizer, {"messages": ENDS_WITH_USER}, {"messages": ENDS_WITH_USER[:2]})
     assert [texts(tokenizer, row)[1] for row in rows] == [["two<|im_end|>"]] * 2
     assert "1 conversations go on after their last answer" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):  # as JSON text, too
+        prepared(tokenizer, {"messages": json.dumps(ENDS_WITH_USER)})
+    assert "1 conversations go on after their last answer" in caplog.text
 
 
 WEIGHTED = [user("1"), assistant("bad", weight=0), user("2"), assistant("good", weight=1)]
