@@ -111,13 +111,9 @@ def prepare(
     one_process_only()
     cache = None if cache_dir is None else Path(cache_dir)
     device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
-    shared = {"device": device, "known": KnownModels(cache)}
-    before = {**(model_init_kwargs or {}), **(baseline_model_init_kwargs or {})}
-    subjects = make_subjects(
-        *(students, teacher, baseline, model_init_kwargs, teacher_model_init_kwargs),
-        baseline_kwargs=before,
-        **shared,
-    )
+    shared: Any = {"device": device, "known": KnownModels(cache)}
+    shared["baseline_kwargs"] = {**(model_init_kwargs or {}), **(baseline_model_init_kwargs or {})}
+    subjects = make_subjects(students, teacher, baseline, model_init_kwargs, teacher_model_init_kwargs, **shared)
     tokenizer, vocab_size = reference_tokenizer(subjects, tokenizer)
     examples = ExampleSet(read_examples(dataset, tokenizer, settings, name=data_name))
     metrics, notes = choose_metrics(settings, examples, has_teacher=teacher is not None)
