@@ -24,7 +24,7 @@ _DATA = (
     *("dataset", "dataset_config", "dataset_split", "eval_dataset", "eval_split", "eval_fraction"),
     *("max_train_samples", "streaming"),
 )
-_SETTINGS = ("max_length", "max_new_tokens", "stop_strings", "answer_formats", "answer_kind", "chat_template_kwargs")
+_SETTINGS = ("max_new_tokens", "stop_strings", "answer_formats", "answer_kind", "chat_template_kwargs")
 
 
 def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
@@ -49,7 +49,7 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
         "seed": args.seed,
         "column_mapping": args.column_mapping,
         "rows": None if evaluation is None or run.streaming else _digest(evaluation),
-        "settings": {**settings, **_question_prompt(args, tokenizer)},
+        "settings": {**settings, "max_length": args.row_limit, **_question_prompt(args, tokenizer)},
     }
     text = json.dumps(told, indent=1, default=str)
     write_file(Path(args.output_dir) / NAME, text, "what evaluation needs", "Free some space and start again.")

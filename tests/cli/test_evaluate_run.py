@@ -159,6 +159,21 @@ def test_the_baseline_is_of_the_revision_that_was_trained(finished, saved):
     assert others.baseline_model_init_kwargs is None and others.teacher_model_init_kwargs is None
 
 
+def test_rows_that_the_run_did_not_cut_are_whole(recipe, tmp_path, saved):
+    rows = [{"prompt": "1+" * 400 + f"{n}=", "completion": str(n)} for n in range(8)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = recipe(**HELD_OUT, dataset=str(tmp_path / "long.jsonl"))
+    with open(path) as file:
+        text = file.read().replace("max_length: 24", "max_length: null")
+    with open(path, "w") as file:
+        file.write(text)
+    build_trainer(parse_recipe(["--config", path]))
+    shutil.copytree(saved.student, tmp_path / "out", dirs_exist_ok=True)
+    args, settings = parse_arguments(["--run", str(tmp_path / "out"), *SHORT])
+    examples = prepare_evaluation(args, settings).examples.examples
+    assert len(examples) == 2 and all(len(example.prompt_ids) == 802 for example in examples)
+
+
 def test_no_secret_is_written_down(finished):
     secret, dtype = "hf_" + "a" * 34, {"dtype": "float32"}
     folder = finished(teacher_model_init_kwargs={"token": secret, **dtype}, model_init_kwargs={"token": secret})
