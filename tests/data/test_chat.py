@@ -473,3 +473,18 @@ def test_templates_may_drop_what_earlier_turns_thought_unless_it_is_trained(toke
     assert "why" not in texts(tokenizer, prepared(tokenizer, row)[0])[0]
     first, second = trained(tokenizer, row, assistant_only_loss=True)[0]
     assert first == "<think>\nwhy\n</think>\n\nx<|im_end|>" and second.endswith("y<|im_end|>")
+
+
+@pytest.mark.parametrize("text", ["Zoé", "日本", "yes 🙂"])
+def test_the_last_character_of_a_marked_turn_is_trained_whole(make_tokenizer, text):
+    """It is several bytes, and so several tokens; transformers marks the first of them."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(template=template)
+    row = {"messages": [user("a"), assistant(text), user("b"), assistant("c")]}
+    ids = tokenize_row(row, tokenizer, dataset_type="messages", assistant_only_loss=True)
+    first = next(list(group) for on, group in groupby(ids["labels"], lambda label: label != IGNORED) if on)
+    assert tokenizer.decode(first) == text
