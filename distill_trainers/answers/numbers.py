@@ -51,6 +51,7 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 _RAISED = re.compile("[⁺⁻⁽]*[⁰¹²³⁴-⁹ⁿⁱ]+[⁾]?")
 _LOWERED = re.compile("[₊₋₍]*[₀-₉]+[₎]?")
 _VULGAR = re.compile("(?<=[^ ])(?=[¼-¾⅐-⅞↉])")  # the place between the two of 5½, which are not 51/2
+_FRAC = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")  # a space before it, so that 2\frac{1}{2} is not 21/2
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}")
 
 
@@ -75,7 +76,8 @@ def as_number(text: str) -> Fraction | None:
     """
     if len(text) > 2 * _LONGEST:
         return None
-    text = normalised(_TEXT.sub(r" \1 ", text).replace(r"\%", "%").replace(r"\$", "$")).rstrip(".")
+    text = _FRAC.sub(r" \1/\2", _TEXT.sub(r" \1 ", text))
+    text = normalised(text.replace(r"\%", "%").replace(r"\$", "$")).rstrip(".")
     if not text or len(text) > _LONGEST or not any(c.isdigit() for c in text):
         return None
     ratio = _RATIO.fullmatch(text)

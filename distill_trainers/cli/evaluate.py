@@ -50,6 +50,9 @@ class EvaluateArguments:
     teacher_model_init_kwargs: dict[str, Any] | str | None = setting(
         None, "For from_pretrained of the teacher, in place of those (JSON)."
     )
+    baseline_model_init_kwargs: dict[str, Any] | str | None = setting(
+        None, "For from_pretrained of the baseline, over those of all models (JSON)."
+    )
     trust_remote_code: bool = setting(False, "Allow models that bring code of their own.")
     dataset: str | None = setting(None, "Data: a file, a folder or a Hub id. Required without `run`.")
     dataset_config: str | None = setting(None, "Configuration of a Hub dataset.")
@@ -154,6 +157,7 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
     trusted = {"trust_remote_code": args.trust_remote_code}
     kwargs: Any = args.model_init_kwargs
     teacher_kwargs: Any = args.teacher_model_init_kwargs
+    baseline_kwargs: Any = args.baseline_model_init_kwargs
     return prepare(
         students,
         data,
@@ -163,6 +167,7 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
         cache_dir=args.cache_dir or str(Path(args.output_dir) / "cache"),
         model_init_kwargs={**trusted, **(kwargs or {})},
         teacher_model_init_kwargs=None if teacher_kwargs is None else {**trusted, **teacher_kwargs},
+        baseline_model_init_kwargs=baseline_kwargs,
         use_cpu=args.use_cpu,
         data_name=data_name,
     )

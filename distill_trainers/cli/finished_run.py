@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from ..evaluation import EvaluationSettings
 
 NAME = "evaluate.json"  # it names paths of this machine, and is never uploaded
-_VERSION = 1
+_VERSION = 2
 _DATA = (
     *("dataset", "dataset_config", "dataset_split", "eval_dataset", "eval_split", "eval_fraction"),
     *("max_train_samples", "streaming"),
 )
-_SETTINGS = ("max_length", "max_new_tokens", "stop_strings", "answer_formats", "answer_kind", "chat_template_kwargs")
-_LOADING = ("trust_remote_code", "teacher_model_init_kwargs")
+_SETTINGS = ("max_new_tokens", "stop_strings", "answer_formats", "answer_kind", "chat_template_kwargs")
 
 
 def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
@@ -34,22 +33,23 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
     Args:
         evaluation: the raw rows that are held out; None where there are none.
     """
-    run, args = recipe.run, recipe.args
+    run, args, teacher = recipe.run, recipe.args, recipe.run.teacher_model_name_or_path
     settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name, None) is not None}
     data = {name: getattr(run, name) for name in _DATA}
     for name in ("dataset", "eval_dataset"):
         data[name] = _whole_path(data[name])
     told = {
         "version": _VERSION,
-        "teacher": _whole_path(run.teacher_model_name_or_path),
-        "teacher_has_files": has_files(run.teacher_model_name_or_path, args),
+        "teacher": _whole_path(teacher) if has_files(teacher, args) else None,
+        "teacher_is_a_server": teacher is not None and not has_files(teacher, args),
         "baseline": _whole_path(recipe.model.model_name_or_path),  # none: it lies in the run's folder
-        "loading": {name: getattr(args, name) for name in _LOADING},
+        "trust_remote_code": args.trust_remote_code,
+        "init_kwargs": _init_kwargs(recipe),
         "data": data,
         "seed": args.seed,
         "column_mapping": args.column_mapping,
         "rows": None if evaluation is None or run.streaming else _digest(evaluation),
-        "settings": {**settings, **_question_prompt(args, tokenizer)},
+        "settings": {**settings, "max_length": args.row_limit, **_question_prompt(args, tokenizer)},
     }
     text = json.dumps(told, indent=1, default=str)
     write_file(Path(args.output_dir) / NAME, text, "what evaluation needs", "Free some space and start again.")
@@ -102,10 +102,16 @@ def take_up(args: Any, settings: EvaluationSettings) -> list[str]:
     baseline = told["baseline"] or str(folder / STUDENT_INIT_NAME)
     values = {"teacher": told["teacher"], "baseline": baseline, "output_dir": str(folder / "evaluation")}
     notes = []
-    if "teacher" not in args.given and told["teacher"] and not told["teacher_has_files"]:
+    for model, kwargs in told["init_kwargs"].items():
+        name, private = f"{model}_model_init_kwargs", kwargs["private"]
+        if {model, name} & args.given:  # of another model, or set
+            continue
+        values[name] = kwargs["kept"] or None
+        if private:
+            notes.append(f"The run's {model} was loaded with {private}, which no file keeps. Set `{name}` if needed.")
+    if "teacher" not in args.given and told["teacher_is_a_server"]:
         notes.append("The run's teacher is a server, which evaluation does not ask; name a model as `teacher` for it.")
-        del values["teacher"]
-    for name, value in {**values, **told["loading"]}.items():
+    for name, value in {**values, "trust_remote_code": told["trust_remote_code"]}.items():
         if name not in args.given:
             setattr(args, name, value)
     for name, value in told["settings"].items():
@@ -162,6 +168,23 @@ def _question_prompt(args: Any, tokenizer: Any) -> dict[str, str]:
     asked = {name: getattr(args, name) for name in ("label_prompt", "chain_prompt")}
     templates = RationaleTemplates.of(args.prompt_style, tokenizer, **asked)
     return {"question_prompt": templates.label_prompt if args.objective == "step_by_step" else templates.chain_prompt}
+
+
+def _init_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """How teacher and baseline are loaded, by model: what is kept of it, and the names of what may be secret."""
+    from ..models import which_files
+    from ..trainers.lifecycle.recording import is_private
+
+    args: Any = recipe.args
+    # A student's other arguments say how it is trained; the baseline only has to be the same files.
+    files = which_files(args.model_init_kwargs) if recipe.model.model_name_or_path else {}
+    files = {name: value for name, value in files.items() if name != "trust_remote_code" and value != "main"}
+    given = {"teacher": args.teacher_model_init_kwargs or {}, "baseline": files}
+    told = {}
+    for model, kwargs in given.items():
+        private = sorted(name for name, value in kwargs.items() if is_private(name, value))
+        told[model] = {"kept": {n: value for n, value in kwargs.items() if n not in private}, "private": private}
+    return told
 
 
 def _whole_path(name: str | None) -> str | None:

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,16 @@ class PairArguments:
 
 @dataclass
 class Prompt:
-    """One prompt of the dataset: as it is written there, in tokens, and the right answer if it is to be checked."""
+    """One prompt of the dataset: as it is written there, in tokens, and the right answer if it is to be checked.
+
+    Args:
+        columns: what else its rendering depends on, for the file of pairs.
+    """
 
     written: Any
     ids: list[int]
     answer: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -161,12 +166,15 @@ def _check(settings: PairArguments, temperature: float) -> None:
 def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Counter[str]) -> dict[str, Prompt]:
     """Different prompts that leave room for a response, by key."""
     from ..data import apply_column_mapping, detect_dataset_type, tokenize_row
+    from ..data.arrow import without_filling
     from ..rollouts.store import prompt_key
 
     args: Any = recipe.args
     rows = apply_column_mapping(checked.ready.given.train, args.column_mapping, name="train")
     prompts: dict[str, Prompt] = {}
-    for number, row in enumerate(rows):
+    features = getattr(rows, "features", None)
+    for number, given in enumerate(rows):
+        row = without_filling(given, features)
         kind = detect_dataset_type(row)
         if kind in ("text", "tokenized"):
             raise DatasetError(
@@ -182,7 +190,7 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
                 dataset_type=kind,
                 chat_template_kwargs=args.chat_template_kwargs,
                 answer_last=True,
-                features=getattr(rows, "features", None),
+                features=features,
             )
         except DatasetError as error:
             raise DatasetError(f"Row {number} of dataset 'train': {error}") from error
@@ -193,7 +201,9 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
         elif key in prompts:
             counts["prompts that came twice"] += 1
         else:
-            prompts[key] = Prompt(_written_prompt(row, kind), ids, _right_answer(row, number, settings))
+            written = _written_prompt(row, kind)
+            columns = {} if isinstance(written, str) else _columns(row)
+            prompts[key] = Prompt(written, ids, _right_answer(row, number, settings), columns)
     if not prompts:
         raise DatasetError(f"No prompt of the dataset can be answered: {dict(counts)}. Raise `max_length`.")
     return prompts
@@ -206,6 +216,12 @@ def _written_prompt(row: Mapping[str, Any], kind: str) -> Any:
     if kind != "messages":
         return row["prompt"]
     return prompt_and_answer(conversation_of(row), answer_last=True)[0]
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a chat template reads beside the messages; as JSON text, to which no table adds keys."""
+    given = {name: row[name] for name in ("system", "tools", "chat_template_kwargs") if row.get(name)}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
 
 
 def _right_answer(row: Mapping[str, Any], number: int, settings: PairArguments) -> str:
@@ -333,7 +349,7 @@ def _pair(
         side: response["text"] if is_text else [{"role": "assistant", "content": response["text"]}]
         for side, response in (("chosen", chosen), ("rejected", rejected))
     }
-    return {"prompt": prompt.written, **sides, "provenance": provenance}, ""
+    return {"prompt": prompt.written, **sides, **prompt.columns, "provenance": provenance}, ""
 
 
 if __name__ == "__main__":

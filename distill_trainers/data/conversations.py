@@ -18,7 +18,7 @@ from distill_trainers.data.chat import (
     turn_end_id,
 )
 from distill_trainers.data.formats import DatasetType, as_messages, conversation_of
-from distill_trainers.data.labels import completion_labels, labels_of
+from distill_trainers.data.labels import TokenizedRow, labels_of, row_of
 from distill_trainers.data.messages import THINKING, Message, as_json, is_trained
 from distill_trainers.data.turns import TurnsNotFoundError, assistant_mask
 from distill_trainers.exceptions import DatasetError
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TokenizedRow = dict[str, Any]
 Turns = tuple[list[Message], list[Message]]  # prompt and completion
 
 
@@ -60,7 +59,7 @@ def tokenize_conversation(
         prompt = [{"role": "system", "content": system}, *prompt]
     if not prompt:
         # No template renders a header of nothing, so there is no prompt and nothing that could be told from it.
-        return _joined([], [])
+        return row_of([], [])
     history = assistant_only_loss and dataset_type == "messages"
     return _first_that_works(chat, (prompt, completion), lambda chat, turns: _tokenized(chat, *turns, history=history))
 
@@ -116,9 +115,9 @@ def prompt_and_answer(messages: list[Message], *, answer_last: bool = False) -> 
 def _tokenized(chat: Chat, prompt: list[Message], completion: list[Message], *, history: bool) -> TokenizedRow:
     if all(_is_silent(message) for message in completion):
         begun = not completion and prompt[-1]["role"] == "assistant"
-        return _joined(chat.ids(chat.begun_turn(prompt) if begun else chat.prompt(prompt)), [])
+        return row_of(chat.ids(chat.begun_turn(prompt) if begun else chat.prompt(prompt)), [])
     prompt_ids, completion_ids = split_conversation(chat, prompt, completion)
-    row = _joined(prompt_ids, completion_ids)
+    row = row_of(prompt_ids, completion_ids)
     if not all(map(is_trained, completion)):
         # What a tool or a user says inside the completion is context: the student must not learn to write it.
         mask = [0] * len(row["input_ids"])
@@ -136,14 +135,6 @@ def _is_silent(message: Message) -> bool:
     content = message["content"]
     text = content.strip() if isinstance(content, str) else content
     return not text and not message.get("tool_calls") and not any(message.get(name) for name in THINKING)
-
-
-def _joined(prompt_ids: list[int], completion_ids: list[int]) -> TokenizedRow:
-    return {
-        "input_ids": [*prompt_ids, *completion_ids],
-        "labels": completion_labels(prompt_ids, completion_ids),
-        "prompt_length": len(prompt_ids),
-    }
 
 
 def _bare(chat: Chat, messages: list[Message]) -> list[Message]:

@@ -147,7 +147,7 @@ def conversation_of(row: Mapping[str, Any]) -> list[Message]:
 
 def goes_on(row: Mapping[str, Any]) -> bool:
     """Tell whether a row of the layout `messages` has turns after its last answer."""
-    messages = row.get("messages") or row.get("conversations")
+    messages = as_json(row.get("messages") or row.get("conversations"), "The conversation", "a list of messages")
     if not isinstance(messages, list):
         return False
     roles = [str(message.get("role") or message.get("from")) for message in messages if isinstance(message, Mapping)]

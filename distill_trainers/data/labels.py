@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 IGNORED = -100
+
+TokenizedRow = dict[str, Any]
 
 
 def labels_of(ids: Sequence[int], trained: Iterable[int]) -> list[int]:
@@ -15,6 +18,12 @@ def labels_of(ids: Sequence[int], trained: Iterable[int]) -> list[int]:
 def completion_labels(prompt: Sequence[int], completion: Sequence[int]) -> list[int]:
     """Return the labels of a row of which the whole completion is trained, and nothing of the prompt."""
     return [IGNORED] * len(prompt) + list(completion)
+
+
+def row_of(prompt: Sequence[int], completion: Sequence[int]) -> TokenizedRow:
+    """Return the tokenised row of a prompt and its completion."""
+    ids = [*prompt, *completion]
+    return {"input_ids": ids, "labels": completion_labels(prompt, completion), "prompt_length": len(prompt)}
 
 
 def any_trained(labels: Iterable[int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -123,9 +124,17 @@ def _from_folder(
             f"The folder {str(path)!r} has no dataset in it: looked for files ending in {', '.join(READERS)} and for "
             "what Dataset.save_to_disk writes (state.json, dataset_dict.json)."
         )
-    files = [file for file in path.rglob("*") if file.suffix.lower() in READERS] if data_files is None else []
+    chosen = path.rglob("*") if data_files is None else _chosen(path, data_files)
+    files = [file for file in chosen if file.suffix.lower() in READERS]
     settings = {"name": name, "data_files": data_files, "streaming": streaming, **_as_written(files)}
     return _load(str(path), str(path), split=split, **settings)
+
+
+def _chosen(folder: Path, data_files: DataFiles) -> list[Path]:
+    """The files that `data_files` names, some by patterns."""
+    named: list[Any] = [*data_files.values()] if isinstance(data_files, Mapping) else [data_files]
+    patterns = [pattern for some in named for pattern in ([some] if isinstance(some, str) else some)]
+    return [Path(file) for pattern in patterns for file in glob.glob(str(folder / pattern), recursive=True)]
 
 
 def _as_written(files: Sequence[Path]) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from .chat import Chat
 from .collator import DistillCollator, pad_rows
 from .conversations import split_turns
 from .formats import apply_column_mapping, detect_dataset_type, first_row
-from .labels import IGNORED, any_trained, completion_labels, labels_of
+from .labels import IGNORED, TokenizedRow, any_trained, labels_of, row_of
 from .plain import plain_dataset
-from .rows import TokenizedRow, truncate
+from .rows import truncate
 from .texts import encoder_and_decoder_ids, split_text, tell_straddled
 from .tokenization import code_fingerprint, is_kept
 
@@ -165,10 +165,8 @@ class RationaleTokenizer:
             prompt_ids, completion_ids = encoder_and_decoder_ids(prompt, completion, tokenizer)
         else:
             prompt_ids, completion_ids, lost = split_text(prompt, completion, tokenizer)
-        ids = [*prompt_ids, *completion_ids]
-        labels = completion_labels(prompt_ids, completion_ids)
-        parts = {"input_ids": ids, "labels": labels, "marks": [0] * len(ids), "prompt_length": len(prompt_ids)}
-        return {**parts, "straddled": lost}
+        row = row_of(prompt_ids, completion_ids)
+        return {**row, "marks": [0] * len(row["input_ids"]), "straddled": lost}
 
     def _cut(self, sequence: TokenizedRow) -> TokenizedRow:
         """Cut to `max_length` as all rows are; marks go with their tokens."""
@@ -385,9 +383,7 @@ def with_innovations(
     old = {name: value for name, value in batch.items() if name not in ("prompt_ids", "prompt_mask", "references")}
     if not rows:
         return old
-    sequences = [
-        {"input_ids": ids, "labels": completion_labels(ids[:n], ids[n:]), "prompt_length": n} for ids, n in rows
-    ]
+    sequences = [row_of(ids[:n], ids[n:]) for ids, n in rows]
     added = DistillCollator(pad_token_id, multiple)(sequences)
     trained = (added["labels"] != IGNORED).float()
     none = torch.zeros_like(trained)

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 from distill_trainers.data.arrow import without_filling
 from distill_trainers.data.conversations import tokenize_conversation
 from distill_trainers.data.formats import DatasetType, as_text, check_columns, is_conversation
-from distill_trainers.data.labels import IGNORED, completion_labels
+from distill_trainers.data.labels import IGNORED, TokenizedRow, row_of
 from distill_trainers.data.texts import ended, split_text, text_ids
 from distill_trainers.exceptions import DatasetError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TokenizedRow = dict[str, Any]
 
 
 def tokenize_row(
@@ -57,7 +55,7 @@ def tokenize_row(
     if dataset_type == "text":
         return _from_text(as_text(row["text"], column="text"), tokenizer)
     if dataset_type == "prompt" and not is_conversation(row["prompt"]):
-        return _joined(text_ids(as_text(row["prompt"], column="prompt"), tokenizer), [])
+        return row_of(text_ids(as_text(row["prompt"], column="prompt"), tokenizer), [])
     if dataset_type == "prompt_completion" and not (
         is_conversation(row["prompt"]) or is_conversation(row["completion"])
     ):
@@ -105,15 +103,15 @@ def truncate(
 
 def _from_text(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
     if not text.strip():
-        return _joined([], [])
-    return _joined([], ended(text_ids(text, tokenizer), tokenizer))
+        return row_of([], [])
+    return row_of([], ended(text_ids(text, tokenizer), tokenizer))
 
 
 def _from_strings(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
     prompt = as_text(row["prompt"], column="prompt")
     completion = as_text(row["completion"], column="completion")
     prompt_ids, completion_ids, lost = split_text(prompt, completion, tokenizer)
-    return _joined(prompt_ids, completion_ids) | ({"straddled": lost} if lost else {})
+    return row_of(prompt_ids, completion_ids) | ({"straddled": lost} if lost else {})
 
 
 def _from_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
@@ -176,11 +174,3 @@ def _mask_of_labels(row: Mapping[str, Any]) -> list[int]:
             "them: input_ids with -100 at every position that is not trained."
         )
     return [int(label != -100) for label in labels]
-
-
-def _joined(prompt_ids: list[int], completion_ids: list[int]) -> TokenizedRow:
-    return {
-        "input_ids": [*prompt_ids, *completion_ids],
-        "labels": completion_labels(prompt_ids, completion_ids),
-        "prompt_length": len(prompt_ids),
-    }

@@ -51,12 +51,14 @@ def _mask_by_markers(
         chat_template=chat.template,
         return_dict=True,
         return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
         **turn,
         **chat.settings,
     )
     if rendered["input_ids"][: len(ids)] != list(ids):
         return None
-    mask = _close_turns(chat.tokenizer, ids, rendered["assistant_masks"][: len(ids)])
+    marked = _with_whole_characters(rendered["assistant_masks"], rendered["offset_mapping"])
+    mask = _close_turns(chat.tokenizer, ids, marked[: len(ids)])
     starts = [i for i, on in enumerate(mask) if on and not (i and mask[i - 1])]
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if len(starts) != len(turns):
@@ -103,6 +105,16 @@ def _common(some: Sequence[int], others: Sequence[int]) -> int:
     from trl.data_utils import common_prefix_length
 
     return common_prefix_length(list(some), list(others))
+
+
+def _with_whole_characters(mask: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    # Of a last character that is several tokens, as an emoji's bytes are, transformers marks the first alone.
+    whole = list(mask)
+    for i in range(1, len(whole)):
+        start, end = offsets[i]
+        if whole[i - 1] and end > start and tuple(offsets[i - 1]) == (start, end):
+            whole[i] = 1
+    return whole
 
 
 def _close_turns(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequence[int]) -> list[int]:

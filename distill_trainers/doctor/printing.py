@@ -36,9 +36,12 @@ def print_first_row(diagnosis: Diagnosis, console: Any) -> None:
     """Print the first row that is trained on, with its trained stretches between ⟦ and ⟧."""
     from rich.text import Text
 
+    from ..reporting.markup import visible  # a row may hold what a terminal would obey
+
     text = Text("The first row, trained between ⟦ and ⟧:\n", style="bold")
     for stretch, trained in diagnosis.case.first_row:
-        shown = f"⟦{shortened(stretch)}⟧" if trained else shortened(stretch)
+        shown = visible(shortened(stretch))
+        shown = f"⟦{shown}⟧" if trained else shown
         text.append(shown, style="green not bold" if trained else "dim not bold")
     console.print(text, soft_wrap=True)
 

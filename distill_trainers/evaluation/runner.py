@@ -53,6 +53,7 @@ def evaluate_models(
     cache_dir: str | Path | None = None,
     model_init_kwargs: Mapping[str, Any] | None = None,
     teacher_model_init_kwargs: Mapping[str, Any] | None = None,
+    baseline_model_init_kwargs: Mapping[str, Any] | None = None,
     use_cpu: bool = False,
     data_name: str = "the data",
     progress: bool = True,
@@ -66,6 +67,7 @@ def evaluate_models(
         tokenizer: of all models; by default the one that lies beside the first of them.
         cache_dir: where completions and measures of tokens are kept; None keeps nothing.
         model_init_kwargs, teacher_model_init_kwargs: of `from_pretrained`; the dtype is that of the checkpoint.
+        baseline_model_init_kwargs: of the baseline, over `model_init_kwargs`.
 
     Raises:
         ConfigurationError, DatasetError, VocabularyError: before any weights are loaded.
@@ -80,6 +82,7 @@ def evaluate_models(
         cache_dir=cache_dir,
         model_init_kwargs=model_init_kwargs,
         teacher_model_init_kwargs=teacher_model_init_kwargs,
+        baseline_model_init_kwargs=baseline_model_init_kwargs,
         use_cpu=use_cpu,
         data_name=data_name,
         progress=progress,
@@ -98,6 +101,7 @@ def prepare(
     cache_dir: str | Path | None = None,
     model_init_kwargs: Mapping[str, Any] | None = None,
     teacher_model_init_kwargs: Mapping[str, Any] | None = None,
+    baseline_model_init_kwargs: Mapping[str, Any] | None = None,
     use_cpu: bool = False,
     data_name: str = "the data",
     progress: bool = True,
@@ -107,7 +111,8 @@ def prepare(
     one_process_only()
     cache = None if cache_dir is None else Path(cache_dir)
     device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
-    shared = {"device": device, "known": KnownModels(cache)}
+    shared: Any = {"device": device, "known": KnownModels(cache)}
+    shared["baseline_kwargs"] = {**(model_init_kwargs or {}), **(baseline_model_init_kwargs or {})}
     subjects = make_subjects(students, teacher, baseline, model_init_kwargs, teacher_model_init_kwargs, **shared)
     tokenizer, vocab_size = reference_tokenizer(subjects, tokenizer)
     examples = ExampleSet(read_examples(dataset, tokenizer, settings, name=data_name))
@@ -122,6 +127,8 @@ def make_subjects(
     baseline: str | nn.Module | None,
     kwargs: Mapping[str, Any] | None,
     teacher_kwargs: Mapping[str, Any] | None,
+    *,
+    baseline_kwargs: Mapping[str, Any] | None = None,
     **shared: Any,
 ) -> list[Subject]:
     """Return teacher, baseline, students, in this order, each with what they share; nothing is loaded.
@@ -134,7 +141,7 @@ def make_subjects(
         raise ConfigurationError(f"A student is called {taken[0]!r}; expected another name than teacher and baseline.")
     sources: list[tuple[str, str, str | nn.Module | None, Mapping[str, Any] | None]] = [
         ("teacher", "teacher", teacher, kwargs if teacher_kwargs is None else teacher_kwargs),
-        ("baseline", "baseline", baseline, kwargs),
+        ("baseline", "baseline", baseline, kwargs if baseline_kwargs is None else baseline_kwargs),
         *((str(name), "student", source, kwargs) for name, source in students.items()),
     ]
     named = [(name, role, source, loading) for name, role, source, loading in sources if source is not None]

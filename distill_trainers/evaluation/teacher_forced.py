@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .. import models
 from ..data import DistillCollator
-from ..data.labels import completion_labels
+from ..data.labels import row_of
 from ..losses.fused_linear import TermsFn, fused_linear_terms
 from ..losses.reduction import trained_mask
 from ..signals import HiddenStates, TokenLogits
@@ -61,18 +60,13 @@ def force(
     batches += [[]] * (turns - len(batches))  # of no use here, but others may wait for it
     collate = DistillCollator(pad_token_id)
     for batch in tqdm(batches, desc=title, disable=not progress or not batches or rank != 0):
-        rows = [_row(*text) for text in ([missing[key] for key in batch] or anybodys)]
+        rows = [row_of(*text) for text in ([missing[key] for key in batch] or anybodys)]
         inputs = {name: value.to(device) for name, value in collate(rows).items()}
         values = _by_row(run(inputs), inputs["labels"])[: len(batch)]
         done |= dict(zip(batch, values, strict=True))
         if store is not None:
             store.append({"key": key, "values": done[key]} for key in batch)
     return [done[key] for key in keys]
-
-
-def _row(prompt: list[int], completion: list[int]) -> dict[str, Any]:
-    labels = completion_labels(prompt, completion)
-    return {"input_ids": [*prompt, *completion], "labels": labels, "prompt_length": len(prompt)}
 
 
 def _by_row(terms: Mapping[str, Tensor], labels: Tensor) -> list[TokenValues]:

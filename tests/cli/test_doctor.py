@@ -3,12 +3,14 @@
 import copy
 import json
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 
 from distill_trainers import models
 from distill_trainers.cli import main
 from distill_trainers.doctor import Launch, precision, room, teacher
+from distill_trainers.doctor.printing import print_first_row
 from distill_trainers.doctor.reading import case_of
 from distill_trainers.recipe.parse import parse_recipe
 from distill_trainers.teachers import LocalTeacher
@@ -97,6 +99,15 @@ def test_the_first_row_is_shown_with_what_is_trained(recipe, pair, diagnose, con
     assert (prompt["text"], answer["text"]) == (f"={a}+{b}=<eos>", f"{int(a) + int(b)}<eos>")
     main(["doctor", "--config", path, "--quick"])
     assert f"{prompt['text']}⟦{answer['text']}⟧" in capsys.readouterr().out
+
+
+def test_a_row_gives_no_orders_to_the_terminal():
+    from rich.console import Console
+
+    console = Console(record=True, width=200)
+    case = SimpleNamespace(first_row=[("a\x1b[2J", False), ("b\u202e", True)])
+    print_first_row(SimpleNamespace(case=case), console)
+    assert "a‹U+001B›[2J⟦b‹U+202E›⟧" in console.export_text()
 
 
 def test_every_fault_of_the_data_is_told_in_the_words_of_a_run(recipe, pair, diagnose, tmp_path):

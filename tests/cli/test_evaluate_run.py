@@ -148,6 +148,43 @@ def test_data_that_has_changed_is_refused(finished, refusal, tmp_path):
     assert "no such file" in refusal(folder)
 
 
+def test_the_baseline_is_of_the_revision_that_was_trained(finished, saved):
+    """The other models are not: a student has none, and a teacher that is named besides is another one."""
+    folder = finished(model_init_kwargs={"revision": "v1"}, teacher_model_init_kwargs={"revision": "v2"})
+    args, settings = parse_arguments(["--run", str(folder), *SHORT])
+    subjects = {subject.role: subject for subject in prepare_evaluation(args, settings).subjects}
+    revisions = {role: subject._kwargs.get("revision") for role, subject in subjects.items()}
+    assert revisions == {"teacher": "v2", "baseline": "v1", "student": None}
+    others = taken_up("--run", str(folder), "--baseline", saved.teacher, "--teacher", saved.student)[0]
+    assert others.baseline_model_init_kwargs is None and others.teacher_model_init_kwargs is None
+
+
+def test_rows_that_the_run_did_not_cut_are_whole(recipe, tmp_path, saved):
+    rows = [{"prompt": "1+" * 400 + f"{n}=", "completion": str(n)} for n in range(8)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = recipe(**HELD_OUT, dataset=str(tmp_path / "long.jsonl"))
+    with open(path) as file:
+        text = file.read().replace("max_length: 24", "max_length: null")
+    with open(path, "w") as file:
+        file.write(text)
+    build_trainer(parse_recipe(["--config", path]))
+    shutil.copytree(saved.student, tmp_path / "out", dirs_exist_ok=True)
+    args, settings = parse_arguments(["--run", str(tmp_path / "out"), *SHORT])
+    examples = prepare_evaluation(args, settings).examples.examples
+    assert len(examples) == 2 and all(len(example.prompt_ids) == 802 for example in examples)
+
+
+def test_no_secret_is_written_down(finished):
+    secret, dtype = "hf_" + "a" * 34, {"dtype": "float32"}
+    folder = finished(teacher_model_init_kwargs={"token": secret, **dtype}, model_init_kwargs={"token": secret})
+    assert secret not in (folder / "evaluate.json").read_text()
+    args, settings = parse_arguments(["--run", str(folder), *SHORT])
+    told = take_up(args, settings)
+    assert args.teacher_model_init_kwargs == dtype and args.baseline_model_init_kwargs is None
+    wanted = [f"The run's {model} was loaded with ['token']" for model in ("teacher", "baseline")]
+    assert [note.split(", which")[0] for note in told] == wanted
+
+
 def test_a_run_that_held_nothing_out_needs_data(finished, refusal):
     assert "held out no rows" in refusal(finished(eval_fraction=None))
 
@@ -155,9 +192,7 @@ def test_a_run_that_held_nothing_out_needs_data(finished, refusal):
 def test_a_teacher_behind_http_is_left_out_with_a_word(finished, capsys):
     folder = finished()
     file = folder / "evaluate.json"
-    file.write_text(
-        json.dumps({**json.loads(file.read_text()), "teacher": "http://127.0.0.1:9", "teacher_has_files": False})
-    )
+    file.write_text(json.dumps({**json.loads(file.read_text()), "teacher": None, "teacher_is_a_server": True}))
     args, settings = parse_arguments(["--run", str(folder), "--metrics", "perplexity"])
     prepare_evaluation(args, settings)
     assert args.teacher is None and "teacher is a server" in capsys.readouterr().out

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 
+from distill_trainers import models
 from distill_trainers.cli import main
 from distill_trainers.data import load_split
+from distill_trainers.data.pairs import prepare_pairs
 from distill_trainers.rollouts import CompletionStore
 
 
@@ -47,10 +50,6 @@ def test_pairs_are_written_with_their_provenance(builder, tmp_path, saved, capsy
 
 
 def test_conversations_stay_conversations(builder, tmp_path, saved, monkeypatch, tokenizer):
-    import copy
-
-    from distill_trainers import models
-
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     monkeypatch.setattr(models, "load_tokenizer", lambda *a, **k: chat)
@@ -61,6 +60,32 @@ def test_conversations_stay_conversations(builder, tmp_path, saved, monkeypatch,
     for row in read(tmp_path):
         assert [message["role"] for message in row["prompt"]] == ["user"]
         assert [message["role"] for message in row["chosen"] + row["rejected"]] == ["assistant"] * 2
+
+
+def test_what_belongs_to_a_prompt_is_written_beside_it(builder, tmp_path, monkeypatch, tokenizer):
+    """Without its tools and system message the file would be trained on with other prompts than were answered."""
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = (
+        "{{ mode }}{% if tools %}{{ tools[0].function.name }}{{ tools[0].function.strict }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    monkeypatch.setattr(models, "load_tokenizer", lambda *a, **k: chat)
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"{a}+1="}],
+            "system": "=",
+            "tools": [{"type": "function", "function": {"name": str(a)} | ({"strict": 1} if a else {})}],
+            "chat_template_kwargs": {"mode": "+"},
+        }
+        for a in range(5)
+    ]
+    assert builder(rows=rows) == 0
+    pairs = load_split(str(tmp_path / "pairs.jsonl"))
+    assert len(pairs) == len(read(tmp_path)) > 0
+    for row, pair in zip(prepare_pairs(pairs, chat, max_length=99), pairs, strict=True):
+        (message,) = pair["prompt"]
+        a = message["content"][0]
+        assert chat.decode(row["input_ids"][: row["prompt_length"]]) == f"+{a}{1 if a != '0' else ''}={a}+1="
 
 
 def test_a_killed_builder_goes_on(builder, tmp_path, monkeypatch):

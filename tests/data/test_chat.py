@@ -352,6 +352,10 @@ def test_off_policy_what_follows_the_last_answer_is_said_to_be_left_out(tokenize
         rows = prepared(tokenizer, {"messages": ENDS_WITH_USER}, {"messages": ENDS_WITH_USER[:2]})
     assert [texts(tokenizer, row)[1] for row in rows] == [["two<|im_end|>"]] * 2
     assert "1 conversations go on after their last answer" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):  # as JSON text, too
+        prepared(tokenizer, {"messages": json.dumps(ENDS_WITH_USER)})
+    assert "1 conversations go on after their last answer" in caplog.text
 
 
 WEIGHTED = [user("1"), assistant("bad", weight=0), user("2"), assistant("good", weight=1)]
@@ -469,3 +473,18 @@ def test_templates_may_drop_what_earlier_turns_thought_unless_it_is_trained(toke
     assert "why" not in texts(tokenizer, prepared(tokenizer, row)[0])[0]
     first, second = trained(tokenizer, row, assistant_only_loss=True)[0]
     assert first == "<think>\nwhy\n</think>\n\nx<|im_end|>" and second.endswith("y<|im_end|>")
+
+
+@pytest.mark.parametrize("text", ["Zoé", "日本", "yes 🙂"])
+def test_the_last_character_of_a_marked_turn_is_trained_whole(make_tokenizer, text):
+    """It is several bytes, and so several tokens; transformers marks the first of them."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(template=template)
+    row = {"messages": [user("a"), assistant(text), user("b"), assistant("c")]}
+    ids = tokenize_row(row, tokenizer, dataset_type="messages", assistant_only_loss=True)
+    first = next(list(group) for on, group in groupby(ids["labels"], lambda label: label != IGNORED) if on)
+    assert tokenizer.decode(first) == text

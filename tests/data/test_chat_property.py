@@ -147,14 +147,16 @@ def check(name, tokenizer, messages, all_turns):
 
 
 def run(name, tokenizer_of, examples):
-    tokenizer = tokenizer_of(name)
+    """How many conversations were not refused."""
+    tokenizer, trained = tokenizer_of(name), []
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(conversations(), st.booleans())
     def holds(messages, all_turns):
-        check(name, tokenizer, messages, all_turns)
+        trained.append(check(name, tokenizer, messages, all_turns))
 
     holds()
+    return sum(trained)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -165,7 +167,7 @@ def test_assistants_are_trained_whole_and_nobody_else(name, tokenizer_of):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_assistants_are_trained_whole_and_nobody_else_many_times(name, tokenizer_of):
-    run(name, tokenizer_of, 100)
+    assert run(name, tokenizer_of, 100) > 0, "every conversation is refused"
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if not OPEN_THOUGHT.search(name)])

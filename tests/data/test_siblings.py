@@ -105,6 +105,8 @@ def test_csv_is_read_as_it_is_written(tmp_path, tokenizer, answers, stream):
     right = [(f"1{answer}<|im_end|>", f"{answer}<|im_end|>") for answer in answers]
     for path in (tmp_path / "a.csv", tmp_path):
         assert whole(tokenizer, load_split(str(path), streaming=stream)) == right
+    for files in ("*.csv", ["a.csv"], {"train": "a.csv"}, {"train": ["**/a.csv"]}):
+        assert whole(tokenizer, load_split(str(tmp_path), data_files=files, streaming=stream)) == right
 
 
 @pytest.mark.parametrize("write", [json.dumps, str])

@@ -276,6 +276,9 @@ def test_what_is_raised_lowered_or_mixed_is_no_plain_number(text):
         (r"5\,\text{squared}", None),
         (r"5\%", "5"),
         (r"\$5", "5"),
+        (r"\frac{1}{2}", "1/2"),
+        (r"-\dfrac{1}{2}", "-1/2"),
+        (r"2\frac{1}{2}", None),
     ],
 )
 def test_fractions_large_scales_and_latex_are_read(text, value):
@@ -283,10 +286,29 @@ def test_fractions_large_scales_and_latex_are_read(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["so it is 10².", "got 5 × 10^6", "got 5·10⁶", "it was 5 thousand 200", "5 hundred and 20", "5½ apples"]
+    "text",
+    [
+        "so it is 10².",
+        "got 5 × 10^6",
+        "got 5·10⁶",
+        "it was 5 thousand 200",
+        "5 hundred and 20",
+        "5½ apples",
+        "5 1/2 cups",
+        "-5 1/2",
+        r"x = 2\frac{1}{2}",
+        r"x = \frac{1+\pi}{2}",
+        r"x = \sqrt{2}",
+        r"x = 3 \sqrt[3]{2}",
+    ],
 )
 def test_the_last_number_is_whole_or_none(text):
     assert final_number(text) is None
+
+
+@pytest.mark.parametrize("text", [r"3 of 4, so x = \frac{3}{4}", r"so \boxed{\tfrac{3}{4}}", "3 of 4, so 3/4"])
+def test_the_last_number_may_be_a_fraction(text):
+    assert final_number(text) == Fraction(3, 4)
 
 
 def test_powers_and_indices_stay_apart_from_digits():

@@ -128,6 +128,15 @@ def changed_settings(settings: Any) -> dict[str, Any]:
     return plain(changed)
 
 
+def is_private(name: str, value: Any) -> bool:
+    """Tell whether a setting may hold a secret, by its name or what it holds."""
+    if isinstance(value, Mapping):
+        return bool(_PRIVATE.search(name)) or any(is_private(str(key), item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return bool(_PRIVATE.search(name)) or any(is_private("", item) for item in value)
+    return bool(_PRIVATE.search(name) or _SECRET.search(str(value)))
+
+
 def plain(value: Any) -> Any:
     """Return a setting as JSON, the same in every process: folders by name, and no possible secret."""
     if isinstance(value, Mapping):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ...data import DistillCollator
-from ...data.labels import completion_labels
+from ...data.labels import row_of
 from ...exceptions import CheckpointError, DatasetError
 from ...losses.reduction import IGNORE_INDEX
 from ...randomness import Purpose, Role, Stream
@@ -224,15 +224,7 @@ def rows_of(batches: Sequence[Batch]) -> list[RolloutRow]:
 
 def batch_of(rows: Sequence[RolloutRow], pad_token_id: int, multiple: int | None, device: torch.device) -> Batch:
     """Make one batch of sampled rows."""
-    tokenised = [
-        {
-            "input_ids": [*row.prompt, *row.completion],
-            "labels": completion_labels(row.prompt, row.completion),
-            "prompt_length": len(row.prompt),
-        }
-        for row in rows
-    ]
-    batch: Batch = DistillCollator(pad_token_id, multiple)(tokenised)
+    batch: Batch = DistillCollator(pad_token_id, multiple)([row_of(row.prompt, row.completion) for row in rows])
     return with_logps({name: value.to(device) for name, value in batch.items()}, torch.cat([row.logps for row in rows]))
 
 
