@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -363,16 +364,17 @@ def test_a_server_of_another_kind_is_refused(fake, answer):
 
 def proxied(served, spoil):
     """The paths of a real server, whose answers to questions pass through `spoil(number, status, body)`."""
-    import urllib3
+    count = iter(range(10**6))
 
-    pool, count = urllib3.PoolManager(), iter(range(10**6))
+    def asked(path, body=None):
+        with urllib.request.urlopen(served.url + path, body, timeout=20) as answer:
+            return answer.status, answer.read()
 
     def get(path):
-        return lambda body: (200, pool.request("GET", served.url + path).data)
+        return lambda body: asked(path)
 
     def ask(body):
-        real = pool.request("POST", served.url + "/v1/signal", body=body)
-        return spoil(next(count), real.status, real.data)
+        return spoil(next(count), *asked("/v1/signal", body))
 
     return {"/v1/info": get("/v1/info"), "/v1/head": get("/v1/head"), "/v1/signal": ask}
 
