@@ -290,6 +290,12 @@ def settings_of_both(tmp_path):
     return lambda **changes: {**plain, **changes}
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Libraries draw from torch's own numbers (PEFT its adapters): they are the same whatever test ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def extensions(tmp_path_factory):
     """DeepSpeed builds once, in a folder of this session: the lock of a build killed elsewhere would hang all."""
