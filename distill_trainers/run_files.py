@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from . import models
 from .exceptions import CheckpointError
 from .manifest import damage_of
+from .redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +109,28 @@ FORMAT = "distill_trainers.run"
 VERSION = 1
 
 
+SERVER = "(a server)"
+_ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]*://\S+")
+_PUBLIC = re.compile(r"(?i)hf://|https?://(huggingface\.co|hf\.co|arxiv\.org|github\.com|pypi\.org)(/|$)")
+_HOME = re.compile(r"(?:/home/|/Users/|\b[A-Za-z]:\\Users\\)[^\s/\\:'\"]+")
+
+
 def shown(name: str) -> str:
-    """Return a Hub id, or the last part of a path: where it lies is nobody's business."""
-    return Path(name).name if models.looks_like_path(name) else name
+    """Return a Hub id, the last part of a path, or that it is a server: where it lies is nobody's business.
+
+    Text comes as it is, but for secrets and for the home of a user in it.
+    """
+    name = redacted(name)
+    if _ADDRESS.fullmatch(name):
+        return name if _PUBLIC.match(name) else SERVER
+    if len(name) < 4096 and "\n" not in name and (_is_there(name) if " " in name else models.looks_like_path(name)):
+        return Path(name).name
+    return _HOME.sub("~", name)
+
+
+def _is_there(name: str) -> bool:
+    """Tell whether text with spaces is a path: a prompt may begin with a slash too."""
+    return bool(_HOME.match(name)) or Path(name).exists()
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..redaction import without_secrets
 from ..run_files import shown
 
 _SHARED_SETTINGS = """
@@ -108,4 +109,5 @@ def shown_settings(args: Any) -> dict[str, Any]:
     names += ["teacher_placement"] if args.teacher_placement != "auto" else []
     chosen = {name: getattr(args, name) for name in names}
     plain = {name: getattr(value, "value", value) for name, value in chosen.items() if value is not None}
-    return {name: shown(value) if isinstance(value, str) else value for name, value in plain.items()}
+    told = without_secrets(plain)
+    return {name: shown(value) if isinstance(value, str) else value for name, value in told.items()}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..exceptions import ConfigurationError, DatasetError
 from ..recipe.checks import datasets_of
 from ..recipe.parse import Recipe, RecipeArguments
+from ..redaction import holds_secret
 from ..run_files import STUDENT_INIT_NAME
 from ..storage import write_file
 from ..teachers.loading import has_files
@@ -173,7 +174,6 @@ def _question_prompt(args: Any, tokenizer: Any) -> dict[str, str]:
 def _init_kwargs(recipe: Recipe) -> dict[str, Any]:
     """How teacher and baseline are loaded, by model: what is kept of it, and the names of what may be secret."""
     from ..models import which_files
-    from ..trainers.lifecycle.recording import is_private
 
     args: Any = recipe.args
     # A student's other arguments say how it is trained; the baseline only has to be the same files.
@@ -182,7 +182,7 @@ def _init_kwargs(recipe: Recipe) -> dict[str, Any]:
     given = {"teacher": args.teacher_model_init_kwargs or {}, "baseline": files}
     told = {}
     for model, kwargs in given.items():
-        private = sorted(name for name, value in kwargs.items() if is_private(name, value))
+        private = sorted(name for name, value in kwargs.items() if holds_secret(value, name))
         told[model] = {"kept": {n: value for n, value in kwargs.items() if n not in private}, "private": private}
     return told
 

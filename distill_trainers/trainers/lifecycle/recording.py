@@ -18,15 +18,13 @@ import torch
 from transformers import TrainerCallback
 
 from ... import models
+from ...redaction import without_secrets
 from ...run_files import FORMAT, RECORD_NAME, VERSION, read_record, shown
 from ...storage import write_file
 from ..protocol import Run
 
-# Keys that may hold secrets or tell about the machine, and those that say nothing about the run.
-_PRIVATE = re.compile(
-    r"((?<!eos_)token|password|secret|api_key|proxies|headers|credentials|auth|_dir|_file|(?<!or)_path)$"
-)
-_SECRET = re.compile(r"://[^/\s@]+@|\bhf_\w{20,}")  # values that are one, whatever their key
+# Keys that tell about machines, and those that say nothing about the run.
+_PLACE = re.compile(r"(_dir|_file|(?<!or)_path|_host|_addr(ess)?|_space_id|_bucket_id)$|(^|_)(host|endpoint|base_url)$")
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # another one in each process
 _SILENT = {"run_name", "resume_from_checkpoint", "disable_tqdm", "report_to", "dry_run", "local_rank"}
 
@@ -128,27 +126,21 @@ def changed_settings(settings: Any) -> dict[str, Any]:
     return plain(changed)
 
 
-def is_private(name: str, value: Any) -> bool:
-    """Tell whether a setting may hold a secret, by its name or what it holds."""
-    if isinstance(value, Mapping):
-        return bool(_PRIVATE.search(name)) or any(is_private(str(key), item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return bool(_PRIVATE.search(name)) or any(is_private("", item) for item in value)
-    return bool(_PRIVATE.search(name) or _SECRET.search(str(value)))
-
-
 def plain(value: Any) -> Any:
-    """Return a setting as JSON, the same in every process: folders by name, and no possible secret."""
+    """Return settings as JSON, the same in every process: folders by name, no address and no possible secret."""
+    return _as_json(without_secrets(value))
+
+
+def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items() if not _PRIVATE.search(str(key))}
+        return {str(key): _as_json(item) for key, item in value.items() if not _PLACE.search(str(key))}
     if isinstance(value, set | frozenset):
-        return sorted(map(str, map(plain, value)))
+        return sorted(map(str, map(_as_json, value)))
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [_as_json(item) for item in value]
     value = getattr(value, "value", value)
     if isinstance(value, str):
-        value = "(not shown)" if _SECRET.search(value) else value
-        return value if " " in value or "\n" in value else shown(value)
+        return shown(value)
     return value if value is None or isinstance(value, bool | int | float) else _ADDRESS.sub("", str(value))
 
 
