@@ -11,7 +11,7 @@ from .redaction import redacted
 
 
 class _Told(Exception):
-    """An error whose message shows no secret that a setting or a server's answer held, and gives a terminal no orders."""
+    """An error whose message shows no secret that a setting or an answer held, and gives a terminal no orders."""
 
     def __init__(self, *told: object):
         super().__init__(*(visible(redacted(part)) if isinstance(part, str) else part for part in told))

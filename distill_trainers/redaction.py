@@ -21,8 +21,9 @@ _ENDS = set("""
     apikey auth authorization cookie cookies credential credentials headers jwt passphrase passwd password passwords pat
     proxies proxy pwd secret secrets token
 """.split())  # fmt: skip
-_PAIRS = {(of, f"key{s}") for of in "access account api encryption master private secret signing".split() for s in ("", "s")}
-_PAIRS |= {(of, "tokens") for of in ("access", "api", "auth", "hf", "hub")} | {("secret", "id"), ("key", "id")}
+_PAIRS = {(of, "key") for of in "access account api encryption master private secret signing".split()}
+_PAIRS |= {(of, f"{what}s") for of, what in _PAIRS} | {("secret", "id"), ("key", "id")}
+_PAIRS |= {(of, "tokens") for of in ("access", "api", "auth", "hf", "hub")}
 # What stands before `token` in names of special tokens, of units and of counts.
 _PLAIN_TOKENS = set("""
     additional answer assistant audio bad begin boa bod boi bos class cls each eoa eod eoi eom eos eot end extra first
@@ -51,8 +52,8 @@ _SHAPES = [
 ]  # fmt: skip
 _PATTERNS = [(re.compile(pattern, re.DOTALL), put) for pattern, put in _SHAPES]
 _NAME = r"[\w.-]{1,80}"
-_VALUE = r"""(?:\(not shown\)|\{(?:[^{}]|\{[^{}]*\})*\}|\[[^\[\]]*\]|b?\\{1,9}["'].*?(?:\\["']|$)|b?"(?:[^"\\]|\\.)*(?:"|$)|"""
-_VALUE += r"""b?'(?:[^'\\]|\\.)*(?:'|$)|[^\s,;&"'`\]})]+)"""
+_VALUE = r"""(?:\(not shown\)|\{(?:[^{}]|\{[^{}]*\})*\}|\[[^\[\]]*\]|b?\\{1,9}["'].*?(?:\\["']|$)|"""
+_VALUE += r"""b?"(?:[^"\\]|\\.)*(?:"|$)|b?'(?:[^'\\]|\\.)*(?:'|$)|[^\s,;&"'`\]})]+)"""
 # `--name value`, `"name": value`, `name=value` and, where a line or a list of settings has it, `name: value`.
 _ASSIGNED = re.compile(
     rf"(?:(?P<option>--{_NAME})[ =]|\\{{0,9}}[\"'](?P<quoted>{_NAME})\\{{0,9}}[\"']\s*[:=]\s*|\b(?P<plain>{_NAME})=\s*"
@@ -81,7 +82,7 @@ def redacted(text: str) -> str:
 
 
 def _without_value(found: re.Match[str]) -> str:
-    name = next(part for part in found.group("option", "quoted", "plain", "listed") if part)
+    name = next(filter(None, found.group("option", "quoted", "plain", "listed")))
     value = found["value"].strip("\\\"'")
     harmless = value in ("", "None", "null", "True", "False", "true", "false", "{", "[") or value.startswith(NOT_SHOWN)
     if harmless or not is_secret(name) or (found["listed"] is not None and _is_number(value)):
@@ -107,7 +108,7 @@ def hidden(value: Any, name: str = "") -> Any:
     Args:
         name: of the setting.
     """
-    if value is None or isinstance(value, bool) or value in ("", (), [], {}):
+    if value is None or isinstance(value, bool) or (isinstance(value, str | Mapping | list | tuple) and not value):
         return value
     if is_secret(name):
         return NOT_SHOWN

@@ -53,7 +53,9 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
         "settings": {**settings, "max_length": args.row_limit, **_question_prompt(args, tokenizer)},
     }
     text = json.dumps(told, indent=1, default=str)
-    write_file(Path(args.output_dir) / NAME, text, "what evaluation needs", "Free some space and start again.")
+    write_file(
+        Path(args.output_dir) / NAME, text, "what evaluation needs", "Free some space and start again.", private=True
+    )
 
 
 def recall(folder: str) -> dict[str, Any]:

@@ -6,10 +6,8 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import re
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,11 @@ import torch
 from transformers import TrainerCallback
 
 from ... import models
-from ...redaction import without_secrets
-from ...run_files import FORMAT, RECORD_NAME, VERSION, read_record, shown
+from ...run_files import FORMAT, RECORD_NAME, VERSION, plain, read_record, shown
 from ...storage import write_file
 from ..protocol import Run
 
-# Keys that tell about machines, and those that say nothing about the run.
-_PLACE = re.compile(r"(_dir|_file|(?<!or)_path|_host|_addr(ess)?|_space_id|_bucket_id)$|(^|_)(host|endpoint|base_url)$")
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # another one in each process
+# What says nothing about the run.
 _SILENT = {"run_name", "resume_from_checkpoint", "disable_tqdm", "report_to", "dry_run", "local_rank"}
 
 
@@ -124,24 +119,6 @@ def changed_settings(settings: Any) -> dict[str, Any]:
         if field.init and field.name not in _SILENT and not unset and not is_dataclass(value):
             changed[field.name] = value
     return plain(changed)
-
-
-def plain(value: Any) -> Any:
-    """Return settings as JSON, the same in every process: folders by name, no address and no possible secret."""
-    return _as_json(without_secrets(value))
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items() if not _PLACE.search(str(key))}
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, map(_as_json, value)))
-    if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
-    value = getattr(value, "value", value)
-    if isinstance(value, str):
-        return shown(value)
-    return value if value is None or isinstance(value, bool | int | float) else _ADDRESS.sub("", str(value))
 
 
 def energy_joules(device: torch.device) -> float | None:
