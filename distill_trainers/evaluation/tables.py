@@ -99,7 +99,8 @@ def markdown(results: EvaluationResults) -> str:
     """Write all tables, notes and samples as a Markdown document."""
     lines = ["# Evaluation", ""]
     sources = ", ".join(f"{prose(model.name)}: {code(model.source)}" for model in results.models)
-    lines += [f"{sources}. Data: {prose(results.data.get('name', ''))}, {results.data.get('rows', 0)} rows; forced text: "
+    data = prose(results.data.get("name", ""))
+    lines += [f"{sources}. Data: {data}, {results.data.get('rows', 0)} rows; forced text: "
               f"{results.data.get('reference_text', '')}. {results.created}", ""]  # fmt: skip
     for table in tables_of(results):
         lines += [
