@@ -34,9 +34,10 @@ _PLAIN_TOKENS = set("""
 # What is one by its look, whatever its name, and what takes its place.
 _SHAPES = [
     (r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|\Z)", NOT_SHOWN),
-    # User and password of an address: with a colon also where the password has slashes; but not `host:port/path@`.
-    (r"(?<=://)(?!git@)(?!(?:[\w-]+(?:\.[\w-]+)+|localhost):\d{1,5}[/?#])(?:[^\s/@:\"]{0,200}:[^\s\"]{1,500}@|"
-     r"[^\s/@\"]{1,500}@|[^\s/@:.\"]{1,200}/[^\s\"]{1,500}@(?=[\w-]+[.:]))", f"{NOT_SHOWN}@"),
+    # User and password of an address, whose slashes a path may have merged: with a colon also where the password has
+    # slashes; but not `host:port/path@`.
+    (r"(?<=:/)(/{0,2})(?!git@)(?!(?:[\w-]+(?:\.[\w-]+)+|localhost):\d{1,5}[/?#])(?:[^\s/@:\"]{0,200}:[^\s\"]{1,500}@|"
+     r"[^\s/@\"]{1,500}@|[^\s/@:.\"]{1,200}/[^\s\"]{1,500}@(?=[\w-]+[.:]))", rf"\g<1>{NOT_SHOWN}@"),
     (r"(?i)(?<=%3A%2F%2F)[^\s\"']{1,500}?%40", f"{NOT_SHOWN}%40"),
     (r"(?<![\w/.@:-])[\w.+%-]{1,100}:[^\s/@:'\"`]{3,200}@(?!sha\d)(?=[\w-]+(?:\.[\w-]+|:\d))", f"{NOT_SHOWN}@"),
     (r"\b(?:hf|api_org|gh[opsur]|gsk|r8|npm)_[A-Za-z0-9]{16,}", NOT_SHOWN),
@@ -44,20 +45,22 @@ _SHAPES = [
     (r"(?<![\w-])[sr]k[-_](?=[\w-]*\d)[\w-]{16,}", NOT_SHOWN),
     (r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b|\bAIza[\w-]{30,}|\bSG\.[\w-]{16,}\.[\w-]{16,}", NOT_SHOWN),
     (r"\beyJ[\w-]{6,}\.[\w-]{6,}(?:\.[\w-]*)?", NOT_SHOWN),
-    (r"(?i)\b(authorization(?:\\{0,9}[\"']\s*,|\\{0,9}[\"']?\s*[:=])\s*)(?:b?\\{0,9}[\"'])?(?:(?:basic|bearer|digest|token)\s+)?"
-     r"[^\s\"',}\\]+", rf"\g<1>{NOT_SHOWN}"),
+    (r"(?i)\b(authorization(?:\\{0,9}[\"']\s*,|\\{0,9}[\"']?\s*[:=])\s*)(?:b?\\{0,9}[\"'])?"
+     r"(?!\(not shown)(?:(?:basic|bearer|digest|token)\s+)?[^\s\"',}\\]+", rf"\g<1>{NOT_SHOWN}"),
     (r"(?i)\b((?:bearer|basic)\s+)(?=[\w~+/.-]{0,200}[\d=])[\w~+/.-]{8,}=*", rf"\g<1>{NOT_SHOWN}"),
     (r"(?i)([?&](?:[\w.-]{0,40}(?:token|secret|password|passwd|pwd|signature|credential|auth|accesskeyid)|api_?key|key|"
-     r"sig|code)=)[^\s&#\"'`<>)]+", rf"\g<1>{NOT_SHOWN}"),
+     r"sig|code)=)(?!\(not shown)[^\s&#\"'`<>)]+", rf"\g<1>{NOT_SHOWN}"),
 ]  # fmt: skip
 _PATTERNS = [(re.compile(pattern, re.DOTALL), put) for pattern, put in _SHAPES]
-_NAME = r"[\w.-]{1,80}"
+# Names that `is_secret` is asked about: others must not swallow a value in which a secret is named.
+_NAME = rf"(?>[\w.-]{{1,80}})(?:{'|'.join(f'(?<={end})' for end in sorted(_ENDS | {of for _, of in _PAIRS}))})"
 _VALUE = r"""(?:\(not shown\)|\{(?:[^{}]|\{[^{}]*\})*\}|\[[^\[\]]*\]|b?\\{1,9}["'].*?(?:\\["']|$)|"""
 _VALUE += r"""b?"(?:[^"\\]|\\.)*(?:"|$)|b?'(?:[^'\\]|\\.)*(?:'|$)|[^\s,;&"'`\]})]+)"""
 # `--name value`, `"name": value`, `name=value` and, where a line or a list of settings has it, `name: value`.
 _ASSIGNED = re.compile(
     rf"(?:(?P<option>--{_NAME})[ =]|\\{{0,9}}[\"'](?P<quoted>{_NAME})\\{{0,9}}[\"']\s*[:=]\s*|\b(?P<plain>{_NAME})=\s*"
-    rf"|(?:(?<=[`{{,(\n])|^)\s{{0,40}}(?P<listed>{_NAME}):\s+)(?P<value>{_VALUE})"
+    rf"|(?:(?<=[`{{,(\n])|(?<=\\n)|^)[ \t]{{0,40}}(?P<listed>{_NAME}):\s+)(?P<value>{_VALUE})",
+    re.IGNORECASE,
 )
 _LEAST = 8  # characters of a secret in the environment: shorter ones are words
 

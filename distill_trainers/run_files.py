@@ -144,7 +144,8 @@ def plain(value: Any) -> Any:
 
 def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items() if not _PLACE.search(str(key))}
+        told = {str(key): _as_json(item) for key, item in value.items() if not _PLACE.search(str(key))}
+        return {key: "a served teacher" if item == SERVER and "teacher" in key else item for key, item in told.items()}
     if isinstance(value, set | frozenset):
         return sorted(map(str, map(_as_json, value)))
     if isinstance(value, list | tuple):

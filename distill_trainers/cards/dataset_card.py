@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..escaping import code, fence, prose
+from ..escaping import code, fence, prose, visible
 from ..exceptions import DatasetError
 from ..rationales.records import dataset_of
+from ..redaction import redacted
 from ..run_files import plain
 from .licenses import Licensed, inherit, licensed
 from .model_card import license_lines
@@ -137,7 +138,7 @@ def dataset_card(rows: Sequence[Mapping[str, Any]], repo_id: str, writers: Write
         *(f"| {code(name)} | {_COLUMNS.get(name, '')} |" for name in names),
         *("", "## Licence", "", *license_lines(terms, "this dataset")),
     ]
-    return "\n".join(lines) + "\n"
+    return redacted(visible("\n".join(lines))) + "\n"
 
 
 def _teachers(provenance: Any) -> set[str]:

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from .. import models
-from ..escaping import code, fence, prose
+from ..escaping import code, fence, prose, visible
 from ..evaluation.results import FILE_NAME, EvaluationResults
 from ..exceptions import DatasetError
+from ..redaction import redacted
 from ..run_files import STUDENT_INIT_NAME, shown
 from .facts import CardFacts
 from .licenses import Inherited, Licensed, inherit, licensed
@@ -78,7 +79,7 @@ def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] =
         *("", "## Licence", "", *license_lines(terms)),
         *("", "## Method and citation", "", *_citation(record["paper"])),
     ]
-    return "\n".join(lines) + "\n"
+    return redacted(visible("\n".join(lines))) + "\n"
 
 
 def inherited_terms(facts: CardFacts) -> Inherited:
@@ -107,14 +108,15 @@ def with_scores(card: str, results: EvaluationResults, student: str) -> str:
     from huggingface_hub import ModelCard
 
     scores = scores_of_evaluation(results, student)
-    if scores is None or _BEGIN not in card or _END not in card:
+    begin, end = f"\n{_BEGIN}\n", f"\n{_END}\n"  # on lines of their own: a name may hold them too
+    if scores is None or begin not in card or end not in card:
         names = ", ".join(model.source for model in results.of_role("student")) or "none"
         raise DatasetError(
             f"The scores do not belong to this card: it is of {student!r}, they are of {names}. Evaluate this student, "
             "or leave them out."
         )
-    head, _, rest = card.partition(_BEGIN)
-    parsed = ModelCard("\n".join([head + _BEGIN, *scores.lines, _END + rest.partition(_END)[2]]))
+    head, _, rest = card.partition(begin)
+    parsed = ModelCard("\n".join([f"{head}\n{_BEGIN}", *scores.lines, f"{_END}\n{rest.partition(end)[2]}"]))
     parsed.data["model_name"] = re.sub(r"^.*/", "", _title(card) or student)
     parsed.data["eval_results"] = scores.index
     return str(parsed)
