@@ -6,13 +6,22 @@ import difflib
 from collections.abc import Collection, Iterable
 
 from . import trl_names
+from .escaping import visible
+from .redaction import redacted
 
 
-class ConfigurationError(ValueError):
+class _Told(Exception):
+    """An error whose message shows no secret that a setting or an answer held, and gives a terminal no orders."""
+
+    def __init__(self, *told: object):
+        super().__init__(*(visible(redacted(part)) if isinstance(part, str) else part for part in told))
+
+
+class ConfigurationError(_Told, ValueError):
     """Settings that cannot work, alone or together. Raised before any model is loaded where that is possible."""
 
 
-class DatasetError(ValueError):
+class DatasetError(_Told, ValueError):
     """A dataset that cannot be trained on: a missing column, no rows, rows without completions."""
 
 
@@ -20,23 +29,23 @@ class NoUsableRowsError(DatasetError):
     """Each row by itself is left out, so that none is there to train on."""
 
 
-class VocabularyError(ValueError):
+class VocabularyError(_Told, ValueError):
     """Student and teacher do not mean the same token by the same id."""
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(_Told, RuntimeError):
     """The loss or its gradient became NaN or infinite; that step changed no weight."""
 
 
-class CheckpointError(OSError):
+class CheckpointError(_Told, OSError):
     """A checkpoint could not be written or read; checkpoints written earlier are left as they were."""
 
 
-class UnlikeModelError(RuntimeError):
+class UnlikeModelError(_Told, RuntimeError):
     """A model that was merged or saved does not answer as the one that was trained; what was trained is kept."""
 
 
-class TeacherServerError(OSError):
+class TeacherServerError(_Told, OSError):
     """A teacher behind HTTP does not answer any more, or answers what it should not; `status` is that of HTTP."""
 
     def __init__(self, message: str, status: int | None = None):
@@ -44,11 +53,11 @@ class TeacherServerError(OSError):
         self.status = status
 
 
-class CacheError(OSError):
+class CacheError(_Told, OSError):
     """A teacher cache could not be written or read; what was written earlier is left as it was."""
 
 
-class HubError(OSError):
+class HubError(_Told, OSError):
     """The Hub could not be reached or refused; what lies on this machine is left as it was."""
 
 

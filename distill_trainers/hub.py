@@ -7,11 +7,12 @@ import fnmatch
 import glob
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .exceptions import ConfigurationError, HubError
+from .redaction import redacted
 
 # What of a run is published: files that loading the student or reading its card takes, and the scores. Anything else in
 # the folder stays: answers of models, data, logs, and pickled arguments with paths and perhaps a token in them.
@@ -21,7 +22,24 @@ _NAMES |= {"vocab.txt", "merges.txt", "normalizer.json", "tekken.json", "chat_te
 _NAMES |= {"preprocessor_config.json", "processor_config.json"}
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
 _PATTERNS = (*_WEIGHTS, "*.model", "*.tiktoken")
-_FOLDERS = {"plots", "additional_chat_templates"}
+_FOLDERS = ("plots/*.png", "additional_chat_templates/*.jinja")
+# Of a checkpoint everything goes that a run takes to go on, but for these: hidden files (those of shards aside), locks,
+# half-written files, keys, and pickled arguments with paths of this machine.
+_NEVER: tuple[str, ...] = (
+    ".*",
+    "*~",
+    "*.lock",
+    "*.tmp",
+    "*.temp",
+    "*.part",
+    "*.env",
+    "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "id_rsa*",
+)
+_NEVER += ("id_ed25519*", "training_args.bin")
 # Weights that an upload replaces: left beside the new ones, they would be loaded in their place.
 WEIGHTS = [
     "model*.safetensors",
@@ -33,18 +51,63 @@ WEIGHTS = [
 
 
 def published_files(folder: str | Path) -> list[str]:
-    """List what of a model's folder is uploaded, by its path in there."""
+    """List what of a model's folder is uploaded, by its path in there.
+
+    Raises:
+        ConfigurationError: a file is a link to a place outside.
+    """
     folder = Path(folder)
     files = [file for file in folder.iterdir() if file.is_file() and _is_published(file.name)]
-    if "auto_map" in read_json(folder / "config.json"):  # the model brings code of its own
-        files += [file for file in folder.glob("*.py") if file.is_file()]
-    for name in _FOLDERS:
-        files += [file for file in (folder / name).rglob("*") if file.is_file()]
-    return sorted(file.relative_to(folder).as_posix() for file in files)
+    files += [file for pattern in _FOLDERS for file in folder.glob(pattern) if file.is_file()]
+    return _within(folder, [*files, *_own_code(folder)])
+
+
+def checkpoint_files(folder: str | Path) -> list[str]:
+    """List what of a checkpoint is uploaded, by its path in there: all that a run goes on from.
+
+    Raises:
+        ConfigurationError: as `published_files`.
+    """
+    folder = Path(folder)
+    return _within(folder, [f for f in folder.rglob("*") if f.is_file() and not _is_never(f.relative_to(folder))])
 
 
 def _is_published(name: str) -> bool:
-    return name in _NAMES or any(fnmatch.fnmatchcase(name, pattern) for pattern in _PATTERNS)
+    return name in _NAMES or (any(fnmatch.fnmatchcase(name, p) for p in _PATTERNS) and not _is_never(Path(name)))
+
+
+def _is_never(path: Path) -> bool:
+    if path.name == ".metadata" and path.parent.name:  # of FSDP2's shards
+        path = path.parent
+    return any(fnmatch.fnmatchcase(part, pattern) for part in path.parts for pattern in _NEVER)
+
+
+def _own_code(folder: Path) -> set[Path]:
+    """Modules that a model brings, by its configs' `auto_map`, and those beside them that they import."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    maps = [read_json(folder / name).get("auto_map") for name in ("config.json", "tokenizer_config.json")]
+    named = [re.findall(r"([\w.]+)\.\w+", json.dumps(found)) for found in maps if found]
+    files = {folder / f"{module}.py" for modules in named for module in modules}
+    files = {file for file in files if file.is_file()}
+    for file in list(files):
+        with contextlib.suppress(OSError):  # it imports what is not there
+            files |= {Path(other) for other in get_relative_import_files(str(file))}
+    return files
+
+
+def _within(folder: Path, files: Iterable[Path]) -> list[str]:
+    """Paths of files in their folder; a link to a place outside would publish what nobody put there."""
+    names = []
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ConfigurationError(
+                f"{name!r} in {str(folder)!r} is a link to a place outside of that folder, which is not uploaded. Put "
+                "a copy of the file in its place, or take the link away."
+            )
+        names.append(name)
+    return sorted(names)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -82,7 +145,11 @@ def talking_to_hub(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Say why the Hub was not to be had, and what to do, in a sentence or two."""
+    """Say why the Hub was not to be had, and what to do, in a sentence or two, without the token."""
+    return redacted(_reason(error))
+
+
+def _reason(error: BaseException) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     chain = [error]

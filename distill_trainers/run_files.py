@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from . import models
 from .exceptions import CheckpointError
 from .manifest import damage_of
+from .redaction import redacted, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +110,50 @@ FORMAT = "distill_trainers.run"
 VERSION = 1
 
 
+# Keys that tell about machines.
+_PLACE = re.compile(r"(_dir|_file|(?<!or)_path|_host|_addr(ess)?|_space_id|_bucket_id)$|(^|_)(host|endpoint|base_url)$")
+_MEMORY = re.compile(r" at 0x[0-9a-fA-F]+")  # another one in each process
+SERVER = "(a server)"
+_ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]*://\S+(,\s*[a-z][a-z0-9+.-]*://\S+)*")
+_PUBLIC = re.compile(r"(?i)hf://|https?://(huggingface\.co|hf\.co|arxiv\.org|github\.com|pypi\.org)(/|$)")
+_HOME = re.compile(r"(?:/home/|/Users/|\b[A-Za-z]:\\Users\\)[^\s/\\:'\"]+")
+
+
 def shown(name: str) -> str:
-    """Return a Hub id, or the last part of a path: where it lies is nobody's business."""
-    return Path(name).name if models.looks_like_path(name) else name
+    """Return a Hub id, the last part of a path, or that it is a server: where it lies is nobody's business.
+
+    Text comes as it is, but for secrets and for the home of a user in it.
+    """
+    name = redacted(name)
+    if _ADDRESS.fullmatch(name):
+        return name if _PUBLIC.match(name) else SERVER
+    if len(name) < 4096 and "\n" not in name and (_is_there(name) if " " in name else models.looks_like_path(name)):
+        return "~" if _HOME.fullmatch(name.rstrip("/")) else Path(name).name
+    return _HOME.sub("~", name)
+
+
+def _is_there(name: str) -> bool:
+    """Tell whether text with spaces is a path: a prompt may begin with a slash too."""
+    return bool(_HOME.match(name)) or Path(name).exists()
+
+
+def plain(value: Any) -> Any:
+    """Return settings as JSON, the same in every process: folders by name, no address and no possible secret."""
+    return _as_json(without_secrets(value))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        told = {str(key): _as_json(item) for key, item in value.items() if not _PLACE.search(str(key))}
+        return {key: "a served teacher" if item == SERVER and "teacher" in key else item for key, item in told.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, map(_as_json, value)))
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    value = getattr(value, "value", value)
+    if isinstance(value, str):
+        return shown(value)
+    return value if value is None or isinstance(value, bool | int | float) else _MEMORY.sub("", str(value))
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import textwrap
 from typing import Any, TypeVar
 
 from .exceptions import ConfigurationError
+from .redaction import hidden
 
 
 def setting(default: Any, help: str) -> Any:
@@ -43,7 +44,7 @@ def documented(config: _Config) -> _Config:
 def require(condition: bool, name: str, got: Any, expected: str) -> None:
     """Raise ConfigurationError naming the setting unless `condition` holds."""
     if not condition:
-        raise ConfigurationError(f"Got `{name}: {got}`; expected {expected}.")
+        raise ConfigurationError(f"Got `{name}: {hidden(got, name)}`; expected {expected}.")
 
 
 class Checked:

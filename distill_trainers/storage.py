@@ -42,15 +42,18 @@ def _stamps(folder: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in folder.glob("*") if file.is_file()}
 
 
-def write_file(path: Path, data: bytes | str, what: str, remedy: str) -> Path:
+def write_file(path: Path, data: bytes | str, what: str, remedy: str, *, private: bool = False) -> Path:
     """Put `what` at `path`: wholly and durably, or not at all; its folder is made.
+
+    Args:
+        private: nobody but its owner may read it.
 
     Raises:
         CheckpointError: as `writing`.
     """
     with writing(what, path.parent, remedy, keep_begun=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, data)
+        _replace(path, data, 0o600 if private else 0o666)
     return path
 
 
@@ -69,11 +72,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         ) from error
 
 
-def _replace(path: Path, data: bytes | str) -> None:
+def _replace(path: Path, data: bytes | str, mode: int = 0o666) -> None:
     """Write beside `path` and rename, which is one step for whoever reads or is killed meanwhile."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as out:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, mode)) as out:
             out.write(data.encode("utf-8", "replace") if isinstance(data, str) else data)
             out.flush()
             os.fsync(out.fileno())

@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .exceptions import ConfigurationError
+from .redaction import hidden
 
 _NAMES = {
     int: "a whole number",
@@ -48,7 +49,7 @@ def check_value_types(values: Mapping[str, Any], settings: type, *, text_is_pars
         expected = " or ".join(dict.fromkeys(_NAMES[kind] for kind in _kinds(hint) if kind in _NAMES))
         if isinstance(value, bool) and _fits("", hint):
             expected += " (YAML reads no, off, yes and on as false and true: put the word in quotes)"
-        raise ConfigurationError(f"Got `{name}: {json.dumps(value, default=str)}`; expected {expected}.")
+        raise ConfigurationError(f"Got `{name}: {json.dumps(hidden(value, name), default=str)}`; expected {expected}.")
 
 
 def check_finite(values: Mapping[str, Any], may_be_infinite: Collection[str] = ()) -> None:

@@ -12,6 +12,8 @@ import distill_trainers
 ROOT = Path(distill_trainers.__file__).parent
 FLOORS = {
     "exceptions": 0,
+    "redaction": 0,
+    "escaping": 0,
     "storage": 0,
     "randomness": 0,
     "requirements": 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
+from ..escaping import code, fence, prose, visible
 from ..exceptions import DatasetError
 from ..rationales.records import dataset_of
-from ..run_files import shown
+from ..redaction import redacted
+from ..run_files import plain
 from .licenses import Licensed, inherit, licensed
 from .model_card import license_lines
 
@@ -31,7 +33,6 @@ _COLUMNS = {
     "wrong": "one that does not",
     "provenance": "who wrote it and how, as JSON",
 }
-_PRIVATE = {"endpoint"}  # of provenance: addresses of machines
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def push_rows(
         raise DatasetError("There are no rows to upload.")
     writers = _completed(writers, rows)
     # Provenance may name paths and addresses of this machine.
-    cleaned = [{k: _without_places(v) if k == "provenance" else v for k, v in row.items()} for row in rows]
+    cleaned = [{k: plain(v) if k == "provenance" else v for k, v in row.items()} for row in rows]
     card = dataset_card(cleaned, repo_id, writers, token)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data", "train-00000-of-00001.parquet")
@@ -99,12 +100,6 @@ def _completed(writers: Writers, rows: Sequence[Mapping[str, Any]]) -> Writers:
     provenance = provenance.get("right") or provenance  # of dual chains
     teacher = None if "endpoint" in provenance else provenance.get("teacher")
     return Writers(writers.teacher or teacher, writers.data, writers.student or provenance.get("student"))
-
-
-def _without_places(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_places(item) for name, item in value.items() if name not in _PRIVATE}
-    return shown(value) if isinstance(value, str) and not re.search(r"\s", value) else value
 
 
 def dataset_card(rows: Sequence[Mapping[str, Any]], repo_id: str, writers: Writers, token: str | None = None) -> str:
@@ -130,24 +125,20 @@ def dataset_card(rows: Sequence[Mapping[str, Any]], repo_id: str, writers: Write
     names = list(dict.fromkeys(name for row in rows for name in row))
     use = "`method: dpkd`" if kind == "pairs" else "`method: rationale`"
     lines = [
-        *("---", header.to_yaml(), "---", "", f"# {repo_id}", ""),
-        f"{len(rows):,} {what}, written by {', '.join(f'`{name}`' for name in sorted(teachers)) or 'a teacher'}. Made "
+        *("---", header.to_yaml(), "---", "", f"# {prose(repo_id)}", ""),
+        f"{len(rows):,} {what}, written by {', '.join(code(name) for name in sorted(teachers)) or 'a teacher'}. Made "
         "with [distill_trainers](https://pypi.org/project/distill-trainers/); nobody has read all of it.",
         "",
-        *(
-            "```python",
-            "from datasets import load_dataset",
-            "",
-            f'rows = load_dataset("{repo_id}", split="train")',
-            "```",
+        *fence(
+            f'from datasets import load_dataset\n\nrows = load_dataset({json.dumps(repo_id)}, split="train")', "python"
         ),
         "",
-        f"`dataset: {repo_id}` in a recipe with {use} trains on it.",
+        f"{code(f'dataset: {repo_id}')} in a recipe with {use} trains on it.",
         *("", "## Columns", "", "| column | |", "| --- | --- |"),
-        *(f"| `{name}` | {_COLUMNS.get(name, '')} |" for name in names),
+        *(f"| {code(name)} | {_COLUMNS.get(name, '')} |" for name in names),
         *("", "## Licence", "", *license_lines(terms, "this dataset")),
     ]
-    return "\n".join(lines) + "\n"
+    return redacted(visible("\n".join(lines))) + "\n"
 
 
 def _teachers(provenance: Any) -> set[str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..escaping import code, prose
+from ..redaction import without_secrets
 from ..run_files import shown
 
 _SHARED_SETTINGS = """
@@ -88,11 +90,11 @@ class CardFacts:
 
     @property
     def data_names(self) -> list[str]:
-        """What the text says of the data: the caller's names before the sources that are known."""
+        """Markdown of what the text says of the data: the caller's names before the sources that are known."""
         wishes = self.wishes
         args = [*wishes.dataset_args, *[""] * len(wishes.dataset_names)]
         named = [f"{name} ({arg})" if arg else name for name, arg in zip(wishes.dataset_names, args, strict=False)]
-        return named + [f"`{shown(source)}`" for source in self.data]
+        return [prose(shown(name)) for name in named] + [code(shown(source)) for source in self.data]
 
     @property
     def is_adapter(self) -> bool:
@@ -108,4 +110,5 @@ def shown_settings(args: Any) -> dict[str, Any]:
     names += ["teacher_placement"] if args.teacher_placement != "auto" else []
     chosen = {name: getattr(args, name) for name in names}
     plain = {name: getattr(value, "value", value) for name, value in chosen.items() if value is not None}
-    return {name: shown(value) if isinstance(value, str) else value for name, value in plain.items()}
+    told = without_secrets(plain)
+    return {name: shown(value) if isinstance(value, str) else value for name, value in told.items()}

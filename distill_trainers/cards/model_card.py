@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import re
@@ -13,8 +14,10 @@ from typing import Any
 import yaml
 
 from .. import models
+from ..escaping import code, fence, prose, visible
 from ..evaluation.results import FILE_NAME, EvaluationResults
 from ..exceptions import DatasetError
+from ..redaction import redacted
 from ..run_files import STUDENT_INIT_NAME, shown
 from .facts import CardFacts
 from .licenses import Inherited, Licensed, inherit, licensed
@@ -38,11 +41,11 @@ def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] =
 
     record, name, wishes = facts.record, facts.title, facts.wishes
     adapter = facts.is_adapter and not merged
-    base = wishes.finetuned_from or _base(facts)
+    base = shown(wishes.finetuned_from) if wishes.finetuned_from else _base(facts)
     terms = inherited_terms(facts)
     scores = _scores(facts)
     on_hub = not models.looks_like_path(base) if base else False  # the Hub takes nothing else
-    data = [source for source in facts.data if not models.looks_like_path(source)] + wishes.datasets
+    data = [source for source in facts.data + wishes.datasets if not models.looks_like_path(source)]
     task = None if facts.is_encoder_decoder else "text-generation"
     tags = ["distill_trainers", "knowledge-distillation", record["method"].lower(), *wishes.tags, *wishes.tasks[1:]]
     header = ModelCardData(
@@ -62,21 +65,21 @@ def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] =
     if not scores.index:
         header.pop("model_name")
     lines = [
-        *("---", header.to_yaml(), "---", "", f"# {name}", ""),
+        *("---", header.to_yaml(), "---", "", f"# {prose(name)}", ""),
         f"{'This adapter' if adapter else 'This model'} was distilled from {_source(facts)} into {_student(facts)} "
         f"with {record['method']}, using {_PROJECT} {record['versions'].get('distill-trainers', '(unreleased)')}.",
         "",
         *_usage(facts, facts.repository or "path/to/this/folder"),
         *("", "## Scores", "", _BEGIN, *scores.lines, _END, "", "## Training", ""),
         *_training(facts),
-        *(line for file in plots for line in ("", f"![{_PLOTS.get(Path(file).name, Path(file).stem)}]({file})")),
+        *(line for file in plots for line in ("", f"![{_PLOTS.get(Path(file).name, prose(Path(file).stem))}]({file})")),
         *("", "## How to reproduce", ""),
         *_reproduction(facts),
         *("", "## Limits", "", *_limits(facts)),
         *("", "## Licence", "", *license_lines(terms)),
         *("", "## Method and citation", "", *_citation(record["paper"])),
     ]
-    return "\n".join(lines) + "\n"
+    return redacted(visible("\n".join(lines))) + "\n"
 
 
 def inherited_terms(facts: CardFacts) -> Inherited:
@@ -105,14 +108,15 @@ def with_scores(card: str, results: EvaluationResults, student: str) -> str:
     from huggingface_hub import ModelCard
 
     scores = scores_of_evaluation(results, student)
-    if scores is None or _BEGIN not in card or _END not in card:
+    begin, end = f"\n{_BEGIN}\n", f"\n{_END}\n"  # on lines of their own: a name may hold them too
+    if scores is None or begin not in card or end not in card:
         names = ", ".join(model.source for model in results.of_role("student")) or "none"
         raise DatasetError(
             f"The scores do not belong to this card: it is of {student!r}, they are of {names}. Evaluate this student, "
             "or leave them out."
         )
-    head, _, rest = card.partition(_BEGIN)
-    parsed = ModelCard("\n".join([head + _BEGIN, *scores.lines, _END + rest.partition(_END)[2]]))
+    head, _, rest = card.partition(begin)
+    parsed = ModelCard("\n".join([f"{head}\n{_BEGIN}", *scores.lines, f"{_END}\n{rest.partition(end)[2]}"]))
     parsed.data["model_name"] = re.sub(r"^.*/", "", _title(card) or student)
     parsed.data["eval_results"] = scores.index
     return str(parsed)
@@ -120,7 +124,7 @@ def with_scores(card: str, results: EvaluationResults, student: str) -> str:
 
 def _title(card: str) -> str:
     heading = re.search(r"^# (.+)$", card, re.MULTILINE)
-    return heading[1] if heading else ""
+    return html.unescape(re.sub(r"\\(.)", r"\1", heading[1])) if heading else ""
 
 
 def _scores(facts: CardFacts) -> CardScores:
@@ -156,25 +160,25 @@ def _student(facts: CardFacts) -> str:
     if made is not None:
         layers = made.get("keep_layers")
         count = len(layers) if isinstance(layers, list) else layers
-        return f"{count} of the layers of `{shown(made['teacher'])}`"
-    return f"`{shown(facts.student)}`" if facts.student else f"a `{facts.student_class}`"
+        return f"{count} of the layers of {code(shown(made['teacher']))}"
+    return code(shown(facts.student)) if facts.student else f"a {code(facts.student_class)}"
 
 
 def _source(facts: CardFacts) -> str:
-    return "the text of its training data" if facts.teacher is None else f"`{shown(facts.teacher)}`"
+    return "the text of its training data" if facts.teacher is None else code(shown(facts.teacher))
 
 
 def _usage(facts: CardFacts, name: str) -> list[str]:
     if facts.is_encoder_decoder:
         loads = ["from transformers import AutoModelForSeq2SeqLM, AutoTokenizer", ""]
-        code = [f'model = AutoModelForSeq2SeqLM.from_pretrained("{name}")']
-        code += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
+        lines = [f"model = AutoModelForSeq2SeqLM.from_pretrained({json.dumps(name)})"]
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})"]
     else:
         prompt = '[{"role": "user", "content": "…"}]' if facts.chats else '"…"'
         loads = ["from transformers import pipeline", ""]
-        code = [f'generate = pipeline("text-generation", model="{name}")']
-        code += [f'print(generate({prompt}, max_new_tokens=128)[0]["generated_text"])']
-    return ["```python", *loads, *code, "```"]
+        lines = [f'generate = pipeline("text-generation", model={json.dumps(name)})']
+        lines += [f'print(generate({prompt}, max_new_tokens=128)[0]["generated_text"])']
+    return fence("\n".join([*loads, *lines]), "python")
 
 
 def _training(facts: CardFacts) -> list[str]:
@@ -188,8 +192,8 @@ def _training(facts: CardFacts) -> list[str]:
         f"- Data: {', '.join(data) or 'a dataset in memory'}{rows}",
         f"- Student: {', '.join(sizes)}",
         f"- Optimiser steps: {facts.steps:,}, {facts.epochs:.2f} epochs",
-        f"- Run on: {record['processes']} × {record['device']}{seconds}",
-        *(f"- `{name}`: {value}" for name, value in facts.settings.items()),
+        f"- Run on: {record['processes']} × {prose(record['device'])}{seconds}",
+        *(f"- `{name}`: {prose(value)}" for name, value in facts.settings.items()),
     ]
     return lines if facts.is_finished else [*lines, "- Training was not finished when this card was written."]
 
@@ -214,8 +218,8 @@ def _reproduction(facts: CardFacts) -> list[str]:
         f"With Python {python}, and this as `recipe.yaml` (names without an owner are "
         "files or folders of the machine that it ran on):",
         "",
-        *("```yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(), "```", ""),
-        *("```bash", f"pip install {packages}", command, "```"),
+        *(*fence(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(), "yaml"), ""),
+        *fence(f"pip install {packages}\n{command}", "bash"),
     ]
 
 
@@ -233,17 +237,19 @@ def _limits(facts: CardFacts) -> list[str]:
 
 def license_lines(terms: Inherited, what: str = "this model") -> list[str]:
     """Write Markdown: what each licence is, conflicts, what is unknown, and what follows."""
-    lines = [f"- {source.role}: {source.name} — {source.license or 'unknown'}" for source in terms.sources]
+    lines = [
+        f"- {source.role}: {prose(source.name)} — {prose(source.license or 'unknown')}" for source in terms.sources
+    ]
     if terms.conflicts:
         lines += ["", f"**These licences conflict**, so none follows for {what}:", ""]
-        lines += [f"- {line}" for line in terms.conflicts]
+        lines += [f"- {prose(line)}" for line in terms.conflicts]
     if terms.unknown:
         lines += ["", f"Not known, and to be found out before {what} is used or passed on:", ""]
-        lines += [f"- {line}" for line in terms.unknown]
+        lines += [f"- {prose(line)}" for line in terms.unknown]
     if terms.notes:
-        lines += ["", *(f"- {line}" for line in terms.notes)]
+        lines += ["", *(f"- {prose(line)}" for line in terms.notes)]
     if terms.license:
-        lines += ["", f"Licence of {what}: {terms.license}."]
+        lines += ["", f"Licence of {what}: {prose(terms.license)}."]
     return [*lines, "", "Put together from cards by rule; this is no legal advice."]
 
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..escaping import code, prose
 from ..evaluation.measures import MEASURES
 from ..evaluation.results import EvaluationResults, ModelResults, Score
 from ..evaluation.tables import number, share_of_gap, with_interval
+from ..run_files import shown
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -51,20 +53,20 @@ def scores_of_evaluation(results: EvaluationResults, student: str) -> CardScores
     if of_student is None:
         return None
     others = [model for model in results.models if model.role in ("teacher", "baseline")]
-    shown = [*others, of_student]
-    data, rows = str(results.data.get("name") or "evaluation set"), results.data.get("rows", 0)
+    compared = [*others, of_student]
+    data, rows = shown(str(results.data.get("name") or "evaluation set")), results.data.get("rows", 0)
     confidence = results.settings.get("confidence", 0.95)
     headings = {"teacher": "Teacher", "baseline": "Before", "student": "This model"}
-    table = [["Measure", *(headings[model.role] for model in shown), "Gap closed"]]
+    table = [["Measure", *(headings[model.role] for model in compared), "Gap closed"]]
     for name, info in results.measures.items():
         cells = []
-        for model in shown:
+        for model in compared:
             score = model.scores.get(name)
             cells.append("–" if score is None else with_interval(Score(score.value, score.low, score.high), info.unit))
         unit = f" ({info.unit})" if info.unit and info.unit != "share" else ""
         gap = of_student.scores[name].gap_closed if name in of_student.scores else None
-        table.append([f"{info.title}{unit}", *cells, share_of_gap(gap)])
-    text = f"On {rows} rows of `{data}`, with {100 * confidence:.0f} % intervals by bootstrap over prompts."
+        table.append([prose(f"{info.title}{unit}"), *cells, share_of_gap(gap)])
+    text = f"On {rows} rows of {code(data)}, with {100 * confidence:.0f} % intervals by bootstrap over prompts."
     text += " The gap closed is (student − before) / (teacher − before); in brackets where the gap is within noise."
     index = [
         _entry(name, info.title, score.value, data, _args(score, confidence))
@@ -95,15 +97,15 @@ def scores_of_run(metrics: Mapping[str, float], data: str) -> CardScores:
     sets = [key for key in sets if f"{key}_tokens" in metrics]
     if not sets:
         return CardScores(["No evaluation was run."], [])
-    heads = ["Value" if key == "eval" else key.removeprefix("eval_") for key in sets]
-    shown = {name: title for name, title in _TITLES.items() if all(f"{key}_{name}" in metrics for key in sets)}
-    rows = [[title, *(f"{metrics[f'{key}_{name}']:.4f}" for key in sets)] for name, title in shown.items()]
+    heads = ["Value" if key == "eval" else prose(key.removeprefix("eval_")) for key in sets]
+    told = {name: title for name, title in _TITLES.items() if all(f"{key}_{name}" in metrics for key in sets)}
+    rows = [[title, *(f"{metrics[f'{key}_{name}']:.4f}" for key in sets)] for name, title in told.items()]
     tokens = ", ".join(f"{number(metrics[f'{key}_tokens'], 'tokens').removesuffix('.0')}" for key in sets)
     text = f"On given answers, token by token ({tokens} tokens). `distill-trainers evaluate` gives intervals."
     index = [
         _entry(name, title, metrics[f"{key}_{name}"], data if key == "eval" else key.removeprefix("eval_"), {})
         for key in sets
-        for name, title in shown.items()
+        for name, title in told.items()
         if not name.startswith(("teacher_", "gap_closed_")) and math.isfinite(metrics[f"{key}_{name}"])
     ]
     return CardScores([text, "", *_markdown([["Measure", *heads], *rows])], index)
@@ -129,6 +131,5 @@ def _short(value: float) -> float:
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:
-    cells = [[cell.replace("|", "/") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     return [lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]]

@@ -6,6 +6,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 COMMANDS = {
     "train": (
@@ -45,10 +46,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def shows_usage(argv: Sequence[str], usage: str) -> bool:
     """Tell whether help was asked for and print it; else let the command begin, with warnings alone in its log."""
     if argv and argv[0] not in ("-h", "--help"):
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+        start_log()
         return False
     print(usage)
     return True
+
+
+def start_log(level: int = logging.WARNING) -> None:
+    """Let the log go to stderr, without secrets."""
+    from ..redaction import Redacting
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
+    libraries = [logging.getLogger(name) for name in ("", "transformers", "datasets", "huggingface_hub")]
+    for handler in {handler for logger in libraries for handler in logger.handlers}:
+        if not any(isinstance(known, Redacting) for known in handler.filters):
+            handler.addFilter(Redacting())
+
+
+def say(text: str, **options: Any) -> None:
+    """Print text with names of the user's in it: without secrets, and without what a terminal would obey."""
+    from ..escaping import visible
+    from ..redaction import redacted
+
+    print(visible(redacted(text)), **options)
 
 
 def report_errors(command, argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigurationError
-from . import report_errors, shows_usage
+from . import report_errors, say, shows_usage
 
 _USAGE = """usage: distill-trainers cache-teacher --config RECIPE [--teacher_cache FOLDER] [--KEY_OF_THE_RECIPE VALUE]
        distill-trainers cache-teacher --inspect FOLDER
@@ -49,11 +49,11 @@ def fill(argv: Sequence[str]) -> int:
     cache = trainer.teacher.store
     if trainer.is_world_process_zero():
         for name in cache.remove_unreadable():
-            print(f"Removed the unreadable shard {name}; its rows are asked for again.")
+            say(f"Removed the unreadable shard {name}; its rows are asked for again.")
     started = time.monotonic()
     done = fill_cache(trainer)
     if trainer.is_world_process_zero():
-        print(
+        say(
             f"{done['computed']:,} of {done['rows']:,} rows were asked for in {time.monotonic() - started:.0f} s. "
             f"{folder} holds {len(cache):,} rows with {done['tokens']:,} trained tokens, {_size(cache.num_bytes)}."
         )
@@ -70,9 +70,9 @@ def inspect(argv: Sequence[str]) -> int:
     folder = Path(argv[position])
     report = inspect_cache(folder)
     for name, value in _lines(report):
-        print(f"{name:<22} {value}")
+        say(f"{name:<22} {value}")
     for name, reason in report.damaged.items():
-        print(f"{'damaged':<22} {name}: {reason}")
+        say(f"{'damaged':<22} {name}: {reason}")
     return 1 if report.damaged else 0
 
 

@@ -128,6 +128,8 @@ def _print(scores: dict[str, dict[str, float]], samples: list[dict[str, str]]) -
     from rich.console import Console
     from rich.table import Table
 
+    from ..escaping import one_line, terminal
+
     console = Console(width=120)
     table = Table(title="Held-out prompts, tokens of the teacher's answers")
     for heading in ("", *scores):
@@ -142,8 +144,8 @@ def _print(scores: dict[str, dict[str, float]], samples: list[dict[str, str]]) -
         table.add_row(title, *(form.format(row[name]) for row in scores.values()))
     console.print(table)
     for sample in samples:
-        answers = Table(title=f"“{sample['prompt']}”", title_justify="left", show_lines=True)
+        answers = Table(title=terminal(f"“{sample['prompt']}”", "italic"), title_justify="left", show_lines=True)
         for name in scores:
             answers.add_column(name, ratio=1)
-        answers.add_row(*(" ".join(sample[name].split()) for name in scores))
+        answers.add_row(*(terminal(one_line(sample[name])) for name in scores))
         console.print(answers)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..exceptions import ConfigurationError
+from ..redaction import hidden
 from ..settings import setting
-from . import report_errors
+from . import report_errors, start_log
 
 LONG_RUN = 100  # optimiser steps from which on a run is looked at before it starts
 
@@ -45,14 +46,14 @@ def main(argv: Sequence[str]) -> int:
     from ..doctor.printing import print_diagnosis
     from ..recipe.parse import parse_recipe
 
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
+    start_log(logging.ERROR)
     argv = list(argv)
     if not torch.cuda.is_available() and not any(a.startswith("--use_cpu") for a in argv) and "--help" not in argv:
         argv += ["--use_cpu", "true"]  # a recipe for GPUs may be looked at on any machine
     recipe = parse_recipe(argv, DoctorArguments)
     diagnosis = diagnose(recipe, recipe.extra)
     if recipe.extra.json:
-        print(json.dumps(diagnosis.as_dict(), indent=2, default=str))
+        print(json.dumps(hidden(diagnosis.as_dict()), indent=2, default=str))
     else:
         print_diagnosis(diagnosis)
     return diagnosis.exit_status(strict=recipe.extra.strict)

@@ -15,7 +15,7 @@ from ..exceptions import ConfigurationError
 from ..recipe.parse import parse_settings
 from ..settings import setting
 from ..storage import writing
-from . import report_errors, shows_usage
+from . import report_errors, say, shows_usage
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationResults, EvaluationSettings
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
 
         file.with_suffix(".md").write_text(markdown(results), encoding="utf-8", errors="replace")
     print_results(results)
-    print(f"Saved to {file} and {file.with_suffix('.md').name}.")
+    say(f"Saved to {file} and {file.with_suffix('.md').name}.")
     return 0
 
 
@@ -140,7 +140,7 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
         from .finished_run import take_up
 
         for note in take_up(args, settings):
-            print(note)
+            say(note)
     students = args.named_students()
     if not (students or args.teacher or args.baseline):
         raise ConfigurationError("The settings name no model; set `student`, `students`, `teacher` or `baseline`.")
@@ -178,18 +178,19 @@ def print_results(results: EvaluationResults) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..escaping import terminal
     from ..evaluation.tables import tables_of
 
     console = Console()
     for results_table in tables_of(results):
-        table = Table(title=results_table.title)
+        table = Table(title=terminal(results_table.title, "italic"))
         for place, heading in enumerate(results_table.headings):
-            table.add_column(heading, justify="right" if place else "left")
+            table.add_column(terminal(heading), justify="right" if place else "left")
         for row in results_table.rows:
-            table.add_row(*row)
+            table.add_row(*map(terminal, row))
         console.print(table)
     for note in results.notes:
-        console.print(note, markup=False)
+        console.print(terminal(note))
 
 
 if __name__ == "__main__":

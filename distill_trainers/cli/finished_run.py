@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..exceptions import ConfigurationError, DatasetError
 from ..recipe.checks import datasets_of
 from ..recipe.parse import Recipe, RecipeArguments
+from ..redaction import hidden, holds_secret
 from ..run_files import STUDENT_INIT_NAME
 from ..storage import write_file
 from ..teachers.loading import has_files
@@ -35,6 +36,8 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
     """
     run, args, teacher = recipe.run, recipe.args, recipe.run.teacher_model_name_or_path
     settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name, None) is not None}
+    left_out = sorted(name for name, value in settings.items() if holds_secret(value, name))
+    settings = {name: value for name, value in settings.items() if name not in left_out}
     data = {name: getattr(run, name) for name in _DATA}
     for name in ("dataset", "eval_dataset"):
         data[name] = _whole_path(data[name])
@@ -50,9 +53,12 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
         "column_mapping": args.column_mapping,
         "rows": None if evaluation is None or run.streaming else _digest(evaluation),
         "settings": {**settings, "max_length": args.row_limit, **_question_prompt(args, tokenizer)},
+        "left_out": left_out,
     }
-    text = json.dumps(told, indent=1, default=str)
-    write_file(Path(args.output_dir) / NAME, text, "what evaluation needs", "Free some space and start again.")
+    text = json.dumps(hidden(told), indent=1, default=str)
+    write_file(
+        Path(args.output_dir) / NAME, text, "what evaluation needs", "Free some space and start again.", private=True
+    )
 
 
 def recall(folder: str) -> dict[str, Any]:
@@ -109,6 +115,8 @@ def take_up(args: Any, settings: EvaluationSettings) -> list[str]:
         values[name] = kwargs["kept"] or None
         if private:
             notes.append(f"The run's {model} was loaded with {private}, which no file keeps. Set `{name}` if needed.")
+    if left_out := sorted(set(told.get("left_out", ())) - args.given):
+        notes.append(f"What looks like a secret stood in {left_out}, which no file keeps. Set it if needed.")
     if "teacher" not in args.given and told["teacher_is_a_server"]:
         notes.append("The run's teacher is a server, which evaluation does not ask; name a model as `teacher` for it.")
     for name, value in {**values, "trust_remote_code": told["trust_remote_code"]}.items():
@@ -173,7 +181,6 @@ def _question_prompt(args: Any, tokenizer: Any) -> dict[str, str]:
 def _init_kwargs(recipe: Recipe) -> dict[str, Any]:
     """How teacher and baseline are loaded, by model: what is kept of it, and the names of what may be secret."""
     from ..models import which_files
-    from ..trainers.lifecycle.recording import is_private
 
     args: Any = recipe.args
     # A student's other arguments say how it is trained; the baseline only has to be the same files.
@@ -182,7 +189,7 @@ def _init_kwargs(recipe: Recipe) -> dict[str, Any]:
     given = {"teacher": args.teacher_model_init_kwargs or {}, "baseline": files}
     told = {}
     for model, kwargs in given.items():
-        private = sorted(name for name, value in kwargs.items() if is_private(name, value))
+        private = sorted(name for name, value in kwargs.items() if holds_secret(value, name))
         told[model] = {"kept": {n: value for n, value in kwargs.items() if n not in private}, "private": private}
     return told
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from . import say
+
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="distill-trainers import-gguf", description=__doc__)
@@ -19,5 +21,5 @@ def main(argv: Sequence[str]) -> int:
 
     chosen = {"dtype": args.dtype} if args.dtype else {}
     path = import_gguf(args.source, args.output_dir, overwrite=args.overwrite, sha256=args.sha256, **chosen)
-    print(f"Saved {path}")
+    say(f"Saved {path}")
     return 0

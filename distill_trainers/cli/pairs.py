@@ -20,7 +20,7 @@ from .. import hub
 from ..exceptions import ConfigurationError, DatasetError
 from ..recipe.parse import Recipe, parse_recipe
 from ..settings import require, setting
-from . import report_errors, shows_usage
+from . import report_errors, say, shows_usage
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +72,9 @@ def main(argv: Sequence[str]) -> int:
     recipe = parse_recipe(argv, PairArguments)
     numbers = make_pairs(recipe, recipe.extra)
     counts = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
-    print(f"{counts}. They are in {_file(recipe, recipe.extra)}.")
+    say(f"{counts}. They are in {_file(recipe, recipe.extra)}.")
     if recipe.extra.pairs_repo:
-        print(f"Uploaded to {_push(recipe, recipe.extra)}.")
+        say(f"Uploaded to {_push(recipe, recipe.extra)}.")
     return 0
 
 

@@ -9,8 +9,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..escaping import terminal
 from ..recipe.checks import CheckedRecipe, check_recipe, optimiser_steps, refuse_to_start_over, without_weights
 from ..recipe.parse import Recipe
+from ..redaction import redacted
 
 if TYPE_CHECKING:
     from ..trainers.preflight import Ready
@@ -91,7 +93,8 @@ def print_plan(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "plan", title=f"{plan.method}: {plan.teacher} → {plan.student}", show_header=False)
+    title = redacted(f"{plan.method}: {plan.teacher} → {plan.student}")
+    table = Table("", "plan", title=terminal(title, "italic"), show_header=False)
     unknown = "unknown (stream)"
     table.add_row("Student", f"{plan.student_parameters:,} parameters, {plan.trainable_parameters:,} trained")
     frozen = plan.teacher_parameters
@@ -110,7 +113,7 @@ def print_plan(plan: Plan) -> None:
         table.add_row("Memory: peak of one process, unsharded", f"{sum(plan.memory_mib.values()):,.0f} MiB")
     table.add_row("Free disk for output_dir", f"{plan.disk_free_mib:,.0f} MiB")
     if plan.teacher_cache:
-        table.add_row("Teacher cache", plan.teacher_cache)
+        table.add_row("Teacher cache", terminal(plan.teacher_cache))
     Console().print(table)
     print("Everything that can be checked without weights is in order; nothing was trained.")
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..escaping import terminal, visible
+
 _SHOWN = ("loss", "divergence", "lm_loss", "grad_norm", "learning_rate", "rollouts", "completion_length")
 
 
@@ -58,10 +60,10 @@ class ProgressReport(TrainerCallback):
         step = f" step {state.global_step}/{state.max_steps}" if state.max_steps else ""
         line = f"{kind}{step}  {'  '.join(shown)}"
         if self.bar is not None:
-            self.bar.console.print(line)
+            self.bar.console.print(terminal(line))
         else:
             since = f"  ({time.monotonic() - self.started:.0f} s)" if self.started else ""
-            print(line + since, flush=True)
+            print(visible(line) + since, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop()

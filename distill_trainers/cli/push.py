@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..exceptions import ConfigurationError
-from . import report_errors
+from . import report_errors, say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
             f"There is no run and no .jsonl file at {options.source!r}; expected the `output_dir` of a run, or what "
             "`distill-trainers pairs` or `rationales` wrote."
         )
-    print(f"Uploaded {source} to {address}.")
+    say(f"Uploaded {source} to {address}.")
     return 0
 
 
@@ -53,12 +53,15 @@ def push_run(folder: Path, options: argparse.Namespace) -> str:
         )
     _refuse_local_base(folder)
     _with_scores(folder, options.evaluation)
+    names = hub.published_files(folder)
+    say(f"Uploading {', '.join(names)}")
     return hub.upload(
         folder,
         options.repo,
         private=options.private or None,
         revision=options.revision,
         message="Upload with distill-trainers push",
+        only=names,
     )
 
 
@@ -76,7 +79,7 @@ def _refuse_local_base(folder: Path) -> None:
 def _with_scores(folder: Path, evaluation: str | None) -> None:
     from ..cards.model_card import with_scores
     from ..evaluation.results import FILE_NAME, EvaluationResults
-    from ..storage import writing
+    from ..storage import write_file
     from ..trainers.lifecycle.publishing import MERGED_NAME
 
     card, run = folder / "README.md", folder.parent if folder.name == MERGED_NAME else folder
@@ -89,8 +92,7 @@ def _with_scores(folder: Path, evaluation: str | None) -> None:
             )
         return
     text = with_scores(card.read_text(encoding="utf-8"), EvaluationResults.load(file), run.resolve().name)
-    with writing("the model card", folder, "The student is as it was.", keep_begun=True):
-        card.write_text(text, encoding="utf-8")
+    write_file(card, text, "the model card", "The student is as it was.")
 
 
 def push_file(file: Path, options: argparse.Namespace) -> str:

@@ -15,7 +15,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
-from . import report_errors, shows_usage
+from . import report_errors, say, shows_usage
 from .rationale_settings import PipelineArguments, parse_arguments
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _inspect(args: PipelineArguments) -> int:
         console.print()
     page = args.path("dual.html")
     page.write_text(html_page(rows, split), encoding="utf-8", errors="replace")
-    console.print(f"All {len(rows)} pairs: {page}", markup=False)
+    say(f"All {len(rows)} pairs: {page}")
     return 0
 
 
@@ -257,7 +257,7 @@ def _export(args: PipelineArguments, name: str, rows: list[dict[str, Any]]) -> N
         teacher = None if args.base_url else args.teacher  # a served model has no card of that name
         writers = Writers(teacher, args.questions)
         place = push_rows(rows, args.push_to_hub, writers, private=args.hub_private_repo, token=args.hub_token)
-        print(f"Uploaded to {place}.")
+        say(f"Uploaded to {place}.")
 
 
 def _report(args: PipelineArguments, stage: str, spent: dict[str, Asked], model: Any, rank: int) -> int:
@@ -292,7 +292,7 @@ def _write_report(args: PipelineArguments, stage: str, report: dict[str, Any]) -
 
 
 def _print_counts(what: str, counts: Counter[str]) -> None:
-    print(f"{what}: " + ", ".join(f"{count:,} {name}" for name, count in counts.most_common()))
+    say(f"{what}: " + ", ".join(f"{count:,} {name}" for name, count in counts.most_common()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import report_errors
+from . import report_errors, say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,14 +38,14 @@ def main(argv: Sequence[str]) -> int:
             f"Got `--output {options.output}`, which is a folder; expected a file such as report.html."
         )
     write_report(runs, file)
-    print(f"Wrote {file} ({file.stat().st_size / 2**20:.1f} MiB). Open it in any browser.")
+    say(f"Wrote {file} ({file.stat().st_size / 2**20:.1f} MiB). Open it in any browser.")
     if options.no_plots:
         return 0
     plots = plot_runs(runs, file.with_name(f"{file.stem}_plots"))
     if plots is None:
         print("No plots were written: `pip install 'distill-trainers[plots]'` brings matplotlib.")
     elif plots:
-        print(f"Plots for papers are in {plots[0].parent}: {', '.join(sorted({plot.stem for plot in plots}))}.")
+        say(f"Plots for papers are in {plots[0].parent}: {', '.join(sorted({plot.stem for plot in plots}))}.")
     return 0
 
 

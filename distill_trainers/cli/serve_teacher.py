@@ -6,14 +6,13 @@ import argparse
 import contextlib
 import importlib.util
 import ipaddress
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigurationError
-from . import report_errors
+from . import report_errors, say, start_log
 
 _EPILOG = """Trainers name it by its address: `teacher_model_name_or_path: http://127.0.0.1:8123`. If the environment
 variable DISTILL_TEACHER_TOKEN is set, here and there, requests must bear its value. It speaks plain HTTP: between
@@ -58,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Load the teacher, then serve it until the process is told to stop."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    start_log()
     options = make_parser().parse_args(argv)
     if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
         raise ConfigurationError("Serving a teacher needs FastAPI and uvicorn: pip install 'distill-trainers[serve]'.")
@@ -78,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         bound.listen(1024)  # whoever reads the line below may connect at once
         host, port = bound.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        print(f"Serving {service.info['teacher']} at http://{address}:{port}", flush=True)
+        say(f"Serving {service.info['teacher']} at http://{address}:{port}", flush=True)
         serve(service, bound, token)
     with contextlib.suppress(BrokenPipeError):  # whoever started it may be gone
         print("Stopped.", flush=True)

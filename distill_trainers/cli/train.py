@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import DatasetError
+from ..hub import published_files
 from ..recipe.checks import check_recipe, refuse_to_start_over
 from ..recipe.parse import Recipe, parse_recipe
 from ..storage import writing
-from . import report_errors
+from . import report_errors, say, start_log
 from .doctor import look_before
 from .orphans import end_with_launcher
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> int:
     """Parse, check, train, evaluate, save."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    start_log()
     end_with_launcher()
     recipe = parse_recipe(argv)
     if recipe.run.dry_run:
@@ -109,7 +110,8 @@ def run(recipe: Recipe) -> Any:
         if recipe.args.push_to_hub and not interrupted:
             trainer.push_to_hub()
             if trainer.is_world_process_zero():
-                print(f"Uploaded {trainer.published_folder} to {trainer.hub_model_id}.")
+                names = ", ".join(published_files(trainer.published_folder))
+                say(f"Uploaded {trainer.published_folder} to {trainer.hub_model_id}: {names}.")
     finally:
         stop_progress(trainer)
     return trainer
@@ -127,7 +129,7 @@ def _save(trainer: Any, metrics: dict[str, Any]) -> None:
     with writing("scores and card", folder, f"The student is in {folder}; free some space to have them beside it."):
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True))
         trainer.create_model_card()
-    print(f"Saved the student to {folder} (scores in {folder / 'metrics.json'}).")
+    say(f"Saved the student to {folder} (scores in {folder / 'metrics.json'}).")
 
 
 def make_initial_student(recipe: Recipe, rows: Any) -> Path:

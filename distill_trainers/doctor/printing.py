@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..escaping import terminal, visible
+from ..redaction import redacted
 from .disk import checkpoint_bytes, num_checkpoints
 from .examine import Diagnosis
 from .findings import Severity
@@ -36,8 +38,6 @@ def print_first_row(diagnosis: Diagnosis, console: Any) -> None:
     """Print the first row that is trained on, with its trained stretches between ⟦ and ⟧."""
     from rich.text import Text
 
-    from ..reporting.markup import visible  # a row may hold what a terminal would obey
-
     text = Text("The first row, trained between ⟦ and ⟧:\n", style="bold")
     for stretch, trained in diagnosis.case.first_row:
         shown = visible(shortened(stretch))
@@ -52,8 +52,8 @@ def print_findings(diagnosis: Diagnosis, console: Any) -> None:
 
     for finding in diagnosis.findings:
         line = Text(f"{finding.severity.value} ({finding.concern}): ", style=_COLOURS[finding.severity])
-        line.append(finding.what, style="default not bold")
-        line.append(f"\n    {finding.remedy}", style="dim")
+        line.append(visible(redacted(finding.what)), style="default not bold")
+        line.append(f"\n    {visible(redacted(finding.remedy))}", style="dim")
         console.print(line, soft_wrap=True)
 
 
@@ -61,7 +61,8 @@ def _plan(diagnosis: Diagnosis) -> Any:
     from rich.table import Table
 
     case, need, pace, room = diagnosis.case, diagnosis.memory, diagnosis.pace, diagnosis.room
-    table = Table("", "", title=f"{case.teacher or 'no teacher'} → {case.student}", show_header=False)
+    title = redacted(f"{case.teacher or 'no teacher'} → {case.student}")
+    table = Table("", "", title=terminal(title, "italic"), show_header=False)
     if case.student_shape is not None:
         shape = case.student_shape
         table.add_row("Student", f"{shape.parameters:,} parameters, {shape.trainable:,} trained, {case.student_dtype}")

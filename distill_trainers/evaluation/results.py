@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..exceptions import DatasetError
+from ..redaction import hidden
 from ..storage import write_file
 
 FORMAT = "distill_trainers.evaluation"
@@ -245,7 +246,8 @@ class EvaluationResults:
         return [model for model in self.models if model.role == role]
 
     def to_json(self) -> str:
-        return json.dumps(_plain(self), allow_nan=False, ensure_ascii=False)
+        told = {**_plain(self), "settings": hidden(_plain(self.settings)), "notes": hidden(self.notes)}
+        return json.dumps(told, allow_nan=False, ensure_ascii=False)
 
     def save(self, folder: str | Path) -> Path:
         """Write `evaluation.json` into `folder`, whole or not at all.

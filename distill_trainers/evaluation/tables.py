@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..escaping import code, prose
 from .results import EvaluationResults, GapClosed, Score
 
 _BIG = 1000
@@ -96,25 +98,27 @@ def _costs(models: list) -> TextTable:
 def markdown(results: EvaluationResults) -> str:
     """Write all tables, notes and samples as a Markdown document."""
     lines = ["# Evaluation", ""]
-    sources = ", ".join(f"{model.name}: `{model.source}`" for model in results.models)
-    lines += [f"{sources}. Data: {results.data.get('name', '')}, {results.data.get('rows', 0)} rows; forced text: "
+    sources = ", ".join(f"{prose(model.name)}: {code(model.source)}" for model in results.models)
+    data = prose(results.data.get("name", ""))
+    lines += [f"{sources}. Data: {data}, {results.data.get('rows', 0)} rows; forced text: "
               f"{results.data.get('reference_text', '')}. {results.created}", ""]  # fmt: skip
     for table in tables_of(results):
-        lines += [f"## {table.title}", "", _row(table.headings), _row(["---"] + ["---:"] * (len(table.headings) - 1))]
+        lines += [
+            f"## {table.title}",
+            "",
+            _row(map(prose, table.headings)),
+            _row(["---"] + ["---:"] * (len(table.headings) - 1)),
+        ]
         lines += [*(_row(row) for row in table.rows), ""]
     if results.notes:
-        lines += ["## Notes", "", *(f"- {note}" for note in results.notes), ""]
+        lines += ["## Notes", "", *(f"- {prose(note)}" for note in results.notes), ""]
     if results.samples:
         lines += ["## Samples", ""]
     for sample in results.samples:
         texts = {"prompt": sample.prompt, **sample.completions}
-        lines += [f"- **{name}**: {_inline(text)}" for name, text in texts.items()] + [""]
+        lines += [f"- **{prose(name)}**: {prose(text)}" for name, text in texts.items()] + [""]
     return "\n".join(lines)
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
-
-
-def _inline(text: str) -> str:
-    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..exceptions import ConfigurationError
+from ..redaction import hidden
 from .adapters import causal_lm_of
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def settled_kwargs(given: Mapping[str, Any] | None, setting: str) -> dict[str, A
     """
     if not isinstance(given, Mapping | None) or not all(isinstance(name, str) for name in given or ()):
         raise ConfigurationError(
-            f"Got `{setting}: {given!r}`; expected arguments of `from_pretrained` by name. Write a mapping, such as "
-            "{'dtype': 'bfloat16'}."
+            f"Got `{setting}: {hidden(given)!r}`; expected arguments of `from_pretrained` by name. Write a mapping, "
+            "such as {'dtype': 'bfloat16'}."
         )
     kwargs = {name: value for name, value in (given or {}).items() if value is not None}
     if kwargs.pop("output_loading_info", False):

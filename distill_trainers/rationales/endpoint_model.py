@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..exceptions import ConfigurationError
+from ..redaction import redacted
 from .records import Request, Response
 
 _LONGEST_WAIT = 60.0  # seconds between two attempts
@@ -84,7 +85,7 @@ class RemoteTextModel:
     def identity(self) -> dict[str, Any]:
         s = self.settings
         sampling = {"max_new_tokens": s.max_tokens, "temperature": s.temperature, "top_p": s.top_p}
-        return {"teacher": s.model, "endpoint": s.base_url or "default", "sampling": sampling}
+        return {"teacher": s.model, "endpoint": redacted(s.base_url or "default"), "sampling": sampling}
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Response]:
         """Yield answers in the order in which they come. Left early (an error, Ctrl-C), drop what was not begun."""

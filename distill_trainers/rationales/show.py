@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..answers.edit_distance import key_tokens
+from ..escaping import visible
 
 Split = Callable[[str], list[str]]
 
@@ -33,7 +34,10 @@ def marked(row: Mapping[str, Any], split: Split = words) -> tuple[list[tuple[str
 
 def terminal_lines(row: Mapping[str, Any], split: Split = words) -> list[str]:
     """Write lines in rich's markup: key steps of the right chain green, of the wrong one red."""
-    from rich.markup import escape
+    from rich import markup
+
+    def escape(text: str) -> str:
+        return markup.escape(visible(text))
 
     def line(mark: str, pieces: Sequence[tuple[str, bool]], colour: str) -> str:
         text = "".join(f"[{colour}]{escape(piece)}[/]" if key else escape(piece) for piece, key in pieces)
@@ -48,14 +52,17 @@ def terminal_lines(row: Mapping[str, Any], split: Split = words) -> list[str]:
 def html_page(rows: Iterable[Mapping[str, Any]], split: Split = words) -> str:
     """Write a page without scripts; whatever a model wrote is escaped."""
 
+    def escape(text: Any) -> str:
+        return html.escape(visible(text))
+
     def line(pieces: Sequence[tuple[str, bool]], tag: str) -> str:
-        return "".join(f"<{tag}>{html.escape(p)}</{tag}>" if key else html.escape(p) for p, key in pieces)
+        return "".join(f"<{tag}>{escape(p)}</{tag}>" if key else escape(p) for p, key in pieces)
 
     parts = []
     for row in rows:
         right, wrong = marked(row, split)
-        source = html.escape(str(row.get("source", "")))
-        title = f"{html.escape(row['question'])} <b>{html.escape(str(row['answer']))}</b> <small>{source}</small>"
+        source = escape(row.get("source", ""))
+        title = f"{escape(row['question'])} <b>{escape(row['answer'])}</b> <small>{source}</small>"
         parts.append(f"<h2>{title}</h2>\n<p>{line(right, 'ins')}</p>\n<p>{line(wrong, 'del')}</p>")
     style = (
         "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto}h2{font-size:1em;font-weight:normal}"

@@ -9,20 +9,11 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# Characters that would change how the text around them is shown, or not be seen at all: C0 and C1 controls but for tab
-# and line feed, marks of direction, the zero-width space, the byte order mark; and surrogates, which UTF-8 has not.
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]"
-)
+from ..escaping import visible
 
 
 class Html(str):
     """Markup that is put into a page as it is."""
-
-
-def visible(text: str) -> str:
-    """Name characters of `text` that hide or reorder by their number, such as `‹U+202E›`."""
-    return _HIDDEN.sub(lambda match: f"‹U+{ord(match[0]):04X}›", text.replace("\r\n", "\n"))
 
 
 def escaped(value: Any) -> Html:

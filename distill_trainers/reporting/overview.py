@@ -11,6 +11,7 @@ import yaml
 from ..evaluation.measures import MEASURES
 from ..evaluation.results import EvaluationResults, MeasureScore, Score
 from ..evaluation.tables import number, share_of_gap, tables_of, with_interval
+from ..redaction import hidden
 from .charts import short
 from .markup import Html, el, missing, section, stacked, table
 from .runs import Run
@@ -29,7 +30,7 @@ def what_was_run(runs: Sequence[Run]) -> Html:
     for run in trained:
         heading = f"Recipe of {run.name}" if len(trained) > 1 else "Recipe"
         if run.record.get("recipe"):
-            written = yaml.safe_dump(run.record["recipe"], sort_keys=False, allow_unicode=True)
+            written = yaml.safe_dump(hidden(run.record["recipe"]), sort_keys=False, allow_unicode=True)
             note = el("p", "Settings that are not at their defaults; folders by their names.", class_="note")
             parts.append(el("details", el("summary", heading), note, el("pre", written), open=len(trained) == 1))
         elif not run.record:
@@ -236,7 +237,7 @@ def comparison(runs: Sequence[Run]) -> Html:
     keys = list(dict.fromkeys(key for recipe in settings.values() for key in recipe))
     differing = [key for key in keys if len({str(recipe.get(key)) for recipe in settings.values()}) > 1]
     if differing:
-        rows = [[key, *(_setting(settings[run.name].get(key)) for run in runs)] for key in differing]
+        rows = [[key, *(_setting(settings[run.name].get(key), key) for run in runs)] for key in differing]
         caption = "Settings that differ (– is the default)"
         parts.append(table(caption, ["", *(run.name for run in runs)], rows, numbers=False))
     evaluated = [(run, run.evaluation) for run in runs if run.evaluation is not None]
@@ -274,8 +275,8 @@ def _cell(score: MeasureScore | None, unit: str) -> Html:
     return stacked("–" if score is None else with_interval(Score(score.value, score.low, score.high), unit))
 
 
-def _setting(value: Any) -> Any:
-    return "–" if value is None else yaml.safe_dump(value).removesuffix("...\n").strip()
+def _setting(value: Any, name: str) -> Any:
+    return "–" if value is None else yaml.safe_dump(hidden(value, name)).removesuffix("...\n").strip()
 
 
 def _last_scores(run: Run) -> dict[str, float]:

@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from ..escaping import visible
 from ..evaluation.results import EvaluationResults, TokenComparison, TopToken
 from ..evaluation.tables import number
 from .distributions import TEXTS
-from .markup import Html, data_script, el, escaped, join, missing, section, shortened, table, visible
+from .markup import Html, data_script, el, escaped, join, missing, section, shortened, table
 from .runs import Run
 from .score_tables import how_to_evaluate
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..redaction import hidden
 from ..storage import RecordStore, write_file
 
 _WHAT = "the teacher's completions"
@@ -34,7 +35,7 @@ class CompletionStore:
         self.folder = Path(root) / hashlib.sha256(described.encode()).hexdigest()[:16]
         self._records = RecordStore(self.folder, rank, what=_WHAT, remedy=_REMEDY, key="prompt")
         if rank == 0:
-            text = json.dumps(identity, indent=2, sort_keys=True, default=str)
+            text = json.dumps(hidden(identity), indent=2, sort_keys=True, default=str)
             write_file(self.folder / "identity.json", text, _WHAT, _REMEDY)
 
     def load(self) -> dict[str, list[int]]:

@@ -14,6 +14,7 @@ from ..data import prepare_dataset
 from ..data.tokenization import Needs
 from ..evaluation.measures import MEASURES, METRICS, higher_is_better
 from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..redaction import hidden
 from ..requirements import Requirements
 from ..rollouts import ENGINES
 from ..settings import documented, require, setting
@@ -137,6 +138,20 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         """Name a setting that is not one, before Python says no more than that."""
         refuse_unknown_keys(given, {f.name for f in fields(cls) if f.init}, f"the arguments of {cls.__name__}")
         return super().__new__(cls)
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        cls.__repr__ = DistillConfig.__str__  # type: ignore[assignment, method-assign]  # before `dataclass` gives one that tells all
+
+    def __str__(self) -> str:
+        told = sorted((f.name, hidden(getattr(self, f.name, None), f.name)) for f in fields(self))
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told)})"
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Do as `transformers.TrainingArguments`, without secrets at any depth: trackers are given it."""
+        return hidden(super().to_dict())
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -273,6 +288,9 @@ class DistillConfig(TeacherOptions, TrainingArguments):
 
     def _check_values(self) -> None:
         """Refuse values of another type than declared, and numbers that are none."""
+        token: Any = self.hub_token
+        whole = token is None or (isinstance(token, str) and token.split() == [token])
+        self._require("hub_token", whole, "the token itself, as text without spaces, or none after `hf auth login`")
         check_arguments(self)
         theirs = {f.name for f in fields(TrainingArguments)}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...exceptions import CacheError, ConfigurationError
 from ...models import looks_like_path
+from ...redaction import hidden, is_secret
 from ...storage import write_atomically
 
 if TYPE_CHECKING:
@@ -146,9 +147,9 @@ def refuse_differences(
         ConfigurationError: naming all that differs.
     """
     differences = [
-        f"{meaning}: {getattr(recorded, name)!r} then, {getattr(now, name)!r} now"
+        f"{meaning}: {_told(recorded, name)!r} then, {_told(now, name)!r} now"
         for name, meaning in _MEANINGS.items()
-        if getattr(recorded, name) != getattr(now, name)
+        if _told(recorded, name) != _told(now, name)
         and (name != "teacher_settings" or now.weights is None)  # a model's weights show what they did to it
     ]
     differences += _teacher_differences(folder, recorded, now)
@@ -158,6 +159,12 @@ def refuse_differences(
             f"answers are not this run's: {'; '.join(differences)}. Name another folder in `{setting}` "
             "(or delete this one), or set back what was changed."
         )
+
+
+def _told(identity: CacheIdentity, name: str) -> Any:
+    """What is compared; caches made by earlier versions may hold more than that."""
+    value = getattr(identity, name)
+    return answering_settings(value) if name == "teacher_settings" else value
 
 
 def _teacher_differences(folder: str | Path, recorded: CacheIdentity, now: CacheIdentity) -> list[str]:
@@ -255,5 +262,5 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def answering_settings(init_kwargs: Mapping[str, Any] | None) -> dict[str, str]:
     """Write the keyword arguments of `from_pretrained` that change what a model answers as text."""
-    settings = {k: str(v).removeprefix("torch.") for k, v in (init_kwargs or {}).items() if k not in _WITHOUT_EFFECT}
-    return dict(sorted(settings.items()))
+    given = {k: v for k, v in (init_kwargs or {}).items() if k not in _WITHOUT_EFFECT and not is_secret(k)}
+    return {name: str(hidden(given[name])).removeprefix("torch.") for name in sorted(given)}

@@ -17,7 +17,9 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from ...escaping import one_line
 from ...exceptions import ConfigurationError, TeacherServerError
+from ...redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -326,8 +328,8 @@ def _reason(body: bytes) -> str:
         content = content.get("message", content) if isinstance(content, dict) else content
     except (ValueError, RecursionError):
         content = body.decode("utf-8", errors="replace")
-    # It ends on a terminal: what is not printable could move its cursor.
-    return "".join(c if c.isprintable() else " " for c in " ".join(str(content).split()))[:300]
+    # It ends on a terminal, whose cursor it could move, and it may repeat the token.
+    return one_line(redacted(str(content)))[:300]
 
 
 def _asked_wait(headers: Any) -> float:

@@ -29,12 +29,12 @@ from ...run_files import (
     find_last_complete_checkpoint,
     is_complete,
     last_complete_checkpoint,
+    plain,
     shown,
 )
 from ...teachers import Teacher
 from ...teachers.local import base_fingerprint
 from . import outage
-from .recording import plain
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

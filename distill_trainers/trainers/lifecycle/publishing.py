@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import shutil
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from ...cards.plots import plot_history
 from ...data.chat import turn_end_id
 from ...data.packing import count_rows
 from ...exceptions import ConfigurationError
+from ...redaction import NOT_SHOWN, hidden
 from ...storage import writing
 from ..protocol import METHODS
 from .proof import Proof
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MERGED_NAME = "merged"
-_LOCAL_ONLY = ["training_args.bin"]  # pickled arguments: paths of this machine, and the token if one was set
 
 
 def check(args: DistillConfig, student: Any, adapted: bool, quantized: bool = False) -> None:
@@ -128,6 +131,7 @@ class Publishing(Trainer):
     """What of `DistillTrainer` saves the student for others, and uploads it."""
 
     _wishes = CardWishes()  # of whoever called `create_model_card`
+    _told_of_base = False
 
     if TYPE_CHECKING:
         args: Any
@@ -155,6 +159,23 @@ class Publishing(Trainer):
             self.proof.check(self.published_folder if is_run_folder else Path(str(output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self._args_without_secrets():
+            super()._save(output_dir, state_dict)
+
+    @contextlib.contextmanager
+    def _args_without_secrets(self) -> Iterator[None]:
+        """Let `training_args.bin`, which transformers pickles from the trainer's `args`, hold no token."""
+        args, kept = self.args, copy.copy(self.args)
+        for field in fields(args):
+            told = hidden(getattr(args, field.name, None), field.name)
+            setattr(kept, field.name, None if isinstance(told, str) and told == NOT_SHOWN else told)
+        self.args = kept
+        try:
+            yield
+        finally:
+            self.args = args
 
     @property
     def published_folder(self) -> Path:
@@ -309,6 +330,8 @@ class Publishing(Trainer):
         return _published({**upload, "folder_path": str(self.published_folder)})
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._is_adapter_of_a_folder(Path(checkpoint_folder)):
+            return
         # A file that is rewritten while it is uploaded comes shorter than was said, and server and client wait forever.
         running = getattr(self, "push_in_progress", None)
         if running is not None and not running.is_done():
@@ -319,13 +342,25 @@ class Publishing(Trainer):
         if self.args.hub_strategy != "end":
             self.create_model_card()
 
+        token = self.args.hub_token
+
         def change(upload: dict[str, Any]) -> dict[str, Any]:
+            upload = {**upload, "token": token}
             if upload.get("path_in_repo"):  # a checkpoint to resume from, whole
-                return {**upload, "ignore_patterns": [*(upload.get("ignore_patterns") or []), *_LOCAL_ONLY]}
+                return {**upload, "allow_patterns": hub.patterns_of(hub.checkpoint_files(upload["folder_path"]))}
             return _published(upload)
 
-        with models.uploading(change):
+        with models.uploading(change), self._args_without_secrets():
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _is_adapter_of_a_folder(self, checkpoint: Path) -> bool:
+        """Tell whether a checkpoint is of no use elsewhere, and would publish where this machine keeps its base."""
+        base = hub.read_json(checkpoint / "adapter_config.json").get("base_model_name_or_path")
+        is_local = bool(base) and models.looks_like_path(str(base))
+        if is_local and not self._told_of_base:
+            self._told_of_base = True
+            logger.warning("Nothing is uploaded before the end: the adapter's base is a folder of this machine.")
+        return is_local
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()

@@ -6,10 +6,8 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import re
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,11 @@ import torch
 from transformers import TrainerCallback
 
 from ... import models
-from ...run_files import FORMAT, RECORD_NAME, VERSION, read_record, shown
+from ...run_files import FORMAT, RECORD_NAME, VERSION, plain, read_record, shown
 from ...storage import write_file
 from ..protocol import Run
 
-# Keys that may hold secrets or tell about the machine, and those that say nothing about the run.
-_PRIVATE = re.compile(
-    r"((?<!eos_)token|password|secret|api_key|proxies|headers|credentials|auth|_dir|_file|(?<!or)_path)$"
-)
-_SECRET = re.compile(r"://[^/\s@]+@|\bhf_\w{20,}")  # values that are one, whatever their key
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # another one in each process
+# What says nothing about the run.
 _SILENT = {"run_name", "resume_from_checkpoint", "disable_tqdm", "report_to", "dry_run", "local_rank"}
 
 
@@ -126,30 +119,6 @@ def changed_settings(settings: Any) -> dict[str, Any]:
         if field.init and field.name not in _SILENT and not unset and not is_dataclass(value):
             changed[field.name] = value
     return plain(changed)
-
-
-def is_private(name: str, value: Any) -> bool:
-    """Tell whether a setting may hold a secret, by its name or what it holds."""
-    if isinstance(value, Mapping):
-        return bool(_PRIVATE.search(name)) or any(is_private(str(key), item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return bool(_PRIVATE.search(name)) or any(is_private("", item) for item in value)
-    return bool(_PRIVATE.search(name) or _SECRET.search(str(value)))
-
-
-def plain(value: Any) -> Any:
-    """Return a setting as JSON, the same in every process: folders by name, and no possible secret."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items() if not _PRIVATE.search(str(key))}
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, map(plain, value)))
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    value = getattr(value, "value", value)
-    if isinstance(value, str):
-        value = "(not shown)" if _SECRET.search(value) else value
-        return value if " " in value or "\n" in value else shown(value)
-    return value if value is None or isinstance(value, bool | int | float) else _ADDRESS.sub("", str(value))
 
 
 def energy_joules(device: torch.device) -> float | None:
