@@ -19,7 +19,7 @@ from .escaping import visible
 NOT_SHOWN = "(not shown)"
 _ENDS = set("""
     apikey auth authorization cookie cookies credential credentials headers jwt passphrase passwd password passwords pat
-    proxies proxy pwd secret secrets token
+    proxies proxy pwd secret secrets signature token
 """.split())  # fmt: skip
 _PAIRS = {(of, "key") for of in "access account api encryption master private secret signing".split()}
 _PAIRS |= {(of, f"{what}s") for of, what in _PAIRS} | {("secret", "id"), ("key", "id")}
@@ -42,7 +42,7 @@ _SHAPES = [
     (r"(?<![\w/.@:-])[\w.+%-]{1,100}:[^\s/@:'\"`]{3,200}@(?!sha\d)(?=[\w-]+(?:\.[\w-]+|:\d))", f"{NOT_SHOWN}@"),
     (r"\b(?:hf|api_org|gh[opsur]|gsk|r8|npm)_[A-Za-z0-9]{16,}", NOT_SHOWN),
     (r"\b(?:github_pat_|glpat-|gldt-|xox[a-z]-|xapp-|nvapi-|dop_v1_|wandb_v1_)[\w-]{10,}|\bpypi-[\w-]{40,}", NOT_SHOWN),
-    (r"(?<![\w-])[sr]k[-_](?=[\w-]*\d)[\w-]{16,}", NOT_SHOWN),
+    (r"(?<![^\W_])[sr]k[-_](?=[\w-]*\d)[\w-]{16,}", NOT_SHOWN),
     (r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b|\bAIza[\w-]{30,}|\bSG\.[\w-]{16,}\.[\w-]{16,}", NOT_SHOWN),
     (r"\beyJ[\w-]{6,}\.[\w-]{6,}(?:\.[\w-]*)?", NOT_SHOWN),
     (r"(?i)\b(authorization(?:\\{0,9}[\"']\s*,|\\{0,9}[\"']?\s*[:=])\s*)(?:b?\\{0,9}[\"'])?"

@@ -1,4 +1,4 @@
-"""Secrets planted wherever a recipe takes text, through every command: no byte of them is written, shown or uploaded."""
+"""Secrets planted wherever a recipe takes text, through every command: none is written, printed or uploaded."""
 
 from __future__ import annotations
 
@@ -180,7 +180,8 @@ def test_a_served_teachers_address_and_homes_are_not_recorded(tmp_path, saved):
     from distill_trainers.trainers.lifecycle.recording import changed_settings
 
     settings = RecipeArguments(
-        teacher_model_name_or_path="http://10.0.0.3:8000,http://10.0.0.4:8000", dataset="/home/anna smith/my data.jsonl",
+        teacher_model_name_or_path="http://10.0.0.3:8000,http://10.0.0.4:8000",
+        dataset="/home/anna smith/my data.jsonl",
         eval_dataset="s3://anna-bucket/rows.jsonl", pretraining_dataset="/home/anna",
     )  # fmt: skip
     told = yaml.safe_dump(changed_settings(settings))
