@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import pickle
@@ -16,6 +17,7 @@ from distill_trainers.exceptions import BAD_INPUT, FAILURES, ConfigurationError,
 from distill_trainers.redaction import NOT_SHOWN, Redacting, hidden, is_secret, redacted, without_secrets
 from distill_trainers.run_files import shown
 from distill_trainers.settings import require
+from distill_trainers.teachers.cache.identity import CacheIdentity, answering_settings, refuse_differences
 
 CORE = "Zq7SecretCore7x9"
 SECRETS = [
@@ -133,6 +135,17 @@ def test_what_holds_no_secret_comes_as_it_is():
     for value in (1, 0.5, None, True, (1, "a"), ["a"], {"a"}, {"a": [1]}, Path("a"), config.accelerator_config, ""):
         assert hidden(value) == value and type(hidden(value)) is type(value)
     assert hidden([("Authorization", CORE), {f"hf_{CORE}AbCd": 1}]) == [("Authorization", NOT_SHOWN), {NOT_SHOWN: 1}]
+
+
+def test_a_cache_of_an_earlier_version_that_recorded_proxies_is_read_and_not_quoted(tmp_path):
+    settings = {"dtype": "float32", "proxies": f"{{'https': 'http://me:{CORE}@host'}}"}
+    old = CacheIdentity("hidden", 9, "t", "no", 9, teacher_settings=settings, weights="w")
+    now = dataclasses.replace(old, teacher_settings=answering_settings({"dtype": "float32", "proxies": {"https": "x"}}))
+    assert now.teacher_settings == {"dtype": "float32"}
+    refuse_differences(tmp_path, old, now)
+    with pytest.raises(ConfigurationError, match="vocabulary size: 9 then, 8 now") as raised:
+        refuse_differences(tmp_path, old, dataclasses.replace(now, vocab_size=8))
+    assert CORE not in str(raised.value)
 
 
 def test_values_of_the_environment_are_not_repeated(monkeypatch):

@@ -246,7 +246,8 @@ class EvaluationResults:
         return [model for model in self.models if model.role == role]
 
     def to_json(self) -> str:
-        told = {**_plain(self), "settings": hidden(_plain(self.settings)), "notes": hidden(self.notes)}
+        told = _plain(self)
+        told |= {name: hidden(told[name]) for name in ("settings", "data", "notes")}  # the rest are scores and texts
         return json.dumps(told, allow_nan=False, ensure_ascii=False)
 
     def save(self, folder: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 
 import pytest
@@ -254,9 +255,84 @@ def test_nothing_private_is_uploaded(make_trainer, hub, tmp_path):
     names = _names(hub)
     assert names == {name for name in names if "/" not in name or name.startswith("plots/")}
     assert not names & {"pairs.jsonl", "evaluation.json", "notes.txt", "secret.py", "training_args.bin", "run.json"}
-    assert b"hf_writer" in (folder / "training_args.bin").read_bytes()  # which is why it stays here
+    assert b"hf_writer" not in (folder / "training_args.bin").read_bytes() and trainer.args.hub_token == "hf_writer"
     for content in hub.files("me/student").values():
         assert str(tmp_path).encode() not in content and b"hf_writer" not in content
+
+
+@pytest.mark.parametrize("planted", ["model.safetensors", "README.md", "plots/loss.png", "notes.model"])
+def test_links_out_of_the_folder_are_not_followed(hub, make_student, tmp_path, planted):
+    """Neither of a file nor of a folder; a link within is only another name."""
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    make_student().save_pretrained(folder)
+    (folder / "copy.tiktoken").symlink_to(folder / "config.json")
+    assert "copy.tiktoken" in hub_module.published_files(folder)
+    outside.mkdir()
+    (outside / "loss.png").write_bytes(b"private")
+    if "/" in planted:
+        (folder / "plots").symlink_to(outside)
+    else:
+        (folder / planted).unlink(missing_ok=True)
+        (folder / planted).symlink_to(outside / "loss.png")
+    with pytest.raises(ConfigurationError, match=f"'{planted}' in .*is a link to a place outside"):
+        hub_module.upload(folder, "me/linked", message="x")
+    assert ("models", "me/linked") not in hub.repos
+    with pytest.raises(ConfigurationError, match="is a link to a place outside"):
+        hub_module.checkpoint_files(folder)
+
+
+def test_what_is_never_uploaded(tmp_path):
+    code = {
+        "modeling_own.py": "from .helping import x\n",
+        "helping.py": "x = 1\n",
+        "notes.py": "",
+        "configuration_own.py": "",
+    }
+    files = {
+        ".env",
+        "server.pem",
+        "a.key",
+        ".hidden.model",
+        "b.model.tmp",
+        "c.lock",
+        "id_rsa",
+        "training_args.bin",
+        "plots/.env",
+    }
+    files |= {"optimizer.pt", "pytorch_model_fsdp_0/.metadata", ".cache/x.safetensors", "plots/x.pem", "plots/loss.png"}
+    files |= {"additional_chat_templates/tool_use.jinja", "additional_chat_templates/.jinja.swp", "tokenizer.model"}
+    for name in files | code.keys():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code.get(name, ""))
+    maps = {
+        "AutoConfig": "configuration_own.Own",
+        "AutoModel": "modeling_own.Own",
+        "AutoX": "org/else--modeling_else.Own",
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": maps}))
+    own = ["configuration_own.py", "helping.py", "modeling_own.py"]
+    kept = ["additional_chat_templates/tool_use.jinja", "config.json", "plots/loss.png", "tokenizer.model"]
+    assert hub_module.published_files(tmp_path) == sorted([*own, *kept])
+    assert hub_module.checkpoint_files(tmp_path) == sorted(
+        [*own, *kept, "notes.py", "optimizer.pt", "pytorch_model_fsdp_0/.metadata"]
+    )
+
+
+def test_an_adapter_of_a_folder_is_uploaded_at_the_end_alone(
+    make_trainer, make_student, hub, tokenizer, tmp_path, caplog
+):
+    """PEFT writes the base's path into the adapter's configuration and card."""
+    make_student().save_pretrained(tmp_path / "anna" / "base")
+    tokenizer.save_pretrained(tmp_path / "anna" / "base")
+    settings = {**PUSH, "hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = make_trainer(str(tmp_path / "anna" / "base"), peft_config=_lora(), merge_adapter=True, **settings)
+    trainer.train()
+    trainer._finish_current_push()
+    assert not hub.files("me/student") and caplog.text.count("Nothing is uploaded before the end") == 1
+    trainer.push_to_hub()
+    assert "model.safetensors" in _names(hub)
+    for files in hub.repos[("models", "me/student")].commits.values():
+        assert not any(b"anna" in file.content for file in files.values())
 
 
 def test_a_private_repository_is_seen_by_nobody_else(make_trainer, hub, monkeypatch):
