@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..exceptions import ConfigurationError
+from .whole import load_whole_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,8 +150,10 @@ def load_adapter(model: nn.Module, source: str) -> str:
     if source not in peft.peft_config:
         name = next(n for n in ("teacher", "teacher_adapter") if n not in peft.peft_config)
         try:
-            peft.load_adapter(source, adapter_name=name, is_trainable=False)
-        except (OSError, ValueError, RuntimeError) as error:
+            load_whole_adapter(peft, source, name, f"Got `teacher_adapter: {source}`, but it")
+        except ConfigurationError:
+            raise
+        except Exception as error:  # damaged files fail in many ways
             reason = str(error).strip().partition("\n")[0]
             raise ConfigurationError(
                 f"Got `teacher_adapter: {source}`; expected one of the student's adapters "
