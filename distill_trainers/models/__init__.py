@@ -56,7 +56,7 @@ from .merging import (
     merged_copy,
     refuse_unmergeable,
 )
-from .positions import beyond_positions, looks_positions_up, positions_of, without_weights
+from .positions import beyond_positions, check_files, looks_positions_up, positions_of, without_weights
 from .probing import check_answers, logits_of
 from .sharding import (
     fsdp_version,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..exceptions import ConfigurationError
-from .whole import load_whole_adapter
+from .whole import first_words, load_whole_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,10 +154,9 @@ def load_adapter(model: nn.Module, source: str) -> str:
         except ConfigurationError:
             raise
         except Exception as error:  # damaged files fail in many ways
-            reason = str(error).strip().partition("\n")[0]
             raise ConfigurationError(
                 f"Got `teacher_adapter: {source}`; expected one of the student's adapters "
-                f"({', '.join(peft.peft_config)}), or a folder or Hub id of an adapter on the same base: {reason}"
+                f"({', '.join(peft.peft_config)}), or a folder or Hub id of an adapter on the same base: {first_words(error)}"
             ) from error
     for key, parameter in peft.named_parameters():
         if name in key.split("."):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..exceptions import ConfigurationError
-from .adapters import causal_lm_of
+from .adapters import causal_lm_of, unwrapped
 from .compiling import uncompiled
 from .inputs import output_of
 from .loading import decoder_start
@@ -66,7 +66,7 @@ def check_answers(model: nn.Module, who: str) -> None:
     try:
         what = f"{who} ({type(causal_lm).__name__})"
         _refuse_not_numbers(causal_lm, what, before, after)
-        _refuse_acausal(what, before, after, _COARSE_ROUNDING if _is_coarse(causal_lm) else _ROUNDING)
+        _refuse_acausal(what, before, after, _COARSE_ROUNDING if _is_coarse(model) else _ROUNDING)
     except ConfigurationError:
         causal_lm._distill_answers_well = False
         raise
@@ -103,10 +103,11 @@ def _is_sharded(causal_lm: nn.Module) -> bool:
     return partitioned or any(isinstance(module, FSDPModule) for module in causal_lm.modules())
 
 
-def _is_coarse(causal_lm: Any) -> bool:
+def _is_coarse(model: nn.Module) -> bool:
     """Tell whether it multiplies in less than float32: then its kernels may round a token by the tokens beside it."""
-    halves = any(p.dtype not in (torch.float32, torch.float64) for p in causal_lm.parameters())
-    return halves or "_original_forward" in causal_lm.__dict__ or _is_sharded(causal_lm)  # accelerate's autocast
+    halves = any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters())
+    around = (model, unwrapped(model), causal_lm_of(model))
+    return halves or any("_original_forward" in each.__dict__ for each in around)  # accelerate's autocast
 
 
 def _refuse_acausal(what: str, before: Tensor, after: Tensor, limit: float) -> None:
@@ -126,7 +127,9 @@ def _refuse_not_numbers(causal_lm: Any, what: str, *answers: Tensor) -> None:
         return
     tensors = [*causal_lm.named_parameters(), *causal_lm.named_buffers()]
     broken = [n for n, t in tensors if t.is_floating_point() and not t.is_meta and not bool(t.isfinite().all())]
-    if broken:
+    if _is_sharded(causal_lm):  # all processes say the same, whoever holds the weight
+        why = "some of its weights hold NaN or infinity, or overflow their dtype. Expected finite ones"
+    elif broken:
         why = f"{named_few(broken)} hold NaN or infinity. Expected finite weights: fetch the model again"
     else:
         why = "its weights are finite, so its numbers overflow. Expected a wider dtype: load it in bfloat16 or float32"

@@ -57,6 +57,22 @@ def damaged_file(name: Any) -> str | None:
     return None
 
 
+def heads_of(file: Path, what: str) -> dict[str, torch.Tensor]:
+    """Read names and shapes of a safetensors file, as tensors on the meta device.
+
+    Raises:
+        ConfigurationError: it cannot be read.
+    """
+    from transformers.modeling_utils import load_state_dict
+
+    try:
+        return load_state_dict(file, map_location="meta")
+    except Exception as error:
+        raise ConfigurationError(
+            f"{what} cannot be loaded: {file} is damaged, cut short or away ({first_words(error)}). Fetch it again."
+        ) from error
+
+
 def load_whole(kind: Any, name: Any, what: str, **kwargs: Any) -> Any:
     """Load a model by `kind.from_pretrained`, whole; no other code of the package calls it.
 
@@ -204,7 +220,7 @@ def compare_names(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor], w
     Raises:
         ConfigurationError: as `load_whole`.
     """
-    with whole_loading():
+    with whole_loading(), _without_progress():
         model, info = kind.from_pretrained(
             None,
             config=copy.deepcopy(config),
@@ -214,3 +230,16 @@ def compare_names(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor], w
             ignore_mismatched_sizes=True,
         )
     refuse_partial(info, model, what)
+
+
+@contextlib.contextmanager
+def _without_progress() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
