@@ -156,7 +156,8 @@ def load_adapter(model: nn.Module, source: str) -> str:
         except Exception as error:  # damaged files fail in many ways
             raise ConfigurationError(
                 f"Got `teacher_adapter: {source}`; expected one of the student's adapters "
-                f"({', '.join(peft.peft_config)}), or a folder or Hub id of an adapter on the same base: {first_words(error)}"
+                f"({', '.join(peft.peft_config)}), or a folder or Hub id of an adapter on the same base: "
+                f"{first_words(error)}"
             ) from error
     for key, parameter in peft.named_parameters():
         if name in key.split("."):

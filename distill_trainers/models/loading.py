@@ -13,7 +13,7 @@ from torch import nn
 
 from ..exceptions import ConfigurationError
 from .adapters import causal_lm_of
-from .whole import damaged_file, first_words, load_whole
+from .whole import first_words, heads_of, load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,11 +177,9 @@ def load_causal_lm(
                 f"Got `{setting}` with an argument that neither `from_pretrained` nor the {role}'s class takes: "
                 f"{error}. Leave it out."
             ) from error
-        given, damaged = ", ".join(sorted(kwargs)) or "nothing", damaged_file(name)
-        if damaged is not None:
-            raise ConfigurationError(
-                f"{what} cannot be loaded: {damaged} is damaged or cut short ({first_words(error)}). Fetch it again."
-            ) from error
+        for file in sorted(Path(name).expanduser().glob("*.safetensors")):
+            heads_of(file, what)  # names the one that is damaged
+        given = ", ".join(sorted(kwargs)) or "nothing"
         raise ConfigurationError(
             f"{what} cannot be loaded: {first_words(error)}. Expected a whole model that takes what "
             f"`from_pretrained` was given ({given}); look at its folder or Hub id, and at `{setting}`."

@@ -44,19 +44,6 @@ def first_words(error: Exception) -> str:
     return f"{type(error).__name__}: {words}".rstrip(": ")
 
 
-def damaged_file(name: Any) -> str | None:
-    """Name the safetensors file of a local folder that cannot be read; None of other folders and formats."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(Path(name).expanduser().glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError):
-            return str(file)
-    return None
-
-
 def heads_of(file: Path, what: str) -> dict[str, torch.Tensor]:
     """Read names and shapes of a safetensors file, as tensors on the meta device.
 
