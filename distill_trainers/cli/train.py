@@ -156,7 +156,7 @@ def make_initial_student(recipe: Recipe, rows: Any) -> Path:
 
 
 def _make_student(recipe: Recipe, rows: Any, folder: Path) -> None:
-    from ..models import load_causal_lm, load_tokenizer, whole_loading
+    from ..models import check_answers, load_causal_lm, load_tokenizer, whole_loading
     from ..students import StudentInit
 
     name, args = recipe.run.teacher_model_name_or_path, recipe.args
@@ -166,6 +166,7 @@ def _make_student(recipe: Recipe, rows: Any, folder: Path) -> None:
     with whole_loading():
         teacher = load_causal_lm(name, role="teacher", **kwargs)  # type: ignore[arg-type]
     teacher.to(args.device)
+    check_answers(teacher, f"The teacher {name!r}")
     batches = None
     if init.strategy == "importance":
         batches = _importance_batches(recipe, teacher, tokenizer, rows, init.importance_batches)

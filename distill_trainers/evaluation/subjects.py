@@ -90,6 +90,7 @@ class Subject:
             for parameter in trained:  # it is only read here, and may go on training
                 parameter.requires_grad_(True)
             self.device = next(source.parameters()).device
+            models.check_answers(source, self._who)
         self._refuse_encoder_decoder()
 
     # ---- Before anything is loaded ----------------------------------------------------------------------------------
@@ -106,6 +107,10 @@ class Subject:
     def path(self) -> str | None:
         """Folder or Hub id; None of a model in memory."""
         return self._source if isinstance(self._source, str) else None
+
+    @property
+    def _who(self) -> str:
+        return f"The {self.role} {self.name!r}"
 
     @property
     def rows(self) -> int:
@@ -186,7 +191,9 @@ class Subject:
         self.loads += 1
         load = models.load_merged_adapter if _adapted_base(self._source) else models.load_causal_lm
         model = load(self._source, role=self.role, **{"dtype": "auto", **self._kwargs})
-        return model if getattr(model, "hf_device_map", None) else model.to(self.device)
+        model = model if getattr(model, "hf_device_map", None) else model.to(self.device)
+        models.check_answers(model, self._who)
+        return model
 
 
 def _adapted_base(name: str) -> str | None:

@@ -53,11 +53,11 @@ from .merging import (
     check_alike,
     load_adapted,
     load_merged_adapter,
-    logits_of,
     merged_copy,
     refuse_unmergeable,
 )
-from .positions import beyond_positions, looks_positions_up, positions_of, without_weights
+from .positions import beyond_positions, check_files, looks_positions_up, positions_of, without_weights
+from .probing import check_answers, logits_of
 from .sharding import (
     fsdp_version,
     keep_optimizer,
@@ -69,3 +69,4 @@ from .sharding import (
     zero_stage,
 )
 from .upload_hook import uploading
+from .whole import first_words, load_whole

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..exceptions import ConfigurationError
+from .whole import first_words, load_whole_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,12 +150,14 @@ def load_adapter(model: nn.Module, source: str) -> str:
     if source not in peft.peft_config:
         name = next(n for n in ("teacher", "teacher_adapter") if n not in peft.peft_config)
         try:
-            peft.load_adapter(source, adapter_name=name, is_trainable=False)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            load_whole_adapter(peft, source, name, f"Got `teacher_adapter: {source}`, but it")
+        except ConfigurationError:
+            raise
+        except Exception as error:  # damaged files fail in many ways
             raise ConfigurationError(
                 f"Got `teacher_adapter: {source}`; expected one of the student's adapters "
-                f"({', '.join(peft.peft_config)}), or a folder or Hub id of an adapter on the same base: {reason}"
+                f"({', '.join(peft.peft_config)}), or a folder or Hub id of an adapter on the same base: "
+                f"{first_words(error)}"
             ) from error
     for key, parameter in peft.named_parameters():
         if name in key.split("."):

@@ -13,6 +13,7 @@ from ..exceptions import ConfigurationError
 from .adapters import causal_lm_of
 from .compiling import uncompiled
 from .experts import without_router_logits
+from .probing import check_answers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,18 +21,23 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def generating(model: nn.Module, accelerator: Accelerator, gather: bool = True) -> Iterator[Any]:
+def generating(
+    model: nn.Module, accelerator: Accelerator, gather: bool = True, who: str | None = "The student"
+) -> Iterator[Any]:
     """Yield the unwrapped model, ready to generate: eval mode, KV cache on also under checkpointing.
 
     Args:
         gather: make weights whole for it in a ZeRO-3 launch; else they are gathered layer by layer at each token.
+        who: the model is, for messages; None of one that is looked at elsewhere.
 
     Raises:
-        ConfigurationError: see `check_can_generate`.
+        ConfigurationError: see `check_can_generate` and `check_answers`.
     """
     from trl.models.utils import unwrap_model_for_generation
 
     check_can_generate(model)
+    if who is not None:
+        check_answers(model, who)
     was_training = model.training
     # Left on, TRL would switch checkpointing off and on again, and forget its settings.
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from ..exceptions import ConfigurationError
 from ..redaction import hidden
 from .adapters import causal_lm_of
+from .whole import first_words, heads_of, load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +54,7 @@ def check_model_source(name: str, role: str) -> None:
             "Check the path, or import a GGUF file first with `distill-trainers import-gguf`."
         )
     if (folder / "config.json").is_file():
+        _check_generation_config(folder / "generation_config.json", role)
         return
     if (folder / "adapter_config.json").is_file():
         raise ConfigurationError(
@@ -65,6 +68,19 @@ def check_model_source(name: str, role: str) -> None:
     )
 
 
+def _check_generation_config(file: Path, role: str) -> None:
+    """Refuse a file that transformers would pass over, and with it the tokens that end an answer."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise ConfigurationError(
+            f"The {role} model's {str(file)!r} is damaged: it is not JSON with settings by name. Fetch it again, or "
+            "delete it: then the settings of `config.json` hold."
+        )
+
+
 def load_config(name: str, role: str, **kwargs: Any) -> Any:
     """Load the configuration of a model given by folder or Hub id.
 
@@ -76,11 +92,10 @@ def load_config(name: str, role: str, **kwargs: Any) -> Any:
     check_model_source(name, role)
     try:
         return AutoConfig.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+    except Exception as error:  # a damaged file fails in as many ways as there are values
         raise ConfigurationError(
-            f"The configuration of the {role} model {name!r} cannot be read: {reason}. Check the path or Hub id, and "
-            "that this machine reaches the Hub (`hf auth login` for private models)."
+            f"The configuration of the {role} model {name!r} cannot be read: {first_words(error)}. Check the path or "
+            "Hub id, and that this machine reaches the Hub (`hf auth login` for private models)."
         ) from error
 
 
@@ -131,11 +146,17 @@ def which_files(init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool =
     return {"trust_remote_code": trust_remote_code, **chosen}
 
 
-def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any = None, **init_kwargs: Any):
+def load_causal_lm(
+    name: str, *, role: str = "student", quantization_config: Any = None, kind: Any = None, **init_kwargs: Any
+) -> Any:
     """Load a causal LM (or encoder-decoder) by folder or Hub id. `dtype` may be a string; no `device_map` is guessed.
 
+    Args:
+        kind: the model's class, where it is one of the user's own.
+
     Raises:
-        ConfigurationError: an unknown dtype or argument, a missing folder, or quantization named twice.
+        ConfigurationError: an unknown dtype or argument, a missing folder, or quantization named twice; files that are
+            damaged, or do not hold the whole model (see `load_whole`).
     """
     check_model_source(name, role)
     setting = "model_init_kwargs" if role == "student" else f"{role}_model_init_kwargs"
@@ -145,23 +166,23 @@ def load_causal_lm(name: str, *, role: str = "student", quantization_config: Any
     if quantization_config is not None:
         refuse_two_quantizations(kwargs, setting)
         kwargs["quantization_config"] = quantization_config
-    model = model_class(load_config(name, role, **which_files(kwargs)))
+    kind = kind or model_class(load_config(name, role, **which_files(kwargs)))
+    what = f"The {role} model {name!r}"
     try:
-        return model.from_pretrained(name, **kwargs)
+        return load_whole(kind, name, what, **kwargs)
     except (torch.OutOfMemoryError, ConfigurationError):
         raise
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise ConfigurationError(
-            f"Got `{setting}` with an argument that neither `from_pretrained` nor the {role}'s class takes: {error}. "
-            "Leave it out."
-        ) from error
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # each library has its own
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+    except Exception as error:  # each library has its own, and damaged files have more
+        if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+            raise ConfigurationError(
+                f"Got `{setting}` with an argument that neither `from_pretrained` nor the {role}'s class takes: "
+                f"{error}. Leave it out."
+            ) from error
+        for file in sorted(Path(name).expanduser().glob("*.safetensors")):
+            heads_of(file, what)  # names the one that is damaged
         given = ", ".join(sorted(kwargs)) or "nothing"
         raise ConfigurationError(
-            f"The {role} model {name!r} cannot be loaded: {reason}. Expected a whole model that takes what "
+            f"{what} cannot be loaded: {first_words(error)}. Expected a whole model that takes what "
             f"`from_pretrained` was given ({given}); look at its folder or Hub id, and at `{setting}`."
         ) from error
 

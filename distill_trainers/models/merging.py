@@ -5,12 +5,11 @@ Shapes: B rows, T tokens, V ids.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 
 from ..exceptions import ConfigurationError, UnlikeModelError
 from .adapters import causal_lm_of
-from .compiling import uncompiled
 from .forward import without_token_forward
-from .loading import decoder_start, load_causal_lm
+from .loading import load_causal_lm
+from .probing import logits_of, probe
+from .whole import first_words, load_whole_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -175,72 +175,38 @@ def load_merged_adapter(name: str, *, role: str = "student", **init_kwargs: Any)
 
 
 def load_adapted(name: str, *, role: str = "student", **init_kwargs: Any) -> Any:
-    """Load the base model of a folder that holds a PEFT adapter alone, with the adapter on it, unmerged."""
+    """Load the base model of a folder that holds a PEFT adapter alone, with the adapter on it, unmerged.
+
+    Raises:
+        ConfigurationError: the folder does not name the base; base or adapter are damaged, or not whole.
+    """
     from peft import PeftModel
 
-    base = json.loads((Path(name).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
-    model = load_causal_lm(base["base_model_name_or_path"], role=role, **init_kwargs)
-    return PeftModel.from_pretrained(model, name)
+    what = f"The adapter of the {role} in {str(name)!r}"
+    try:
+        told = json.loads((Path(name).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+        base = told["base_model_name_or_path"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{what} names no base model: its `adapter_config.json` is damaged. Fetch it again."
+        ) from error
+    if not isinstance(base, str):
+        raise ConfigurationError(f"{what} names the base model {base!r}; expected a folder or Hub id. Write it there.")
+    model = load_causal_lm(base, role=role, **init_kwargs)
+    try:
+        peft = PeftModel.from_pretrained(model, name)
+        load_whole_adapter(peft, name, "default", what)  # once more: the line above drops what it is told
+    except ConfigurationError:
+        raise
+    except Exception as error:  # damaged files fail in many ways
+        raise ConfigurationError(
+            f"{what} cannot be loaded: {first_words(error)}. Expected an adapter of {base!r}: fetch it again, or name "
+            "the base that it was trained on."
+        ) from error
+    return peft
 
 
 # ---- The proof ------------------------------------------------------------------------------------------------------
-
-
-def probe(causal_lm: PreTrainedModel) -> dict[str, Tensor]:
-    """Make inputs that any causal LM or encoder-decoder reads: 2 rows of 16 ids from all over its vocabulary."""
-    rows = causal_lm.config.get_text_config().vocab_size
-    ids = torch.linspace(0, rows - 1, 32, dtype=torch.float64).long().view(2, 16)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    start = decoder_start(causal_lm.config)
-    if start is not None:
-        inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-    return inputs
-
-
-@torch.no_grad()
-def logits_of(model: Any, inputs: Mapping[str, Tensor], *, sharded: bool = False) -> Tensor:
-    """Return a model's logits `[tokens, V]` on the CPU, in at least float32, without dropout.
-
-    Args:
-        sharded: it answers only through its wrapper; all processes must call it.
-    """
-    device = next(model.parameters()).device
-    with evaluating(model), uncompiled(), _exact_float32():
-        # accelerate puts autocast around the forward of the model that trains, whose rounding is not of its weights.
-        forward: Callable[..., Any] = model if sharded else model.__dict__.get("_original_forward", model)
-        logits = forward(**{name: value.to(device) for name, value in inputs.items()}).logits
-    keep = inputs.get("decoder_attention_mask", None if "decoder_input_ids" in inputs else inputs["attention_mask"])
-    logits = logits.flatten(0, 1) if keep is None else logits[keep.to(device).bool()]
-    return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
-
-
-@contextlib.contextmanager
-def _exact_float32() -> Iterator[None]:
-    """Keep TF32 out within it: a GPU that trains with it (`tf32`, `torch_compile`) rounds what a CPU does not."""
-    backends: Any = torch.backends
-    new = hasattr(backends, "fp32_precision")  # since torch 2.9, which refuses a mixture of both ways
-    name, off = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
-    places = [backends.cuda.matmul, *([backends.cudnn.conv, backends.cudnn.rnn] if new else [backends.cudnn])]
-    before = [getattr(place, name) for place in places]
-    try:
-        for place in places:
-            setattr(place, name, off)
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(place, name, value)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode within it; each part gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def logits_gap(found: Tensor, expected: Tensor) -> float:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +14,10 @@ from torch import nn
 from .adapters import causal_lm_of
 from .loading import model_class
 from .sharding import whole_loading
+from .whole import compare_names, heads_of
 
+# Arguments of `from_pretrained` by which other files, or these in another way, are read.
+_OTHER_FILES = set("quantization_config subfolder variant state_dict gguf_file use_safetensors key_mapping".split())
 _OFFSET = 2  # rows that OPT and its like keep free in their table
 
 
@@ -41,6 +48,36 @@ def without_weights(config: Any, **kwargs: Any) -> Any:
     """Make the causal LM of a config on the meta device: its layers, no weights."""
     with torch.device("meta"), whole_loading():
         return model_class(config).from_config(config, **kwargs)
+
+
+def check_files(name: Any, role: str, config: Any, init_kwargs: Mapping[str, Any]) -> None:
+    """Refuse a local folder whose safetensors do not hold the whole model, before weights are read.
+
+    Names and shapes are in the heads of the files. What cannot be judged by them, and Hub ids, are left to
+    `load_causal_lm`, which looks at all.
+
+    Args:
+        config: the model's, with `init_kwargs`, which `from_pretrained` gets.
+
+    Raises:
+        ConfigurationError: a file is damaged or away; tensors are missing, too many or of another shape.
+    """
+    folder = Path(str(name)).expanduser()
+    if _OTHER_FILES & init_kwargs.keys() or getattr(config, "quantization_config", None):
+        return
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    try:
+        shell = without_weights(copy.deepcopy(config))
+        if single.is_file():
+            files = [single]
+        elif index.is_file():
+            files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            return
+    except Exception:  # remote code, and what `load_causal_lm` names
+        return
+    tensors = {key: value for file in files for key, value in heads_of(file, f"The {role} model {name!r}").items()}
+    compare_names(type(shell), shell.config, tensors, f"The {role} model {name!r}")
 
 
 def beyond_positions(rows: str, role: str, context: int, *, absolute: bool) -> tuple[str, str]:

@@ -62,7 +62,7 @@ class LocalTextModel:
         for key in too_long[self.accelerator.process_index :: self.accelerator.num_processes]:
             yield Response(key, error="prompt too long", attempts=0)
         for batch, wanted in share_batches(prompts, self.accelerator, self.settings.batch_size):
-            with models.generating(self.model, self.accelerator) as model:
+            with models.generating(self.model, self.accelerator, who=f"The teacher {self.name!r}") as model:
                 completions = self.settings.complete(model, batch, self.accelerator.device)
             if wanted:
                 for key, ids in completions.items():

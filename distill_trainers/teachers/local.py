@@ -44,6 +44,7 @@ class LocalTeacher(Teacher):
     provides = frozenset({"distribution", "completions"})
     has_files = can_generate = can_read_rollouts = keeps_logps = True
     _rows_stay_apart = False  # whether that was looked at
+    _is_looked_at = True  # whether its answers are, before the first is used
 
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
@@ -113,8 +114,13 @@ class LocalTeacher(Teacher):
     @contextlib.contextmanager
     def generating(self, accelerator: Accelerator) -> Iterator[Any]:
         layer_by_layer = self.placement in ("zero3", "zero3_offload")  # asked for by name: it is never whole
-        with self.answering(), models.generating(self.model, accelerator, gather=not layer_by_layer) as model:
+        gather, who = not layer_by_layer, self._who if self._is_looked_at else None
+        with self.answering(), models.generating(self.model, accelerator, gather, who) as model:
             yield model
+
+    @property
+    def _who(self) -> str:
+        return f"The teacher {self.name!r}"
 
     def shared_ids(self, tokenizer: Any, student_rows: int, teacher_tokenizer: Any = None) -> int | None:
         return shared_vocabulary(tokenizer, teacher_tokenizer, student_rows, self.config.get_text_config().vocab_size)
@@ -128,6 +134,8 @@ class LocalTeacher(Teacher):
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
         self.model.eval()  # with `adapter_off` it is the student, which may be in training mode
         models.refuse_extras(self.model, inputs, "the teacher")
+        if self._is_looked_at:
+            models.check_answers(self.model, self._who)
         if models.is_packed(inputs) and not self._rows_stay_apart:
             models.check_rows_stay_apart(self.model, predicts.device, "the teacher")
             self._rows_stay_apart = True
@@ -244,6 +252,8 @@ class AdapterOff(LocalTeacher):
         student: gives the student in its wrappers as they are now.
         adapter: of the student's adapters, the one to answer with; None for the base alone.
     """
+
+    _is_looked_at = False  # as the student: under ZeRO-3 its first forward must not be one without the adapter
 
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:

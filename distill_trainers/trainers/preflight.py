@@ -185,6 +185,7 @@ def preflight(given: Given) -> Ready:
     _check_packing(args, wants)
     _check_models(given)
     config = student_config(student, args)
+    _check_files(pair, config, args)
     wants = dataclasses.replace(wants, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
     _check_architecture(config, teacher, args, wants)
     loading.refuse(pair, args, wants)
@@ -254,6 +255,16 @@ def _check_models(given: Given) -> None:
         )
     if isinstance(teacher, str) and loading.has_files(teacher, args):
         models.check_model_source(teacher, "teacher")
+
+
+def _check_files(pair: Pair, config: Any, args: DistillConfig) -> None:
+    student, teacher = pair.student, pair.teacher
+    if isinstance(student, str):
+        models.check_files(student, "student", config, args.model_init_kwargs or {})  # type: ignore[arg-type]  # parsed
+    if isinstance(teacher, str) and loading.has_files(teacher, args):
+        kwargs: Any = args.teacher_model_init_kwargs or {}
+        known = models.with_overrides(models.load_config(teacher, "teacher", **args.files_of("teacher")), kwargs)
+        models.check_files(teacher, "teacher", known, kwargs)
 
 
 def _check_architecture(config: Any, teacher: Any, args: DistillConfig, wants: Requirements) -> None:

@@ -105,6 +105,7 @@ class TwoModels:
         if self.head_is_fused is None:
             # Before the teacher is asked: ZeRO-3 keeps the order in which the first forward meets the weights, and a
             # teacher that is the student without its adapter would meet too few of them.
+            models.check_answers(student, "The student")
             self.head_is_fused = _head_can_be_fused(student, forward_inputs)
         if models.is_packed(inputs) and row_terms is not None:
             raise ConfigurationError(

@@ -203,7 +203,6 @@ def test_a_quantization_among_the_arguments_reaches_the_student(make_named, monk
         ({"attn_implementation": "fast"}, 'attn_implementation="fast"'),
         ({"attn_implementation": "flash_attention_2"}, "FlashAttention2"),
         ({"variant": "fp16"}, "no file named model.fp16.safetensors"),
-        ({"vocab_size": 20}, "ignore_mismatched_sizes"),
         ({"dtype": torch.int8}, "not a floating-point dtype"),
     ],
 )
@@ -213,6 +212,12 @@ def test_what_a_library_refuses_is_told_with_its_setting(make_named, role, kwarg
         make_named(**{role: kwargs})
     text = str(error.value)
     assert words in text and f"The {role} model" in text and f"`{setting}`" in text and next(iter(kwargs)) in text
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_size_that_the_files_do_not_have_is_refused(make_named, role):
+    with pytest.raises(ConfigurationError, match=rf"The {role} model .*embed_tokens.weight: \[14, \d+\], not \[20,"):
+        make_named(**{role: {"vocab_size": 20, "ignore_mismatched_sizes": True}})
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])

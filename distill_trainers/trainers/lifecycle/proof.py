@@ -105,7 +105,7 @@ class Proof:
         kwargs: dict[str, Any] = {"dtype": student.dtype, "trust_remote_code": self.run.args.trust_remote_code}
         load: Any = models.load_adapted if _holds_adapter(folder) else models.load_causal_lm
         if not sharded and not _holds_adapter(folder):
-            load = type(student).from_pretrained  # a class of the user's own, too; FSDP2 has changed it
+            kwargs["kind"] = type(student)  # a class of the user's own, too; FSDP2 has changed it
         with torch.random.fork_rng(devices=[]), models.whole_loading():
             return load(str(folder), **kwargs)
 
