@@ -69,7 +69,9 @@ def checkpoint_files(folder: str | Path) -> list[str]:
         ConfigurationError: as `published_files`.
     """
     folder = Path(folder)
-    return _within(folder, [f for f in folder.rglob("*") if f.is_file() and not _is_never(f.relative_to(folder))])
+    kept = [file for file in folder.rglob("*") if not _is_never(file.relative_to(folder))]
+    _within(folder, [file for file in kept if file.is_symlink()])  # of folders too, which `rglob` does not follow
+    return _within(folder, [file for file in kept if file.is_file()])
 
 
 def _is_published(name: str) -> bool:
