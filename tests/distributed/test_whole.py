@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,7 +41,8 @@ def folder(tmp_path_factory, saved, tokenizer):
     for name, change in (("fewer", {"num_hidden_layers": 1}), ("shape", {"intermediate_size": 40})):
         file = root / name / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    config = BertConfig(14, 16, 2, 2, 24, initializer_range=0.3, pad_token_id=0, eos_token_id=1)
+    sizes = {"vocab_size": 14, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=24, initializer_range=0.3, pad_token_id=0, eos_token_id=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "encoder")
     tokenizer.save_pretrained(root / "encoder")
     return root
@@ -48,8 +50,6 @@ def folder(tmp_path_factory, saved, tokenizer):
 
 @pytest.mark.parametrize("launch", ["cpu_ddp", "cpu_zero3", "cpu_fsdp2"])
 def test_every_process_refuses_alike(folder, environment, launch):
-    import re
-
     command = [
         sys.executable,
         "-m",
