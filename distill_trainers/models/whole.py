@@ -172,7 +172,8 @@ def _listening(what: str) -> Iterator[None]:
     process alone fails at a shape, and the others would wait for it."""
     from transformers import modeling_utils
 
-    report, partition = modeling_utils.log_state_dict_report, modeling_utils._load_state_dict_into_zero3_model
+    library: Any = modeling_utils
+    report, partition = library.log_state_dict_report, library._load_state_dict_into_zero3_model
 
     def reported(*args: Any, loading_info: Any, **kwargs: Any) -> None:
         failed = {name.partition("\n")[0] for name in loading_info.conversion_errors}
@@ -191,11 +192,11 @@ def _listening(what: str) -> Iterator[None]:
         compare_names(type(model), model.config, names, what)
         return partition(model, state_dict, *args, **kwargs)
 
-    modeling_utils.log_state_dict_report, modeling_utils._load_state_dict_into_zero3_model = reported, compared
+    library.log_state_dict_report, library._load_state_dict_into_zero3_model = reported, compared
     try:
         yield
     finally:
-        modeling_utils.log_state_dict_report, modeling_utils._load_state_dict_into_zero3_model = report, partition
+        library.log_state_dict_report, library._load_state_dict_into_zero3_model = report, partition
 
 
 def compare_names(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor], what: str) -> None:
