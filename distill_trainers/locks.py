@@ -134,6 +134,8 @@ def _acquire(path: Path, setting: str, beside: bool) -> _Hold:
     except Timeout as error:
         raise ConfigurationError(_in_use(path, setting, _read_owner(owner_file))) from error
     except (OSError, NotImplementedError) as error:
+        if not folder.exists():  # removed just now, by one who made it and let go
+            return _acquire(path, setting, beside)
         owner = _read_owner(owner_file)
         if hold.lock is None and _is_alive(owner):  # another user's, say
             raise ConfigurationError(_in_use(path, setting, owner)) from error
