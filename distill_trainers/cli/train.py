@@ -38,8 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
         print_plan(make_plan(recipe))
         return 0
-    with holding_run(recipe.args.output_dir):
-        run(recipe)
+    run(recipe)
     return 0
 
 
@@ -97,7 +96,16 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
 
 
 def run(recipe: Recipe) -> Any:
-    """Train, evaluate, save and upload the recipe's student; return the trainer."""
+    """Train, evaluate, save and upload the recipe's student; return the trainer.
+
+    Raises:
+        ConfigurationError: among others, another process is writing to `output_dir`.
+    """
+    with holding_run(recipe.args.output_dir):
+        return _run(recipe)
+
+
+def _run(recipe: Recipe) -> Any:
     from .progress import stop_progress
 
     refuse_to_start_over(recipe.args)
