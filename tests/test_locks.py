@@ -215,6 +215,9 @@ def test_train_is_refused_in_a_folder_in_use_and_leaves_it_alone(owner, make_tra
     with pytest.raises(ConfigurationError, match=f"is being written by process {process.pid} "):
         trainer.train()
     assert {file.name for file in (tmp_path / "out").iterdir()} == {".lock", ".lock.json", "holds"}
+    with pytest.raises(ConfigurationError, match="is being written by"):
+        trainer.save_model()
+    trainer.save_model(str(tmp_path / "elsewhere"))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     trainer.train()

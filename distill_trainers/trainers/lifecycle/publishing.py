@@ -21,6 +21,7 @@ from ...cards.plots import plot_history
 from ...data.chat import turn_end_id
 from ...data.packing import count_rows
 from ...exceptions import ConfigurationError
+from ...locks import holding
 from ...redaction import NOT_SHOWN, hidden
 from ...storage import write_file, writing_folder, writing_into
 from ..protocol import METHODS
@@ -147,15 +148,18 @@ class Publishing(Trainer):
         """Do as `transformers.Trainer.save_model`; with `merge_adapter`, the run's folder also gets `merged`.
 
         Raises:
+            ConfigurationError: another run has begun in the run's folder; save to another one.
             UnlikeModelError: what was saved does not answer as what was trained; nothing is uploaded.
         """
         is_run_folder = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
-        if is_run_folder:
-            self._finish_current_push()  # which reads the files that are written now
-        make_generable(self.model, self.processing_class)
-        super().save_model(output_dir, _internal_call=True)  # else it uploads before `merged` is there
-        if is_run_folder and self.args.merge_adapter:
-            self._save_merged()
+        locks = is_run_folder and self.args.process_index == 0
+        with holding(self.args.output_dir) if locks else contextlib.nullcontext():
+            if is_run_folder:
+                self._finish_current_push()  # which reads the files that are written now
+            make_generable(self.model, self.processing_class)
+            super().save_model(output_dir, _internal_call=True)  # else it uploads before `merged` is there
+            if is_run_folder and self.args.merge_adapter:
+                self._save_merged()
         if is_run_folder or not _internal_call:  # checkpoints are read again by those who go on from them
             self.proof.check(self.published_folder if is_run_folder else Path(str(output_dir)))
         if self.args.push_to_hub and not _internal_call:
