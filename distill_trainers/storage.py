@@ -3,47 +3,76 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import socket
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from .exceptions import CacheError, CheckpointError, DatasetError
 
 
+def _this_machine() -> str:
+    """Tell machines apart, and containers, whose processes have numbers of their own."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        name += os.readlink("/proc/self/ns/pid")
+    return f"{zlib.crc32(name.encode()):08x}"
+
+
+_MACHINE = _this_machine()
+_ABANDONED_SECONDS = 3600.0  # of a temporary file that another machine began
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+
+
 @contextlib.contextmanager
-def writing(what: str, folder: Path, remedy: str, *, keep_begun: bool = False) -> Iterator[None]:
-    """Write, within it, `what` into `folder`; if that fails, remove files begun unless `keep_begun`.
+def writing(what: str, folder: Path, remedy: str, error_class: type[OSError] = CheckpointError) -> Iterator[None]:
+    """Write, within it, `what` into `folder`.
 
     Raises:
         CheckpointError: what could not be written where and why, how much space there is, and the remedy.
     """
     from safetensors import SafetensorError
 
-    before = _stamps(folder)
     try:
         yield
-    except CheckpointError:
+    except (CacheError, CheckpointError):
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is what torch.save raises on a full disk
-        for file, stamp in _stamps(folder).items():
-            if not keep_begun and before.get(file) != stamp:
-                file.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"Could not write {what} to {str(folder)!r}: {error}. {_free_mib(folder)} MiB are free there. {remedy}"
-        ) from error
+        number = error.errno if isinstance(error, OSError) else None
+        if number in _NO_RIGHT:
+            remedy = "This process may not write there: change that, or name another folder."
+        elif number in _IN_THE_WAY:
+            remedy = "Something else is in the way: move it, or name another folder."
+        elif number is None or number in _NO_ROOM:
+            remedy = f"{_free_mib(folder)} MiB are free there. {remedy}"
+        raise error_class(f"Could not write {what} to {str(folder)!r}: {error}. {remedy}") from error
 
 
-def _stamps(folder: Path) -> dict[Path, int]:
-    return {file: file.stat().st_mtime_ns for file in folder.glob("*") if file.is_file()}
-
-
-def write_file(path: Path, data: bytes | str, what: str, remedy: str, *, private: bool = False) -> Path:
+def write_file(
+    path: Path,
+    data: bytes | str,
+    what: str,
+    remedy: str,
+    error_class: type[OSError] = CheckpointError,
+    *,
+    private: bool = False,
+) -> Path:
     """Put `what` at `path`: wholly and durably, or not at all; its folder is made.
+
+    It is written beside and renamed, which is one step for whoever reads or is killed meanwhile. A link at `path` is
+    replaced, not followed.
 
     Args:
         private: nobody but its owner may read it.
@@ -51,9 +80,23 @@ def write_file(path: Path, data: bytes | str, what: str, remedy: str, *, private
     Raises:
         CheckpointError: as `writing`.
     """
-    with writing(what, path.parent, remedy, keep_begun=True):
+    with writing(what, path.parent, remedy, error_class):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, data, 0o600 if private else 0o666)
+        if path.exists() and not (path.is_file() or path.is_symlink()):
+            raise FileExistsError(errno.EEXIST, "There is something that is no file", str(path))
+        temporary, mode = _beside(path), 0o600 if private else 0o666
+        try:
+            with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as out:
+                out.write(data.encode("utf-8", "replace") if isinstance(data, str) else data)
+                out.flush()
+                os.fsync(out.fileno())
+            if path.is_file() and not path.is_symlink() and not private:
+                shutil.copymode(path, temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
     return path
 
 
@@ -63,34 +106,133 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         CacheError: the disk is full, or the folder cannot be written to.
     """
-    try:
-        _replace(path, data)
-    except OSError as error:
-        raise CacheError(
-            f"Could not write {len(data) / 2**20:.1f} MiB to {path}: {error}. {_free_mib(path.parent)} MiB are free "
-            "there. What the cache held before is intact; make room and start again, which goes on from there."
-        ) from error
+    remedy = "What the cache held before is intact; make room and start again, which goes on from there."
+    write_file(path, data, f"{len(data) / 2**20:.1f} MiB", remedy, CacheError)
 
 
-def _replace(path: Path, data: bytes | str, mode: int = 0o666) -> None:
-    """Write beside `path` and rename, which is one step for whoever reads or is killed meanwhile."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder in `parent` that is removed at the end; if the process is killed, by the next one that writes."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = _beside(parent / "scratch")
+    folder.mkdir()
     try:
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, mode)) as out:
-            out.write(data.encode("utf-8", "replace") if isinstance(data, str) else data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        yield folder
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing_folder(folder: Path, what: str, remedy: str) -> Iterator[Path]:
+    """Give a folder to fill, which then takes the place of `folder`: wholly and durably, or not at all.
+
+    Raises:
+        CheckpointError: as `writing`; what was there before still is.
+    """
+    kept = folder.with_name(f".{folder.name}.replaced")
+    with writing(what, folder, remedy):
+        if kept.is_dir() and not folder.exists():  # killed between the two renames below
+            kept.rename(folder)
+        with scratch_folder(folder.parent) as scratch:
+            filled = scratch / folder.name
+            filled.mkdir()
+            yield filled
+            for file in (*filled.rglob("*"), filled):
+                _sync(file)
+            _remove(kept)
+            if os.path.lexists(folder):
+                folder.rename(kept)
+            try:
+                filled.rename(folder)
+            except OSError:
+                if os.path.lexists(kept):
+                    kept.rename(folder)
+                raise
+            _sync(folder.parent)
+            _remove(kept)
+
+
+@contextlib.contextmanager
+def writing_into(folder: Path, what: str, remedy: str, replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """Give a folder to fill, whose files then go to `folder`, each wholly, beside what is there.
+
+    Args:
+        replaces: patterns of files that belong together: of those that were there, only the new ones stay.
+
+    Raises:
+        CheckpointError: as `writing`; where they could not all be written, none has gone there.
+    """
+    with writing(what, folder, remedy), scratch_folder(folder) as scratch:
+        filled = scratch / folder.name
+        filled.mkdir()
+        yield filled
+        files = sorted(file for file in filled.rglob("*") if file.is_file())
+        for file in files:
+            _sync(file)
+        for file in files:
+            target = folder / file.relative_to(filled)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+        matching = {file for pattern in replaces for file in folder.glob(pattern)}
+        written = {folder / file.relative_to(filled) for file in files}
+        for file in matching - written if matching & written else ():
+            file.unlink()
+        _sync(folder)
+
+
+def append_lines(path: Path, lines: Iterable[str], what: str, remedy: str) -> None:
+    """Add lines to a file and flush them to disk; those of several processes do not mix.
+
+    Raises:
+        CheckpointError: as `writing`.
+    """
+    with writing(what, path.parent, remedy):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as out:
+            data = "".join(line + "\n" for line in lines).encode("utf-8", "replace")
+            if out.tell():
+                out.seek(-1, os.SEEK_END)
+                if out.read(1) != b"\n":  # the line that a killed writer left half-written
+                    data = b"\n" + data
+            while data:
+                data = data[out.write(data) :]  # all of it at once, but on a full disk
+            os.fsync(out.fileno())
+
+
+def _beside(path: Path) -> Path:
+    """Return a name beside `path` that nobody else takes, and remove what killed processes left there."""
+    _sweep(path.parent)
+    return path.with_name(f".{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+_swept: set[Path] = set()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove temporary files and folders of processes of this machine that are dead, and old ones; once per folder."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    for left in folder.glob(".*.tmp"):
+        host, _, rest = left.name[1:].partition("-")
+        pid = rest.partition("-")[0]
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            is_dead = host == _MACHINE and pid.isdigit() and not psutil.pid_exists(int(pid))
+            if is_dead or time.time() - left.lstat().st_mtime > _ABANDONED_SECONDS:
+                _remove(left)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where folders can be synchronised."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Make a file durable, or the renames of a folder, where folders can be synchronised."""
+    with contextlib.suppress(OSError) if path.is_dir() or os.name == "nt" else contextlib.nullcontext():
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -144,17 +286,7 @@ class RecordStore:
         Raises:
             CheckpointError: there is no room for them.
         """
-        with writing(self._what, self.folder, self._remedy, keep_begun=True):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._own.open("a+b") as out:
-                if out.tell():
-                    out.seek(-1, os.SEEK_END)
-                    if out.read(1) != b"\n":  # the line that a killed writer left half-written
-                        out.write(b"\n")
-                for row in rows:
-                    out.write((json.dumps(row) + "\n").encode())  # ASCII: half a surrogate pair is no UTF-8
-                out.flush()
-                os.fsync(out.fileno())
+        append_lines(self._own, map(json.dumps, rows), self._what, self._remedy)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -15,6 +15,7 @@ FLOORS = {
     "redaction": 0,
     "escaping": 0,
     "storage": 0,
+    "locks": 0,
     "randomness": 0,
     "requirements": 0,
     "settings": 0,

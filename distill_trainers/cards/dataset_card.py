@@ -16,6 +16,7 @@ from ..exceptions import DatasetError
 from ..rationales.records import dataset_of
 from ..redaction import redacted
 from ..run_files import plain
+from ..storage import write_file, writing
 from .licenses import Licensed, inherit, licensed
 from .model_card import license_lines
 
@@ -86,9 +87,11 @@ def push_rows(
     card = dataset_card(cleaned, repo_id, writers, token)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data", "train-00000-of-00001.parquet")
-        data.parent.mkdir()
-        dataset_of(cleaned).to_parquet(str(data))
-        Path(folder, "README.md").write_text(card, encoding="utf-8", errors="replace")
+        remedy = "Free some space, or set TMPDIR to a folder that has some."
+        write_file(Path(folder, "README.md"), card, "the dataset to upload", remedy)
+        with writing("the dataset to upload", Path(folder), remedy):
+            data.parent.mkdir()
+            dataset_of(cleaned).to_parquet(str(data))
         only = ["README.md", data.relative_to(folder).as_posix()]
         message = f"{len(rows):,} rows"
         return hub.upload(folder, repo_id, repo_type="dataset", message=message, token=token, only=only, **options)

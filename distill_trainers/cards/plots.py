@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ..storage import write_file
 
 
 def plot_history(history: Sequence[dict[str, Any]], folder: str | Path) -> list[Path]:
@@ -21,7 +24,6 @@ def plot_history(history: Sequence[dict[str, Any]], folder: str | Path) -> list[
     import matplotlib.pyplot as plt
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     train = [(log["step"], log["loss"]) for log in history if "loss" in log]
     evals = {log["step"]: log for log in history if "eval_kl" in log}
     written = []
@@ -30,8 +32,7 @@ def plot_history(history: Sequence[dict[str, Any]], folder: str | Path) -> list[
     axis.plot(*zip(*train, strict=True) if train else ([], []), marker="o", markersize=3)
     axis.set(xlabel="optimiser step", ylabel="loss (nats per trained token)", title="Training loss")
     axis.grid(alpha=0.3)
-    written.append(folder / "loss.png")
-    figure.savefig(written[-1], dpi=150)
+    written.append(save_figure(figure, folder / "loss.png", dpi=150))
     plt.close(figure)
 
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -45,7 +46,17 @@ def plot_history(history: Sequence[dict[str, Any]], folder: str | Path) -> list[
     right.set_ylabel("top-1 agreement (%)", color="tab:orange")
     right.set_ylim(0, 100)
     axis.yaxis.label.set_color("tab:blue")
-    written.append(folder / "agreement.png")
-    figure.savefig(written[-1], dpi=150)
+    written.append(save_figure(figure, folder / "agreement.png", dpi=150))
     plt.close(figure)
     return written
+
+
+def save_figure(figure: Any, file: Path, **options: Any) -> Path:
+    """Write a plot in the format that its suffix names.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    image = io.BytesIO()
+    figure.savefig(image, format=file.suffix.removeprefix("."), **options)
+    return write_file(file, image.getvalue(), "the plot", "Free some space; what it shows is kept.")

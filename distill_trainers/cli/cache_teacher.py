@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigurationError
+from ..locks import holding_run
 from . import report_errors, say, shows_usage
 
 _USAGE = """usage: distill-trainers cache-teacher --config RECIPE [--teacher_cache FOLDER] [--KEY_OF_THE_RECIPE VALUE]
@@ -45,13 +46,14 @@ def fill(argv: Sequence[str]) -> int:
         )
     if recipe.args.teacher_placement == "cached":
         recipe.args.teacher_placement = "auto"  # what is to be read alone is filled from a live one
-    trainer = build_trainer(recipe)
-    cache = trainer.teacher.store
-    if trainer.is_world_process_zero():
-        for name in cache.remove_unreadable():
-            say(f"Removed the unreadable shard {name}; its rows are asked for again.")
-    started = time.monotonic()
-    done = fill_cache(trainer)
+    with holding_run(recipe.args.output_dir):  # the cache itself may have any number of writers
+        trainer = build_trainer(recipe)
+        cache = trainer.teacher.store
+        if trainer.is_world_process_zero():
+            for name in cache.remove_unreadable():
+                say(f"Removed the unreadable shard {name}; its rows are asked for again.")
+        started = time.monotonic()
+        done = fill_cache(trainer)
     if trainer.is_world_process_zero():
         say(
             f"{done['computed']:,} of {done['rows']:,} rows were asked for in {time.monotonic() - started:.0f} s. "

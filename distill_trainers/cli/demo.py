@@ -25,22 +25,29 @@ def main(argv: Sequence[str]) -> int:
 
     from transformers.utils import logging as transformers_logging
 
-    from ..gguf import import_gguf
+    from ..locks import holding
     from ..models import emulates_bfloat16
     from ..recipe.parse import parse_recipe
-    from .progress import stop_progress
-    from .train import build_trainer
 
     transformers_logging.disable_progress_bar()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
     started = time.monotonic()
     output = Path(options.output_dir)
-    teacher = output / "teacher"
-    paths = ["--teacher_model_name_or_path", str(teacher), "--output_dir", str(output)]
+    paths = ["--teacher_model_name_or_path", str(output / "teacher"), "--output_dir", str(output)]
     if emulates_bfloat16():
         print("This processor has no AVX-512 and would only emulate bfloat16: computing in float32 instead.")
         overrides = [*_IN_FLOAT32, *overrides]
     recipe = parse_recipe(["--config", options.config, *paths, *overrides])
+    with holding(output, "--output-dir"):
+        return _run(options, recipe, output, started)
+
+
+def _run(options: argparse.Namespace, recipe: Any, output: Path, started: float) -> int:
+    from ..gguf import import_gguf
+    from .progress import stop_progress
+    from .train import build_trainer
+
+    teacher = output / "teacher"
     if not (teacher / "config.json").is_file():
         _say("1/4 Converting the teacher from GGUF")
         import_gguf(options.teacher_wheel, teacher, dtype="bfloat16", sha256=TEACHER_SHA256)
@@ -117,9 +124,10 @@ def _question(text: str) -> str:
 
 def _save(trainer: Any, output: Path, scores: Any, samples: Any, seconds: float) -> None:
     from ..cards.plots import plot_history
+    from ..storage import write_file
 
     metrics = {"scores": scores, "samples": samples, "seconds": seconds, "steps": trainer.state.global_step}
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    write_file(output / "metrics.json", json.dumps(metrics, indent=2), "the scores", "Free some space.")
     trainer.create_model_card()
     plot_history(trainer.state.log_history, output)
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
+from ..locks import holding
 from ..recipe.parse import parse_settings
 from ..settings import setting
-from ..storage import writing
+from ..storage import write_file
 from . import report_errors, say, shows_usage
 
 if TYPE_CHECKING:
@@ -96,12 +97,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"{', '.join(evaluation.workshop.metrics)} on {len(evaluation.examples.examples)} rows.")
         print("Everything that can be checked without weights is in order; nothing was evaluated.")
         return 0
-    results = evaluation.run()
-    file = results.save(args.output_dir)
-    with writing("the tables", Path(args.output_dir), "Free some space and start again: what was measured is kept."):
+    with holding(args.output_dir):
         from ..evaluation.tables import markdown
 
-        file.with_suffix(".md").write_text(markdown(results), encoding="utf-8", errors="replace")
+        results = evaluation.run()
+        file = results.save(args.output_dir)
+        remedy = "Free some space and start again: what was measured is kept."
+        write_file(file.with_suffix(".md"), markdown(results), "the tables", remedy)
     print_results(results)
     say(f"Saved to {file} and {file.with_suffix('.md').name}.")
     return 0

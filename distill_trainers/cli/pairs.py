@@ -18,12 +18,14 @@ from typing import Any
 
 from .. import hub
 from ..exceptions import ConfigurationError, DatasetError
+from ..locks import holding
 from ..recipe.parse import Recipe, parse_recipe
 from ..settings import require, setting
 from . import report_errors, say, shows_usage
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "Responses written earlier are kept: free some space and start again."
 VERIFICATIONS = ("none", "final_number")
 _USAGE = """usage: distill-trainers pairs --config RECIPE [--pairs_file FILE] [--KEY_OF_THE_RECIPE VALUE]
 
@@ -70,7 +72,11 @@ def main(argv: Sequence[str]) -> int:
     if shows_usage(argv, _USAGE):
         return 0
     recipe = parse_recipe(argv, PairArguments)
-    numbers = make_pairs(recipe, recipe.extra)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(holding(_file(recipe, recipe.extra), "pairs_file", beside=True))
+        if recipe.model.model_name_or_path is None:  # it is made in there
+            stack.enter_context(holding(recipe.args.output_dir))
+        numbers = make_pairs(recipe, recipe.extra)
     counts = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
     say(f"{counts}. They are in {_file(recipe, recipe.extra)}.")
     if recipe.extra.pairs_repo:
@@ -100,7 +106,7 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
         CheckpointError, CacheError: responses or pairs could not be written; those before are kept.
     """
     from ..recipe.checks import check_recipe
-    from ..storage import write_atomically
+    from ..storage import write_file
     from ..teachers.loading import kind_of
     from .train import make_initial_student
 
@@ -126,7 +132,6 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
     if student is None:
         student = str(make_initial_student(recipe, checked.ready.prepared(checked.ready.given.train, "train")))
     target = _file(recipe, settings)
-    target.parent.mkdir(parents=True, exist_ok=True)
     teacher = str(recipe.run.teacher_model_name_or_path)
     chosen = _teacher_answers(teacher, prompts, recipe, settings, checked.ready.pair.tokenizer, target)
     rejected = _Writer(student, "student", recipe, checked.ready.pair.tokenizer, target).answer(
@@ -148,7 +153,7 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
             f"No pair is left of {len(prompts)} prompts: {dict(counts)}. Raise `attempts`, `temperature` or "
             "`max_new_tokens`, or leave `verify` out."
         )
-    write_atomically(target, ("\n".join(lines) + "\n").encode())
+    write_file(target, "\n".join(lines) + "\n", "the pairs", _REMEDY)
     return {"pairs": len(lines), **counts}
 
 
@@ -279,7 +284,7 @@ class _Writer:
         from ..models import eos_ids
         from ..randomness import Purpose, Role, Stream
         from ..rollouts import Alone, CompletionStore, complete_prompts
-        from ..storage import write_atomically
+        from ..storage import write_file
         from ..teachers.cache.identity import describe_source, hashed
         from ..trainers.lifecycle.completions import completion_settings, sampling_settings
 
@@ -297,7 +302,7 @@ class _Writer:
         written = store.load()
         if not (prompts.keys() <= written.keys() and ends_file.is_file()):
             model = self._load()
-            write_atomically(ends_file, json.dumps(eos_ids(model, self.tokenizer)).encode())
+            write_file(ends_file, json.dumps(eos_ids(model, self.tokenizer)), "responses", _REMEDY)
             sampling = sampling_settings(args, model, self.tokenizer, len(self.tokenizer))
             settings = completion_settings(args, sampling, self.tokenizer, stream)
             written = complete_prompts(

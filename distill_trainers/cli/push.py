@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..exceptions import ConfigurationError
+from ..locks import holding
 from . import report_errors, say
 
 
@@ -52,17 +53,18 @@ def push_run(folder: Path, options: argparse.Namespace) -> str:
             "`output_dir` of a run that has finished."
         )
     _refuse_local_base(folder)
-    _with_scores(folder, options.evaluation)
-    names = hub.published_files(folder)
-    say(f"Uploading {', '.join(names)}")
-    return hub.upload(
-        folder,
-        options.repo,
-        private=options.private or None,
-        revision=options.revision,
-        message="Upload with distill-trainers push",
-        only=names,
-    )
+    with holding(folder, "RUN"):
+        _with_scores(folder, options.evaluation)
+        names = hub.published_files(folder)
+        say(f"Uploading {', '.join(names)}")
+        return hub.upload(
+            folder,
+            options.repo,
+            private=options.private or None,
+            revision=options.revision,
+            message="Upload with distill-trainers push",
+            only=names,
+        )
 
 
 def _refuse_local_base(folder: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
+from ..locks import holding_run
 from . import report_errors, say, shows_usage
 from .rationale_settings import PipelineArguments, parse_arguments
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..rationales.records import TextModel
     from ..rationales.stages import Asked
 
+_REMEDY = "The rows themselves are kept: free some space and start again."
 STAGES = ("extract", "parse", "verify", "dual")
 
 _USAGE = """usage: distill-trainers rationales STAGE --config FILE [--KEY VALUE]
@@ -43,7 +45,10 @@ def main(argv: Sequence[str]) -> int:
     if stage not in STAGES:
         raise ConfigurationError(f"Got the stage {stage!r}; expected one of {', '.join(STAGES)}.")
     args = parse_arguments(options)
-    return {"extract": _extract, "parse": _parse, "verify": _verify, "dual": _dual}[stage](args)
+    if args.inspect and stage == "dual":
+        return _inspect(args)
+    with holding_run(args.folder, "folder"):
+        return {"extract": _extract, "parse": _parse, "verify": _verify, "dual": _dual}[stage](args)
 
 
 # ---- Stages ---------------------------------------------------------------------------------------------------------
@@ -94,8 +99,6 @@ def _dual(args: PipelineArguments) -> int:
     from ..rationales.stages import dual
     from ..storage import RecordStore, read_rows, write_rows
 
-    if args.inspect:
-        return _inspect(args)
     right, wrong = read_rows(args.path("verified.jsonl")), read_rows(args.path("wrong.jsonl"))
     model, rank = _teacher(args) if args.ask_for_pairs else (None, 0)
     chains = dual(
@@ -120,7 +123,7 @@ def _inspect(args: PipelineArguments) -> int:
     from rich.console import Console
 
     from ..rationales.show import html_page, terminal_lines, words
-    from ..storage import read_rows
+    from ..storage import read_rows, write_file
 
     rows = read_rows(args.input or args.path("dual.jsonl"))
     split = words if args.tokenizer is None else _token_split(args.tokenizer)
@@ -129,8 +132,7 @@ def _inspect(args: PipelineArguments) -> int:
         for line in terminal_lines(row, split):
             console.print(line)
         console.print()
-    page = args.path("dual.html")
-    page.write_text(html_page(rows, split), encoding="utf-8", errors="replace")
+    page = write_file(args.path("dual.html"), html_page(rows, split), "the page of pairs", _REMEDY)
     say(f"All {len(rows)} pairs: {page}")
     return 0
 
@@ -246,11 +248,12 @@ def _progress(rank: int) -> Any:
 
 def _export(args: PipelineArguments, name: str, rows: list[dict[str, Any]]) -> None:
     from ..rationales.records import dataset_of
-    from ..storage import write_rows
+    from ..storage import write_rows, writing_folder
 
     write_rows(args.path(f"{name}.jsonl"), rows)
     if rows and args.save_as == "dataset":
-        dataset_of(rows).save_to_disk(str(args.path(f"{name}_dataset")))
+        with writing_folder(args.path(f"{name}_dataset"), "the dataset", _REMEDY) as whole:
+            dataset_of(rows).save_to_disk(str(whole))
     if rows and args.push_to_hub:
         from ..cards.dataset_card import Writers, push_rows
 
@@ -288,7 +291,10 @@ def _report(args: PipelineArguments, stage: str, spent: dict[str, Asked], model:
 
 
 def _write_report(args: PipelineArguments, stage: str, report: dict[str, Any]) -> None:
-    args.path(f"{stage}-report.json").write_text(json.dumps(report, indent=2, sort_keys=True))
+    from ..storage import write_file
+
+    text = json.dumps(report, indent=2, sort_keys=True)
+    write_file(args.path(f"{stage}-report.json"), text, "the report of the stage", _REMEDY)
 
 
 def _print_counts(what: str, counts: Counter[str]) -> None:

@@ -16,6 +16,7 @@ from . import report_errors, say
 def main(argv: Sequence[str]) -> int:
     """Read the runs, write the page, and the plots beside it."""
     from ..exceptions import ConfigurationError
+    from ..locks import holding
     from ..reporting.page import FILE_NAME, write_report
     from ..reporting.plots import plot_runs
     from ..reporting.runs import read_runs
@@ -37,11 +38,12 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigurationError(
             f"Got `--output {options.output}`, which is a folder; expected a file such as report.html."
         )
-    write_report(runs, file)
-    say(f"Wrote {file} ({file.stat().st_size / 2**20:.1f} MiB). Open it in any browser.")
-    if options.no_plots:
-        return 0
-    plots = plot_runs(runs, file.with_name(f"{file.stem}_plots"))
+    with holding(file, "--output", beside=True):  # the run itself may go on
+        write_report(runs, file)
+        say(f"Wrote {file} ({file.stat().st_size / 2**20:.1f} MiB). Open it in any browser.")
+        if options.no_plots:
+            return 0
+        plots = plot_runs(runs, file.with_name(f"{file.stem}_plots"))
     if plots is None:
         print("No plots were written: `pip install 'distill-trainers[plots]'` brings matplotlib.")
     elif plots:

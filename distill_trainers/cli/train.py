@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import DatasetError
-from ..hub import published_files
+from ..hub import published_files, read_json
+from ..locks import holding_run
 from ..recipe.checks import check_recipe, refuse_to_start_over
 from ..recipe.parse import Recipe, parse_recipe
-from ..storage import writing
+from ..storage import write_file, writing, writing_folder
 from . import report_errors, say, start_log
 from .doctor import look_before
 from .orphans import end_with_launcher
 
 logger = logging.getLogger(__name__)
+
+_MARKER = "student_init.json"  # what the student was made of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -93,7 +96,16 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
 
 
 def run(recipe: Recipe) -> Any:
-    """Train, evaluate, save and upload the recipe's student; return the trainer."""
+    """Train, evaluate, save and upload the recipe's student; return the trainer.
+
+    Raises:
+        ConfigurationError: among others, another process is writing to `output_dir`.
+    """
+    with holding_run(recipe.args.output_dir):
+        return _run(recipe)
+
+
+def _run(recipe: Recipe) -> Any:
     from .progress import stop_progress
 
     refuse_to_start_over(recipe.args)
@@ -126,9 +138,9 @@ def _save(trainer: Any, metrics: dict[str, Any]) -> None:
         trainer.save_state()
     if not trainer.is_world_process_zero():
         return
-    with writing("scores and card", folder, f"The student is in {folder}; free some space to have them beside it."):
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True))
-        trainer.create_model_card()
+    remedy = f"The student is in {folder}; free some space to have them beside it."
+    write_file(folder / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True), "the scores", remedy)
+    trainer.create_model_card()
     say(f"Saved the student to {folder} (scores in {folder / 'metrics.json'}).")
 
 
@@ -145,17 +157,14 @@ def make_initial_student(recipe: Recipe, rows: Any) -> Path:
     from ..run_files import STUDENT_INIT_NAME
 
     folder = Path(recipe.args.output_dir) / STUDENT_INIT_NAME
-    marker = folder / "student_init.json"
     identity = {"teacher": recipe.run.teacher_model_name_or_path, **recipe.run.student_init}  # type: ignore[dict-item]
     with PartialState().main_process_first():
-        if not (marker.is_file() and json.loads(marker.read_text()) == identity):
-            marker.unlink(missing_ok=True)
-            _make_student(recipe, rows, folder)
-            marker.write_text(json.dumps(identity))
+        if read_json(folder / _MARKER) != identity:
+            _make_student(recipe, rows, folder, json.dumps(identity))
     return folder
 
 
-def _make_student(recipe: Recipe, rows: Any, folder: Path) -> None:
+def _make_student(recipe: Recipe, rows: Any, folder: Path, identity: str) -> None:
     from ..models import check_answers, load_causal_lm, load_tokenizer, whole_loading
     from ..students import StudentInit
 
@@ -171,9 +180,11 @@ def _make_student(recipe: Recipe, rows: Any, folder: Path) -> None:
     if init.strategy == "importance":
         batches = _importance_batches(recipe, teacher, tokenizer, rows, init.importance_batches)
     student = init.build(teacher, batches, progress=_print_layers)
-    with writing("the student", folder, "Free some space, or set another `output_dir`, and start again."):
-        student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    remedy = "Free some space, or set another `output_dir`, and start again."
+    with writing_folder(folder, "the student", remedy) as whole:
+        student.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        write_file(whole / _MARKER, identity, "the student", remedy)
 
 
 def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any, number: int) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cards.plots import save_figure
+
 if TYPE_CHECKING:
     from ..evaluation.results import EvaluationResults, ModelResults
     from .runs import Run
@@ -30,7 +32,6 @@ def plot_runs(runs: Sequence[Run], folder: str | Path) -> list[Path] | None:
 
 
 def _plot_runs(runs: Sequence[Run], folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for name, label in (
         ("loss", "loss (nats per trained token)"),
@@ -145,6 +146,6 @@ def _saved(figure: Any, file: Path) -> list[Path]:
 
     files = [file.with_name(f"{file.name}{suffix}") for suffix in (".png", ".svg")]
     for path in files:
-        figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        save_figure(figure, path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
     return files

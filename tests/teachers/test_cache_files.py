@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
             self.file.write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage, "open", lambda *args: Full(real(*args)), raising=False)
+    monkeypatch.setattr(storage, "open", lambda *args, **kwargs: Full(real(*args, **kwargs)), raising=False)
     with pytest.raises(CacheError, match=r"No space left on device.*MiB are free.*intact"):
         fill(cache, [1])
     monkeypatch.undo()

@@ -116,12 +116,7 @@ def read_identity(folder: str | Path) -> CacheIdentity | None:
 
 def write_identity(folder: str | Path, identity: CacheIdentity) -> None:
     """Record what a new cache depends on."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(f"The folder {folder} of the teacher cache cannot be made: {error}.") from error
-    write_atomically(folder / _IDENTITY, json.dumps(asdict(identity), indent=2, sort_keys=True).encode())
+    write_atomically(Path(folder) / _IDENTITY, json.dumps(asdict(identity), indent=2, sort_keys=True).encode())
 
 
 def read_learnt(folder: str | Path) -> dict[str, Any]:

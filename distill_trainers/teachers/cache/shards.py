@@ -11,11 +11,9 @@ own.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
-import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +36,6 @@ Answer = dict[str, Tensor]
 SHARD_BYTES = 64 * 2**20
 _KEY_BYTES = 16
 _OPEN_FILES = 128  # mapped at once per process, well below the usual limit of 1024 open files
-_ABANDONED_SECONDS = 3600.0
 _DATA, _OFFSETS = "row.", "offsets."
 
 
@@ -222,20 +219,11 @@ class TeacherCache:
         tensors = {_DATA + name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         tensors |= {name: torch.from_numpy(values.copy()) for name, values in index.items()}
         metadata = {"stamp": self.stamp, "index": _index_checksum(index)}
-        if not self._written:
-            self._remove_abandoned()
         path = self.folder / f"shard-{self._writer}-{self._written:05d}.safetensors"
         write_atomically(path, save(tensors, metadata))
         self._written += 1
         self._pending, self._pending_bytes = {}, 0
         self._take_in(path)
-
-    def _remove_abandoned(self) -> None:
-        """Temporary files of writers that were killed; a live one holds its own for seconds."""
-        for file in self.folder.glob(".*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
-                    file.unlink()
 
     def remove_unreadable(self) -> list[str]:
         """Delete the shards that cannot be opened at all, and name them; the rows they held count as missing."""

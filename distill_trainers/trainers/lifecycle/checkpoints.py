@@ -9,20 +9,21 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ... import models
-from ...exceptions import CheckpointError, DatasetError
+from ...exceptions import CheckpointError, ConfigurationError, DatasetError
+from ...locks import holding
 from ...manifest import MANIFEST_NAME, differences, matters, write_manifest
 from ...run_files import (
     check_resumable,
@@ -32,6 +33,7 @@ from ...run_files import (
     plain,
     shown,
 )
+from ...storage import write_file
 from ...teachers import Teacher
 from ...teachers.local import base_fingerprint
 from . import outage
@@ -99,9 +101,10 @@ def written_whole(folder: Path, accelerator: Accelerator, should_save: bool) -> 
 def write_method_state(folder: Path, state: dict[str, Any]) -> None:
     """Keep what the method must remember beside the checkpoint's weights: nested dicts of JSON values and tensors."""
     plain, tensors = _split(state)
+    what = "what the method remembers", "Free some space."
     if tensors:
-        save_file(tensors, folder / METHOD_TENSORS_NAME)
-    (folder / METHOD_STATE_NAME).write_text(json.dumps(plain))
+        write_file(folder / METHOD_TENSORS_NAME, save(tensors), *what)
+    write_file(folder / METHOD_STATE_NAME, json.dumps(plain), *what)
 
 
 def read_method_state(folder: str | Path) -> dict[str, Any]:
@@ -186,6 +189,10 @@ class Resuming(Trainer):
         """Do as `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last complete checkpoint."""
         if self.train_dataset is None:
             raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
+        with self._alone_in(self._get_output_dir(trial)):
+            return self._train_alone(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train_alone(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: Any) -> TrainOutput:
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is None and trial is None:
@@ -201,7 +208,8 @@ class Resuming(Trainer):
             self._facts = _facts_of(self.model)
         self.run_checkpoints, self.last_step = [], None
         if isinstance(resume_from_checkpoint, str):
-            self._check_together(resume_from_checkpoint)
+            checkpoint = resume_from_checkpoint
+            self._together(lambda: check_resumable(checkpoint), self.args.local_process_index == 0)
             if self.args.should_save:
                 remove_torn(self.args.output_dir)
             self.run_checkpoints.append(resume_from_checkpoint)
@@ -209,17 +217,25 @@ class Resuming(Trainer):
             self._compare_settings(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _check_together(self, checkpoint: str) -> None:
-        """Let one process of each machine read it, and all refuse it: one alone would keep the others waiting."""
+    @contextlib.contextmanager
+    def _alone_in(self, folder: str) -> Iterator[None]:
+        """Hold the folder by the first process, and let all refuse what is another run's."""
+        with contextlib.ExitStack() as stack:
+            self._together(lambda: stack.enter_context(holding(folder)), self.args.process_index == 0)
+            yield
+
+    def _together(self, check: Callable[[], Any], is_checking: bool) -> None:
+        """Let some processes check, and all refuse: one alone would keep the others waiting."""
         failure = None
-        if self.args.local_process_index == 0:
-            try:
-                check_resumable(checkpoint)
-            except CheckpointError as error:
-                failure = str(error)
+        try:
+            if is_checking:
+                check()
+        except (CheckpointError, ConfigurationError) as error:
+            failure = type(error), str(error)
         failures = [told for told in gather_object([failure]) if told is not None]
         if failures:
-            raise CheckpointError(failures[0])
+            error_class, message = failures[0]
+            raise error_class(message)
 
     def _warn_of_checkpoints(self, resumed: Any) -> None:
         """Say that a run starts anew beside checkpoints: in Python that may be meant."""

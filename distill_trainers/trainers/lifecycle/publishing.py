@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import GenerationConfig, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ... import hub, models
 from ...cards.facts import CardFacts, CardWishes, shown_settings
@@ -21,8 +21,9 @@ from ...cards.plots import plot_history
 from ...data.chat import turn_end_id
 from ...data.packing import count_rows
 from ...exceptions import ConfigurationError
+from ...locks import holding
 from ...redaction import NOT_SHOWN, hidden
-from ...storage import writing
+from ...storage import write_file, writing_folder, writing_into
 from ..protocol import METHODS
 from .proof import Proof
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MERGED_NAME = "merged"
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")  # one whole model, in one file or in parts
 
 
 def check(args: DistillConfig, student: Any, adapted: bool, quantized: bool = False) -> None:
@@ -146,23 +148,39 @@ class Publishing(Trainer):
         """Do as `transformers.Trainer.save_model`; with `merge_adapter`, the run's folder also gets `merged`.
 
         Raises:
+            ConfigurationError: another run has begun in the run's folder; save to another one.
             UnlikeModelError: what was saved does not answer as what was trained; nothing is uploaded.
         """
         is_run_folder = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
-        if is_run_folder:
-            self._finish_current_push()  # which reads the files that are written now
-        make_generable(self.model, self.processing_class)
-        super().save_model(output_dir, _internal_call=True)  # else it uploads before `merged` is there
-        if is_run_folder and self.args.merge_adapter:
-            self._save_merged()
+        locks = is_run_folder and self.args.process_index == 0
+        with holding(self.args.output_dir) if locks else contextlib.nullcontext():
+            if is_run_folder:
+                self._finish_current_push()  # which reads the files that are written now
+            make_generable(self.model, self.processing_class)
+            super().save_model(output_dir, _internal_call=True)  # else it uploads before `merged` is there
+            if is_run_folder and self.args.merge_adapter:
+                self._save_merged()
         if is_run_folder or not _internal_call:  # checkpoints are read again by those who go on from them
             self.proof.check(self.published_folder if is_run_folder else Path(str(output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
         with self._args_without_secrets():
-            super()._save(output_dir, state_dict)
+            if folder != Path(self.args.output_dir) or not self.args.should_save:  # a checkpoint is new or put away
+                return super()._save(output_dir, state_dict)
+            remedy = "Checkpoints and what was there before are as they were: free some space and go on with "
+            remedy += "`--resume_from_checkpoint true`."
+            with writing_into(folder, "the student", remedy, replaces=_WEIGHTS) as filled:
+                super()._save(str(filled), state_dict)
+
+    def save_state(self) -> None:
+        """Do as `transformers.Trainer.save_state`."""
+        if self.is_world_process_zero():
+            folder, remedy = Path(self.args.output_dir), "The student beside it is saved: free some space."
+            with writing_into(folder, "the state of the run", remedy) as filled:
+                self.state.save_to_json(str(filled / TRAINER_STATE_NAME))
 
     @contextlib.contextmanager
     def _args_without_secrets(self) -> Iterator[None]:
@@ -196,12 +214,12 @@ class Publishing(Trainer):
         else:
             merged = models.merged_copy(self.model)
         folder = self.published_folder
-        with writing("the merged student", folder, f"Its adapter is in {self.args.output_dir}: free some space, and "
-                     "merge it with PEFT's `merge_and_unload`."):  # fmt: skip
-            shutil.rmtree(folder, ignore_errors=True)
-            merged.save_pretrained(folder)
+        remedy = f"Its adapter is in {self.args.output_dir}: free some space, and merge it with PEFT's "
+        remedy += "`merge_and_unload`."
+        with writing_folder(folder, "the merged student", remedy) as whole:
+            merged.save_pretrained(whole)
             if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+                self.processing_class.save_pretrained(whole)
 
     def card_facts(self: Any) -> CardFacts:
         """Return what the student's card says of this run."""
@@ -287,17 +305,15 @@ class Publishing(Trainer):
         if self.args.merge_adapter and self.published_folder.is_dir():
             for name in [*plots, "metrics.json"]:
                 if (folder / name).is_file():
-                    (self.published_folder / name).parent.mkdir(exist_ok=True)
-                    shutil.copy(folder / name, self.published_folder / name)
+                    beside = "The student beside it is saved."
+                    write_file(self.published_folder / name, (folder / name).read_bytes(), "the card's files", beside)
             self._write_card(self.published_folder, model_card(facts, merged=True, plots=plots))
         terms = inherited_terms(facts)
         for warning in filter(None, [*terms.conflicts, terms.difference()]):
             logger.warning("Licences: %s", warning)
 
     def _write_card(self, folder: Path, text: str) -> None:
-        with writing("the model card", folder, "The student beside it is saved."):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
+        write_file(folder / "README.md", text, "the model card", "The student beside it is saved.")
 
     # ---- The Hub ----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ...run_files import SAMPLES_NAME
+from ...storage import append_lines
 from ..config import DistillConfig
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,8 @@ def log_side_by_side(
         return
     rows = [{"step": step, **asdict(sample)} for sample in samples]
     file = Path(args.output_dir) / SAMPLES_NAME
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8", errors="replace") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    append_lines(file, lines, "the samples", "Free some space and go on from the last checkpoint.")
     for callback in callbacks:
         writer = getattr(callback, "tb_writer", None)
         if writer is not None:
