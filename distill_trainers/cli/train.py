@@ -123,7 +123,7 @@ def _run(recipe: Recipe) -> Any:
             trainer.push_to_hub()
             if trainer.is_world_process_zero():
                 names = ", ".join(published_files(trainer.published_folder))
-                say(f"Uploaded {trainer.published_folder} to {trainer.hub_model_id}: {names}.")
+                say(f"Uploaded {trainer.published_folder} to {trainer.hub_model_id}. Files: {names}.")
     finally:
         stop_progress(trainer)
     return trainer
