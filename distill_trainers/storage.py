@@ -14,11 +14,19 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from .exceptions import CacheError, CheckpointError, DatasetError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What safetensors calls the dtypes of torch.
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
+_DTYPES |= {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"}
+_DTYPES |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
 def _this_machine() -> str:
@@ -242,6 +250,27 @@ def _sync(path: Path) -> None:
 def _free_mib(folder: Path) -> str:
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     return f"{shutil.disk_usage(existing).free / 2**20:,.0f}"
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return tensors on the CPU, and texts beside them, as a safetensors file.
+
+    `safetensors.torch.save` has ctypes make types for each new number of bytes, and ctypes keeps them, 6 KiB each, for
+    good: who writes tensors of ever other sizes would grow without end.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    parts, end = [], 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):  # each begins where it may
+        values = tensors[name].detach().reshape(-1)
+        parts.append(values.view(torch.uint8).numpy().data if len(values) else b"")
+        start, end = end, end + values.nbytes
+        dtype = _DTYPES[str(values.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return b"".join([len(head).to_bytes(8, "little"), head, *parts])
 
 
 Record = dict[str, Any]

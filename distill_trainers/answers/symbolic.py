@@ -6,14 +6,16 @@ math-verify's own time limit works in a main thread only. A process can be ended
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import importlib.util
 import json
 import queue
 import subprocess
 import sys
 import threading
-from typing import IO
+import weakref
+from collections.abc import Callable
+from typing import IO, Any
 
 from ..exceptions import ConfigurationError
 
@@ -49,7 +51,7 @@ class SymbolicEquality:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
-        atexit.register(self.close)
+        self._end: Callable[[], Any] | None = None
 
     def __call__(self, answer: str, reference: str) -> bool | None:
         """Whether both are equal; None where that was not found out (out of time, too long, not an expression)."""
@@ -72,13 +74,13 @@ class SymbolicEquality:
 
     def close(self) -> None:
         """End the process, if there is one."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
+        self._process, end, self._end = None, self._end, None
+        if end is not None:
+            end()
 
     def _start(self) -> None:
         require_math_verify()
+        self.close()  # one that died by itself has its pipes still
         self._answers = queue.Queue()
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from distill_trainers.answers.symbolic import _work; _work()"],
@@ -88,7 +90,17 @@ class SymbolicEquality:
             text=True,
         )
         assert self._process.stdout is not None
+        # At exit, or when nobody has this object any more; `atexit` would keep it and its process until then.
+        self._end = weakref.finalize(self, _end, self._process)
         threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):  # a question that was not sent yet
+        process.stdin.close()
 
 
 def _read(lines: IO[str], answers: queue.Queue[str]) -> None:

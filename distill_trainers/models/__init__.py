@@ -59,6 +59,7 @@ from .merging import (
 from .positions import beyond_positions, check_files, looks_positions_up, positions_of, without_weights
 from .probing import check_answers, logits_of
 from .sharding import (
+    forget_dataloader,
     fsdp_version,
     keep_optimizer,
     let_fsdp_shard_on_cpu,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ def fsdp_version(accelerator: Accelerator) -> int | None:
     """Return FSDP's version, or None without FSDP."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     return None if plugin is None else getattr(plugin, "fsdp_version", 1)
+
+
+def forget_dataloader(accelerator: Accelerator, loader: Any) -> None:
+    """Take a loader of evaluation rows off accelerate's list, which keeps those of every evaluation until training."""
+    accelerator._dataloaders = [kept for kept in accelerator._dataloaders if kept is not loader]
 
 
 def keep_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ..exceptions import CacheError
 from ..signals import Head
-from ..storage import write_atomically
+from ..storage import tensor_bytes, write_atomically
 from .cache.shards import row_checksum
 
 
@@ -38,7 +37,7 @@ def head_of(tensors: Mapping[str, Tensor], facts: Mapping[str, str], device: tor
 def write_head(path: Path, head: Head) -> None:
     """Save a whole head with all that belongs to it."""
     tensors, facts = head_parts(head)
-    write_atomically(path, save(tensors, {**facts, "checksum": str(row_checksum(b"", tensors))}))
+    write_atomically(path, tensor_bytes(tensors, {**facts, "checksum": str(row_checksum(b"", tensors))}))
 
 
 def read_head_file(path: Path, device: torch.device) -> Head:

@@ -10,7 +10,7 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
-from .. import hub
+from .. import hub, models
 from ..data.packing import is_packed_dataset, pack
 from ..data.plain import plain_dataset
 from ..exceptions import ConfigurationError, DatasetError
@@ -21,6 +21,8 @@ from .given.lengths import check_positions
 from .lifecycle.completions import fill_with_teacher_completions
 from .lifecycle.order import train_sampler
 from .preflight import is_prepared, prepare_rows, read_stream, refuse_other_layout, tell_dataset
+
+_OTHERS_KEPT = 4  # rows that `evaluate` or `predict` was given, ready to be scored again
 
 
 def _content(dataset: Any) -> str | None:
@@ -99,7 +101,7 @@ class Dataloaders(Trainer):
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
             raise DatasetError("Got no rows to evaluate on: pass `eval_dataset` to the trainer, or rows to `evaluate`.")
-        return super().get_eval_dataloader(self._completed(eval_dataset))
+        return self._forgotten(super().get_eval_dataloader(self._completed(eval_dataset)))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Load rows for `predict`, as those of evaluation, in their order: predictions are read beside rows."""
@@ -107,9 +109,13 @@ class Dataloaders(Trainer):
             raise DatasetError("Got None as the rows to predict; expected a dataset, such as `trainer.eval_dataset`.")
         self._keeps_order = True
         try:
-            return super().get_test_dataloader(self._completed(test_dataset, "test"))
+            return self._forgotten(super().get_test_dataloader(self._completed(test_dataset, "test")))
         finally:
             self._keeps_order = False
+
+    def _forgotten(self, loader: Any) -> Any:
+        models.forget_dataloader(self.accelerator, loader)
+        return loader
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # transformers groups by length what is predicted as well.
@@ -132,4 +138,8 @@ class Dataloaders(Trainer):
                 tell_dataset(self.teacher, filled, "evaluation")
             # Holding it keeps its id taken.
             known = self._eval_is_filled[id(dataset)] = (content, filled, dataset)
+            own = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
+            others = [key for key in self._eval_is_filled if all(key != id(rows) for rows in own)]
+            for key in others[:-_OTHERS_KEPT]:
+                del self._eval_is_filled[key]
         return known[1]

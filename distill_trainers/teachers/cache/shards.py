@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ...exceptions import CacheError
-from ...storage import write_atomically
+from ...storage import tensor_bytes, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class TeacherCache:
         self._where: dict[bytes, tuple[_Shard, int]] = {}
         self._pending: dict[bytes, tuple[Answer, int]] = {}
         self._pending_bytes = 0
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, Answer] = {}
         self._writer = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._written = 0
         self._seen_at: int | None = None
@@ -153,9 +152,9 @@ class TeacherCache:
             return None
         shard, number = self._where[key]
         try:
-            file = self._open(shard.path)
+            arrays = self._open(shard.path)
             row = {
-                name: file.get_slice(_DATA + name)[int(offsets[number]) : int(offsets[number + 1])]
+                name: arrays[_DATA + name][int(offsets[number]) : int(offsets[number + 1])]
                 for name, offsets in shard.offsets.items()
             }
             if not shard.checked[number] and row_checksum(key, row) != shard.checksums[number]:
@@ -167,15 +166,17 @@ class TeacherCache:
         shard.checked[number] = True
         return row
 
-    def _open(self, path: Path) -> Any:
-        """The mapped file; the one unused for longest is closed when there are many."""
-        file = self._files.pop(path, None)
-        if file is None:
-            file = safe_open(path, framework="pt")
+    def _open(self, path: Path) -> Answer:
+        """The arrays of a mapped file; the one unused for longest is closed when there are many."""
+        arrays = self._files.pop(path, None)
+        if arrays is None:
+            with safe_open(path, framework="pt") as file:
+                # Views of the mapping. safetensors loses some bytes for good with each slice that it is asked for.
+                arrays = {name: file.get_tensor(name) for name in file.keys() if name.startswith(_DATA)}  # noqa: SIM118
             while len(self._files) >= _OPEN_FILES:
                 self._files.pop(next(iter(self._files)))
-        self._files[path] = file
-        return file
+        self._files[path] = arrays
+        return arrays
 
     def _report_damage(self, path: Path, reason: str) -> None:
         if path.name not in self.damaged:
@@ -220,7 +221,7 @@ class TeacherCache:
         tensors |= {name: torch.from_numpy(values.copy()) for name, values in index.items()}
         metadata = {"stamp": self.stamp, "index": _index_checksum(index)}
         path = self.folder / f"shard-{self._writer}-{self._written:05d}.safetensors"
-        write_atomically(path, save(tensors, metadata))
+        write_atomically(path, tensor_bytes(tensors, metadata))
         self._written += 1
         self._pending, self._pending_bytes = {}, 0
         self._take_in(path)

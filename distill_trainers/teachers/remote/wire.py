@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from ...signals import Head
+from ...storage import tensor_bytes
 from ..cache.identity import CacheIdentity
 from ..cache.kinds import CACHE_KINDS
 from ..cache.shards import Answer
@@ -80,8 +81,7 @@ class Question:
 
 def pack(arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
     """Pack arrays on the CPU, and a few values beside them, into one message."""
-    contiguous = {name: array.contiguous() for name, array in arrays.items()}
-    return save(contiguous, {"protocol": str(PROTOCOL), "said": json.dumps(dict(facts))})
+    return tensor_bytes(arrays, {"protocol": str(PROTOCOL), "said": json.dumps(dict(facts))})
 
 
 def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

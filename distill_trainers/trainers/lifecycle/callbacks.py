@@ -119,10 +119,14 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
         return control
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def give_signals_back(self) -> None:
+        """Let the process be ended as before the run; its handlers would keep the models in memory, too."""
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous = {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.give_signals_back()
 
 
 class TeacherKeeper(TrainerCallback):

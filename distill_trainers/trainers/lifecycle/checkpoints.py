@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -33,10 +33,11 @@ from ...run_files import (
     plain,
     shown,
 )
-from ...storage import write_file
+from ...storage import tensor_bytes, write_file
 from ...teachers import Teacher
 from ...teachers.local import base_fingerprint
 from . import outage
+from .callbacks import InterruptCallback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -103,7 +104,7 @@ def write_method_state(folder: Path, state: dict[str, Any]) -> None:
     plain, tensors = _split(state)
     what = "what the method remembers", "Free some space."
     if tensors:
-        write_file(folder / METHOD_TENSORS_NAME, save(tensors), *what)
+        write_file(folder / METHOD_TENSORS_NAME, tensor_bytes(tensors), *what)
     write_file(folder / METHOD_STATE_NAME, json.dumps(plain), *what)
 
 
@@ -215,7 +216,12 @@ class Resuming(Trainer):
             self.run_checkpoints.append(resume_from_checkpoint)
             self.load_method_state(read_method_state(resume_from_checkpoint))
             self._compare_settings(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, InterruptCallback):  # a run that fails tells its callbacks nothing
+                    callback.give_signals_back()
 
     @contextlib.contextmanager
     def _alone_in(self, folder: str) -> Iterator[None]:
