@@ -1,4 +1,4 @@
-"""What grows while a run goes on: memory, descriptors, threads, files and objects at minute two beside those at the end.
+"""What grows while a run goes on: memory, descriptors, threads, files and objects, at minute two and at the end.
 
     python benchmarks/soak.py                                   # ten minutes on-policy with a served teacher
     python benchmarks/soak.py --what minillm --minutes 10 --out soak.json
@@ -7,8 +7,9 @@
 Each subject works in a process of its own; where its teacher is served, the server is another one, and both are looked
 at. A turn is a step, an evaluation, a client, a comparison or a trainer. Memory is read every few seconds and never
 tidied up before: `malloc_trim` is not called, and garbage is collected only where objects are counted, at the first
-mark (minute two) and at the end. Slopes are fitted to the means of ten equal stretches after the first mark, so that
-their intervals (95 %, Student's t) are not narrowed by readings that follow one another. Linux alone tells all this.
+mark (minute two, or later where turns are slow) and at the end. Slopes are fitted to the means of ten equal stretches
+after the first mark, so that their intervals (95 %, Student's t) are not narrowed by readings that follow one another.
+Linux alone tells all this.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 from measuring import machine, write_results
 
 EARLY = 120.0  # seconds until the first mark; a fifth of the time where that is shorter
+WARM = 40  # turns that it waits for: evaluations and checkpoints have each been there by then
 SECONDS = 2.0  # between two readings of memory
 MEMORY = ("rss", "pss", "private", "anonymous")  # MiB
 COUNTS = ("descriptors", "sockets", "threads", "children")
@@ -73,19 +75,20 @@ class Watch:
         self.pids = {"run": os.getpid()} | ({} if server is None else {"server": server})
         self.turns = 0
         self.marks: list[dict[str, Any]] = []
-        self._started = self._read_at = time.monotonic()
+        self._started = self._read_at = 0.0  # the first turn starts the clock: models are loaded by then
         self._out = (folder / "readings.jsonl").open("w", buffering=1)
 
     def tick(self) -> bool:
         """Count a turn; True when it was the last."""
-        self.turns += 1
         now, options = time.monotonic(), self.options
+        self._started = self._started or now
+        self.turns += 1
         if options.turns:
             done, early = self.turns / options.turns, 1 / 3
         else:
             seconds = 60 * options.minutes
             done, early = (now - self._started) / seconds, min(EARLY / seconds, 0.2)
-        if done >= early and not self.marks:
+        if not self.marks and done >= early and (self.turns >= WARM or done >= 0.5):
             self._mark()
         elif self.marks and now - self._read_at >= SECONDS:
             self._read_at = now
@@ -127,12 +130,12 @@ def trained(method: str, watch: Watch, address: str, **settings: Any) -> None:
     trainer.train()
 
 
-def make_trainer(method: str, watch: Watch, teacher: Any, rows: int = 2000, **settings: Any) -> Any:
+def make_trainer(method: str, watch: Watch, teacher: Any, rows: int = 400, **settings: Any) -> Any:
     from distill_trainers.toy import addition_dataset, character_tokenizer, tiny_llama
     from distill_trainers.trainers import METHODS
 
     tokenizer, seed = character_tokenizer(), watch.options.seed
-    data = addition_dataset(rows + 64, seed)
+    data = addition_dataset(rows + 16, seed)
     prompts = settings.get("lmbda", 1) == 1
     config, trainer = METHODS[method]
     args = config(
@@ -144,16 +147,17 @@ def make_trainer(method: str, watch: Watch, teacher: Any, rows: int = 2000, **se
             "disable_tqdm": True,
             "seed": seed,
             "max_steps": 10**6,
-            "per_device_train_batch_size": 8,
+            "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-4,
             "lr_scheduler_type": "constant",
             "max_length": 48,
-            "max_new_tokens": 32,
+            "max_new_tokens": 16,
             "logging_steps": 5,
             "eval_strategy": "steps",
             "eval_steps": 10,
             "eval_measures": ["diversity"],
+            "eval_measures_rows": 4,
             "save_steps": 15,
             "save_total_limit": 2,
             "logging_nan_inf_filter": False,
@@ -166,7 +170,7 @@ def make_trainer(method: str, watch: Watch, teacher: Any, rows: int = 2000, **se
         teacher_model=teacher,
         args=args,
         train_dataset=train.remove_columns("completion") if prompts else train,
-        eval_dataset=data.select(range(rows, rows + 64)),
+        eval_dataset=data.select(range(rows, rows + 16)),
         processing_class=tokenizer,
     )
 
@@ -288,8 +292,9 @@ def measure(what: str, options: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def teacher_of(kind: str, folder: Path, options: Any) -> Iterator[tuple[str, int | None]]:
-    from distill_trainers.toy import character_tokenizer, tiny_llama
     from remote import server
+
+    from distill_trainers.toy import character_tokenizer, tiny_llama
 
     if kind == "none":
         yield "", None

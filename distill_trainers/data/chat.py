@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import wraps
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
@@ -241,13 +242,27 @@ def close_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a function of a tokenizer, and of what may change in it, once; for as long as the tokenizer lives."""
+    known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
+
+    @wraps(function)
+    def call(tokenizer: PreTrainedTokenizerBase, *key: Any) -> Any:
+        answers = known.setdefault(tokenizer, {})
+        if key not in answers:
+            answers[key] = function(tokenizer, *key)
+        return answers[key]
+
+    return call
+
+
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return TRL's template with {% generation %} markers for the tokenizer's; None where it has or needs none."""
     template = tokenizer.chat_template
     return _training_template(tokenizer, str(template)) if template else None
 
 
-@lru_cache(maxsize=8)
+@_remembered
 def _training_template(tokenizer: PreTrainedTokenizerBase, _template: str) -> str | None:
     # The second argument is part of the key only: a tokenizer whose template was replaced is another case.
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -266,7 +281,7 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return _turn_end_id(tokenizer, str(template), len(tokenizer)) if template else None
 
 
-@lru_cache(maxsize=8)
+@_remembered
 def _turn_end_id(tokenizer: PreTrainedTokenizerBase, _template: str, _tokens: int) -> int | None:
     try:
         text = Chat(tokenizer).conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])

@@ -1,4 +1,4 @@
-"""Nothing grows: what a step, an evaluation, a trainer, a verifier or a message leaves behind is counted, never timed."""
+"""Nothing grows: what steps, evaluations, trainers, verifiers and messages leave behind is counted, never timed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load
 
 from distill_trainers.answers.symbolic import SymbolicEquality, is_available
+from distill_trainers.data.chat import training_template, turn_end_id
 from distill_trainers.storage import tensor_bytes
 from distill_trainers.teachers.cache.shards import TeacherCache
 from distill_trainers.toy import addition_dataset
@@ -99,6 +100,15 @@ def test_evaluations_leave_no_loaders(make_trainer):
         trainer.evaluate()
         trainer.predict(trainer.eval_dataset)
     assert len(trainer.accelerator._dataloaders) == loaders
+
+
+def test_a_tokenizer_with_a_chat_template_is_let_go(make_tokenizer):
+    tokenizer = make_tokenizer()
+    assert turn_end_id(tokenizer) == turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    training_template(tokenizer)
+    reference = weakref.ref(tokenizer)
+    del tokenizer
+    assert alive({"tokenizer": reference}) == []
 
 
 # ---- Files and messages ---------------------------------------------------------------------------------------------
