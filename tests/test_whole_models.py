@@ -14,11 +14,12 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, modeling_utils
 
 from distill_trainers import GKDConfig, GKDTrainer, models
 from distill_trainers.evaluation.runner import make_subjects
 from distill_trainers.exceptions import ConfigurationError
+from distill_trainers.models.whole import _listening as listening
 from distill_trainers.toy import addition_dataset
 
 PACKAGE = Path(models.__file__).parents[1]
@@ -197,6 +198,31 @@ def test_a_folder_of_a_model_and_an_adapter_is_refused(saved, folder):
     get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
     with pytest.raises(ConfigurationError, match="holds a model and a PEFT adapter"):
         models.load_causal_lm(str(folder))
+
+
+@pytest.mark.parametrize("fault", ["missing", "more", "shape"])
+def test_under_zero3_names_and_shapes_are_compared_before_weights_are_partitioned(fault, make_student, monkeypatch):
+    """There transformers tells only what is missing, and one process alone that shapes differ."""
+    model, partitioned = make_student(), []
+    zero3 = "transformers.modeling_utils._load_state_dict_into_zero3_model"
+    monkeypatch.setattr(zero3, lambda model, state_dict, load_config=None: partitioned.append(len(state_dict)))
+    whole = model.state_dict()
+    changed = {
+        "missing": without("layers.1.mlp")(whole),
+        "more": {**whole, "model.layers.2.mlp.up_proj.weight": torch.ones(2)},
+        "shape": {**whole, "model.norm.weight": torch.ones(2)},
+    }[fault]
+    words = {
+        "missing": "would be random",
+        "more": r"1 tensor \(model.layers.2",
+        "shape": r"norm.weight: \[2\], not \[32\]",
+    }
+    with listening("The teacher model 'x'"):
+        with pytest.raises(ConfigurationError, match=f"The teacher model 'x' is not whole: .*{words[fault]}"):
+            modeling_utils._load_state_dict_into_zero3_model(model, changed, None)
+        assert not partitioned
+        modeling_utils._load_state_dict_into_zero3_model(model, whole, None)
+    assert partitioned == [len(whole)]
 
 
 # ---- Adapters -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORDS = {
     "missing": "ConfigurationError: The {} model .* 3 tensors .model.layers.1.mlp.down_proj.weight, .* would be random",
-    "fewer": "ConfigurationError: The {} model .* 9 tensors .model.layers.1.* of its files have no place in LlamaFor",
+    "fewer": "ConfigurationError: The {} model .* 9 tensors .model.layers.1.* of its files have no place in ",
     "shape": "ConfigurationError: The {} model .* 6 tensors .* have another shape than its config says",
     "nan": "ConfigurationError: The {} .*answers with NaN or infinite logits",
     "encoder": "ConfigurationError: The {} .* is not causal: what it says after 8 tokens changes",
