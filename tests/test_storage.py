@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import os
 import resource
@@ -31,14 +32,17 @@ ROOT = Path(distill_trainers.__file__).parent
 WORDS = ("the thing", "Make room.")
 
 
-@pytest.fixture
-def full_disk():
-    """No file grows beyond so many bytes: the rest fails as on a full disk, of any writer in any language."""
+@contextlib.contextmanager
+def full_disk(limit):
+    """Within it no file grows beyond so many bytes: the rest fails as on a full disk, of any writer in any language."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def names(folder):
@@ -49,17 +53,18 @@ def names(folder):
 
 
 @pytest.mark.parametrize("limit", [0, 1, 999])
-def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, full_disk, limit):
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, limit):
     write_file(tmp_path / "a.json", "old", *WORDS)
-    full_disk(limit)
-    with pytest.raises(CheckpointError, match=r"Could not write the thing to .*\d MiB are free there. Make room.$"):
+    with (
+        full_disk(limit),
+        pytest.raises(CheckpointError, match=r"Could not write the thing to .*\d MiB are free there. Make room.$"),
+    ):
         write_file(tmp_path / "a.json", "n" * 1000, *WORDS)
     assert (tmp_path / "a.json").read_text() == "old" and names(tmp_path) == ["a.json"]
 
 
-def test_no_room_for_a_part_of_a_cache_is_an_error_of_the_cache(tmp_path, full_disk):
-    full_disk(0)
-    with pytest.raises(CacheError, match="MiB are free there. What the cache held before is intact"):
+def test_no_room_for_a_part_of_a_cache_is_an_error_of_the_cache(tmp_path):
+    with full_disk(0), pytest.raises(CacheError, match="MiB are free there. What the cache held before is intact"):
         write_atomically(tmp_path / "shard", b"rows")
     assert not names(tmp_path)
 
@@ -149,15 +154,14 @@ with storage.writing_folder(Path(sys.argv[1], "b"), "it", "") as filled:
 # ---- Folders --------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_takes_the_others_place_or_leaves_it(tmp_path, full_disk):
+def test_a_folder_takes_the_others_place_or_leaves_it(tmp_path):
     out = tmp_path / "model"
     for content in ("first", "second"):
         with writing_folder(out, *WORDS) as filled:
             assert filled.name == "model"
             (filled / content).write_text(content)
         assert names(tmp_path) == ["model", f"model/{content}"]
-    full_disk(10)
-    with pytest.raises(CheckpointError, match="Could not write the thing to .*model'.*Make room"):
+    with full_disk(10), pytest.raises(CheckpointError, match="Could not write the thing to .*model'.*Make room"):
         with writing_folder(out, *WORDS) as filled:
             (filled / "second").write_text("n" * 1000)
     with pytest.raises(KeyError), writing_folder(out, *WORDS) as filled:
@@ -183,7 +187,7 @@ def test_a_link_in_a_folders_place_does_not_lead_elsewhere(tmp_path):
     assert names(tmp_path) == ["elsewhere", "elsewhere/precious", "model", "model/new"]
 
 
-def test_files_go_into_a_folder_together_and_replace_what_belongs_to_them(tmp_path, full_disk):
+def test_files_go_into_a_folder_together_and_replace_what_belongs_to_them(tmp_path):
     for name in ("model-1.bin", "model-2.bin", "other"):
         (tmp_path / name).write_text("old")
     with writing_into(tmp_path, *WORDS, replaces=("model*.bin",)) as filled:
@@ -192,8 +196,7 @@ def test_files_go_into_a_folder_together_and_replace_what_belongs_to_them(tmp_pa
     with writing_into(tmp_path, *WORDS, replaces=("model*.bin",)) as filled:
         (filled / "model.bin").write_text("new")
     assert names(tmp_path) == ["below", "below/a", "model.bin", "other"]
-    full_disk(10)
-    with pytest.raises(CheckpointError), writing_into(tmp_path, *WORDS) as filled:
+    with full_disk(10), pytest.raises(CheckpointError), writing_into(tmp_path, *WORDS) as filled:
         (filled / "other").write_text("new")
         (filled / "model.bin").write_text("n" * 1000)
     assert names(tmp_path) == ["below", "below/a", "model.bin", "other"] and (tmp_path / "other").read_text() == "old"
@@ -216,13 +219,14 @@ for number in range(50):
     assert len((tmp_path / "part-00000.jsonl").read_text().splitlines()) == 800
 
 
-def test_lines_after_a_full_disk_are_whole(tmp_path, full_disk):
+def test_lines_after_a_full_disk_are_whole(tmp_path):
     store = RecordStore(tmp_path)
     store.append([{"key": "a"}])
-    full_disk(30)
-    with pytest.raises(CheckpointError, match="Could not write rationales .*MiB are free there. What was written"):
+    with (
+        full_disk(30),
+        pytest.raises(CheckpointError, match="Could not write rationales .*MiB are free there. What was written"),
+    ):
         store.append([{"key": "b", "text": "n" * 1000}])
-    full_disk(100_000)
     store.append([{"key": "c"}])
     assert store.load().keys() == {"a", "c"}
     append_lines(tmp_path / "new" / "x.jsonl", ["é", "\ud800"], *WORDS)
