@@ -76,7 +76,18 @@ _NEVER_OF = {
     "np": {"load"},
     "numpy": {"load"},
 }
-_NEVER_IMPORTED = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "tarfile", "xml", "telnetlib", "jinja2"}
+_NEVER_IMPORTED = {
+    "pickle",
+    "dill",
+    "cloudpickle",
+    "marshal",
+    "shelve",
+    "joblib",
+    "tarfile",
+    "xml",
+    "telnetlib",
+    "jinja2",
+}
 _KEYWORDS = {("shell", True), ("allow_pickle", True), ("weights_only", False), ("verify", False), ("ssl", False)}
 _KEYWORDS |= {("trust_remote_code", True), ("autoescape", False), ("trust_env", True)}
 # Classes of failures, which are caught.
@@ -246,7 +257,10 @@ HF_ENDPOINT HF_TOKEN HF_HOME WANDB_BASE_URL WANDB_API_KEY WANDB_DIR HTTPS_PROXY 
 REQUESTS_CA_BUNDLE CURL_CA_BUNDLE OPENAI_BASE_URL OPENAI_CUSTOM_HEADERS DISTILL_TEACHER_TOKEN DISTILL_TEACHER_TOKEN_FOR
 OPENAI_API_KEY_FOR AWS_ENDPOINT_URL MLFLOW_TRACKING_URI VLLM_PLUGINS VLLM_LOGGING_CONFIG_PATH GIT_SSH_COMMAND TMPDIR
 TORCH_NCCL_DEBUG_INFO_PIPE_FILE TORCHINDUCTOR_CACHE_DIR OMP_NUM_THREADS=1 LD_PRELOAD\n""".split(" ")
-HOSTILE_VARIABLES = [name for part in HOSTILE_VARIABLES for name in part.split("\n") if name] + ["", "OMP_NUM_THREADS\n"]
+HOSTILE_VARIABLES = [name for part in HOSTILE_VARIABLES for name in part.split("\n") if name] + [
+    "",
+    "OMP_NUM_THREADS\n",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE_VARIABLES)

@@ -195,7 +195,16 @@ def _failures() -> tuple[type[Exception], ...]:
     """How templates fail: they are programs, which may meet what they do not expect."""
     from jinja2 import TemplateError
 
-    return TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError
+    return (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    )
 
 
 # What each template loses of each shape of conversation that was met.

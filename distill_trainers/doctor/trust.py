@@ -1,4 +1,4 @@
-"""What a recipe runs beside this package, and what it sends where: told before a run, and judged by whoever starts it."""
+"""What a recipe runs beside this package, and what it sends where: told before a run, for its user to judge."""
 
 from __future__ import annotations
 

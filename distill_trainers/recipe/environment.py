@@ -1,8 +1,8 @@
 """Which environment variables a recipe may set: those that say how fast and where on this machine a run computes.
 
-All others are refused, because many of them run code (`LD_PRELOAD`, `PYTHONPATH`, `CC`, `NCCL_NET_PLUGIN`), are secrets,
-or say where secrets and data are sent (`HF_ENDPOINT`, `WANDB_BASE_URL`, `HTTPS_PROXY`). Whoever starts a run can set them
-in the shell.
+All others are refused, because many of them run code (`LD_PRELOAD`, `PYTHONPATH`, `CC`, `NCCL_NET_PLUGIN`), are
+secrets, or say where secrets and data are sent (`HF_ENDPOINT`, `WANDB_BASE_URL`, `HTTPS_PROXY`). Whoever starts a run
+can set them in the shell.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def set_environment(variables: Any) -> None:
     refused = [str(name) for name in variables if not _MAY_BE_SET.fullmatch(str(name))]
     if refused:  # the values may be secrets, and are not told
         raise ConfigurationError(
-            f"Got `env` with {', '.join(refused)}; expected variables of speed, devices and logs. A recipe must not set "
-            "what can run code or send something elsewhere: set it in the shell that starts the run."
+            f"Got `env` with {', '.join(refused)}; expected variables of speed, devices and logs. A recipe must not "
+            "set what can run code or send something elsewhere: set it in the shell that starts the run."
         )
     require(
         not any(isinstance(value, dict | list) or value is None for value in variables.values()),

@@ -84,6 +84,7 @@ def test_hostile_text_is_only_text(number, tmp_path, monkeypatch):
     assert time.monotonic() - started < 5
     assert not list(tmp_path.iterdir())
 
+
 @pytest.mark.parametrize(
     "text",
     [

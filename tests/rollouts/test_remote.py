@@ -252,7 +252,9 @@ def test_a_secret_is_sent_only_where_the_environment_says(serve, monkeypatch, na
     for elsewhere in (None, "https://elsewhere.example", server.url.replace("http:", "https:"), "http://127.0.0.1:1"):
         if elsewhere is not None:
             monkeypatch.setenv(f"{name}_FOR", elsewhere)
-        with pytest.raises(ConfigurationError, match=rf"{name} was to be sent to http://127.*{name}_FOR=http") as raised:
+        with pytest.raises(
+            ConfigurationError, match=rf"{name} was to be sent to http://127.*{name}_FOR=http"
+        ) as raised:
             remote(server, api_key_env=name)
         assert "s3cret" not in str(raised.value)
     monkeypatch.setenv(f"{name}_FOR", f"https://elsewhere.example, {server.url}")
