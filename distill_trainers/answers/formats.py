@@ -114,19 +114,19 @@ def _answer_is(text: str) -> Found | None:
 def _boxed(text: str) -> Found | None:
     r"""The last `\boxed{…}` that is closed, with whatever is nested in it; what states it belongs to the statement."""
     open_at: list[tuple[int, int] | None] = []
-    last = None
+    last: tuple[int, int, int] | None = None  # where it begins, where its content does, and where that ends
     for token in _BRACES.finditer(text):
         if token[0].endswith("{"):
             open_at.append(token.span() if len(token[0]) > 1 else None)
         elif token[0] == "}" and open_at:
             box = open_at.pop()
             if box is not None:  # a box around it would close later, and be found later
-                last = box[0], clean(_BOX.sub("", text[box[1] : token.start()]))
+                last = *box, token.start()
     if last is None:
         return None
     line = text.rfind("\n", 0, last[0]) + 1
     stated = _ANSWER_IS.search(text, line, last[0])
-    return (stated.start() if stated else last[0]), last[1]
+    return (stated.start() if stated else last[0]), clean(_BOX.sub("", text[last[1] : last[2]]))
 
 
 def _choice(text: str) -> Found | None:
@@ -189,16 +189,24 @@ def _first_statement(text: str) -> str:
 
 def clean(answer: str) -> str:
     """Strip an answer of white space, quotes, emphasis and `$` around it, and of a full stop."""
-    previous = None
-    answer = answer.strip()
-    while answer != previous:
-        previous = answer
-        answer = answer.strip(_QUOTES).removesuffix(".").strip()
-        if len(answer) > 1 and answer[0] == answer[-1] == "$":
-            answer = answer[1:-1]
-        if answer.startswith(r"\(") and answer.endswith(r"\)"):
-            answer = answer[2:-2]
-    return answer
+    start, end, before = 0, len(answer), None
+    while before != (start, end):  # by places: copies of what is left would be as many as there are marks
+        before = start, end
+        while start < end and _is_around(answer[start]):
+            start += 1
+        while start < end and _is_around(answer[end - 1]):
+            end -= 1
+        if answer.endswith(".", start, end):
+            end -= 1
+        if end - start > 1 and answer[start] == answer[end - 1] == "$":
+            start, end = start + 1, end - 1
+        if answer.startswith(r"\(", start, end) and answer.endswith(r"\)", start + 2, end):
+            start, end = start + 2, end - 2
+    return answer[start:end]
+
+
+def _is_around(character: str) -> bool:
+    return character in _QUOTES or character.isspace()
 
 
 def question_text(question: str, choices: Sequence[str] | None = None) -> str:

@@ -48,8 +48,9 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 }
 
 
-_RAISED = re.compile("[⁺⁻⁽]*[⁰¹²³⁴-⁹ⁿⁱ]+[⁾]?")
-_LOWERED = re.compile("[₊₋₍]*[₀-₉]+[₎]?")
+# Looked for from the first sign only: from each of many signs the rest would be read anew.
+_RAISED = re.compile("(?<![⁺⁻⁽])[⁺⁻⁽]*[⁰¹²³⁴-⁹ⁿⁱ]+[⁾]?")
+_LOWERED = re.compile("(?<![₊₋₍])[₊₋₍]*[₀-₉]+[₎]?")
 _VULGAR = re.compile("(?<=[^ ])(?=[¼-¾⅐-⅞↉])")  # the place between the two of 5½, which are not 51/2
 _FRAC = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")  # a space before it, so that 2\frac{1}{2} is not 21/2
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}")

@@ -32,7 +32,9 @@ class PipelineArguments(Checked):
 
     teacher: str | None = setting(None, "A folder or Hub id; with base_url, the served name.")
     base_url: str | None = setting(None, "OpenAI-compatible endpoint; `openai` is OpenAI's.")
-    api_key_env: str = setting("OPENAI_API_KEY", "Environment variable with its key.")
+    api_key_env: str | None = setting(
+        None, "Environment variable with its key; by default none, and OPENAI_API_KEY for OpenAI."
+    )
     teacher_init_kwargs: dict[str, Any] | str | None = setting(None, "For from_pretrained of a local teacher (JSON).")
     trust_remote_code: bool = setting(False, "Allow code of a local teacher's own.")
     use_cpu: bool = setting(False, "Run a local teacher on the CPU.")

@@ -43,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "max_answer_mib": "largest answer",
         "max_row_tokens": "tokens of a row (the model's positions)",
         "max_queue": "questions that wait; more are told to come again",
+        "max_held_mib": "all questions and answers that are held at once; more are told to come again",
         "batch_tokens": "tokens of one forward, padding counted",
         "request_timeout": "seconds from question to answer",
         "slow_timeout": "seconds that a client may take to send its question or read its answer",

@@ -10,6 +10,7 @@ from functools import wraps
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
+from distill_trainers.data.deadline import EndlessTemplateError, rendering_deadline
 from distill_trainers.data.messages import Message, forms
 from distill_trainers.data.rendering import Piece, is_garbled, lost_piece, stand_ins
 from distill_trainers.exceptions import DatasetError
@@ -131,11 +132,14 @@ class Chat:
 
     def _apply(self, messages: list[Message], **turn: Any) -> str:
         try:
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, chat_template=self.template, **turn, **self.settings
+            with rendering_deadline(self.tokenizer.name_or_path):
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        messages, tokenize=False, chat_template=self.template, **turn, **self.settings
+                    )
                 )
-            )
+        except EndlessTemplateError:
+            raise
         except _failures() as error:
             roles = [message["role"] for message in messages]
             raise RenderingError(
@@ -192,7 +196,16 @@ def _failures() -> tuple[type[Exception], ...]:
     """How templates fail: they are programs, which may meet what they do not expect."""
     from jinja2 import TemplateError
 
-    return TemplateError, TypeError, ValueError, LookupError, AttributeError
+    return (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    )
 
 
 # What each template loses of each shape of conversation that was met.
@@ -270,7 +283,10 @@ def _training_template(tokenizer: PreTrainedTokenizerBase, _template: str) -> st
     try:
         if has_generation_markers(tokenizer.chat_template):
             return None
-        return get_training_chat_template(tokenizer)
+        with rendering_deadline(tokenizer.name_or_path):  # it tries the tokenizer's own
+            return get_training_chat_template(tokenizer)
+    except EndlessTemplateError:
+        raise
     except _failures():
         return None
 

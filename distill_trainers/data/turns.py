@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from distill_trainers.data.chat import Chat, RenderingError, turn_end
+from distill_trainers.data.deadline import rendering_deadline
 from distill_trainers.data.messages import Message, is_trained
 
 if TYPE_CHECKING:
@@ -46,15 +47,16 @@ def _mask_by_markers(
     """None where the marked stretches cannot be told apart by turns, or are of other tokens."""
     turn: dict[str, Any] = {"add_generation_prompt": True} if generation_prompt else {}
     text, form = chat.rendered(messages, **turn)
-    rendered: Any = chat.tokenizer.apply_chat_template(
-        form,
-        chat_template=chat.template,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-        **turn,
-        **chat.settings,
-    )
+    with rendering_deadline(chat.tokenizer.name_or_path):
+        rendered: Any = chat.tokenizer.apply_chat_template(
+            form,
+            chat_template=chat.template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+            **turn,
+            **chat.settings,
+        )
     if rendered["input_ids"][: len(ids)] != list(ids):
         return None
     marked = _with_whole_characters(rendered["assistant_masks"], rendered["offset_mapping"])

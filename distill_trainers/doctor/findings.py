@@ -21,7 +21,8 @@ class Finding:
     """One thing that is wrong.
 
     Attributes:
-        concern: which check found it: `tokens`, `lengths`, `precision`, `memory`, `disk`, `teacher`, `recipe`.
+        concern: which check found it: `tokens`, `lengths`, `precision`, `memory`, `disk`, `teacher`, `recipe`,
+            `trust`.
     """
 
     severity: Severity

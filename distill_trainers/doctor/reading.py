@@ -30,6 +30,7 @@ from . import Case, Finding, Gpus, Launch
 from .findings import note
 from .rows import faults, marked
 from .shapes import ModelShape, shape_of
+from .trust import check_trust
 from .work import BYTES, placement_of, workload
 
 _SAMPLE = 200  # rows whose lengths are looked at
@@ -71,6 +72,7 @@ def case_of(
     if train is not None and case.tokenizer is not None:
         _look_at_rows(recipe, case, wants, train, findings)
     _sizes(recipe, case, findings)
+    findings += check_trust(recipe)
     if on_paper:
         findings.append(
             note(

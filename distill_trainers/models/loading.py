@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +92,7 @@ def load_config(name: str, role: str, **kwargs: Any) -> Any:
 
     check_model_source(name, role)
     try:
-        return AutoConfig.from_pretrained(name, **kwargs)
+        return AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except Exception as error:  # a damaged file fails in as many ways as there are values
         raise ConfigurationError(
             f"The configuration of the {role} model {name!r} cannot be read: {first_words(error)}. Check the path or "
@@ -178,6 +179,11 @@ def load_causal_lm(
                 f"Got `{setting}` with an argument that neither `from_pretrained` nor the {role}'s class takes: "
                 f"{error}. Leave it out."
             ) from error
+        if isinstance(error, UnpicklingError):  # torch's own message says how to run it all the same
+            raise ConfigurationError(
+                f"{what} has pickled weights that are damaged, or would run code while they are read. Take one in "
+                "safetensors."
+            ) from error
         for file in sorted(Path(name).expanduser().glob("*.safetensors")):
             heads_of(file, what)  # names the one that is damaged
         given = ", ".join(sorted(kwargs)) or "nothing"
@@ -241,7 +247,7 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or Hub id, with a pad token (EOS where none is defined)."""
     from transformers import AutoTokenizer
 
-    return with_pad_token(AutoTokenizer.from_pretrained(name, **kwargs))
+    return with_pad_token(AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **kwargs}))
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

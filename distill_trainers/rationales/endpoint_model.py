@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures as futures
 import importlib.util
-import os
 import random
 import threading
 import time
@@ -12,11 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..addresses import OPENAI, secret_for
 from ..exceptions import ConfigurationError
 from ..redaction import redacted
 from .records import Request, Response
 
 _LONGEST_WAIT = 60.0  # seconds between two attempts
+_HEADERS = {"host", "accept", "accept-encoding", "connection", "user-agent", "authorization"}
+_HEADERS |= {"content-type", "content-length", "transfer-encoding"}
 _PATIENCE = 20  # requests that fail in a row, none having succeeded, before the endpoint is given up
 
 
@@ -26,7 +28,8 @@ class EndpointSettings:
 
     Args:
         base_url: of the endpoint, such as `http://localhost:8000/v1`; None is OpenAI's own.
-        api_key_env: environment variable that holds the key; a local server needs none.
+        api_key_env: environment variable that holds the key; None is `OPENAI_API_KEY` for OpenAI, and no key for
+            others. The key goes only where `addresses.secret_for` lets it.
         concurrency: requests in flight at once.
         requests_per_minute: at most; None has no limit.
         timeout: seconds for one attempt.
@@ -38,7 +41,7 @@ class EndpointSettings:
 
     model: str
     base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str | None = None
     temperature: float = 0.7
     top_p: float = 1.0
     max_tokens: int = 512
@@ -56,8 +59,8 @@ class RemoteTextModel:
     """Answers requests through the `openai` client.
 
     Raises:
-        ConfigurationError: the client is not installed, a key is needed and missing, the endpoint refuses the key or
-            does not know the model, or nothing that is asked gets an answer.
+        ConfigurationError: the client is not installed, a key is needed and missing or is another address's, the
+            endpoint refuses the key or does not know the model, or nothing that is asked gets an answer.
     """
 
     def __init__(self, settings: EndpointSettings):
@@ -67,16 +70,25 @@ class RemoteTextModel:
             )
         import openai
 
-        key = os.environ.get(settings.api_key_env)
-        if key is None and settings.base_url is None:
+        self._address = settings.base_url or OPENAI
+        key_env = settings.api_key_env or ("OPENAI_API_KEY" if settings.base_url is None else None)
+        key = None if key_env is None else secret_for(key_env, [self._address])
+        if key_env is not None and not key:
             raise ConfigurationError(
-                f"The environment variable {settings.api_key_env} holds no key. Set it, or name an endpoint that "
-                "needs none with `base_url`."
+                f"The environment variable {key_env} holds no key. Set it, or name an endpoint that needs none with "
+                "`base_url`, without `api_key_env`."
             )
         self.settings = settings
         self.spent = 0.0
         self._client = openai.OpenAI(
-            base_url=settings.base_url, api_key=key or "none", timeout=settings.timeout, max_retries=0
+            base_url=self._address,
+            api_key=key or "none",
+            timeout=settings.timeout,
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(
+                follow_redirects=False,  # prompts stay with whom they are for
+                event_hooks={} if settings.base_url is None else {"request": [_drop_headers]},
+            ),
         )
         self._limiter = _Limiter(settings.requests_per_minute)
         self._lock = threading.Lock()
@@ -153,7 +165,7 @@ class RemoteTextModel:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise ConfigurationError(
                 f"The endpoint {s.base_url or ''} refuses every request for {s.model!r}: {_short(error)}. Check "
-                f"`teacher`, `base_url` and the key in {s.api_key_env}."
+                f"`teacher`, `base_url` and the key in {s.api_key_env or 'OPENAI_API_KEY'} (`api_key_env`)."
             ) from error
         except openai.APITimeoutError:
             return Response(request.key, error="time-out"), 0.0
@@ -191,6 +203,12 @@ class _Limiter:
             turn = max(now, self._next)
             self._next = turn + self._gap
         stop.wait(turn - now)
+
+
+def _drop_headers(request: Any) -> None:
+    """Leave only the headers of any request: the client adds what the environment has for OpenAI, to any address."""
+    for name in set(request.headers) - _HEADERS:
+        del request.headers[name]
 
 
 def _asked_wait(error: Any) -> float:

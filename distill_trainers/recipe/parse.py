@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from ..exceptions import ConfigurationError, refuse_unknown_keys
 from ..settings import require, setting
 from ..trl_names import other_names
 from ..value_types import check_value_types, names_of_mappings, parse_mapping
+from .environment import set_environment
 from .known_keys import known_keys, options_with_our_names, with_our_names
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def parse_settings(
         given, argv = with_our_names(given, names), options_with_our_names(argv, names)
     for cls in chosen:
         check_value_types(given, cls, text_is_parsed=True)
-    _set_environment(given.pop("env", {}))
+    set_environment(given.pop("env", {}))
     if "--config" in argv:
         argv = [*argv[: (place := argv.index("--config"))], *argv[place + 2 :]]
     try:
@@ -155,11 +155,6 @@ def refuse_unknown(given: Iterable[str], options: Iterable[str], known: set[str]
     refuse_unknown_keys(given, known | {"env"}, what)
     asked = [option for option in options if not option.startswith("no_")]
     refuse_unknown_keys(asked, known | {"config", "help"}, "the command line")
-
-
-def _set_environment(variables: Any) -> None:
-    require(isinstance(variables, dict), "env", variables, "a mapping of names to values")
-    os.environ.update({name: str(value) for name, value in variables.items()})
 
 
 def make_parser(classes: tuple[Any, ...], command: str = "train") -> Any:

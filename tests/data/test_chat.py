@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import signal
+import time
 from itertools import groupby
 from pathlib import Path
 
@@ -488,3 +490,45 @@ def test_the_last_character_of_a_marked_turn_is_trained_whole(make_tokenizer, te
     ids = tokenize_row(row, tokenizer, dataset_type="messages", assistant_only_loss=True)
     first = next(list(group) for on, group in groupby(ids["labels"], lambda label: label != IGNORED) if on)
     assert tokenizer.decode(first) == text
+
+
+# ---- Hostile templates ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = messages | length + 8 %}{{ n ** (n ** n) }}",  # no loop of Python's
+        "{% for c in messages[0].content * 99999 %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_an_endless_template_is_ended(make_tokenizer, monkeypatch, template):
+    monkeypatch.setattr("distill_trainers.data.deadline.SECONDS", 0.3)
+    before, started = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(DatasetError, match=r"did not render one conversation within 0\.3 s"):
+        prepared(make_tokenizer(template=template), {"messages": [user("a"), assistant("b")]})
+    assert time.monotonic() - started < 5  # no other form of the messages is tried
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ lipsum.__globals__['os'].system('touch executed') }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}{{ os.system('touch executed') }}",
+        "{{ messages.append(1) }}",
+        "{{ range(10**9) }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ 1 / 0 }}",
+        "{{ ''.__class__ }}{{ '{0.__class__.__init__}'.format(messages) }}",
+    ],
+)
+def test_a_template_reaches_nothing_but_messages(make_tokenizer, tmp_path, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError):
+        prepared(make_tokenizer(template=template), {"messages": [user("a"), assistant("b")]})
+    assert not list(tmp_path.iterdir())

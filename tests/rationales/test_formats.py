@@ -8,6 +8,7 @@ import time
 import pytest
 
 from distill_trainers.answers.formats import find_format
+from distill_trainers.answers.verify import same_text
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.rationales import FORMATS, parse_response, verify_answer
 
@@ -82,6 +83,38 @@ def test_hostile_text_is_only_text(number, tmp_path, monkeypatch):
             assert not verify_answer(parsed.answer, "42", kind, ["x", "42"] if kind == "choice" else None).right
     assert time.monotonic() - started < 5
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 14_000 + "}" * 14_000,
+        r"\boxed{$" * 12_000 + "$}" * 12_000,
+        "The answer is " + "$" * 100_000,
+        "The answer is " + "$'" * 50_000,
+        "The answer is " + r"\(" * 25_000 + r"\)" * 25_000,
+        "#### " + ".'" * 50_000,
+        "#### " + "⁻" * 100_000,
+        "#### " + "₍" * 100_000,
+        "#### " + "9" * 100_000,
+        r"#### \frac{1}{" * 10_000,
+        "#### 1e999999999",
+        "#### 9**9**9**9",
+        "#### 1/0",
+        "#### " + "(" * 90 + "1" + ")" * 90,
+        "#### " + "-" * 190 + "1",
+    ],
+    ids=lambda text: text[:16],
+)
+def test_reading_an_answer_is_linear_in_its_length(text):
+    """Boxes within boxes took 100 s, and many minus signs for powers or many `$` as long."""
+    started = time.process_time()
+    for name in FORMATS:
+        answer = parse_response(text, [name]).answer
+        for kind in ("number", "exact"):
+            assert not verify_answer(answer, "42", kind).right
+    same_text(text, "42")
+    assert time.process_time() - started < 3
 
 
 def test_random_text_never_raises():

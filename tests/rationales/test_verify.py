@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import threading
 import time
 import unicodedata
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -177,6 +181,77 @@ def test_an_endless_expression_costs_its_time_limit_and_nothing_else():
     found = verify_answer("9^{9^{9^{9}}}", "1", "math", symbolic=symbolic)
     assert found.reason == "undecided" and not found.right
     assert time.monotonic() - started < 10 and symbolic.timeouts == 1
+    assert symbolic("x+1", "1+x") is True
+    symbolic.close()
+
+
+@needs_math_verify
+def test_each_endless_expression_costs_no_more_than_its_time_limit():
+    """The process of the next one is there at once: importing sympy anew took seconds, and was allowed a minute."""
+    symbolic = SymbolicEquality(seconds=0.3)
+    assert symbolic("x+1", "1+x") is True
+    started = time.monotonic()
+    for expression in ("9^{9^{9^{9}}}", "2^{10^{10}}", "1000000!!", r"\sum_{i=1}^{10^{12}} i^i", "{" * 400):
+        assert symbolic(expression, "1+x") is None
+        assert symbolic("x+1", "1+x") is True
+    assert time.monotonic() - started < 5 * 2
+    assert symbolic.timeouts == 5
+    symbolic.close()
+
+
+@needs_math_verify
+def test_a_batch_of_endless_expressions_has_a_budget(caplog):
+    symbolic = SymbolicEquality(seconds=0.6, budget=1.0)
+    assert symbolic("x+1", "1+x") is True
+    started = time.monotonic()
+    assert [symbolic("9^{9^{9^{9}}}", str(number)) for number in range(10)] == [None] * 10
+    assert time.monotonic() - started < 2 * 0.6 + 8 * 0.4
+    assert symbolic("x+1", "1+x") is True
+    symbolic.close()
+    assert len([record for record in caplog.records if "undecided" in record.message]) == 1
+
+
+def _is_alive(pid):
+    try:
+        return (Path("/proc") / pid / "stat").read_text().rpartition(") ")[2][0] != "Z"  # ended, its parent too
+    except FileNotFoundError:
+        return False
+
+
+@needs_math_verify
+def test_the_process_that_compares_is_isolated(tmp_path, monkeypatch):
+    (tmp_path / "planted").mkdir()
+    for name in ("sitecustomize", "usercustomize", "sympy", "json", "math_verify"):
+        (tmp_path / "planted" / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "planted"))
+    monkeypatch.setenv("PYTHONSTARTUP", str(tmp_path / "planted" / "json.py"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.chdir(tmp_path / "planted")
+    symbolic = SymbolicEquality()
+    assert symbolic("x+1", "1+x") is True
+    assert not (tmp_path / "ran").exists()
+    process = Path("/proc", str(symbolic._process.pid))
+    workers = (process / "task" / str(symbolic._process.pid) / "children").read_text().split()
+    for inside in (process, *(Path("/proc", worker) for worker in workers)):
+        environment = (inside / "environ").read_text().split("\0")
+        assert {entry.partition("=")[0] for entry in environment if entry} <= {"LD_LIBRARY_PATH"}
+        assert (inside / "cwd").readlink() == Path("/")
+        limits = dict(re.findall(r"^Max (.*?)  +(\S+)", (inside / "limits").read_text(), re.MULTILINE))
+        assert limits["file size"] == limits["core file size"] == "0"
+        assert int(limits["address space"]) <= 4 * 2**30
+    symbolic.close()
+    deadline = time.monotonic() + 30
+    while any(map(_is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(_is_alive, workers))
+
+
+@needs_math_verify
+def test_a_process_that_is_gone_is_started_again():
+    symbolic = SymbolicEquality()
+    assert symbolic("x+1", "1+x") is True
+    os.kill(symbolic._process.pid, signal.SIGKILL)
+    symbolic._process.wait()
     assert symbolic("x+1", "1+x") is True
     symbolic.close()
 

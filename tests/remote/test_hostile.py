@@ -451,3 +451,39 @@ def test_draws_are_counted_exactly():
     counts = told.weights.double() * 20000
     assert torch.equal(counts.round().sum(-1), torch.full((4,), 20000.0, dtype=torch.float64))
     torch.testing.assert_close(counts, counts.round(), atol=2e-3, rtol=0)
+
+
+def test_what_is_half_asked_is_bounded(serve, wait_until):
+    """All who have the token together: 600 connections of 16 MiB each would be 10 GiB."""
+    served = serve(token="s3cret", max_body_mib=1.0, max_held_mib=1.5)
+    head = b"POST /v1/signal HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer s3cret\r\nContent-Length: 943718\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), 20) as first:
+        first.sendall(head + bytes(900_000))
+        wait_until(lambda: served.service._held[0] == 900_000)
+        with socket.create_connection(("127.0.0.1", served.port), 20) as second:
+            second.sendall(head + bytes(700_000))
+            said = second.recv(65536)
+            assert said.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in said.lower()
+        assert served.service._held[0] == 900_000
+    wait_until(lambda: served.service._held[0] == 0)
+    with socket.create_connection(("127.0.0.1", served.port), 20) as third:
+        third.sendall(head + bytes(943_718))
+        assert third.recv(65536).startswith(b"HTTP/1.1 400")  # read to its end, and no question
+    wait_until(lambda: served.service._held[0] == 0)
+
+
+def test_answers_count_until_they_are_taken(serve, wait_until):
+    served = serve()
+    teacher = RemoteTeacher(served.url, RemoteSettings("topk", top_k=4))
+    teacher.signal(*inputs(), 14)
+    wait_until(lambda: served.service._held[0] == 0)
+
+
+@pytest.mark.parametrize("address", ["http://192.0.2.1:8000", "https://gpu.example", "http://127.0.0.1:9,http://a:1"])
+def test_the_token_goes_only_where_the_environment_says(make_trainer, monkeypatch, address):
+    """A recipe names the address, and must not thereby get the token; 192.0.2.1 is nobody's."""
+    monkeypatch.setenv("DISTILL_TEACHER_TOKEN", "s3cret")
+    started = time.monotonic()
+    with pytest.raises(ConfigurationError, match="DISTILL_TEACHER_TOKEN_FOR=http") as raised:
+        make_trainer(teacher=address)
+    assert "s3cret" not in str(raised.value) and time.monotonic() - started < 10

@@ -35,7 +35,9 @@ class Server:
         self.times: list[float] = []
         self.running = self.most = 0
         self.keys: set[str] = set()
+        self.elsewhere: str | None = None
         self.bodies: list[dict] = []
+        self.headers: list[dict] = []
         lock, server = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,6 +51,7 @@ class Server:
                     server.attempts[question] = attempt = server.attempts.get(question, 0) + 1
                     server.times.append(time.monotonic())
                     server.keys.add(self.headers.get("Authorization", ""))
+                    server.headers.append(dict(self.headers))
                     server.bodies.append(body)
                     server.running += 1
                     server.most = max(server.most, server.running)
@@ -65,6 +68,8 @@ class Server:
                 if isinstance(fault, int):
                     self.send_response(fault)
                     self.send_header("Retry-After", "0.05")
+                    if server.elsewhere:
+                        self.send_header("Location", server.elsewhere)
                     self.end_headers()
                     self.wfile.write(b'{"error": {"message": "no"}}')
                 elif fault == "hang":
@@ -118,9 +123,11 @@ def remote(server, fault=None, **settings):
 
 
 def test_every_question_is_answered_once(serve, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server = serve(delay=0.05)
-    rows, asked = extract(QUESTIONS, remote(server, temperature=0.3), RecordStore(tmp_path))
+    monkeypatch.setenv("MY_KEY", "secret")
+    monkeypatch.setenv("MY_KEY_FOR", server.url)
+    model = remote(server, temperature=0.3, api_key_env="MY_KEY")
+    rows, asked = extract(QUESTIONS, model, RecordStore(tmp_path))
     assert [row["question"] for row in rows] == [row["question"] for row in QUESTIONS]
     assert all(f"The answer is {row['answer']}." in row["response"] for row in rows)
     assert set(server.attempts.values()) == {1}
@@ -236,6 +243,52 @@ def test_the_budget_is_kept(serve, tmp_path):
     rows, asked = extract(QUESTIONS, model, RecordStore(tmp_path))
     assert 3 <= len(rows) <= 5 and asked.failed == {"budget spent": 12 - len(rows)}
     assert model.spent == pytest.approx(0.002 * len(rows))
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "MY_KEY"])
+def test_a_secret_is_sent_only_where_the_environment_says(serve, monkeypatch, name):
+    server = serve()
+    monkeypatch.setenv(name, "s3cret")
+    for elsewhere in (None, "https://elsewhere.example", server.url.replace("http:", "https:"), "http://127.0.0.1:1"):
+        if elsewhere is not None:
+            monkeypatch.setenv(f"{name}_FOR", elsewhere)
+        with pytest.raises(
+            ConfigurationError, match=rf"{name} was to be sent to http://127.*{name}_FOR=http"
+        ) as raised:
+            remote(server, api_key_env=name)
+        assert "s3cret" not in str(raised.value)
+    monkeypatch.setenv(f"{name}_FOR", f"https://elsewhere.example, {server.url}")
+    assert remote(server, api_key_env=name)._client.api_key == "s3cret"
+    assert not server.headers
+
+
+def test_the_key_of_openai_goes_to_openai(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://elsewhere.example")
+    for base_url in (None, "https://api.openai.com/v1"):
+        model = RemoteTextModel(EndpointSettings("m", base_url, api_key_env="OPENAI_API_KEY"))
+        assert model._client.base_url.host == "api.openai.com" and model._client.api_key == "s3cret"
+    with pytest.raises(ConfigurationError, match="http://api.openai.com:80"):
+        RemoteTextModel(EndpointSettings("m", "http://api.openai.com/v1", api_key_env="OPENAI_API_KEY"))
+
+
+def test_another_endpoint_gets_nothing_that_is_openai_s(serve, tmp_path, monkeypatch):
+    for name in ("API_KEY", "ORG_ID", "PROJECT_ID", "ADMIN_KEY"):
+        monkeypatch.setenv(f"OPENAI_{name}", f"s3cret-{name}")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Gateway: s3cret")
+    server = serve()
+    _, asked = extract(QUESTIONS, remote(server), RecordStore(tmp_path))
+    assert asked.done == 12 and server.keys == {"Bearer none"}
+    assert "s3cret" not in str(server.headers)
+
+
+@pytest.mark.parametrize("status", [302, 307, 308])
+def test_prompts_do_not_follow_a_redirect(serve, tmp_path, status):
+    server, other = serve(lambda question, attempt: status), serve()
+    server.elsewhere = f"{other.url}/chat/completions"
+    _, asked = extract(QUESTIONS, remote(server), RecordStore(tmp_path))
+    assert asked.done == 0 and asked.failed == {f"status {status}": 12}
+    assert not other.bodies
 
 
 def test_openai_itself_needs_a_key(monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...addresses import secret_for
 from ...exceptions import ConfigurationError, TeacherServerError
 from ...signals import Head
 from ..cache.identity import tokenizer_fingerprint
@@ -47,13 +48,16 @@ _DESCRIPTION: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def token_from_environment() -> str | None:
+def token_from_environment(servers: list[str] | None = None) -> str | None:
     """Find the token that teachers' servers want, as clients and servers do.
 
+    Args:
+        servers: that a client is going to send it to.
+
     Raises:
-        ConfigurationError: it cannot be sent in a header.
+        ConfigurationError: it cannot be sent in a header, or does not belong to these servers.
     """
-    token = os.environ.get(TOKEN_ENV)
+    token = os.environ.get(TOKEN_ENV) if servers is None else secret_for(TOKEN_ENV, servers)
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise ConfigurationError(f"The token in {TOKEN_ENV} is empty, or has spaces or characters other than ASCII.")
     return token

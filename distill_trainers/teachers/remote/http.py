@@ -31,7 +31,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ... import __version__
 from ...exceptions import ConfigurationError
-from .service import Refusal, TeacherService
+from .service import Held, Refusal, TeacherService
 from .wire import PROTOCOL, Question, WireError, unpack_question
 
 _PIECE = 2**20
@@ -136,15 +136,16 @@ def build_app(
 
     @closed.post("/signal")
     async def answer(request: Request) -> Response:
-        question = await _read(request, service.limits.max_body_bytes, service.limits.slow_timeout)
-        service.check(question)
-        return await _answer(service, question, request)
+        held = service.hold()
+        question = await _read(request, service.limits.max_body_bytes, service.limits.slow_timeout, held)
+        held.add(service.check(question))
+        return await _answer(service, question, request, held)
 
     app.include_router(closed)
     return app
 
 
-async def _answer(service: TeacherService, question: Question, request: Request) -> Response:
+async def _answer(service: TeacherService, question: Question, request: Request, held: Held) -> Response:
     """The answer, unless it takes too long or nobody waits for it any more."""
     seconds = service.limits.request_timeout
     waiting: asyncio.Future[bytes] = asyncio.wrap_future(service.submit(question))
@@ -153,7 +154,7 @@ async def _answer(service: TeacherService, question: Question, request: Request)
     try:
         done, _ = await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if waiting in done:
-            return _in_pieces(waiting.result())
+            return _in_pieces(waiting.result(), held)
         if gone in done:
             return Response(status_code=499)
         raise Refusal(503, f"No answer within {seconds:g} s: too much waits.", retry_after=5.0)
@@ -162,19 +163,19 @@ async def _answer(service: TeacherService, question: Question, request: Request)
         gone.cancel()
 
 
-def _in_pieces(data: bytes) -> Response:
-    """A response of which each piece must be read in time, not the whole."""
+def _in_pieces(data: bytes, held: Held | None = None) -> Response:
+    """A response of which each piece must be read in time, not the whole; it counts as `held` as long as it is here."""
 
-    async def pieces() -> AsyncIterator[bytes]:
+    async def pieces(_: Held | None) -> AsyncIterator[bytes]:
         for start in range(0, len(data), _PIECE):
             yield data[start : start + _PIECE]
 
     return StreamingResponse(
-        pieces(), media_type="application/octet-stream", headers={"Content-Length": str(len(data))}
+        pieces(held), media_type="application/octet-stream", headers={"Content-Length": str(len(data))}
     )
 
 
-async def _read(request: Request, most: int, seconds: float) -> Question:
+async def _read(request: Request, most: int, seconds: float, held: Held) -> Question:
     """The question in a request's body, never more than `most` bytes of it, and not for longer than `seconds`."""
     too_large = Refusal(413, f"The question is larger than the {most:,} bytes allowed. Ask in smaller parts.")
     announced = request.headers.get("content-length", "0")
@@ -184,6 +185,7 @@ async def _read(request: Request, most: int, seconds: float) -> Question:
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
+                held.add(len(chunk))
                 body += chunk
                 if len(body) > most:
                     raise too_large

@@ -48,6 +48,7 @@ class Limits:
         max_answer_mib: of an answer.
         max_row_tokens: of a row; None is what the model's positions allow.
         max_queue: questions that wait; more are told to come again.
+        max_held_mib: of all questions that came or are coming, and of their answers until those are taken.
         batch_tokens: of one forward, padding counted.
         request_timeout: seconds from the end of a question to its answer.
         slow_timeout: seconds in which a client must have sent its question, or taken its answer.
@@ -59,6 +60,7 @@ class Limits:
     max_answer_mib: float = 1024.0
     max_row_tokens: int | None = None
     max_queue: int = 256
+    max_held_mib: float = 8192.0
     batch_tokens: int = 8192
     request_timeout: float = 120.0
     slow_timeout: float = 30.0
@@ -83,6 +85,38 @@ class Refusal(Exception):
     def __init__(self, status: int, message: str, retry_after: float | None = None):
         super().__init__(message)
         self.status, self.retry_after = status, retry_after
+
+
+class Held:
+    """Bytes that one question takes up, given back when nobody refers to this any more.
+
+    Args:
+        total: one number for all questions of a server, of which each has its part.
+    """
+
+    _lock = threading.RLock()  # garbage is collected wherever it may be
+
+    def __init__(self, total: list[int], most: int):
+        self._total, self._most, self._own = total, most, 0
+
+    def add(self, size: int) -> None:
+        """Take more, if there is room for it beside what the others have.
+
+        Raises:
+            Refusal: there is none now.
+        """
+        with self._lock:
+            others = self._total[0] - self._own
+            if others and others + self._own + size > self._most:
+                raise Refusal(
+                    503, f"Questions and answers of {self._most:,} bytes are held here already.", retry_after=1.0
+                )
+            self._own += size
+            self._total[0] += size
+
+    def __del__(self) -> None:
+        with self._lock:
+            self._total[0] -= self._own
 
 
 class _Job:
@@ -114,6 +148,7 @@ class TeacherService:
         self.counted = {"questions": 0, "tokens": 0, "forwards": 0, "refused": 0}
         self._waiting: collections.deque[_Job] = collections.deque()
         self._running = 0
+        self._held = [0]
         self._wake = threading.Condition()
         self._closed = False
         first = self._signal([torch.arange(min(4, self.vocab_rows)).numpy()])
@@ -146,8 +181,12 @@ class TeacherService:
 
     # ---- Taking questions -------------------------------------------------------------------------------------------
 
-    def check(self, question: Question) -> None:
-        """Refuse a question that this teacher cannot answer.
+    def hold(self) -> Held:
+        """Count what one question takes up, from its first byte until its answer is gone."""
+        return Held(self._held, int(self.limits.max_held_mib * 2**20))
+
+    def check(self, question: Question) -> int:
+        """Refuse a question that this teacher cannot answer; return how many bytes its answer has.
 
         Raises:
             Refusal: saying what was got, what was expected, and what to do.
@@ -179,6 +218,7 @@ class TeacherService:
         largest = max(int(ids.max()) for ids, _ in question.rows)
         if largest >= known:
             raise Refusal(422, f"The id {largest} is not in a vocabulary of {known}, which ends before it.")
+        return int(size)
 
     def submit(self, question: Question) -> futures.Future[bytes]:
         """Queue a question that was checked; cancelling the future takes it out again.

@@ -107,7 +107,8 @@ class RemoteTeacher(Teacher):
         if not isinstance(teacher, cls):
             names = [field.name for field in dataclasses.fields(RemoteSettings) if field.name != "seed"]
             settings = {name: getattr(options, f"teacher_server_{name}") for name in names}
-            teacher = cls(teacher, RemoteSettings(**settings, seed=options.seed), token_from_environment())
+            token = token_from_environment(parse_servers(teacher))
+            teacher = cls(teacher, RemoteSettings(**settings, seed=options.seed), token)
         teacher.meet(pair.tokenizer, options.max_length)
         return teacher
 
