@@ -89,3 +89,26 @@ def chance(request):
     seed = f"{request.config.getoption('faults_seed', SEED)} {request.node.name}"
     print(f"faults: random.Random({seed!r}); FAULTS_SEED or --faults-seed gives others")
     return random.Random(seed)
+
+
+# ---- Commands -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def jobs():
+    """The module `tests/faults/jobs.py`."""
+    spec = importlib.util.spec_from_file_location("fault_jobs", Path(__file__).parent / "jobs.py")
+    module = sys.modules["fault_jobs"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def lab(jobs, tmp_path_factory):
+    """Where commands are started and disturbed; see `Lab` in jobs.py."""
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    made = jobs.Lab(tmp_path_factory.mktemp("lab"), environment)
+    yield made
+    made.close()
