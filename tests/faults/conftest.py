@@ -21,6 +21,7 @@ import pytest
 
 OUTCOMES = ("survived", "refused", "held", "silent")
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
+HERE = Path(__file__).parent
 COUNTS = pytest.StashKey[Counter]()
 
 
@@ -94,19 +95,32 @@ def chance(request):
 # ---- Commands -------------------------------------------------------------------------------------------------------
 
 
+def load(name, file):
+    """A module by its file: tests are no package."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def jobs():
     """The module `tests/faults/jobs.py`."""
-    spec = importlib.util.spec_from_file_location("fault_jobs", Path(__file__).parent / "jobs.py")
-    module = sys.modules["fault_jobs"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    return load("fault_jobs", HERE / "jobs.py")
+
+
+@pytest.fixture(scope="session")
+def remote_tests():
+    """What the tests of remote teachers have: `Served` (our server), and in `hostile` a server that lies."""
+    module = load("remote_conftest", HERE.parent / "remote" / "conftest.py")
+    module.hostile = load("remote_hostile", HERE.parent / "remote" / "test_hostile.py")
     return module
 
 
 @pytest.fixture(scope="session")
 def lab(jobs, tmp_path_factory):
     """Where commands are started and disturbed; see `Lab` in jobs.py."""
-    root = str(Path(__file__).parents[2])
+    root = str(HERE.parents[1])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     made = jobs.Lab(tmp_path_factory.mktemp("lab"), environment)

@@ -68,7 +68,7 @@ def cached(work: Path) -> dict[str, Any]:
 
 
 def texts(*names: str) -> Callable[[Path], dict[str, Any]]:
-    return lambda work: {name: (work / name).read_text() for name in names}
+    return lambda work: {name: steady([*map(json.loads, (work / name).read_text().splitlines())]) for name in names}
 
 
 def evaluated(work: Path) -> dict[str, Any]:
