@@ -32,6 +32,8 @@ def pytest_addoption(parser):
     group = parser.getgroup("faults")
     group.addoption("--faults-report", metavar="FILE", help="write what came of all faults as JSON, and beside as .md")
     group.addoption("--faults-seed", type=int, default=SEED, help="of the random moments, bytes and places")
+    share = "the share of all faults to try; less takes less time (%(default)s)"
+    group.addoption("--faults-share", type=float, default=1.0, help=share)
 
 
 def pytest_configure(config):
@@ -117,12 +119,21 @@ def remote_tests():
     return module
 
 
+def open_lab(jobs, folder, light):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    lab = jobs.Lab(folder, environment, light)
+    yield lab
+    lab.close()
+
+
 @pytest.fixture(scope="session")
 def lab(jobs, tmp_path_factory):
     """Where commands are started and disturbed; see `Lab` in jobs.py."""
-    root = str(HERE.parents[1])
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    made = jobs.Lab(tmp_path_factory.mktemp("lab"), environment)
-    yield made
-    made.close()
+    yield from open_lab(jobs, tmp_path_factory.mktemp("lab"), light=False)
+
+
+@pytest.fixture(scope="session")
+def quick_lab(jobs, tmp_path_factory):
+    """The same for `verify` alone, which needs no torch: a taste in the fast tests."""
+    yield from open_lab(jobs, tmp_path_factory.mktemp("quick"), light=True)

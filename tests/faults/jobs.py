@@ -205,9 +205,13 @@ class Done:
 
 
 class Lab:
-    """Starts jobs, disturbed or not, from one process that has imported everything."""
+    """Starts jobs, disturbed or not, from one process that has imported everything.
 
-    def __init__(self, root: Path, environment: dict[str, str]):
+    Args:
+        light: it has imported nothing, which is quicker for a few starts of a job that needs little.
+    """
+
+    def __init__(self, root: Path, environment: dict[str, str], light: bool = False):
         self.shop, self.root, self.number = root / "shop", root, 0
         self.shop.mkdir()
         make_shop(self.shop)
@@ -216,7 +220,8 @@ class Lab:
         self.process = subprocess.Popen(command, env=environment, **pipes)
         self.references: dict[str, tuple[dict[str, Any], int, float]] = {}
         self.folders: dict[str, Path] = {}
-        self._import()
+        if not light:
+            self._import()
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         self.process.stdin.write(json.dumps(request) + "\n")

@@ -1,6 +1,7 @@
 """Files that are cut, changed, emptied, taken away, mixed up or closed: refused by name, or the same result all the same."""
 
 import shutil
+from functools import partial
 
 import pytest
 
@@ -42,10 +43,12 @@ def outcome(lab, name, work, done, file):
 
 
 @pytest.fixture
-def damage(lab, ledger, chance):
-    """`damage(kind, name, start, files, ways, again)`: harm each file in each way, start the job, and count."""
+def damage_in(ledger, chance, request):
+    """`damage_in(lab, kind, name, start, files, ways, again)`: harm each file in each way, start the job, and count."""
 
-    def run(kind, name, start, files, ways=WAYS, again=None, takes=1.0):
+    share = request.config.getoption("faults_share", 1.0)
+
+    def run(lab, kind, name, start, files, ways=WAYS, again=None, takes=share):
         lab.reference(name)
         wrong = []
         for pattern in files:
@@ -65,10 +68,21 @@ def damage(lab, ledger, chance):
                 if what not in ("survived", "refused"):
                     more = lab.difference(name, work) if what == "silent" else ""
                     wrong.append(f"{file.relative_to(work)} {way}: {what} {more}")
+                    print(wrong[-1], flush=True)
                 lab.forget(work)
         assert not wrong, "\n" + "\n".join(wrong)
 
     return run
+
+
+@pytest.fixture
+def damage(lab, damage_in):
+    return partial(damage_in, lab)
+
+
+def test_a_taste_of_damage(quick_lab, damage_in):
+    files, ways = ["verdicts/part-*.jsonl"], ("flipped", "a folder")
+    damage_in(quick_lab, "texts that were kept", "verify", lambda: quick_lab.finished("verify"), files, ways, takes=1.0)
 
 
 @pytest.fixture
@@ -100,7 +114,7 @@ def test_a_damaged_checkpoint(damage, stopped, name):
 @pytest.mark.slow
 def test_a_damaged_record_of_a_run(damage, stopped):
     files = ["out/run.json", "out/evaluate.json", "out/trainer_state.json", "out/metrics.json", "out/README.md"]
-    damage("run's records", "on-policy", stopped("on-policy"), files, takes=0.6)
+    damage("run's records", "on-policy", stopped("on-policy"), files)
 
 
 @pytest.mark.slow

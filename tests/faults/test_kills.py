@@ -31,6 +31,12 @@ def kill_and_go_on(lab, ledger, name, fault):
     lab.forget(work)
 
 
+def test_a_taste_of_kills(quick_lab, ledger, chance):
+    events = quick_lab.reference("verify")[1]
+    for _ in range(2):
+        kill_and_go_on(quick_lab, ledger, "verify", {"event": chance.randint(1, events), "signal": int(signal.SIGKILL)})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_a_killed_command_goes_on_as_if_nothing_had_been(lab, ledger, chance, name):

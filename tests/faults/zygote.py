@@ -15,6 +15,7 @@ what is to go wrong in the child:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -102,13 +103,12 @@ def give_up_rights() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def child(request: dict) -> None:
-    """Run the command with its fault, and end with its status."""
+def child(request: dict, words: int) -> None:
+    """Run the command with its fault, say all into a pipe, and end with its status."""
     fault = request.get("fault") or {}
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
     os.chdir(request["cwd"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code, events = 1, None
@@ -150,14 +150,28 @@ def child(request: dict) -> None:
         os._exit(code)
 
 
+def read_all(pipe: int) -> bytes:
+    """What has been written into a pipe by now."""
+    text = b""
+    with contextlib.suppress(BlockingIOError):
+        while piece := os.read(pipe, 2**16):
+            text += piece
+    return text
+
+
 def run(request: dict) -> dict:
     """Fork, strike from outside if that is asked for, and wait."""
+    words, told_words = os.pipe()  # a file could be full
     pid = os.fork()
     if pid == 0:
-        child(request)
+        child(request, told_words)
+    os.close(told_words)
+    os.set_blocking(words, False)
+    text = b""
     fault, limit = request.get("fault") or {}, request.get("limit", 120.0)
     start, struck, late = time.monotonic(), "seconds" not in fault, False
     while True:
+        text += read_all(words)
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             break
@@ -169,6 +183,9 @@ def run(request: dict) -> dict:
             os.kill(pid, signal.SIGKILL)
             late = True
         time.sleep(0.002)
+    text += read_all(words)
+    os.close(words)
+    Path(request["log"]).write_bytes(text)
     told = Path(request["log"] + ".told")
     more = json.loads(told.read_text()) if told.exists() else {}
     told.unlink(missing_ok=True)
