@@ -1,4 +1,4 @@
-"""Files that are cut, changed, emptied, taken away, mixed up or closed: refused by name, or the same result all the same."""
+"""Files that are cut, changed, emptied, taken away, mixed up or closed: refused by name, or the result is the same."""
 
 import shutil
 from functools import partial
@@ -169,9 +169,13 @@ def test_a_damaged_model_folder(lab, damage, role):
         return work
 
     def again(name, work, **more):
-        return lab.run(name, work, f"--{'' if role == 'student' else 'teacher_'}model_name_or_path", str(work / role), **more)
+        return lab.run(
+            name, work, f"--{'' if role == 'student' else 'teacher_'}model_name_or_path", str(work / role), **more
+        )
 
-    files = [f"{role}/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")]
+    files = [
+        f"{role}/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    ]
     damage("model folder", "on-policy", start, files, OF_OTHERS, again)
 
 

@@ -4,7 +4,18 @@ import shutil
 
 import pytest
 
-JOBS = ("off-policy", "on-policy", "minillm", "dpkd", "seq_kd", "cache-teacher", "extract", "verify", "evaluate", "pairs")
+JOBS = (
+    "off-policy",
+    "on-policy",
+    "minillm",
+    "dpkd",
+    "seq_kd",
+    "cache-teacher",
+    "extract",
+    "verify",
+    "evaluate",
+    "pairs",
+)
 WAYS = ("no space", "no space", "small files", "small disk")
 
 

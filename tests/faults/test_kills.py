@@ -4,7 +4,18 @@ import signal
 
 import pytest
 
-JOBS = ("off-policy", "on-policy", "minillm", "dpkd", "seq_kd", "cache-teacher", "extract", "verify", "evaluate", "pairs")
+JOBS = (
+    "off-policy",
+    "on-policy",
+    "minillm",
+    "dpkd",
+    "seq_kd",
+    "cache-teacher",
+    "extract",
+    "verify",
+    "evaluate",
+    "pairs",
+)
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 KILLS = 7
 

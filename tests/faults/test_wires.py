@@ -45,9 +45,13 @@ def harmed_arrays(chance):
     place = tuple(chance.randrange(size) for size in values.shape)
     way = chance.choice(["number", "dtype", "shape", "missing", "more", "empty", "twice"])
     if way == "number":
-        values[place] = chance.choice([2**31 - 1, -1, 99]) if name == "ids" else chance.choice([math.nan, math.inf, 7.0])
+        values[place] = (
+            chance.choice([2**31 - 1, -1, 99]) if name == "ids" else chance.choice([math.nan, math.inf, 7.0])
+        )
     elif way == "dtype":
-        others = [torch.int8, torch.bool, torch.complex64] if name != "ids" else [torch.float32, torch.bool, torch.uint32]
+        others = (
+            [torch.int8, torch.bool, torch.complex64] if name != "ids" else [torch.float32, torch.bool, torch.uint32]
+        )
         values = values.to(chance.choice(others))
     elif way == "shape":
         values = chance.choice([values[:-1], values.T.contiguous(), values.unsqueeze(0), values.flatten()[:5]])
@@ -102,7 +106,9 @@ def chunked(body, chance):
     pieces, bad = [body[i : i + 200] for i in range(0, len(body), 200)], None
     bad = chance.randrange(len(pieces))
     sizes = [b"%x" % len(piece) for piece in pieces]
-    sizes[bad] = chance.choice([b"zz", b"-5", b"ffffffffffffffff", b"", b"5;" + b"x" * 9000, b"%x" % (len(pieces[bad]) + 3)])
+    sizes[bad] = chance.choice(
+        [b"zz", b"-5", b"ffffffffffffffff", b"", b"5;" + b"x" * 9000, b"%x" % (len(pieces[bad]) + 3)]
+    )
     text = b"".join(size + b"\r\n" + piece + b"\r\n" for size, piece in zip(sizes, pieces, strict=True))
     return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + text + b"0\r\n\r\n"
 
@@ -129,7 +135,14 @@ def harmed_answer(chance, facts):
     if way == "noise":
         return chance.randbytes(chance.randrange(300))
     if way == "head":
-        bad = ["X: " + "y" * 10**5, "Content-Encoding: gzip", "Transfer-Encoding: gzip, chunked", "no colon", ": x", "Content-Length: 7"]
+        bad = [
+            "X: " + "y" * 10**5,
+            "Content-Encoding: gzip",
+            "Transfer-Encoding: gzip, chunked",
+            "no colon",
+            ": x",
+            "Content-Length: 7",
+        ]
         return http(200, body, chance.choice(bad))
     if way == "facts":
         return http(200, pack(right_answer(), {"weights": any_json(chance)}))
@@ -195,7 +208,9 @@ def run_answers(hostile, ledger, chance, count):
             elif isinstance(got, str):
                 wrong.append(f"{got} after {answer[:300]!r}")
             else:
-                same = all(torch.equal(getattr(got, name), getattr(expected, name)) for name in ("ids", "logps", "tail"))
+                same = all(
+                    torch.equal(getattr(got, name), getattr(expected, name)) for name in ("ids", "logps", "tail")
+                )
                 ledger("server's answer", "survived" if same else "silent")
                 if not same:
                     wrong.append(f"accepted: {answer[:300]!r}")
@@ -274,7 +289,9 @@ def harmed_request(chance, tokenizer):
     ids = np.arange(8) % 12 + 2
     body = pack_question(Question(Wanted("hidden", vocab_size=None), tokenizer, [(ids, np.arange(7))]))
     head = b"POST /v1/signal HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
-    way = chance.choice(["noise", "cut", "flip", "length", "heads", "line", "chunked", "verb", "long", "facts", "pipeline"])
+    way = chance.choice(
+        ["noise", "cut", "flip", "length", "heads", "line", "chunked", "verb", "long", "facts", "pipeline"]
+    )
     whole = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
     if way == "noise":
         return chance.randbytes(chance.randrange(2000))
@@ -294,7 +311,10 @@ def harmed_request(chance, tokenizer):
         bad = chance.choice([b"zz", b"-5", b"f" * 40, b"5;" + b"x" * 9000, b"10"])
         return head + b"Transfer-Encoding: chunked\r\n\r\n" + bad + b"\r\n" + body
     if way == "verb":
-        verb, path = chance.choice(["PUT", "OPTIONS", "TRACE", "\x00", "PRI", "get"]), chance.choice(["*", "/", "/v1/head", "//x", "/%00"])
+        verb, path = (
+            chance.choice(["PUT", "OPTIONS", "TRACE", "\x00", "PRI", "get"]),
+            chance.choice(["*", "/", "/v1/head", "//x", "/%00"]),
+        )
         return f"{verb} {path} HTTP/{chance.choice(['1.1', '9.9', '2.0', '1'])}\r\nHost: localhost\r\n\r\n".encode()
     if way == "long":
         return head + b"X: " + b"y" * chance.randrange(10**6) + b"\r\n\r\n"
@@ -335,7 +355,11 @@ def run_requests(remote_tests, teacher_model, tokenizer, ledger, chance, count):
         for start in range(0, count, 25):
             batch = requests[start : start + 25]
             with futures.ThreadPoolExecutor(8) as threads:
-                late = [request[:200] for request, seconds in zip(batch, threads.map(lambda r: send(served, r), batch), strict=True) if seconds >= DEADLINE]
+                late = [
+                    request[:200]
+                    for request, seconds in zip(batch, threads.map(lambda r: send(served, r), batch), strict=True)
+                    if seconds >= DEADLINE
+                ]
             assert not late, late
             assert torch.equal(honest.signal(*remote_tests.hostile.inputs(), None).hidden, expected)
             ledger("stranger's request", "held", len(batch))

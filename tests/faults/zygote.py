@@ -1,7 +1,7 @@
 """A process that has imported all that a command needs, and forks a child for each: a command then takes what it runs.
 
-It reads one request a line and answers each with one line of JSON. A request is `{argv, cwd, log, fault}`; `fault` holds
-what is to go wrong in the child:
+It reads one request a line and answers each with one line of JSON. A request is `{argv, cwd, log, fault}`; `fault`
+holds what is to go wrong in the child:
 
     folder            events are what Python opens for writing, renames, makes or removes below it (an audit hook)
     event, signal     the child gets the signal at that event, or

@@ -147,7 +147,8 @@ class OwnDialect(Dialect):
         if weights != self.info["weights"]:
             raise TeacherServerError(
                 f"The server {endpoint.url} serves other weights than {self.info['teacher']!r} at the start of the run "
-                f"({weights!r:.60}, then {self.info['weights']!r:.60}). Serve the same teacher again, or start a new run."
+                f"({weights!r:.60}, then {self.info['weights']!r:.60}). Serve the same teacher again, or start a new "
+                "run."
             )
 
     def head(self, device: torch.device, endpoint: Endpoint) -> Head:
