@@ -4,7 +4,8 @@
     FAULTS_SEED=7 pytest tests/faults -m ""                         # other random moments, bytes and places
 
 A fault is counted by its kind and its outcome: `refused` (in one sentence that names it), `survived` (the result is
-that of an undisturbed run), `held` (an attack that got nothing), or `silent` (accepted though wrong), which fails the test.
+that of an undisturbed run), `held` (an attack that got nothing), or `silent` (accepted though wrong), which fails the
+test.
 """
 
 from __future__ import annotations
