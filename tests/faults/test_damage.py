@@ -127,7 +127,7 @@ def test_a_damaged_initial_student(lab, damage):
             shutil.rmtree(checkpoint)
         return work
 
-    names = ("student_init.json", "model.safetensors", "config.json", "tokenizer.json")
+    names = ("manifest.json", "model.safetensors", "config.json", "tokenizer.json")
     damage("initial student", "off-policy", start, [f"out/student_init/{name}" for name in names])
 
 
