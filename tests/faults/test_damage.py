@@ -140,7 +140,11 @@ def test_a_damaged_teacher_cache(lab, damage):
 STORES = {
     "extract": ["responses/part-*.jsonl"],
     "verify": ["verdicts/part-*.jsonl"],
-    "pairs": ["pairs.jsonl.parts/*/part-*.jsonl", "pairs.jsonl.parts/*/ends.json", "pairs.jsonl.parts/*/identity.json"],
+    "pairs": [
+        "pairs.jsonl.parts/*/part-*.jsonl",
+        "pairs.jsonl.parts/*/ends/part-*.jsonl",
+        "pairs.jsonl.parts/*/identity.json",
+    ],
     "evaluate": ["out/cache/**/part-*.jsonl", "out/cache/**/*.json"],
     "seq_kd": ["out/completions/*/part-*.jsonl", "out/completions/*/identity.json"],
 }
