@@ -333,7 +333,8 @@ def _reason(body: bytes) -> str:
 
 def _shown(text: str) -> str:
     """Words of a server: they end on a terminal, whose cursor they could move, and they may repeat the token."""
-    return one_line(redacted(text))[:300]
+    shown = one_line(redacted(text))
+    return "".join(c if c.isprintable() else " " for c in shown)[:300]  # unassigned characters, too
 
 
 def _asked_wait(headers: Any) -> float:
