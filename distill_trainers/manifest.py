@@ -1,4 +1,4 @@
-"""What a whole checkpoint holds: its files with sizes and checksums, and the settings that going on exactly needs."""
+"""What a whole checkpoint, or other folder, holds: its files with sizes and checksums, and settings that must agree."""
 
 from __future__ import annotations
 
@@ -68,10 +68,17 @@ def damage_of(folder: str | Path) -> str | None:
         if file.stat().st_size != told["bytes"]:
             return f"{name} has {file.stat().st_size:,} bytes and had {told['bytes']:,}"
     with ThreadPoolExecutor(4) as threads:
-        sums = threads.map(lambda name: _checksum(folder / name), files)
-        return next(
-            (f"{name} has changed" for name, now in zip(files, sums, strict=True) if now != files[name]["xxh3"]), None
-        )
+        sums = dict(zip(files, threads.map(lambda name: _checksum_now(folder / name), files), strict=True))
+    changed = [name for name, now in sums.items() if now != files[name]["xxh3"]]
+    if not changed:
+        return None
+    return f"{changed[0]} {'has changed' if sums[changed[0]] else 'cannot be read'}"
+
+
+def is_whole(folder: str | Path, settings: Mapping[str, Any]) -> bool:
+    """Tell whether a folder was sealed with these settings, and each of its files is as it was written."""
+    told = _read(Path(folder))
+    return told.get("settings") == json.loads(json.dumps(dict(settings), default=str)) and damage_of(folder) is None
 
 
 def differences(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -98,6 +105,13 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _is_told(file: Any) -> bool:
     return isinstance(file, dict) and file.keys() == {"bytes", "xxh3"}
+
+
+def _checksum_now(file: Path) -> str | None:
+    try:
+        return _checksum(file)
+    except OSError:  # closed to this process, or the disk has failed
+        return None
 
 
 def _checksum(file: Path) -> str:

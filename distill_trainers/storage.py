@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import xxhash
 
 from .exceptions import CacheError, CheckpointError, DatasetError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # What safetensors calls the dtypes of torch.
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
@@ -283,8 +287,26 @@ def content_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
+_SEAL = b', "xxh3": "'
+
+
+def _sealed(row: Record) -> str:
+    """One line of JSON, the last field of which is the checksum of what is before it."""
+    text = json.dumps(row)[:-1]  # ASCII: half a surrogate pair is no UTF-8
+    return f'{text}{_SEAL.decode()}{xxhash.xxh3_64_hexdigest(text.encode())}"}}'
+
+
+def _unsealed(line: bytes) -> Record | None:
+    """The row of a line; None if a killed writer left it half-written, or it is not as it was written."""
+    text, _, seal = line.rpartition(_SEAL)
+    whole = text and seal == b'%s"}' % xxhash.xxh3_64_hexdigest(text).encode()
+    return json.loads(text + b"}") if whole else None
+
+
 class RecordStore:
     """A folder of JSON lines. Each process appends to a file of its own; killed at any moment, it keeps whole lines.
+
+    Each line ends with its own checksum, so that a damaged one is asked for again and never believed.
 
     Args:
         what, remedy: of the rows, in the message of a disk that is full.
@@ -298,15 +320,24 @@ class RecordStore:
         self._own = self.folder / f"part-{rank:05d}.jsonl"
 
     def load(self) -> dict[str, Record]:
-        """Read all rows of all processes, by their key."""
+        """Read all rows of all processes, by their key.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
         rows: dict[str, Record] = {}
         for part in sorted(self.folder.glob("part-*.jsonl")):
-            for line in part.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    rows[row[self._key]] = row
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # the line that a killed writer left half-written
+            try:
+                lines = part.read_bytes().split(b"\n")
+            except OSError as error:
+                raise CheckpointError(
+                    f"Could not read {self._what} in {str(part)!r}: {error}. Make it readable, or remove it: what it "
+                    "held is then made again."
+                ) from error
+            read = [_unsealed(line) for line in lines]
+            if damaged := sum(row is None for row, line in zip(read[:-1], lines, strict=False) if line):
+                logger.warning("%d of the lines of %s are cut or damaged, and are made again.", damaged, part)
+            rows |= {row[self._key]: row for row in read if row is not None and self._key in row}
         return rows
 
     def append(self, rows: Iterable[Record]) -> None:
@@ -315,7 +346,7 @@ class RecordStore:
         Raises:
             CheckpointError: there is no room for them.
         """
-        append_lines(self._own, map(json.dumps, rows), self._what, self._remedy)
+        append_lines(self._own, map(_sealed, rows), self._what, self._remedy)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from distill_trainers.exceptions import CheckpointError
 from distill_trainers.randomness import Purpose, Role, Stream
 from distill_trainers.rollouts import (
     CompletionSettings,
@@ -64,6 +65,32 @@ def test_store_survives_a_torn_line_and_finds_prompts_by_content(tmp_path):
     CompletionStore(tmp_path, {"teacher": "x"}, rank=1).append([(keys[2], [8])])
     assert store.load()[keys[2]] == [8]
     assert CompletionStore(tmp_path, {"teacher": "y"}).load() == {}
+
+
+def test_a_line_that_is_not_as_it_was_written_is_made_again(tmp_path, caplog):
+    """Whichever byte of it: a changed number would be another text, and nobody would know."""
+    store = CompletionStore(tmp_path, {"teacher": "x"})
+    store.append([("a", [5, 6]), ("b", [7])])
+    part = store.folder / "part-00000.jsonl"
+    data = part.read_bytes()
+    end = data.index(b"\n")
+    for place in range(end):
+        part.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert store.load() == {"b": [7]}, place
+    assert "1 of the lines of" in caplog.text and "part-00000.jsonl" in caplog.text
+    part.write_bytes(
+        b'{"prompt": "a", "completion": [5, 6]}\n\xff\xfe\n' + data[end + 1 :]
+    )  # of another writer; no text
+    assert store.load() == {"b": [7]}
+
+
+def test_a_store_that_cannot_be_read_is_named(tmp_path):
+    store = CompletionStore(tmp_path, {"teacher": "x"})
+    (store.folder / "part-00000.jsonl").mkdir()
+    with pytest.raises(
+        CheckpointError, match="Could not read the teacher's completions in .*part-00000.jsonl.*remove it"
+    ):
+        store.load()
 
 
 @pytest.mark.parametrize("late", [0, 1])

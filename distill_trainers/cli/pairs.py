@@ -284,7 +284,7 @@ class _Writer:
         from ..models import eos_ids
         from ..randomness import Purpose, Role, Stream
         from ..rollouts import Alone, CompletionStore, complete_prompts
-        from ..storage import write_file
+        from ..storage import RecordStore
         from ..teachers.cache.identity import describe_source, hashed
         from ..trainers.lifecycle.completions import completion_settings, sampling_settings
 
@@ -298,11 +298,13 @@ class _Writer:
             "stop_strings": args.stop_strings,
         }
         store = CompletionStore(self.root, json.loads(json.dumps(identity, default=str)))
-        ends_file = store.folder / "ends.json"
+        ends = RecordStore(store.folder / "ends", what="what ends a response")
+        known: Any = ends.load().get("ids")
         written = store.load()
-        if not (prompts.keys() <= written.keys() and ends_file.is_file()):
+        if not (prompts.keys() <= written.keys() and known):
             model = self._load()
-            write_file(ends_file, json.dumps(eos_ids(model, self.tokenizer)), "responses", _REMEDY)
+            known = {"key": "ids", "ids": eos_ids(model, self.tokenizer)}
+            ends.append([known])
             sampling = sampling_settings(args, model, self.tokenizer, len(self.tokenizer))
             settings = completion_settings(args, sampling, self.tokenizer, stream)
             written = complete_prompts(
@@ -313,8 +315,7 @@ class _Writer:
                 store,
                 title=f"{self.role.capitalize()} responses",
             )
-        ends = json.loads(ends_file.read_text())
-        return {key: self._response(written[key], ends) for key in prompts}
+        return {key: self._response(written[key], known["ids"]) for key in prompts}
 
     def _response(self, ids: list[int], ends: list[int]) -> dict[str, Any]:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)

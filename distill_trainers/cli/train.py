@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import DatasetError
-from ..hub import published_files, read_json
+from ..hub import published_files
 from ..locks import holding_run
+from ..manifest import is_whole, write_manifest
 from ..recipe.checks import check_recipe, refuse_to_start_over
 from ..recipe.parse import Recipe, parse_recipe
 from ..storage import write_file, writing, writing_folder
@@ -24,8 +25,6 @@ from .doctor import look_before
 from .orphans import end_with_launcher
 
 logger = logging.getLogger(__name__)
-
-_MARKER = "student_init.json"  # what the student was made of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -159,12 +158,12 @@ def make_initial_student(recipe: Recipe, rows: Any) -> Path:
     folder = Path(recipe.args.output_dir) / STUDENT_INIT_NAME
     identity = {"teacher": recipe.run.teacher_model_name_or_path, **recipe.run.student_init}  # type: ignore[dict-item]
     with PartialState().main_process_first():
-        if read_json(folder / _MARKER) != identity:
-            _make_student(recipe, rows, folder, json.dumps(identity))
+        if not is_whole(folder, identity):
+            _make_student(recipe, rows, folder, identity)
     return folder
 
 
-def _make_student(recipe: Recipe, rows: Any, folder: Path, identity: str) -> None:
+def _make_student(recipe: Recipe, rows: Any, folder: Path, identity: dict[str, Any]) -> None:
     from ..models import check_answers, load_causal_lm, load_tokenizer, whole_loading
     from ..students import StudentInit
 
@@ -184,7 +183,7 @@ def _make_student(recipe: Recipe, rows: Any, folder: Path, identity: str) -> Non
     with writing_folder(folder, "the student", remedy) as whole:
         student.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
-        write_file(whole / _MARKER, identity, "the student", remedy)
+        write_manifest(whole, identity)
 
 
 def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any, number: int) -> Any:

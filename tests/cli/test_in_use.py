@@ -111,11 +111,11 @@ def test_other_processes_of_a_launch_do_not_lock(in_use, tmp_path, monkeypatch):
 def test_a_student_whose_mark_is_torn_is_made_again(recipe, tmp_path, mark):
     folder = tmp_path / "out" / "student_init"
     folder.mkdir(parents=True)
-    (folder / "student_init.json").write_text(mark)
+    (folder / "manifest.json").write_text(mark)
     (folder / "model.safetensors").write_bytes(b"half")
     recipe = parse_recipe(["--config", recipe(**from_teacher)])
     make_initial_student(recipe, None)
-    assert json.loads((folder / "student_init.json").read_text())["keep_layers"] == 1
+    assert json.loads((folder / "manifest.json").read_text())["settings"]["keep_layers"] == 1
     assert (folder / "model.safetensors").stat().st_size > 1000
 
 

@@ -79,6 +79,25 @@ def test_a_student_made_on_a_full_disk_is_explained(recipe, tmp_path, full_disk,
     assert not list((tmp_path / "out" / "student_init").glob("*"))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json", "tokenizer.json"])
+def test_an_initial_student_that_has_changed_is_made_again(recipe, tmp_path, name):
+    """One byte of it, or all: a run would start from other weights, and nobody would know."""
+    from distill_trainers.cli.train import make_initial_student
+
+    parsed, folder = parse_recipe(["--config", recipe(**from_teacher)]), tmp_path / "out" / "student_init"
+    make_initial_student(parsed, None)
+    file = folder / name
+    data = file.read_bytes()
+    stamp = file.stat().st_mtime_ns
+    make_initial_student(parsed, None)
+    assert file.stat().st_mtime_ns == stamp, "what is whole is kept"
+    middle = len(data) // 2
+    for harmed in (data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :], data[:middle], b""):
+        file.write_bytes(harmed)
+        make_initial_student(parsed, None)
+        assert file.read_bytes() == data
+
+
 def test_completions_on_a_full_disk_are_explained_and_none_is_lost(tmp_path):
     store = CompletionStore(tmp_path, {"teacher": "t"})
     store.append([("a", [1, 2])])

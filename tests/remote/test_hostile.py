@@ -329,6 +329,29 @@ def test_what_a_server_says_does_not_move_a_terminal_s_cursor(liar):
     assert "go away" in str(caught.value) and str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    "weights", ["\x1b[2J" + "x" * 10**4, "\ud800", ["\x1b[2J"] * 1000, {"a\x07": 10**100}], ids=type
+)
+def test_nor_does_what_it_says_of_its_weights(liar, weights):
+    body = pack({"logps": torch.zeros(21)}, {"weights": weights})
+    server = liar(_signal_only(lambda server, connection: told(connection, body)))
+    teacher = RemoteTeacher(server.url, RemoteSettings("topk", top_k=4, timeout=5.0, patience=0.0))
+    with pytest.raises(TeacherServerError, match="serves other weights than 'tiny'") as caught:
+        teacher.signal(*inputs(), None)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+    teacher.close()
+
+
+def test_nor_do_the_names_of_its_arrays(liar):
+    body = pack({"\x1b[2J\x7f": torch.zeros(1), "y" * 10**4: torch.zeros(1)}, {"weights": INFO["weights"]})
+    server = liar(_signal_only(lambda server, connection: told(connection, body)))
+    teacher = RemoteTeacher(server.url, RemoteSettings("topk", top_k=4, timeout=5.0, patience=0.0))
+    with pytest.raises(TeacherServerError, match="nonsense") as caught:
+        teacher.signal(*inputs(), None)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 800
+    teacher.close()
+
+
 # ---- SIGTERM while a server is silent -------------------------------------------------------------------------------
 
 

@@ -145,6 +145,18 @@ def test_a_truncated_shard_is_found_when_opened(tmp_path, caplog, kept):
     assert_holds(TeacherCache(tmp_path, "stamp"), [0, 1])
 
 
+def test_a_folder_in_a_shard_s_place_is_named(tmp_path):
+    cache = TeacherCache(tmp_path, "stamp")
+    fill(cache, [0])
+    (path,) = shards(tmp_path)
+    path.unlink()
+    path.mkdir()
+    again = TeacherCache(tmp_path, "stamp")
+    assert again.damaged.keys() == {path.name} and again.read(key(0)) is None
+    with pytest.raises(CacheError, match=f"{path.name} .*neither opened nor removed"):
+        again.remove_unreadable()
+
+
 def test_a_flipped_bit_is_found_when_read_and_the_row_can_be_written_anew(tmp_path, caplog):
     cache = TeacherCache(tmp_path, "stamp")
     fill(cache, [0, 1])

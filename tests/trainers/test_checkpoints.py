@@ -442,6 +442,20 @@ def test_damage_is_named_with_the_newest_whole_checkpoint(make_trainer, two_chec
     assert trainer.state.global_step == 6
 
 
+def test_a_checkpoint_that_may_not_be_read_is_refused_by_name(two_checkpoints, monkeypatch):
+    """As where the file belongs to somebody else; root may read all."""
+    from distill_trainers import manifest
+
+    def closed(file, read=manifest._checksum):
+        if file.name == "optimizer.pt" and file.parent.name == "checkpoint-4":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return read(file)
+
+    monkeypatch.setattr(manifest, "_checksum", closed)
+    with pytest.raises(CheckpointError, match="damaged: optimizer.pt cannot be read.*checkpoint-2: name that"):
+        check_resumable(two_checkpoints / "checkpoint-4")
+
+
 def test_a_checkpoint_that_was_never_sealed_still_needs_its_schedule(make_trainer, two_checkpoints):
     for name in ("manifest.json", "scheduler.pt"):
         (two_checkpoints / "checkpoint-4" / name).unlink()

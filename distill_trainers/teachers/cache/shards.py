@@ -226,10 +226,20 @@ class TeacherCache:
         self._take_in(path)
 
     def remove_unreadable(self) -> list[str]:
-        """Delete the shards that cannot be opened at all, and name them; the rows they held count as missing."""
+        """Delete the shards that cannot be opened at all, and name them; the rows they held count as missing.
+
+        Raises:
+            CacheError: one cannot be deleted.
+        """
         names = [name for name, reason in self.damaged.items() if reason.startswith("cannot be opened")]
         for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            try:
+                (self.folder / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise CacheError(
+                    f"The shard {self.folder / name} of the teacher cache can be neither opened nor removed: {error}. "
+                    "Remove it, and start again: its rows are asked for again."
+                ) from error
             del self.damaged[name]
         return names
 

@@ -117,8 +117,8 @@ class OwnDialect(Dialect):
             raise ConfigurationError(f"{url} is no teacher's server: its /v1/info is not a mapping. Check the address.")
         if info.get("protocol") != PROTOCOL:
             raise ConfigurationError(
-                f"The teacher's server {url} has version {info.get('version')} and speaks protocol "
-                f"{info.get('protocol')}, expected {PROTOCOL}. Install the same version there and here."
+                f"The teacher's server {url} has version {info.get('version')!r:.60} and speaks protocol "
+                f"{info.get('protocol')!r:.60}, expected {PROTOCOL}. Install the same version there and here."
             )
         wrong = [name for name, good in _DESCRIPTION.items() if not good(info.get(name))]
         if wrong:
@@ -151,7 +151,8 @@ class OwnDialect(Dialect):
         if weights != self.info["weights"]:
             raise TeacherServerError(
                 f"The server {endpoint.url} serves other weights than {self.info['teacher']!r} at the start of the run "
-                f"({weights}, then {self.info['weights']}). Serve the same teacher again, or start a new run."
+                f"({weights!r:.60}, then {self.info['weights']!r:.60}). Serve the same teacher again, or start a new "
+                "run."
             )
 
     def head(self, device: torch.device, endpoint: Endpoint) -> Head:

@@ -45,7 +45,7 @@ class Again(Exception):
     """
 
     def __init__(self, reason: str, retry_after: float = 0.0, broken: bool = False):
-        super().__init__(reason)
+        super().__init__(_shown(reason))
         self.retry_after, self.broken = retry_after, broken
 
 
@@ -328,8 +328,13 @@ def _reason(body: bytes) -> str:
         content = content.get("message", content) if isinstance(content, dict) else content
     except (ValueError, RecursionError):
         content = body.decode("utf-8", errors="replace")
-    # It ends on a terminal, whose cursor it could move, and it may repeat the token.
-    return one_line(redacted(str(content)))[:300]
+    return _shown(str(content))
+
+
+def _shown(text: str) -> str:
+    """Words of a server: they end on a terminal, whose cursor they could move, and they may repeat the token."""
+    shown = one_line(redacted(text))
+    return "".join(c if c.isprintable() else " " for c in shown)[:300]  # unassigned characters, too
 
 
 def _asked_wait(headers: Any) -> float:
