@@ -63,7 +63,7 @@ def test_words_are_taken_from_a_list(name, value):
 
 @pytest.mark.parametrize(("name", "value"), [("adam_beta1", 1.0), ("adam_beta2", 1.5)])
 def test_decays_of_the_optimiser_are_below_1(name, value):
-    with pytest.raises(ConfigurationError, match=f"`{name}: {value}`; expected a number below 1"):
+    with pytest.raises(ConfigurationError, match=f"`{name}: {value}`; expected a number in .0, 1."):
         GKDConfig(**PLAIN, **{name: value})
 
 
