@@ -56,8 +56,16 @@ def setting(default: Any, help: str, **bounds: Any) -> Any:
         help: what `--help` and the documentation say about it.
         bounds: those of its number, see `Bounds`.
     """
-    metadata = {"help": help} | ({"bounds": Bounds(**bounds)} if bounds else {})
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(
+        default=default, metadata=_Metadata(help=help, bounds=Bounds(**bounds) if bounds else None)
+    )
+
+
+class _Metadata(dict[str, Any]):
+    """What is known of a field; transformers' parser hands a copy of it on to argparse, which knows no bounds."""
+
+    def copy(self) -> dict[str, Any]:
+        return {"help": self["help"]}
 
 
 def shown(value: Any, room: int = _SHOWN) -> str:

@@ -130,7 +130,8 @@ def check_mappings(settings: Any) -> None:
     Raises:
         ConfigurationError: naming the setting.
     """
-    hints = _hints(type(settings))
+    kind: Any = type(settings)
+    hints = _hints(kind)
     for name in (f.name for f in fields(settings) if f.init and {dict, str} <= set(_kinds(hints[f.name]))):
         value = getattr(settings, name)
         if not isinstance(value, str) or (not value and name in _MAY_BE_FILES):

@@ -11,6 +11,7 @@ from .. import hub
 from ..exceptions import ConfigurationError
 from ..recipe.parse import parse_settings
 from ..settings import Checked, setting
+from ..storage import check_folder
 from ..value_types import check_mappings, check_settings
 
 
@@ -106,6 +107,7 @@ def parse_arguments(argv: Sequence[str]) -> PipelineArguments:
     """
     (args,) = parse_settings(argv, lambda *_: (PipelineArguments,), what="the file of settings", command="rationales")
     args.check()
+    check_folder("folder", args.folder, writable=not args.inspect)
     if args.push_to_hub and not args.inspect:
         hub.check_access(args.push_to_hub, repo_type="dataset", token=args.hub_token, private=args.hub_private_repo)
     return args

@@ -13,6 +13,7 @@ from ..settings import shown
 
 _MOST_BYTES = 2**20
 _MOST_NODES = 100_000  # with each alias written out
+_MOST_LEVELS = 50  # of brackets: the time that they take grows with the square
 # Numbers as YAML 1.2 has them. To YAML 1.1 1e-5 is a text, 010 is 8, 1:30 is 90, and 2024-01-01 is a date.
 _NUMBERS = {
     "int": (r"^(?:[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+)$", "-+0123456789"),
@@ -100,6 +101,11 @@ def _loader() -> type:
             if node is not None and _size(node, {}) > _MOST_NODES:
                 raise yaml.YAMLError(f"its aliases (*name) unfold to more than {_MOST_NODES} values")
             return node
+
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            if self.flow_level >= _MOST_LEVELS:
+                raise yaml.YAMLError(f"it has brackets within brackets, {_MOST_LEVELS} levels deep")
+            super().fetch_flow_collection_start(token)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             lines: dict[Any, int] = {}
