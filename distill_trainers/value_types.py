@@ -216,6 +216,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in inside
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_fits(item, inside[0]) for item in value)
+    if hint is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if get_origin(hint) is dict:
         return isinstance(value, dict) and all(
             _fits(key, inside[0]) and _fits(item, inside[1]) for key, item in value.items()

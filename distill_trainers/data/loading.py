@@ -177,8 +177,8 @@ def _load(shown: str, source: str, split: str, **files: Any) -> Dataset | Iterab
         accepted = ", ".join(READERS)
         raise DatasetError(
             f"Could not load {shown!r} (split {split!r}): {type(cause).__name__}: {str(cause).rstrip('.')}. Expected "
-            f"rows that share their columns, in a file ending in {accepted}, a folder of such files, or a Hub dataset that "
-            "this machine can reach; name and split must be its own."
+            f"rows that share their columns, in a file ending in {accepted}, a folder of such files, or a Hub dataset "
+            "that this machine can reach; name and split must be its own."
         ) from error
 
 

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, get_args, get_type_hints
 
 from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ...exceptions import ConfigurationError, refuse_unknown_keys
@@ -158,10 +159,10 @@ ARGUMENTS: dict[str, Argument] = {
     "ddp_static_graph": Argument(),
     "ddp_backend": Argument(),
     "ddp_timeout": Argument(bounds=_SECONDS),
-    "fsdp": Argument(why="version 2 only", also=bool | list),
+    "fsdp": Argument(why="version 2 only", also=bool | list[str]),
     "fsdp_config": Argument(why="version 2 only"),
     "deepspeed": Argument(),
-    "debug": Argument(also=list | None),
+    "debug": Argument(also=list[str] | None),
     "skip_memory_metrics": Argument(),
     "do_train": Argument("ignored", _SCRIPT, (True, False)),
     "do_eval": Argument("ignored", _SCRIPT, (True, False)),
@@ -202,6 +203,8 @@ def check_arguments(args: Any) -> None:
             logger.warning("`%s: %s` has no effect here: %s.", field.name, value, argument.why)
         else:
             require(False, field.name, value, f"{default}: {argument.why}")
+    for option in args.debug if isinstance(args.debug, list) else ():
+        require(option in [*DebugOption], "debug", option, f"any of {', '.join(DebugOption)}")
     _check_steps(args)
     _check_workers(args)
     _check_kwargs(args)
