@@ -78,6 +78,7 @@ def check_folder(name: str, folder: str | Path, *, writable: bool = True) -> Non
     Raises:
         ConfigurationError: naming the setting.
     """
+    require("\0" not in str(folder), name, folder, "a folder, whose name has no character NUL")
     there = Path(folder).expanduser().absolute()
     try:
         while not os.path.lexists(there):
