@@ -262,4 +262,4 @@ def test_a_student_of_nan_is_named(config, saved, tmp_path, capsys):
     AutoTokenizer.from_pretrained(saved.student).save_pretrained(tmp_path / "broken")
     assert main(["evaluate", "--config", config(students={"broken": str(tmp_path / "broken")})]) == 2
     error = capsys.readouterr().err
-    assert "student 'broken' has the weight 'model.layers.0.mlp.up_proj.weight'" in error and "NaN" in error
+    assert "broken" in error and "model.layers.0.mlp.up_proj.weight" in error and "NaN" in error
