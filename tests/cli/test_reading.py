@@ -36,6 +36,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (b"a: " + b"9" * 5000, "cannot read"),
         (b"a: " + b"x" * 2**21, "of at most 1048576 bytes"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_file_of_settings(tmp_path, written, told, capsys):
     path = tmp_path / "recipe.yaml"
