@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import xxhash
 
-from .exceptions import CacheError, CheckpointError, DatasetError
+from .exceptions import CacheError, CheckpointError, ConfigurationError, DatasetError
+from .settings import require, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +71,33 @@ def writing(what: str, folder: Path, remedy: str, error_class: type[OSError] = C
         elif number is None or number in _NO_ROOM:
             remedy = f"{_free_mib(folder)} MiB are free there. {remedy}"
         raise error_class(f"Could not write {what} to {str(folder)!r}: {error}. {remedy}") from error
+
+
+def check_folder(name: str, folder: str | Path, *, writable: bool = True) -> None:
+    """Refuse a folder that is a file or that cannot be written into, before there is anything to write.
+
+    Args:
+        name: the setting that names it. It may be missing, and then is made later.
+
+    Raises:
+        ConfigurationError: naming the setting.
+    """
+    require("\0" not in str(folder), name, folder, "a folder, whose name has no character NUL")
+    there = Path(folder).expanduser().absolute()
+    try:
+        while not os.path.lexists(there):
+            there = there.parent
+        longest = os.pathconf(there, "PC_NAME_MAX")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigurationError(
+            f"Got `{name}: {shown(folder)}`; expected a folder: {reason}. Name another one."
+        ) from error
+    require(there.is_dir(), name, folder, f"a folder, but {shown(there)} is a file. Name another one")
+    parts = Path(folder).expanduser().parts
+    require(all(len(os.fsencode(p)) <= longest for p in parts), name, folder, f"names of at most {longest} bytes")
+    fits = not writable or os.access(there, os.W_OK | os.X_OK)
+    require(fits, name, folder, f"a folder to write into, and {shown(there)} is none for this user")
 
 
 def write_file(

@@ -9,12 +9,14 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Collection, Mapping
-from dataclasses import fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .exceptions import ConfigurationError
 from .redaction import hidden
+from .settings import Bounds, require, shown
 
 _NAMES = {
     int: "a whole number",
@@ -29,46 +31,149 @@ _NAMES = {
 _MAY_BE_FILES = frozenset({"accelerator_config", "fsdp_config", "deepspeed"})
 # Wider than transformers declares it.
 _ALSO = {"resume_from_checkpoint": bool}
+_LARGEST_FLOAT = 3.4028234e38  # of float32: above it a number is infinite as soon as it meets a tensor
+_LARGEST_INT = 2**63 - 1
 
 
-def check_value_types(values: Mapping[str, Any], settings: type, *, text_is_parsed: bool = False) -> None:
+def check_settings(
+    settings: Any,
+    *,
+    also: Mapping[str, Any] | None = None,
+    bounds: Mapping[str, Bounds] | None = None,
+    may_be_infinite: Collection[str] = (),
+    may_be_blank: Collection[str] = (),
+) -> None:
+    """Refuse values of a settings dataclass that are of another type than declared, or that no code can work with.
+
+    Args:
+        also: types that are taken besides, by field.
+        bounds: those of fields that declare none.
+        may_be_infinite: fields where infinity means something.
+        may_be_blank: fields where text without a word is as good as None.
+
+    Raises:
+        ConfigurationError: for the first such value, naming its setting.
+    """
+    declared = {field.name: field for field in fields(settings) if field.init}
+    values = {name: getattr(settings, name) for name in declared}
+    check_value_types(values, type(settings), also=also)
+    check_finite(values, may_be_infinite)
+    for name, value in values.items():
+        field = declared[name]
+        check_bounds(name, value, field.metadata.get("bounds") or (bounds or {}).get(name))
+        default = field.default if field.default is not MISSING else None
+        if isinstance(value, str) and not value.strip() and value != default and name not in may_be_blank:
+            require(False, name, json.dumps(value), "text with a word in it; leave the setting out for its default")
+        require(all(map(_is_writable, _texts(value))), name, value, "text in Unicode, without the character NUL")
+
+
+def check_bounds(name: str, value: Any, bounds: Bounds | None) -> None:
+    """Refuse a number that lies out of its bounds; what is no number passes.
+
+    Raises:
+        ConfigurationError: naming the setting.
+    """
+    if bounds is not None and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        require(bounds.admits(value), name, value, str(bounds))
+
+
+def check_value_types(
+    values: Mapping[str, Any],
+    settings: type,
+    *,
+    text_is_parsed: bool = False,
+    also: Mapping[str, Any] | None = None,
+) -> None:
     """Compare values with the types that a dataclass declares; names that it does not have are passed over.
 
     Args:
         values: by the name of their field.
         text_is_parsed: let text through, because a parser is going to turn it into the declared type, or to refuse it.
+        also: types that are taken besides, by field.
 
     Raises:
         ConfigurationError: for the first value of another type, naming its setting.
     """
-    hints = _hints(settings)
+    hints, more = _hints(settings), {**_ALSO, **(also or {})}
     for name in (f.name for f in fields(settings) if f.init and f.name in values):
-        value, hint = values[name], hints[name] | _ALSO[name] if name in _ALSO else hints[name]
+        value, hint = values[name], hints[name] | more[name] if name in more else hints[name]
         if _fits(value, hint) or (text_is_parsed and isinstance(value, str)):
             continue
         expected = " or ".join(dict.fromkeys(_NAMES[kind] for kind in _kinds(hint) if kind in _NAMES))
         if isinstance(value, bool) and _fits("", hint):
             expected += " (YAML reads no, off, yes and on as false and true: put the word in quotes)"
-        raise ConfigurationError(f"Got `{name}: {json.dumps(hidden(value, name), default=str)}`; expected {expected}.")
+        elif isinstance(value, (int, float)) and _fits("", hint):
+            expected += " (put it in quotes)"
+        require(False, name, _as_json(hidden(value, name)), expected or "something else")
 
 
 def check_finite(values: Mapping[str, Any], may_be_infinite: Collection[str] = ()) -> None:
-    """Refuse NaN, and infinity where it means nothing.
+    """Refuse NaN, infinity where it means nothing, and numbers that are too large for a tensor.
 
     Raises:
         ConfigurationError: for the first such number, naming its setting.
     """
     for name, value in values.items():
-        if not isinstance(value, numbers.Real) or math.isfinite(value):
+        if not isinstance(value, numbers.Real):
             continue
-        if math.isnan(value) or name not in may_be_infinite:
-            raise ConfigurationError(f"Got `{name}: {value}`; expected a finite number.")
+        if isinstance(value, numbers.Integral):
+            require(abs(int(value)) <= _LARGEST_INT, name, value, "a whole number of at most 64 bits")
+        elif math.isnan(value) or not (
+            abs(float(value)) <= _LARGEST_FLOAT or (math.isinf(value) and name in may_be_infinite)
+        ):
+            require(False, name, value, "a finite number, such as float32 can hold")
 
 
-def names_of_numbers(settings: type) -> set[str]:
-    """Name the fields that hold nothing but numbers, true and false."""
-    kinds = {int, float, bool, type(None)}
-    return {name for name, hint in _hints(settings).items() if kinds.issuperset(_kinds(hint))}
+def check_mappings(settings: Any) -> None:
+    """Refuse text in place of a mapping that is neither one in JSON nor, where that may be, the name of a file of it.
+
+    Raises:
+        ConfigurationError: naming the setting.
+    """
+    kind: Any = type(settings)
+    hints = _hints(kind)
+    for name in (f.name for f in fields(settings) if f.init and {dict, str} <= set(_kinds(hints[f.name]))):
+        value = getattr(settings, name)
+        if not isinstance(value, str) or (not value and name in _MAY_BE_FILES):
+            continue
+        if not value.lstrip().startswith("{") and name in _MAY_BE_FILES:
+            if not os.path.isfile(value):  # false too of names that no file can have
+                require(name == "deepspeed", name, value, "a mapping, or a file that holds one in JSON")
+                continue  # DeepSpeed's may also be written in base64
+            try:
+                value = Path(value).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise ConfigurationError(f"The file of `{name}`, {shown(value)!r}, cannot be read: {error}.") from error
+        try:
+            parse_mapping(value)
+        except argparse.ArgumentTypeError:
+            require(False, name, value, 'a mapping, or one in JSON such as {"key": "value"}')
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+
+
+def _is_writable(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode("utf-8")
+    except UnicodeEncodeError:  # half a character, as in "\\ud800"
+        return False
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except (ValueError, TypeError, RecursionError):  # a number of thousands of digits, keys that are no text, a knot
+        return shown(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
 
 
 def names_of_mappings(settings: type) -> set[str]:
@@ -81,15 +186,15 @@ def parse_mapping(text: str) -> dict[str, Any]:
     """Parse a mapping written as JSON; for argparse, which names the option in front of the message."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'got {text!r}; expected a mapping, in JSON such as {{"key": "value"}}')
+        raise argparse.ArgumentTypeError(f'got {shown(text)!r}; expected a mapping, in JSON such as {{"key": "value"}}')
     return value
 
 
 @functools.cache
-def _hints(settings: type) -> dict[str, Any]:
+def _hints(settings: Any) -> dict[str, Any]:
     return get_type_hints(settings)
 
 
@@ -111,8 +216,12 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in inside
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_fits(item, inside[0]) for item in value)
+    if hint is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if get_origin(hint) is dict:
-        return isinstance(value, dict) and all(_fits(item, inside[1]) for item in value.values())
+        return isinstance(value, dict) and all(
+            _fits(key, inside[0]) and _fits(item, inside[1]) for key, item in value.items()
+        )
     if hint in (int, float):
         kind = numbers.Integral if hint is int else numbers.Real  # those of NumPy are numbers too
         return isinstance(value, kind) and not isinstance(value, bool)

@@ -85,8 +85,8 @@ def find_format(name: str) -> Callable[[str], Found | None]:
         return _user_pattern(name.removeprefix(REGEX_PREFIX))
     if name not in FORMATS:
         raise ConfigurationError(
-            f"Got the answer format {name!r}; expected one of {', '.join(FORMATS)}, or `regex:` and a pattern whose "
-            "first group is the answer."
+            f"Got the answer format {name!r:.80}; expected one of {', '.join(FORMATS)}, or `regex:` and a pattern "
+            "whose first group is the answer."
         )
     return FORMATS[name]
 

@@ -55,7 +55,7 @@ def check_kind(kind: str) -> None:
     Raises:
         ConfigurationError: which one, and what to do.
     """
-    require(kind in ANSWER_KINDS, "kind", kind, f"one of {', '.join(ANSWER_KINDS)}")
+    require(kind in ANSWER_KINDS, "answer_kind", kind, f"one of {', '.join(ANSWER_KINDS)}")
     if kind == "math":
         require_math_verify()
 

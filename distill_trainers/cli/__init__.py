@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 COMMANDS = {
@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: distill-trainers COMMAND [options]\n")
         for name, (_, text) in COMMANDS.items():
             print(f"  {name:<14} {text}")
-        print("\n`distill-trainers COMMAND --help` lists the options of one.")
+        print("\n`distill-trainers COMMAND --help` lists the options of one; --traceback shows where an error arose.")
         return 0
     if args[0] not in COMMANDS:
         print(f"error: unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    module = importlib.import_module(f".{COMMANDS[args[0]][0]}", __name__)
-    return report_errors(module.main, args[1:])
+    module = f".{COMMANDS[args[0]][0]}"
+    return report_errors(lambda argv: importlib.import_module(module, __name__).main(argv), args[1:])
 
 
 def shows_usage(argv: Sequence[str], usage: str) -> bool:
@@ -71,10 +71,17 @@ def say(text: str, **options: Any) -> None:
     print(visible(redacted(text)), **options)
 
 
-def report_errors(command, argv: Sequence[str]) -> int:
-    """Run `command(argv)`; errors that the user can fix are printed without a traceback."""
-    from ..exceptions import BAD_INPUT, FAILURES
+def report_errors(command: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
+    """Run `command(argv)`; every error is printed in one line, and the traceback of an unexpected one kept in a file.
 
+    Returns:
+        0, 2 for bad input, 1 for what ended a run that had begun, and 130 after Ctrl-C.
+    """
+    from ..exceptions import BAD_INPUT, FAILURES
+    from . import last_net
+
+    argv = list(argv)
+    shows = last_net.wants_traceback(argv)
     try:
         return command(argv) or 0
     except (*BAD_INPUT, *FAILURES) as error:
@@ -83,3 +90,10 @@ def report_errors(command, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has gone
+        raise
+    except Exception as error:
+        if shows:
+            raise
+        last_net.tell(error, argv)
+        return 1

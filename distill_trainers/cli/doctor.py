@@ -29,8 +29,10 @@ class DoctorArguments:
     architectures: str | None = setting(
         None, "Folder of config.json files by model (owner--name.json), for models that are not at hand."
     )
-    tflops: float | None = setting(None, "With gpus: 10¹² operations per second of one GPU, for the expected time.")
-    bandwidth: float = setting(2.0, "With tflops: TB per second that a GPU reads its memory.")
+    tflops: float | None = setting(
+        None, "With gpus: 10¹² operations per second of one GPU, for the expected time.", above=0
+    )
+    bandwidth: float = setting(2.0, "With tflops: TB per second that a GPU reads its memory.", above=0)
     local_teacher: str | None = setting(
         None, "With a remote teacher: the same model here, to compare both on some rows."
     )

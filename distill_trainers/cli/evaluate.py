@@ -15,7 +15,7 @@ from ..exceptions import ConfigurationError
 from ..locks import holding
 from ..recipe.parse import parse_settings
 from ..settings import setting
-from ..storage import write_file
+from ..storage import check_folder, write_file
 from . import report_errors, say, shows_usage
 
 if TYPE_CHECKING:
@@ -143,6 +143,9 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
 
         for note in take_up(args, settings):
             say(note)
+    check_folder("output_dir", args.output_dir)
+    if args.cache_dir is not None:
+        check_folder("cache_dir", args.cache_dir, writable=not Path(args.cache_dir).is_dir())
     students = args.named_students()
     if not (students or args.teacher or args.baseline):
         raise ConfigurationError("The settings name no model; set `student`, `students`, `teacher` or `baseline`.")

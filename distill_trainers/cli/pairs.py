@@ -48,7 +48,7 @@ class PairArguments:
     pairs_file: str | None = setting(None, "Where the pairs go (<output_dir>/pairs.jsonl).")
     verify: str = setting("none", f"Check chosen responses: one of {', '.join(VERIFICATIONS)}.")
     answer_column: str = setting("answer", "The dataset's column with the right answer.")
-    attempts: int = setting(1, "How often the teacher may try to be right.")
+    attempts: int = setting(1, "How often the teacher may try to be right.", least=1)
     keep_unfinished: bool = setting(True, "Keep pairs with a response that max_new_tokens cut off.")
     pairs_repo: str | None = setting(None, "Also upload the pairs as this dataset of the Hub (owner/name).")
 

@@ -11,6 +11,8 @@ from .. import hub
 from ..exceptions import ConfigurationError
 from ..recipe.parse import parse_settings
 from ..settings import Checked, setting
+from ..storage import check_folder
+from ..value_types import check_mappings, check_settings
 
 
 @dataclass
@@ -28,7 +30,7 @@ class PipelineArguments(Checked):
     reference_format: str | None = setting(
         None, "Format in which the data's `answer` holds its answer; hash for GSM8K."
     )
-    max_questions: int | None = setting(None, "Only the first so many.")
+    max_questions: int | None = setting(None, "Only the first so many.", least=1)
 
     teacher: str | None = setting(None, "A folder or Hub id; with base_url, the served name.")
     base_url: str | None = setting(None, "OpenAI-compatible endpoint; `openai` is OpenAI's.")
@@ -40,30 +42,32 @@ class PipelineArguments(Checked):
     use_cpu: bool = setting(False, "Run a local teacher on the CPU.")
     prompt_style: str = setting("auto", "text, chat or auto, for a local teacher.")
     exemplars: str = setting("arithmetic", "Built-in set (arithmetic, choice), or a file.")
-    shots: int = setting(4, "Exemplars in a prompt.")
+    shots: int = setting(4, "Exemplars in a prompt.", least=1)
 
-    samples: int = setting(1, "Chains per question.")
-    temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.")
-    top_p: float = setting(1.0, "Nucleus filter.")
-    max_new_tokens: int = setting(512, "Longest chain, in tokens.")
-    seed: int = setting(0, "Of a local teacher's sampling.")
-    batch_size: int = setting(16, "Prompts a local teacher works on together.")
+    samples: int = setting(1, "Chains per question.", least=1)
+    temperature: float = setting(
+        0.7, "Sampling temperature; 0 is greedy.", least=0, words="0 (greedy) or a positive number"
+    )
+    top_p: float = setting(1.0, "Nucleus filter.", above=0, most=1)
+    max_new_tokens: int = setting(512, "Longest chain, in tokens.", least=1)
+    seed: int = setting(0, "Of a local teacher's sampling.", least=0, most=2**32 - 1)
+    batch_size: int = setting(16, "Prompts a local teacher works on together.", least=1)
 
-    concurrency: int = setting(8, "Requests in flight at once.")
-    requests_per_minute: float | None = setting(None, "At most so many.")
-    timeout: float = setting(120.0, "Seconds for one attempt.")
-    max_retries: int = setting(5, "Further attempts after errors that may pass.")
-    first_wait: float = setting(1.0, "Seconds before the first of them, then doubled.")
-    price_in: float = setting(0.0, "Price of a million prompt tokens.")
-    price_out: float = setting(0.0, "Price of a million completion tokens.")
-    max_cost: float | None = setting(None, "Ask nothing more once so much was spent.")
+    concurrency: int = setting(8, "Requests in flight at once.", least=1, most=1024)
+    requests_per_minute: float | None = setting(None, "At most so many.", above=0)
+    timeout: float = setting(120.0, "Seconds for one attempt.", above=0, most=10**9)
+    max_retries: int = setting(5, "Further attempts after errors that may pass.", least=0, most=1000)
+    first_wait: float = setting(1.0, "Seconds before the first of them, then doubled.", least=0, most=10**6)
+    price_in: float = setting(0.0, "Price of a million prompt tokens.", least=0)
+    price_out: float = setting(0.0, "Price of a million completion tokens.", least=0)
+    max_cost: float | None = setting(None, "Ask nothing more once so much was spent.", least=0)
 
     answer_formats: list[str] | None = setting(
         None, "hash, boxed, answer_is, choice, or regex:PATTERN; the first that fits."
     )
     next_question: str = setting("Q:", "Begins a question that a model goes on with.")
     answer_kind: str = setting("auto", "auto, number, math, exact or choice.")
-    majority_share: float = setting(0.5, "Without references: more than this share agrees.")
+    majority_share: float = setting(0.5, "Without references: more than this share agrees.", least=0, below=1)
     ask_for_pairs: bool = setting(True, "dual asks the teacher for missing halves of pairs.")
 
     save_as: str = setting("jsonl", "jsonl, or dataset: a `datasets` folder as well.")
@@ -71,7 +75,7 @@ class PipelineArguments(Checked):
     hub_private_repo: bool | None = setting(None, "Make that dataset private.")
     hub_token: str | None = setting(None, "Of the Hub; by default that of `hf auth login`.")
     inspect: bool = setting(False, "dual: show pairs that are there, with their key steps.")
-    inspect_rows: int = setting(5, "So many of them on the terminal; the page has all.")
+    inspect_rows: int = setting(5, "So many of them on the terminal; the page has all.", least=1)
     tokenizer: str | None = setting(None, "Mark this tokenizer's tokens instead of words.")
 
     def check(self) -> None:
@@ -79,17 +83,16 @@ class PipelineArguments(Checked):
         from ..answers.formats import find_format
         from ..answers.verify import check_kind
 
+        check_settings(self)
+        check_mappings(self)
         if not self.folder:
             raise ConfigurationError("No folder was named; set `folder` to where the stages keep their files.")
-        for name in ("samples", "max_new_tokens", "batch_size", "concurrency", "shots", "inspect_rows"):
-            self._require(name, getattr(self, name) >= 1, "1 or more")
         if self.samples > 1 and self.temperature == 0:
             raise ConfigurationError(
                 f"Got `samples: {self.samples}` at `temperature: 0`, which gives the same chain each time. Raise one, "
                 "or set samples to 1."
             )
         self._require("save_as", self.save_as in ("jsonl", "dataset"), "jsonl or dataset")
-        self._require("majority_share", 0 <= self.majority_share < 1, "a share in [0, 1)")
         for name in [*(self.answer_formats or []), *([self.reference_format] if self.reference_format else [])]:
             find_format(name)
         check_kind(self.answer_kind)
@@ -106,6 +109,7 @@ def parse_arguments(argv: Sequence[str]) -> PipelineArguments:
     """
     (args,) = parse_settings(argv, lambda *_: (PipelineArguments,), what="the file of settings", command="rationales")
     args.check()
+    check_folder("folder", args.folder, writable=not args.inspect)
     if args.push_to_hub and not args.inspect:
         hub.check_access(args.push_to_hub, repo_type="dataset", token=args.hub_token, private=args.hub_private_repo)
     return args

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill_trainers.data.messages import Message, as_json, read_message
-from distill_trainers.exceptions import DatasetError
+from distill_trainers.exceptions import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -190,14 +192,44 @@ def as_text(value: Any, *, column: str) -> str:
     )
 
 
+@contextlib.contextmanager
+def reading(told: str, *, more: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Read, within it, rows of files: what libraries say about damaged ones is told as an error of the data.
+
+    Args:
+        told: begins the error.
+        more: errors that can have no other reason here.
+
+    Raises:
+        DatasetError: with what the library says.
+    """
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (DatasetError, ConfigurationError):
+        raise
+    except (ArrowException, DatasetsError, EOFError, OSError, UnicodeError, *more) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # of what is written meanwhile
+            raise
+        cause = error.__cause__ or error
+        said = " ".join(str(cause).split()).rstrip(".")
+        raise DatasetError(
+            f"{told}: {type(cause).__name__}: {said}. Expected whole files, text in UTF-8: look whether they were "
+            "cut or damaged, and make or fetch them again."
+        ) from error
+
+
 def first_row(dataset: Dataset | IterableDataset, *, name: str = "train") -> dict[str, Any]:
     """Return the first row; of a stream it is read without using it up.
 
     Raises:
         DatasetError: there is none.
     """
-    for row in dataset:
-        return row
+    with reading(f"Dataset {name!r} cannot be read", more=(ValueError,)):
+        for row in dataset:
+            return row
     raise DatasetError(f"Dataset {name!r} is empty: there is no row to train on. Check its path, split and filters.")
 
 

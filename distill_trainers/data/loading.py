@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_trainers.data.formats import apply_column_mapping
+from distill_trainers.data.formats import apply_column_mapping, reading
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def load_split(
         DatasetError: nothing is there, it cannot be read, has no such split, or is empty.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # false too of names that no file can have
         dataset = _from_file(path, split, streaming)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         dataset = _from_folder(path, name, split, data_files, streaming)
     elif _looks_like_path(name_or_path):
         raise DatasetError(
@@ -154,7 +154,9 @@ def _as_written(files: Sequence[Path]) -> dict[str, Any]:
 def _from_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
     from datasets import DatasetDict, load_from_disk
 
-    saved = load_from_disk(str(path))
+    told = f"The folder {str(path)!r}, which `save_to_disk` wrote, cannot be read"
+    with reading(told, more=(ValueError, LookupError, TypeError, AttributeError)):
+        saved = load_from_disk(str(path))
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise DatasetError(f"{str(path)!r} has the splits {sorted(saved)}, not {split!r}. Choose one of them.")
@@ -170,17 +172,17 @@ def _load(shown: str, source: str, split: str, **files: Any) -> Dataset | Iterab
 
     try:
         return load_dataset(source, split=split, **files)
-    except (DatasetsError, OSError, ValueError, KeyError) as error:
+    except (DatasetsError, OSError, ValueError, LookupError, EOFError, TypeError, AttributeError) as error:
         cause = error.__cause__ or error
         accepted = ", ".join(READERS)
         raise DatasetError(
-            f"Could not load {shown!r} (split {split!r}): {type(cause).__name__}: {cause}. Expected rows "
-            f"that share their columns, in a file ending in {accepted}, a folder of such files, or a Hub dataset that "
-            "this machine can reach; name and split must be its own."
+            f"Could not load {shown!r} (split {split!r}): {type(cause).__name__}: {str(cause).rstrip('.')}. Expected "
+            f"rows that share their columns, in a file ending in {accepted}, a folder of such files, or a Hub dataset "
+            "that this machine can reach; name and split must be its own."
         ) from error
 
 
 def _looks_like_path(text: str) -> bool:
     if text.startswith((".", "~", os.sep)) or Path(text).suffix.lower() in READERS:
         return True
-    return os.sep in text and Path(text).parent.is_dir()
+    return os.sep in text and os.path.isdir(Path(text).parent)

@@ -128,9 +128,10 @@ def _from_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         # As with messages: the prompt ends where the last trained stretch begins.
         end = max((i + 1 for i, trained in enumerate(mask) if trained), default=len(ids))
         prompt_length = max((i + 1 for i in range(end) if not mask[i]), default=0) if any(mask) else len(ids)
-    if not 0 <= prompt_length <= len(ids):
-        raise DatasetError(f"prompt_length is {prompt_length}, but the row has {len(ids)} input_ids.")
-    padding = row.get("attention_mask") or [1] * len(ids)
+    if type(prompt_length) is not int or not 0 <= prompt_length <= len(ids):
+        raise DatasetError(f"prompt_length is {prompt_length!r}; expected 0 to the {len(ids)} input_ids of the row.")
+    padding = row.get("attention_mask")
+    padding = _flags("attention_mask", padding) if padding is not None and padding != [] else [1] * len(ids)
     if len(padding) != len(ids):
         raise DatasetError(
             f"The row has {len(ids)} input_ids but an attention_mask of {len(padding)}. Make them equal."
@@ -154,11 +155,7 @@ _MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 
 def _given_mask(row: Mapping[str, Any]) -> list[int]:
     """Return 1 where every mask that the row has says that a token is trained, as in TRL."""
-    given = {name: row[name] for name in _MASKS if row.get(name) is not None}
-    for name, values in given.items():
-        if any(value not in (0, 1) for value in values):
-            raise DatasetError(f"{name} has {next(v for v in values if v not in (0, 1))!r}; expected 0 and 1 alone.")
-    masks = [[int(value) for value in values] for values in given.values()]
+    masks = [_flags(name, row[name]) for name in _MASKS if row.get(name) is not None]
     if row.get("labels") is not None:
         masks.append(_mask_of_labels(row))
     if len(set(map(len, masks))) > 1:
@@ -166,8 +163,18 @@ def _given_mask(row: Mapping[str, Any]) -> list[int]:
     return [int(all(values)) for values in zip(*masks, strict=True)] if masks else [1] * len(row["input_ids"])
 
 
+def _flags(name: str, values: Any) -> list[int]:
+    if not isinstance(values, list):
+        raise DatasetError(f"{name} is {values!r:.80}; expected a list of 0 and 1, one for each of the input_ids.")
+    if wrong := [value for value in values if value not in (0, 1)]:
+        raise DatasetError(f"{name} has {wrong[0]!r:.80}; expected 0 and 1 alone.")
+    return [int(value) for value in values]
+
+
 def _mask_of_labels(row: Mapping[str, Any]) -> list[int]:
     labels = row["labels"]
+    if not isinstance(labels, list):
+        raise DatasetError(f"The labels are {labels!r:.80}; expected a list, with -100 where nothing is trained.")
     if any(label not in (-100, token) for label, token in zip(labels, row["input_ids"], strict=False)):
         raise DatasetError(
             "The labels differ from input_ids where they are not -100. Expected unshifted labels, as transformers has "

@@ -10,7 +10,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill_trainers.data.formats import DatasetType, apply_column_mapping, detect_dataset_type, first_row, goes_on
+from distill_trainers.data.formats import (
+    DatasetType,
+    apply_column_mapping,
+    detect_dataset_type,
+    first_row,
+    goes_on,
+    reading,
+)
 from distill_trainers.data.labels import any_trained
 from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
@@ -96,7 +103,8 @@ def prepare_dataset(
     )
     map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=_features())
     if isinstance(dataset, Dataset):
-        prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
+        with reading(f"Dataset {name!r} cannot be read"):
+            prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
         prepared = _drop(prepared, max_length, name)
     else:
         prepared = map_rows().filter(is_kept)

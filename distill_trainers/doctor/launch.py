@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigurationError
+from ..recipe.reading import read_settings
+from ..settings import require, shown
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 SHARDED = ("zero3", "fsdp2")
@@ -84,23 +86,24 @@ def read_launch(path: str | Path) -> Launch:
     Raises:
         ConfigurationError: it is not there, or not one.
     """
-    import yaml
-
     file = Path(path)
-    if not file.is_file():
+    if not os.path.lexists(file):
         near = sorted(p.name for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
         raise ConfigurationError(
             f"There is no launch configuration {str(path)!r}. That folder holds: {near or 'none'}."
         )
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"The launch configuration {str(path)!r} is not valid YAML: {error}.") from error
-    if not isinstance(content, dict) or "distributed_type" not in content:
+    content = read_settings(file, "The launch configuration")
+    if "distributed_type" not in content:
         raise ConfigurationError(
             f"{str(path)!r} is not a launch configuration: it has no `distributed_type`. Write one with `accelerate "
             "config`, or take one of accelerate_configs/."
         )
+    for name in ("deepspeed_config", "fsdp_config"):
+        require(isinstance(content.get(name) or {}, dict), name, content.get(name), "a mapping")
+    for name, least in (("num_processes", 1), ("num_machines", 1)):
+        count = content.get(name)
+        whole = isinstance(count, int) and not isinstance(count, bool) and least <= count <= 10**6
+        require(count is None or whole, name, count, f"a whole number, {least} or more")
     return _from_content(content, file.stem)
 
 
@@ -110,7 +113,9 @@ def _from_content(content: Mapping[str, Any], name: str) -> Launch:
     strategy = "ddp" if processes > 1 else "single"
     if kind == "DEEPSPEED":
         deepspeed = {**deepspeed, **_of_engine_file(deepspeed.get("deepspeed_config_file"))}
-        stage = int(deepspeed.get("zero_stage", 2))
+        stage = deepspeed.get("zero_stage", 2)
+        require(stage in (0, 1, 2, 3, "0", "1", "2", "3"), "zero_stage", stage, "0, 1, 2 or 3")
+        stage = int(stage)
         strategy = f"zero{stage}" if stage else strategy
     elif kind == "FSDP":
         strategy = "fsdp2"
@@ -133,13 +138,15 @@ def _of_engine_file(path: str | None) -> dict[str, Any]:
         return {}
     try:
         zero = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization") or {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigurationError(f"DeepSpeed's configuration {str(path)!r} cannot be read: {error}.") from error
-    return {
-        "zero_stage": int(zero.get("stage", 0)),
-        "offload_optimizer_device": (zero.get("offload_optimizer") or {}).get("device"),
-        "offload_param_device": (zero.get("offload_param") or {}).get("device"),
-    }
+        return {
+            "zero_stage": int(zero.get("stage", 0)),
+            "offload_optimizer_device": (zero.get("offload_optimizer") or {}).get("device"),
+            "offload_param_device": (zero.get("offload_param") or {}).get("device"),
+        }
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigurationError(
+            f"DeepSpeed's configuration {str(path)!r} cannot be read: {shown(error, 300)}."
+        ) from error
 
 
 def launch_here(environment: Mapping[str, str] | None = None, *, on_cpu: bool = False) -> Launch:

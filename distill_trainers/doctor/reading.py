@@ -105,7 +105,10 @@ def _paper(name: str, architectures: str | None) -> dict[str, Any] | None:
     folder = Path(architectures)
     require(folder.is_dir(), "architectures", architectures, "a folder of `owner--name.json` files")
     file = folder / f"{name.replace('/', '--')}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"The config {str(file)!r} cannot be read: {error}. Fetch it anew.") from error
 
 
 def _read_apart(

@@ -9,6 +9,7 @@ from ..answers.verify import check_kind
 from ..randomness import Purpose, Role, Stream
 from ..rollouts import SamplingSettings
 from ..settings import Checked, require, setting
+from ..value_types import check_mappings, check_settings
 from .accuracy import answer_parser
 from .measures import METRICS
 from .text_scores import require_library
@@ -23,19 +24,23 @@ class EvaluationSettings(Checked):
     metrics: list[str] | None = setting(
         None, f"Any of {', '.join(METRICS)}; by default all that models and data allow."
     )
-    max_samples: int | None = setting(None, "Only the first so many rows.")
-    min_reference_words: int = setting(0, "Leave out rows whose reference has fewer words (11 for S-NI and UnNI).")
-    max_length: int = setting(512, "Longest prompt plus completion, in tokens.")
-    max_new_tokens: int = setting(256, "Longest sampled completion, in tokens.")
+    max_samples: int | None = setting(None, "Only the first so many rows.", least=1)
+    min_reference_words: int = setting(
+        0, "Leave out rows whose reference has fewer words (11 for S-NI and UnNI).", least=0
+    )
+    max_length: int = setting(512, "Longest prompt plus completion, in tokens.", least=1)
+    max_new_tokens: int = setting(256, "Longest sampled completion, in tokens.", least=1)
     seeds: list[int] = field(
         default_factory=lambda: list(DEFAULT_SEEDS), metadata={"help": "One sample per prompt for each of them."}
     )
-    temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.")
-    top_p: float = setting(1.0, "Nucleus filter; 1 is off.")
-    top_k: int = setting(0, "Top-k filter; 0 is off.")
-    no_repeat_ngram_size: int = setting(0, "No n-gram of this size twice (6 in MiniLLM's runs); 0 is off.")
+    temperature: float = setting(
+        1.0, "Sampling temperature; 0 is greedy.", least=0, words="0 (greedy) or a positive number"
+    )
+    top_p: float = setting(1.0, "Nucleus filter; 1 is off.", above=0, most=1)
+    top_k: int = setting(0, "Top-k filter; 0 is off.", least=0)
+    no_repeat_ngram_size: int = setting(0, "No n-gram of this size twice (6 in MiniLLM's runs); 0 is off.", least=0)
     stop_strings: list[str] | None = setting(None, "A completion also ends with these.")
-    batch_size: int = setting(16, "Rows that are worked on together.")
+    batch_size: int = setting(16, "Rows that are worked on together.", least=1)
     answer_formats: list[str] | None = setting(
         None, "hash, boxed, answer_is, choice, first_line, or regex:PATTERN; the first that fits."
     )
@@ -44,16 +49,16 @@ class EvaluationSettings(Checked):
         None, "What asks a `question`; by default the label prompt of method rationale."
     )
     chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Extra variables for the chat template (JSON).")
-    bootstrap_samples: int = setting(1000, "Resamples of the prompts for intervals.")
-    confidence: float = setting(0.95, "Of the intervals.")
-    calibration_bins: int = setting(10, "Bins of the calibration error.")
-    shown_samples: int = setting(8, "Prompts whose completions are shown side by side.")
-    token_samples: int = setting(4, "Prompts whose completions are compared token by token.")
-    top_tokens: int = setting(5, "Likeliest tokens kept at each of their places.")
-    speed_prompts: int = setting(8, "Prompts decoded together for tokens per second.")
-    speed_tokens: int = setting(32, "Tokens decoded for each of them.")
+    bootstrap_samples: int = setting(1000, "Resamples of the prompts for intervals.", least=1)
+    confidence: float = setting(0.95, "Of the intervals.", above=0, below=1)
+    calibration_bins: int = setting(10, "Bins of the calibration error.", least=1)
+    shown_samples: int = setting(8, "Prompts whose completions are shown side by side.", least=0)
+    token_samples: int = setting(4, "Prompts whose completions are compared token by token.", least=0)
+    top_tokens: int = setting(5, "Likeliest tokens kept at each of their places.", least=1)
+    speed_prompts: int = setting(8, "Prompts decoded together for tokens per second.", least=1)
+    speed_tokens: int = setting(32, "Tokens decoded for each of them.", least=1)
     lm_eval_tasks: list[str] | None = setting(None, "Tasks of lm-eval to run as well; needs `pip install lm-eval`.")
-    lm_eval_limit: int | None = setting(None, "Only the first so many rows of each task.")
+    lm_eval_limit: int | None = setting(None, "Only the first so many rows of each task.", least=1)
     lm_eval_include_path: str | None = setting(None, "A folder with tasks of your own.")
 
     def check(self) -> None:
@@ -62,20 +67,14 @@ class EvaluationSettings(Checked):
         Raises:
             ConfigurationError: naming the setting, what was got and what was expected.
         """
+        check_settings(self)
+        check_mappings(self)
         unknown = [name for name in self.metrics or [] if name not in METRICS]
         got = unknown[0] if unknown else self.metrics
         require(not unknown and got != [], "metrics", got, f"any of {', '.join(METRICS)}")
-        counts = ("max_new_tokens", "batch_size", "bootstrap_samples", "calibration_bins", "top_tokens")
-        for name in (*counts, "speed_prompts", "speed_tokens"):
-            self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("min_reference_words", "shown_samples", "token_samples", "top_k", "no_repeat_ngram_size"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("max_samples", self.max_samples is None or self.max_samples >= 1, "1 or more")
         self._require("seeds", bool(self.seeds), "at least one number")
+        self._require("seeds", all(0 <= seed < 2**32 for seed in self.seeds), "numbers from 0 to 4294967295")
         self._require("seeds", len(set(self.seeds)) == len(self.seeds), "different numbers")
-        self._require("temperature", self.temperature >= 0, "0 (greedy) or a positive number")
-        self._require("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
-        self._require("confidence", 0 < self.confidence < 1, "a number between 0 and 1, such as 0.95")
         self._require(
             "max_length",
             self.max_length > self.max_new_tokens,

@@ -202,7 +202,12 @@ def _adapted_base(name: str) -> str | None:
     file = folder / "adapter_config.json"
     if (folder / "config.json").is_file() or not file.is_file():
         return None
-    return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigurationError(
+            f"The adapter's config {str(file)!r} cannot be read: {error}. Make it anew."
+        ) from error
 
 
 def reference_tokenizer(subjects: Sequence[Subject], tokenizer: Any = None) -> tuple[Any, int | None]:

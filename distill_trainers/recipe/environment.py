@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..exceptions import ConfigurationError
-from ..settings import require
+from ..settings import shown
 
 _ALLOWED = """
 CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING CUDA_DEVICE_MAX_CONNECTIONS CUBLAS_WORKSPACE_CONFIG
@@ -38,17 +39,17 @@ def set_environment(variables: Any) -> None:
     Raises:
         ConfigurationError: no mapping of names to single values, or one that a recipe may not set.
     """
-    require(isinstance(variables, dict), "env", variables, "a mapping of names to values")
-    refused = [str(name) for name in variables if not _MAY_BE_SET.fullmatch(str(name))]
+    if not isinstance(variables, Mapping):
+        raise ConfigurationError(f"Got `env: {shown(variables)}`; expected a mapping of names to values.")
+    refused = [shown(name) for name in variables if not _MAY_BE_SET.fullmatch(str(name))]
     if refused:  # the values may be secrets, and are not told
         raise ConfigurationError(
             f"Got `env` with {', '.join(refused)}; expected variables of speed, devices and logs. A recipe must not "
             "set what can run code or send something elsewhere: set it in the shell that starts the run."
         )
-    require(
-        not any(isinstance(value, dict | list) or value is None for value in variables.values()),
-        "env",
-        "a list, a mapping or nothing as the value of a variable",
-        "one value for each",
-    )
+    for name, value in variables.items():
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)) or "\0" in str(value):
+            raise ConfigurationError(
+                f"Got `env: {{{name}: {shown(value)}}}`; expected text or a number. Put the value in quotes."
+            )
     os.environ.update({str(name): str(value) for name, value in variables.items()})

@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..exceptions import ConfigurationError, refuse_unknown_keys
-from ..settings import require, setting
+from ..settings import Bounds, setting, shown
 from ..trl_names import other_names
-from ..value_types import check_value_types, names_of_mappings, parse_mapping
+from ..value_types import (
+    check_bounds,
+    check_finite,
+    check_mappings,
+    check_settings,
+    check_value_types,
+    names_of_mappings,
+    parse_mapping,
+)
 from .environment import set_environment
 from .known_keys import known_keys, options_with_our_names, with_our_names
+from .reading import read_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -45,10 +54,15 @@ class RecipeArguments:
         None, "Plain text for the language-model loss of minillm: a file, a folder or a Hub id."
     )
     pretraining_split: str = setting("train", "Split of a Hub `pretraining_dataset`.")
-    max_train_samples: int | None = setting(None, "Use only the first rows of the training data.")
+    max_train_samples: int | None = setting(
+        None, "Use only the first rows of the training data.", least=1, words="1 or more, or leave it out"
+    )
     streaming: bool = setting(False, "Read the training data as a stream (needs max_steps).")
     early_stopping_patience: int | None = setting(
-        None, "Stop after so many evaluations without a better metric_for_best_model."
+        None,
+        "Stop after so many evaluations without a better metric_for_best_model.",
+        least=1,
+        words="1 or more, or leave it out",
     )
     doctor: bool = setting(True, "Before runs of 100 steps and more, look for what would go wrong.")
     dry_run: bool = setting(False, "Check everything, print the plan, load no weights.")
@@ -129,11 +143,30 @@ def parse_settings(
     try:
         parser = make_parser(chosen, command)
         parser.set_defaults_with_config(**given)
-        return list(parser.parse_args_into_dataclasses(args=argv))
+        parsed = list(parser.parse_args_into_dataclasses(args=argv))
     except ConfigurationError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"{what[0].upper()}{what[1:]} could not be read: {error}") from error
+        raise ConfigurationError(f"{what[0].upper()}{what[1:]} could not be read: {shown(error, 300)}") from error
+    for settings in parsed:
+        _check_parsed(settings)
+    return parsed
+
+
+# TRL's settings of the student, which checks none of them.
+_MODEL_BOUNDS = {"lora_r": Bounds(least=1), "lora_alpha": Bounds(least=1), "lora_dropout": Bounds(least=0, below=1)}
+
+
+def _check_parsed(settings: Any) -> None:
+    """Check what does not check itself: a trainer's config does."""
+    if type(settings).__module__.startswith("trl."):  # it has changed what it declares as lists
+        values = {field.name: getattr(settings, field.name) for field in fields(settings) if field.init}
+        check_finite(values)
+        for name, bounds in _MODEL_BOUNDS.items():
+            check_bounds(name, values.get(name), bounds)
+    elif not hasattr(settings, "per_device_train_batch_size"):
+        check_settings(settings)
+        check_mappings(settings)
 
 
 def _split_config(argv: Sequence[str]) -> list[str]:
@@ -163,7 +196,7 @@ def make_parser(classes: tuple[Any, ...], command: str = "train") -> Any:
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            reason = re.sub(r"^argument --(\w+)[^:]*", r"`\1`", message).rstrip(".")
+            reason = shown(re.sub(r"^argument --(\w+)[^:]*", r"`\1`", message).rstrip("."), 300)
             raise ConfigurationError(f"{reason}. `distill-trainers {command} --help` lists every setting.")
 
     parser = Parser(classes, prog=f"distill-trainers {command}", allow_abbrev=False)
@@ -181,26 +214,19 @@ def _methods() -> dict[str, Any]:
 
 
 def read_yaml(argv: list[str]) -> dict[str, Any]:
-    import yaml
-
     if "--config" not in argv:
         return {}
     position = argv.index("--config") + 1
     if position >= len(argv):
         raise ConfigurationError("Got `--config` without a file; expected `--config recipes/….yaml`.")
+    if "--config" in argv[position:]:
+        raise ConfigurationError("Got `--config` twice; expected one file of settings. Leave one out.")
     path = Path(argv[position])
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise ConfigurationError(f"There is no recipe {str(path)!r}. Recipes in that folder: {near or 'none'}.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"The recipe {str(path)!r} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ConfigurationError(
-            f"The recipe {str(path)!r} holds {type(recipe).__name__}; expected `key: value` lines."
-        )
-    return recipe
+    if "\0" in argv[position] or not os.path.lexists(path):
+        parent = path.parent if "\0" not in argv[position] and path.parent.is_dir() else None
+        near = sorted(p.name for p in parent.glob("*.y*ml")) if parent else []
+        raise ConfigurationError(f"There is no recipe {shown(path)!r}. Recipes in that folder: {near or 'none'}.")
+    return read_settings(path, "The recipe")
 
 
 def _method(recipe: dict[str, Any], argv: list[str]) -> str:
@@ -254,9 +280,6 @@ def _refuse_contradictions(recipe: Recipe) -> None:
             f"Got `eval_fraction: {held_out}`; expected a share between 0 and 1, or a number of rows from 1. Leave it "
             "out to hold out nothing."
         )
-    for name in ("max_train_samples", "early_stopping_patience"):
-        value = getattr(run, name)
-        require(value is None or value >= 1, name, value, "1 or more, or leave it out")
     if run.pretraining_dataset and not args.has_plain_text_loss:
         raise ConfigurationError(
             f"Got `pretraining_dataset: {run.pretraining_dataset}` with `method: {run.method}`, which has no loss on "

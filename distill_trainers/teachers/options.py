@@ -58,8 +58,8 @@ class TeacherOptions(Checked, _Config):
     teacher_cache_kind: str = setting(
         "hidden", f"What is kept of each trained token: one of {', '.join(CACHE_KINDS)}; hidden is exact."
     )
-    teacher_cache_top_k: int = setting(64, "Ids kept per token by the kind topk.")
-    teacher_cache_draws: int = setting(50, "Draws per token of the kind sampled.")
+    teacher_cache_top_k: int = setting(64, "Ids kept per token by the kind topk.", least=1)
+    teacher_cache_draws: int = setting(50, "Draws per token of the kind sampled.", least=1, most=32767)
     teacher_cache_dtype: str | None = setting(
         None, "Of what is kept; by default hidden states as the teacher gives them, else float32."
     )
@@ -68,19 +68,23 @@ class TeacherOptions(Checked, _Config):
     teacher_server_kind: str = setting(
         "hidden", f"What a teacher's server is asked for: one of {', '.join(SERVER_KINDS)}; hidden is exact."
     )
-    teacher_server_top_k: int = setting(64, "Ids per token of the kind topk.")
-    teacher_server_draws: int = setting(50, "Draws per token of the kind sampled.")
+    teacher_server_top_k: int = setting(64, "Ids per token of the kind topk.", least=1)
+    teacher_server_draws: int = setting(50, "Draws per token of the kind sampled.", least=1, most=32767)
     teacher_server_dtype: str | None = setting(
         None, "Of what is sent; by default hidden states as the teacher gives them, else float32."
     )
     teacher_server_model: str | None = setting(
         None, "The teacher as an OpenAI-compatible server names it; by default the only one it serves."
     )
-    teacher_server_concurrency: int = setting(8, "Questions to teacher servers in flight at once, in each process.")
-    teacher_server_timeout: float = setting(
-        120.0, "Seconds for one whole answer of a server; without it an attempt has failed."
+    teacher_server_concurrency: int = setting(
+        8, "Questions to teacher servers in flight at once, in each process.", least=1, most=1024
     )
-    teacher_server_patience: float = setting(300.0, "Seconds for which a teacher server that is away is waited for.")
+    teacher_server_timeout: float = setting(
+        120.0, "Seconds for one whole answer of a server; without it an attempt has failed.", above=0, most=10**9
+    )
+    teacher_server_patience: float = setting(
+        300.0, "Seconds for which a teacher server that is away is waited for.", above=0
+    )
 
     @property
     def defers_teacher(self) -> bool:
@@ -103,11 +107,6 @@ class TeacherOptions(Checked, _Config):
     def _check_teacher_server(self) -> None:
         kind = self.teacher_server_kind
         self._require("teacher_server_kind", kind in SERVER_KINDS, f"one of {', '.join(SERVER_KINDS)}")
-        self._require("teacher_server_draws", 1 <= self.teacher_server_draws <= 32767, "1 to 32767 draws")
-        for name in ("teacher_server_top_k", "teacher_server_concurrency"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("teacher_server_timeout", "teacher_server_patience"):
-            self._require(name, getattr(self, name) > 0, "a number of seconds above 0")
         dtypes = NUMBER_DTYPES[kind]
         expected = f"one of {', '.join(dtypes)} for {kind}"
         self._require("teacher_server_dtype", self.teacher_server_dtype in (None, *dtypes), expected)
@@ -115,8 +114,6 @@ class TeacherOptions(Checked, _Config):
     def _check_teacher_cache(self) -> None:
         kind = self.teacher_cache_kind
         self._require("teacher_cache_kind", kind in CACHE_KINDS, f"one of {', '.join(CACHE_KINDS)}")
-        self._require("teacher_cache_top_k", self.teacher_cache_top_k >= 1, "at least 1 id")
-        self._require("teacher_cache_draws", 1 <= self.teacher_cache_draws <= 32767, "1 to 32767 draws")
         dtypes = CACHE_KINDS[kind].dtypes
         self._require(
             "teacher_cache_dtype", self.teacher_cache_dtype in (None, *dtypes), f"one of {', '.join(dtypes)} for {kind}"

@@ -19,9 +19,10 @@ from ..requirements import Requirements
 from ..rollouts import ENGINES
 from ..settings import documented, require, setting
 from ..teachers.options import TeacherOptions
-from ..value_types import check_finite, check_value_types, names_of_mappings, names_of_numbers
+from ..value_types import check_mappings, check_settings
 from .given.carrying import carried
-from .given.fields import check_arguments
+from .given.fields import ARGUMENTS, also_taken, check_arguments, refusals_of_transformers
+from .given.optimizer import check_optimizer, check_schedule
 from .given.packages import check_before_devices
 
 
@@ -57,38 +58,49 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     )
 
     # Data
-    max_length: int | None = setting(1024, "Longest prompt plus completion, in tokens; null cuts nothing.")
+    max_length: int | None = setting(
+        1024, "Longest prompt plus completion, in tokens; null cuts nothing.", least=2, words="at least 2 tokens"
+    )
     assistant_only_loss: bool = setting(False, "With `messages`: train on every assistant turn, not only on the last.")
     column_mapping: dict[str, str] | str | None = setting(
         None, "Rename dataset columns, such as {question: prompt, answer: completion} (JSON)."
     )
     chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Extra variables for the chat template (JSON).")
-    dataset_num_proc: int | None = setting(None, "Processes for tokenisation.")
-    pad_to_multiple_of: int | None = setting(None, "Pad batches to a multiple of this length.")
+    dataset_num_proc: int | None = setting(None, "Processes for tokenisation.", least=1, most=1024)
+    pad_to_multiple_of: int | None = setting(None, "Pad batches to a multiple of this length.", least=1)
     packing: bool = setting(
         False, "Train on several rows in one of up to `max_length` tokens, which do not see each other."
     )
 
     # Loss
-    kd_temperature: float = setting(1.0, "Divides the logits of student and teacher inside the divergence.")
+    kd_temperature: float = setting(1.0, "Divides the logits of student and teacher inside the divergence.", above=0)
     loss_chunk_mib: float | None = setting(
-        None, "Budget for one chunk of logits in the fused head, in MiB per buffer (32 on CPU, else 256)."
+        None, "Budget for one chunk of logits in the fused head, in MiB per buffer (32 on CPU, else 256).", above=0
     )
 
     # Rollouts
-    max_new_tokens: int = setting(128, "Longest sampled completion, in tokens.")
-    temperature: float = setting(1.0, "Sampling temperature of rollouts; 0 takes the most likely token.")
-    max_completion_length: int | None = setting(None, "TRL's name of max_new_tokens.")
-    top_p: float | None = setting(1.0, "Nucleus filter of rollouts; 1 is off.")
-    top_k: int | None = setting(0, "Top-k filter of rollouts; 0 is off.")
-    min_p: float | None = setting(0.0, "Drop tokens below this share of the likeliest token's probability; 0 is off.")
+    max_new_tokens: int = setting(128, "Longest sampled completion, in tokens.", least=1, words="at least 1 token")
+    temperature: float = setting(
+        1.0,
+        "Sampling temperature of rollouts; 0 takes the most likely token.",
+        least=0,
+        words="0 (greedy) or a positive number",
+    )
+    max_completion_length: int | None = setting(
+        None, "TRL's name of max_new_tokens.", least=1, words="at least 1 token"
+    )
+    top_p: float | None = setting(1.0, "Nucleus filter of rollouts; 1 is off.", above=0, most=1)
+    top_k: int | None = setting(0, "Top-k filter of rollouts; 0 is off.", least=0)
+    min_p: float | None = setting(
+        0.0, "Drop tokens below this share of the likeliest token's probability; 0 is off.", least=0, below=1
+    )
     repetition_penalty: float | None = setting(
-        1.0, "Above 1, tokens already in prompt or completion become less likely; 1 is off."
+        1.0, "Above 1, tokens already in prompt or completion become less likely; 1 is off.", above=0
     )
     stop_strings: list[str] | None = setting(None, "A completion also ends with the first of these, which it keeps.")
     rollout_engine: str = setting("decode", f"Who samples the student's completions: one of {', '.join(ENGINES)}.")
     rollout_batch_size: int | None = setting(
-        None, "Prompts sampled together; by default the whole accumulation window at once."
+        None, "Prompts sampled together; by default the whole accumulation window at once.", least=1
     )
     vllm_kwargs: dict[str, Any] | str | None = setting(
         None, "For rollout_engine vllm: arguments of TRL's VLLMGeneration, such as {mode: server} (JSON)."
@@ -122,9 +134,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         "Measured as well at each evaluation, on held-out prompts: agreement, rouge_l, accuracy, diversity, "
         "consistency, exposure_bias, calibration.",
     )
-    eval_measures_rows: int = setting(16, "They are taken on so many of the first rows of the evaluation set.")
-    eval_measures_seeds: int = setting(1, "Samples of each of these prompts.")
-    eval_measures_shown: int = setting(3, "Prompts whose completions by student and teacher are logged side by side.")
+    eval_measures_rows: int = setting(16, "They are taken on so many of the first rows of the evaluation set.", least=1)
+    eval_measures_seeds: int = setting(1, "Samples of each of these prompts.", least=1)
+    eval_measures_shown: int = setting(
+        3, "Prompts whose completions by student and teacher are logged side by side.", least=0
+    )
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
         "model_init_kwargs",
@@ -164,7 +178,10 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             of_loss = any(f"_{name}".endswith(f"_{term}") for term in self.loss_terms or ()) and name not in MEASURES
             self.greater_is_better = not of_loss and higher_is_better(self.metric_for_best_model)
         check_before_devices(self)
-        super().__post_init__()
+        with refusals_of_transformers():
+            super().__post_init__()
+        check_schedule(self)
+        check_optimizer(self)
         self._check_accelerator()
         if self.use_liger_kernel:
             self._keep_the_forward()
@@ -287,25 +304,23 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     # ---- Checks -----------------------------------------------------------------------------------------------------
 
     def _check_values(self) -> None:
-        """Refuse values of another type than declared, and numbers that are none."""
+        """Refuse values of another type than declared, and numbers and words that cannot work."""
         token: Any = self.hub_token
         whole = token is None or (isinstance(token, str) and token.split() == [token])
         self._require("hub_token", whole, "the token itself, as text without spaces, or none after `hf auth login`")
-        check_arguments(self)
+        for name in (f.name for f in fields(self) if f.init):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(value))
         theirs = {f.name for f in fields(TrainingArguments)}
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        values = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in values.items()}
-        vars(self).update(values)
-        checked = names_of_numbers(type(self))  # transformers reads others in more forms than it declares
-        for field in fields(TrainingArguments):
-            if field.name not in checked or (values[field.name], field.type) == (None, bool):
-                del values[field.name]  # None is as good as False
-        check_value_types(values, type(self))
-        check_finite(values, self.may_be_infinite)
-        for name in names_of_mappings(type(self)) - theirs:
-            if isinstance(values[name], str):
-                mapping = values[name].lstrip().startswith("{")
-                self._require(name, mapping, 'a mapping, or one in JSON such as {"key": "value"}')
+        check_settings(
+            self,
+            also=also_taken(),
+            bounds={name: argument.bounds for name, argument in ARGUMENTS.items() if argument.bounds is not None},
+            may_be_infinite=self.may_be_infinite,
+            may_be_blank=theirs - {"output_dir", "resume_from_checkpoint"},
+        )
+        check_mappings(self)
+        check_arguments(self)
 
     def _fill_in(self) -> None:
         """None turns a filter of sampling off, as in transformers; TRL's name goes before the default of ours."""
@@ -313,7 +328,6 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             if getattr(self, name) is None:
                 setattr(self, name, off)
         if self.max_completion_length is not None:
-            self._require("max_completion_length", self.max_completion_length >= 1, "at least 1 token")
             default = next(f.default for f in fields(self) if f.name == "max_new_tokens")
             both = f"one of it and `max_completion_length: {self.max_completion_length}`, which is its name in TRL"
             given = self.max_new_tokens not in (default, self.max_completion_length)
@@ -322,20 +336,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
 
     def _check(self) -> None:
         """Refuse what cannot work; subclasses extend it."""
-        self._require("kd_temperature", self.kd_temperature > 0, "a number above 0")
-        self._require("temperature", self.temperature >= 0, "0 (greedy) or a positive number")
-        self._require("top_p", 0 < (self.top_p or 0) <= 1, "a number in (0, 1]")
-        self._require("top_k", (self.top_k or 0) >= 0, "0 (off) or a positive number")
-        self._require("min_p", 0 <= (self.min_p or 0) < 1, "a number in [0, 1)")
-        self._require("repetition_penalty", (self.repetition_penalty or 0) > 0, "a number above 0")
         self._require("rollout_engine", self.rollout_engine in ENGINES, f"one of {', '.join(ENGINES)}")
-        self._require("max_length", self.row_limit >= 2, "at least 2 tokens")
-        self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1 token")
-        for name in ("dataset_num_proc", "pad_to_multiple_of", "rollout_batch_size"):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "at least 1, or null")
-        mib = self.loss_chunk_mib
-        self._require("loss_chunk_mib", mib is None or mib > 0, "a positive number of MiB")
         self._check_eval_measures()
         self.check_teacher_options()
 
@@ -362,8 +363,6 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         known = [name for name in METRICS if name not in ("perplexity", "speed")]
         unknown = [name for name in self.eval_measures or [] if name not in known]
         require(not unknown, "eval_measures", unknown[:1], f"any of {', '.join(known)}")
-        for name, least in (("eval_measures_rows", 1), ("eval_measures_seeds", 1), ("eval_measures_shown", 0)):
-            self._require(name, getattr(self, name) >= least, f"{least} or more")
 
 
 def config_from_arguments(config_class: type[DistillConfig], args: TrainingArguments | None) -> DistillConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..data.plain import plain_dataset
 from ..exceptions import ConfigurationError, DatasetError
 from ..requirements import Requirements
 from ..rollouts import check_engine
+from ..storage import check_folder
 from ..teachers import loading
 from ..teachers.base import Pair, Teacher
 from ..teachers.rows import dataset_rows
@@ -174,6 +176,7 @@ def preflight(given: Given) -> Ready:
     args, student, teacher = given.args, given.pair.student, given.pair.teacher
     for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
         setattr(args, name, models.settled_kwargs(getattr(args, name), name) or None)  # what follows knows one spelling
+    _check_folders(args, given.train is not None)
     _check_parallelism(args)
     models.check_compiler(args)
     given = _plain(given)
@@ -226,6 +229,14 @@ def _check_parallelism(args: DistillConfig) -> None:
             "Got a parallelism_config with tensor, context or sequence parallelism; expected data parallelism only "
             "(DDP, ZeRO, FSDP2): the loss needs whole rows of tokens."
         )
+
+
+def _check_folders(args: DistillConfig, trains: bool) -> None:
+    """Refuse folders that nothing could be written into at the end of the first hour; caches may only be read."""
+    for name in ("output_dir", "completions_dir", "teacher_cache", "reference_logps_dir"):
+        folder = getattr(args, name, None)
+        if folder is not None and args.should_save:
+            check_folder(name, folder, writable=trains and (name == "output_dir" or not os.path.isdir(folder)))
 
 
 def _check_packing(args: DistillConfig, wants: Requirements) -> None:

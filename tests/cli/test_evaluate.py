@@ -251,3 +251,15 @@ def test_a_stopped_task_keeps_those_before_it(config, own_tasks, saved, monkeypa
     assert main(["evaluate", "--config", path]) == 0
     # the model `after` is the teacher again, and is known by its weights
     assert run == ["tiny_sums", "tiny_reading", "tiny_sums", "tiny_reading", "tiny_reading"]
+
+
+def test_a_student_of_nan_is_named(config, saved, tmp_path, capsys):
+    """Its perplexity would be none, and its text that of whichever token sorts first."""
+    broken = AutoModelForCausalLM.from_pretrained(saved.student)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(saved.student).save_pretrained(tmp_path / "broken")
+    assert main(["evaluate", "--config", config(students={"broken": str(tmp_path / "broken")})]) == 2
+    error = capsys.readouterr().err
+    assert "broken" in error and "model.layers.0.mlp.up_proj.weight" in error and "NaN" in error

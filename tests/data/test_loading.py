@@ -1,10 +1,12 @@
 """Loading: every local format, folders, missing and broken files, and held-out rows."""
 
+import gzip
 import json
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from distill_trainers.data.formats import first_row
 from distill_trainers.data.loading import load_split, train_eval_split
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 
@@ -165,3 +167,71 @@ def test_impossible_shares_are_refused():
             train_eval_split(dataset, asked, seed=0)
     with pytest.raises(DatasetError, match="4 of 4 rows"):
         train_eval_split(dataset, 4, seed=0)
+
+
+def cut(file, length):
+    file.write_bytes(file.read_bytes()[:length])
+
+
+DAMAGES = {
+    "no dataset_info": lambda folder: (folder / "dataset_info.json").unlink(),
+    "no rows": lambda folder: next(folder.glob("*.arrow")).unlink(),
+    "cut rows": lambda folder: cut(next(folder.glob("*.arrow")), 100),
+    "empty rows": lambda folder: cut(next(folder.glob("*.arrow")), 0),
+    "cut state": lambda folder: cut(folder / "state.json", 9),
+    "state of a list": lambda folder: (folder / "state.json").write_text("[]"),
+    "state of nothing": lambda folder: (folder / "state.json").write_text("{}"),
+    "cut info": lambda folder: cut(folder / "dataset_info.json", 9),
+    "info of a list": lambda folder: (folder / "dataset_info.json").write_text("[]"),
+    "other columns": lambda folder: (folder / "dataset_info.json").write_text(
+        json.dumps({"features": {"prompt": {"dtype": "int64", "_type": "Value"}}})
+    ),
+    "no such type": lambda folder: (folder / "dataset_info.json").write_text(
+        json.dumps({"features": {"prompt": {"dtype": "int64", "_type": "Nothing"}}})
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_folders_of_save_to_disk_are_named(tmp_path, damage, streaming):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    DAMAGES[damage](tmp_path / "saved")
+    with pytest.raises(DatasetError, match="saved.*cannot be read: .*make or fetch them again"):
+        load_split(str(tmp_path / "saved"), streaming=streaming)
+
+
+@pytest.mark.parametrize("told", ["{", "[]"])
+def test_damaged_folders_of_several_splits_are_named(tmp_path, told):
+    DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved/dataset_dict.json").write_text(told)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        load_split(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("a.parquet", b""),
+        ("b.parquet", b"PAR1xxxx"),
+        ("c.jsonl", b'{"prompt": "a"}\n{"prompt": "b'),
+        ("d.jsonl", gzip.compress(b'{"prompt": "a"}')[:-5]),
+        ("e.jsonl", '{"prompt": "é"}'.encode("latin-1")),
+        ("f.csv", "prompt\né\n".encode("latin-1")),
+        ("g.json", b"[" * 5000),
+        ("h.txt", b"\xff\xfe\x00"),
+        ("i.arrow", b"xx"),
+        ("j.jsonl", b"\0" * 50),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_files_are_named_by_their_first_row_at_the_latest(tmp_path, name, written, streaming):
+    (tmp_path / name).write_bytes(written)
+    with pytest.raises(DatasetError):
+        first_row(load_split(str(tmp_path / name), streaming=streaming))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".jsonl", "a\0b.jsonl"], ids=["long", "NUL"])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(DatasetError, match="no such file"):
+        load_split(name)

@@ -1,5 +1,7 @@
 """Rows to tokens: what is trained, where the prompt ends, how completions end, and how rows are cut."""
 
+import re
+
 import pytest
 
 from distill_trainers.data.rows import tokenize_row, truncate
@@ -297,3 +299,27 @@ def test_bos_survives_the_cut():
 def test_no_length_no_cut():
     row = make_row(20, 3)
     assert truncate(row, None) is row
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"loss_mask": 5}, "loss_mask is 5; expected a list"),
+        ({"loss_mask": [0, 7, 1]}, "loss_mask has 7"),
+        ({"loss_mask": [0.5, 1.0, 1.0]}, "loss_mask has 0.5"),
+        ({"loss_mask": [0, 1]}, "3 input_ids but 2 mask values"),
+        ({"labels": 5}, "labels are 5; expected a list"),
+        ({"attention_mask": 5}, "attention_mask is 5"),
+        ({"attention_mask": ["1", "0", "1"]}, "attention_mask has '1'"),  # the text 0 is true to Python
+        ({"attention_mask": [1, 2, 2]}, "attention_mask has 2"),
+        ({"prompt_length": "1"}, "prompt_length is '1'"),
+        ({"prompt_length": 1.5}, "prompt_length is 1.5"),
+        ({"prompt_length": -1}, "prompt_length is -1"),
+        ({"input_ids": [1, 2, 10**6]}, "ids from 1 to 1000000"),
+        ({"input_ids": [1, -1, 2]}, "ids from -1 to 2"),
+    ],
+)
+def test_tokens_and_masks_that_are_none(make_tokenizer, changes, told):
+    row = {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1], **changes}
+    with pytest.raises(DatasetError, match=re.escape(told)):
+        tokenize_row(row, make_tokenizer(), dataset_type="tokenized")

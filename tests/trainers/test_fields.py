@@ -63,7 +63,7 @@ def test_words_are_taken_from_a_list(name, value):
 
 @pytest.mark.parametrize(("name", "value"), [("adam_beta1", 1.0), ("adam_beta2", 1.5)])
 def test_decays_of_the_optimiser_are_below_1(name, value):
-    with pytest.raises(ConfigurationError, match=f"`{name}: {value}`; expected a number below 1"):
+    with pytest.raises(ConfigurationError, match=f"`{name}: {value}`; expected a number in .0, 1."):
         GKDConfig(**PLAIN, **{name: value})
 
 
@@ -240,3 +240,61 @@ def test_lengths_are_counted_whatever_column_is_named(make_trainer, caplog):
     )
     trainer.train()
     assert "`length_column_name: size` has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_kwargs: .*unexpected keyword argument 'foo'"),
+        ({"lr_scheduler_kwargs": {"num_cycles": "two"}, "lr_scheduler_type": "cosine"}, "which takes num_cycles"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs"),
+        ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"a": 1}}, "which takes none"),
+        ({"optim_args": "foo=1"}, "transformers reads no 'foo'"),
+        ({"optim_args": "momentum"}, "optim_args: momentum.*key=value"),
+        ({"optim": "sgd", "optim_args": "momentum=high"}, "could not convert"),
+        ({"optim": "sgd", "optim_args": "momentum=-1"}, "Invalid momentum"),
+        ({"accelerator_config": {"even": True}}, "accelerator_config"),
+        ({"accelerator_config": 1}, "accelerator_config: 1"),  # once it was opened as a file, and closed stdout
+        ({"activation_checkpointing_kwargs": {"a": 1}}, "Unknown key 'a'"),
+        ({"dataloader_prefetch_factor": 2}, "dataloader_num_workers"),
+        ({"dataloader_persistent_workers": True}, "dataloader_num_workers"),
+        ({"ddp_backend": "glue"}, "one of nccl, gloo"),
+        ({"log_level": "loud"}, "log_level: loud"),
+        ({"train_sampling_strategy": "any"}, "train_sampling_strategy: any"),
+        ({"max_steps": 0}, "max_steps: 0"),
+        ({"max_steps": -3}, "max_steps: -3"),
+        ({"warmup_steps": 1.5}, "warmup_steps: 1.5"),
+        ({"eval_steps": 0}, "eval_steps: 0"),
+        ({"seed": 2**32}, "seed: 4294967296.*4294967295"),
+        ({"learning_rate": 1e39}, "float32"),
+        ({"learning_rate": 10**5000}, "thousands of digits"),
+        ({"debug": ["everything"]}, "debug: everything"),
+        ({"fsdp": "all"}, "transformers cannot work with these settings: Unknown `fsdp` option"),
+        ({"load_best_model_at_end": True}, "transformers cannot work with these settings: .*save and eval strategy"),
+        ({"run_name": "a\0b"}, "run_name: .*NUL"),
+        ({"output_dir": ""}, 'output_dir: ""'),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_would_fail_after_loading_is_refused(given, told):
+    with pytest.raises(ConfigurationError, match=told):
+        GKDConfig(**PLAIN | given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '{"num_decay_steps": 5}'},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+        {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"},
+        {"optim": "rmsprop", "optim_args": "alpha=0.99"},
+        {"warmup_steps": 3000},
+        {"warmup_steps": 0.1, "save_steps": 0.5, "logging_steps": 0.2},
+        {"learning_rate": 0.0},
+    ],
+    ids=str,
+)
+def test_what_works_is_taken(given):
+    GKDConfig(**PLAIN | given)

@@ -9,6 +9,7 @@ from datasets import Dataset
 from distill_trainers import GKDConfig, GKDTrainer, LocalTeacher, models
 from distill_trainers.cli import main
 from distill_trainers.exceptions import ConfigurationError, DatasetError, VocabularyError
+from distill_trainers.storage import check_folder
 from distill_trainers.trainers import METHODS
 
 
@@ -130,3 +131,31 @@ def test_a_student_is_loaded_before_the_live_teacher_of_a_cache(make_trainer, sa
 def test_what_moved_to_the_config_is_not_looked_for_on_a_trainer():
     with pytest.raises(ConfigurationError, match="Own defines needs; expected it on GKDConfig"):
         type("Own", (GKDTrainer,), {"needs": frozenset()})
+
+
+def test_an_output_dir_that_is_a_file_or_lies_below_one(everywhere, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/below"):
+        said = everywhere(PROMPTS, lmbda=1.0, output_dir=str(tmp_path / folder))
+        assert said[0] == said[1] and "`output_dir: " in said[0], said  # the run itself is stopped by the folder's lock
+        assert all("output_dir" in text and "folder" in text for text in said), said
+
+
+@pytest.mark.parametrize("name", ["completions_dir", "teacher_cache"])
+def test_other_folders_that_are_files(everywhere, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    said = everywhere(PROMPTS, lmbda=1.0, **{name: str(tmp_path / "file")})
+    assert f"`{name}: " in said[0] and said[0] == said[1] == said[2], said
+
+
+def test_a_folder_without_rights(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *args, **kwargs: False)  # root may write everywhere
+    with pytest.raises(ConfigurationError, match="output_dir: .*a folder to write into"):
+        check_folder("output_dir", tmp_path / "new" / "deeper")
+    check_folder("teacher_cache", tmp_path, writable=False)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"], ids=["long", "NUL"])
+def test_a_folder_that_cannot_be_made(tmp_path, name):
+    with pytest.raises(ConfigurationError, match="output_dir"):
+        check_folder("output_dir", tmp_path / name)

@@ -45,30 +45,31 @@ class DPKDConfig(DistillConfig):
     beta: float = setting(
         1.0,
         "β: scale of the implicit rewards. On fixed pairs the optimum moves away from the teacher like the power 1/β.",
+        above=0,
     )
     length_normalized: bool = setting(True, "Divide the log-ratio of each response by its number of tokens.")
     lm_loss_weight: float | None = setting(
-        None, "λ: weight of −log q of the chosen responses; if not set 1, and 0 for contrastive_skew."
+        None, "λ: weight of −log q of the chosen responses; if not set 1, and 0 for contrastive_skew.", least=0
     )
     reference: str = setting(
         "teacher", "Reference of the rewards: teacher (DPKD), or student, as it was before training (DPO)."
     )
     logprob_mse_weight: float = setting(
-        0.0, "Weight of the squared difference of both models' mean log-probabilities of each response."
+        0.0, "Weight of the squared difference of both models' mean log-probabilities of each response.", least=0
     )
     target_margin: float | None = setting(
-        None, "γ of simpo, the margin from which a pair counts as learnt; 0.5 if not set."
+        None, "γ of simpo, the margin from which a pair counts as learnt; 0.5 if not set.", least=0
     )
     chosen: str = setting(
         "teacher", "Of a dataset without pairs: take the teacher's responses, or the dataset's, as chosen."
     )
     refresh_steps: int = setting(
-        1, "Sample rejected responses every so many optimiser steps and train on them until then."
+        1, "Sample rejected responses every so many optimiser steps and train on them until then.", least=1
     )
     replay_buffer_size: int | None = setting(
-        None, "Pairs kept for the steps between; by default those of the last sampling step."
+        None, "Pairs kept for the steps between; by default those of the last sampling step.", least=1
     )
-    skew_alpha: float = setting(0.1, "α₀ of contrastive_skew: the largest skew.")
+    skew_alpha: float = setting(0.1, "α₀ of contrastive_skew: the largest skew.", least=0.01, below=1)
     contrastive_schedules: bool = setting(
         True, "contrastive_skew: adapt α to each response, and raise the rejected side's weight from ½ to ¾."
     )
@@ -80,7 +81,7 @@ class DPKDConfig(DistillConfig):
     bad_pairs: str = setting("error", "What happens to given pairs that cannot be trained on: error, or drop.")
     guard: str = setting("warn", f"When the student runs away from both responses: one of {', '.join(MODES)}.")
     guard_limit: float = setting(
-        1.0, "Rise of the rejected NLL, in nats per token, that trips the guard if the chosen NLL is up."
+        1.0, "Rise of the rejected NLL, in nats per token, that trips the guard if the chosen NLL is up.", above=0
     )
 
     @property
@@ -190,13 +191,6 @@ class DPKDConfig(DistillConfig):
             ("guard", MODES),
         ):
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
-        self._require("beta", self.beta > 0, "a positive number")
-        self._require("lm_loss_weight", self.lm_weight >= 0, "0 or a positive number")
-        self._require("logprob_mse_weight", self.logprob_mse_weight >= 0, "0 or a positive number")
-        self._require("target_margin", (self.target_margin or 0) >= 0, "0 or a positive number")
-        self._require("guard_limit", self.guard_limit > 0, "a positive number of nats per token")
-        self._require("refresh_steps", self.refresh_steps >= 1, "1 (every step) or more")
-        self._require("skew_alpha", 0.01 <= self.skew_alpha < 1, "a number from 0.01 to 1")
         self._require(
             "target_margin",
             self.target_margin is None or self.loss_type == "simpo",

@@ -20,7 +20,9 @@ class GKDConfig(DistillConfig):
     """Settings of `GKDTrainer`."""
 
     learning_rate: float = setting(2e-5, "That of TRL's GKD and SFT; adapters take about ten times as much.")
-    lmbda: float = setting(0.5, "λ: probability that an optimiser step trains on student rollouts; 0 never samples.")
+    lmbda: float = setting(
+        0.5, "λ: probability that an optimiser step trains on student rollouts; 0 never samples.", least=0, most=1
+    )
     divergence: str = setting("jsd", f"Per-token divergence: one of {', '.join(DIVERGENCES)}.")
     beta: float | None = setting(None, "β of jsd: weight of the teacher in the mixture; 0.5 if not set.")
     alpha: float | None = setting(None, "α of the skew divergences; 0.1 if not set.")
@@ -32,6 +34,7 @@ class GKDConfig(DistillConfig):
         0,
         "Keep this many student completions and train on them again (DistiLLM; 1000 there): with probability λ·(1 − "
         "t/T) a step samples, with λ it trains on the student's text. 0 samples every time.",
+        least=0,
     )
     adaptive_rollouts: bool = setting(
         False, "Raise λ from lmbda by 0.1 at each evaluation whose loss did not fall (DistiLLM starts at 0)."
@@ -40,7 +43,7 @@ class GKDConfig(DistillConfig):
         False, "Replace the dataset's completions by the teacher's own, generated once and kept on disk."
     )
     lm_loss_weight: float = setting(
-        0.0, "Weight of −log q(y) of given completions, added to the divergence (never on student rollouts)."
+        0.0, "Weight of −log q(y) of given completions, added to the divergence (never on student rollouts).", least=0
     )
     tau_squared: bool = setting(False, "Multiply the divergence by kd_temperature², which keeps gradients' size.")
 
@@ -84,8 +87,6 @@ class GKDConfig(DistillConfig):
 
     def _check(self) -> None:
         super()._check()
-        self._require("lmbda", 0 <= self.lmbda <= 1, "a probability in [0, 1]")
-        self._require("lm_loss_weight", self.lm_loss_weight >= 0, "0 or a positive number")
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         self._require(
             "replay_buffer_size",

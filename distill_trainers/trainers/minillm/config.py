@@ -28,35 +28,47 @@ class MiniLLMConfig(DistillConfig):
         "Single by the sum over the vocabulary (exact), or by the sampled tokens alone (sampled), for which a teacher "
         "has to know no more than their log-probabilities.",
     )
-    lmbda: float = setting(1.0, "λ: with objective token, the probability that a step trains on student rollouts.")
+    lmbda: float = setting(
+        1.0, "λ: with objective token, the probability that a step trains on student rollouts.", least=0, most=1
+    )
     teacher_mix_alpha: float | None = setting(
-        None, "α: share of the teacher in the sampler; if not set 0.2 (the paper's) for sequences, 0 for tokens."
+        None,
+        "α: share of the teacher in the sampler; if not set 0.2 (the paper's) for sequences, 0 for tokens.",
+        least=0,
+        below=1,
     )
     importance: str = setting(
         "token", "Weights of teacher-mixed samples: token (the paper's, biased) or prefix (exact)."
     )
     length_normalization: bool = setting(True, "Long takes the mean of the rewards that follow a token, not their sum.")
-    gamma: float = setting(1.0, "γ: discount of rewards by their distance from the token.")
+    gamma: float = setting(1.0, "γ: discount of rewards by their distance from the token.", least=0, most=1)
     reward_scale: float = setting(
         1.0,
         "Factor on the rewards log p − log q: those of Long alone with estimator exact, whose Single has none, and of "
         "both with sampled.",
+        above=0,
     )
     reward_clip: float | None = setting(
-        None, "Bound on the size of a scaled reward, in Long or in both as reward_scale."
+        None, "Bound on the size of a scaled reward, in Long or in both as reward_scale.", above=0
     )
     clip_range: float | None = setting(
-        0.2, "PPO: bound on how far q now / q at sampling may leave 1; null does not clip."
+        0.2, "PPO: bound on how far q now / q at sampling may leave 1; null does not clip.", above=0
     )
-    num_minibatches: int = setting(1, "Optimiser steps whose prompts are sampled in one go (the paper: 4 of 64 rows).")
-    num_inner_epochs: int = setting(1, "How often each rollout is trained on (the paper: 4); 1 is strictly on-policy.")
+    num_minibatches: int = setting(
+        1, "Optimiser steps whose prompts are sampled in one go (the paper: 4 of 64 rows).", least=1
+    )
+    num_inner_epochs: int = setting(
+        1, "How often each rollout is trained on (the paper: 4); 1 is strictly on-policy.", least=1
+    )
     loss_reduction: str = setting(
         "token", "token: mean over tokens (the paper's code); sequence: sum of each row, mean over rows."
     )
-    lm_loss_weight: float = setting(0.0, "With objective token: weight of −log q(y) of given completions.")
-    pretraining_weight: float = setting(1.0, "Weight of −log q of the pretraining dataset's text; at 0 it is not read.")
+    lm_loss_weight: float = setting(0.0, "With objective token: weight of −log q(y) of given completions.", least=0)
+    pretraining_weight: float = setting(
+        1.0, "Weight of −log q of the pretraining dataset's text; at 0 it is not read.", least=0
+    )
     pretraining_batch_size: int | None = setting(
-        None, "Rows of text beside each micro-batch; by default as many as it has."
+        None, "Rows of text beside each micro-batch; by default as many as it has.", least=1
     )
 
     @property
@@ -124,10 +136,8 @@ class MiniLLMConfig(DistillConfig):
         for name, choices in CHOICES.items():
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         scored, alpha = self.scores_rollouts, self.alpha
-        self._require("lmbda", 0 <= self.lmbda <= 1, "a probability in [0, 1]")
         wants_rollouts = "1 with objective sequence or estimator sampled, which need the student's own text"
         self._require("lmbda", self.lmbda == 1 or not scored, wants_rollouts)
-        require(0 <= alpha < 1, "teacher_mix_alpha", alpha, "a share in [0, 1)")
         mixes = "0 with objective token, which has no importance weights"
         require(alpha == 0 or self.objective == "sequence", "teacher_mix_alpha", alpha, mixes)
         loop = "decode: only its loop mixes the teacher in. Or set `teacher_mix_alpha: 0`"
@@ -140,24 +150,13 @@ class MiniLLMConfig(DistillConfig):
                 value = getattr(self, name)
                 require(value == off, name, value, f"{off}: tokens that are never drawn bias the policy gradient")
             self._require("kd_temperature", self.kd_temperature == 1, "1: rewards are at temperature 1")
-        self._require("gamma", 0 <= self.gamma <= 1, "a number in [0, 1]")
-        self._require("reward_scale", self.reward_scale > 0, "a number above 0")
-        for name in ("reward_clip", "clip_range"):
-            value = getattr(self, name)
-            require(value is None or value > 0, name, value, "a number above 0, or null")
-        for name in ("num_minibatches", "num_inner_epochs", "pretraining_batch_size"):
-            value = getattr(self, name)
-            optional = value is None and name == "pretraining_batch_size"
-            require(optional or (type(value) is int and value >= 1), name, value, "a whole number, at least 1")
         reused = "1 with objective token and estimator exact, which has no ratio that tells how old a rollout is"
         for name in ("num_minibatches", "num_inner_epochs"):
             self._require(name, scored or getattr(self, name) == 1, reused)
         for name in ("ignore_data_skip", "auto_find_batch_size"):
             self._require(name, not self.reuses_rollouts or not getattr(self, name), COUNTED)
-        self._require("lm_loss_weight", self.lm_loss_weight >= 0, "0 or a positive number")
         expected = "0 where no step trains on given completions (lmbda is 1). Pass a pretraining dataset instead"
         self._require("lm_loss_weight", self.lm_loss_weight == 0 or self.lmbda < 1, expected)
-        self._require("pretraining_weight", self.pretraining_weight >= 0, "0 or a positive number")
         room = f"less than max_length ({self.max_length}), which counts prompt and completion"
         fits = self.max_new_tokens < self.row_limit or self.lmbda == 0
         self._require("max_new_tokens", fits, room)

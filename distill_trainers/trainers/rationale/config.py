@@ -14,9 +14,6 @@ from ...requirements import Requirements
 from ...settings import documented, require, setting
 from ..config import DistillConfig
 
-_WEIGHTS = tuple(
-    f"{name}_weight" for name in ("rationale", "right", "wrong", "imitation", "answer", "innovation", "distill")
-)
 _STYLES = ("auto", "text", "chat")
 
 
@@ -27,24 +24,26 @@ class RationaleConfig(DistillConfig):
 
     learning_rate: float = setting(5e-5, "That of transformers; adapters take about ten times as much.")
     objective: str = setting("step_by_step", f"One of {', '.join(OBJECTIVES)}.")
-    rationale_weight: float = setting(1.0, "λ of step_by_step: L = L_label + λ L_rationale.")
-    alpha: float | None = setting(None, "Instead of λ: L = α L_label + (1 − α) L_rationale, 0 < α ≤ 1.")
-    right_weight: float = setting(1.0, "ω⁺ of edit: weight of key steps of right chains.")
-    wrong_weight: float = setting(0.025, "ω⁻ of edit: weight of key steps of wrong chains.")
+    rationale_weight: float = setting(1.0, "λ of step_by_step: L = L_label + λ L_rationale.", least=0)
+    alpha: float | None = setting(
+        None, "Instead of λ: L = α L_label + (1 − α) L_rationale, 0 < α ≤ 1.", above=0, most=1
+    )
+    right_weight: float = setting(1.0, "ω⁺ of edit: weight of key steps of right chains.", least=0)
+    wrong_weight: float = setting(0.025, "ω⁻ of edit: weight of key steps of wrong chains.", least=0)
     wrong_term: str = setting(
         "likelihood", f"Loss of wrong steps: {' (log q, to the floor) or '.join(WRONG_TERMS)} (−log(1 − q))."
     )
-    wrong_floor: float = setting(-10.0, "Log-probability below which a wrong step is not pushed (likelihood).")
+    wrong_floor: float = setting(-10.0, "Log-probability below which a wrong step is not pushed (likelihood).", below=0)
     imitation_weight: float | None = setting(
-        None, "Weight of whole right chains: 1 in dual_chain and 0 in edit if not set."
+        None, "Weight of whole right chains: 1 in dual_chain and 0 in edit if not set.", least=0
     )
-    answer_weight: float = setting(1.0, "Weight of the answer that ends a chain (dual_chain).")
+    answer_weight: float = setting(1.0, "Weight of the answer that ends a chain (dual_chain).", least=0)
     innovation_weight: float = setting(
-        0.5, "Weight of the student's own right and shorter chains (dual_chain); 0 is off."
+        0.5, "Weight of the student's own right and shorter chains (dual_chain); 0 is off.", least=0
     )
-    innovation_samples: int = setting(4, "Chains sampled per question and step (dual_chain).")
+    innovation_samples: int = setting(4, "Chains sampled per question and step (dual_chain).", least=1)
     distill_weight: float = setting(
-        0.0, "Weight of a divergence from the teacher on the same tokens; 0 needs no teacher."
+        0.0, "Weight of a divergence from the teacher on the same tokens; 0 needs no teacher.", least=0
     )
     divergence: str = setting("forward_kl", f"Of distillation: {', '.join(DIVERGENCES)}.")
     divergence_params: dict[str, Any] | str | None = setting(
@@ -60,7 +59,7 @@ class RationaleConfig(DistillConfig):
     )
     answer_kind: str = setting("auto", f"How answers are compared: {', '.join(ANSWER_KINDS)}.")
     eval_accuracy: bool = setting(True, "Answer the evaluation questions, and score that.")
-    eval_accuracy_samples: int | None = setting(None, "Answer only so many of them.")
+    eval_accuracy_samples: int | None = setting(None, "Answer only so many of them.", least=1)
 
     may_be_infinite = DistillConfig.may_be_infinite | {"wrong_floor"}
     _VALID_DICT_FIELDS = DistillConfig._VALID_DICT_FIELDS + ["divergence_params"]
@@ -150,22 +149,13 @@ class RationaleConfig(DistillConfig):
         super()._check()
         self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         self._require("prompt_style", self.prompt_style in _STYLES, f"one of {', '.join(_STYLES)}")
-        self._require("alpha", self.alpha is None or 0 < self.alpha <= 1, "a number in (0, 1]")
         self._require(
             "alpha",
             self.alpha is None or self.rationale_weight == 1,
             "either `alpha` or `rationale_weight`, which say the same in two ways (λ = (1 − α)/α, and L times α)",
         )
-        for name in _WEIGHTS:
-            self._require(name, (getattr(self, name) or 0) >= 0, "a weight of 0 or more")
-        samples = self.eval_accuracy_samples
-        self._require("eval_accuracy_samples", samples is None or samples >= 1, "1 or more, or null")
-        for name, weight in self.uses.items():
-            require(weight >= 0, name, weight, "a weight of 0 or more")
         self._require("objective", any(self.uses.values()), "some weight above 0")
         self._require("wrong_term", self.wrong_term in WRONG_TERMS, f"one of {', '.join(WRONG_TERMS)}")
-        self._require("wrong_floor", self.wrong_floor < 0, "a log-probability below 0")
-        self._require("innovation_samples", self.innovation_samples >= 1, "1 or more")
         self._require(
             "teacher_cache",
             self.teacher_cache is None or self.distill_weight > 0,
