@@ -67,7 +67,7 @@ def secret_for(variable: str, addresses: list[str]) -> str | None:
                 f"The secret in the environment variable {variable} was to be sent to {origin(address)}, but it is "
                 f"{whose}. If it belongs there, set {variable}_FOR={origin(address)} in the environment as well."
             )
-        if address.lower().startswith("http:") and not is_loopback(address):
+        if urlsplit(address.strip()).scheme == "http" and not is_loopback(address):
             logger.warning(
                 "The secret in %s goes to %s over plain HTTP, where others on the way can read it. Use `https://…`, or "
                 "a tunnel.",

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..recipe.checks import student_and_teacher
 from ..recipe.parse import Recipe
-from ..teachers.base import is_remote
+from ..teachers.loading import has_files, kind_of
 from .findings import Finding, note
 
 _STAYS_HERE = ("none", "tensorboard", "codecarbon", "flyte")  # of `report_to`
@@ -25,7 +25,7 @@ def _code(recipe: Recipe) -> Iterator[Finding]:
     args: Any = recipe.args
     roles = {"student": (student, "model_init_kwargs"), "teacher": (teacher, "teacher_model_init_kwargs")}
     for role, (name, setting) in roles.items():
-        if name is None or is_remote(name):
+        if role == "teacher" and not has_files(name, args):
             continue
         kwargs: Any = getattr(args, setting) or {}
         if kwargs.get("trust_remote_code", args.trust_remote_code):
@@ -44,7 +44,7 @@ def _code(recipe: Recipe) -> Iterator[Finding]:
 def _sent(recipe: Recipe) -> Iterator[Finding]:
     _, teacher = student_and_teacher(recipe)
     args: Any = recipe.args
-    if is_remote(teacher):
+    if kind_of(teacher, args).may_be_away:
         what = f"This recipe sends the token ids of its rows, and of what the student writes, to {teacher}."
         yield note("trust", what, f"See that it is the server that you mean. {_READ_ON}")
     options = args.vllm_kwargs or {}
