@@ -215,7 +215,7 @@ def test_damaged_folders_of_several_splits_are_named(tmp_path, told):
         ("a.parquet", b""),
         ("b.parquet", b"PAR1xxxx"),
         ("c.jsonl", b'{"prompt": "a"}\n{"prompt": "b'),
-        ("d.jsonl", gzip.compress(b'{"prompt": "a"}')[:-5]),
+        ("d.jsonl", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-5]),
         ("e.jsonl", '{"prompt": "é"}'.encode("latin-1")),
         ("f.csv", "prompt\né\n".encode("latin-1")),
         ("g.json", b"[" * 5000),
