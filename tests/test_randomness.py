@@ -56,7 +56,7 @@ ALLOWED = {
     ("trainers/lifecycle/outage.py", "torch.cuda.set_rng_state"): "likewise",
     ("signals.py", "torch.multinomial"): "by the generator that it is given",
     ("rationales/endpoint_model.py", "random.uniform"): "how long to wait before asking again",
-    ("teachers/remote/endpoints.py", "random.uniform"): "likewise",
+    ("servers/endpoints.py", "random.uniform"): "likewise",
 }
 
 # Called by these names on anything, a call seeds or draws; `torch.` ones draw from the state of the process.

@@ -17,10 +17,10 @@ from distill_trainers.cli import main
 from distill_trainers.exceptions import ConfigurationError, TeacherServerError
 from distill_trainers.losses import token_divergence
 from distill_trainers.recipe.parse import parse_recipe
+from distill_trainers.servers.endpoints import parse_servers
 from distill_trainers.signals import TokenLogits
 from distill_trainers.teachers import LocalTeacher, RemoteTeacher
 from distill_trainers.teachers.remote import RemoteSettings
-from distill_trainers.teachers.remote.endpoints import parse_servers
 from distill_trainers.teachers.remote.wire import PROTOCOL
 from distill_trainers.toy import CHARACTERS
 from distill_trainers.trainers import base

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...exceptions import ConfigurationError, TeacherServerError
 from ...requirements import Requirements
+from ...servers.endpoints import Again, Attempt, Endpoint, Servers, parse_servers
 from ...signals import Head, TeacherSignal, TokenLogprobs
 from ..base import Pair, Teacher, is_remote, named
 from ..cache.kinds import CACHE_KINDS, refuse_sparse
@@ -21,7 +22,6 @@ from ..cache.shards import Answer
 from ..rows import TokenRow, plain_rows, row_key, unpadded_rows
 from ..vocabulary import shared_vocabulary
 from .dialects import LIMITS, TOKEN_ENV, Dialect, OwnDialect, RemoteSettings, token_from_environment
-from .endpoints import Again, Attempt, Endpoint, Servers, parse_servers
 from .openai import OpenAIDialect
 from .wire import SERVER_KINDS, Question, Wanted, answer_bytes, answer_identity, empty_answer, problem_of
 
