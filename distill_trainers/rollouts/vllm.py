@@ -172,6 +172,21 @@ def completions_of(
     return Completions(ids, logps if whole else None, bool(processed))
 
 
+def write(
+    writer: Writer, prompts: Sequence[list[int]], sampling: SamplingSettings, streams: Sequence[Stream]
+) -> Completions:
+    """Let a model behind a server complete prompts, each by a seed of its own.
+
+    Raises:
+        ConfigurationError: it would cut completions short, or lacks a setting.
+        ServerError: it refuses, or stays away.
+    """
+    check_room(prompts, sampling, writer.longest, "the server")
+    fields = [request_fields(sampling, writer.limit, stream) for stream in streams]
+    bodies = [{"prompt": ids, **each} for ids, each in zip(prompts, fields, strict=True)]
+    return completions_of(writer.write(bodies), sampling)
+
+
 def check_room(prompts: Sequence[Sequence[int]], sampling: SamplingSettings, longest: int | None, where: str) -> None:
     """Refuse prompts whose completions the engine would cut short without a word.
 
@@ -373,7 +388,7 @@ class Served(Engine):
     def _kind_of_logps(self) -> bool | None:
         """Tell what `--logprobs-mode` the server was started with: see `Completions.processed`."""
         fields = {"max_tokens": 1, "seed": 0, "logprobs": 0}
-        plain, hot = self.complete([[0]] * 2, [{**fields, "temperature": 1.0}, {**fields, "temperature": 3.0}])
+        plain, hot = self.complete([[0]] * 2, [{**fields, "temperature": 1.0}, {**fields, "temperature": 2.0}])
         if plain.logps is None or hot.logps is None:
             return None
         gaps = []
