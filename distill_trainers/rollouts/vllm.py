@@ -30,7 +30,7 @@ from .. import models
 from ..exceptions import ConfigurationError, ServerError, UnlikeModelError, refuse_unknown_keys
 from ..randomness import Stream
 from ..servers.endpoints import ROLLOUTS, Again, Attempt, Endpoint, Servers, parse_servers
-from ..servers.openai import OpenAIServer, Writer, Written, prompt_logps
+from ..servers.openai import OpenAIServer, Writer, Written
 from ..settings import require
 from .base import Completions, RolloutEngine
 from .sampling import SamplingSettings, unpadded, up_to_eos
@@ -41,7 +41,9 @@ OLDEST, TRIED = "0.32", "0.32.0"  # older ones were not tried
 
 # What the trainer itself decides about vLLM, so that it is not among `vllm_kwargs`.
 _OWN = frozenset({"model", "tokenizer", "seed", "load_format", "enable_lora", "distributed_executor_backend"})
-_PROBE_ROOM = 17  # tokens of the probe, and one that vLLM generates
+_SEEDS = 2**63  # that vLLM takes
+_PROBE_TOKENS = 8  # that vLLM writes after the 16 of `models.probe`
+_PROBE_ROOM = 16 + _PROBE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def split_options(given: Mapping[str, Any] | None) -> tuple[VllmOptions, dict[st
     import vllm
     from vllm.engine.arg_utils import EngineArgs
 
-    _check_version(vllm.__version__, "here")
+    check_version(vllm.__version__, "here")
     known = {field.name for field in dataclasses.fields(EngineArgs)} - _OWN
     refuse_unknown_keys(given, names | known, "vllm_kwargs")
     if given.get("tensor_parallel_size", 1) != 1:
@@ -115,7 +117,7 @@ def split_options(given: Mapping[str, Any] | None) -> tuple[VllmOptions, dict[st
     return options, given
 
 
-def _check_version(version: Any, where: str) -> None:
+def check_version(version: Any, where: str) -> None:
     from packaging.version import InvalidVersion, Version
 
     try:
@@ -129,10 +131,10 @@ def _check_version(version: Any, where: str) -> None:
         )
 
 
-def request_fields(sampling: SamplingSettings, vocab_rows: int | None, stream: Stream | None) -> dict[str, Any]:
+def request_fields(sampling: SamplingSettings, seed: int | None, vocab_rows: int | None = None) -> dict[str, Any]:
     """Return the fields of one prompt's request, which `SamplingParams` and the completions API name alike.
 
-    vLLM would fill in what is left out from the model's generation config, so nothing is.
+    A server fills in what is left out from the model's generation config, so nothing is.
 
     Raises:
         ConfigurationError: a setting that vLLM does not have.
@@ -142,7 +144,7 @@ def request_fields(sampling: SamplingSettings, vocab_rows: int | None, stream: S
             f"Got `no_repeat_ngram_size: {sampling.no_repeat_ngram_size}` with vLLM, which has no such setting; "
             "expected 0."
         )
-    if stream is None and sampling.temperature > 0:
+    if seed is None and sampling.temperature > 0:
         raise ValueError(f"Got no streams of random numbers at temperature {sampling.temperature}; expected one each.")
     fields: dict[str, Any] = {
         "temperature": sampling.temperature,
@@ -153,7 +155,7 @@ def request_fields(sampling: SamplingSettings, vocab_rows: int | None, stream: S
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(sampling.eos_token_ids),
         "logprobs": 0,  # of the token alone
-        "seed": None if stream is None else stream.number % 2**63,
+        "seed": seed,
     }
     if sampling.stop_strings:
         fields |= {"stop": list(sampling.stop_strings), "include_stop_str_in_output": True}
@@ -182,8 +184,10 @@ def write(
         ServerError: it refuses, or stays away.
     """
     check_room(prompts, sampling, writer.longest, "the server")
-    fields = [request_fields(sampling, writer.limit, stream) for stream in streams]
-    bodies = [{"prompt": ids, **each} for ids, each in zip(prompts, fields, strict=True)]
+    bodies = [
+        {"prompt": ids, **request_fields(sampling, stream.number % _SEEDS, writer.limit)}
+        for ids, stream in zip(prompts, streams, strict=True)
+    ]
     return completions_of(writer.write(bodies), sampling)
 
 
@@ -239,10 +243,6 @@ class Engine(ABC):
     def complete(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> list[Written]:
         """Complete each prompt by its own fields."""
 
-    @abstractmethod
-    def read(self, prompts: Sequence[list[int]]) -> list[list[float]]:
-        """Return the log-probabilities of the tokens of given texts, but of the first, at temperature 1."""
-
 
 class Colocated(Engine):
     """vLLM in this process, which shares its device."""
@@ -293,27 +293,15 @@ class Colocated(Engine):
             self.llm.llm_engine.remove_lora(last.lora_int_id)
 
     def complete(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> list[Written]:
-        written = []
-        for answer in self._run(prompts, fields):
-            output = answer.outputs[0]
-            ids = list(output.token_ids)
-            places = zip(ids, output.logprobs, strict=True)
-            written.append(Written(ids, [float(place[token].logprob) for token, place in places]))
-        return written
-
-    def read(self, prompts: Sequence[list[int]]) -> list[list[float]]:
-        answers = self._run(prompts, [{"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}] * len(prompts))
-        pairs = [
-            zip(ids[1:], answer.prompt_logprobs[1:], strict=True) for ids, answer in zip(prompts, answers, strict=True)
-        ]
-        return [[float(place[token].logprob) for token, place in row] for row in pairs]
-
-    def _run(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> list[Any]:
         from vllm import SamplingParams
 
         questions: Any = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        params = [SamplingParams(**each) for each in fields]
-        return self.llm.generate(questions, params, use_tqdm=False, lora_request=self._adapter)
+        params, written = [SamplingParams(**each) for each in fields], []
+        for answer in self.llm.generate(questions, params, use_tqdm=False, lora_request=self._adapter):
+            output = answer.outputs[0]
+            places = zip(output.token_ids, output.logprobs or [], strict=True)
+            written.append(Written(list(output.token_ids), [float(place[token].logprob) for token, place in places]))
+        return written
 
 
 class Served(Engine):
@@ -344,7 +332,7 @@ class Served(Engine):
                 f"The rollout server {endpoint.url} does not answer as vLLM does ({error}). Start one with `vllm serve "
                 "STUDENT`, wait until it is up, or fix `server_base_url` in `vllm_kwargs`."
             ) from error
-        _check_version(version.get("version") if isinstance(version, dict) else None, f"at {endpoint.url}")
+        check_version(version.get("version") if isinstance(version, dict) else None, f"at {endpoint.url}")
         _check_path(endpoint, path)
         self.base, self.longest, self.writer = server.model, server.longest, Writer(self.servers, server)
         self.processed = self._kind_of_logps()
@@ -373,34 +361,15 @@ class Served(Engine):
     def complete(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> list[Written]:
         return self.writer.write([{"prompt": ids, **each} for ids, each in zip(prompts, fields, strict=True)])
 
-    def read(self, prompts: Sequence[list[int]]) -> list[list[float]]:
-        body = {"prompt": list(prompts), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-
-        def ask(endpoint: Endpoint) -> list[list[float]]:
-            choices = self.writer.server.complete(body, len(prompts), 2**20, endpoint)
-            try:
-                return [prompt_logps(choice, ids) for choice, ids in zip(choices, prompts, strict=True)]
-            except (LookupError, TypeError, ValueError) as error:
-                raise Again(f"{endpoint.url} gives no `prompt_logprobs`", broken=True) from error
-
-        return Attempt(self.servers, ask).result()
-
     def _kind_of_logps(self) -> bool | None:
         """Tell what `--logprobs-mode` the server was started with: see `Completions.processed`."""
-        fields = {"max_tokens": 1, "seed": 0, "logprobs": 0}
-        plain, hot = self.complete([[0]] * 2, [{**fields, "temperature": 1.0}, {**fields, "temperature": 2.0}])
-        if plain.logps is None or hot.logps is None:
-            return None
-        gaps = []
-        for ids, logps in ((plain.ids, plain.logps), (hot.ids, hot.logps)):
-            ((raw,),) = self.read([[0, *ids]])
-            gaps.append(abs(raw - logps[0]) < 1e-2)
-        return None if not gaps[0] else not gaps[1]  # logits are no log-probabilities, at any temperature
+        fields = {**request_fields(SamplingSettings(1), 0), "logit_bias": {0: 100.0}}
+        logps = self.complete([[0]], [fields])[0].logps
+        return None if logps is None else logps[0] > -1e-3  # processed, the bias leaves that token no other
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
-        Attempt(
-            self.servers, lambda endpoint: endpoint.request(path, json.dumps(body).encode(), "application/json")
-        ).result()
+        data = json.dumps(body).encode()
+        Attempt(self.servers, lambda endpoint: endpoint.request(path, data, "application/json")).result()
 
 
 def _check_path(endpoint: Endpoint, path: str) -> None:
@@ -434,24 +403,36 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
     np.random.set_state(numpy)
 
 
-def _probe(model: Any) -> tuple[list[list[int]], Tensor]:
-    """Return given texts, and what the student thinks of their tokens but the first, `[rows, tokens - 1]`."""
-    ids = models.probe(models.causal_lm_of(model))["input_ids"]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    sharded = models.must_stay_in_step(model)
+def _probe_of(model: Any) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """Return prompts and fields of a probe, whose text vLLM writes: what it says of it is what rollouts get.
+
+    Not of given text (`prompt_logprobs`): with an adapter, vLLM 0.32 dies of that on a CPU.
+    """
+    prompts = models.probe(models.causal_lm_of(model))["input_ids"].tolist()
+    fields = {**request_fields(SamplingSettings(_PROBE_TOKENS), 0), "ignore_eos": True}
+    return prompts, [fields] * len(prompts)
+
+
+def _logps_of(model: Any, prompts: list[list[int]], texts: list[list[int]]) -> Tensor:
+    """What the student thinks of texts of one length, `[rows, tokens]`; all processes must ask where it is sharded."""
+    ids = torch.tensor([[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)])
+    sharded, inputs = models.must_stay_in_step(model), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     logits = models.logits_of(model if sharded else models.unwrapped(model), inputs, sharded=sharded)
     logps = logits.log_softmax(-1).view(*ids.shape, -1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
-    return ids.tolist(), logps
+    return logps[:, len(prompts[0]) - 1 :]
 
 
-def refuse_stale(served: Tensor, now: Tensor, before: Tensor | None, tolerance: float, hint: str = "") -> None:
-    """Compare the served log-probabilities of a probe with the student's.
+def refuse_stale(
+    served: Tensor, now: Tensor, before: Tensor | None = None, tolerance: float = 0.1, hint: str = ""
+) -> None:
+    """Compare the log-probabilities of a probe's text as vLLM served it with the student's.
 
-    Two things are a fault: they are far off, or they are much nearer to what the student was at the last sync. The
-    latter needs no tolerance, so it finds weights that are one step old however small that step was.
+    Two things are a fault: they are far off, or much nearer to what vLLM served at the sync before. The latter needs
+    no tolerance, so it finds weights that are one step old, however small that step was.
 
     Args:
-        served, now, before: of the same tokens, by vLLM, by the student, and by the student at the last sync.
+        served, now: of the same tokens, by vLLM and by the student.
+        before: by vLLM at the sync before, if it wrote the same tokens then.
         tolerance: nats, of the mean difference.
 
     Raises:
@@ -471,6 +452,10 @@ def refuse_stale(served: Tensor, now: Tensor, before: Tensor | None, tolerance: 
         )
 
 
+def _tensor(written: list[Written]) -> Tensor:
+    return torch.tensor([row.logps for row in written])
+
+
 class VllmEngine(RolloutEngine):
     """vLLM, sent the student's weights before each call; each prompt has a seed of its own.
 
@@ -488,7 +473,7 @@ class VllmEngine(RolloutEngine):
     def __init__(self, engine: Engine, accelerator: Any, options: VllmOptions, vocab_rows: int):
         self.engine, self.accelerator, self.options, self.vocab_rows = engine, accelerator, options, vocab_rows
         self._syncs = 0
-        self._before: Tensor | None = None
+        self._before: list[Written] = []
 
     def generate(
         self,
@@ -507,32 +492,51 @@ class VllmEngine(RolloutEngine):
         prompts = unpadded(prompt_ids, prompt_mask)
         check_room(prompts, sampling, self.engine.longest, self.engine.where)
         self.sync(model)
-        seeds: Sequence[Stream | None] = streams or [None] * len(prompts)
-        fields = [request_fields(sampling, self.vocab_rows, stream) for stream in seeds]
+        seeds = [stream.number % _SEEDS for stream in streams] if streams else [None] * len(prompts)
+        fields = [request_fields(sampling, seed, self.vocab_rows) for seed in seeds]
         return completions_of(self.engine.complete(prompts, fields), sampling, self.engine.processed)
 
     def sync(self, model: Any) -> None:
-        """Send the weights, and prove that they are served."""
+        """Send the weights, and prove that they are served. One process that fails ends all, else they would wait."""
         self._syncs += 1
         with torch.no_grad():
             send = self._gathered(model)
-            probe, now = _probe(model)
-        problem: Exception | None = None
-        try:
+        prompts, fields = _probe_of(model)
+
+        def sent() -> list[Written]:
+            if not self.engine.sends:
+                return []
             send()
-            if self.engine.sends:
-                served = torch.tensor(self.engine.read(probe), dtype=now.dtype)
-                refuse_stale(served, now, self._before, self.options.tolerance, self._hint(model))
-        except (UnlikeModelError, ServerError) as error:
-            problem = error
-        # One process that raised alone would leave the others waiting for it; nor may they ask before it has sent.
-        found = gather_object([problem]) if self.accelerator.num_processes > 1 else [problem]
-        for failure in found:
-            if failure is not None:
-                raise failure
+            return self.engine.complete(prompts, fields)
+
+        told = self._together(sent)
+        written = told[self.accelerator.process_index] or told[0]
         if isinstance(self.engine, Served) and self._sends_adapter(model):
             self.engine.serve_adapter(self._adapter_name)
-        self._before = now
+        texts = [row.ids for row in written]
+        now = _logps_of(model, prompts, texts)
+
+        def prove() -> None:
+            if self.engine.sends:
+                same = texts == [row.ids for row in self._before]
+                before = _tensor(self._before) if same else None
+                refuse_stale(_tensor(written), now, before, self.options.tolerance, self._hint(model))
+
+        self._together(prove)
+        self._before = written
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """Do it on each process, and return what all got, or raise what any raised."""
+        outcome: Any = None
+        try:
+            outcome = work()
+        except (UnlikeModelError, ServerError) as error:
+            outcome = error
+        outcomes = gather_object([outcome]) if self.accelerator.num_processes > 1 else [outcome]
+        for other in outcomes:
+            if isinstance(other, Exception):
+                raise other
+        return outcomes
 
     @property
     def _adapter_name(self) -> str:

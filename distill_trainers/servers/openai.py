@@ -157,7 +157,7 @@ class Writer:
             whole = all(type(token) is int and token >= 0 for token in ids) and len(ids) <= body["max_tokens"]
             if logps is not None:
                 logps = [float(logp) for logp in logps]
-                whole = whole and len(logps) == len(ids) and all(logp <= 1e-3 for logp in logps)  # NaN is not
+                whole = whole and len(logps) == len(ids) and not any(math.isnan(logp) for logp in logps)
         except KeyError:
             raise endpoint.whose.error(
                 f"The {endpoint.whose.name} {endpoint.url} returns no `token_ids`: its completions would have to be "
@@ -172,21 +172,8 @@ class Writer:
                 f"The {endpoint.whose.name} {endpoint.url} wrote the token {max(ids)}, but the student's vocabulary "
                 f"has {self.limit}. Serve a model of the student's family."
             )
-        return Written(ids, logps)
+        return Written(ids, None if logps and max(logps) > 1e-3 else logps)  # some servers tell logits
 
     def close(self) -> None:
         """End connections."""
         self.servers.close()
-
-
-def prompt_logps(choice: Mapping[str, Any], prompt: Sequence[int]) -> list[float]:
-    """Read the log-probability of each token of a prompt but the first.
-
-    Raises:
-        LookupError, TypeError, ValueError: the answer has no such numbers.
-    """
-    places = choice["prompt_logprobs"]
-    logps = [float(place[str(token)]["logprob"]) for token, place in zip(prompt[1:], places[1:], strict=True)]
-    if not all(math.isfinite(logp) for logp in logps):
-        raise ValueError("a log-probability is not finite")
-    return logps

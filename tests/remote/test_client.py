@@ -621,7 +621,7 @@ def test_bad_recipes_are_refused_in_a_line(remote_recipe, serve, other_tokenizer
 
 def test_pairs_want_a_teacher_that_writes(remote_recipe, capsys):
     assert main(["pairs", *remote_recipe("http://127.0.0.1:9", method="dpkd"), "--pairs_file", "p.jsonl"]) == 2
-    assert "writes no responses" in capsys.readouterr().err
+    assert "needs ['completions'] of its teacher" in capsys.readouterr().err
 
 
 def test_a_server_open_to_others_wants_a_token(saved, capsys, monkeypatch):

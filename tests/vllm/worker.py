@@ -28,7 +28,7 @@ SETTINGS = {
     "gradient_accumulation_steps": 2,
     "max_length": 32,
     "max_new_tokens": 8,
-    "learning_rate": 1e-2,
+    "learning_rate": 3e-3,
     "rollout_engine": "vllm",
     "save_strategy": "no",
     "logging_steps": 1,
