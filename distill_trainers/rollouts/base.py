@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..exceptions import ConfigurationError
 from ..randomness import Stream
-from .sampling import SamplingSettings
+from ..servers.openai import Written
+from .sampling import SamplingSettings, up_to_eos
 
 
 class Completions(list[list[int]]):
@@ -24,6 +26,30 @@ class Completions(list[list[int]]):
     def __init__(self, ids: Iterable[list[int]], logps: list[list[float]] | None = None, processed: bool = True):
         super().__init__(ids)
         self.logps, self.processed = logps, processed
+
+
+def completions_of(
+    written: Sequence[Written], sampling: SamplingSettings, processed: bool | None = None
+) -> Completions:
+    """Cut completions at their first end; log-probabilities of an unknown kind are left out."""
+    ids = [up_to_eos(list(row.ids), sampling.eos_token_ids) for row in written]
+    logps = [row.logps[: len(kept)] for row, kept in zip(written, ids, strict=True) if row.logps is not None]
+    whole = processed is not None and len(logps) == len(ids)
+    return Completions(ids, logps if whole else None, bool(processed))
+
+
+def check_room(prompts: Sequence[Sequence[int]], sampling: SamplingSettings, longest: int | None, where: str) -> None:
+    """Refuse prompts whose completions the engine would cut short without a word.
+
+    Raises:
+        ConfigurationError: with the length that it takes.
+    """
+    most = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    if longest is not None and most > longest:
+        raise ConfigurationError(
+            f"Got prompts that come to {most} tokens with `max_new_tokens: {sampling.max_new_tokens}`, but {where} "
+            f"takes {longest}. Raise its `max_model_len`, or lower `max_new_tokens` or `max_length`."
+        )
 
 
 class RolloutEngine(ABC):

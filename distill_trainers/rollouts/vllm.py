@@ -32,8 +32,8 @@ from ..randomness import Stream
 from ..servers.endpoints import ROLLOUTS, Again, Attempt, Endpoint, Servers, parse_servers
 from ..servers.openai import OpenAIServer, Writer, Written
 from ..settings import require
-from .base import Completions, RolloutEngine
-from .sampling import SamplingSettings, unpadded, up_to_eos
+from .base import Completions, RolloutEngine, check_room, completions_of
+from .sampling import SamplingSettings, unpadded
 
 MODES = ("colocate", "server")
 LORA = ("merged", "adapter")
@@ -43,6 +43,7 @@ OLDEST, TRIED = "0.32", "0.32.0"  # older ones were not tried
 _OWN = frozenset({"model", "tokenizer", "seed", "load_format", "enable_lora", "distributed_executor_backend"})
 _SEEDS = 2**63  # that vLLM takes
 _PROBE_TOKENS = 8  # that vLLM writes after the 16 of `models.probe`
+_LEAST_MOVE = 1e-5  # nats that count as more than the rounding of float32
 _PROBE_ROOM = 16 + _PROBE_TOKENS
 
 
@@ -95,7 +96,8 @@ def split_options(given: Mapping[str, Any] | None) -> tuple[VllmOptions, dict[st
         value = getattr(options, name)
         require(isinstance(value, int | float) and value > 0, where % name, value, "a number above 0")
     if options.mode == "server":
-        parse_servers(options.url, ROLLOUTS)
+        if len(parse_servers(options.url, ROLLOUTS)) > 1:
+            raise ConfigurationError(f"Got the rollout servers {options.url}; expected one, which gets the weights.")
         refuse_unknown_keys(given, names, "vllm_kwargs of `mode: server`, whose engine is started with its own options")
         return options, {}
     if importlib.util.find_spec("vllm") is None:
@@ -164,16 +166,6 @@ def request_fields(sampling: SamplingSettings, seed: int | None, vocab_rows: int
     return fields
 
 
-def completions_of(
-    written: Sequence[Written], sampling: SamplingSettings, processed: bool | None = None
-) -> Completions:
-    """Cut completions at their first end; log-probabilities of an unknown kind are left out."""
-    ids = [up_to_eos(list(row.ids), sampling.eos_token_ids) for row in written]
-    logps = [row.logps[: len(kept)] for row, kept in zip(written, ids, strict=True) if row.logps is not None]
-    whole = processed is not None and len(logps) == len(ids)
-    return Completions(ids, logps if whole else None, bool(processed))
-
-
 def write(
     writer: Writer, prompts: Sequence[list[int]], sampling: SamplingSettings, streams: Sequence[Stream]
 ) -> Completions:
@@ -189,20 +181,6 @@ def write(
         for ids, stream in zip(prompts, streams, strict=True)
     ]
     return completions_of(writer.write(bodies), sampling)
-
-
-def check_room(prompts: Sequence[Sequence[int]], sampling: SamplingSettings, longest: int | None, where: str) -> None:
-    """Refuse prompts whose completions the engine would cut short without a word.
-
-    Raises:
-        ConfigurationError: with the length that it takes.
-    """
-    most = max(map(len, prompts), default=0) + sampling.max_new_tokens
-    if longest is not None and most > longest:
-        raise ConfigurationError(
-            f"Got prompts that come to {most} tokens with `max_new_tokens: {sampling.max_new_tokens}`, but {where} "
-            f"takes {longest}. Raise its `max_model_len`, or lower `max_new_tokens` or `max_length`."
-        )
 
 
 # ---- Engines --------------------------------------------------------------------------------------------------------
@@ -319,9 +297,7 @@ class Served(Engine):
             options.server_patience,
             ROLLOUTS,
         )
-        if len(self.servers.endpoints) > 1:
-            raise ConfigurationError(f"Got the rollout servers {options.url}; expected one: all get the same weights.")
-        (endpoint,) = self.servers.endpoints
+        endpoint = self.servers.endpoints[0]
         path = "/v1/load_lora_adapter" if lora else "/collective_rpc"
         try:
             version = endpoint.json("/version")
@@ -374,20 +350,16 @@ class Served(Engine):
 
 def _check_path(endpoint: Endpoint, path: str) -> None:
     """Refuse a server that was not started to take weights; an empty question is answered by 400 where it was."""
-    needed = {
-        "/collective_rpc": "VLLM_SERVER_DEV_MODE=1 in its environment",
-        "/v1/load_lora_adapter": "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and `--enable-lora`",
-    }
+    needed = "VLLM_SERVER_DEV_MODE=1 in its environment"
+    if path != "/collective_rpc":
+        needed = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and `--enable-lora`"
     try:
         endpoint.request(path, b"{}", "application/json")
-    except ServerError as error:
-        if error.status == 404:
+    except (Again, ServerError) as error:
+        if getattr(error, "status", None) == 404:
             raise ConfigurationError(
-                f"The rollout server {endpoint.url} takes no weights ({path} is not there). Start it with "
-                f"{needed[path]}."
+                f"The rollout server {endpoint.url} takes no weights ({path} is not there). Start it with {needed}."
             ) from error
-    except Again:
-        pass
 
 
 # ---- The proof -------------------------------------------------------------------------------------------------------
@@ -422,38 +394,54 @@ def _logps_of(model: Any, prompts: list[list[int]], texts: list[list[int]]) -> T
     return logps[:, len(prompts[0]) - 1 :]
 
 
-def refuse_stale(
-    served: Tensor, now: Tensor, before: Tensor | None = None, tolerance: float = 0.1, hint: str = ""
-) -> None:
-    """Compare the log-probabilities of a probe's text as vLLM served it with the student's.
-
-    Two things are a fault: they are far off, or much nearer to what vLLM served at the sync before. The latter needs
-    no tolerance, so it finds weights that are one step old, however small that step was.
+@dataclass(frozen=True)
+class Read:
+    """What vLLM and the student think of the text that vLLM wrote for a probe.
 
     Args:
-        served, now: of the same tokens, by vLLM and by the student.
-        before: by vLLM at the sync before, if it wrote the same tokens then.
-        tolerance: nats, of the mean difference.
+        texts: its tokens.
+        served, own: log-probabilities of these, `[rows, tokens]`, by vLLM and by the student.
+    """
+
+    texts: list[list[int]]
+    served: Tensor
+    own: Tensor
+
+    @property
+    def off(self) -> float:
+        """How far they differ in the mean, in nats."""
+        return float((self.served - self.own).abs().mean())
+
+
+def refuse_stale(now: Read, before: Read | None = None, tolerance: float = 0.1, hint: str = "") -> Read:
+    """Refuse what is far off the student, or has stayed where it was while the student moved.
+
+    The latter is a matter of rounding, not of a tolerance, so it finds weights that are one step old however small that
+    step was, as soon as the steps together are more than rounding.
+
+    Returns:
+        what to compare with the next time.
 
     Raises:
         UnlikeModelError: vLLM does not serve what is trained.
     """
-    off = float((served - now).abs().mean())
-    if before is not None and 3 * float((served - before).abs().mean()) < off:
+    to_compare = now
+    if before is not None and now.texts == before.texts:
+        moved = float((now.own - before.own).abs().mean())
+        if moved <= max(3 * before.off, _LEAST_MOVE):
+            to_compare = before  # not yet more than rounding
+        elif 3 * float((now.served - before.served).abs().mean()) < moved:
+            raise UnlikeModelError(
+                f"vLLM serves weights of an earlier step: the student's log-probabilities of a probe moved by "
+                f"{moved:.2g} nats, those of vLLM did not. Its rollouts would not be the student's. {hint}"
+            )
+    if not now.off <= tolerance:  # NaN is not
         raise UnlikeModelError(
-            f"vLLM serves weights of an earlier step: its log-probabilities of a probe are {off:.2g} nats off the "
-            f"student's, and nearer to those of the sync before. Its rollouts would not be the student's. {hint}"
+            f"vLLM does not serve the student: its log-probabilities of a probe are {now.off:.2g} nats off the "
+            f"student's, where {tolerance} are let pass (`tolerance` in `vllm_kwargs`). Serve the student's own model, "
+            f"in a dtype near to the one it is trained in. {hint}"
         )
-    if not off <= tolerance:  # NaN is not
-        raise UnlikeModelError(
-            f"vLLM does not serve the student: its log-probabilities of a probe are {off:.2g} nats off the student's, "
-            f"where {tolerance} are let pass (`tolerance` in `vllm_kwargs`). Serve the student's own model, in a dtype "
-            f"near to the one it is trained in. {hint}"
-        )
-
-
-def _tensor(written: list[Written]) -> Tensor:
-    return torch.tensor([row.logps for row in written])
+    return to_compare
 
 
 class VllmEngine(RolloutEngine):
@@ -473,7 +461,7 @@ class VllmEngine(RolloutEngine):
     def __init__(self, engine: Engine, accelerator: Any, options: VllmOptions, vocab_rows: int):
         self.engine, self.accelerator, self.options, self.vocab_rows = engine, accelerator, options, vocab_rows
         self._syncs = 0
-        self._before: list[Written] = []
+        self._before: Read | None = None
 
     def generate(
         self,
@@ -514,16 +502,14 @@ class VllmEngine(RolloutEngine):
         if isinstance(self.engine, Served) and self._sends_adapter(model):
             self.engine.serve_adapter(self._adapter_name)
         texts = [row.ids for row in written]
-        now = _logps_of(model, prompts, texts)
+        own = _logps_of(model, prompts, texts)
 
         def prove() -> None:
             if self.engine.sends:
-                same = texts == [row.ids for row in self._before]
-                before = _tensor(self._before) if same else None
-                refuse_stale(_tensor(written), now, before, self.options.tolerance, self._hint(model))
+                now = Read(texts, torch.tensor([row.logps for row in written]), own)
+                self._before = refuse_stale(now, self._before, self.options.tolerance, self._hint(model))
 
         self._together(prove)
-        self._before = written
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
         """Do it on each process, and return what all got, or raise what any raised."""

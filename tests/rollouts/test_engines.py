@@ -13,7 +13,8 @@ from distill_trainers import GKDConfig
 from distill_trainers.exceptions import ConfigurationError, UnlikeModelError
 from distill_trainers.models import checkpoint_tensors
 from distill_trainers.rollouts import DecodeEngine, HfEngine, SamplingSettings, build_engine, check_engine, local_engine
-from distill_trainers.rollouts.vllm import check_room, check_version, completions_of, refuse_stale, request_fields
+from distill_trainers.rollouts.base import check_room, completions_of
+from distill_trainers.rollouts.vllm import Read, check_version, refuse_stale, request_fields
 from distill_trainers.servers.openai import Written
 
 BUILD = {"model": SimpleNamespace(name_or_path=""), "accelerator": None, "tokenizer": None, "max_length": 32}
@@ -150,21 +151,26 @@ def test_completions_carry_what_their_sampler_thought_of_them(make_model, pad_le
     assert DecodeEngine().generate(make_model(), *pad_left([[4]]), sampling).logps is None
 
 
-@pytest.mark.parametrize("step", [1e-1, 1e-5])
-def test_weights_of_the_step_before_are_found_however_small_the_step(step):
-    """Rounding is let pass; with it, weights that did not move are found where they moved more than it."""
-    draw = torch.Generator().manual_seed(0)
-    before = -5 * torch.rand(2, 8, generator=draw)
-    now = before + step * torch.randn(2, 8, generator=draw)
-    noise = step / 20 * torch.randn(2, 8, generator=draw)
-    refuse_stale(now + noise, now, before)
-    refuse_stale(now + noise, now)
-    refuse_stale(now + noise, now, now - noise)  # a student that stands still
-    with pytest.raises(UnlikeModelError, match="weights of an earlier step"):
-        refuse_stale(before + noise, now, before)
-    for other in (now + 1, now * float("nan")):
+@pytest.mark.parametrize("step", [1e-1, 1e-3])
+@pytest.mark.parametrize("rounding", [0.0, 1e-2])
+def test_weights_of_an_earlier_step_are_found_however_small_the_steps(step, rounding):
+    """What vLLM rounds otherwise is let pass; weights that stay are found once the student moved by more than that."""
+    draw, texts = torch.Generator().manual_seed(0), [[1] * 8, [2] * 8]
+    own = [-5 * torch.rand(2, 8, generator=draw)]
+    for _ in range(200):
+        own.append(own[-1] + step * torch.rand(2, 8, generator=draw))
+    bias = rounding * torch.randn(2, 8, generator=draw)
+    before = None
+    for logps in (own[0], *own):  # the first is sent twice
+        before = refuse_stale(Read(texts, logps + bias, logps), before)
+    before = refuse_stale(Read(texts, own[0] + bias, own[0]))
+    with pytest.raises(UnlikeModelError, match="weights of an earlier step|does not serve") as caught:
+        for logps in own[: max(2, int(10 * rounding / step))]:
+            before = refuse_stale(Read(texts, own[0] + bias, logps), before, tolerance=0.2)
+    assert "of an earlier step" in str(caught.value)
+    for other in (own[0] + 1, own[0] * float("nan")):
         with pytest.raises(UnlikeModelError, match="does not serve the student.*`tolerance`"):
-            refuse_stale(other, now, before)
+            refuse_stale(Read(texts, other, own[0]))
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 class VllmServer:
     """vLLM's OpenAI server of the student's folder, which takes other weights of that shape too."""
 
-    def __init__(self, python, folder, environment):
+    def __init__(self, python, folder, environment, lora=False):
         with closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -83,14 +83,14 @@ class VllmServer:
             "max-model-len": 64,
             "max-num-seqs": 16,
             "max-logprobs": 14,
-            "max-lora-rank": 8,
             "port": self.port,
             "host": "127.0.0.1",
         }
-        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora"]
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+        command += ["--enable-lora", "--max-lora-rank", "8"] if lora else []  # with it, `prompt_logprobs` end vLLM
         command += [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        self.log = (folder / "server.log").open("w")
+        self.log = (folder / f"server{self.port}.log").open("w")
         self.process = subprocess.Popen(
             command, env={**environment, **more}, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -104,7 +104,7 @@ class VllmServer:
                 return self
             except (urllib.error.URLError, OSError):
                 time.sleep(1)
-        pytest.fail(f"vLLM's server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
+        pytest.fail(f"vLLM's server did not start: {Path(self.log.name).read_text()[-2000:]}")
 
     def post(self, path, body):
         """Post JSON and read the answer."""
@@ -137,6 +137,20 @@ def starting_server(vllm_python, folder, environment):
     server = VllmServer(vllm_python, folder, environment)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def starting_lora_server(vllm_python, folder, environment):
+    """One that takes adapters."""
+    server = VllmServer(vllm_python, folder, environment, lora=True)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def lora_server(starting_lora_server):
+    """The server that takes adapters, once it is up."""
+    return starting_lora_server.wait()
 
 
 @pytest.fixture

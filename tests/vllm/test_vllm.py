@@ -22,9 +22,9 @@ def trained_and_served(report):
     """The student learnt, and vLLM's greedy text is its own, token for token."""
     assert not hasattr(report, "error"), report.error
     assert len(report.losses) == 3 and report.losses[0] != report.losses[2]
-    assert report.theirs == report.ours and len(set(map(tuple, report.ours))) > 1
+    assert report.theirs == report.ours
     # Each prompt has a seed of its own: the same text twice, and the log-probabilities of what was drawn from.
-    assert report.samples[0] == report.samples[1] and report.samples[0] != report.theirs
+    assert report.samples[0] == report.samples[1] and len(set(map(tuple, report.samples[0]))) > 1
     if report.processed:
         assert report.gap < 1e-3
 
@@ -32,7 +32,7 @@ def trained_and_served(report):
 # ---- Rollouts -------------------------------------------------------------------------------------------------------
 
 
-def test_colocated_students_write_what_they_have_learnt(run_jobs, starting_server):
+def test_colocated_students_write_what_they_have_learnt(run_jobs, starting_server, starting_lora_server):
     """Heads tied to the embedding too, which vLLM packs on a CPU; adapters merged, and alone."""
     colocate = {"vllm": {"mode": "colocate"}, "student": "tied"}
     jobs = [
@@ -58,7 +58,6 @@ def test_students_of_a_server_write_what_they_have_learnt(run_jobs, server):
         {**told, "name": "gkd", "args": saving},
         {**told, "name": "minillm", "method": "minillm"},
         {**told, "name": "merged", "lora": "merged"},
-        {**told, "name": "adapter", "lora": "adapter"},
         {**told, "name": "stale", "stale": 2},
         {**told, "name": "resumed", "args": saving, "resume": str(server.folder / "runs" / "gkd" / "checkpoint-2")},
     ]
@@ -69,6 +68,15 @@ def test_students_of_a_server_write_what_they_have_learnt(run_jobs, server):
     assert resumed.losses[-1] == reports["gkd"].losses[-1] and resumed.ours == reports["gkd"].ours
     for report in reports.values():
         trained_and_served(report)
+
+
+def test_an_adapter_alone_goes_to_a_server_by_name(run_jobs, lora_server):
+    told = {"vllm": {"mode": "server", "server_port": lora_server.port}, "student": "student", "lora": "adapter"}
+    (reports,) = run_jobs([{**told, "name": "gkd"}, {**told, "name": "again"}], with_vllm=False)
+    for report in reports.values():
+        trained_and_served(report)
+    served = [model["id"] for model in lora_server.get("/v1/models")["data"]]
+    assert len(served) <= 3, "older adapters are let go"
 
 
 @pytest.mark.distributed

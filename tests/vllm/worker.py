@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from distill_trainers import models
+from distill_trainers.randomness import Purpose, Role, Stream
 from distill_trainers.rollouts import DecodeEngine, SamplingSettings, vllm
-from distill_trainers.rollouts.sampling import pad_left
+from distill_trainers.rollouts.sampling import logits_processors, pad_left
 from distill_trainers.toy import addition_dataset
 from distill_trainers.trainers import METHODS
 
@@ -77,7 +78,7 @@ def train(job, folder, engines):
     greedy = SamplingSettings(12, temperature=0.0, eos_token_ids=[1])
     drawn = SamplingSettings(12, temperature=0.7, top_p=0.9, eos_token_ids=[1])
     prompts = pad_left(PROMPTS, 0)
-    streams = [models_stream(row) for row in range(len(PROMPTS))]
+    streams = [Stream(0, Role.STUDENT, Purpose.ROLLOUT).at(row=row) for row in range(len(PROMPTS))]
     theirs = engine.generate(trainer.model_wrapped, *prompts, greedy)
     samples = [engine.generate(trainer.model_wrapped, *prompts, drawn, streams) for _ in range(2)]
     with models.generating(trainer.model_wrapped, trainer.accelerator) as model:
@@ -96,16 +97,8 @@ def train(job, folder, engines):
     }
 
 
-def models_stream(row):
-    from distill_trainers.randomness import Purpose, Role, Stream
-
-    return Stream(0, Role.STUDENT, Purpose.ROLLOUT).at(row=row)
-
-
 def processed_logps(model, prompt, ids, sampling):
     """Log-probabilities of the tokens under the distribution that is drawn from, by transformers' own processors."""
-    from distill_trainers.rollouts.sampling import logits_processors
-
     text = torch.tensor([[*prompt, *ids]])
     logits = model(text).logits[0, len(prompt) - 1 : -1]
     scores = logits_processors(sampling)(text[:, : len(prompt)].expand(len(logits), -1), logits)
@@ -115,9 +108,9 @@ def processed_logps(model, prompt, ids, sampling):
 def main(told):
     folder, engines, report = Path(told["folder"]), {}, {}
     rank = int(os.environ.get("RANK", 0))
-    for number, job in enumerate(told["jobs"]):
+    for job in told["jobs"]:
         began = time.monotonic()
-        report[job["name"]] = {**train({**job, "number": number}, folder, engines)}
+        report[job["name"]] = train(job, folder, engines)
         report[job["name"]]["seconds"] = time.monotonic() - began
     Path(f"{told['report']}.{rank}").write_text(json.dumps(report))
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
