@@ -41,7 +41,7 @@ OLDEST, TRIED = "0.32", "0.32.0"  # older ones were not tried
 
 # What the trainer itself decides about vLLM, so that it is not among `vllm_kwargs`.
 _OWN = frozenset({"model", "tokenizer", "seed", "load_format", "enable_lora", "distributed_executor_backend"})
-_SEEDS = 2**63  # that vLLM takes
+_SEEDS = 2**63
 _PROBE_TOKENS = 8  # that vLLM writes after the 16 of `models.probe`
 _LEAST_MOVE = 1e-5  # nats that count as more than the rounding of float32
 _PROBE_ROOM = 16 + _PROBE_TOKENS
@@ -232,7 +232,8 @@ class Colocated(Engine):
 
         causal_lm, self.lora = models.causal_lm_of(model), models.is_peft(model) and options.lora == "adapter"
         self.own_folder()
-        tokenizer.save_pretrained(self.folder / "tokenizer")
+        for part in (tokenizer, causal_lm.config):  # vLLM reads a config beside a tokenizer
+            part.save_pretrained(self.folder / "tokenizer")
         arguments: dict[str, Any] = {
             "dtype": str(causal_lm.dtype).removeprefix("torch."),
             "logprobs_mode": "processed_logprobs",
