@@ -38,7 +38,6 @@ from .sampling import SamplingSettings, unpadded
 MODES = ("colocate", "server")
 LORA = ("merged", "adapter")
 OLDEST, TRIED = "0.32", "0.32.0"  # older ones were not tried
-
 # What the trainer itself decides about vLLM, so that it is not among `vllm_kwargs`.
 _OWN = frozenset({"model", "tokenizer", "seed", "load_format", "enable_lora", "distributed_executor_backend"})
 _SEEDS = 2**63
