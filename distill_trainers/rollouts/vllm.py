@@ -194,6 +194,7 @@ class Engine(ABC):
         processed: see `Completions`; None where its numbers are of another kind.
         untied_head: it takes a head of its own for a model that ties it.
         where: for messages.
+        serves: the name of what it is asked for, where it has several.
     """
 
     sends: bool = True
@@ -201,6 +202,7 @@ class Engine(ABC):
     processed: bool | None = None
     untied_head: bool = False
     where: str = "vLLM"
+    serves: str = ""
     folder: Path
 
     def own_folder(self, parent: str | None = None) -> None:
@@ -310,7 +312,8 @@ class Served(Engine):
             ) from error
         check_version(version.get("version") if isinstance(version, dict) else None, f"at {endpoint.url}")
         _check_path(endpoint, path)
-        self.base, self.longest, self.writer = server.model, server.longest, Writer(self.servers, server)
+        self.base = self.serves = server.model
+        self.longest, self.writer = server.longest, Writer(self.servers, server)
         self.processed = self._kind_of_logps()
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -324,17 +327,14 @@ class Served(Engine):
         self._post("/reset_prefix_cache", {})
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        last = self.writer.server.model
+        last = self.serves
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        self.serve_adapter(name)
+        self.serves = name
         if last != self.base:
             self._post("/v1/unload_lora_adapter", {"lora_name": last})
 
-    def serve_adapter(self, name: str) -> None:
-        """Ask for an adapter that was loaded, from here on."""
-        self.writer.server.model = name
-
     def complete(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> list[Written]:
+        self.writer.server.model = self.serves
         return self.writer.write([{"prompt": ids, **each} for ids, each in zip(prompts, fields, strict=True)])
 
     def _kind_of_logps(self) -> bool | None:
@@ -491,16 +491,14 @@ class VllmEngine(RolloutEngine):
             send = self._gathered(model)
         prompts, fields = _probe_of(model)
 
-        def sent() -> list[Written]:
+        def sent() -> tuple[list[Written], str]:
             if not self.engine.sends:
-                return []
+                return [], ""
             send()
-            return self.engine.complete(prompts, fields)
+            return self.engine.complete(prompts, fields), self.engine.serves
 
         told = self._together(sent)
-        written = told[self.accelerator.process_index] or told[0]
-        if isinstance(self.engine, Served) and self._sends_adapter(model):
-            self.engine.serve_adapter(self._adapter_name)
+        written, self.engine.serves = told[self.accelerator.process_index if self.engine.sends else 0]
         texts = [row.ids for row in written]
         own = _logps_of(model, prompts, texts)
 
@@ -526,7 +524,8 @@ class VllmEngine(RolloutEngine):
 
     @property
     def _adapter_name(self) -> str:
-        return f"distill-{self._syncs}"  # a new one each time: what is cached of another is not taken for its own
+        # A new one each time, also where another run was before: what is cached of another is not taken for its own.
+        return f"{self.engine.folder.name}-{self._syncs}"
 
     def _sends_adapter(self, model: Any) -> bool:
         return self.options.lora == "adapter" and models.is_peft(models.unwrapped(model))
@@ -561,7 +560,7 @@ class VllmEngine(RolloutEngine):
             folder = self.engine.folder / self._adapter_name
             model.save_pretrained(folder, state_dict=state)
             self.engine.load_adapter(self._adapter_name, folder)
-            shutil.rmtree(self.engine.folder / f"distill-{self._syncs - 1}", ignore_errors=True)
+            shutil.rmtree(self.engine.folder / f"{self.engine.folder.name}-{self._syncs - 1}", ignore_errors=True)
 
         return send
 

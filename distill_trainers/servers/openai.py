@@ -69,14 +69,15 @@ class OpenAIServer:
         # An adapter names the model that it changes as its parent.
         whole = [name for name, entry in models.items() if not entry.get("parent")]
         name = model or (whole[0] if len(whole) == 1 else None)
-        if name not in models:
+        if name is None or name not in models:
             raise ConfigurationError(
                 f"Got `{setting}: {model}`, but {endpoint.url} serves {', '.join(models)}. Name one of these."
             )
         longest = models[name].get("max_model_len")
         if longest is not None and not (type(longest) is int and longest > 2):
             raise ConfigurationError(f"Got `max_model_len: {longest!r:.60}` from {endpoint.url}; expected a number.")
-        self.model, self.longest = name, longest
+        self.model: str = name
+        self.longest: int | None = longest
 
     def compare_tokenizer(self, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
         """Compare how both split a probe; say so where the server does not tell.

@@ -84,7 +84,7 @@ def train(job, folder, engines):
     with models.generating(trainer.model_wrapped, trainer.accelerator) as model:
         ours = DecodeEngine(trainer.processing_class).generate(model, *prompts, greedy)
         gaps = [
-            float((torch.tensor(told) - processed_logps(model, prompt, ids, drawn)).abs().max())
+            float((torch.tensor(told) - logps_of(model, prompt, ids, drawn, samples[0].processed)).abs().max())
             for prompt, ids, told in zip(PROMPTS, samples[0], samples[0].logps, strict=True)
         ]
     return {
@@ -97,11 +97,12 @@ def train(job, folder, engines):
     }
 
 
-def processed_logps(model, prompt, ids, sampling):
-    """Log-probabilities of the tokens under the distribution that is drawn from, by transformers' own processors."""
+def logps_of(model, prompt, ids, sampling, processed):
+    """Log-probabilities of the tokens, at temperature 1 or as they are drawn by transformers' own processors."""
     text = torch.tensor([[*prompt, *ids]])
-    logits = model(text).logits[0, len(prompt) - 1 : -1]
-    scores = logits_processors(sampling)(text[:, : len(prompt)].expand(len(logits), -1), logits)
+    scores = model(text).logits[0, len(prompt) - 1 : -1]
+    if processed:
+        scores = logits_processors(sampling)(text[:, : len(prompt)].expand(len(scores), -1), scores)
     return scores.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
