@@ -96,7 +96,7 @@ def test_each_of_two_processes_has_an_engine(run_jobs, starting_server):
     assert one["gkd"].theirs == other["gkd"].theirs == other["gkd"].ours
 
 
-def test_servers_that_cannot_serve_the_student(make_trainer, server, folder, other_tokenizer):
+def test_servers_that_cannot_serve_the_student(make_trainer, server, folder, make_tokenizer):
     """Each is refused in words, before a step; another model as soon as it is sent the weights."""
     told = {"mode": "server", "server_port": server.port}
     run = {**RUN, "lmbda": 1.0, "rollout_engine": "vllm"}
@@ -105,7 +105,7 @@ def test_servers_that_cannot_serve_the_student(make_trainer, server, folder, oth
         ({"server_port": 9, "server_timeout": 1.0}, {}, "does not answer as vLLM does.*vllm serve"),
         ({"server_model": "large"}, {}, "server_model: large.*serves toy"),
         ({}, {"max_length": 65}, "takes 64 tokens; expected at least 65"),
-        ({}, {"tok": other_tokenizer}, "splits text into other ids"),
+        ({}, {"tok": make_tokenizer()}, "splits text into other ids"),
     ):
         with pytest.raises(ConfigurationError, match=words):
             make_trainer(student, **{**run, "vllm_kwargs": {**told, **changes}, **settings})
@@ -191,10 +191,11 @@ def test_pairs_from_a_served_teacher(server, folder, tmp_path):
     rows = [{"prompt": f"{a}+{b}="} for a in range(4) for b in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = {
-        "method": "dpkd",
+        "method": "gkd",
         "model_name_or_path": str(folder / "student"),
         "teacher_model_name_or_path": server.url,
-        "teacher_server_kind": "token_logprobs",
+        "teacher_server_kind": "topk",
+        "teacher_server_top_k": 14,
         "dataset": str(tmp_path / "rows.jsonl"),
         "output_dir": str(tmp_path / "out"),
         "use_cpu": True,
