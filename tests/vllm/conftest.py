@@ -108,9 +108,11 @@ class VllmServer:
 
     def post(self, path, body):
         """Post JSON and read the answer."""
-        question = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        return self.get(path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def get(self, path, data=None, headers=None):
+        """Read JSON."""
+        question = urllib.request.Request(self.url + path, data, headers or {})
         with urllib.request.urlopen(question, timeout=120) as answer:
             return json.loads(answer.read() or b"null")
 
