@@ -45,12 +45,20 @@ class UnlikeModelError(_Told, RuntimeError):
     """A model that was merged or saved does not answer as the one that was trained; what was trained is kept."""
 
 
-class TeacherServerError(_Told, OSError):
-    """A teacher behind HTTP does not answer any more, or answers what it should not; `status` is that of HTTP."""
+class ServerError(_Told, OSError):
+    """A server does not answer any more, or answers what it should not; `status` is that of HTTP."""
 
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
         self.status = status
+
+
+class TeacherServerError(ServerError):
+    """The same of a teacher behind HTTP."""
+
+
+class RolloutServerError(ServerError):
+    """The same of a server that samples the student's completions."""
 
 
 class CacheError(_Told, OSError):
@@ -63,7 +71,7 @@ class HubError(_Told, OSError):
 
 # What the user mends before anything has run, and what ends a run that has.
 BAD_INPUT = (ConfigurationError, DatasetError, VocabularyError)
-FAILURES = (CacheError, CheckpointError, HubError, TeacherServerError, TrainingDivergedError, UnlikeModelError)
+FAILURES = (CacheError, CheckpointError, HubError, ServerError, TrainingDivergedError, UnlikeModelError)
 
 
 _SHOWN = 40  # so many known keys are a list that one can read

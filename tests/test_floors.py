@@ -27,6 +27,7 @@ FLOORS = {
     "hub": 1,
     "manifest": 1,
     "models": 1,
+    "servers": 1,
     "answers": 1,
     "data": 1,
     "toy": 1,

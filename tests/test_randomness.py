@@ -54,9 +54,12 @@ ALLOWED = {
     ("trainers/lifecycle/outage.py", "numpy.random.set_state"): "likewise",
     ("trainers/lifecycle/outage.py", "torch.set_rng_state"): "likewise",
     ("trainers/lifecycle/outage.py", "torch.cuda.set_rng_state"): "likewise",
+    ("rollouts/vllm.py", "random.setstate"): "puts the state back that vLLM seeds for the whole process",
+    ("rollouts/vllm.py", "numpy.random.set_state"): "likewise",
+    ("rollouts/vllm.py", "torch.random.fork_rng"): "likewise",
     ("signals.py", "torch.multinomial"): "by the generator that it is given",
     ("rationales/endpoint_model.py", "random.uniform"): "how long to wait before asking again",
-    ("teachers/remote/endpoints.py", "random.uniform"): "likewise",
+    ("servers/endpoints.py", "random.uniform"): "likewise",
 }
 
 # Called by these names on anything, a call seeds or draws; `torch.` ones draw from the state of the process.

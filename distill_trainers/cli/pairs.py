@@ -112,10 +112,10 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
 
     _check(settings, recipe.args.temperature)
     kind = kind_of(recipe.run.teacher_model_name_or_path, recipe.args)
-    if kind.place and not kind.can_generate:
+    if kind.place and not (kind.can_generate or kind.may_generate):
         raise ConfigurationError(
             f"The teacher {recipe.run.teacher_model_name_or_path} is {kind.place} and writes no responses; pairs need "
-            "a teacher's folder or Hub id."
+            "a teacher's folder or Hub id, or the address of vLLM's server."
         )
     if settings.pairs_repo:
         hub.check_access(
@@ -133,7 +133,7 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
         student = str(make_initial_student(recipe, checked.ready.prepared(checked.ready.given.train, "train")))
     target = _file(recipe, settings)
     teacher = str(recipe.run.teacher_model_name_or_path)
-    chosen = _teacher_answers(teacher, prompts, recipe, settings, checked.ready.pair.tokenizer, target)
+    chosen = _teacher_answers(teacher, prompts, recipe, settings, checked.ready.pair, target)
     rejected = _Writer(student, "student", recipe, checked.ready.pair.tokenizer, target).answer(
         {key: prompt for key, prompt in prompts.items() if key in chosen}, 0
     )
@@ -253,10 +253,14 @@ def _is_right(response: str, answer: str) -> bool:
 
 
 def _teacher_answers(
-    teacher: str, prompts: dict[str, Prompt], recipe: Recipe, settings: PairArguments, tokenizer: Any, target: Path
+    teacher: str, prompts: dict[str, Prompt], recipe: Recipe, settings: PairArguments, pair: Any, target: Path
 ) -> dict[str, Any]:
     """The teacher's first response to each prompt that stands the check."""
-    writer = _Writer(teacher, "teacher", recipe, tokenizer, target)
+    from ..teachers.base import is_remote
+    from ..teachers.loading import open_teacher
+
+    server = open_teacher(pair, recipe.args).live() if is_remote(teacher) else None
+    writer = _Writer(teacher, "teacher", recipe, pair.tokenizer, target, server)
     answers: dict[str, Any] = {}
     for attempt in range(settings.attempts):
         unanswered = {key: prompt for key, prompt in prompts.items() if key not in answers}
@@ -272,9 +276,11 @@ class _Writer:
     Args:
         role: teacher or student.
         target: the file of pairs, beside which answers are kept.
+        server: the teacher, if it is behind one.
     """
 
-    def __init__(self, name: str, role: str, recipe: Recipe, tokenizer: Any, target: Path):
+    def __init__(self, name: str, role: str, recipe: Recipe, tokenizer: Any, target: Path, server: Any = None):
+        self.server = server
         self.name, self.role, self.args, self.tokenizer = name, role, recipe.args, tokenizer
         self.root = target.with_name(f"{target.name}.parts")
         self._model: Any = None
@@ -291,7 +297,7 @@ class _Writer:
         args: Any = self.args
         stream = Stream(args.seed, Role(self.role), Purpose.PAIR).at(attempt=attempt)
         identity = {
-            "model": hashed(describe_source(self.name)),
+            "model": f"{self.name} {self.server.fingerprint()}" if self.server else hashed(describe_source(self.name)),
             **stream.as_dict(),
             **{name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")},
             "repetition_penalty": args.repetition_penalty,
@@ -302,14 +308,14 @@ class _Writer:
         known: Any = ends.load().get("ids")
         written = store.load()
         if not (prompts.keys() <= written.keys() and known):
-            model = self._load()
+            model = None if self.server else self._load()
             known = {"key": "ids", "ids": eos_ids(model, self.tokenizer)}
             ends.append([known])
             sampling = sampling_settings(args, model, self.tokenizer, len(self.tokenizer))
             settings = completion_settings(args, sampling, self.tokenizer, stream)
             written = complete_prompts(
                 {key: prompt.ids for key, prompt in prompts.items()},
-                contextlib.nullcontext(model),
+                self.server.generating() if self.server else contextlib.nullcontext(model),
                 Alone(args.device),
                 settings,
                 store,

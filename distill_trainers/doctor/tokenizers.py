@@ -11,8 +11,9 @@ from ..data.chat import Chat, close_turn
 from ..data.formats import as_messages, conversation_of, detect_dataset_type, is_conversation
 from ..data.rows import tokenize_row
 from ..exceptions import DatasetError, VocabularyError
+from ..servers.openai import PROBE
 from ..teachers.loading import has_files
-from ..teachers.vocabulary import PROBE, shared_vocabulary
+from ..teachers.vocabulary import shared_vocabulary
 from .case import Case
 from .findings import Finding, Severity, error, note, warning
 

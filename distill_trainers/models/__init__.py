@@ -57,8 +57,9 @@ from .merging import (
     refuse_unmergeable,
 )
 from .positions import beyond_positions, check_files, looks_positions_up, positions_of, without_weights
-from .probing import check_answers, logits_of
+from .probing import check_answers, logits_of, probe
 from .sharding import (
+    checkpoint_tensors,
     forget_dataloader,
     fsdp_version,
     keep_optimizer,

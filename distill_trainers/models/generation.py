@@ -70,10 +70,14 @@ def check_can_generate(model: nn.Module) -> None:
         )
 
 
-def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token that ends a completion: the tokenizer's EOS and those of the generation config."""
+def eos_ids(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token that ends a completion: the tokenizer's EOS and those of the generation config.
+
+    Args:
+        model: None where it runs elsewhere.
+    """
     of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys(of_tokenizer + generation_eos_ids(model)))
+    return list(dict.fromkeys(of_tokenizer + ([] if model is None else generation_eos_ids(model))))
 
 
 def generation_eos_ids(model: nn.Module) -> list[int]:

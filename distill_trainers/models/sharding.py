@@ -96,6 +96,28 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def checkpoint_tensors(causal_lm: Any, untied_head: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight and buffer by its name in a checkpoint, whole (collective under ZeRO-3 and FSDP2).
+
+    One that is shared comes once, by its first name.
+
+    Args:
+        untied_head: give the head's weight too, where it is the embedding's.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # Experts that transformers fused while loading get the names back under which they are published.
+    converted = getattr(causal_lm, "_weight_conversions", None)
+    seen: set[int] = set()
+    for name, tensor in causal_lm.state_dict(keep_vars=True).items():
+        if id(tensor) in seen and not untied_head:
+            continue
+        seen.add(id(tensor))
+        with whole_parameters(tensor):
+            whole_tensor = {name: whole(tensor.detach())}
+            yield from (revert_weight_conversion(causal_lm, whole_tensor) if converted else whole_tensor).items()
+
+
 def must_stay_in_step(model: nn.Module) -> bool:
     """Tell whether a forward of `model` may wait for other processes (ZeRO-3, FSDP2): all run equally many then."""
     from torch.distributed.fsdp import FSDPModule

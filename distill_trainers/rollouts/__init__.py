@@ -1,5 +1,6 @@
 """Rollouts: completions sampled from a model, and when to use them."""
 
+from .base import Completions, RolloutEngine
 from .completing import Alone, CompletionSettings, complete_prompts
 from .decode.loop import decode_completions, decode_scored, why_not_scored
 from .decode.mixture import Mixture
@@ -9,8 +10,6 @@ from .engines import (
     ENGINES,
     DecodeEngine,
     HfEngine,
-    RolloutEngine,
-    VllmEngine,
     build_engine,
     check_engine,
     local_engine,
@@ -19,6 +18,7 @@ from .hf import generate_completions
 from .replay import AdaptiveProbability, ReplayBuffer
 from .sampling import SamplingSettings
 from .store import CompletionStore
+from .vllm import VllmEngine
 
 __all__ = [
     "ENGINES",
@@ -26,6 +26,7 @@ __all__ = [
     "Alone",
     "CompletionSettings",
     "CompletionStore",
+    "Completions",
     "DecodeEngine",
     "HfEngine",
     "Mixture",

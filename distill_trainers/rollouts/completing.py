@@ -13,9 +13,12 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..randomness import Purpose, Stream
-from .engines import DecodeEngine, RolloutEngine
+from ..servers.openai import Writer
+from .base import RolloutEngine
+from .engines import DecodeEngine
 from .sampling import SamplingSettings, pad_left
 from .store import CompletionStore
+from .vllm import write
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,10 @@ class CompletionSettings:
         return {**writer, **named, **self.sampling.as_dict()}
 
     def complete(self, model: Any, batch: Prompts, device: torch.device) -> Completions:
-        """Complete one batch by a model that is ready to generate."""
+        """Complete one batch by a model that is ready to generate, or by one behind a server."""
+        if isinstance(model, Writer):
+            streams = [self.stream.at(prompt=key) for key in batch]
+            return dict(zip(batch, write(model, list(batch.values()), self.sampling, streams), strict=True))
         ids, mask = pad_left(list(batch.values()), self.sampling.pad_token_id, device)
         streams = [self.stream.at(prompt=key) for key in batch]
         return dict(zip(batch, self.engine.generate(model, ids, mask, self.sampling, streams), strict=True))

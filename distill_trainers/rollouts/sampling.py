@@ -158,6 +158,12 @@ def pad_left(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Return the rows of `pad_left` as lists again."""
+    rows = zip(ids.tolist(), mask.tolist(), strict=True)
+    return [[token for token, real in zip(*row, strict=True) if real] for row in rows]
+
+
 def join_prompts(prompts: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Join left-padded (ids, mask) pairs `[B, P]` of several batches into one."""
     width = max(ids.shape[1] for ids, _ in prompts)

@@ -55,6 +55,7 @@ class Teacher(ABC):
         has_files: its configuration and tokenizer can be read where its name says, before it is loaded.
         keeps_logps: its log-probabilities of given pairs may be kept on disk (`reference_logps_dir`).
         can_generate: it writes completions.
+        may_generate: one of this class may, as its servers tell.
         can_read_rollouts: it says what it thinks of any text, the student's own too.
         is_nobody: it stands where a teacher would, and says nothing.
         place: where it is, for a plan.
@@ -64,6 +65,7 @@ class Teacher(ABC):
 
     provides: ClassVar[frozenset[str]] = frozenset()
     can_generate: ClassVar[bool] = False
+    may_generate: ClassVar[bool] = False
     can_read_rollouts: ClassVar[bool] = False
     is_nobody: ClassVar[bool] = False
     has_files: ClassVar[bool] = False

@@ -6,13 +6,12 @@ import logging
 from typing import TYPE_CHECKING
 
 from ..exceptions import VocabularyError
+from ..servers.openai import PROBE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-PROBE = "It costs $1234.50 in 2024!\n\n2. naïve  café — \tdef f(x): return x**2  # ünïcode 你好 😀"
 
 
 def shared_vocabulary(

@@ -391,7 +391,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         ready = (
             models.generating(self.model_wrapped, self.accelerator)
             if self.engine.runs_the_model
-            else contextlib.nullcontext(self.model)
+            else contextlib.nullcontext(self.model_wrapped)
         )
         with ready as model:
             completions = (generate or self.engine.generate)(model, *prompts, self.sampling, streams)

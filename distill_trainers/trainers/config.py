@@ -103,7 +103,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         None, "Prompts sampled together; by default the whole accumulation window at once.", least=1
     )
     vllm_kwargs: dict[str, Any] | str | None = setting(
-        None, "For rollout_engine vllm: arguments of TRL's VLLMGeneration, such as {mode: server} (JSON)."
+        None, "For rollout_engine vllm: {mode: server, …}, or arguments of vLLM's LLM (JSON)."
     )
     completions_dir: str | None = setting(
         None, "Where the teacher's completions are kept; by default `<output_dir>/completions`."

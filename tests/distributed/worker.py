@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainerCallback
 
 from distill_trainers.exceptions import CheckpointError, TeacherServerError
-from distill_trainers.teachers.remote.endpoints import Again
+from distill_trainers.servers.endpoints import Again
 from distill_trainers.toy import (
     RATIONALE_PROMPTS,
     addition_dataset,

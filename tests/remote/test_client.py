@@ -17,10 +17,10 @@ from distill_trainers.cli import main
 from distill_trainers.exceptions import ConfigurationError, TeacherServerError
 from distill_trainers.losses import token_divergence
 from distill_trainers.recipe.parse import parse_recipe
+from distill_trainers.servers.endpoints import parse_servers
 from distill_trainers.signals import TokenLogits
 from distill_trainers.teachers import LocalTeacher, RemoteTeacher
 from distill_trainers.teachers.remote import RemoteSettings
-from distill_trainers.teachers.remote.endpoints import parse_servers
 from distill_trainers.teachers.remote.wire import PROTOCOL
 from distill_trainers.toy import CHARACTERS
 from distill_trainers.trainers import base
@@ -621,7 +621,7 @@ def test_bad_recipes_are_refused_in_a_line(remote_recipe, serve, other_tokenizer
 
 def test_pairs_want_a_teacher_that_writes(remote_recipe, capsys):
     assert main(["pairs", *remote_recipe("http://127.0.0.1:9", method="dpkd"), "--pairs_file", "p.jsonl"]) == 2
-    assert "writes no responses" in capsys.readouterr().err
+    assert "needs ['completions'] of its teacher" in capsys.readouterr().err
 
 
 def test_a_server_open_to_others_wants_a_token(saved, capsys, monkeypatch):

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from distill_trainers.exceptions import ConfigurationError, TeacherServerError
+from distill_trainers.servers import endpoints
 from distill_trainers.teachers import RemoteTeacher
-from distill_trainers.teachers.remote import RemoteSettings, endpoints, openai
+from distill_trainers.teachers.remote import RemoteSettings, openai
 from distill_trainers.teachers.remote.wire import PROTOCOL, Question, Wanted, pack, problem_of
 from distill_trainers.trainers.lifecycle.callbacks import InterruptCallback
 

@@ -1,69 +1,23 @@
-"""The engines behind one interface; vLLM stands in as an object that notes what it is given."""
+"""The engines behind one interface."""
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from distill_trainers import GKDConfig
-from distill_trainers.exceptions import ConfigurationError
-from distill_trainers.rollouts import (
-    DecodeEngine,
-    HfEngine,
-    SamplingSettings,
-    VllmEngine,
-    build_engine,
-    check_engine,
-    local_engine,
-)
+from distill_trainers.exceptions import ConfigurationError, UnlikeModelError
+from distill_trainers.models import checkpoint_tensors
+from distill_trainers.rollouts import DecodeEngine, HfEngine, SamplingSettings, build_engine, check_engine, local_engine
+from distill_trainers.rollouts.base import check_room, completions_of
+from distill_trainers.rollouts.vllm import Read, check_version, refuse_stale, request_fields
+from distill_trainers.servers.openai import Written
 
 BUILD = {"model": SimpleNamespace(name_or_path=""), "accelerator": None, "tokenizer": None, "max_length": 32}
-
-
-class FakeVllm:
-    """TRL's VLLMGeneration: what it was built with, and with which settings and weights each call ran."""
-
-    built: list[FakeVllm] = []
-
-    tensor_parallel_size = 1
-
-    def __init__(self, model, accelerator, processing_class, **options):
-        self.accelerator = accelerator
-        self.model, self.processing_class, self.options = model, processing_class, options
-        self.calls, self.weights, self.answers = [], None, None
-        FakeVllm.built.append(self)
-
-    def sync_weights(self):
-        self.weights = next(self.model.parameters()).detach().clone()
-
-    def generate(self, prompts, images, num_generations):
-        assert images is None and num_generations == 1 and self.weights is not None
-        assert torch.equal(self.weights, next(self.model.parameters())), "stale weights"
-        settings = {name: value for name, value in vars(self).items() if name in FakeVllm.settings}
-        self.calls.append((prompts, settings, self.weights))
-        answers = self.answers or [[4, 5, 1, 6]] * len(prompts)
-        return prompts, answers, None, None
-
-    settings = {
-        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-        *("max_completion_length", "logprobs", "generation_kwargs"),
-    }
-
-
-@pytest.fixture
-def vllm(monkeypatch):
-    """Makes vLLM look installed, and TRL's class a fake."""
-    import trl.generation.vllm_generation as module  # asks itself whether vLLM is there
-
-    find, FakeVllm.built = importlib.util.find_spec, []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: name if name == "vllm" else find(name, *a))
-    monkeypatch.setattr(FakeVllm.__init__, "__signature__", inspect.signature(module.VLLMGeneration.__init__), False)
-    monkeypatch.setattr(module, "VLLMGeneration", FakeVllm)
-    return FakeVllm
 
 
 # ---- Choosing -------------------------------------------------------------------------------------------------------
@@ -159,121 +113,121 @@ def test_what_is_sampled_does_not_depend_on_rollout_batches(make_trainer, batch_
         assert torch.equal(one["input_ids"], other["input_ids"])
 
 
-# ---- vLLM -----------------------------------------------------------------------------------------------------------
+# ---- vLLM: what needs no engine; the rest is in tests/vllm ----------------------------------------------------------
 
 
-def test_vllm_gets_prompts_settings_and_weights(make_model, pad_left, vllm):
-    model = make_model()
-    generation = vllm(model, SimpleNamespace(process_index=0), "tokenizer")
-    engine = VllmEngine(generation, vocab_rows=24)
-    generation.answers = [[4, 5, 1, 6], [8, 8], [9]]
-    sampling = SamplingSettings(
-        7,
-        temperature=0.7,
-        top_p=0.9,
-        top_k=11,
-        eos_token_ids=[1, 9],
-        suppress_from=22,
-        min_p=0.1,
-        repetition_penalty=1.2,
-        stop_strings=["x"],
-    )
-    prompts = [[3, 4, 3], [5], [6, 7]]  # the padding id is text, too
-    assert engine.generate(model, *pad_left(prompts), sampling) == [[4, 5, 1], [8, 8], [9]]
-    ((given, settings, _),) = generation.calls
-    assert given == prompts
-    assert settings == {
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "top_k": 11,
-        "min_p": 0.1,
-        "repetition_penalty": 1.2,
-        "max_completion_length": 7,
-        "logprobs": None,
-        "generation_kwargs": {
-            "stop_token_ids": [1, 9],
-            "stop": ["x"],
-            "include_stop_str_in_output": True,
-            "logit_bias": {22: -100.0, 23: -100.0},
-        },
+def test_every_setting_is_named_to_vllm():
+    """What is left out, a server would take from the model's generation config."""
+    plain = request_fields(SamplingSettings(3, 0.0, eos_token_ids=[1]), None, 24)
+    assert plain == {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "max_tokens": 3,
+        "stop_token_ids": [1],
+        "logprobs": 0,
+        "seed": None,
     }
-    assert not engine.runs_the_model
-    engine.generate(model, *pad_left(prompts), SamplingSettings(3, eos_token_ids=[1]))
-    assert generation.calls[1][1]["generation_kwargs"] == {"stop_token_ids": [1]}
+    sampling = SamplingSettings(7, 0.7, 0.9, 11, [1, 9], suppress_from=22, min_p=0.1, stop_strings=["x"])
+    fields = request_fields(sampling, 5, 24)
+    changed = {"temperature": 0.7, "top_p": 0.9, "top_k": 11, "min_p": 0.1, "max_tokens": 7, "stop_token_ids": [1, 9]}
+    more = {"seed": 5, "stop": ["x"], "include_stop_str_in_output": True, "logit_bias": {22: -100.0, 23: -100.0}}
+    assert fields == {**plain, **changed, **more}
+    with pytest.raises(ConfigurationError, match="no_repeat_ngram_size: 2"):
+        request_fields(SamplingSettings(3, no_repeat_ngram_size=2), 5)
+    with pytest.raises(ValueError, match="no streams"):
+        request_fields(sampling, None)
 
 
-def test_vllm_draws_anew_at_each_step_and_leaves_the_random_state(make_model, pad_left, vllm, streams):
-    """As it does in this process: from torch's own state. Processes that share one model must draw alike."""
-    states = []
-    for rank, shared in ((0, 1), (0, 1), (1, 1), (0, 2), (1, 2)):
-        generation = vllm(make_model(), SimpleNamespace(process_index=rank), "tokenizer")
-        generation.tensor_parallel_size = shared
-        inner, drawn = generation.generate, []
-        generation.generate = lambda **given: drawn.append(torch.rand(3).tolist()) or inner(**given)  # noqa: B023
-        before = torch.get_rng_state()
-        for step in (1, 2):
-            rows = streams(2, step=step, rank=rank)
-            VllmEngine(generation, 24).generate(make_model(), *pad_left([[4], [5]]), SamplingSettings(3), rows)
-        assert torch.equal(torch.get_rng_state(), before) and drawn[0] != drawn[1]
-        states.append(drawn)
-    assert states[0] == states[1] == states[3] == states[4] != states[2]
+def test_completions_carry_what_their_sampler_thought_of_them(make_model, pad_left):
+    sampling = SamplingSettings(4, 0.0, eos_token_ids=[1])
+    rows = [Written([4, 5, 1, 6], [-1.0, -2.0, -3.0, -4.0]), Written([8], [-0.5])]
+    texts = completions_of(rows, sampling, processed=True)
+    assert texts == [[4, 5, 1], [8]] and texts.logps == [[-1.0, -2.0, -3.0], [-0.5]] and texts.processed
+    assert completions_of(rows, sampling).logps is None, "of a kind that nobody knows"
+    assert completions_of([*rows, Written([2], None)], sampling, True).logps is None
+    assert DecodeEngine().generate(make_model(), *pad_left([[4]]), sampling).logps is None
 
 
-def test_our_names_of_vllms_settings_are_trls():
-    """The fake can only be trusted if the real class has these attributes and arguments."""
-    from trl.generation.vllm_generation import VLLMGeneration
-
-    source = inspect.getsource(VLLMGeneration)
-    names = FakeVllm.settings | {"accelerator", "tensor_parallel_size"}
-    assert all(f"self.{name} = " in source and f"self.{name}" in source for name in names)
-    assert list(inspect.signature(VLLMGeneration.generate).parameters)[1:4] == ["prompts", "images", "num_generations"]
-    known = inspect.signature(VLLMGeneration.__init__).parameters
-    assert {"mode", "max_model_length", "max_num_seqs", "server_port", "processing_class"} <= known.keys()
-
-
-def test_a_trainer_with_vllm(make_trainer, saved, vllm):
-    """One call per step, each with the weights that the step before left; rollouts are vLLM's."""
-    trainer = make_trainer(
-        saved.student,
-        saved.teacher,
-        lmbda=1.0,
-        rollout_engine="vllm",
-        rollout_batch_size=6,
-        gradient_accumulation_steps=2,
-        max_new_tokens=5,
-        temperature=0.5,
-        vllm_kwargs='{"mode": "server", "server_port": 1234}',
-    )
-    (generation,) = vllm.built
-    assert generation.model is trainer.model and generation.processing_class is trainer.processing_class
-    options = {"mode": "server", "server_port": 1234, "max_model_length": 24, "max_num_seqs": 6}
-    assert generation.options == options
-    windows, inner = [], trainer.rollout
-    trainer.rollout = lambda batches: windows.append(inner(batches)) or windows[-1]
-    trainer.train()
-    assert len(generation.calls) == 3 and all(len(prompts) == 8 for prompts, _, _ in generation.calls)
-    first, second, third = (weights for _, _, weights in generation.calls)
-    assert not torch.equal(first, second) and not torch.equal(second, third)
-    for batch in (batch for window in windows for batch in window):
-        assert all(row[row != -100].tolist() == [4, 5, 1] for row in batch["labels"])
-    assert generation.calls[0][1]["temperature"] == 0.5
+@pytest.mark.parametrize("step", [1e-1, 1e-3])
+@pytest.mark.parametrize("rounding", [0.0, 1e-2])
+def test_weights_of_an_earlier_step_are_found_however_small_the_steps(step, rounding):
+    """What vLLM rounds otherwise is let pass; weights that stay are found once the student moved by more than that."""
+    draw, texts = torch.Generator().manual_seed(0), [[1] * 8, [2] * 8]
+    own = [-5 * torch.rand(2, 8, generator=draw)]
+    for _ in range(200):
+        own.append(own[-1] + step * torch.rand(2, 8, generator=draw))
+    bias = rounding * torch.randn(2, 8, generator=draw)
+    before = None
+    for logps in (own[0], *own):  # the first is sent twice
+        before = refuse_stale(Read(texts, logps + bias, logps), before)
+    before = refuse_stale(Read(texts, own[0] + bias, own[0]))
+    with pytest.raises(UnlikeModelError, match="weights of an earlier step|does not serve") as caught:
+        for logps in own[: max(2, int(10 * rounding / step))]:
+            before = refuse_stale(Read(texts, own[0] + bias, logps), before, tolerance=0.2)
+    assert "of an earlier step" in str(caught.value)
+    for other in (own[0] + 1, own[0] * float("nan")):
+        with pytest.raises(UnlikeModelError, match="does not serve the student.*`tolerance`"):
+            refuse_stale(Read(texts, other, own[0]))
 
 
-def test_options_of_vllm_are_checked_by_name(make_trainer, saved, vllm):
-    for options, message in (
-        ({"server_prot": 1}, "vllm_kwargs.*server_port"),
-        ({"temperature": 0.5}, "temperature.*vllm_kwargs"),  # a setting of its own
-    ):
-        with pytest.raises(ConfigurationError, match=message):
-            make_trainer(saved.student, lmbda=1.0, rollout_engine="vllm", vllm_kwargs=options)
-    assert not vllm.built
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mode": "serve"}, "mode.*serve.*colocate, server"),
+        ({"mode": "server", "lora": "both"}, "lora.*both.*merged, adapter"),
+        ({"mode": "server", "tolerance": 0}, "tolerance.*above 0"),
+        ({"mode": "server", "server_prot": 1}, "server_prot.*Did you mean 'server_port'"),
+        ({"mode": "server", "gpu_memory_utilization": 0.3}, "gpu_memory_utilization.*started with its own options"),
+        ({"mode": "server", "server_base_url": "ftp://a"}, "address of a rollout server"),
+        ({"mode": "server", "server_base_url": "http://me:pw@a"}, "DISTILL_ROLLOUT_TOKEN"),
+        ({"temperature": 0.5}, "not installed"),
+    ],
+)
+def test_options_of_vllm_are_checked_before_anything_is_loaded(make_trainer, monkeypatch, given, words):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
+    monkeypatch.setattr("distill_trainers.trainers.student.load_student", lambda *a: pytest.fail("loaded"))
+    with pytest.raises(ConfigurationError, match=words):
+        make_trainer(lmbda=1.0, rollout_engine="vllm", vllm_kwargs=given)
 
 
-def test_a_student_made_in_memory_cannot_be_loaded_by_vllm(make_trainer, vllm):
-    with pytest.raises(ConfigurationError, match="save_pretrained"):
-        make_trainer(lmbda=1.0, rollout_engine="vllm")
-    make_trainer(lmbda=1.0, rollout_engine="vllm", vllm_kwargs={"mode": "server"})
-    assert len(vllm.built) == 1
+@pytest.mark.parametrize(("version", "fits"), [("0.31.9", False), ("0.32.0+cpu", True), ("1.0", True), ("dev", True)])
+def test_versions_of_vllm(version, fits):
+    if fits:
+        check_version(version, "here")
+    else:
+        with pytest.raises(ConfigurationError, match="vLLM 0.31.9 here; expected 0.32 or newer"):
+            check_version(version, "here")
+
+
+def test_prompts_that_vllm_would_cut_short_are_refused():
+    check_room([[1] * 4, [1]], SamplingSettings(4), 8, "vLLM")
+    check_room([[1] * 4], SamplingSettings(4), None, "vLLM")
+    with pytest.raises(ConfigurationError, match="9 tokens.*vLLM takes 8.*max_model_len"):
+        check_room([[1] * 5, [1]], SamplingSettings(4), 8, "vLLM")
+
+
+def test_weights_have_the_names_of_a_checkpoint(make_student, make_model, tmp_path):
+    """Those that `save_pretrained` writes: experts one by one, a shared weight once."""
+    from safetensors.torch import load_file
+
+    for number, model in enumerate((make_student(), make_model("qwen3"), mixture_of_experts())):
+        model.save_pretrained(tmp_path / str(number))
+        expected = load_file(tmp_path / str(number) / "model.safetensors")
+        found = dict(checkpoint_tensors(type(model).from_pretrained(tmp_path / str(number))))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    tied = make_student(tie_word_embeddings=True)
+    assert "lm_head.weight" in dict(checkpoint_tensors(tied, untied_head=True))
+
+
+def mixture_of_experts():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=14, num_hidden_layers=2, num_local_experts=3, **sizes)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def test_recipes_name_engine_and_filters(tmp_path):

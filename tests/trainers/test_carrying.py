@@ -139,7 +139,7 @@ def test_vllm_of_trl_is_vllm_here():
     )
     ours = config_from_arguments(GKDConfig, theirs)
     assert ours.rollout_engine == "vllm"
-    assert ours.vllm_kwargs == {"mode": "server", "server_port": 9, "group_port": 51217}
+    assert ours.vllm_kwargs == {"mode": "server", "server_port": 9}
 
 
 def test_a_packed_config_of_sft_does_not_vanish():

@@ -8,17 +8,18 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...addresses import secret_for
 from ...exceptions import ConfigurationError, TeacherServerError
+from ...servers.endpoints import SMALL, Again, Endpoint
+from ...servers.openai import is_name
 from ...signals import Head
 from ..cache.identity import tokenizer_fingerprint
 from ..cache.shards import Answer
-from .endpoints import SMALL, Again, Endpoint
 from .wire import PROTOCOL, SERVER_KINDS, Question, WireError, answer_bytes, pack_question, unpack, unpack_head
 
 TOKEN_ENV = "DISTILL_TEACHER_TOKEN"
@@ -27,11 +28,6 @@ LIMITS = ("max_rows", "max_tokens", "max_row_tokens", "max_answer_bytes")
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**53
-
-
-def is_name(value: Any) -> bool:
-    """Tell whether a server's text may be shown: on one line, and without what moves a terminal's cursor."""
-    return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
 
 
 # What a server says of itself, and when that makes sense.
@@ -92,9 +88,11 @@ class Dialect(ABC):
 
     Attributes:
         info: what the server says of itself, `_DESCRIPTION`; None for what it does not say.
+        can_write: whether it writes completions.
     """
 
     info: dict[str, Any]
+    can_write: ClassVar[bool] = False
 
     @abstractmethod
     def compare_tokenizer(self, endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:

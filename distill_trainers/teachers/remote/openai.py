@@ -6,25 +6,21 @@ log-probabilities at temperature 1 of the k likeliest ids and of the token itsel
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...exceptions import ConfigurationError, TeacherServerError
+from ...servers.endpoints import Again, Endpoint
+from ...servers.openai import OpenAIServer
 from ...signals import SMALLEST_TAIL
 from ..cache.shards import Answer
-from ..vocabulary import PROBE
-from .dialects import Dialect, RemoteSettings, is_name
-from .endpoints import SMALL, Again, Endpoint
+from .dialects import Dialect, RemoteSettings
 from .wire import Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 _TOKENS = 8192  # of one request, whose answer takes about 70 bytes for each token and id
 _ROWS = 64
@@ -38,25 +34,11 @@ class OpenAIDialect(Dialect):
         ConfigurationError: no such server, an unknown model, or no prompt log-probs of as many ids as are asked for.
     """
 
+    can_write = True
+
     def __init__(self, endpoint: Endpoint, settings: RemoteSettings):
-        listed = endpoint.json("/v1/models")
-        try:
-            models = {model["id"]: model for model in listed["data"] if is_name(model["id"])}
-        except (TypeError, KeyError) as error:
-            raise ConfigurationError(
-                f"{endpoint.url} is neither a `distill-trainers serve-teacher` nor an OpenAI-compatible server: its "
-                "/v1/models lists no models. Check the address."
-            ) from error
-        name = settings.model or (next(iter(models)) if len(models) == 1 else None)
-        if name not in models:
-            raise ConfigurationError(
-                f"Got `teacher_server_model: {settings.model}`, but {endpoint.url} serves {', '.join(models)}. Name "
-                "one of these."
-            )
-        longest = models[name].get("max_model_len")
-        if longest is not None and not (type(longest) is int and longest > 2):
-            raise ConfigurationError(f"Got `max_model_len: {longest!r:.60}` from {endpoint.url}; expected a number.")
-        self.model = name
+        self.server = OpenAIServer(endpoint, settings.model, "teacher_server_model")
+        name, longest = self.server.model, self.server.longest
         self.info = {
             "teacher": name,
             "weights": f"served as {name}",
@@ -89,22 +71,7 @@ class OpenAIDialect(Dialect):
             )
 
     def compare_tokenizer(self, endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:
-        question = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}
-        try:
-            theirs = endpoint.json("/tokenize", question)["tokens"]
-        except (TeacherServerError, KeyError, TypeError):
-            logger.warning(
-                "%s has no /tokenize, so its tokenizer could not be compared with the student's: it must be the same.",
-                endpoint.url,
-            )
-            return
-        ids = tokenizer.encode(PROBE, add_special_tokens=False)
-        if ids != theirs:
-            raise ConfigurationError(
-                f"The teacher {self.model!r} at {endpoint.url} splits text into other ids than the student's tokenizer "
-                f"({theirs!r:.60}…, {ids!r:.60}…). Choose a student of the teacher's family and use its tokenizer for "
-                "both."
-            )
+        OpenAIServer(endpoint, self.server.model, "teacher_server_model").compare_tokenizer(tokenizer, "teacher")
 
     def ask(self, question: Question, endpoint: Endpoint) -> Answer:
         k = question.wanted.top_k or 0
@@ -140,14 +107,7 @@ class OpenAIDialect(Dialect):
 
     def _complete(self, prompts: list[list[int]], k: int, endpoint: Endpoint) -> list[Any]:
         """`prompt_logprobs` of each prompt, in order."""
-        body = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        most = SMALL + _ENTRY_BYTES * (k + 2) * sum(map(len, prompts))
-        answer = endpoint.json("/v1/completions", body, most)
-        try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            told = [choice.get("prompt_logprobs") for choice in choices]
-        except (LookupError, TypeError, AttributeError) as error:
-            raise Again(f"{endpoint.url} answers nonsense: {json.dumps(answer)[:100]}", broken=True) from error
-        if len(told) != len(prompts):
-            raise Again(f"{endpoint.url} answers {len(told)} of {len(prompts)} prompts", broken=True)
-        return told
+        body = {"prompt": prompts, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
+        most = _ENTRY_BYTES * (k + 2) * sum(map(len, prompts))
+        choices = self.server.complete(body, len(prompts), most, endpoint)
+        return [choice.get("prompt_logprobs") for choice in choices]

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ... import models
 from ...exceptions import ConfigurationError, TeacherServerError
 from ...requirements import Requirements
+from ...servers.endpoints import Again, Attempt, Endpoint, Servers, parse_servers
+from ...servers.openai import Writer
 from ...signals import Head, TeacherSignal, TokenLogprobs
 from ..base import Pair, Teacher, is_remote, named
 from ..cache.kinds import CACHE_KINDS, refuse_sparse
@@ -21,7 +24,6 @@ from ..cache.shards import Answer
 from ..rows import TokenRow, plain_rows, row_key, unpadded_rows
 from ..vocabulary import shared_vocabulary
 from .dialects import LIMITS, TOKEN_ENV, Dialect, OwnDialect, RemoteSettings, token_from_environment
-from .endpoints import Again, Attempt, Endpoint, Servers, parse_servers
 from .openai import OpenAIDialect
 from .wire import SERVER_KINDS, Question, Wanted, answer_bytes, answer_identity, empty_answer, problem_of
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from ..options import TeacherOptions
 
 logger = logging.getLogger(__name__)
+
+WRITING_KINDS = ("topk", "token_logprobs")  # those of the servers that also write completions
 
 
 class RemoteTeacher(Teacher):
@@ -48,7 +52,7 @@ class RemoteTeacher(Teacher):
         ConfigurationError: a server is not there, is not one, wants another token, or cannot tell what is asked for.
     """
 
-    may_be_away = True
+    may_be_away = may_generate = True
     place = "behind HTTP"
 
     @classmethod
@@ -80,7 +84,7 @@ class RemoteTeacher(Teacher):
             kind = pair.teacher.settings.kind
         told = "token_logprobs" if kind == "token_logprobs" else "distribution"
         missing = wants.needs - {told} - ({"token_logprobs"} if told == "distribution" else set())
-        if wants.replaces_completions:
+        if wants.replaces_completions and kind not in WRITING_KINDS:
             missing |= {"completions"}
         if missing:
             raise ConfigurationError(
@@ -110,6 +114,8 @@ class RemoteTeacher(Teacher):
             token = token_from_environment(parse_servers(teacher))
             teacher = cls(teacher, RemoteSettings(**settings, seed=options.seed), token)
         teacher.meet(pair.tokenizer, options.max_length)
+        if getattr(options, "seq_kd", False):
+            teacher.live()  # it says why it cannot write
         return teacher
 
     def __init__(self, servers: str | Sequence[str], settings: RemoteSettings | None = None, token: str | None = None):
@@ -121,6 +127,7 @@ class RemoteTeacher(Teacher):
         self.provides = frozenset({"token_logprobs" if settings.kind == "token_logprobs" else "distribution"})  # type: ignore[misc]
         dialects = [self._connect(endpoint) for endpoint in self.servers.endpoints]
         self.dialect = dialects[0]
+        self.can_generate = self.dialect.can_write  # type: ignore[misc]
         self.info = self.dialect.info
         for url, other in zip(urls, dialects, strict=True):
             if any(other.info[name] != self.info[name] for name in ("weights", "tokenizer", "vocab_rows")):
@@ -235,6 +242,27 @@ class RemoteTeacher(Teacher):
         count, head = sum(len(positions) for _, positions in rows), self._head
         nothing = empty_answer(count, self._wanted(vocab_size), self.info, None if head is None else head.weight.dtype)
         return self._signal_of([nothing], vocab_size, predicts.device)
+
+    # ---- What it writes ---------------------------------------------------------------------------------------------
+
+    def live(self) -> Any:
+        if not self.can_generate:
+            raise ConfigurationError(
+                f"The teacher's server {self.servers.names} writes no completions. Use vLLM's server with "
+                f"`teacher_server_kind: {' or '.join(WRITING_KINDS)}`, give the dataset completions, or use a local "
+                "teacher."
+            )
+        return self
+
+    @contextlib.contextmanager
+    def generating(self, accelerator: Accelerator | None = None) -> Iterator[Writer]:
+        """Yield what writes the completions of many prompts at once."""
+        self.live()
+        assert isinstance(self.dialect, OpenAIDialect)
+        yield Writer(self.servers, self.dialect.server, self._known_ids)
+
+    def eos_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return models.eos_ids(None, tokenizer)  # the server adds those of the generation config, which it alone knows
 
     def fingerprint(self) -> str:
         return self.info["weights"]

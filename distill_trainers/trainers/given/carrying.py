@@ -54,11 +54,14 @@ def _is_changed(field: Field[Any], given: dict[str, Any]) -> bool:
 
 
 def _vllm(changed: dict[str, Any]) -> dict[str, Any]:
-    """Take TRL's settings of vLLM out of `changed`: they are arguments of TRL's own engine, which runs here too."""
+    """Take TRL's settings of vLLM out of `changed`: those of its engine have their own names here."""
     uses = changed.pop("use_vllm", False)
     names = [name for name in changed if name.startswith("vllm_") and name not in REFUSED]
     arguments = {name.removeprefix("vllm_"): changed.pop(name) for name in names}
-    arguments.pop("sync_frequency", None)  # weights are sent before each rollout
+    for name in ("sync_frequency", "group_port"):  # weights are sent before each rollout, and through a folder
+        arguments.pop(name, None)
+    if "max_model_length" in arguments:
+        arguments["max_model_len"] = arguments.pop("max_model_length")
     return {"rollout_engine": "vllm", "vllm_kwargs": {"mode": "colocate", **arguments}} if uses else {}
 
 

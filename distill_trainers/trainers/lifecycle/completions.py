@@ -19,7 +19,12 @@ from ..protocol import Run
 
 
 def sampling_settings(args: DistillConfig, model: Any, tokenizer: Any, vocab_size: int | None) -> SamplingSettings:
-    """Say how `model` (student or teacher) is sampled under a config: it ends at its own end-of-text tokens."""
+    """Say how `model` (student or teacher) is sampled under a config: it ends at its own end-of-text tokens.
+
+    Args:
+        model: None of a teacher behind a server.
+        vocab_size: ids that may be sampled; None takes all of `model`.
+    """
     known_ids = vocab_size or models.causal_lm_of(model).config.get_text_config().vocab_size
     return SamplingSettings(
         max_new_tokens=args.max_new_tokens,

@@ -1,4 +1,4 @@
-"""The HTTP side of remote teachers: servers that share the load, and that may be away for a while."""
+"""The HTTP side of what runs elsewhere: servers that share the load, and that may be away for a while."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 
-from ...escaping import one_line
-from ...exceptions import ConfigurationError, TeacherServerError
-from ...redaction import redacted
+from ..escaping import one_line
+from ..exceptions import ConfigurationError, RolloutServerError, ServerError, TeacherServerError
+from ..redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,27 @@ _ERROR_BYTES = 2**16  # of the body of a refusal
 SMALL = 2**20  # bytes of an answer that describes something
 
 
+@dataclass(frozen=True)
+class Whose:
+    """What a server is for, as messages name it.
+
+    Args:
+        name: "teacher's server".
+        error: what is raised when it refuses or stays away.
+        patience: the setting of how long it is waited for.
+        token: the environment variable with the token that requests bear.
+    """
+
+    name: str
+    error: type[ServerError]
+    patience: str
+    token: str
+
+
+TEACHER = Whose("teacher's server", TeacherServerError, "`teacher_server_patience`", "DISTILL_TEACHER_TOKEN")
+ROLLOUTS = Whose("rollout server", RolloutServerError, "`server_patience` of `vllm_kwargs`", "DISTILL_ROLLOUT_TOKEN")
+
+
 class Again(Exception):
     """An attempt failed in a way that may pass.
 
@@ -49,7 +71,7 @@ class Again(Exception):
         self.retry_after, self.broken = retry_after, broken
 
 
-def parse_servers(text: str) -> list[str]:
+def parse_servers(text: str, whose: Whose = TEACHER) -> list[str]:
     """Read the addresses in `text`, without `/v1` at their end.
 
     Raises:
@@ -65,16 +87,16 @@ def parse_servers(text: str) -> list[str]:
             whole = False
         if not whole or url.query or url.fragment or " " in address:
             raise ConfigurationError(
-                f"Got {part.strip()!r} as the address of a teacher's server; expected `http://host:port`, several with "
+                f"Got {part.strip()!r} as the address of a {whose.name}; expected `http://host:port`, several with "
                 "commas between."
             )
         if url.username or url.password:
             raise ConfigurationError(
-                f"The address of the teacher's server at {url.hostname} holds a user or password, which would end up "
-                "in logs. Put the server's token into the environment variable DISTILL_TEACHER_TOKEN."
+                f"The address of the {whose.name} at {url.hostname} holds a user or password, which would end up "
+                f"in logs. Put the server's token into the environment variable {whose.token}."
             )
         if address in addresses:
-            raise ConfigurationError(f"The teacher's server {address} is named twice.")
+            raise ConfigurationError(f"The {whose.name} {address} is named twice.")
         addresses.append(address)
     return addresses
 
@@ -88,7 +110,7 @@ class _Client:
         self._session: aiohttp.ClientSession | None = None
         self._ended = False
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-http", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="server-http", daemon=True)
         self._thread.start()
 
     def fetch(
@@ -172,7 +194,8 @@ class _Client:
 class Endpoint:
     """One server, and how it has been doing."""
 
-    def __init__(self, url: str, client: _Client, token: str | None):
+    def __init__(self, url: str, client: _Client, token: str | None, whose: Whose = TEACHER):
+        self.whose = whose
         self.url = url
         self.in_flight = self.failures = 0
         self.not_before = 0.0
@@ -186,7 +209,7 @@ class Endpoint:
 
         Raises:
             Again: it may work later.
-            TeacherServerError: the server refuses, and will again.
+            ServerError: the server refuses, and will again; of the class of `whose`.
         """
         headers = self._headers if body is None else {**self._headers, "Content-Type": kind}
         status, said, data = self._client.fetch("GET" if body is None else "POST", self.url + path, body, headers, most)
@@ -195,7 +218,7 @@ class Endpoint:
         reason = f"{status} {_reason(data)}".strip()
         if status in _PASSES:
             raise Again(reason, _asked_wait(said), broken=status == 500)
-        raise TeacherServerError(f"The teacher's server {self.url} refuses: {reason}", status)
+        raise self.whose.error(f"The {self.whose.name} {self.url} refuses: {reason}", status)
 
     def json(self, path: str, question: Any = None, most: int = SMALL) -> Any:
         """Do as `request`, in JSON both ways."""
@@ -218,7 +241,7 @@ class Attempt(Generic[T]):
         """Return what the call gave, on whichever server, tried again while servers are away.
 
         Raises:
-            TeacherServerError: a server refuses, answers nonsense again and again, or none is back in time.
+            ServerError: a server refuses, answers nonsense again and again, or none is back in time.
         """
         since, broken = None, 0
         while True:
@@ -229,10 +252,11 @@ class Attempt(Generic[T]):
                 broken += again.broken
                 away = time.monotonic() - since
                 if away > self._servers.patience or broken >= _BROKEN_ANSWERS or self._servers.waits_no_more:
-                    raise TeacherServerError(
-                        f"No teacher's server gave an answer ({self._servers.names}; the last: {again}), tried for "
+                    whose = self._servers.whose
+                    raise whose.error(
+                        f"No {whose.name} gave an answer ({self._servers.names}; the last: {again}), tried for "
                         f"{away:.0f} s. Start it again, and the run with `--resume_from_checkpoint true`; "
-                        "`teacher_server_patience` says how long a server is waited for."
+                        f"{whose.patience} says how long a server is waited for."
                     ) from again
                 self._servers.wait_for_any(str(again), away)
                 self._future = self._servers.submit(self._call)
@@ -243,19 +267,28 @@ class Attempt(Generic[T]):
 
 
 class Servers:
-    """Servers of one teacher; each call goes to the one with the fewest in flight among those that are not away.
+    """Servers of one model; each call goes to the one with the fewest in flight among those that are not away.
 
     Args:
         token: that requests bear.
         timeout: seconds after which an attempt has failed that has no whole answer.
         patience: seconds for which servers that are away are waited for.
+        whose: what they serve, for messages.
     """
 
-    def __init__(self, urls: Sequence[str], token: str | None, concurrency: int, timeout: float, patience: float):
-        self.patience = patience
+    def __init__(
+        self,
+        urls: Sequence[str],
+        token: str | None,
+        concurrency: int,
+        timeout: float,
+        patience: float,
+        whose: Whose = TEACHER,
+    ):
+        self.patience, self.whose = patience, whose
         self._client = _Client(concurrency, timeout)
-        self.endpoints = [Endpoint(url, self._client, token) for url in urls]
-        self._threads = futures.ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
+        self.endpoints = [Endpoint(url, self._client, token, whose) for url in urls]
+        self._threads = futures.ThreadPoolExecutor(concurrency, thread_name_prefix="server-client")
         self._lock = threading.Lock()
         self._turn = 0
         self.waits_no_more = False
@@ -279,7 +312,8 @@ class Servers:
         if away > _SILENT and not self._told:
             self._told = True
             how_long = self.patience - away
-            logger.warning("Waiting for the teacher's server %s (%s), %.0f s more.", self.names, reason, how_long)
+            words = "Waiting for the %s %s (%s), %.0f s more."
+            logger.warning(words, self.whose.name, self.names, reason, how_long)
         end = min(endpoint.not_before for endpoint in self.endpoints)
         while not self.waits_no_more and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))

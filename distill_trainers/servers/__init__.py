@@ -1,0 +1,1 @@
+"""Clients of servers that run elsewhere: over HTTP, and in OpenAI's dialect."""
