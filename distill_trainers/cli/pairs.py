@@ -256,10 +256,10 @@ def _teacher_answers(
     teacher: str, prompts: dict[str, Prompt], recipe: Recipe, settings: PairArguments, pair: Any, target: Path
 ) -> dict[str, Any]:
     """The teacher's first response to each prompt that stands the check."""
-    from ..teachers.base import is_remote
-    from ..teachers.loading import open_teacher
+    from ..teachers.loading import kind_of, open_teacher
 
-    server = open_teacher(pair, recipe.args).live() if is_remote(teacher) else None
+    args: Any = recipe.args
+    server = open_teacher(pair, args).live() if kind_of(teacher, args).may_be_away else None
     writer = _Writer(teacher, "teacher", recipe, pair.tokenizer, target, server)
     answers: dict[str, Any] = {}
     for attempt in range(settings.attempts):
