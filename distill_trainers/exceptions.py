@@ -75,6 +75,7 @@ FAILURES = (CacheError, CheckpointError, HubError, ServerError, TrainingDiverged
 
 
 _SHOWN = 40  # so many known keys are a list that one can read
+_LONGEST = 120  # characters of a key
 
 
 def refuse_unknown_keys(given: Iterable[str], known: Collection[str], where: str) -> None:
@@ -83,12 +84,17 @@ def refuse_unknown_keys(given: Iterable[str], known: Collection[str], where: str
     Raises:
         ConfigurationError: naming them.
     """
-    unknown = [str(key) for key in given if key not in known]
+    unknown = [_cut(str(key)) for key in given if key not in known]
     if len(unknown) == 1:
         raise ConfigurationError(f"Unknown key {unknown[0]!r} in {where}. {_hint(unknown[0], known)}")
     if unknown:
         hints = " ".join(f"{key!r}: {_hint(key, known)}" for key in unknown)
         raise ConfigurationError(f"Unknown keys in {where}: {', '.join(map(repr, unknown))}. {hints}")
+
+
+def _cut(name: str) -> str:
+    """Return a name as an error shows it: not longer than one can read."""
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…"
 
 
 def _hint(key: str, known: Collection[str]) -> str:

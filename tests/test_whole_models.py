@@ -401,6 +401,25 @@ def test_a_server_refuses(broken, folder, tokenizer):
         load_service(options, Limits())
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"model": ', b"\xff\xfe", b'{"pad_token": 7}'])
+def test_a_damaged_tokenizer_is_refused_by_name(file, text, folder, tokenizer):
+    from distill_trainers.teachers.loading import teacher_tokenizer
+    from distill_trainers.trainers.student import student_tokenizer
+
+    (folder / file).write_bytes(text)
+    args = GKDConfig(output_dir=str(folder / "out"), use_cpu=True, report_to="none")
+    subject, *_ = make_subjects({"student": str(folder)}, None, None, None, None)
+    for door in (
+        lambda: models.load_tokenizer(str(folder)),
+        lambda: teacher_tokenizer(str(folder), tokenizer, args),
+        lambda: student_tokenizer(str(folder), args),
+        subject.tokenizer,
+    ):
+        with pytest.raises(ConfigurationError, match=f"The tokenizer of '.*{folder.name}' cannot be read: .*"):
+            door()
+
+
 LOADERS = {"AutoConfig", "AutoTokenizer", "GenerationConfig"}
 
 

@@ -6,15 +6,16 @@ accelerate launch [--config_file …] -m distill_trainers.cli.rationales extract
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, DatasetError
 from ..locks import holding_run
 from . import report_errors, say, shows_usage
 from .rationale_settings import PipelineArguments, parse_arguments
@@ -69,12 +70,24 @@ def _extract(args: PipelineArguments) -> int:
     return _report(args, "extract", {"cot": spent}, model, rank)
 
 
+@contextlib.contextmanager
+def _naming(file: Any) -> Iterator[None]:
+    """Say which file rows came from that a stage refuses."""
+    try:
+        yield
+    except DatasetError as error:
+        if str(file) in str(error):
+            raise
+        raise DatasetError(f"{str(file)!r}: {error}") from error
+
+
 def _parse(args: PipelineArguments) -> int:
     from ..rationales.stages import parse
     from ..storage import read_rows
 
-    rows = read_rows(args.input or args.path("responses.jsonl"))
-    parsed = parse(rows, args.answer_formats or (), args.next_question)
+    file = args.input or args.path("responses.jsonl")
+    with _naming(file):
+        parsed = parse(read_rows(file), args.answer_formats or (), args.next_question)
     _export(args, "parsed", parsed)
     counts = Counter(row["answer_format"] or "no answer" for row in parsed)
     _print_counts(f"{len(parsed)} responses", counts)
@@ -85,9 +98,15 @@ def _verify(args: PipelineArguments) -> int:
     from ..rationales.stages import verify
     from ..storage import RecordStore, read_rows, write_rows
 
-    rows = read_rows(args.input or args.path("parsed.jsonl"))
-    store = RecordStore(args.path("verdicts"))
-    judged = verify(rows, store=store, kind=args.answer_kind, majority_share=args.majority_share, progress=_progress(0))
+    file = args.input or args.path("parsed.jsonl")
+    rows = read_rows(file)
+    settings: dict[str, Any] = {
+        "kind": args.answer_kind,
+        "majority_share": args.majority_share,
+        "progress": _progress(0),
+    }
+    with _naming(file):
+        judged = verify(rows, store=RecordStore(args.path("verdicts")), **settings)
     _export(args, "verified", judged.right)
     write_rows(args.path("wrong.jsonl"), judged.wrong)
     _write_report(args, "verify", {"rows": len(rows), **judged.counts})

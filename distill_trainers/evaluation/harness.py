@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import Any
 
 from ..exceptions import ConfigurationError
-from ..settings import require
+from ..settings import require, shown
 from ..storage import RecordStore, content_key
 from .results import EvaluationResults, GapClosed, MeasureInfo, MeasureScore, Score
 from .settings import EvaluationSettings
@@ -40,8 +40,8 @@ class Harness:
             return
         if importlib.util.find_spec("lm_eval") is None:
             raise ConfigurationError(
-                f"Got `lm_eval_tasks: {settings.lm_eval_tasks}`, but lm-eval is not installed: `pip install lm-eval`, "
-                "or leave them out."
+                f"Got `lm_eval_tasks: {shown(settings.lm_eval_tasks)}`, but lm-eval is not installed: `pip install "
+                "lm-eval`, or leave them out."
             )
         self._manager = _manager_that_has(settings.lm_eval_tasks, settings.lm_eval_include_path)
         for pattern in settings.lm_eval_tasks:

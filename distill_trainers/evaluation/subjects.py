@@ -122,8 +122,12 @@ class Subject:
         name = self._source if isinstance(self._source, str) else models.source_of(self._source)
         for place in (name, _adapted_base(name) if name else None):
             if place:
-                with contextlib.suppress(OSError, ValueError, KeyError):
+                try:
                     return models.load_tokenizer(place, **self._files(place))
+                except ConfigurationError:  # it is there, and is damaged
+                    raise
+                except (OSError, ValueError):
+                    continue
         return None
 
     @property

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import ConfigurationError
+from ..settings import shown
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -214,15 +215,15 @@ def resolve_divergence(name: str, **params: float) -> Divergence:
     if name not in DIVERGENCES:
         close = difflib.get_close_matches(str(name), DIVERGENCES, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise ConfigurationError(f"Unknown divergence {name!r}. {hint}Choose one of {', '.join(DIVERGENCES)}.")
+        raise ConfigurationError(f"Unknown divergence {shown(name)!r}. {hint}Choose one of {', '.join(DIVERGENCES)}.")
     function = DIVERGENCES[name]
     defaults = default_params(function)
     legal = ", ".join(f"{key}={value} ({_LEGAL[key][0]})" for key, value in defaults.items()) or "none"
     for key, value in params.items():
         if key not in defaults:
             raise ConfigurationError(
-                f"Divergence {name!r} has no parameter {key!r}. Its parameters and their defaults: {legal}. "
-                f"Remove {key!r}, or choose a divergence that has it."
+                f"Divergence {name!r} has no parameter {shown(key)!r}. Its parameters and their defaults: {legal}. "
+                f"Remove {shown(key)!r}, or choose a divergence that has it."
             )
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not _LEGAL[key][1](value):

@@ -244,10 +244,25 @@ def decoder_start(config: Any) -> int | None:
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or Hub id, with a pad token (EOS where none is defined)."""
+    """Load the tokenizer of a folder or Hub id, with a pad token (EOS where none is defined).
+
+    Raises:
+        ConfigurationError: its files are damaged, or it has neither a pad nor an EOS token.
+        OSError, ValueError: there is none.
+    """
     from transformers import AutoTokenizer
 
-    return with_pad_token(AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **kwargs}))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
+    except Exception as error:  # a damaged file fails in as many ways as there are values
+        broken = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+        if isinstance(error, (OSError, ValueError, ImportError)) and not broken:
+            raise
+        raise ConfigurationError(
+            f"The tokenizer of {name!r} cannot be read: {first_words(error)}. Its `tokenizer.json` or "
+            "`tokenizer_config.json` is damaged; fetch them again."
+        ) from error
+    return with_pad_token(tokenizer)
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -283,8 +283,8 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         )
     if run.pretraining_dataset and not args.has_plain_text_loss:
         raise ConfigurationError(
-            f"Got `pretraining_dataset: {run.pretraining_dataset}` with `method: {run.method}`, which has no loss on "
-            "plain text. Leave it out, or take `method: minillm`."
+            f"Got `pretraining_dataset: {shown(run.pretraining_dataset)}` with `method: {run.method}`, which has no "
+            "loss on plain text. Leave it out, or take `method: minillm`."
         )
     if run.streaming and args.max_steps <= 0:
         raise ConfigurationError("`streaming: true` has no length, so set `max_steps` to a positive number.")

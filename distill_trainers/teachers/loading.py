@@ -131,6 +131,8 @@ def teacher_tokenizer(
         return tokenizer
     try:
         return models.load_tokenizer(name, **options.files_of("teacher"))
+    except ConfigurationError:  # it is there, and is damaged
+        raise
     except (OSError, ValueError):
         logger.warning("No tokenizer was found beside the teacher %r: only vocabulary sizes can be compared.", name)
         return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
 from ..models import which_files
-from ..settings import Checked, require, setting
+from ..settings import Checked, require, setting, shown
 from .cache.kinds import CACHE_KINDS
 from .placement import PLACEMENTS
 from .remote.wire import NUMBER_DTYPES, SERVER_KINDS
@@ -130,7 +130,7 @@ class TeacherOptions(Checked, _Config):
         self._require("teacher_placement", placement in PLACEMENTS, f"one of {', '.join(PLACEMENTS)}")
         if self.teacher_adapter is not None and placement != "adapter_off":
             raise ConfigurationError(
-                f"Got `teacher_adapter: {self.teacher_adapter}` with `teacher_placement: {placement}`; expected "
+                f"Got `teacher_adapter: {shown(self.teacher_adapter)}` with `teacher_placement: {placement}`; expected "
                 "`adapter_off`, where the teacher is an adapter on the student's base. Set it, or leave the adapter "
                 "out."
             )
@@ -141,8 +141,8 @@ class TeacherOptions(Checked, _Config):
             )
         if self.teacher_cache is not None and placement != "cached" and not PLACEMENTS[placement].has_body:
             raise ConfigurationError(
-                f"Got `teacher_cache: {self.teacher_cache}` with `teacher_placement: {placement}`; expected one of "
-                "them. Leave one out; to fill a cache and read it, name the teacher by folder or Hub id, and set "
+                f"Got `teacher_cache: {shown(self.teacher_cache)}` with `teacher_placement: {placement}`; expected one "
+                "of them. Leave one out; to fill a cache and read it, name the teacher by folder or Hub id, and set "
                 "`cached`."
             )
         package = PLACEMENTS[placement].package

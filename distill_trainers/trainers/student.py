@@ -29,6 +29,8 @@ def student_tokenizer(student: Any, args: DistillConfig) -> PreTrainedTokenizerB
         )
     try:
         return models.load_tokenizer(name, **args.files_of("student"))
+    except ConfigurationError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"No tokenizer could be loaded from the student {name!r}: {error}. Pass one as `processing_class`, or "

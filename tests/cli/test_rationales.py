@@ -179,3 +179,12 @@ def test_overrides(settings):
         ["--config", settings(samples=3), "--temperature", "0.9", "--answer_formats", "hash", "boxed"]
     )
     assert (args.samples, args.temperature, args.answer_formats) == (3, 0.9, ["hash", "boxed"])
+
+
+@pytest.mark.parametrize(("command", "stem"), [("parse", "responses"), ("verify", "parsed")])
+@pytest.mark.parametrize("text", ["", '{"prompt": "a"}\n'])
+def test_rows_that_a_stage_cannot_use_are_named_with_their_file(tmp_path, capsys, command, stem, text):
+    (tmp_path / f"{stem}.jsonl").write_text(text)
+    assert main(["rationales", command, "--folder", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{stem}.jsonl" in error and ("expected at least one row" in error or "have the columns" in error)

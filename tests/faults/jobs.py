@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from distill_trainers.toy import RATIONALE_PROMPTS
+
 HERE = Path(__file__).parent
 # What no two runs have alike, and what is counted since the last start.
 TIMES = re.compile(r".*(runtime|per_second|seconds|time).*|created|environment|cost|train_loss|total_flos|known|done")
@@ -132,6 +134,19 @@ EVALUATE = {
 PROMPTS = {"dataset": "{shop}/prompts.jsonl"}
 ON_POLICY = {"lmbda": 0.5, "replay_buffer_size": 8}
 INIT = {"model_name_or_path": None, "student_init": {"keep_layers": 1}}
+CHAINS = {
+    "method": "rationale",
+    "objective": "dual_chain",  # samples chains of the student's own, which a stop must not change
+    "dataset": "{shop}/chains.jsonl",
+    "distill_weight": 0.5,
+    "innovation_samples": 2,
+    "max_length": 40,
+    "max_new_tokens": 8,
+    "eval_fraction": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    **RATIONALE_PROMPTS,
+}
 CACHE = {**TRAIN, "model_name_or_path": "{shop}/student", "teacher_model_name_or_path": "{shop}/teacher"}
 CACHE |= {"dataset": "{shop}/train.jsonl", "lmbda": 0.0, "teacher_cache": "{work}/cache", "output_dir": "{work}/out"}
 JOBS = [
@@ -139,6 +154,7 @@ JOBS = [
     _train("on-policy", **ON_POLICY),
     _train("minillm", method="minillm"),
     _train("dpkd", method="dpkd"),
+    _train("rationale", **CHAINS),
     _train("seq_kd", lmbda=0.0, seq_kd=True, rollout_batch_size=4, **PROMPTS),
     Job("cache-teacher", ["cache-teacher"], cached, CACHE),
     Job("extract", ["rationales", "extract"], texts("responses.jsonl"), RATIONALES, codes=(0, 1)),
@@ -156,7 +172,7 @@ JOBS = {job.name: job for job in JOBS}
 
 def make_shop(shop: Path) -> None:
     """Models and data of all jobs."""
-    from distill_trainers.toy import addition_rows, character_tokenizer, tiny_llama
+    from distill_trainers.toy import addition_rationales, addition_rows, character_tokenizer, tiny_llama
 
     tokenizer = character_tokenizer()
     for name, width, seed, more in (
@@ -177,6 +193,7 @@ def make_shop(shop: Path) -> None:
         "prompts": [{"prompt": row["prompt"]} for row in rows],
         "questions": [{"question": row["prompt"], "answer": row["completion"]} for row in rows],
         "parsed": parsed,
+        "chains": addition_rationales(32, seed=5),
     }
     for name, lines in files.items():
         (shop / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

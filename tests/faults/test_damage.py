@@ -38,7 +38,8 @@ def outcome(lab, name, work, done, file):
     """`survived`, `refused` or `silent`; else what is wrong with the refusal, in words."""
     if done.code in lab.codes(name) and not done.plain and "Traceback" not in done.text:
         return "survived" if lab.same(name, work) else "silent"
-    named = any(part in done.error for part in (file.name, file.parent.name))
+    folders = [str(folder) for folder in file.parents if folder != work and folder.is_relative_to(work)]
+    named = any(part in done.error for part in (file.name, file.parent.name, *folders))
     return "refused" if done.plain and named else f"badly refused: exit {done.code}, {done.error[-600:]}"
 
 

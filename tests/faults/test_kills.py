@@ -9,6 +9,7 @@ JOBS = (
     "on-policy",
     "minillm",
     "dpkd",
+    "rationale",
     "seq_kd",
     "cache-teacher",
     "extract",

@@ -16,6 +16,7 @@ from torch import Tensor
 from ... import models
 from ...exceptions import CacheError, ConfigurationError
 from ...requirements import Requirements
+from ...settings import shown
 from ...signals import Head, HiddenStates, TeacherSignal
 from ..base import Pair, Teacher
 from ..heads import read_head_file, write_head
@@ -66,8 +67,8 @@ class CachedTeacher(Teacher):
         given, local = isinstance(pair.teacher, cls), isinstance(pair.teacher, LocalTeacher)
         if options.teacher_cache is not None and isinstance(pair.teacher, Teacher) and not local:
             raise ConfigurationError(
-                f"Got `teacher_cache: {options.teacher_cache}` and a {type(pair.teacher).__name__}; expected a model "
-                "or its name as `teacher_model` beside it. Leave one of them out."
+                f"Got `teacher_cache: {shown(options.teacher_cache)}` and a {type(pair.teacher).__name__}; expected a "
+                "model or its name as `teacher_model` beside it. Leave one of them out."
             )
         alone = pair.teacher if given else None
         if options.teacher_placement == "cached" and not given:
@@ -93,7 +94,7 @@ class CachedTeacher(Teacher):
             )
         if not wants.needs_completions and not wants.replaces_completions:
             raise ConfigurationError(
-                f"Got `teacher_cache: {options.teacher_cache}`, but every step trains on the student's own "
+                f"Got `teacher_cache: {shown(options.teacher_cache)}`, but every step trains on the student's own "
                 "completions, which are never seen twice. Leave `teacher_cache` out, or set lmbda below 1."
             )
         if wants.streams_rows:

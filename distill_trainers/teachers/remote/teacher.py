@@ -17,6 +17,7 @@ from ...exceptions import ConfigurationError, TeacherServerError
 from ...requirements import Requirements
 from ...servers.endpoints import Again, Attempt, Endpoint, Servers, parse_servers
 from ...servers.openai import Writer
+from ...settings import shown
 from ...signals import Head, TeacherSignal, TokenLogprobs
 from ..base import Pair, Teacher, is_remote, named
 from ..cache.kinds import CACHE_KINDS, refuse_sparse
@@ -64,8 +65,8 @@ class RemoteTeacher(Teacher):
             )
         if options.teacher_cache is not None:
             raise ConfigurationError(
-                f"Got `teacher_cache: {options.teacher_cache}` with a teacher behind HTTP; expected one of them. Leave "
-                "the cache out, or fill it where the teacher is and bring the folder here."
+                f"Got `teacher_cache: {shown(options.teacher_cache)}` with a teacher behind HTTP; expected one of "
+                "them. Leave the cache out, or fill it where the teacher is and bring the folder here."
             )
         if wants.keeps_reference:
             raise ConfigurationError(

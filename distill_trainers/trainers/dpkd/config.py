@@ -15,7 +15,7 @@ from ...data.pairs import is_pair
 from ...exceptions import ConfigurationError
 from ...losses.preference import PREFERENCE_LOSSES
 from ...requirements import Requirements
-from ...settings import documented, require, setting
+from ...settings import documented, require, setting, shown
 from ..config import DistillConfig
 from .guard import MODES
 
@@ -158,7 +158,7 @@ class DPKDConfig(DistillConfig):
     def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
         if self.reference_logps_dir is not None and wants.samples_completions:
             raise ConfigurationError(
-                f"Got `reference_logps_dir: {self.reference_logps_dir}` with a training dataset of prompts; "
+                f"Got `reference_logps_dir: {shown(self.reference_logps_dir)}` with a training dataset of prompts; "
                 "expected one of pairs (chosen and rejected): the student's own responses are new at every step. Make "
                 "pairs with `distill-trainers pairs`, or leave it out."
             )
