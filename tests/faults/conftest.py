@@ -33,8 +33,8 @@ def pytest_addoption(parser):
     group = parser.getgroup("faults")
     group.addoption("--faults-report", metavar="FILE", help="write what came of all faults as JSON, and beside as .md")
     group.addoption("--faults-seed", type=int, default=SEED, help="of the random moments, bytes and places")
-    share = "the share of all faults to try; less takes less time (%(default)s)"
-    group.addoption("--faults-share", type=float, default=1.0, help=share)
+    share = "the share of damaged files to try; less takes less time (%(default)s)"
+    group.addoption("--faults-share", type=float, default=0.5, help=share)
 
 
 def pytest_configure(config):

@@ -18,7 +18,7 @@ JOBS = (
     "pairs",
 )
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-KILLS = 7
+KILLS = 5
 
 
 def moment(chance, events, seconds, number):
