@@ -60,7 +60,8 @@ def secret_for(variable: str, addresses: list[str]) -> str | None:
     try:
         allowed = {origin(part) for part in named}
     except ConfigurationError as error:
-        raise ConfigurationError(f"The environment variable {variable}_FOR holds no list of addresses. {error}") from error
+        said = f"The environment variable {variable}_FOR holds no list of addresses. {error}"
+        raise ConfigurationError(said) from error
     for address in addresses:
         if told is None and variable.startswith("DISTILL_") and is_loopback(address):
             continue

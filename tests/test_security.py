@@ -385,5 +385,7 @@ def test_a_list_of_addresses_that_is_none_is_named(monkeypatch, written):
 def test_the_remedy_keeps_the_addresses_that_were_named(monkeypatch):
     monkeypatch.setenv("DISTILL_TEACHER_TOKEN", "s3cret")
     monkeypatch.setenv("DISTILL_TEACHER_TOKEN_FOR", "https://gpu1")
-    with pytest.raises(ConfigurationError, match="set DISTILL_TEACHER_TOKEN_FOR=https://gpu1:443,http://localhost:1 in"):
+    with pytest.raises(
+        ConfigurationError, match="set DISTILL_TEACHER_TOKEN_FOR=https://gpu1:443,http://localhost:1 in"
+    ):
         secret_for("DISTILL_TEACHER_TOKEN", ["http://localhost:1"])
