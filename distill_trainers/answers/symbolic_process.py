@@ -25,7 +25,8 @@ def main() -> None:
     verify(parse("$x+1$", parsing_timeout=None), parse("$1+x$", parsing_timeout=None), timeout_seconds=None)
     print(json.dumps(None), flush=True)
     if not hasattr(os, "fork"):
-        return _work(parse, verify)
+        _work(parse, verify)
+        return
     while True:
         worker = os.fork()
         if not worker:
