@@ -53,19 +53,24 @@ def secret_for(variable: str, addresses: list[str]) -> str | None:
         ConfigurationError: it may not. Nothing was sent.
     """
     secret = os.environ.get(variable)
-    if secret is None:
-        return None
+    if not secret:  # an empty one is the caller's to refuse
+        return secret
     told = os.environ.get(f"{variable}_FOR")
-    named = [part for part in (told or _HOMES.get(variable, "")).split(",") if part.strip()]
-    allowed = {origin(part) for part in named}
+    named = (told or _HOMES.get(variable, "")).replace(",", " ").split()
+    try:
+        allowed = {origin(part) for part in named}
+    except ConfigurationError as error:
+        said = f"The environment variable {variable}_FOR holds no list of addresses. {error}"
+        raise ConfigurationError(said) from error
     for address in addresses:
         if told is None and variable.startswith("DISTILL_") and is_loopback(address):
             continue
         if origin(address) not in allowed:
             whose = f"for {', '.join(sorted(allowed))}" if allowed else "for no address yet"
+            wanted = ",".join([*sorted(allowed), origin(address)])
             raise ConfigurationError(
                 f"The secret in the environment variable {variable} was to be sent to {origin(address)}, but it is "
-                f"{whose}. If it belongs there, set {variable}_FOR={origin(address)} in the environment as well."
+                f"{whose}. If it belongs there, set {variable}_FOR={wanted} in the environment as well."
             )
         if urlsplit(address.strip()).scheme == "http" and not is_loopback(address):
             logger.warning(

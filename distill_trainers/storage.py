@@ -87,7 +87,7 @@ def check_folder(name: str, folder: str | Path, *, writable: bool = True) -> Non
     try:
         while not os.path.lexists(there):
             there = there.parent
-        longest = os.pathconf(there, "PC_NAME_MAX")
+        longest = os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255  # Windows has none
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigurationError(

@@ -271,8 +271,12 @@ def test_a_recipe_sets_no_variable_that_runs_or_sends(write_recipe, monkeypatch,
     assert dict(os.environ) == before and "s3cret" not in str(raised.value)
 
 
+HARMLESS_VARIABLES = """OMP_NUM_THREADS CUDA_VISIBLE_DEVICES WANDB_PROJECT NCCL_DEBUG TOKENIZERS_PARALLELISM
+HIP_VISIBLE_DEVICES PYTORCH_ENABLE_MPS_FALLBACK TORCHDYNAMO_DISABLE TORCH_DISTRIBUTED_DEBUG NCCL_IB_GID_INDEX""".split()
+
+
 def test_a_recipe_sets_variables_of_speed_and_devices(monkeypatch):
-    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WANDB_PROJECT", "NCCL_DEBUG", "TOKENIZERS_PARALLELISM"):
+    for name in HARMLESS_VARIABLES:
         monkeypatch.setenv(name, "before")
         set_environment({name: 1})
         assert os.environ[name] == "1"
@@ -352,7 +356,7 @@ def test_loopback(address, loopback):
 def test_a_secret_belongs_to_whole_origins(monkeypatch, caplog):
     monkeypatch.setenv("DISTILL_TEACHER_TOKEN", "s3cret")
     assert secret_for("DISTILL_TEACHER_TOKEN", ["http://127.0.0.1:8000", "http://[::1]:1"]) == "s3cret"
-    monkeypatch.setenv("DISTILL_TEACHER_TOKEN_FOR", "https://gpu.example, http://10.0.0.1:8000")
+    monkeypatch.setenv("DISTILL_TEACHER_TOKEN_FOR", "https://gpu.example, http://10.0.0.1:8000 https://b.example")
     assert secret_for("DISTILL_TEACHER_TOKEN", ["https://gpu.example:443/v1"]) == "s3cret"
     assert not caplog.records
     assert secret_for("DISTILL_TEACHER_TOKEN", ["http://10.0.0.1:8000"]) == "s3cret"
@@ -362,3 +366,26 @@ def test_a_secret_belongs_to_whole_origins(monkeypatch, caplog):
             secret_for("DISTILL_TEACHER_TOKEN", ["https://gpu.example", other])
     monkeypatch.delenv("DISTILL_TEACHER_TOKEN")
     assert secret_for("DISTILL_TEACHER_TOKEN", ["http://anywhere"]) is None
+
+
+def test_an_empty_secret_is_nobodys(monkeypatch):
+    """The caller says that it is empty; a list of addresses would not help."""
+    monkeypatch.setenv("DISTILL_TEACHER_TOKEN", "")
+    assert secret_for("DISTILL_TEACHER_TOKEN", ["http://gpu1:8123"]) == ""
+
+
+@pytest.mark.parametrize("written", ["gpu1:8123", "gpu1", "*", "http://gpu1 gpu2"])
+def test_a_list_of_addresses_that_is_none_is_named(monkeypatch, written):
+    monkeypatch.setenv("DISTILL_TEACHER_TOKEN", "s3cret")
+    monkeypatch.setenv("DISTILL_TEACHER_TOKEN_FOR", written)
+    with pytest.raises(ConfigurationError, match="variable DISTILL_TEACHER_TOKEN_FOR holds"):
+        secret_for("DISTILL_TEACHER_TOKEN", ["http://gpu1:8123"])
+
+
+def test_the_remedy_keeps_the_addresses_that_were_named(monkeypatch):
+    monkeypatch.setenv("DISTILL_TEACHER_TOKEN", "s3cret")
+    monkeypatch.setenv("DISTILL_TEACHER_TOKEN_FOR", "https://gpu1")
+    with pytest.raises(
+        ConfigurationError, match="set DISTILL_TEACHER_TOKEN_FOR=https://gpu1:443,http://localhost:1 in"
+    ):
+        secret_for("DISTILL_TEACHER_TOKEN", ["http://localhost:1"])

@@ -31,7 +31,11 @@ _LONGEST = 500  # characters of an expression
 _GRACE = 5.0  # seconds in which the process must say that a worker's time was over
 _HURRIED = 0.2  # seconds for a question, once the budget is spent
 _EARNED = 0.1  # of the budget, by a question that was answered in time
-_ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # all that the process gets of it: some Pythons need them
+_ENVIRONMENT = (
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "SYSTEMROOT",
+)  # all that the process gets of it: some Pythons need them
 
 
 def is_available() -> bool:
@@ -147,7 +151,10 @@ class SymbolicEquality:
 
 def _end(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:  # Windows, where it has no workers
+            process.kill()
     process.wait()
     assert process.stdin is not None
     with contextlib.suppress(OSError):  # a question that was not sent yet

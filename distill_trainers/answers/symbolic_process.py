@@ -2,7 +2,7 @@
 
 Texts of a model get into a computer algebra system here, so this process has no secrets, writes no file, and is
 bounded in memory. A worker answers; its parent, this process, has everything imported and forks another at once where
-one was ended.
+one was ended. Windows has neither limits nor forks: there this process answers, and is ended from outside.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import signal
 import sys
 
@@ -25,6 +24,9 @@ def main() -> None:
 
     verify(parse("$x+1$", parsing_timeout=None), parse("$1+x$", parsing_timeout=None), timeout_seconds=None)
     print(json.dumps(None), flush=True)
+    if not hasattr(os, "fork"):
+        _work(parse, verify)
+        return
     while True:
         worker = os.fork()
         if not worker:
@@ -37,6 +39,10 @@ def main() -> None:
 
 
 def _give_up_rights() -> None:
+    try:
+        import resource
+    except ImportError:
+        return
     for limit, most in ((resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, _MEMORY)):
         hard = resource.getrlimit(limit)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -46,18 +52,22 @@ def _give_up_rights() -> None:
 
 def _work(parse, verify) -> None:
     """Answer questions: a line has a number, seconds and both texts, its answer the number and what was found."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever it does: no Python code has to run
+    alarm = getattr(signal, "setitimer", None)
+    if alarm is not None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever it does: no Python code has to run
     for line in open(0, closefd=False):
         number, seconds, *texts = json.loads(line)
         answer: bool | None = None
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        if alarm is not None:
+            alarm(signal.ITIMER_REAL, seconds)
         try:
             gold, target = (parse(_as_latex(text), parsing_timeout=None) for text in texts)
             if gold and target:
                 answer = bool(verify(gold, target, timeout_seconds=None))
         except Exception:  # whatever a parser of free text may raise: the answer is not known
             answer = None
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if alarm is not None:
+            alarm(signal.ITIMER_REAL, 0)
         print(json.dumps([number, answer]), flush=True)
 
 

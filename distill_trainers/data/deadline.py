@@ -23,12 +23,12 @@ def rendering_deadline(tokenizer_name: str) -> Iterator[None]:
 
     transformers' sandbox bounds a `range`, but not loops within loops. Python runs a signal's handler between two
     steps of a loop, and even within a long power, but in the main thread only, as are the workers of `datasets` and of
-    data loaders in their processes. In another thread there is no deadline.
+    data loaders in their processes. In another thread, and on Windows, there is no deadline.
 
     Raises:
         EndlessTemplateError: they were not enough.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
 

@@ -106,7 +106,8 @@ def _loader() -> type:
                 raise yaml.YAMLError(f"it has brackets within brackets, {_MOST_LEVELS} levels deep")
             super().fetch_flow_collection_start(token)
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)  # as it is written: `<<` has not put others' keys into it yet
             lines: dict[Any, int] = {}
             for key, _ in node.value:
                 name, line = key.value, key.start_mark.line + 1
@@ -114,7 +115,7 @@ def _loader() -> type:
                     raise yaml.YAMLError(f"the key {name!r} stands twice, in the lines {lines[name]} and {line}")
                 if isinstance(name, str):
                     lines[name] = line
-            return super().construct_mapping(node, deep)
+            return node
 
         def construct_yaml_int(self, node: Any) -> int:
             text = self.construct_scalar(node)

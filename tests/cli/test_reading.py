@@ -63,6 +63,12 @@ def test_aliases_and_merges_work(tmp_path):
     assert read_settings(path, "The recipe") == {"x": {"a": 1}, "y": {"a": 1, "b": 2}}
 
 
+def test_what_a_merge_brings_stands_once(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("a: {b: &b {<<: {c: 1, d: 2}, c: 3}}\ne: {<<: *b, c: 4}\n")
+    assert read_settings(file, "The file") == {"a": {"b": {"c": 3, "d": 2}}, "e": {"c": 4, "d": 2}}
+
+
 def test_a_folder_and_a_file_without_rights_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match="is a folder; expected a file"):
         read_settings(tmp_path, "The recipe")

@@ -512,6 +512,12 @@ def test_an_endless_template_is_ended(make_tokenizer, monkeypatch, template):
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_without_alarms_a_template_has_no_deadline(make_tokenizer, monkeypatch):
+    monkeypatch.delattr(signal, "SIGALRM")  # as on Windows
+    monkeypatch.delattr(signal, "setitimer")
+    assert prepared(make_tokenizer(), {"messages": [user("a"), assistant("b")]})
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from distill_trainers.answers import symbolic as symbolic_module
 from distill_trainers.answers.numbers import as_number
 from distill_trainers.answers.symbolic import SymbolicEquality, is_available
 from distill_trainers.answers.verify import final_number, same_text
@@ -209,6 +210,24 @@ def test_a_batch_of_endless_expressions_has_a_budget(caplog):
     assert symbolic("x+1", "1+x") is True
     symbolic.close()
     assert len([record for record in caplog.records if "undecided" in record.message]) == 1
+
+
+@needs_math_verify
+def test_a_system_without_forks_and_alarms_compares_too(tmp_path, monkeypatch):
+    """As Windows is one."""
+    program = Path(symbolic_module.__file__).with_name("symbolic_process.py").read_text()
+    future, _, rest = program.partition("import annotations\n")
+    lacks = "import os, signal, sys\nsys.modules['resource'] = None\ndel os.fork, signal.SIGALRM, signal.setitimer\n"
+    (tmp_path / "symbolic_process.py").write_text(f"{future}import annotations\n{lacks}{rest}")
+    monkeypatch.setattr(symbolic_module, "__file__", str(tmp_path / "symbolic.py"))
+    monkeypatch.setattr(symbolic_module, "_GRACE", 0.5)
+    monkeypatch.delattr(os, "killpg")
+    symbolic = SymbolicEquality(seconds=1.0, start_seconds=120.0)
+    assert symbolic("x+1", "1+x") is True
+    process = symbolic._process
+    assert symbolic("9^{9^{9^{9}}}", "1") is None and symbolic.timeouts == 1
+    assert process.poll() is not None
+    symbolic.close()
 
 
 def _is_alive(pid):

@@ -155,6 +155,13 @@ def test_a_folder_without_rights(tmp_path, monkeypatch):
     check_folder("teacher_cache", tmp_path, writable=False)
 
 
+def test_a_system_that_does_not_say_how_long_names_may_be(tmp_path, monkeypatch):
+    monkeypatch.delattr("os.pathconf")  # as on Windows
+    check_folder("output_dir", tmp_path)
+    with pytest.raises(ConfigurationError, match="255 bytes"):
+        check_folder("output_dir", tmp_path / ("x" * 300))
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"], ids=["long", "NUL"])
 def test_a_folder_that_cannot_be_made(tmp_path, name):
     with pytest.raises(ConfigurationError, match="output_dir"):
