@@ -74,7 +74,7 @@ class Watch:
         self.options, self.folder = options, folder
         self.pids = {"run": os.getpid()} | ({} if server is None else {"server": server})
         self.turns = 0
-        self.marks: list[dict[str, Any]] = []
+        self.marks = 0
         self._started = self._read_at = 0.0  # the first turn starts the clock: models are loaded by then
         self._out = (folder / "readings.jsonl").open("w", buffering=1)
 
@@ -108,10 +108,9 @@ class Watch:
         mark["files of the run"] = files_in(out)
         gc.collect()
         mark["blocks"] = sys.getallocatedblocks()
-        kinds = collections.Counter(f"{type(o).__module__}.{type(o).__qualname__}" for o in gc.get_objects())
-        mark["objects"] = dict(kinds)
-        self.marks.append(mark)
-        (self.folder / "marks.json").write_text(json.dumps(self.marks))
+        mark["objects"] = collections.Counter(f"{type(o).__module__}.{type(o).__qualname__}" for o in gc.get_objects())
+        (self.folder / f"mark-{self.marks}.json").write_text(json.dumps(mark))  # kept here, its names would be counted
+        self.marks += 1
 
 
 # ---- Subjects -------------------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ def make_trainer(method: str, watch: Watch, teacher: Any, rows: int = 400, **set
     from distill_trainers.trainers import METHODS
 
     tokenizer, seed = character_tokenizer(), watch.options.seed
-    data = addition_dataset(rows + 16, seed)
+    data = addition_dataset(rows + 8, seed)
     prompts = settings.get("lmbda", 1) == 1
     config, trainer = METHODS[method]
     args = config(
@@ -147,15 +146,15 @@ def make_trainer(method: str, watch: Watch, teacher: Any, rows: int = 400, **set
             "disable_tqdm": True,
             "seed": seed,
             "max_steps": 10**6,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-4,
             "lr_scheduler_type": "constant",
-            "max_length": 48,
-            "max_new_tokens": 16,
+            "max_length": 32,
+            "max_new_tokens": 4,
             "logging_steps": 5,
             "eval_strategy": "steps",
-            "eval_steps": 10,
+            "eval_steps": 20,
             "eval_measures": ["diversity"],
             "eval_measures_rows": 4,
             "save_steps": 15,
@@ -170,7 +169,7 @@ def make_trainer(method: str, watch: Watch, teacher: Any, rows: int = 400, **set
         teacher_model=teacher,
         args=args,
         train_dataset=train.remove_columns("completion") if prompts else train,
-        eval_dataset=data.select(range(rows, rows + 16)),
+        eval_dataset=data.select(range(rows, rows + 8)),
         processing_class=tokenizer,
     )
 
@@ -276,15 +275,14 @@ def measure(what: str, options: Any) -> dict[str, Any]:
         with teacher_of(kind, folder, options) as (address, pid):
             command = [sys.executable, __file__, *sys.argv[1:], "--work", what, name, address, str(pid or 0)]
             subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)})
-        marks = json.loads((folder / "marks.json").read_text())
+        early, late = (json.loads((folder / f"mark-{number}.json").read_text()) for number in range(2))
         readings = [json.loads(line) for line in (folder / "readings.jsonl").read_text().splitlines()]
-    early, late = marks
     processes = [name for name in ("run", "server") if name in early and name in late]
     grown = {kind: late["objects"][kind] - early["objects"].get(kind, 0) for kind in late["objects"]}
     return {
         "early": {key: value for key, value in early.items() if key != "objects"},
         "late": {key: value for key, value in late.items() if key != "objects"},
-        "objects": [sum(mark["objects"].values()) for mark in marks],
+        "objects": [sum(mark["objects"].values()) for mark in (early, late)],
         "objects_grown": dict(sorted(grown.items(), key=lambda item: -item[1])[:12]),
         "slopes": {name: {key: slope(readings, name, key) for key in MEMORY} for name in processes},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,10 +169,27 @@ def test_verifiers_that_are_let_go_take_their_processes_with_them():
 # ---- A run and its server -------------------------------------------------------------------------------------------
 
 
+def load_soak():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SOAK.parent)
+        return importlib.import_module("soak")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+def test_looking_leaves_nothing_that_is_counted_at_the_next_look(tmp_path):
+    watch = load_soak().Watch(SimpleNamespace(turns=10, minutes=1.0), tmp_path, None)
+    kinds = [type(f"Kind{number}", (), {})() for number in range(1000)]
+    for _ in range(3):
+        watch._mark()
+    counted = [json.loads((tmp_path / f"mark-{number}.json").read_text()) for number in range(3)]
+    assert len(counted[2]["objects"]) > len(kinds)
+    assert counted[2]["blocks"] - counted[1]["blocks"] < 200
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 def test_a_run_with_a_served_teacher_ends_as_it_was_after_a_third(tmp_path):
-    """So many steps, with an evaluation each tenth and a checkpoint each fifteenth, by the benchmark itself."""
+    """So many steps, with an evaluation each twentieth and a checkpoint each fifteenth, by the benchmark itself."""
     turns, out = 150, tmp_path / "soak.json"
     command = [sys.executable, str(SOAK), "--turns", str(turns), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
