@@ -81,9 +81,14 @@ def is_whole(folder: str | Path, settings: Mapping[str, Any]) -> bool:
     return told.get("settings") == json.loads(json.dumps(dict(settings), default=str)) and damage_of(folder) is None
 
 
+def sealed_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the settings that a folder was sealed with; empty where it was not."""
+    return dict(_read(Path(folder)).get("settings", {}))
+
+
 def differences(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """List settings that differ from those of a checkpoint: what they were, and what they are."""
-    then = _read(Path(folder)).get("settings", {})
+    then = sealed_settings(folder)
     now = json.loads(json.dumps(dict(settings), default=str))
     return {name: (then[name], now[name]) for name in then if name in now and then[name] != now[name]}
 

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # What safetensors calls the dtypes of torch.
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
 _DTYPES |= {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"}
+_DTYPES |= {"uint64": "U64", "uint32": "U32", "uint16": "U16"}
 _DTYPES |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 

@@ -57,6 +57,7 @@ ALLOWED = {
     ("rollouts/vllm.py", "random.setstate"): "puts the state back that vLLM seeds for the whole process",
     ("rollouts/vllm.py", "numpy.random.set_state"): "likewise",
     ("rollouts/vllm.py", "torch.random.fork_rng"): "likewise",
+    ("models/probing.py", "torch.random.fork_rng"): "keeps the run's state while a model is probed",
     ("signals.py", "torch.multinomial"): "by the generator that it is given",
     ("rationales/endpoint_model.py", "random.uniform"): "how long to wait before asking again",
     ("servers/endpoints.py", "random.uniform"): "likewise",

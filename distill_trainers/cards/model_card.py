@@ -17,6 +17,7 @@ from .. import models
 from ..escaping import code, fence, prose, visible
 from ..evaluation.results import FILE_NAME, EvaluationResults
 from ..exceptions import DatasetError
+from ..manifest import sealed_settings
 from ..redaction import redacted
 from ..run_files import STUDENT_INIT_NAME, shown
 from .facts import CardFacts
@@ -148,10 +149,7 @@ def _base(facts: CardFacts) -> str | None:
 
 def _made_from(source: str | None) -> dict[str, Any] | None:
     """How a student was made from its teacher, if it was."""
-    file = Path(source, f"{STUDENT_INIT_NAME}.json") if source else None
-    if file is None or not file.is_file():
-        return None
-    made = json.loads(file.read_text(encoding="utf-8"))
+    made = sealed_settings(source) if source and Path(source).name == STUDENT_INIT_NAME else {}
     return made if made.get("teacher") else None
 
 

@@ -39,7 +39,7 @@ def read_settings(path: str | Path, what: str) -> dict[str, Any]:
     try:
         content = yaml.load(text, Loader=_loader())  # a safe one: it makes plain values alone
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{told} is not valid YAML: {shown(error, 300)}. Mend it there.") from error
+        raise ConfigurationError(f"{told} is not valid YAML: {_without_text(error)}. Mend it there.") from error
     except (ValueError, LookupError, AttributeError, TypeError) as error:  # of tags that do not fit, and huge numbers
         raise ConfigurationError(f"{told} holds a value that YAML cannot read: {shown(error, 300)}") from error
     except RecursionError as error:
@@ -57,6 +57,12 @@ def read_settings(path: str | Path, what: str) -> dict[str, Any]:
                 "no, off, yes and on as false and true: put such a word in quotes."
             )
     return content
+
+
+def _without_text(error: Any) -> str:
+    """Say what is wrong in which line, without the text that stands there: it may be a secret cut in two."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"{shown(problem)} in line {mark.line + 1}" if mark and problem else shown(error, 300)
 
 
 def _read_text(path: Path, told: str) -> str:

@@ -53,7 +53,7 @@ def only_students(monkeypatch, saved):
     load = models.load_causal_lm
 
     def check(name, **kwargs):
-        assert name == saved.student, f"{name} was loaded"
+        assert name != saved.teacher, f"{name} was loaded"
         return load(name, **kwargs)
 
     monkeypatch.setattr(models, "load_causal_lm", check)

@@ -34,16 +34,17 @@ PLANTED = {
         "token": "AKIAZQ16SECRETCORE16",
         "proxies": {"https": "http://Zq17SecretCore17x9%40@127.0.0.1:9", "http": "http://me:a/Zq18SecretCore18x9@h:9"},
     },
-    "env": {
-        "DISTILL_TEACHER_TOKEN": "Zq19SecretCore19x9",
-        "WANDB_API_KEY": "Zq20SecretCore20x9",
-        "MY_PASSWORD": "Zq21SecretCore21x9",
-    },
     "lr_scheduler_kwargs": {"authorization": "Basic Zq22SecretCore22x9"},
     "optim_args": "x-amz-signature=Zq23SecretCore23x9",
     "vllm_kwargs": {"server_base_url": "https://s3.example/?X-Amz-Signature=Zq24SecretCore24x9"},
     "hub_always_push": True,
     "trackio_bucket_id": "eyJhbGciOiJI.Zq25SecretCore25x9.c2ln",
+}
+# A recipe may not set these.
+ENVIRONMENT = {
+    "DISTILL_TEACHER_TOKEN": "Zq19SecretCore19x9",
+    "WANDB_API_KEY": "Zq20SecretCore20x9",
+    "MY_PASSWORD": "Zq21SecretCore21x9",
 }
 CORES = [f"Zq{i:02}SecretCore{i:02}x9" for i in range(1, 26) if i != 16] + ["ZQ16SECRETCORE16"]
 
@@ -53,7 +54,7 @@ def found_in(content: bytes) -> list[str]:
 
 
 def test_each_secret_is_planted():
-    text = json.dumps(PLANTED)
+    text = json.dumps([PLANTED, ENVIRONMENT])
     assert all(core in text for core in CORES) and len(CORES) == 25
 
 
@@ -61,8 +62,8 @@ def test_each_secret_is_planted():
 def planted(recipe, hub, hub_server, tmp_path, monkeypatch):
     """A recipe with all of it, to be run in this process, beside a Hub that knows its token."""
     monkeypatch.delenv("HF_TOKEN")
-    for name in PLANTED["env"]:
-        monkeypatch.setenv(name, "")  # put back as it was at the end
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setitem(hub_server.TOKENS, HUB_TOKEN, hub_server.TOKENS["hf_writer"])
     changes = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2, "eval_fraction": 4}
     changes |= {

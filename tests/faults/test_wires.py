@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from distill_trainers.exceptions import ConfigurationError, TeacherServerError
+from distill_trainers.servers import endpoints
 from distill_trainers.teachers import RemoteTeacher
-from distill_trainers.teachers.remote import RemoteSettings, endpoints, openai
+from distill_trainers.teachers.remote import RemoteSettings, openai
 from distill_trainers.teachers.remote.wire import Question, Wanted, pack, pack_question
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")

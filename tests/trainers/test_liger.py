@@ -42,7 +42,7 @@ def test_its_kernels_are_on_and_its_losses_off(liger, make_trainer, by_step, giv
 def test_its_losses_are_refused(name):
     with pytest.raises(ConfigurationError, match=f"liger_kernel_config.{name}: True`; expected false"):
         GKDConfig(**PLAIN, liger_kernel_config={name: True})
-    with pytest.raises(ConfigurationError, match="liger_kernel_config: no`; expected a mapping"):
+    with pytest.raises(ConfigurationError, match='liger_kernel_config: "no"`; expected a mapping'):
         GKDConfig(**PLAIN, liger_kernel_config="no")
 
 

@@ -244,10 +244,11 @@ def _check_kwargs(args: Any) -> None:
     """Refuse keys of mappings that torch and accelerate refuse only once they run."""
     from torch.utils.checkpoint import checkpoint
 
+    taken_out = {"every_n_layers", "offload"}  # of transformers, which takes them out before torch sees the rest
     of_torch = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
     for name, known in (
-        ("activation_checkpointing_kwargs", of_torch),
-        ("gradient_checkpointing_kwargs", of_torch),
+        ("activation_checkpointing_kwargs", of_torch | taken_out),
+        ("gradient_checkpointing_kwargs", of_torch | taken_out),
         ("accelerator_config", {field.name for field in fields(AcceleratorConfig)}),
     ):
         if isinstance(given := getattr(args, name), dict):

@@ -95,6 +95,7 @@ class FreshStudents(Trainer):
         super()._hp_search_setup(trial)
         if self.model_init is None:
             return
+        self.args._check_values()
         self.args._check()
         if trial is not None and self._asked() != before:
             raise ConfigurationError(
