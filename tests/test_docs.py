@@ -165,7 +165,8 @@ def test_commands_parse(words, monkeypatch):
         assert all(f'"{word}"' in script for word in rest[1:] if word.startswith("--"))
         return None
     if first == "pytest":
-        own = (ROOT / rest[0] / "conftest.py").read_text() if (ROOT / rest[0]).is_dir() else ""
+        folder = ROOT / rest[0] if (ROOT / rest[0]).is_dir() else (ROOT / rest[0]).parent
+        own = (folder / "conftest.py").read_text()
         assert (ROOT / rest[0]).exists() and all(f'"{word}"' in own for word in rest if word.startswith("--"))
         return None
     if first in ("pip", "python") or first.endswith("/pip"):

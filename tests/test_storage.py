@@ -250,6 +250,9 @@ ALLOWED = {
     ("cards/dataset_card.py", "TemporaryDirectory"): "of the system, uploaded and gone",
     ("cli/last_net.py", "mkstemp"): "a traceback; what went wrong may be the storage",
     ("cli/last_net.py", "open"): "likewise",
+    ("rollouts/vllm.py", "mkdtemp"): "the folder by which weights go to vLLM: made anew for each sync, read once",
+    ("rollouts/vllm.py", "save_file"): "into that folder",
+    ("rollouts/vllm.py", "save_pretrained"): "into that folder",
     ("cli/proof.py", "TemporaryDirectory"): "of the system, gone with the command",
 }
 WRITERS = {"write_text", "write_bytes", "savefig", "save_pretrained", "save_to_disk", "save_to_json", "to_parquet"}

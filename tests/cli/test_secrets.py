@@ -24,6 +24,8 @@ PLANTED = {
         "nested": [{"clientSecret": "Zq09SecretCore09x9"}, "Bearer Zq10SecretCore10x9"],
         "texts": ["password=Zq06SecretCore06x9", "-----BEGIN PRIVATE KEY-----\nZq07SecretCore07x9\n-----END"],
         "note": '{"token": "Zq11SecretCore11x9"}',
+        "authorization": "Basic Zq22SecretCore22x9",
+        "address": "x-amz-signature=Zq23SecretCore23x9",
         "pair": "--password Zq12SecretCore12x9",
     },
     "model_init_kwargs": {
@@ -34,8 +36,6 @@ PLANTED = {
         "token": "AKIAZQ16SECRETCORE16",
         "proxies": {"https": "http://Zq17SecretCore17x9%40@127.0.0.1:9", "http": "http://me:a/Zq18SecretCore18x9@h:9"},
     },
-    "lr_scheduler_kwargs": {"authorization": "Basic Zq22SecretCore22x9"},
-    "optim_args": "x-amz-signature=Zq23SecretCore23x9",
     "vllm_kwargs": {"server_base_url": "https://s3.example/?X-Amz-Signature=Zq24SecretCore24x9"},
     "hub_always_push": True,
     "trackio_bucket_id": "eyJhbGciOiJI.Zq25SecretCore25x9.c2ln",
