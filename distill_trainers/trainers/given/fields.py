@@ -251,7 +251,7 @@ def _check_kwargs(args: Any) -> None:
         ("gradient_checkpointing_kwargs", of_torch | taken_out),
         ("accelerator_config", {field.name for field in fields(AcceleratorConfig)}),
     ):
-        if isinstance(given := getattr(args, name), dict):
+        if isinstance(given := getattr(args, name, None), dict):
             refuse_unknown_keys(given, known, f"`{name}`")
 
 
