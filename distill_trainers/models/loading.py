@@ -262,6 +262,11 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
             f"The tokenizer of {name!r} cannot be read: {first_words(error)}. Its `tokenizer.json` or "
             "`tokenizer_config.json` is damaged; fetch them again."
         ) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is None:
+        raise ConfigurationError(
+            f"The tokenizer of {name!r} has neither a pad nor an EOS token. Its `tokenizer_config.json` names them, if "
+            "it is whole; else set one: `tokenizer.eos_token = '…'`."
+        )
     return with_pad_token(tokenizer)
 
 
