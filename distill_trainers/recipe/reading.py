@@ -61,8 +61,8 @@ def read_settings(path: str | Path, what: str) -> dict[str, Any]:
 
 def _without_text(error: Any) -> str:
     """Say what is wrong in which line, without the text that stands there: it may be a secret cut in two."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    return f"{shown(problem)} in line {mark.line + 1}" if mark and problem else shown(error, 300)
+    mark, words = getattr(error, "problem_mark", None), [getattr(error, name, None) for name in ("context", "problem")]
+    return f"{shown(' '.join(filter(None, words)))} in line {mark.line + 1}" if mark else shown(error, 300)
 
 
 def _read_text(path: Path, told: str) -> str:
