@@ -20,6 +20,7 @@ import torch
 
 from distill_trainers.exceptions import ConfigurationError, TeacherServerError
 from distill_trainers.servers import endpoints
+from distill_trainers.servers.openai import OpenAIServer
 from distill_trainers.teachers import RemoteTeacher
 from distill_trainers.teachers.remote import RemoteSettings, openai
 from distill_trainers.teachers.remote.wire import Question, Wanted, pack, pack_question
@@ -261,7 +262,8 @@ def test_harmed_answers_of_openai_s_kind(ledger, chance):
     right = {"choices": [{"index": 0, "text": "", "prompt_logprobs": [None, place, place, place]}]}
     question = Question(Wanted("topk", top_k=2), "t", [(np.array([1, 2, 3, 1]), np.array([0, 1, 2]))])
     dialect = openai.OpenAIDialect.__new__(openai.OpenAIDialect)
-    dialect.model, wrong = "m", []
+    dialect.server = OpenAIServer.__new__(OpenAIServer)
+    dialect.server.model, wrong = "m", []
 
     def ask_with(answer):
         return dialect.ask(question, SimpleNamespace(url="http://x", json=lambda *args: answer))
