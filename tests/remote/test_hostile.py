@@ -284,10 +284,17 @@ def test_answers_are_checked_where_they_arrive(wanted, answer, words):
 )
 def test_prompt_logprobs_of_ids_or_numbers_that_cannot_be_are_nonsense(place):
     told = {i: {"logprob": value} for i, value in place.items()} if isinstance(place, dict) else place
-    dialect = openai.OpenAIDialect.__new__(openai.OpenAIDialect)
-    dialect.model = "m"
-    choices = [{"index": 0, "prompt_logprobs": [None, told, told]}]
-    endpoint = SimpleNamespace(url="http://x", json=lambda *args: {"choices": choices})
+    places = [[None, {"1": {"logprob": -1.0}}], [None, told, told]]  # the first is asked for at once, as a trial
+    choices = [{"index": 0, "prompt_logprobs": None}]
+    answers = {"/v1/models": {"data": [{"id": "m"}]}, "/v1/completions": {"choices": choices}}
+
+    def answer(path, *_):
+        if path == "/v1/completions":
+            choices[0]["prompt_logprobs"] = places.pop(0)
+        return answers[path]
+
+    endpoint = SimpleNamespace(url="http://x", json=answer)
+    dialect = openai.OpenAIDialect(endpoint, RemoteSettings(kind="topk", top_k=2))
     with pytest.raises(endpoints.Again, match="nonsense"):
         dialect.ask(Question(TOPK, "t", [(np.array([1, 2, 3]), np.array([0, 1]))]), endpoint)
 
@@ -303,9 +310,10 @@ def test_an_openai_server_whose_prompt_logprobs_are_no_list_is_refused(told):
 
 @pytest.mark.parametrize("theirs", [5, None, {"a": 1}, "ab"])
 def test_an_openai_server_whose_tokens_are_no_ids_has_another_tokenizer(theirs, tokenizer):
-    dialect = openai.OpenAIDialect.__new__(openai.OpenAIDialect)
-    dialect.model = "m"
-    endpoint = SimpleNamespace(url="http://x", json=lambda *args: {"tokens": theirs})
+    choices = [{"index": 0, "prompt_logprobs": [None, {"1": {"logprob": -1.0}}]}]
+    answers = {"/v1/models": {"data": [{"id": "m"}]}, "/v1/completions": {"choices": choices}}
+    endpoint = SimpleNamespace(url="http://x", json=lambda path, *_: {**answers, "/tokenize": {"tokens": theirs}}[path])
+    dialect = openai.OpenAIDialect(endpoint, RemoteSettings(kind="topk", top_k=2))
     with pytest.raises(ConfigurationError, match="splits text into other ids"):
         dialect.compare_tokenizer(endpoint, tokenizer)
 
@@ -488,7 +496,7 @@ def test_what_is_half_asked_is_bounded(serve, wait_until):
             second.sendall(head + bytes(700_000))
             said = second.recv(65536)
             assert said.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in said.lower()
-        assert served.service._held[0] == 900_000
+        wait_until(lambda: served.service._held[0] == 900_000)  # what was refused is let go after the answer
     wait_until(lambda: served.service._held[0] == 0)
     with socket.create_connection(("127.0.0.1", served.port), 20) as third:
         third.sendall(head + bytes(943_718))
