@@ -9,6 +9,8 @@ at. A turn is a step, an evaluation, a client, a comparison or a trainer. Memory
 tidied up before: `malloc_trim` is not called, and garbage is collected only where objects are counted, at the first
 mark (minute two, or later where turns are slow) and at the end. Slopes are fitted to the means of ten equal stretches
 after the first mark, so that their intervals (95 %, Student's t) are not narrowed by readings that follow one another.
+`transformers` keeps every log of a run and writes all of them into each checkpoint, so memory grows with them; here a
+run keeps its last 100 (`--logs`), so that what grows beside them is seen.
 Linux alone tells all this.
 """
 
@@ -122,6 +124,8 @@ def trained(method: str, watch: Watch, address: str, **settings: Any) -> None:
 
     class Ticks(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if watch.options.logs:
+                del state.log_history[: -watch.options.logs]
             control.should_training_stop |= watch.tick()
 
     trainer = make_trainer(method, watch, address, **settings)
@@ -360,6 +364,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="of each")
     parser.add_argument("--turns", type=int, default=None, help="so many turns of each instead")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--logs", type=int, default=100, help="that a run keeps; 0 keeps all, as transformers does")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each process")
     parser.add_argument("--out", type=Path, default=None, help="file for all numbers")
     parser.add_argument("--work", nargs=4, default=None, help=argparse.SUPPRESS)

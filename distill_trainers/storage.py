@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -246,14 +247,9 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-_swept: set[Path] = set()
-
-
+@functools.lru_cache(maxsize=64)  # once per folder; a run writes into ever new ones
 def _sweep(folder: Path) -> None:
-    """Remove temporary files and folders of processes of this machine that are dead, and old ones; once per folder."""
-    if folder in _swept:
-        return
-    _swept.add(folder)
+    """Remove temporary files and folders of processes of this machine that are dead, and old ones."""
     for left in folder.glob(".*.tmp"):
         host, _, rest = left.name[1:].partition("-")
         pid = rest.partition("-")[0]

@@ -290,7 +290,8 @@ class Resuming(Trainer):
                 write_method_state(folder, state)
             super()._save_checkpoint(model, trial)
             self._seal(folder)
-        self.run_checkpoints.append(str(folder))
+        kept = [path for path in self.run_checkpoints if Path(path).is_dir()]  # those over the limit are gone
+        self.run_checkpoints = [*kept, str(folder)]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._seal(Path(checkpoint_folder))
