@@ -21,13 +21,15 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 # What has numbers within, none of which is that of the whole.
 _LATEX = r"\\(?:[dt]?frac\{[^{}]{0,40}\}\{[^{}]{0,40}\}|sqrt(?:\[\d\])?\{[^{}]{0,40}\})"
+_TIMES = r"(?:[×÷·±x]|\*\*?|\+/[-−]|\\(?:cdot|times|div|pm)\b)"
 # Whole numbers, decimals and fractions, but no part of a term, a version or a power.
 _LAST_NUMBER = (
     r"regex:(?<![\w.^])(?<!\d[-−+*/]\s?)[-−]?\s?\$?"
-    rf"(?:{_LATEX}|\d[\d,]*+(?:\.\d++)?+(?:/\d++)?+(?: \d++/\d++| ?{_LATEX})?+)(?:[kKM]\b)?+"
-    # `5 million` does not say 5, nor does 5², 5½, 5 1/2, 5 × 10^6 or `5 thousand 200`: what is not read is no number.
-    r"[⁰¹²³⁴-⁹⁻₀-₉¼-¾⅐-⅞]*+(?:\s?[×÷·]\s?\d++(?:\.\d++)?+(?:\^[-−]?\d++)?+[⁰¹²³⁴-⁹⁻]*+)*+"
-    rf"(?!\.?\w|\s?[-−+*/^]\s?\d)(?:(?:[ -](?:(?i:{CHANGING_WORDS})|MM)\b)++(?:,? (?:and )?+\d[\d,]*+)?+)?+"
+    rf"(?:{_LATEX}|\d[\d,]*+(?: \d{{3}}\b)*+(?:\.\d++)?+(?:/\d++)?+(?: \d++/\d++| ?{_LATEX})?+)(?: ?[kKMB]\b)?+"
+    # `5 million` does not say 5, nor does 5², 5 ½, 5 1/2, 5 × 10^6 or `5 thousand 200`: what is not read is no number.
+    r"\s?[⁰¹²³⁴-⁹⁻₀-₉¼-¾⅐-⅞‰]*+"
+    rf"(?:\s?{_TIMES}\s?\d++(?:\.\d++)?+(?:\s?(?:\^|\*\*)\s?\{{?[-−]?\d++\}}?)?+[⁰¹²³⁴-⁹⁻]*+)*+"
+    rf"(?!\.?\w|\s?[-−+*/^]\s?\d)(?:(?:[ -](?:(?i:{CHANGING_WORDS}|per mille)|MM)\b)++(?:,? (?:and )?+\d[\d,]*+)?+)?+"
 )
 _MATHS = re.compile(r"[\\^=√π]|[A-Za-z]\s*[+*/-]|\d[A-Za-z(]")
 

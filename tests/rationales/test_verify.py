@@ -394,6 +394,17 @@ def test_fractions_large_scales_and_latex_are_read(text, value):
         r"x = \frac{1+\pi}{2}",
         r"x = \sqrt{2}",
         r"x = 3 \sqrt[3]{2}",
+        "So it is 5 x 10^3.",
+        r"x = 5 \cdot 10^3",
+        "5 * 10 ** 3",
+        r"x = 5 \times 10^{3}",
+        "$5 M",
+        "5 k",
+        "5 ½ cups",
+        "5‰",
+        "5 per mille",
+        "5 ± 1",
+        "so 5 000",
     ],
 )
 def test_the_last_number_is_whole_or_none(text):

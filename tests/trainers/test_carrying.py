@@ -142,7 +142,12 @@ def test_vllm_of_trl_is_vllm_here():
     assert ours.vllm_kwargs == {"mode": "server", "server_port": 9}
 
 
-def test_a_packed_config_of_sft_does_not_vanish():
+def test_a_packed_config_of_sft_packs_and_never_samples():
+    ours = config_from_arguments(GKDConfig, trl.SFTConfig(**PLAIN, packing=True, max_length=24))
+    assert (ours.packing, ours.max_length, ours.lmbda, ours.samples_completions) == (True, 24, 0.0, False)
+
+
+def test_a_config_of_sft_does_not_vanish():
     theirs = trl.SFTConfig(**PLAIN, completion_only_loss=False, eos_token="<end>")
     with pytest.raises(ConfigurationError, match="`(completion_only_loss: False|eos_token: <end>)` in a SFTConfig"):
         config_from_arguments(GKDConfig, theirs)

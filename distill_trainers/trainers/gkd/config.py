@@ -57,10 +57,16 @@ class GKDConfig(DistillConfig):
 
     @classmethod
     def taken_from(cls, args: TrainingArguments, changed: dict[str, Any]) -> dict[str, Any]:
-        """TRL's `DistillationTrainer` samples in every step, and its temperature is that of the loss, too."""
-        if "DistillationConfig" not in {theirs.__name__ for theirs in type(args).__mro__}:
-            return {}
-        return {"lmbda": 1.0, "kd_temperature": args.temperature}  # type: ignore[attr-defined]
+        """What goes without saying there: SFT never samples; `DistillationTrainer` always does.
+
+        The latter's temperature is that of the loss, too.
+        """
+        names = {theirs.__name__ for theirs in type(args).__mro__}
+        if "SFTConfig" in names:
+            return {"lmbda": 0.0}
+        if "DistillationConfig" in names:
+            return {"lmbda": 1.0, "kd_temperature": args.temperature}  # type: ignore[attr-defined]
+        return {}
 
     @property
     def loss_terms(self) -> frozenset[str]:
