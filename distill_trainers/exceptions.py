@@ -102,6 +102,8 @@ def _hint(key: str, known: Collection[str]) -> str:
         return f"That is TRL's name of {trl_names.KEYS[key]!r}."
     if key in trl_names.REFUSED:
         return f"That is a setting of TRL without a counterpart here. Instead: {trl_names.REFUSED[key]}."
+    if key in trl_names.OLDER:
+        return f"That is a setting of older versions of transformers. Instead: {trl_names.OLDER[key]}."
     if key.startswith("vllm_") and "vllm_kwargs" in known:
         return f"That is a setting of TRL. Instead: set `vllm_kwargs: {{{key.removeprefix('vllm_')}: …}}`."
     if key in trl_names.HARMLESS:

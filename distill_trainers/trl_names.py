@@ -67,6 +67,19 @@ REFUSED = {
     "teacher_tokenizer_name_or_path": _ULD,
     "use_uld_loss": _ULD,
     "callbacks": "pass callbacks to the trainer",
+    "precompute_ref_log_probs": "set `reference_logps_dir`",
+    "ref_model_init_kwargs": "the reference is the teacher; set `teacher_model_init_kwargs`",
+    "rpo_alpha": "set `lm_loss_weight`",
+    "shuffle_dataset": "set `train_sampling_strategy: sequential`",
+    "loss_type": "name one as `divergence`",
+}
+
+# Settings of transformers that newer versions do not have; each with what to do instead.
+OLDER = {
+    "group_by_length": "set `train_sampling_strategy: group_by_length`",
+    "no_cuda": "set `use_cpu`",
+    "per_gpu_train_batch_size": "set `per_device_train_batch_size`",
+    "evaluation_strategy": "set `eval_strategy`",
 }
 
 # Settings that change nothing about what is trained; each with what does the same here.

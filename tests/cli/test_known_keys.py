@@ -6,14 +6,17 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import trl
 import yaml
 from trl import ModelConfig
+from trl.experimental import gkd as trl_gkd
 
-from distill_trainers.exceptions import ConfigurationError
+from distill_trainers import GKDConfig
+from distill_trainers.exceptions import ConfigurationError, refuse_unknown_keys
 from distill_trainers.recipe import known_keys
 from distill_trainers.recipe.parse import RecipeArguments, parse_recipe
 from distill_trainers.trainers import METHODS
-from distill_trainers.trl_names import HARMLESS, KEYS, REFUSED, other_names
+from distill_trainers.trl_names import HARMLESS, KEYS, OLDER, REFUSED, other_names
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,6 +89,26 @@ def test_every_name_of_the_tables_says_what_to_do(recipe):
     with pytest.raises(ConfigurationError) as error:
         parse_recipe(["--config", recipe(**dict.fromkeys(names, "x"))])
     assert all(f"{name!r}: That is a setting of TRL" in str(error.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "method"),
+    [("SFTConfig", "gkd"), ("DPOConfig", "dpkd"), ("DistillationConfig", "gkd"), ("GKDConfig", "gkd")],
+)
+def test_every_setting_of_trl_is_known_or_says_what_to_do(theirs, method):
+    config = getattr(trl, theirs, None) or getattr(trl_gkd, theirs)
+    known = {f.name for f in fields(METHODS[method][0])}
+    unknown = [f.name for f in fields(config) if f.name not in known]
+    with pytest.raises(ConfigurationError) as error:
+        refuse_unknown_keys(unknown, known, "a config")
+    told = str(error.value)
+    assert not [name for name in unknown if f"{name!r}: That is" not in told]
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_what_transformers_had_is_told(name):
+    with pytest.raises(ConfigurationError, match="older versions of transformers. Instead: set"):
+        GKDConfig(**{name: True})
 
 
 def test_the_newer_name_of_checkpointing_is_read_by_an_older_transformers():
