@@ -9,6 +9,7 @@ at. A turn is a step, an evaluation, a client, a comparison or a trainer. Memory
 tidied up before: `malloc_trim` is not called, and garbage is collected only where objects are counted, at the first
 mark (minute two, or later where turns are slow) and at the end. Slopes are fitted to the means of ten equal stretches
 after the first mark, so that their intervals (95 %, Student's t) are not narrowed by readings that follow one another.
+What a run has in use is told by malloc; the heap around it also grows where pieces of other sizes are asked for.
 `transformers` keeps every log of a run and writes all of them into each checkpoint, so memory grows with them; here a
 run keeps its last 100 (`--logs`), so that what grows beside them is seen.
 Linux alone tells all this.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -29,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from measuring import machine, write_results
 
@@ -63,6 +65,24 @@ def look(pid: int) -> dict[str, float]:
         with contextlib.suppress(FileNotFoundError):
             seen["children"] += len((task / "children").read_text().split())
     return seen
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_: ClassVar = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+def in_use() -> float:
+    """MiB that malloc has given to this process and not got back: what the heap holds beside them is free to be used.
+
+    Python's own small objects lie in pools beside malloc's; its blocks are counted at the marks.
+    """
+    read = ctypes.CDLL(None).mallinfo2
+    read.restype = _Mallinfo
+    told = read()
+    return (told.uordblks + told.hblkhd) / 2**20
 
 
 def files_in(folder: Path) -> int:
@@ -101,6 +121,7 @@ class Watch:
 
     def _reading(self) -> dict[str, Any]:
         seen = {name: look(pid) for name, pid in self.pids.items()}
+        seen["run"]["in use"] = in_use()
         return {"seconds": time.monotonic() - self._started, "turns": self.turns, **seen}
 
     def _mark(self) -> None:
@@ -288,7 +309,7 @@ def measure(what: str, options: Any) -> dict[str, Any]:
         "late": {key: value for key, value in late.items() if key != "objects"},
         "objects": [sum(mark["objects"].values()) for mark in (early, late)],
         "objects_grown": dict(sorted(grown.items(), key=lambda item: -item[1])[:12]),
-        "slopes": {name: {key: slope(readings, name, key) for key in MEMORY} for name in processes},
+        "slopes": {name: {k: slope(readings, name, k) for k in early[name] if k not in COUNTS} for name in processes},
     }
 
 
@@ -334,8 +355,7 @@ def table(what: str, result: dict[str, Any]) -> str:
     lines = [f"**{what}**: {late['turns']:,} turns in {minutes[1]:.1f} minutes", ""]
     lines += [f"| | minute {minutes[0]:.1f} | the end | MiB an hour |", "|---|---|---|---|"]
     for name, slopes in result["slopes"].items():
-        for key in MEMORY:
-            fitted = slopes[key]
+        for key, fitted in slopes.items():
             rate = "" if fitted is None else f"{fitted['mib_per_hour']:+.1f} ± {fitted['half_width']:.1f}"
             lines.append(f"| {name}: {key} MiB | {early[name][key]:.1f} | {late[name][key]:.1f} | {rate} |")
         lines += [f"| {name}: {key} | {early[name][key]:.0f} | {late[name][key]:.0f} | |" for key in COUNTS]
@@ -351,7 +371,7 @@ def verdict(result: dict[str, Any]) -> str:
     early, late, found = result["early"], result["late"], []
     for name, slopes in result["slopes"].items():
         found += [f"{name}: {key}" for key in COUNTS if late[name][key] > early[name][key]]
-        fitted = slopes["anonymous"]
+        fitted = slopes.get("in use", slopes["anonymous"])
         if fitted and fitted["mib_per_hour"] - fitted["half_width"] > _SETTLED:
             found.append(f"{name}: memory")
     found += ["temporary files"] * (late["temporary files"] > early["temporary files"])
