@@ -34,6 +34,7 @@ def other_names(known: Collection[str]) -> dict[str, str]:
 
 
 _TOKENIZER = "set it on the tokenizer that you pass as `processing_class`, or save it with the model's tokenizer"
+_CORRECTION = "set `sampler_correction` (truncate or mask, of single tokens), `sampler_ratio_min` and `_max`"
 _ULD = "student and teacher must share a tokenizer here; leave it out"
 
 # Settings that would change what is trained; each with what to do instead.
@@ -51,6 +52,11 @@ REFUSED = {
     "router_aux_loss_coef": "set it in the student's own config, in recipes by `model_init_kwargs`",
     "teacher_model_revision": "set `teacher_model_init_kwargs: {revision: …}`",
     "use_vllm": "set `rollout_engine: vllm`, and `vllm_kwargs`",
+    "vllm_importance_sampling_correction": _CORRECTION,
+    "vllm_importance_sampling_mode": _CORRECTION,
+    "vllm_importance_sampling_clip_min": _CORRECTION,
+    "vllm_importance_sampling_clip_max": _CORRECTION,
+    "vllm_importance_sampling_cap": _CORRECTION,
     "accelerate_config": "start it with `accelerate launch --config_file …`",
     "datasets": "name one as `dataset`",
     "generation_kwargs": "set `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty` and `stop_strings`",

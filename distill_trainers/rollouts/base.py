@@ -27,6 +27,10 @@ class Completions(list[list[int]]):
         super().__init__(ids)
         self.logps, self.processed = logps, processed
 
+    def drawn_logps(self, sampling: SamplingSettings) -> list[list[float]] | None:
+        """Return log-probabilities of the distribution that was drawn from; None where these are not known."""
+        return self.logps if self.processed or not sampling.changes_distribution else None
+
 
 def completions_of(
     written: Sequence[Written], sampling: SamplingSettings, processed: bool | None = None
@@ -57,9 +61,11 @@ class RolloutEngine(ABC):
 
     Attributes:
         runs_the_model: whether `generate` needs the model unwrapped and whole (see `models.generating`).
+        processed: see `Completions`; None of an engine that does not tell log-probabilities, or of which kind.
     """
 
     runs_the_model: ClassVar[bool] = True
+    processed: bool | None = True
 
     @abstractmethod
     def generate(

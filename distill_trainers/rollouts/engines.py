@@ -37,7 +37,7 @@ class HfEngine(RolloutEngine):
         streams: Sequence[Stream] | None = None,
     ) -> Completions:
         given = {"streams": streams, "tokenizer": self.tokenizer}
-        return Completions(generate_completions(model, prompt_ids, prompt_mask, sampling, self.batch_size, **given))
+        return generate_completions(model, prompt_ids, prompt_mask, sampling, self.batch_size, **given)
 
 
 class DecodeEngine(HfEngine):
@@ -60,7 +60,7 @@ class DecodeEngine(HfEngine):
         if self._reason:
             return super().generate(model, prompt_ids, prompt_mask, sampling, streams)
         given = {"streams": streams, "tokenizer": self.tokenizer}
-        return Completions(decode_completions(model, prompt_ids, prompt_mask, sampling, self.batch_size, **given))
+        return decode_completions(model, prompt_ids, prompt_mask, sampling, self.batch_size, **given)
 
 
 def check_engine(name: str, vllm_options: Mapping[str, Any] | None = None) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 from .. import models
 from ..exceptions import ConfigurationError
 from ..randomness import Stream
+from .base import Completions
 from .draws import uniforms_of
 from .sampling import (
     PADDING,
@@ -26,6 +27,7 @@ from .sampling import (
     Stops,
     draw_tokens,
     logits_processors,
+    logps_of_draws,
     stop_function,
     trim_left,
     up_to_eos,
@@ -42,7 +44,7 @@ def generate_completions(
     *,
     streams: Sequence[Stream] | None = None,
     tokenizer: Any = None,
-) -> list[list[int]]:
+) -> Completions:
     """Do as `decode_completions`, for any causal LM; `batch_size` prompts go into one call of `generate`.
 
     Completions are cut by position and never by the pad id, so that an EOS which also serves as padding stays.
@@ -61,7 +63,7 @@ def generate_completions(
     )
     stops = stop_function(sampling, tokenizer)
     synced = models.must_stay_in_step(model)  # by itself, generate does not see FSDP2 as accelerate sets it up
-    completions: list[list[int]] = []
+    completions, logps = list[list[int]](), list[list[float]]()
     with _own_settings_only(model):
         for start in range(0, len(prompt_ids), batch_size or max(1, len(prompt_ids))):
             rows = slice(start, start + (batch_size or len(prompt_ids)))
@@ -83,7 +85,8 @@ def generate_completions(
             written = [up_to_eos(row, sampling.eos_token_ids) for row in cut]
             draws.check(model, written)
             completions += written
-    return completions
+            logps += draws.logps_of(written)
+    return Completions(completions, logps)
 
 
 class _Draws(LogitsProcessor):
@@ -98,13 +101,20 @@ class _Draws(LogitsProcessor):
         self.sampling, self.padding, self.uniforms = sampling, padding, uniforms
         self.processors = logits_processors(sampling)
         self.drawn: list[Tensor] = []
+        self.logps: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         start, step = self.padding.shape[1], len(self.drawn)
         ids = torch.cat([input_ids[:, :start].masked_fill(self.padding, PADDING), input_ids[:, start:]], dim=1)
         logits = self.processors(ids, scores[:, : self.sampling.suppress_from])
         self.drawn.append(draw_tokens(logits, None if self.uniforms is None else self.uniforms[:, step]))
+        self.logps.append(logps_of_draws(logits, self.drawn[-1]))
         return torch.full_like(scores, -torch.inf).scatter(1, self.drawn[-1].unsqueeze(1), 0.0)
+
+    def logps_of(self, completions: list[list[int]]) -> list[list[float]]:
+        """Return log-probabilities of the tokens of each completion, as they were drawn."""
+        logps = torch.stack(self.logps, dim=1).tolist() if self.logps else [[] for _ in completions]
+        return [row[: len(ids)] for ids, row in zip(completions, logps, strict=True)]
 
     def check(self, model: Any, completions: list[list[int]]) -> None:
         """Refuse a `generate` that did not take the drawn tokens: it would sample otherwise than it is told to."""

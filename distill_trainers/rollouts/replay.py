@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..data import replace_completions
 from ..randomness import Purpose, Role, Stream
+from .sampler_logps import sampler_logps_of, with_sampler_logps
 from .sampling import pad_left
 
-ReplayRow = tuple[list[int], ...]
+ReplayRow = tuple[list[Any], ...]
 Batch = dict[str, Any]
 
 
@@ -28,7 +29,8 @@ class ReplayBuffer:
     Every process holds the same rows, so that one checkpoint serves any number of processes.
 
     Args:
-        parts: token lists per row; 3 for (prompt, chosen, rejected).
+        parts: token lists per row; 3 for (prompt, chosen, rejected). A row may have one part more: what its sampler
+            thought of each token of the last list (`scored_rows`).
     """
 
     def __init__(self, capacity: int, parts: int = 2):
@@ -49,19 +51,31 @@ class ReplayBuffer:
         return [self.rows[place] for place in places.tolist()]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all rows as two tensors: ids one after the other, and `[N, parts]` lengths."""
-        ids = [token for row in self.rows for token in chain(*row)]
-        lengths = [[len(part) for part in row] for row in self.rows]
-        return {
+        """Return all rows as tensors: ids one after the other, `[N, parts]` lengths, and what goes with them."""
+        ids = [token for row in self.rows for token in chain(*row[: self.parts])]
+        lengths = [[len(part) for part in row[: self.parts]] for row in self.rows]
+        state = {
             "ids": torch.tensor(ids, dtype=torch.int32),
             "lengths": torch.tensor(lengths, dtype=torch.int32).reshape(-1, self.parts),
         }
+        scored = [len(row) > self.parts for row in self.rows]
+        if not any(scored):
+            return state
+        logps = [value for row in self.rows for value in chain(*row[self.parts :])]
+        return {**state, "scored": torch.tensor(scored), "logps": torch.tensor(logps, dtype=torch.float32)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up `state_dict` again; a smaller capacity keeps the newest rows."""
         self.rows.clear()
         lists = iter([part.tolist() for part in state["ids"].split(state["lengths"].flatten().tolist())])
-        self.push(zip(*[lists] * self.parts, strict=True))
+        rows: list[ReplayRow] = list(zip(*[lists] * self.parts, strict=True))
+        if "scored" in state:
+            scored = state["scored"].tolist()
+            lengths = [len(row[-1]) if told else 0 for row, told in zip(rows, scored, strict=True)]
+            logps = state["logps"].split(lengths)
+            told_of = zip(rows, scored, logps, strict=True)
+            rows = [(*row, values.tolist()) if told else row for row, told, values in told_of]
+        self.push(rows)
 
 
 class AdaptiveProbability:
@@ -94,16 +108,25 @@ def sampled_rows(batches: Sequence[Batch]) -> list[ReplayRow]:
     return rows
 
 
+def scored_rows(batches: Sequence[Batch]) -> list[ReplayRow]:
+    """Return `sampled_rows`, each with what its sampler thought of the completion where that is known."""
+    told = [logps for batch in batches for logps in sampler_logps_of(batch)]
+    rows = zip(sampled_rows(batches), told, strict=True)
+    return [row if logps is None else (*row, logps) for row, logps in rows]
+
+
 def with_rows(
     batches: Sequence[Batch], rows: Sequence[ReplayRow], pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> list[Batch]:
-    """Put other prompts and completions in place of the batches' own, in order."""
+    """Put other prompts and completions in place of the batches' own, in order, and what samplers thought of them."""
     replaced, start = [], 0
     for batch in batches:
-        prompts, completions = zip(*rows[start : start + len(batch["prompt_ids"])], strict=True)
+        chosen = rows[start : start + len(batch["prompt_ids"])]
+        prompts, completions = zip(*(row[:2] for row in chosen), strict=True)
         start += len(prompts)
         ids, mask = pad_left(prompts, pad_token_id, batch["prompt_ids"].device)
         new = {"prompt_ids": ids, "prompt_mask": mask}
         filled = replace_completions({**batch, **new}, completions, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
-        replaced.append(filled)
+        told = [row[2] if len(row) > 2 else None for row in chosen]
+        replaced.append(filled if told == [None] * len(told) else with_sampler_logps(filled, told))
     return replaced

@@ -48,6 +48,20 @@ class SamplingSettings:
     stop_strings: list[str] = field(default_factory=list)
     no_repeat_ngram_size: int = 0
 
+    @property
+    def changes_distribution(self) -> bool:
+        """Whether tokens are drawn from another distribution than the model's own at temperature 1.
+
+        Greedy tokens count as drawn from the model's own: of the one that is all on them there is nothing to say.
+        """
+        filters = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return self.reads_text or (self.temperature > 0 and (self.temperature != 1 or filters))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether that distribution depends on the text itself, beside the model's logits."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
+
     def as_dict(self) -> dict[str, Any]:
         """Return all settings; one that came later is left out where it is off, so that older records are found."""
         settings = asdict(self)
@@ -89,6 +103,11 @@ def logits_processors(sampling: SamplingSettings):
     if sampling.min_p:
         processors.append(MinPLogitsWarper(sampling.min_p))
     return processors
+
+
+def logps_of_draws(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Return log-probabilities `[n]` of drawn tokens `[n]` under the processed logits `[n, V]`."""
+    return scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scores.logsumexp(-1)
 
 
 def draw_tokens(scores: Tensor, uniforms: Tensor | None) -> Tensor:

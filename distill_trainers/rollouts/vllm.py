@@ -460,6 +460,7 @@ class VllmEngine(RolloutEngine):
 
     def __init__(self, engine: Engine, accelerator: Any, options: VllmOptions, vocab_rows: int):
         self.engine, self.accelerator, self.options, self.vocab_rows = engine, accelerator, options, vocab_rows
+        self.processed = engine.processed
         self._syncs = 0
         self._before: Read | None = None
 

@@ -14,6 +14,7 @@ from ..data import prepare_dataset
 from ..data.tokenization import Needs
 from ..evaluation.measures import MEASURES, METRICS, higher_is_better
 from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..losses.sampler_ratio import CORRECTIONS
 from ..redaction import hidden
 from ..requirements import Requirements
 from ..rollouts import ENGINES
@@ -21,6 +22,7 @@ from ..settings import documented, require, setting
 from ..teachers.options import TeacherOptions
 from ..value_types import check_mappings, check_settings
 from .given.carrying import carried
+from .given.correction import check_correction
 from .given.fields import ARGUMENTS, also_taken, check_arguments, refusals_of_transformers
 from .given.optimizer import check_optimizer, check_schedule
 from .given.packages import check_before_devices
@@ -101,6 +103,17 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     rollout_engine: str = setting("decode", f"Who samples the student's completions: one of {', '.join(ENGINES)}.")
     rollout_batch_size: int | None = setting(
         None, "Prompts sampled together; by default the whole accumulation window at once.", least=1
+    )
+    sampler_correction: str = setting(
+        "none",
+        "Weights for sampled text of which student and sampler differ, by ratios of their probabilities, bounded by "
+        f"sampler_ratio_min and _max: one of {', '.join(CORRECTIONS)} (exact, for short text).",
+    )
+    sampler_ratio_min: float | None = setting(
+        None, "Least ratio: mask drops what is below, truncate raises it.", least=0, most=1
+    )
+    sampler_ratio_max: float | None = setting(
+        2.0, "Largest ratio: mask drops what is above, truncate lowers it.", least=1
     )
     vllm_kwargs: dict[str, Any] | str | None = setting(
         None, "For rollout_engine vllm: {mode: server, …}, or arguments of vLLM's LLM (JSON)."
@@ -199,6 +212,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
     accepts_encoder_decoders: ClassVar[bool] = False  # whether students such as T5 train; batches have `encoder_ids`
     reads_first_row: ClassVar[bool] = False  # whether `requirements` depend on the layout of the data
+    weighs_samples: ClassVar[bool] = False  # whether the loss is an expectation over the student's own text
     has_plain_text_loss: ClassVar[bool] = False  # whether the trainer takes a `pretraining_dataset`
 
     @property
@@ -337,6 +351,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     def _check(self) -> None:
         """Refuse what cannot work; subclasses extend it."""
         self._require("rollout_engine", self.rollout_engine in ENGINES, f"one of {', '.join(ENGINES)}")
+        check_correction(self)
         self._check_eval_measures()
         self.check_teacher_options()
 

@@ -19,6 +19,7 @@ from ..exceptions import ConfigurationError
 from ..losses.fused_linear import TermsFn, fused_linear_terms
 from ..losses.fused_logps import fused_row_terms, row_terms_of_logits, signal_token_logps
 from ..losses.reduction import trained_mask, weighted_total
+from ..losses.sampler_ratio import SamplerRatio
 from ..signals import TeacherSignal, TokenLogits
 from ..teachers import Teacher
 
@@ -38,6 +39,7 @@ class TwoModels:
         extras: entries of a batch that go to both models beside ids and mask (`models.extra_inputs` of the student).
 
     Attributes:
+        sampler_ratio: weighs tokens that another sampler drew; None weighs none.
         head_is_fused: whether the student's logits are had from its hidden states; the first batch tells.
     """
 
@@ -54,6 +56,7 @@ class TwoModels:
         self.chunk_bytes = chunk_bytes
         self.autocast = autocast
         self.extras = extras
+        self.sampler_ratio: SamplerRatio | None = None
         self.head_is_fused: bool | None = None
         self._rows_stay_apart = False
 
@@ -119,10 +122,14 @@ class TwoModels:
 
         def on_hidden(hidden_BTD: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
             hidden_ND, head = hidden_BTD[:, :-1][predicts], head.cut_to(self.vocab_size)
-            operands = (hidden_ND, head, whole_signal, terms_fn)
+
+            def terms_of(terms: TermsFn) -> Mapping[str, Tensor]:
+                return fused_linear_terms(hidden_ND, head, None, terms, tokens, {}, chunk_bytes=self.chunk_bytes)[1]
+
+            operands, known = (hidden_ND, head, whole_signal, terms_fn), self._weighed(tokens, predicts, terms_of)
             if row_terms is None:
-                return fused_linear_terms(*operands, tokens, weights, chunk_bytes=self.chunk_bytes)
-            return fused_row_terms(*operands, row_terms, tokens, weights, chunk_bytes=self.chunk_bytes)
+                return fused_linear_terms(*operands, known, weights, chunk_bytes=self.chunk_bytes)
+            return fused_row_terms(*operands, row_terms, known, weights, chunk_bytes=self.chunk_bytes)
 
         # Under ZeRO-3 and FSDP2 a process holds a share of the teacher's head, and its logits need all of it.
         with contextlib.nullcontext() if signal is None else self.teacher.whole_head(signal) as whole_signal:
@@ -134,9 +141,19 @@ class TwoModels:
                 asked = {"output_router_logits": True} if balanced else {}
                 output = models.output_of(student, forward_inputs, **asked)
                 logits_NV = output.logits[:, :-1][predicts][:, : self.vocab_size].float()
-                total, terms = _terms_of_logits(logits_NV, whole_signal, terms_fn, row_terms, tokens, weights)
+                known = self._weighed(tokens, predicts, lambda terms: terms(TokenLogits(logits_NV), None, tokens))
+                total, terms = _terms_of_logits(logits_NV, whole_signal, terms_fn, row_terms, known, weights)
                 balance = getattr(output, models.AUX_LOSS, None) if balanced else None
         return total, terms if balance is None else {**terms, models.AUX_LOSS: balance}
+
+    def _weighed(
+        self, tokens: dict[str, Tensor], predicts: Tensor, terms_of: Callable[[TermsFn], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Add weights of sampled tokens. They go by the tokens before, so all are seen once ahead of the loss."""
+        if self.sampler_ratio is None or not self.sampler_ratio.weighs(tokens):
+            return tokens
+        with torch.no_grad():
+            return {**tokens, **self.sampler_ratio.weights(terms_of(self.sampler_ratio.terms), tokens, predicts)}
 
     @torch.no_grad()
     def frozen_logps(self, frozen: Teacher, batch: Mapping[str, Tensor]) -> tuple[Tensor, TeacherSignal]:

@@ -148,7 +148,37 @@ def test_completions_carry_what_their_sampler_thought_of_them(make_model, pad_le
     assert texts == [[4, 5, 1], [8]] and texts.logps == [[-1.0, -2.0, -3.0], [-0.5]] and texts.processed
     assert completions_of(rows, sampling).logps is None, "of a kind that nobody knows"
     assert completions_of([*rows, Written([2], None)], sampling, True).logps is None
-    assert DecodeEngine().generate(make_model(), *pad_left([[4]]), sampling).logps is None
+    assert texts.drawn_logps(SamplingSettings(4, 0.7)) == texts.logps
+    raw = completions_of(rows, sampling, processed=False)
+    for same in (SamplingSettings(4, 1.0), SamplingSettings(4, 0.0, top_p=0.5)):
+        assert raw.drawn_logps(same) == raw.logps
+    for settings in ({"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"repetition_penalty": 1.1}):
+        assert raw.drawn_logps(SamplingSettings(4, **settings)) is None, "temperature and filters are not in them"
+
+
+@pytest.mark.parametrize("engine", [DecodeEngine(batch_size=7), HfEngine(batch_size=7)], ids=["decode", "hf"])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"temperature": 0.6}, {"temperature": 1.2, "top_k": 7, "top_p": 0.8}], ids=str
+)
+@torch.no_grad()
+def test_local_engines_tell_what_one_forward_over_the_text_tells(
+    make_model, pad_left, prompts, streams, engine, settings
+):
+    """The distribution of each token that was drawn from, written out in float64, prompt by prompt."""
+    model, sampling = make_model().double(), SamplingSettings(6, eos_token_ids=[1], **settings)
+    texts = engine.generate(model, *pad_left(prompts), sampling, streams(len(prompts)))
+    assert texts.processed and [len(row) for row in texts.logps] == [len(text) for text in texts]
+    assert len({len(text) for text in texts}) > 1
+    for prompt, text, told in zip(prompts, texts, texts.logps, strict=True):
+        logits = model(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
+        for scores, token, logp in zip(logits / (sampling.temperature or 1.0), text, told, strict=True):
+            probs = scores.softmax(-1)
+            if sampling.top_k:
+                probs = torch.where(probs >= probs.sort(descending=True).values[sampling.top_k - 1], probs, 0)
+                probs = probs / probs.sum()
+                above = (probs[None] > probs[:, None]).double() @ probs  # the mass of likelier ids
+                probs = torch.where(above < sampling.top_p, probs, 0)
+            assert logp == pytest.approx((probs[token] / probs.sum()).log().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("step", [1e-1, 1e-3])

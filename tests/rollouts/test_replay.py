@@ -10,7 +10,7 @@ import torch
 from distill_trainers import GKDConfig
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.rollouts import AdaptiveProbability, ReplayBuffer
-from distill_trainers.rollouts.replay import sampled_rows, with_rows
+from distill_trainers.rollouts.replay import sampled_rows, scored_rows, with_rows
 from distill_trainers.toy import addition_dataset
 from distill_trainers.trainers.lifecycle.checkpoints import read_method_state, write_method_state
 
@@ -63,6 +63,27 @@ def test_state_comes_back_through_a_checkpoint(tmp_path):
         assert list(smaller.rows) == list(buffer.rows)[-2:]
         assert state["lmbda"] == {"value": 0.5} and state["other"] == 3
     assert "ids" not in json.dumps(json.loads((tmp_path / "distill_state.json").read_text())), "tensors lie beside"
+
+
+def test_what_samplers_thought_goes_with_rows_through_checkpoints_and_batches(make_trainer, batch_of, tmp_path):
+    trainer = make_trainer(lmbda=1.0, max_new_tokens=6)
+    batches = [batch_of(trainer, range(5)), batch_of(trainer, range(5, 8))]
+    rolled = trainer.sample_completions(batches)
+    rows = scored_rows(rolled)
+    assert all(len(row) == 3 and len(row[2]) == len(row[1]) and max(row[2]) < 0 for row in rows)
+    rows[6] = rows[6][:2]  # of a run that did not know
+    buffer, again = ReplayBuffer(7), ReplayBuffer(7)
+    buffer.push(rows)
+    write_method_state(tmp_path, {"replay": buffer.state_dict()})
+    again.load_state_dict(read_method_state(tmp_path)["replay"])
+    assert list(again.rows) == rows[1:], "to the bit"
+    filled = with_rows(batches, rows, 0)
+    assert scored_rows(filled) == rows
+    for name in ("token_sampler_logps", "token_sampled"):
+        assert torch.equal(filled[0][name], rolled[0][name]), name
+    assert torch.equal(filled[0]["token_sampled"], (filled[0]["labels"] != -100).float())
+    assert filled[1]["token_sampled"].sum(1).bool().tolist() == [True, False, True]
+    assert not filled[1]["token_sampler_logps"][filled[1]["token_sampled"] == 0].any()
 
 
 def test_rows_go_into_batches_and_come_out(make_trainer, batch_of):

@@ -142,6 +142,30 @@ def test_vllm_of_trl_is_vllm_here():
     assert ours.vllm_kwargs == {"mode": "server", "server_port": 9}
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"mode": "token_truncate"}, ("truncate", None, 3.0)),
+        ({"mode": "token_mask", "clip_min": 0.5, "clip_max": None}, ("mask", 0.5, None)),
+        ({"mode": "token_mask", "correction": False}, ("none", None, 2.0)),
+        ({}, ("none", None, 2.0)),
+    ],
+)
+def test_the_correction_of_vllm_is_carried_over_token_by_token(theirs, ours):
+    given = {f"vllm_importance_sampling_{name}": value for name, value in theirs.items()}
+    config = config_from_arguments(GKDConfig, trl.GRPOConfig(**PLAIN, use_vllm=True, **given))
+    found = config.sampler_correction, config.sampler_ratio_min, config.sampler_ratio_max
+    assert found == ours and config.vllm_kwargs == {"mode": "colocate"}
+
+
+@pytest.mark.parametrize("theirs", [{"mode": "sequence_truncate"}, {"clip_max": 5.0}])
+def test_a_correction_of_whole_sequences_is_refused(theirs):
+    """TRL's default mode is one, so bounds alone mean it."""
+    given = {f"vllm_importance_sampling_{name}": value for name, value in theirs.items()}
+    with pytest.raises(ConfigurationError, match="vllm_importance_sampling.*Instead: set `sampler_correction`"):
+        config_from_arguments(GKDConfig, trl.GRPOConfig(**PLAIN, use_vllm=True, **given))
+
+
 def test_a_packed_config_of_sft_packs_and_never_samples():
     ours = config_from_arguments(GKDConfig, trl.SFTConfig(**PLAIN, packing=True, max_length=24))
     assert (ours.packing, ours.max_length, ours.lmbda, ours.samples_completions) == (True, 24, 0.0, False)

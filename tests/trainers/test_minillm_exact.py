@@ -13,9 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from distill_trainers.data import replace_completions
 from distill_trainers.randomness import Purpose, Role, Stream
@@ -29,22 +26,6 @@ SEQUENCES = [
     for ids in itertools.product(range(3), repeat=length)
     if EOS not in ids[:-1] and (ids[-1] == EOS or length == LENGTH)
 ]
-
-
-@pytest.fixture(scope="module")
-def toy():
-    """The tokenizer and functions for fresh models of the toy."""
-    backend = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-
-    def make(seed):
-        # Llama's norm rounds to float32, and its gradients with it.
-        sizes = {"vocab_size": 3, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "eos_token_id": EOS}
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.6)).double().eval()
-
-    return tokenizer, make
 
 
 @pytest.fixture
@@ -111,9 +92,12 @@ def test_on_policy_the_expected_gradient_is_that_of_the_sequence_kl(trainer_of, 
     assert (expected_gradient(trainer, 0.0) - expected).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("correction", ["none", "prefix"])
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])
-def test_prefix_weights_keep_it_exact_under_teacher_mixed_sampling(trainer_of, estimator):
-    trainer = trainer_of(teacher_mix_alpha=0.2, estimator=estimator, importance="prefix")
+def test_prefix_weights_keep_it_exact_under_teacher_mixed_sampling(trainer_of, estimator, correction):
+    """With the correction for a sampler, too: the mixture is the sampler, and is not weighed twice."""
+    given = {"estimator": estimator, "importance": "prefix", "sampler_correction": correction}
+    trainer = trainer_of(teacher_mix_alpha=0.2, **given)
     assert (expected_gradient(trainer, 0.2) - exact_gradient(trainer)[0]).abs().max() < 1e-9
 
 

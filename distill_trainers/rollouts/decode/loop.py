@@ -22,8 +22,17 @@ from transformers import GenerationMixin
 
 from ... import models
 from ...randomness import Stream
+from ..base import Completions
 from ..draws import uniforms_of
-from ..sampling import SamplingSettings, Stops, draw_tokens, logits_processors, stop_function, trim_left
+from ..sampling import (
+    SamplingSettings,
+    Stops,
+    draw_tokens,
+    logits_processors,
+    logps_of_draws,
+    stop_function,
+    trim_left,
+)
 from .forwards import parameters_of, read_prompts, runner
 from .kv_cache import droppable_cache, keep_rows
 from .mixture import Mixture, Partner
@@ -69,7 +78,7 @@ def decode_completions(
     *,
     streams: Sequence[Stream] | None = None,
     tokenizer: Any = None,
-) -> list[list[int]]:
+) -> Completions:
     """Sample one completion for each prompt.
 
     Args:
@@ -81,13 +90,14 @@ def decode_completions(
         tokenizer: only needed for stop strings.
 
     Returns:
-        B lists of ids, up to and including the first EOS or stop string.
+        B lists of ids, up to and including the first EOS or stop string, with log-probabilities as they were drawn.
 
     Raises:
         ValueError: a temperature without streams.
     """
     texts = _decode_all(model, prompt_ids, prompt_mask, sampling, batch_size, streams, tokenizer)
-    return [scored.ids for scored in texts]
+    logps = [[] if scored.logps is None else scored.logps[:, -1].tolist() for scored in texts]
+    return Completions([scored.ids for scored in texts], logps)
 
 
 @torch.no_grad()
@@ -167,8 +177,7 @@ def _decode(
             other = partner.draws_from(rows)
             draws_from = other if coins[step] else scores
         tokens = draw_tokens(draws_from, None if rows.uniforms is None else rows.uniforms[:, step])
-        if scored:
-            rows.score(_token_logps(logits, scores, tokens))
+        rows.score(_token_logps(logits, scores, tokens) if scored else logps_of_draws(scores, tokens)[:, None])
         rows.append(tokens, eos, stops)
         running = [row for row, end in enumerate(rows.ends.tolist()) if end == 0]
         if not (_anybody_runs(running, rows.ids.device) if in_step else running):
@@ -185,12 +194,8 @@ def _decode(
 
 def _token_logps(logits: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
     """`[n, 2]`: log-probabilities under the model, and under the scores that it was to be drawn from."""
-
-    def of(logits_of: Tensor) -> Tensor:
-        return logits_of.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits_of.logsumexp(-1)
-
-    model_logps = of(logits)
-    return torch.stack([model_logps, model_logps if scores is logits else of(scores)], dim=1)
+    model_logps = logps_of_draws(logits, tokens)
+    return torch.stack([model_logps, model_logps if scores is logits else logps_of_draws(scores, tokens)], dim=1)
 
 
 def _completions(rows: Rows, partner: Partner | None) -> dict[int, Scored]:

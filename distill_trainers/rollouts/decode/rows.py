@@ -19,7 +19,7 @@ class Scored:
 
     Args:
         logps: `[L, K]`: under the student at temperature 1, without filters; as drawn, so with temperature, filters and
-            mixture; and, of a mixture, under its other model at temperature 1. None where they were not kept.
+            mixture; and, of a mixture, under its other model at temperature 1. Of plain completions as drawn alone.
         hidden: `[L, D]`, the states from which the mixture's other model predicted them, if it keeps them.
     """
 
@@ -45,7 +45,7 @@ class Rows:
         self.positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         self.uniforms = uniforms
         self.ends = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)  # 0: not yet
-        self.logps: Tensor | None = None  # [n, T − P, K], where they are kept
+        self.logps: Tensor | None = None  # [n, T − P, K]
         self._forget_full_mask()
 
     def alike(self) -> list[tuple[slice, slice]]:

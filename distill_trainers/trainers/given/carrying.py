@@ -16,6 +16,9 @@ from ...trl_names import HARMLESS, REFUSED
 logger = logging.getLogger(__name__)
 
 _FILLED_IN = {"generation_batch_size", "steps_per_generation"}  # by TRL itself; a rollout is of one optimiser step here
+# TRL's modes of the correction for vLLM; those of whole sequences have no counterpart.
+_CORRECTIONS = {"token_truncate": "truncate", "token_mask": "mask"}
+_CORRECTS = "vllm_importance_sampling_"
 _LIBRARIES = ("trl", "transformers", "distill_trainers")
 
 
@@ -42,7 +45,7 @@ def carried(args: TrainingArguments, config_class: type[Any], shared: Collection
         values["teacher_model_init_kwargs"] = {**(values.get("teacher_model_init_kwargs") or {}), "revision": revision}
     if "shuffle_dataset" in changed and not changed.pop("shuffle_dataset"):
         values["train_sampling_strategy"] = "sequential"
-    values |= _vllm(changed)
+    values |= _correction(args, changed) | _vllm(changed)
     for name, value in changed.items():
         _name_what_is_lost(name, value, type(args), config_class.__name__)
     return values
@@ -51,6 +54,22 @@ def carried(args: TrainingArguments, config_class: type[Any], shared: Collection
 def _is_changed(field: Field[Any], given: dict[str, Any]) -> bool:
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return field.name not in _FILLED_IN and given[field.name] != default
+
+
+def _correction(args: TrainingArguments, changed: dict[str, Any]) -> dict[str, Any]:
+    """Take TRL's settings of its correction for vLLM's probabilities out of `changed`; they act with vLLM alone.
+
+    A mode of whole sequences stays there, to be refused; TRL's default is one, and is off here.
+    """
+    given = {name.removeprefix(_CORRECTS): changed[name] for name in changed if name.startswith(_CORRECTS)}
+    mode, off = given.get("mode"), not (getattr(args, "use_vllm", False) and given.get("correction", True))
+    if off or mode in _CORRECTIONS:
+        for name in given:
+            del changed[_CORRECTS + name]
+    if off or mode not in _CORRECTIONS:
+        return {}
+    bounds = {end: getattr(args, f"{_CORRECTS}clip_{end}") for end in ("min", "max")}
+    return {"sampler_correction": _CORRECTIONS[mode]} | {f"sampler_ratio_{end}": at for end, at in bounds.items()}
 
 
 def _vllm(changed: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class GKDConfig(DistillConfig):
 
     stands_for = frozenset({"GKDConfig", "GOLDConfig", "DistillationConfig"})
     accepts_sparse_teachers = True
+    weighs_samples = True
 
     @classmethod
     def taken_from(cls, args: TrainingArguments, changed: dict[str, Any]) -> dict[str, Any]:

@@ -13,16 +13,19 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ...exceptions import CheckpointError
 from ...losses import token_divergence, token_logps
 from ...losses.divergences import Divergence, TaidSchedule, resolve_divergence, taid
+from ...losses.sampler_ratio import WEIGHT, weighted
 from ...rollouts import AdaptiveProbability, ReplayBuffer, draws_on_policy
-from ...rollouts.replay import sampled_rows, with_rows
+from ...rollouts.replay import scored_rows, with_rows
 from ...signals import TokenLogits, TokenSignal
-from ..base import Batch, DistillTrainer
+from ..base import Batch
+from ..on_policy import OnPolicyTrainer
 from .config import GKDConfig
 
 
-class GKDTrainer(DistillTrainer):
+class GKDTrainer(OnPolicyTrainer):
     """Matches the teacher's next-token distributions on dataset tokens, on the student's own, or on both.
 
     Eq. 3 of arXiv 2306.13649, with one draw of λ per optimiser step, the same on every process.
@@ -71,7 +74,7 @@ class GKDTrainer(DistillTrainer):
         sampling = self.lmbda.value * (1 - step / max(1, self.state.max_steps))
         if draws_on_policy(sampling, seed, step) or len(self.replay) < window:
             batches = self.sample_completions(batches)
-            self.replay.push(gather_object(sampled_rows(batches)))
+            self.replay.push(gather_object(scored_rows(batches)))
             return batches
         rows = self.replay.sample(sum(len(b["prompt_ids"]) for b in batches), seed=seed, step=step, rank=rank)
         return with_rows(batches, rows, self.sampling.pad_token_id, self.args.pad_to_multiple_of)
@@ -103,6 +106,13 @@ class GKDTrainer(DistillTrainer):
         for name, part in self._remembered().items():
             if name in state:
                 part.load_state_dict(state[name])
+        if self.args.sampler_correction != "none" and self.replay is not None:
+            unknown = sum(len(row) == self.replay.parts for row in self.replay.rows)
+            if unknown:
+                raise CheckpointError(
+                    f"Got a replay buffer with {unknown} rows without log-probabilities of their sampler; expected "
+                    "them for all. Resume with `sampler_correction: none`, or start a new run from its weights."
+                )
 
     def divergence_now(self) -> Divergence:
         """Return this step's divergence; evaluation takes a moving target at its end, so that scores compare."""
@@ -115,7 +125,9 @@ class GKDTrainer(DistillTrainer):
         self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         assert teacher is not None
-        terms = {"divergence": token_divergence(self.divergence_now(), student, teacher, self.args.kd_temperature)}
+        divergence = token_divergence(self.divergence_now(), student, teacher, self.args.kd_temperature)
+        terms = {"divergence": weighted(divergence, tokens[WEIGHT]) if WEIGHT in tokens else divergence}
+        terms |= self.sampler_ratio.metrics(student, tokens)
         if "lm_loss" in self.loss_weights:
             terms["lm_loss"] = -token_logps(student, tokens["labels"])
         return terms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,10 @@ from ...losses.reduction import means_of_totals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+# Bins of ratios go by asinh(_FINE * log ratio), which is log ratio itself near 1 and its logarithm far from it.
+_FINE, _BINS_PER_UNIT, _BINS = 200.0, 50, 550
 
 
 class RunningMetrics:
@@ -25,6 +30,7 @@ class RunningMetrics:
         self.device = device
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
+        self._histograms: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
         return bool(self._totals)
@@ -38,16 +44,36 @@ class RunningMetrics:
         _add(self._totals, totals, self.device)
         _add(self._counts, dict.fromkeys(totals, count), self.device)
 
+    def add_quantiles(self, name: str, values: Tensor, counted: Tensor) -> None:
+        """Take in ratios `[n]` whose 5 % and 95 % quantiles are of interest, where `counted` `[n]` is not 0.
+
+        They are kept as counts of bins, so that quantiles do not depend on how tokens were cut into micro-batches. The
+        bins are 1e-4 wide at 1 and 2 % wide far from it.
+        """
+        places = (torch.asinh(_FINE * values.float().log()) * _BINS_PER_UNIT).round().clamp(-_BINS, _BINS) + _BINS
+        empty = torch.zeros(2 * _BINS + 1, device=values.device)
+        counts = empty.index_add(0, places.long(), counted.float()).to(self.device)
+        self._histograms[name] = self._histograms[name] + counts if name in self._histograms else counts
+
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Return sums and means over all processes since the last read; everyone must call it."""
         totals, counts = sorted(self._totals), sorted(self._counts)
+        histograms, size = sorted(self._histograms), len(totals) + len(counts)
         values = torch.stack([self._totals[name] for name in totals] + [self._counts[name] for name in counts])
-        read = accelerator.reduce(values, reduction="sum").tolist()
-        self._totals.clear()
-        self._counts.clear()
-        return means_of_totals(
+        binned = [self._histograms[name] for name in histograms]
+        reduced = accelerator.reduce(torch.cat([values, *binned]), reduction="sum")
+        read, bins = reduced[:size].tolist(), reduced[size:].view(-1, 2 * _BINS + 1).cpu()
+        for kept in (self._totals, self._counts, self._histograms):
+            kept.clear()
+        means = means_of_totals(
             dict(zip(totals, read, strict=False)), dict(zip(counts, read[len(totals) :], strict=True))
         )
+        return means | {
+            f"{name}_p{round(100 * share):02}": _quantile(counts_of, share)
+            for name, counts_of in zip(histograms, bins, strict=True)
+            for share in (0.05, 0.95)
+            if counts_of.any()
+        }
 
 
 class StepMeans(RunningMetrics):
@@ -75,6 +101,13 @@ class StepMeans(RunningMetrics):
         self._step.clear()
         totals = {name: sums[name] for name in self.followed if name in sums}
         return means_of_totals(totals, {name: sums[f"{name}/count"] for name in totals})
+
+
+def _quantile(counts: Tensor, share: float) -> float:
+    """Return the middle of the bin at which so large a share of the counts is reached."""
+    cumulative = counts.double().cumsum(0)
+    place = int(torch.searchsorted(cumulative, share * cumulative[-1]))
+    return math.exp(math.sinh((place - _BINS) / _BINS_PER_UNIT) / _FINE)
 
 
 def _add(totals: dict[str, Tensor], values: Mapping[str, Tensor | float], device: torch.device) -> None:

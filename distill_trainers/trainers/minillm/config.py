@@ -88,6 +88,7 @@ class MiniLLMConfig(DistillConfig):
         return self.num_minibatches * self.num_inner_epochs > 1
 
     has_plain_text_loss = True
+    weighs_samples = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -150,6 +151,9 @@ class MiniLLMConfig(DistillConfig):
                 value = getattr(self, name)
                 require(value == off, name, value, f"{off}: tokens that are never drawn bias the policy gradient")
             self._require("kd_temperature", self.kd_temperature == 1, "1: rewards are at temperature 1")
+            kind = self.sampler_correction
+            products = "prefix with `sampler_correction: prefix`, and token with truncate and mask, which bound ratios"
+            self._require("importance", kind == "none" or (kind == "prefix") == (self.importance == "prefix"), products)
         reused = "1 with objective token and estimator exact, which has no ratio that tells how old a rollout is"
         for name in ("num_minibatches", "num_inner_epochs"):
             self._require(name, scored or getattr(self, name) == 1, reused)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ...exceptions import ConfigurationError
 from ...losses import token_logps
+from ...losses.reduction import trained_mask
+from ...losses.sampler_ratio import SAMPLED, SAMPLER_LOGPS
 from ...randomness import Purpose, Role, Stream
 from ...rollouts import Mixture, Scored, decode_scored, why_not_scored
 from ...signals import HiddenStates, TokenLogits, TokenSignal
@@ -41,10 +43,12 @@ def check_mixture(student: nn.Module, teacher: Teacher) -> None:
 
 
 def sample_scored(run: Run, batches: list[Batch], alpha: float, keep_signal: bool) -> list[Batch]:
-    """Sample completions of the batches, with their log-probabilities as `cycles.LOGPS` `[B, T, 3]`.
+    """Sample completions of the batches, with their log-probabilities as `cycles.LOGPS` `[B, T, K]`, K = 3 or 4.
 
     They are those of the student, of the sampler and of the teacher. The first two come from generation itself where
     the decode loop runs, else from a forward after it; the teacher's from generation if it has a say in it (`alpha`).
+    An engine that tells how likely each token was is taken for the sampler where `sampler_correction` asks for that;
+    else the student is, and what was told comes fourth.
 
     Args:
         keep_signal: leave what the teacher said in the batch, for a loss on the very same rows.
@@ -66,7 +70,7 @@ def sample_scored(run: Run, batches: list[Batch], alpha: float, keep_signal: boo
 
     batches = run.sample_completions(batches, generate if decodes else None)
     if not decodes:
-        return [with_logps(batch, _logps_of_both(run, batch)) for batch in batches]
+        return [_scored_afterwards(run, batch) for batch in batches]
     scored_batches, start = [], 0
     if not alpha:
         run.two_models.ask_ahead(batches, run.teacher_signal)
@@ -86,9 +90,22 @@ def sample_scored(run: Run, batches: list[Batch], alpha: float, keep_signal: boo
     return scored_batches
 
 
+def _scored_afterwards(run: Run, batch: Batch) -> Batch:
+    """Score what an engine has sampled that knows its own log-probabilities at most."""
+    batch = dict(batch)
+    told, _ = batch.pop(SAMPLER_LOGPS, None), batch.pop(SAMPLED, None)
+    logps = _logps_of_both(run, batch)
+    if told is None:
+        return with_logps(batch, logps)
+    own = told[:, 1:][trained_mask(batch["labels"])].to(logps)
+    if run.args.sampler_correction == "none":
+        return with_logps(batch, torch.cat([logps, own[:, None]], dim=1))
+    return with_logps(batch, torch.stack([logps[:, 0], own, logps[:, 2]], dim=1))
+
+
 @torch.no_grad()
 def _logps_of_both(run: Run, batch: Batch) -> Tensor:
-    """`[N, 3]` for completions of an engine that does not tell: one forward of each model over the given tokens."""
+    """`[N, 3]` for the completions of an engine: one forward of each model over the given tokens."""
     temperature = run.sampling.temperature
 
     def terms(student: TokenLogits, teacher: TokenSignal | None, tokens: Any) -> dict[str, Tensor]:

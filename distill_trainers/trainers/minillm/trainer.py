@@ -7,6 +7,7 @@ into Single, the reverse KL of each token over the vocabulary, and Long, what a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +16,27 @@ from torch import Tensor
 from ...data import DistillCollator
 from ...losses import policy_gradient, token_divergence, token_logps
 from ...losses.reduction import IGNORE_INDEX, first_trained
+from ...losses.sampler_ratio import (
+    OUTSIDE,
+    RATIO,
+    SAMPLED,
+    SAMPLER_LOGPS,
+    WEIGHT,
+    SamplerRatio,
+    sampler_weights,
+    weighted,
+)
 from ...rollouts import draws_on_policy
 from ...signals import TeacherSignal, TokenLogits, TokenLogprobs, TokenSignal, padded
-from ..base import Batch, DistillTrainer
+from ..base import Batch
+from ..on_policy import OnPolicyTrainer
 from .config import MiniLLMConfig
 from .cycles import LOGPS, RolloutCycles
 from .plain_text import SHAPE, PlainText
 from .scoring import SIGNAL, check_mixture, sample_scored
 
 
-class MiniLLMTrainer(DistillTrainer):
+class MiniLLMTrainer(OnPolicyTrainer):
     """Minimises the reverse KL of the student's own sequences to the teacher's (arXiv 2306.08543, algorithm 1).
 
     Args:
@@ -76,7 +88,7 @@ class MiniLLMTrainer(DistillTrainer):
         if not self.has_entries:
             return {}
         divisors = dict.fromkeys(("single", "long", "lm_loss"), "token_unit")
-        divisors |= {"ratio": "token_own", "clipped": "token_own"}
+        divisors |= dict.fromkeys(("ratio", "clipped", RATIO, OUTSIDE), "token_own")
         return divisors if self.text is None else {**divisors, "pretraining": "token_text"}
 
     @property
@@ -106,7 +118,7 @@ class MiniLLMTrainer(DistillTrainer):
                 terms["pretraining"] = -logps * tokens["token_text"]
         if "single" not in terms:
             terms["single"] = self._exact_single(student, teacher, tokens)
-        return terms
+        return terms | self.sampler_ratio.metrics(student, tokens)
 
     def _surrogates(self, logps: Tensor, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Terms whose gradient is that of the sampled tokens' log-probabilities.
@@ -130,10 +142,9 @@ class MiniLLMTrainer(DistillTrainer):
         if isinstance(teacher, TokenLogprobs):
             return teacher.values - token_logps(student, tokens["labels"])
         divergence = token_divergence("reverse_kl", student, teacher, self.args.kd_temperature)
-        if "token_single" not in tokens:
-            return divergence
-        weights = tokens["token_single"]
-        return torch.where(weights != 0, weights * divergence, 0)
+        for weight in ("token_single", WEIGHT):
+            divergence = weighted(divergence, tokens[weight]) if weight in tokens else divergence
+        return divergence
 
     # ---- Rollouts and their scores ----------------------------------------------------------------------------------
 
@@ -157,9 +168,9 @@ class MiniLLMTrainer(DistillTrainer):
         batches = sample_scored(self, batches, args.alpha, keep_signal=exact and not args.reuses_rollouts)
         for batch in batches:
             mask = batch["labels"] != IGNORE_INDEX
-            student, sampler, teacher = batch[LOGPS].unbind(-1)
+            student, sampler, teacher, *_ = batch[LOGPS].unbind(-1)
             rewards = policy_gradient.sequence_rewards(student, teacher, mask)
-            _, weights = policy_gradient.importance_weights(student, sampler, mask, args.importance)
+            _, weights = self._importance_weights(student, sampler, mask)
             tokens = {"reward": rewards.sum()}
             if args.alpha:
                 shares = policy_gradient.mixture_share(teacher, sampler, args.alpha, mask)
@@ -187,15 +198,37 @@ class MiniLLMTrainer(DistillTrainer):
         batch = {**batch, "token_own": own_mask, "token_unit": unit}
         if not args.scores_rollouts:
             return {**batch, "token_single": own_mask}
-        student, sampler, teacher = batch.pop(LOGPS).unbind(-1)
+        student, sampler, teacher, *told = batch.pop(LOGPS).unbind(-1)
         scale, clip = args.reward_scale, args.reward_clip
         rewards = policy_gradient.sequence_rewards(student, teacher, mask, scale=scale, clip=clip)
-        before, through = policy_gradient.importance_weights(student, sampler, mask, args.importance)
+        before, through = self._importance_weights(student, sampler, mask)
         long = policy_gradient.sequence_advantages(
             rewards, through, mask, args.importance, gamma=args.gamma, normalise=args.length_normalization
         )
-        single = before if args.estimator == "exact" else through * rewards
-        return {**batch, "token_logps": student, "token_long": long, "token_single": single}
+        if args.estimator == "sampled":
+            single = through * rewards
+        else:  # with a correction it is weighted in the loss, by the student as it is then
+            single = before if args.sampler_correction == "none" else own_mask
+        entries = {SAMPLER_LOGPS: told[0] if told else sampler, SAMPLED: own_mask}
+        return {**batch, **entries, "token_logps": student, "token_long": long, "token_single": single}
+
+    def _importance_weights(self, student: Tensor, sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights, of what tokens before and what tokens through t decide, by the one ratio that there is."""
+        args = self.args
+        if args.sampler_correction == "none":
+            return policy_gradient.importance_weights(student, sampler, mask, args.importance)
+        bounds = args.sampler_ratio_min, args.sampler_ratio_max
+        return sampler_weights(student - sampler, mask, args.sampler_correction, *bounds)
+
+    def build_sampler_ratio(self) -> SamplerRatio:
+        """Hold the student itself against the sampler where rollouts are scored: policy gradients know no filters.
+
+        Terms of sampled tokens have their weights from `score`; the exact Single gets them in the loss.
+        """
+        ratio = super().build_sampler_ratio()
+        if not self.args.scores_rollouts:
+            return ratio
+        return replace(ratio, processed=None, kind=ratio.kind if self.args.estimator == "exact" else "none")
 
     def _log_advantages(self, batches: list[Batch]) -> None:
         """Their mean, and their deviation over the tokens of a step (of this process), averaged over steps."""
