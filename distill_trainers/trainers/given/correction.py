@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ...losses.sampler_ratio import CORRECTIONS
 from ...settings import require
 
-if TYPE_CHECKING:
-    from ..config import DistillConfig
 
-
-def check_correction(args: DistillConfig) -> None:
-    """Refuse a correction that cannot work under these settings.
+def check_correction(args: Any) -> None:
+    """Refuse a correction that cannot work under the settings of a `DistillConfig`.
 
     Raises:
         ConfigurationError: naming the setting.
