@@ -107,6 +107,8 @@ def shown_settings(args: Any) -> dict[str, Any]:
     names = [name for name in type(args).__dataclass_fields__ if name in type(args).__dict__.get("__annotations__", {})]
     names += _SHARED_SETTINGS
     names += ["teacher_cache_kind"] if args.teacher_cache else []
+    corrected = args.sampler_correction != "none"
+    names += ["sampler_correction", "sampler_ratio_min", "sampler_ratio_max"] if corrected else []
     names += ["teacher_placement"] if args.teacher_placement != "auto" else []
     chosen = {name: getattr(args, name) for name in names}
     plain = {name: getattr(value, "value", value) for name, value in chosen.items() if value is not None}
