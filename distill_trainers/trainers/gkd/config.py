@@ -63,7 +63,7 @@ class GKDConfig(DistillConfig):
         The latter's temperature is that of the loss, too.
         """
         names = {theirs.__name__ for theirs in type(args).__mro__}
-        if "SFTConfig" in names:
+        if "SFTConfig" in names and not names & cls.stands_for:  # TRL's GKD and GOLD derive theirs from it
             return {"lmbda": 0.0}
         if "DistillationConfig" in names:
             return {"lmbda": 1.0, "kd_temperature": args.temperature}  # type: ignore[attr-defined]
