@@ -184,9 +184,7 @@ def _by_rule(
     leaf = _products(student)[rows].detach().to(dtype).requires_grad_()
     theirs = _products(teacher)[rows].detach().to(dtype)
     with torch.enable_grad():
-        finished = [
-            RawLogits(each, of.head).logits if isinstance(of, RawLogits) else each
-            for each, of in ((leaf, student), (theirs, teacher))
-        ]
-        values = closed_form_divergence(rule, *finished, temperature, None)
+        logits = RawLogits(leaf, student.head).logits if isinstance(student, RawLogits) else leaf
+        theirs = RawLogits(theirs, teacher.head).logits if isinstance(teacher, RawLogits) else theirs
+        values = closed_form_divergence(rule, logits, theirs, temperature, None)
         return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]

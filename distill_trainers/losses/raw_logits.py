@@ -22,12 +22,16 @@ class RawLogits(TokenLogits):
         may_be_overwritten: whether the gradient may take the products' memory; see `release`.
     """
 
+    products: Tensor
+    head: Head
+    may_be_overwritten: bool
+
     def __init__(self, products: Tensor, head: Head, workspace: Workspace | None = None) -> None:
         # The parent is frozen, and its field is a property here.
         self.__dict__.update(products=products, head=head, workspace=workspace, may_be_overwritten=False)
 
     @functools.cached_property
-    def logits(self) -> Tensor:  # type: ignore[override]
+    def logits(self) -> Tensor:
         """The finished logits, differentiable once; the products themselves where the head does nothing to them."""
         if self.head.bias is None and self.head.scale == 1.0 and self.head.soft_cap is None:
             return self.products
