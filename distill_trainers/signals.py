@@ -111,6 +111,11 @@ class TokenLogits:
     logits: Tensor
     workspace: Workspace | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def shape(self) -> torch.Size:
+        """(n, V)."""
+        return self.logits.shape
+
     def logps(self, temperature: float = 1.0) -> Tensor:
         """Return log-probabilities `[n, V]` at `temperature`."""
         logits = self.logits if temperature == 1.0 else self.logits / temperature

@@ -93,6 +93,29 @@ def test_a_served_teacher_is_timed_beside_a_local_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_a_gpu_is_measured_with_runs_as_a_toy_on_a_cpu(tmp_path):
+    table = _run("gpu.py", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert set(results) == {"bytes", "loss", "off_policy", "on_policy", "vllm"} and table.count("\n| ours") == 6
+    assert all(record["by_kernels"] < record["by_torch"] / 5 for record in results["bytes"])
+    losses = [record["loss"] for record in results["loss"] if record.get("loss")]
+    assert len(losses) >= 4 and losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
+    trained = [*results["off_policy"], *results["on_policy"]]
+    assert len(trained) == 3 and all(record["seconds"] > 0 for record in trained)
+
+
+def test_a_part_that_takes_too_long_is_written_down(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    monkeypatch.setitem(gpu.BUDGETS, "bytes", 0.01)
+    records = gpu.run_part("bytes", quick=True)
+    assert records == [{"name": "bytes", "failed": "more than 0.01 s"}]
+    assert "| bytes | not measured: more than 0.01 s |" in gpu.table(records)
+    assert gpu.tried("a", lambda: 1 // 0)["failed"].startswith("ZeroDivisionError")
+
+
+@pytest.mark.slow
 def test_every_method_is_judged_by_one_evaluation(tmp_path, make_tokenizer):
     pytest.importorskip("rouge_score", reason="rouge-score is not installed")
     tokenizer = make_tokenizer()

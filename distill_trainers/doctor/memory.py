@@ -102,7 +102,7 @@ class Workload:
     teacher_bytes: float = 2.0
     mixed: bool = False
     state_bytes: float = 8.0
-    chunk_bytes: float = 256 * 2**20
+    chunk_bytes: float = 2**30
     rollout_rows: int = 0
     prompt: int = 0
     new_tokens: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import models
+from ..losses.workspace import chunk_bytes_of
 from ..teachers import loading
 from .launch import Launch
 from .memory import Workload
@@ -36,7 +37,6 @@ def workload(
     text = 0
     if method == "minillm" and args.pretraining_weight:
         text = args.pretraining_batch_size or 0
-    mib = args.loss_chunk_mib or (32 if launch.on_cpu else 256)
     sampled = (args.rollout_batch_size or window * getattr(args, "num_minibatches", 1)) if samples else 0
     return Workload(
         rows=rows * _rows_of_one(args, method) + text,
@@ -48,7 +48,7 @@ def workload(
         teacher_bytes=BYTES.get(teacher_dtype, 4.0),
         mixed=bool(args.bf16 or args.fp16) or launch.mixed_precision != "no",
         state_bytes=_state_bytes(str(getattr(args.optim, "value", args.optim))),
-        chunk_bytes=mib * 2**20,
+        chunk_bytes=chunk_bytes_of(args.loss_chunk_mib, "cpu" if launch.on_cpu else "cuda"),
         rollout_rows=sampled,
         prompt=max(1, length - args.max_new_tokens) if samples else 0,
         new_tokens=args.max_new_tokens if samples else 0,

@@ -80,7 +80,7 @@ class Workshop:
     tokenizer: Any
     vocab_size: int | None
     cache: Path | None = None
-    chunk_bytes: int = 64 * 2**20
+    chunk_bytes: int | None = None
     progress: bool = True
 
     # ---- Text -------------------------------------------------------------------------------------------------------

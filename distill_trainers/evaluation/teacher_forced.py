@@ -80,7 +80,7 @@ def pair_runner(
     student: LocalTeacher,
     teacher: LocalTeacher | None,
     vocab_size: int | None,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
     terms: TermsFn = comparison_terms,
 ) -> RunBatch:
     """Return what `force` runs for two models of this process; without a teacher, it measures what needs none."""

@@ -184,6 +184,11 @@ def closed_form(divergence: Divergence) -> Rule | None:
     return functools.partial(rule, **{**default_params(partial.func), **partial.keywords})
 
 
+def name_of(rule: Rule) -> str:
+    """Return the name in `DIVERGENCES` of what `closed_form` gave."""
+    return next(function.__name__ for function, made_of in _RULES.items() if made_of is rule.func)  # type: ignore
+
+
 def _evaluate(rule: Rule, student: Tensor, teacher: Tensor, temperature: float, gradient: Into) -> Tensor:
     """Values `[n]`, and tau times the gradient into `gradient` `[n, V]`."""
     values = student.new_empty(len(student))

@@ -6,7 +6,8 @@ and `[V, D]` at once: the gradient is done when forward is, and backward only sc
 losses, arXiv 2410.10989). Logits are at least float32 whatever the operands' dtype, also under autocast.
 
 What is left beside the matrix products is kept small: chunks share their buffers, divergences with a closed form
-(`closed_form.py`) take one pass in blocks that fit in a cache, and nothing needs autograd but what a method adds.
+(`closed_form.py`) take one pass in blocks that fit in a cache, and nothing needs autograd but what a method adds. On
+CUDA these are Triton kernels (`kernels.py`), which finish the logits as they read them (`raw_logits.py`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from torch.autograd.function import once_differentiable
 
 from ..exceptions import ConfigurationError, VocabularyError
 from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenSignal
+from . import kernels
 from .divergences import resolve_divergence
 from .per_token import token_divergence
+from .raw_logits import RawLogits
 from .reduction import weighted_total
-from .workspace import Workspace, graph_is_kept, row_blocks
-
-DEFAULT_CHUNK_BYTES = 64 * 2**20
+from .workspace import Workspace, chunk_bytes_of, graph_is_kept, row_blocks
 
 TermsFn = Callable[[TokenLogits, TokenSignal | None, dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -46,6 +47,30 @@ def _multiplies_widely(device_type: str, dtype: torch.dtype) -> bool:
     except (RuntimeError, TypeError):
         return False
     return bool((product == 1 + 2.0**-12).all())
+
+
+@functools.cache
+def _accumulates_widely(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this device adds such a product onto a float32 matrix in place."""
+    left = torch.zeros(16, 16, dtype=dtype, device=device_type)
+    left[:, 0], left[:, 1] = 1.0, 2.0**-12
+    total = torch.full((16, 16), math.nan, device=device_type)
+    try:
+        for beta in (0, 1):
+            torch.addmm(total, left, torch.ones_like(left), beta=beta, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 2 + 2.0**-11).all())
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, onto_nothing: bool) -> None:
+    """Add `left @ right`, of a narrower dtype, to `total`, or overwrite it; best without a second such matrix."""
+    if _accumulates_widely(total.device.type, left.dtype):
+        torch.addmm(total, left, right, beta=0 if onto_nothing else 1, out_dtype=total.dtype, out=total)
+    elif onto_nothing:
+        total.copy_(torch.mm(left, right, out_dtype=total.dtype))
+    else:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
 
 
 @dataclass(frozen=True)
@@ -75,17 +100,26 @@ class _Projection:
         """Whether products of the operands come out in `wide` by themselves."""
         return self.hidden.dtype == self.wide
 
-    def logits(self, rows: slice, workspace: Workspace) -> Tensor:
-        """The model's logits `[n, V]`, in a buffer of the workspace where the device can write them there."""
+    def products(self, rows: slice, workspace: Workspace) -> Tensor:
+        """Hidden states times weight `[n, V]`, in a buffer of the workspace where the device can write them there."""
         hidden, transposed = self.hidden[rows], self.head.weight.T
         if self.is_wide:
             shape = (len(hidden), self.head.num_ids)
-            logits = torch.matmul(hidden, transposed, out=workspace.take(shape, self.wide, hidden.device))
-        else:
-            logits = torch.mm(hidden, transposed, out_dtype=self.wide)
+            return torch.matmul(hidden, transposed, out=workspace.take(shape, self.wide, hidden.device))
+        return torch.mm(hidden, transposed, out_dtype=self.wide)
+
+    def logits(self, rows: slice, workspace: Workspace) -> Tensor:
+        """The model's logits `[n, V]`, finished in place."""
+        logits = self.products(rows, workspace)
         for block in row_blocks(logits):
             self.head.finish_(logits[block])
         return logits
+
+    def token_logits(self, rows: slice, workspace: Workspace, requires_grad: bool = False) -> TokenLogits:
+        """The same for losses; left unfinished where kernels can do that while they read."""
+        if kernels.may_run(self.hidden.device):
+            return RawLogits(self.products(rows, workspace).requires_grad_(requires_grad), self.head, workspace)
+        return TokenLogits(self.logits(rows, workspace).requires_grad_(requires_grad), workspace)
 
     def before_finish(self, gradient: Tensor, logits: Tensor, workspace: Workspace) -> Tensor:
         """The gradient with respect to the bare product, from that with respect to the logits."""
@@ -133,8 +167,7 @@ class _Gradients:
             if self.hidden is not None:
                 self.hidden[rows] = torch.mm(operand, weight, out_dtype=student.wide)
             if self.weight is not None:
-                product = torch.mm(operand.T, hidden, out_dtype=student.wide)
-                self.weight[ids] = product if self.weight_is_empty else product.add_(self.weight[ids])
+                _add_product(self.weight[ids], operand.T, hidden, onto_nothing=self.weight_is_empty)
         if self.bias is not None:
             self.bias[ids] += gradient.sum(0)
         self.weight_is_empty = False
@@ -170,7 +203,16 @@ class _WithGradients(torch.autograd.Function):
         return (None, None, *scaled)
 
 
-def _check_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float], logits: Tensor) -> None:
+def _product_gradient(total: Tensor, logits: TokenLogits, student: _Projection, workspace: Workspace) -> Tensor:
+    """The gradient `[n, V]` of a chunk's total with respect to the bare product; the logits are lost with it."""
+    if isinstance(logits, RawLogits):
+        logits.release(total)
+        return torch.autograd.grad(total, logits.products)[0]
+    gradient = torch.autograd.grad(total, logits.logits)[0]
+    return student.before_finish(gradient, logits.logits.detach(), workspace)
+
+
+def _check_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float], logits: TokenLogits) -> None:
     for name, values in terms.items():
         if values.shape != logits.shape[:1]:
             raise ConfigurationError(
@@ -185,7 +227,7 @@ def _check_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float], logi
 
 
 def _check_operands(
-    hidden: Tensor, head: Head, teacher: TeacherSignal | None, tokens: Mapping[str, Tensor], chunk_bytes: int
+    hidden: Tensor, head: Head, teacher: TeacherSignal | None, tokens: Mapping[str, Tensor], chunk_bytes: int | None
 ) -> None:
     if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
         raise ConfigurationError(
@@ -205,7 +247,7 @@ def _check_operands(
         raise ConfigurationError(
             f"Token tensors {attached} require gradients, but only hidden states and head receive any. Detach them."
         )
-    if chunk_bytes <= 0:
+    if chunk_bytes is not None and chunk_bytes <= 0:
         raise ConfigurationError(f"chunk_bytes is {chunk_bytes}, expected a positive number of bytes.")
 
 
@@ -217,7 +259,7 @@ def fused_linear_terms(
     tokens: Mapping[str, Tensor],
     weights: Mapping[str, float],
     *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum over tokens of weighted per-token terms of the logits, and the terms themselves.
 
@@ -230,8 +272,9 @@ def fused_linear_terms(
             it closes over receives a gradient. It must not keep logits: their memory is the next chunk's.
         tokens: further tensors `[N, ...]` that `terms_fn` reads, without gradient.
         weights: names of the terms that make up the total, and their factors. Other terms are metrics.
-        chunk_bytes: size of one chunk of logits, of which three live at once (student, teacher, gradient), and a
-            handful more where a term has no closed form. A chunk has at least one token.
+        chunk_bytes: size of one chunk of logits, of which three live at once (student, teacher, gradient; with Triton's
+            kernels the gradient takes the student's place), and a handful more where a term has no closed form. A
+            chunk has at least one token. None: 32 MiB on a CPU and 1024 elsewhere.
 
     Returns:
         the scalar total, differentiable once with respect to hidden states, head weight and head bias, and the
@@ -248,22 +291,21 @@ def fused_linear_terms(
 
     def run(rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """Total and terms of one chunk; what it holds of size `[n, V]` is free when it returns."""
-        logits = student.logits(rows, workspace).requires_grad_(bool(gradients))
+        logits = student.token_logits(rows, workspace, requires_grad=bool(gradients))
         with torch.set_grad_enabled(bool(gradients)):
             chunk_tokens = {name: values[rows] for name, values in tokens.items()}
-            terms = terms_fn(TokenLogits(logits, workspace), teacher_chunk(rows), chunk_tokens)
+            terms = terms_fn(logits, teacher_chunk(rows), chunk_tokens)
             _check_terms(terms, weights, logits)
-            chunk_total = weighted_total(terms, weights, start=logits.new_zeros(()))
-        if chunk_total.requires_grad:
-            gradient = torch.autograd.grad(chunk_total, logits)[0]
-            gradients.add(rows, student.before_finish(gradient, logits.detach(), workspace), student)
+            start = torch.zeros((), dtype=student.wide, device=student_hidden.device)
+            chunk_total = weighted_total(terms, weights, start=start)
         copies = {name: values.detach().clone() for name, values in terms.items()}  # a term may be a view of the logits
+        if chunk_total.requires_grad:
+            gradients.add(rows, _product_gradient(chunk_total, logits, student, workspace), student)
         workspace.reset()
         return chunk_total.detach(), copies
 
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        chunks = _chunks(len(student_hidden), max(1, chunk_bytes // (student.head.num_ids * student.wide.itemsize)))
-        totals, terms = zip(*(run(rows) for rows in chunks), strict=True)
+        totals, terms = zip(*(run(rows) for rows in _chunks_of(student, chunk_bytes)), strict=True)
     total = torch.stack(totals).sum().to(student.wide)  # a wider teacher does not widen the loss
     if gradients:
         gradients.complete(student.head.num_ids)
@@ -281,13 +323,18 @@ def _chunks(tokens: int, at_most: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
 
 
+def _chunks_of(student: _Projection, chunk_bytes: int | None) -> list[slice]:
+    at_most = chunk_bytes or chunk_bytes_of(None, student.hidden.device.type)
+    return _chunks(len(student.hidden), max(1, at_most // (student.head.num_ids * student.wide.itemsize)))
+
+
 def _teacher_chunks(teacher: TeacherSignal | None, workspace: Workspace) -> Callable[[slice], TokenSignal | None]:
     """What the teacher says about some rows, detached, its head converted once at most."""
     if teacher is None:
         return lambda rows: None
     if isinstance(teacher, HiddenStates):
         projection = _Projection.of(teacher.hidden, teacher.head)
-        return torch.no_grad()(lambda rows: TokenLogits(projection.logits(rows, workspace)))
+        return torch.no_grad()(lambda rows: projection.token_logits(rows, workspace))
     return torch.no_grad()(teacher.chunk)
 
 
@@ -308,7 +355,7 @@ def fused_linear_divergence(
     student_soft_cap: float | None = None,
     teacher_soft_cap: float | None = None,
     vocab_size: int | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     **divergence_params: float,
 ) -> Tensor:
     """Sum a divergence between two models over tokens, from their hidden states.

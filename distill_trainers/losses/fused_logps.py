@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..exceptions import ConfigurationError
 from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenLogprobs
-from .fused_linear import DEFAULT_CHUNK_BYTES, TermsFn, _chunks, _Gradients, _Projection, fused_linear_terms
+from .fused_linear import TermsFn, _chunks_of, _Gradients, _Projection, fused_linear_terms
 from .reduction import weighted_total
 from .sparse import token_logps
 from .workspace import Workspace, row_blocks
@@ -25,11 +25,7 @@ from .workspace import Workspace, row_blocks
 RowTermsFn = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
-def _chunks_of(student: _Projection, chunk_bytes: int) -> list[slice]:
-    return _chunks(len(student.hidden), max(1, chunk_bytes // (student.head.num_ids * student.wide.itemsize)))
-
-
-def _logps_and_normalisers(student: _Projection, ids: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+def _logps_and_normalisers(student: _Projection, ids: Tensor, chunk_bytes: int | None) -> tuple[Tensor, Tensor]:
     workspace = Workspace()
     logps = torch.empty(len(ids), dtype=student.wide, device=ids.device)
     normalisers = torch.empty_like(logps)
@@ -47,7 +43,7 @@ class _FusedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, ids: Tensor, chunk_bytes: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, ids: Tensor, chunk_bytes: int | None
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             logps, normalisers = _logps_and_normalisers(_Projection.of(hidden, head), ids, chunk_bytes)
@@ -86,14 +82,14 @@ class _FusedLogps(torch.autograd.Function):
         return (*narrow, None, None, None)
 
 
-def fused_token_logps(hidden: Tensor, head: Head, ids: Tensor, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Tensor:
+def fused_token_logps(hidden: Tensor, head: Head, ids: Tensor, *, chunk_bytes: int | None = None) -> Tensor:
     """Compute log-probabilities of given tokens at temperature 1, without `[N, V]` logits, forward or backward.
 
     Args:
         hidden: `[N, D]`; N may be 0.
         head: its weight may be any tensor with a graph behind it, such as W + BA.
         ids: `[N]`, below `head.num_ids`.
-        chunk_bytes: size of one chunk of logits; two live at once in backward.
+        chunk_bytes: size of one chunk of logits, see `fused_linear_terms`; two live at once in backward.
 
     Returns:
         values `[N]`, at least float32, differentiable once with respect to hidden states, head weight and bias.
@@ -106,7 +102,7 @@ def fused_token_logps(hidden: Tensor, head: Head, ids: Tensor, *, chunk_bytes: i
 
 
 @torch.no_grad()
-def signal_token_logps(signal: TeacherSignal, ids: Tensor, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Tensor:
+def signal_token_logps(signal: TeacherSignal, ids: Tensor, *, chunk_bytes: int | None = None) -> Tensor:
     """Return a teacher's log-probabilities `[N]` of given tokens `[N]` at temperature 1, chunk by chunk.
 
     Raises:
@@ -134,7 +130,7 @@ def fused_row_terms(
     tokens: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Do as `fused_linear_terms`, with further terms of the log-probabilities of whole rows.
 

@@ -10,6 +10,7 @@ from ..exceptions import ConfigurationError, VocabularyError
 from ..signals import Sampled, TokenLogits, TokenLogprobs, TokenSampled, TokenSignal, TokenTopK, TopK
 from .closed_form import closed_form, closed_form_divergence
 from .divergences import DIVERGENCES, Divergence, forward_kl, logit_mse, resolve_divergence
+from .kernels import kernel_divergence
 from .sparse import sampled_forward_kl, top_k_divergence
 
 
@@ -18,8 +19,9 @@ def token_divergence(
 ) -> Tensor:
     """Compute every token's divergence, by the cheapest exact way that the teacher's signal allows.
 
-    Whole distributions: the gradient in closed form for all of `DIVERGENCES` but `adaptive_kl`; that one, and functions
-    of your own, by autograd. Top k: over the K ids and their tail. Draws: the unbiased estimate of the forward KL.
+    Whole distributions: the gradient in closed form for all of `DIVERGENCES` but `adaptive_kl`, on CUDA by Triton
+    kernels (`kernels.py`); that one, and functions of your own, by autograd. Top k: over the K ids and their tail.
+    Draws: the unbiased estimate of the forward KL.
 
     Args:
         divergence: a name in `DIVERGENCES`, what `resolve_divergence` gave, or any function of log-probabilities
@@ -46,15 +48,18 @@ def token_divergence(
         if isinstance(teacher, TokenTopK):
             return top_k_divergence(function, student, teacher)
         return sampled_forward_kl(student, teacher)
-    if student.logits.shape != teacher.logits.shape:
+    if student.shape != teacher.shape:
         raise VocabularyError(
-            f"The student's logits have shape {tuple(student.logits.shape)} and the teacher's "
-            f"{tuple(teacher.logits.shape)}, expected [n, V] of the same tokens and ids. Padding ids leave both "
+            f"The student's logits have shape {tuple(student.shape)} and the teacher's "
+            f"{tuple(teacher.shape)}, expected [n, V] of the same tokens and ids. Padding ids leave both "
             "softmaxes by `vocab_size`."
         )
     rule = closed_form(function)
     if rule is None:
         return function(student.logps(temperature), teacher.logps(temperature))
+    values = kernel_divergence(rule, student, teacher, temperature)
+    if values is not None:
+        return values
     return closed_form_divergence(rule, student.logits, teacher.logits, temperature, student.workspace)
 
 

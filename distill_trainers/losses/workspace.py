@@ -13,6 +13,19 @@ from torch import Tensor
 _CPU_BLOCK_BYTES = 2**19
 _DEVICE_BLOCK_BYTES = 2**26
 
+# A chunk of logits. A CPU's products are near their full rate from some 50 rows on, and small chunks save memory. A GPU
+# wants a thousand rows and more: 1024 MiB are 1766 of them at 152k ids. And each chunk reads and writes the `[V, D]`
+# gradient once, 8 V D bytes beside 6 n V D operations and more for the products of n rows: docs/maths.md counts it.
+_CPU_CHUNK_BYTES = 2**25
+_DEVICE_CHUNK_BYTES = 2**30
+
+
+def chunk_bytes_of(mib: float | None, device_type: str) -> int:
+    """Return the size of a chunk of logits in bytes, from MiB or for a kind of device: 32 MiB on a CPU, else 1024."""
+    if mib is not None:
+        return max(1, int(mib * 2**20))
+    return _CPU_CHUNK_BYTES if device_type == "cpu" else _DEVICE_CHUNK_BYTES
+
 
 class Workspace:
     """Buffers of a chunk of tokens, which every chunk takes anew instead of allocating them.

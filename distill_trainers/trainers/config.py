@@ -15,6 +15,7 @@ from ..data.tokenization import Needs
 from ..evaluation.measures import MEASURES, METRICS, higher_is_better
 from ..exceptions import ConfigurationError, refuse_unknown_keys
 from ..losses.sampler_ratio import CORRECTIONS
+from ..losses.workspace import chunk_bytes_of
 from ..redaction import hidden
 from ..requirements import Requirements
 from ..rollouts import ENGINES
@@ -77,7 +78,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     # Loss
     kd_temperature: float = setting(1.0, "Divides the logits of student and teacher inside the divergence.", above=0)
     loss_chunk_mib: float | None = setting(
-        None, "Budget for one chunk of logits in the fused head, in MiB per buffer (32 on CPU, else 256).", above=0
+        None, "Budget for one chunk of logits in the fused head, in MiB per buffer (32 on CPU, else 1024).", above=0
     )
 
     # Rollouts
@@ -201,9 +202,8 @@ class DistillConfig(TeacherOptions, TrainingArguments):
 
     @property
     def loss_chunk_bytes(self) -> int:
-        """`loss_chunk_mib`, or its default for the device: small chunks stay in a CPU's cache and save memory."""
-        mib = self.loss_chunk_mib or (32 if self.device.type == "cpu" else 256)
-        return int(mib * 2**20)
+        """`loss_chunk_mib`, or its default for the device."""
+        return chunk_bytes_of(self.loss_chunk_mib, self.device.type)
 
     # ---- What a method asks of its rows and its teacher; its config overrides these ---------------------------------
 

@@ -113,6 +113,11 @@ def test_a_closed_form_needs_three_buffers_however_many_chunks(divergence, chunk
         assert recorder.buffers(chunk * ids) == expected
 
 
+def test_a_gpu_gets_chunks_of_a_thousand_tokens_and_more():
+    sizes = [workspace.chunk_bytes_of(mib, device) for mib, device in ((None, "cpu"), (None, "cuda"), (1e-9, "cpu"))]
+    assert sizes == [2**25, 2**30, 1] and sizes[1] // (4 * 151_936) > 1700
+
+
 def test_chunks_are_about_equal():
     assert [len(range(1024)[rows]) for rows in fused_linear._chunks(1024, 341)] == [256] * 4
     for tokens, at_most in ((0, 3), (1, 3), (7, 3), (10, 3), (100, 7), (5, 1)):
@@ -131,19 +136,29 @@ def test_each_model_is_projected_once_per_chunk_and_each_gradient_is_one_product
     assert recorder.products == [shape for n in lengths for shape in [(n, V), (n, V), (n, DS), (V, DS)]]
 
 
-@pytest.fixture
-def wide_matmul(monkeypatch):
+@pytest.fixture(params=[False, True], ids=["products alone", "products onto sums"])
+def wide_matmul(request, monkeypatch):
     """The product with a wider result that CUDA has, done here in two steps."""
     plain = torch.mm
+
+    def addmm(total, left, right, beta, out_dtype, out):
+        assert out.data_ptr() == total.data_ptr() and left.dtype == right.dtype and out_dtype == out.dtype
+        return out.copy_(mm(left, right, out_dtype) + (total if beta else 0))
 
     def mm(left, right, out_dtype):
         assert left.dtype == right.dtype == torch.bfloat16 and out_dtype == torch.float32
         return plain(left.float(), right.float())
 
     monkeypatch.setattr(torch, "mm", mm)
-    fused_linear._multiplies_widely.cache_clear()
+    if request.param:
+        monkeypatch.setattr(torch, "addmm", addmm)
+    probes = fused_linear._multiplies_widely, fused_linear._accumulates_widely
+    for probe in probes:
+        probe.cache_clear()
     yield
-    fused_linear._multiplies_widely.cache_clear()
+    assert fused_linear._accumulates_widely("cpu", torch.bfloat16) == request.param
+    for probe in probes:
+        probe.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [N, 0])
