@@ -12,7 +12,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,7 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
 
     args: Any = recipe.args
     rows = apply_column_mapping(checked.ready.given.train, args.column_mapping, name="train")
+    _refuse_views(args, checked.ready.wants, rows)
     prompts: dict[str, Prompt] = {}
     features = getattr(rows, "features", None)
     for number, given in enumerate(rows):
@@ -212,6 +213,16 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
     if not prompts:
         raise DatasetError(f"No prompt of the dataset can be answered: {dict(counts)}. Raise `max_length`.")
     return prompts
+
+
+def _refuse_views(args: Any, wants: Any, rows: Any) -> None:
+    """Refuse a teacher with prompts of its own: pairs are written down with one prompt, which both models answer."""
+    from ..data.formats import detect_dataset_type, first_row
+
+    row = first_row(rows)
+    why = "pairs are written for one prompt, which both models answer"
+    own = replace(args.teacher_prompts(wants), why_not=why)
+    own.reading(row, detect_dataset_type(row), args.column_mapping, "train")
 
 
 def _written_prompt(row: Mapping[str, Any], kind: str) -> Any:

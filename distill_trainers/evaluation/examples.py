@@ -29,6 +29,7 @@ class Example:
         references: texts that count as right completions; the first is that of `completion_ids`.
         answer: of a question; None where nobody knows.
         prompt_text: for people to read: a conversation without its template; empty where only ids are known.
+        teacher_prompt_ids: what the teacher reads in place of the prompt; None: the same.
     """
 
     prompt_ids: list[int]
@@ -38,6 +39,7 @@ class Example:
     choices: list[str] = field(default_factory=list)
     task: str = ""
     prompt_text: str = ""
+    teacher_prompt_ids: list[int] | None = None
 
     @property
     def key(self) -> str:

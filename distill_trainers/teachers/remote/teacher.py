@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -199,6 +199,18 @@ class RemoteTeacher(Teacher):
     def prepare(self, accelerator: Accelerator) -> None:
         self._device = accelerator.device
         self.servers.start_with(accelerator.process_index)
+
+    def expects(self, rows: Iterable[Mapping[str, Any]] | None, name: str) -> None:
+        longest = self.info["max_row_tokens"]
+        if rows is None or longest is None:
+            return
+        for number, row in enumerate(rows):
+            if len(row["input_ids"]) > longest:
+                raise ConfigurationError(
+                    f"Row {number} of the {name} rows has {len(row['input_ids'])} tokens for the teacher, whose server "
+                    f"{self.servers.names} takes rows of {longest}. Lower `max_length`, shorten the teacher's own "
+                    "prompt, or raise the server's limit."
+                )
 
     @contextlib.contextmanager
     def asking_ahead(self) -> Iterator[bool]:
