@@ -25,7 +25,7 @@ from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.rows import tokenize_row
 from distill_trainers.data.teacher_prompts import TeacherPrompts
 from distill_trainers.data.texts import tell_straddled
-from distill_trainers.data.views import BATCH_ENTRIES, view_features, view_of
+from distill_trainers.data.views import joined_views, view_features, view_of
 from distill_trainers.exceptions import DatasetError, NoUsableRowsError
 from distill_trainers.losses.reduction import first_trained
 
@@ -368,6 +368,6 @@ def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad
         "token_rejected": trained & ~is_chosen,
         "token_pair": first_trained(joined["labels"]) & is_chosen,
     }
-    joined |= {name: torch.cat([chosen[name]] * 2) for name in BATCH_ENTRIES if name in chosen}
+    joined |= joined_views(chosen, chosen)
     pairs = torch.arange(len(chosen["input_ids"]), device=trained.device).repeat(2)
     return {**chosen, **joined, **{name: entry.float() for name, entry in entries.items()}, "examples": pairs}

@@ -227,6 +227,19 @@ class TeacherPrompts:
             raise DatasetError(f"The teacher's prompt cannot be rendered: {error}") from error
 
 
+def tell_without_context(has_context: Sequence[bool], name: str) -> None:
+    """Log of how many rows of the dataset `name` the teacher is asked what the student is."""
+    without = len(has_context) - sum(has_context)
+    if without:
+        logger.warning(
+            "Dataset %r, %d rows: %d have nothing in a column of `teacher_prompt`, and their teacher reads the same "
+            "question as the student.",
+            name,
+            len(has_context),
+            without,
+        )
+
+
 # ---- Templates ------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from distill_trainers.data.formats import (
 from distill_trainers.data.labels import any_trained
 from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
-from distill_trainers.data.teacher_prompts import TeacherPrompts
+from distill_trainers.data.teacher_prompts import TeacherPrompts, tell_without_context
 from distill_trainers.data.texts import tell_straddled
 from distill_trainers.data.views import view_features
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
@@ -200,12 +200,11 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
             f"max_length={max_length} cut the beginning of {cut_prompts} prompts and the end of "
             f"{cut_completions} completions"
         )
-    without = sum(not flags["has_context"][i] for i in usable) if "has_context" in flags else 0
-    if without:
-        news.append(f"{without} have nothing in a column of `teacher_prompt`, and their teacher reads the same question")
     if news:
         logger.warning("Dataset %r, %d rows: %s.", name, len(dataset), "; ".join(news))
     tell_straddled(flags["straddled"], name)
+    if "has_context" in flags:
+        tell_without_context([flags["has_context"][i] for i in usable], name)
     return dataset.select(usable) if reasons else dataset
 
 

@@ -108,6 +108,18 @@ def teacher_prompts(batch: Mapping[str, Tensor], prompts: Sequence[Sequence[int]
     ]
 
 
+def joined_views(*parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the views of batches below one another; none where they have none."""
+    if not has_view(parts[0]):
+        return {}
+    width = max(part["teacher_prompt_ids"].shape[1] for part in parts)
+    joined = {"view_start": torch.cat([part["view_start"] for part in parts])}
+    for name in ("teacher_prompt_ids", "teacher_prompt_mask"):
+        rows = [torch.nn.functional.pad(part[name], (width - part[name].shape[1], 0)) for part in parts]
+        joined[name] = torch.cat(rows)
+    return joined
+
+
 def teacher_inputs(batch: Mapping[str, Tensor], predicts: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
     """Return a batch as the teacher reads it, and which of its positions predict; without views both stay as they are.
 

@@ -90,7 +90,7 @@ def test_a_row_without_context_has_the_students_prompt_and_is_counted(tok, caplo
     first, *others = prepared(tok, rows, TeacherPrompts(prompt="{h} {prompt}"))
     assert texts(tok, viewed_row(first))[0] != tok.decode(first["input_ids"])
     assert all(viewed_row(row)["input_ids"] == row["input_ids"] for row in others)
-    assert "2 have nothing in a column of `teacher_prompt`" in caplog.text
+    assert "3 rows: 2 have nothing in a column of `teacher_prompt`" in caplog.text
 
 
 @pytest.mark.parametrize("all_turns", [False, True])

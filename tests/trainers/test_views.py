@@ -10,7 +10,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Dat
 
 from distill_trainers.data.views import viewed_row
 from distill_trainers.exceptions import ConfigurationError, DatasetError
-from distill_trainers.toy import addition_rows
+from distill_trainers.toy import addition_rationales, addition_rows
 
 HINTED = {"teacher_prompt": "{hint}{prompt}"}
 HINT = "9+"
@@ -175,6 +175,39 @@ def test_every_method_asks_the_teacher_on_its_own_view(name, make_trainer, token
         own = next(p for p in sorted(prompts, key=len, reverse=True) if prompt == prompts[p] + p)
         assert own, text
     assert trainer.state.log_history[-1]["eval_kl"] > 0
+
+
+@pytest.mark.parametrize("objective", ["step_by_step", "edit", "dual_chain"])
+def test_both_tasks_of_a_rationale_have_their_view(make_trainer, tokenizer, objective):
+    data = addition_rationales(8).map(lambda row, i: {"hint": "" if i == 3 else HINT}, with_indices=True)
+    settings = {"distill_weight": 1.0, "innovation_weight": 0.0, "eval_accuracy": False, "imitation_weight": 1.0}
+    settings = {name: value for name, value in settings.items() if objective != "step_by_step" or "n_w" not in name}
+    trainer = make_trainer(method="rationale", objective=objective, train=data, max_steps=2, **settings, **HINTED)
+    asked = Asked(trainer, tokenizer)
+    trainer.train()
+    begins = ("=", "+") if objective == "step_by_step" else ("",)
+    prompts = {f"{row['hint']}{begin}{row['question']}=" for row in data for begin in begins}
+    given = {text for row in data for text in (row["answer"], row["rationale"], f"{row['rationale']}=={row['answer']}")}
+    assert len(asked.questions) >= 8
+    for text, predicted in asked.questions:
+        # Of a wrong chain the key steps alone are trained: what lies before them is read, too.
+        assert any(text.startswith(prompt) for prompt in prompts)
+        assert text.removesuffix(predicted) in prompts or predicted.removesuffix("<eos>") not in given
+
+
+def test_the_students_own_chains_have_the_view_of_their_question(make_trainer, tokenizer):
+    data = addition_rationales(2).map(lambda row, i: {"hint": HINT * (i + 1)}, with_indices=True)
+    settings = {"objective": "dual_chain", "distill_weight": 1.0, "innovation_samples": 1, "max_length": 60}
+    trainer = make_trainer(method="rationale", train=data, per_device_train_batch_size=2, **settings, **HINTED)
+    chains = [f"0=={row['answer']}" for row in data]
+    ids = [[*tokenizer(chain, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for chain in chains]
+    trainer.engine.generate = lambda *args: ids
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    (batch,) = trainer.rollout([batch])
+    asked = Asked(trainer, tokenizer)
+    trainer.compute_loss(trainer.model, batch)
+    expected = [f"{row['hint']}{row['question']}={chain}<eos>" for row, chain in zip(data, chains, strict=True)]
+    assert [text for text, _ in asked.questions[2:]] == expected
 
 
 def test_the_teacher_writes_behind_its_own_prompt(make_trainer, tokenizer):
