@@ -28,8 +28,8 @@ class DistillCollator:
 
     Padding is known by lengths and never by id, so the padding token may be the EOS token.
 
-    Packed rows (with `seq_lengths`, see `packing.py`) get `position_ids` `[B, T]` in place of a mask. Rows with a view of
-    the teacher's get the entries that `views.py` names.
+    Packed rows (with `seq_lengths`, see `packing.py`) get `position_ids` `[B, T]` in place of a mask. Rows with a view
+    of the teacher's get the entries that `views.py` names.
 
     Args:
         pad_token_id: fills the padding; any id of the vocabulary will do.

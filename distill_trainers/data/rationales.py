@@ -354,7 +354,9 @@ class RationaleCollator:
         names = [*_SEQUENCE, *view_of(rows[0])]
         firsts = [{name: row[name] for name in names} for row in rows]
         others = [{name: row[f"other_{name}"] for name in names} for row in rows] if self.with_others else []
-        nothing = self._nothing() | ({"teacher_prompt_ids": [self.pad_token_id], "view_start": 1} if has_view(rows[0]) else {})
+        nothing = self._nothing() | (
+            {"teacher_prompt_ids": [self.pad_token_id], "view_start": 1} if has_view(rows[0]) else {}
+        )
         sequences = firsts + [other if other["input_ids"] else nothing for other in others]
         split = self.decoder_start is not None
         batch: dict[str, Any] = self._plain()([self._decoder_side(row) for row in sequences] if split else sequences)

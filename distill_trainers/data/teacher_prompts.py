@@ -191,9 +191,7 @@ class TeacherPrompts:
             return None
         return filled(self.prompt, {**texts, ASKED: question})
 
-    def _of_text(
-        self, text: str, asked: str, tokens: TokenizedRow, tokenizer: PreTrainedTokenizerBase
-    ) -> list[int]:
+    def _of_text(self, text: str, asked: str, tokens: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """A text before a completion that is text: the system prompt is its first paragraph."""
         own = self.tokenizer or tokenizer
         whole = text if self.system is None else f"{self.system}\n\n{text}"
@@ -255,6 +253,14 @@ def names_in(template: str) -> set[str]:
 def filled(template: str, values: Mapping[str, str]) -> str:
     """Put texts into a template; `{{` and `}}` are braces. Nothing of a text is read as a template."""
     return "".join(text + ("" if name is None else values[name]) for text, name in _parts(template))
+
+
+def renamed(template: str, names: Mapping[str, str]) -> str:
+    """Return a template, or a column's name, under which columns are called as `names` says."""
+    if "{" not in template:
+        return names.get(template, template)
+    texts = [(text.replace("{", "{{").replace("}", "}}"), name) for text, name in _parts(template)]
+    return "".join(text + ("" if name is None else f"{{{names.get(name, name)}}}") for text, name in texts)
 
 
 def _parts(template: str) -> list[tuple[str, str | None]]:

@@ -134,7 +134,8 @@ def _prepare_row(
     teacher_prompts: TeacherPrompts | None = None,
     **settings: Any,  # of `tokenize_row`
 ) -> dict[str, Any]:
-    views, too_long = {}, ""
+    views: dict[str, Any] = {}
+    too_long = ""
     try:
         whole = tokenize_row(row, tokenizer, teacher_prompts=teacher_prompts, **settings)
         cut = truncate(whole, max_length, reserve, bos_token_id=tokenizer.bos_token_id)

@@ -1,10 +1,10 @@
 """The teacher's own view of a row: another prompt than the student's, and the student's completion, id for id.
 
-A tokenised row with a view has `teacher_prompt_ids` and `view_start`: the teacher reads `teacher_prompt_ids` and, behind
-them, `input_ids[view_start:]`. A batch with views has `teacher_prompt_ids` and `teacher_prompt_mask` `[B, P']`, padded
-on the left, and `view_start` `[B]`. Whatever becomes of completions, this is the one place that joins both.
+A tokenised row with a view has `teacher_prompt_ids` and `view_start`: the teacher reads `teacher_prompt_ids` and,
+behind them, `input_ids[view_start:]`. A batch with views has `teacher_prompt_ids` and `teacher_prompt_mask` `[B, P']`,
+padded on the left, and `view_start` `[B]`. Whatever becomes of completions, this is the one place that joins both.
 
-Shapes: B rows, T positions of the student's longest row, T' of the teacher's, P' tokens of the teacher's longest prompt.
+Shapes: B rows, T positions of the student's longest row, T' of the teacher's, P' tokens of its longest prompt.
 """
 
 from __future__ import annotations

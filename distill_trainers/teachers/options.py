@@ -61,7 +61,7 @@ class TeacherOptions(Checked, _Config):
     )
     teacher_prompt: str | None = setting(
         None,
-        "What the teacher is asked: a template such as '{prompt} Hint: {hint}' over the columns and what the student is "
+        "What the teacher is asked: a template such as '{prompt} Hint: {hint}' over columns and what the student is "
         "asked ({prompt}), or the name of a column of text or messages.",
     )
     teacher_max_length: int | None = setting(

@@ -259,8 +259,8 @@ def _check_view(args: DistillConfig, teacher: type[Teacher]) -> None:
     for name in ("teacher_system_prompt", "teacher_prompt", "teacher_max_length"):
         if teacher.is_nobody and getattr(args, name) is not None:
             raise ConfigurationError(
-                f"Got `{name}: {shown(getattr(args, name))}` without a teacher, who alone would read it. Name a teacher, "
-                "or leave it out."
+                f"Got `{name}: {shown(getattr(args, name))}` without a teacher, who alone would read it. Name a "
+                "teacher, or leave it out."
             )
 
 

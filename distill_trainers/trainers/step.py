@@ -65,9 +65,7 @@ class TwoModels:
         """Ask the teacher about the tokens that `predicts` `[B, T-1]` marks (`Teacher.signal`), on its own view."""
         return self.teacher.signal(*self.read_by(self.teacher, inputs, predicts), self.vocab_size)
 
-    def read_by(
-        self, frozen: Teacher, inputs: Mapping[str, Any], predicts: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def read_by(self, frozen: Teacher, inputs: Mapping[str, Any], predicts: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return what of a batch a frozen model reads, and which of its positions predict the trained tokens.
 
         The teacher has its own view of rows that come with one; any other model, such as the student before training,

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from distill_trainers.data import DistillCollator, prepare_dataset, prepare_pairs, replace_completions
-from distill_trainers.data.teacher_prompts import TeacherPrompts, filled, names_in
+from distill_trainers.data.teacher_prompts import TeacherPrompts, filled, names_in, renamed
 from distill_trainers.data.views import kept_view, teacher_inputs, viewed_row
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
 from distill_trainers.losses.reduction import trained_mask
@@ -96,7 +96,9 @@ def test_a_row_without_context_has_the_students_prompt_and_is_counted(tok, caplo
 @pytest.mark.parametrize("all_turns", [False, True])
 def test_earlier_turns_that_are_trained_are_the_completion_side(tok, all_turns):
     """The view stands for the first prompt alone; what follows is joined token by token."""
-    (row,) = prepared(tok, [{"messages": LONGER, "h": "!"}], TeacherPrompts("S", "{prompt}{h}"), assistant_only_loss=all_turns)
+    (row,) = prepared(
+        tok, [{"messages": LONGER, "h": "!"}], TeacherPrompts("S", "{prompt}{h}"), assistant_only_loss=all_turns
+    )
     said, trained = texts(tok, viewed_row(row))
     asked = [turn("user", f"Two?{'!' * all_turns}"), turn("user", f"Three?{'!' * (not all_turns)}")]
     assert said == turn("system", "S") + asked[0] + f"{OPENED}2<|im_end|>\n" + asked[1] + f"{OPENED}3<|im_end|>"
@@ -179,7 +181,9 @@ def test_both_responses_of_a_pair_follow_the_teachers_prompt(tok):
 def test_a_row_too_long_for_the_teacher_is_refused_or_counted(tok, caplog):
     rows = [{"prompt": "1+1=", "completion": "2", "h": "x" * length} for length in (1, 30)]
     limited = TeacherPrompts(prompt="{h}{prompt}", max_length=20)
-    with pytest.raises(DatasetError, match=r"Row 1 of dataset 'train': The teacher would read 36 tokens \(34 of its own"):
+    with pytest.raises(
+        DatasetError, match=r"Row 1 of dataset 'train': The teacher would read 36 tokens \(34 of its own"
+    ):
         prepared(tok, rows, limited)
     with pytest.raises(DatasetError, match="leaves no room for a completion"):
         prepared(tok, rows[1:], limited)
@@ -222,7 +226,12 @@ def test_a_pair_too_long_for_the_teacher(tok, caplog):
         ({"text": "a"}, {"system": "S"}, ConfigurationError, "plain text, which has no prompt"),
         ({"input_ids": [1, 2]}, {"system": "S"}, ConfigurationError, "holds token ids"),
         ({"input_ids": [1, 2], "h": "x"}, {"prompt": "h"}, DatasetError, "expected a list of token ids"),
-        ({"messages": CHAT}, {"system": "S", "why_not": "it cannot be"}, ConfigurationError, "where it cannot be. Leave"),
+        (
+            {"messages": CHAT},
+            {"system": "S", "why_not": "it cannot be"},
+            ConfigurationError,
+            "where it cannot be. Leave",
+        ),
         ({"messages": CHAT, "h": [1]}, {"prompt": "{h}"}, DatasetError, "Row 0 .*'h' holds list"),
         (
             {"messages": [{"role": "system", "content": "S"}, {"role": "assistant", "content": "a"}], "h": "x"},
@@ -249,6 +258,7 @@ def test_a_template_that_takes_no_system_prompt(make_tokenizer):
 def test_templates_are_names_in_braces():
     assert names_in("{a}, {b c}: {{x}}") == {"a", "b c"}
     assert filled("{a}{{{a}}}", {"a": "{b}"}) == "{b}{{b}}"
+    assert renamed("{{{a}}} {b}", {"a": "x"}) == "{{{x}}} {b}" and renamed("a", {"a": "x"}) == "x"
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------

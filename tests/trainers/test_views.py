@@ -1,4 +1,4 @@
-"""A teacher that reads another prompt, through every method and place of a teacher: p = pi(.|T(x, c), y), q = pi(.|x, y)."""
+"""A teacher that reads another prompt, through every method and place of a teacher."""
 
 import copy
 
@@ -18,9 +18,7 @@ HINT = "9+"
 
 def rows(count=12, seed=0, hint=lambda i: HINT * (1 + i % 3), **more):
     """Problems of different lengths, each with a hint of its own length for the teacher."""
-    return Dataset.from_list(
-        [{**row, "hint": hint(i), **more} for i, row in enumerate(addition_rows(count, seed))]
-    )
+    return Dataset.from_list([{**row, "hint": hint(i), **more} for i, row in enumerate(addition_rows(count, seed))])
 
 
 @pytest.fixture
@@ -341,8 +339,14 @@ def test_collators_of_the_users_do_not_lose_the_view(double, batch_of, tokenizer
     [
         (DataCollatorWithFlattening(), "packs rows, so that nobody knows which prompt"),
         (lambda given: padded(list(reversed(given))), "gave other texts than the rows"),
-        (lambda given: padded([{k: row[k][1:] for k in ("input_ids", "labels")} for row in given]), "cuts the beginning of rows"),
-        (lambda given: {**padded(given), "token_type_ids": torch.zeros_like(padded(given)["labels"])}, "token_type_ids"),
+        (
+            lambda given: padded([{k: row[k][1:] for k in ("input_ids", "labels")} for row in given]),
+            "cuts the beginning of rows",
+        ),
+        (
+            lambda given: {**padded(given), "token_type_ids": torch.zeros_like(padded(given)["labels"])},
+            "token_type_ids",
+        ),
     ],
 )
 def test_collators_that_would_part_row_and_view_are_refused(make_trainer, batch_of, collator, message):
@@ -357,6 +361,8 @@ def test_collators_that_would_part_row_and_view_are_refused(make_trainer, batch_
 def padded(given):
     names = {"input_ids": 0, "labels": -100}
     rows_of = {n: [torch.tensor(row[n]) for row in given] for n in names}
-    batch = {n: torch.nn.utils.rnn.pad_sequence(v, batch_first=True, padding_value=names[n]) for n, v in rows_of.items()}
+    batch = {
+        n: torch.nn.utils.rnn.pad_sequence(v, batch_first=True, padding_value=names[n]) for n, v in rows_of.items()
+    }
     lengths = torch.tensor([len(ids) for ids in rows_of["input_ids"]])
     return batch | {"attention_mask": (torch.arange(batch["labels"].shape[1]) < lengths[:, None]).long()}

@@ -116,12 +116,6 @@ def held_out_settings(args: Any) -> EvaluationSettings:
     )
 
 
-def _text(example: Example, completion: list[int]) -> Text:
-    """A completion behind an example's prompt, for student and teacher to read."""
-    own = example.teacher_prompt_ids
-    return (example.prompt_ids, completion) if own is None else (example.prompt_ids, completion, own)
-
-
 class HeldOutMeasures(TrainerCallback):
     """Takes the measures of a run; `DistillTrainer` adds it where `eval_measures` asks for any.
 
@@ -227,14 +221,14 @@ class HeldOutMeasures(TrainerCallback):
         self._answer(collected)
         metrics = set(self.metrics)
         if metrics & {"agreement", "calibration"}:
-            collected.reference = self._read(model, [_text(e, e.completion_ids) for e in examples.with_text])
+            collected.reference = self._read(model, [e.behind(e.completion_ids) for e in examples.with_text])
         if metrics & NEED_A_TEACHER:
             own = zip(examples.prompted, collected.samples[0], strict=True)
-            collected.own_text = self._read(model, [_text(*pair) for pair in own])
+            collected.own_text = self._read(model, [e.behind(ids) for e, ids in own])
         if "exposure_bias" in metrics:
             assert self._teacher is not None
             theirs = zip(examples.prompted, self._teacher.samples[0], strict=True)
-            collected.teacher_text = self._read(model, [_text(*pair) for pair in theirs])
+            collected.teacher_text = self._read(model, [e.behind(ids) for e, ids in theirs])
         return collected
 
     def _answer(self, collected: Collected) -> None:
@@ -376,8 +370,7 @@ class HeldOutMeasures(TrainerCallback):
         stream = self.settings.stream(seed, Role.STUDENT if fingerprint is None else Role.TEACHER)
         settings = CompletionSettings(sampling, stream, self.settings.batch_size, engine)
         store = None if fingerprint is None else completion_store(run.args, settings, rank, teacher=fingerprint)
-        is_teacher = fingerprint is not None
-        asked = [(is_teacher and example.teacher_prompt_ids) or example.prompt_ids for example in examples]
+        asked = [example.prompt_of(teacher=fingerprint is not None) for example in examples]
         prompts = {prompt_key(ids): ids for ids in asked}
         written = complete_prompts(prompts, generating, accelerator, settings, store, progress=False)
         return [written[prompt_key(ids)] for ids in asked]

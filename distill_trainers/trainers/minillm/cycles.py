@@ -34,7 +34,7 @@ WITHOUT_CYCLES = {"num_minibatches": 1, "num_inner_epochs": 1}
 
 @dataclass(frozen=True)
 class RolloutRow:
-    """A prompt, its sampled completion of L tokens, log-probabilities `[L, K]` of them, and the teacher's own prompt."""
+    """A prompt, its sampled completion of L tokens, their log-probabilities `[L, K]`, and the teacher's own prompt."""
 
     prompt: list[int]
     completion: list[int]
@@ -231,7 +231,10 @@ def rows_of(batches: Sequence[Batch]) -> list[RolloutRow]:
     rows = sampled_rows(batches)
     logps = torch.cat([batch[LOGPS][batch["labels"] != IGNORE_INDEX].cpu() for batch in batches])
     parts = logps.split([len(row[1]) for row in rows])
-    return [RolloutRow(*row[:2], part, *row[2:]) for row, part in zip(rows, parts, strict=True)]
+    return [
+        RolloutRow(prompt, completion, part, *view)
+        for (prompt, completion, *view), part in zip(rows, parts, strict=True)
+    ]
 
 
 def batch_of(rows: Sequence[RolloutRow], pad_token_id: int, multiple: int | None, device: torch.device) -> Batch:
