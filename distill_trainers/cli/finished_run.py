@@ -43,7 +43,8 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
     left_out = sorted(name for name, value in settings.items() if holds_secret(value, name))
     settings = {name: value for name, value in settings.items() if name not in left_out}
     if "teacher_prompt" in settings:  # evaluation reads rows whose columns are renamed already
-        settings["teacher_prompt"] = renamed(settings["teacher_prompt"], args.column_mapping or {})
+        mapping: Any = args.column_mapping or {}
+        settings["teacher_prompt"] = renamed(settings["teacher_prompt"], mapping)
     data = {name: getattr(run, name) for name in _DATA}
     for name in ("dataset", "eval_dataset"):
         data[name] = _whole_path(data[name])

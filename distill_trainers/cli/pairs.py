@@ -127,6 +127,7 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
         )
     checked = check_recipe(recipe)
     counts: Counter[str] = Counter()
+    _refuse_views(checked, recipe.args)
     prompts = _prompts(checked, recipe, settings, counts)
     student = recipe.model.model_name_or_path
     if student is None:
@@ -176,7 +177,6 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
 
     args: Any = recipe.args
     rows = apply_column_mapping(checked.ready.given.train, args.column_mapping, name="train")
-    _refuse_views(args, checked.ready.wants, rows)
     prompts: dict[str, Prompt] = {}
     features = getattr(rows, "features", None)
     for number, given in enumerate(rows):
@@ -215,13 +215,13 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
     return prompts
 
 
-def _refuse_views(args: Any, wants: Any, rows: Any) -> None:
+def _refuse_views(checked: Any, args: Any) -> None:
     """Refuse a teacher with prompts of its own: pairs are written down with one prompt, which both models answer."""
-    from ..data.formats import detect_dataset_type, first_row
+    from ..data.formats import apply_column_mapping, detect_dataset_type, first_row
 
-    row = first_row(rows)
+    row = first_row(apply_column_mapping(checked.ready.given.train, args.column_mapping, name="train"))
     why = "pairs are written for one prompt, which both models answer"
-    own = replace(args.teacher_prompts(wants), why_not=why)
+    own = replace(args.teacher_prompts(checked.ready.wants), why_not=why)
     own.reading(row, detect_dataset_type(row), args.column_mapping, "train")
 
 

@@ -155,13 +155,16 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+SLOW = ("minillm, sampled", "minillm, hf", "dpkd", "dpkd, reference")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in METHODS])
 def test_every_method_asks_the_teacher_on_its_own_view(name, make_trainer, tokenizer, tmp_path):
     method, settings = METHODS[name]
     if "reference_logps_dir" in settings:
         settings = {"reference_logps_dir": str(tmp_path / "logps")}
     data = pairs() if name in ("dpkd, pairs", "dpkd, reference") else rows()
-    trainer = make_trainer(method=method, train=data, eval_dataset=data, max_steps=4, **HINTED, **settings)
+    trainer = make_trainer(method=method, train=data, eval_dataset=data, max_steps=3, **HINTED, **settings)
     asked = Asked(trainer, tokenizer)
     trainer.train()
     trainer.evaluate()
@@ -246,6 +249,7 @@ def test_a_cache_knows_rows_by_what_the_teacher_reads(make_trainer, by_step, tmp
         make_trainer(**run, **other, teacher_prompt="{prompt}{hint}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
