@@ -68,13 +68,18 @@ def kept_view(row: Mapping[str, Any], front: int, start: int) -> dict[str, Any]:
 
 
 def viewed_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a tokenised row as the teacher reads it; one without a view stays as it is."""
+    """Return a tokenised row as the teacher reads it; one without a view stays as it is.
+
+    `teacher_length` is what it may come to, with a completion that is going to be written.
+    """
     if not has_view(row):
         return row
     prompt, start = list(row["teacher_prompt_ids"]), row["view_start"]
     labels = [IGNORED, *row["labels"][1:]]  # nothing predicts a row's first token, which may be another one here
-    viewed = {"input_ids": [*prompt, *row["input_ids"][start:]], "labels": [IGNORED] * len(prompt) + labels[start:]}
-    return viewed | {"prompt_length": len(prompt) + row.get("prompt_length", start) - start}
+    ids = [*prompt, *row["input_ids"][start:]]
+    viewed: dict[str, Any] = {"input_ids": ids, "labels": [IGNORED] * len(prompt) + labels[start:]}
+    viewed["prompt_length"] = len(prompt) + row.get("prompt_length", start) - start
+    return viewed | {"teacher_length": row.get("teacher_length", len(ids))}
 
 
 def teacher_prompt(row: Mapping[str, Any]) -> list[int]:

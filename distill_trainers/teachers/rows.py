@@ -16,7 +16,7 @@ from ..data.labels import IGNORED
 from ..data.packing import is_packed_dataset, restarts, rows_of_packed, unpacked
 from ..data.pairs import rows_of_pair
 from ..data.rationales import rows_of_rationales
-from ..data.views import viewed_row
+from ..data.views import view_features, viewed_row
 from ..exceptions import ConfigurationError
 
 TokenRow = tuple[
@@ -81,7 +81,8 @@ def examples_of(dataset: Any) -> Iterator[list[Mapping[str, Any]]]:
 
     They are one, the two of a pair, the two tasks of a rationale, or packed ones.
     """
-    columns = [c for c in ("input_ids", "labels", "teacher_prompt_ids", "view_start") if c in dataset.column_names]
+    columns = ["input_ids", "labels"]
+    columns += [name for name in view_features() if name in dataset.column_names]
     examples: Iterator[list[dict[str, Any]]]
     if is_packed_dataset(dataset):
         examples = map(rows_of_packed, dataset)

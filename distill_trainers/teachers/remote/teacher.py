@@ -202,14 +202,14 @@ class RemoteTeacher(Teacher):
 
     def expects(self, rows: Iterable[Mapping[str, Any]] | None, name: str) -> None:
         longest = self.info["max_row_tokens"]
-        if rows is None or longest is None:
-            return
-        for number, row in enumerate(rows):
-            if len(row["input_ids"]) > longest:
+        for number, row in enumerate(rows or () if longest is not None else ()):
+            if "teacher_length" not in row:  # what the student reads as well is no longer than `max_length`
+                return
+            if row["teacher_length"] > longest:
                 raise ConfigurationError(
-                    f"Row {number} of the {name} rows has {len(row['input_ids'])} tokens for the teacher, whose server "
-                    f"{self.servers.names} takes rows of {longest}. Lower `max_length`, shorten the teacher's own "
-                    "prompt, or raise the server's limit."
+                    f"Row {number} of the {name} rows may come to {row['teacher_length']} tokens for the teacher, whose "
+                    f"server {self.servers.names} takes rows of {longest}. Shorten the teacher's own prompt, set "
+                    f"`teacher_max_length: {longest}` with `teacher_too_long: drop`, or raise the server's limit."
                 )
 
     @contextlib.contextmanager
