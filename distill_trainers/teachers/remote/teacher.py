@@ -207,8 +207,8 @@ class RemoteTeacher(Teacher):
                 return
             if row["teacher_length"] > longest:
                 raise ConfigurationError(
-                    f"Row {number} of the {name} rows may come to {row['teacher_length']} tokens for the teacher, whose "
-                    f"server {self.servers.names} takes rows of {longest}. Shorten the teacher's own prompt, set "
+                    f"Row {number} of the {name} rows may come to {row['teacher_length']} tokens for the teacher, "
+                    f"whose server {self.servers.names} takes rows of {longest}. Shorten the teacher's own prompt, set "
                     f"`teacher_max_length: {longest}` with `teacher_too_long: drop`, or raise the server's limit."
                 )
 
