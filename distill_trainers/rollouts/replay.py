@@ -149,7 +149,8 @@ def with_rows(
             ids, mask = pad_left(views[0], pad_token_id, batch["prompt_ids"].device)
             starts = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
             new |= dict(zip(BATCH_ENTRIES, (ids, mask, starts), strict=True))
-        filled = replace_completions({**batch, **new}, completions, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+        rest = {name: entry for name, entry in batch.items() if name not in BATCH_ENTRIES}  # of other prompts
+        filled = replace_completions({**rest, **new}, completions, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
         told = [row[parts] if len(row) > parts else None for row in chosen]
         replaced.append(filled if told == [None] * len(told) else with_sampler_logps(filled, told))
     return replaced

@@ -44,7 +44,7 @@ class RolloutRow:
     @property
     def parts(self) -> tuple[list[int], ...]:
         """Its token lists."""
-        return self.prompt, self.completion, *(() if self.teacher_prompt is None else (self.teacher_prompt,))
+        return self.prompt, *(() if self.teacher_prompt is None else (self.teacher_prompt,)), self.completion
 
 
 class CycleSampler(Sampler[int]):
@@ -207,10 +207,10 @@ class RolloutCycles:
             return
         self.start, lengths = state["start"], state["lengths"].tolist()
         parts = iter(state["ids"].split([length for of_row in lengths for length in of_row]))
-        logps = state["logps"].split([of_row[1] for of_row in lengths])
+        logps = state["logps"].split([of_row[-1] for of_row in lengths])
         self.rows = []
         for of_row, values in zip(lengths, logps, strict=True):
-            prompt, answer, *view = (next(parts).tolist() for _ in of_row)
+            prompt, *view, answer = (next(parts).tolist() for _ in of_row)
             self.rows.append(RolloutRow(prompt, answer, values.clone(), *view))
 
     def _check(self, written: Mapping[str, int]) -> None:
@@ -230,10 +230,10 @@ def rows_of(batches: Sequence[Batch]) -> list[RolloutRow]:
     """Return the rows of batches whose completions were sampled and scored."""
     rows = sampled_rows(batches)
     logps = torch.cat([batch[LOGPS][batch["labels"] != IGNORE_INDEX].cpu() for batch in batches])
-    parts = logps.split([len(row[1]) for row in rows])
+    parts = logps.split([len(row[-1]) for row in rows])
     return [
         RolloutRow(prompt, completion, part, *view)
-        for (prompt, completion, *view), part in zip(rows, parts, strict=True)
+        for (prompt, *view, completion), part in zip(rows, parts, strict=True)
     ]
 
 
