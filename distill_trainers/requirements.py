@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Requirements:
         encoder_decoder: the student is one: its encoder reads the prompt, its decoder the completion.
         divergence: that sparse signals are held against.
         kd_temperature: likewise.
+        teacher_tokenizer: the teacher's, where it is not the student's: its chat template renders what it is asked.
     """
 
     trainer: str
@@ -36,3 +38,4 @@ class Requirements:
     encoder_decoder: bool = False
     divergence: str = "forward_kl"
     kd_temperature: float = 1.0
+    teacher_tokenizer: Any = field(default=None, compare=False, repr=False)

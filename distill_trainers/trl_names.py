@@ -15,6 +15,7 @@ KEYS = {
     "dataset_streaming": "streaming",
     "max_completion_length": "max_new_tokens",
     "max_seq_length": "max_length",
+    "teacher_prompt_template": "teacher_prompt",
     "torch_dtype": "dtype",
     "student_model_name_or_path": "model_name_or_path",
     "teacher_model": "teacher_model_name_or_path",

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.teacher_prompts import renamed
 from ..exceptions import ConfigurationError, DatasetError
 from ..recipe.checks import datasets_of
 from ..recipe.parse import Recipe, RecipeArguments
@@ -25,7 +26,10 @@ _DATA = (
     *("dataset", "dataset_config", "dataset_split", "eval_dataset", "eval_split", "eval_fraction"),
     *("max_train_samples", "streaming"),
 )
-_SETTINGS = ("max_new_tokens", "stop_strings", "answer_formats", "answer_kind", "chat_template_kwargs")
+_SETTINGS = (
+    *("max_new_tokens", "stop_strings", "answer_formats", "answer_kind", "chat_template_kwargs"),
+    *("teacher_system_prompt", "teacher_prompt"),
+)
 
 
 def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
@@ -38,6 +42,9 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
     settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name, None) is not None}
     left_out = sorted(name for name, value in settings.items() if holds_secret(value, name))
     settings = {name: value for name, value in settings.items() if name not in left_out}
+    if "teacher_prompt" in settings:  # evaluation reads rows whose columns are renamed already
+        mapping: Any = args.column_mapping or {}
+        settings["teacher_prompt"] = renamed(settings["teacher_prompt"], mapping)
     data = {name: getattr(run, name) for name in _DATA}
     for name in ("dataset", "eval_dataset"):
         data[name] = _whole_path(data[name])

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
         )
     checked = check_recipe(recipe)
     counts: Counter[str] = Counter()
+    _refuse_views(checked, recipe.args)
     prompts = _prompts(checked, recipe, settings, counts)
     student = recipe.model.model_name_or_path
     if student is None:
@@ -212,6 +213,16 @@ def _prompts(checked: Any, recipe: Recipe, settings: PairArguments, counts: Coun
     if not prompts:
         raise DatasetError(f"No prompt of the dataset can be answered: {dict(counts)}. Raise `max_length`.")
     return prompts
+
+
+def _refuse_views(checked: Any, args: Any) -> None:
+    """Refuse a teacher with prompts of its own: pairs are written down with one prompt, which both models answer."""
+    from ..data.formats import apply_column_mapping, detect_dataset_type, first_row
+
+    row = first_row(apply_column_mapping(checked.ready.given.train, args.column_mapping, name="train"))
+    why = "pairs are written for one prompt, which both models answer"
+    own = replace(args.teacher_prompts(checked.ready.wants), why_not=why)
+    own.reading(row, detect_dataset_type(row), args.column_mapping, "train")
 
 
 def _written_prompt(row: Mapping[str, Any], kind: str) -> Any:

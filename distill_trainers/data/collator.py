@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill_trainers.data.labels import IGNORED, completion_labels
 from distill_trainers.data.packing import positions_of, restarts
+from distill_trainers.data.views import has_view
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 
 
@@ -27,7 +28,8 @@ class DistillCollator:
 
     Padding is known by lengths and never by id, so the padding token may be the EOS token.
 
-    Packed rows (with `seq_lengths`, see `packing.py`) get `position_ids` `[B, T]` in place of a mask.
+    Packed rows (with `seq_lengths`, see `packing.py`) get `position_ids` `[B, T]` in place of a mask. Rows with a view
+    of the teacher's get the entries that `views.py` names.
 
     Args:
         pad_token_id: fills the padding; any id of the vocabulary will do.
@@ -63,12 +65,36 @@ class DistillCollator:
             prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
             batch["prompt_ids"] = pad_rows(prompts, self.pad_token_id, self.pad_to_multiple_of, left=True)
             batch["prompt_mask"] = _lengths_mask(prompts, self.pad_to_multiple_of, left=True)
-        return batch
+        return batch | view_entries(rows, self.pad_token_id, self.pad_to_multiple_of)
 
     def _packed(self, batch: dict[str, Tensor], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         positions = positions_of([row["seq_lengths"] for row in rows], batch["input_ids"].shape[1])
         labels = batch["labels"].masked_fill(restarts(positions), IGNORED)
         return {"input_ids": batch["input_ids"], "position_ids": positions, "labels": labels}
+
+
+def view_entries(
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, multiple: int | None = None
+) -> dict[str, Tensor]:
+    """Return what a batch has of its rows' views: the teacher's prompts, padded on the left, and what they stand for.
+
+    Raises:
+        DatasetError: some rows have a view and others none.
+    """
+    views = [has_view(row) for row in rows]
+    if not any(views):
+        return {}
+    if not all(views):
+        raise DatasetError(
+            f"Got a batch of {len(rows)} rows of which {sum(views)} have a teacher's prompt of their own; expected all "
+            "or none. Prepare all rows with the same settings."
+        )
+    prompts = [row["teacher_prompt_ids"] for row in rows]
+    return {
+        "teacher_prompt_ids": pad_rows(prompts, pad_token_id, multiple, left=True),
+        "teacher_prompt_mask": _lengths_mask(prompts, multiple, left=True),
+        "view_start": torch.tensor([row["view_start"] for row in rows]),
+    }
 
 
 def check_ids(rows: Iterable[Sequence[int]], known_ids: int | None) -> None:

@@ -49,6 +49,16 @@ def tokenize_conversation(
         DatasetError: a message or a setting of the wrong kind, or a template that loses or moves text.
     """
     chat = Chat(tokenizer, settings=template_settings(row, chat_template_kwargs))
+    prompt, completion = turns_of(row, dataset_type, answer_last=answer_last)
+    if not prompt:
+        # No template renders a header of nothing, so there is no prompt and nothing that could be told from it.
+        return row_of([], [])
+    history = assistant_only_loss and dataset_type == "messages"
+    return _first_that_works(chat, (prompt, completion), lambda chat, turns: _tokenized(chat, *turns, history=history))
+
+
+def turns_of(row: Mapping[str, Any], dataset_type: DatasetType, *, answer_last: bool = False) -> Turns:
+    """Read the prompt and the completion of a row of messages."""
     if dataset_type == "messages":
         prompt, completion = prompt_and_answer(conversation_of(row), answer_last=answer_last)
     else:
@@ -57,11 +67,29 @@ def tokenize_conversation(
     system = row.get("system")  # LLaMA-Factory's ShareGPT keeps it in a column of its own
     if isinstance(system, str) and system.strip() and not (prompt and prompt[0]["role"] in ("system", "developer")):
         prompt = [{"role": "system", "content": system}, *prompt]
-    if not prompt:
-        # No template renders a header of nothing, so there is no prompt and nothing that could be told from it.
-        return row_of([], [])
-    history = assistant_only_loss and dataset_type == "messages"
-    return _first_that_works(chat, (prompt, completion), lambda chat, turns: _tokenized(chat, *turns, history=history))
+    return prompt, completion
+
+
+def rendered_prompt(
+    chat: Chat, prompt: Sequence[Message], *, header: str = "", begun: bool = False, remedies: bool = True
+) -> list[int]:
+    """Tokenise a prompt as generation sees it.
+
+    Args:
+        header: opens the assistant's turn where the template does not.
+        begun: an assistant's message at the end is gone on with.
+        remedies: try other templates where this one fails, and say what would help.
+
+    Raises:
+        DatasetError: no template serves.
+    """
+
+    def tokenize(chat: Chat, turns: Turns) -> list[int]:
+        goes_on = begun and turns[0][-1]["role"] == "assistant"
+        return chat.ids(chat.begun_turn(turns[0]) if goes_on else chat.prompt(turns[0]) + header)
+
+    turns: Turns = (list(prompt), [])
+    return _first_that_works(chat, turns, tokenize) if remedies else tokenize(chat, turns)
 
 
 def split_turns(chat: Chat, prompt: Sequence[Message], completion: Sequence[Message]) -> tuple[list[int], list[int]]:
@@ -137,7 +165,7 @@ def _is_silent(message: Message) -> bool:
     return not text and not message.get("tool_calls") and not any(message.get(name) for name in THINKING)
 
 
-def _bare(chat: Chat, messages: list[Message]) -> list[Message]:
+def bare(chat: Chat, messages: list[Message]) -> list[Message]:
     """Take BOS off the beginning and ends of turns off the end of messages that say more: the template writes them."""
     tokenizer = chat.tokenizer
     end_id = turn_end_id(tokenizer)
@@ -159,7 +187,7 @@ def _bare(chat: Chat, messages: list[Message]) -> list[Message]:
 
 
 def _first_that_works(chat: Chat, turns: Turns, tokenize: Callable[[Chat, Turns], Any]) -> Any:
-    turns = (_bare(chat, turns[0]), _bare(chat, turns[1]))
+    turns = (bare(chat, turns[0]), bare(chat, turns[1]))
     try:
         return tokenize(chat, turns)
     except RenderingError as error:

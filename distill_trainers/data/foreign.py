@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_trainers.data.collator import DistillCollator, check_ids, pad_rows
+from distill_trainers.data.collator import DistillCollator, check_ids, pad_rows, view_entries
 from distill_trainers.data.labels import IGNORED
 from distill_trainers.data.packing import restarts
+from distill_trainers.data.views import has_view
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 _REDUNDANT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "special_tokens_mask")
 _USED = {"input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "examples"}
 _REMEDY = "Leave `data_collator` out to use DistillCollator, or mend it"
+_VIEWS = ("teacher_prompt_ids", "view_start", "teacher_length")  # which a collator cannot pad: batches get them here
 Span = tuple[int, int, int]  # row of the batch, where a text begins in it, where it ends
 
 
@@ -62,7 +64,8 @@ class ForeignCollator:
         )
         if unused:
             self._say(f"gives {unused}, which the student's forward does not take: nobody looks at them")
-        return batch | (self._prompts(batch, spans, matches, rows) if self.own.with_prompts else {})
+        prompts = self._prompts(batch, spans, matches, rows) if self.own.with_prompts else {}
+        return batch | prompts | self._views(batch, matches, rows)
 
     @property
     def name(self) -> str:
@@ -71,7 +74,7 @@ class ForeignCollator:
     # ---- What the collator gave -------------------------------------------------------------------------------------
 
     def _collated(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        given = [dict(row) for row in rows]
+        given = [{name: value for name, value in row.items() if name not in _VIEWS} for row in rows]
         if self._writes_labels or type(self.collate).__name__ == "DataCollatorWithPadding":
             given = [{"input_ids": row["input_ids"]} for row in given]  # they cannot pad more than these
         try:
@@ -155,7 +158,7 @@ class ForeignCollator:
         real = batch["attention_mask"].bool()
         places = torch.arange(real.shape[1])
         if not _begins_within(batch["position_ids"].where(real, places)):
-            if self.own.with_prompts and bool((batch["position_ids"] == places)[real].all()):
+            if (self.own.with_prompts or has_view(rows[0])) and bool((batch["position_ids"] == places)[real].all()):
                 del batch["position_ids"]  # the usual ones, which completions that are sampled have as well
             return batch
         del batch["attention_mask"]
@@ -275,6 +278,26 @@ class ForeignCollator:
         multiple = self.own.pad_to_multiple_of
         mask = pad_rows([[1] * len(prompt) for prompt in prompts], 0, multiple, left=True)
         return {"prompt_ids": pad_rows(prompts, self.own.pad_token_id, multiple, left=True), "prompt_mask": mask}
+
+    def _views(
+        self, batch: Mapping[str, Any], matches: list[int] | None, rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Tensor]:
+        """The teacher's prompts of the rows, where the batch holds the rows as they are."""
+        if not has_view(rows[0]):
+            return {}
+        got = "packs rows" if "attention_mask" not in batch else "gave other texts than the rows"
+        if "attention_mask" not in batch or matches is None or any(matches):
+            got = "cuts the beginning of rows" if matches is not None and any(matches) else got
+            raise self._wrong(
+                f"{got}, so that nobody knows which prompt of the teacher's belongs to which text",
+                "each row as it is, padded, since the teacher has prompts of its own (`teacher_prompt`, "
+                "`teacher_system_prompt` or a column `privileged_context`)",
+            )
+        if self.own.with_prompts and "prompt_ids" in batch:
+            raise self._wrong(
+                "gave `prompt_ids` of its own, while the teacher's prompts belong to those of the rows", "none"
+            )
+        return view_entries(rows, self.own.pad_token_id, self.own.pad_to_multiple_of)
 
     def _say(self, what: str) -> None:
         if what not in self._said:

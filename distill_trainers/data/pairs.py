@@ -23,7 +23,9 @@ from distill_trainers.data.formats import apply_column_mapping, first_row, is_co
 from distill_trainers.data.labels import IGNORED, any_trained
 from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.rows import tokenize_row
+from distill_trainers.data.teacher_prompts import TeacherPrompts
 from distill_trainers.data.texts import tell_straddled
+from distill_trainers.data.views import joined_views, view_features, view_of
 from distill_trainers.exceptions import DatasetError, NoUsableRowsError
 from distill_trainers.losses.reduction import first_trained
 
@@ -64,6 +66,7 @@ _NO_CHOSEN = "empty chosen"
 _NO_REJECTED = "empty rejected"
 _NO_PROMPT = "empty prompt"
 _LONG_PROMPT = "prompt as long as max_length or longer"
+_LONG_VIEW = "teacher's row longer than teacher_max_length"
 
 
 def is_pair(row: Mapping[str, Any], column_mapping: Mapping[str, str] | None = None) -> bool:
@@ -82,6 +85,7 @@ def prepare_pairs(
     num_proc: int | None = None,
     drop_bad: bool = False,
     name: str = "train",
+    teacher_prompts: TeacherPrompts | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenise a dataset of pairs, with the `length` of the longer row of each.
 
@@ -89,6 +93,7 @@ def prepare_pairs(
 
     Args:
         drop_bad: leave out pairs that cannot be trained on, with a warning, instead of refusing the dataset.
+        teacher_prompts: as of `prepare_dataset`; both responses follow the same prompt of the teacher's.
 
     Raises:
         DatasetError: no rows, values of the wrong kind, or pairs that cannot be trained on: identical or empty
@@ -98,6 +103,8 @@ def prepare_pairs(
 
     dataset = apply_column_mapping(plain_dataset(dataset, name=name), column_mapping, name=name)
     row = first_row(dataset, name=name)
+    if teacher_prompts is not None:
+        teacher_prompts = teacher_prompts.reading(row, "prompt_completion", column_mapping, name)
     foreign = tuple(marker for marker in MARKERS if marker not in tokenizer.get_vocab())
     work = partial(
         _prepare_row,
@@ -107,8 +114,10 @@ def prepare_pairs(
         foreign=foreign,
         features=dataset.features,
         name=name,
+        teacher_prompts=teacher_prompts,
     )
-    map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=_features())
+    features = _features(views=teacher_prompts is not None)
+    map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=features)
     if isinstance(dataset, Dataset):
         # Not from the cache of `datasets`, which does not see changes of the code that tokenises.
         prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}", load_from_cache_file=False)
@@ -128,15 +137,18 @@ def _prepare_row(
     foreign: Sequence[str],
     features: Mapping[str, Any] | None,
     name: str,
+    teacher_prompts: TeacherPrompts | None,
 ) -> dict[str, Any]:
     from datasets import Json
+
+    empty = _EMPTY if teacher_prompts is None else {**_EMPTY, **_NO_VIEW}
 
     try:
         row = without_filling(row, features)
         prompt, chosen, rejected = split_pair(row)
         bad = _bad_text(prompt, chosen, rejected, foreign)
         if bad:
-            return {**_EMPTY, "bad": bad}
+            return {**empty, "bad": bad}
         sides = [
             tokenize_row(
                 {**row, "prompt": prompt, "completion": completion},
@@ -144,12 +156,19 @@ def _prepare_row(
                 dataset_type="prompt_completion",
                 chat_template_kwargs=chat_template_kwargs,
                 features=dict.fromkeys(("prompt", "completion", "tools"), Json()),  # what they lack is gone already
+                teacher_prompts=teacher_prompts,
             )
             for completion in (chosen, rejected)
         ]
+        cut = _cut(sides, max_length, empty)
+        if teacher_prompts is None or cut["bad"]:
+            return cut
+        first = min(sides, key=lambda side: side["prompt_length"])
+        longest = {**cut, **view_of(first), "input_ids": first["input_ids"][: first["prompt_length"]]}
+        view, too_long = teacher_prompts.finished(first, longest, cut["length"] - cut["prompt_length"])
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
-    return _cut(sides, max_length)
+    return {**cut, **{key: view[key] for key in _NO_VIEW}, "bad": _LONG_VIEW if too_long else ""}
 
 
 def split_pair(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -203,12 +222,12 @@ def _text_of(value: Any) -> str:
     return str(value)
 
 
-def _cut(sides: Sequence[Mapping[str, Any]], max_length: int) -> dict[str, Any]:
+def _cut(sides: Sequence[Mapping[str, Any]], max_length: int, empty: Mapping[str, Any]) -> dict[str, Any]:
     # Where a token straddles the border of the prompt in one of the two, both responses begin before it.
     start = min(side["prompt_length"] for side in sides)
     room = max_length - start
     if room < 1:
-        return {**_EMPTY, "bad": _LONG_PROMPT}
+        return {**empty, "bad": _LONG_PROMPT}
     ids = [side["input_ids"][start : start + room] for side in sides]
     labels = [
         [*side["input_ids"][start : side["prompt_length"]], *side["labels"][side["prompt_length"] :]] for side in sides
@@ -248,12 +267,15 @@ _EMPTY: dict[str, Any] = {
 }
 
 
-def _features() -> Features:
+_NO_VIEW: dict[str, Any] = {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0}
+
+
+def _features(*, views: bool = False) -> Features:
     from datasets import Features, List, Value
 
     ids, number = List(Value("int32")), Value("int32")
     kinds = (ids, ids, number, number, ids, ids, Value("string"), Value("bool"), number)
-    return Features(dict(zip(_EMPTY, kinds, strict=True)))
+    return Features(dict(zip(_EMPTY, kinds, strict=True)) | (view_features() if views else {}))
 
 
 def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str) -> Dataset:
@@ -262,6 +284,7 @@ def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str
     if len(good) < len(reasons):
         counted = ", ".join(f"{count} × {reason}" for reason, count in Counter(filter(None, reasons)).items())
         first = next(i for i, reason in enumerate(reasons) if reason)
+        drop_bad = drop_bad or set(reasons) <= {"", _LONG_VIEW}  # they were found because they are to be dropped
         problem = (
             f"{len(reasons) - len(good)} of the {len(reasons)} pairs of dataset {name!r} cannot be trained on: "
             f"{counted} (the first is row {first}). "
@@ -281,7 +304,7 @@ def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str
 
 
 def _is_good(row: Mapping[str, Any], *, drop_bad: bool, name: str) -> bool:
-    if row["bad"] and not drop_bad:
+    if row["bad"] not in ("", _LONG_VIEW) and not drop_bad:
         raise DatasetError(
             f"A pair of the stream {name!r} cannot be trained on: {row['bad']}. Fix it, or set `bad_pairs: drop`."
         )
@@ -309,12 +332,14 @@ def rejected_row(pair: Mapping[str, Any]) -> dict[str, Any]:
         "input_ids": [*pair["input_ids"][:start], *pair["rejected_ids"]],
         "labels": [*pair["labels"][:start], *pair["rejected_labels"]],
         "prompt_length": start,
+        **view_of(pair),
     }
 
 
 def rows_of_pair(pair: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the chosen and the rejected row of a tokenised pair."""
-    return [{name: pair[name] for name in ("input_ids", "labels", "prompt_length")}, rejected_row(pair)]
+    chosen = {name: pair[name] for name in ("input_ids", "labels", "prompt_length")}
+    return [chosen | view_of(pair), rejected_row(pair)]
 
 
 def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
@@ -327,7 +352,7 @@ def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad
     Returns:
         the three `[2B, T]`, and `[2B, T]` entries that are 1 on all trained tokens of chosen rows (`token_chosen`) and
         of rejected rows (`token_rejected`), and on the first one of each chosen row (`token_pair`). `examples` `[2B]`
-        tells the pair of each row.
+        tells the pair of each row. Views of the teacher's are those of the prompts, for both sides.
     """
     width = max(chosen["input_ids"].shape[1], rejected["input_ids"].shape[1])
     joined = {}
@@ -343,5 +368,6 @@ def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad
         "token_rejected": trained & ~is_chosen,
         "token_pair": first_trained(joined["labels"]) & is_chosen,
     }
+    joined |= joined_views(chosen, chosen)
     pairs = torch.arange(len(chosen["input_ids"]), device=trained.device).repeat(2)
     return {**chosen, **joined, **{name: entry.float() for name, entry in entries.items()}, "examples": pairs}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,10 @@ from .formats import apply_column_mapping, detect_dataset_type, first_row
 from .labels import IGNORED, TokenizedRow, any_trained, labels_of, row_of
 from .plain import plain_dataset
 from .rows import truncate
+from .teacher_prompts import TeacherPrompts, tell_without_context
 from .texts import encoder_and_decoder_ids, split_text, tell_straddled
 from .tokenization import code_fingerprint, is_kept
+from .views import BATCH_ENTRIES, has_view, joined_views, view_of, with_teacher_prompt
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -94,6 +96,7 @@ class RationaleTokenizer:
     Args:
         separate: prompt and completion go to an encoder and a decoder, so a prompt keeps its end-of-text token.
         chat_settings: variables for the chat template.
+        teacher_prompts: write what the teacher reads in place of each sequence's prompt, which is their `{prompt}`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -103,6 +106,7 @@ class RationaleTokenizer:
     reserve: int = 0
     separate: bool = False
     chat_settings: Mapping[str, Any] | None = None
+    teacher_prompts: TeacherPrompts | None = None
 
     def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Tokenise one row as `first` and `other` sequence; `other` is None where the row has none.
@@ -122,7 +126,7 @@ class RationaleTokenizer:
             if self.objective == "edit":
                 other = self._chain(question, wrong, _text(row, "wrong_answer")) if wrong and rationale else None
                 self._mark_key_steps(first, other)
-        return {"first": self._cut(first), "other": None if other is None else self._cut(other)}
+        return {"first": self._finished(first, row), "other": None if other is None else self._finished(other, row)}
 
     @property
     def _ask(self) -> str:
@@ -166,16 +170,28 @@ class RationaleTokenizer:
         else:
             prompt_ids, completion_ids, lost = split_text(prompt, completion, tokenizer)
         row = row_of(prompt_ids, completion_ids)
-        return {**row, "marks": [0] * len(row["input_ids"]), "straddled": lost}
+        return {**row, "marks": [0] * len(row["input_ids"]), "straddled": lost, "asked": prompt}
+
+    def _finished(self, sequence: TokenizedRow, row: Mapping[str, Any]) -> TokenizedRow:
+        """Cut to `max_length` as all rows are, with a view of the teacher's where it has one."""
+        asked: Any = sequence.pop("asked")
+        if self.teacher_prompts is None:
+            return self._cut(sequence)
+        if self.templates.style == "chat":
+            asked = [{"role": "user", "content": asked}]
+        whole = self.teacher_prompts.added_to(sequence, row, asked, self.tokenizer, self.chat_settings)
+        cut = self._cut(whole)
+        view, too_long = self.teacher_prompts.finished(whole, cut, self.reserve)
+        return {**cut, **view, "too_long": too_long}
 
     def _cut(self, sequence: TokenizedRow) -> TokenizedRow:
-        """Cut to `max_length` as all rows are; marks go with their tokens."""
+        """Cut to `max_length`; marks go with their tokens."""
         ids = sequence["input_ids"]
         places = {**sequence, "input_ids": list(range(len(ids)))}
         bos = 0 if ids[:1] == [self.tokenizer.bos_token_id] else None
         left = truncate(places, self.max_length, self.reserve, bos_token_id=bos)
         cut = {name: [sequence[name][i] for i in left["input_ids"]] for name in ("input_ids", "labels", "marks")}
-        return {**cut, "prompt_length": left["prompt_length"], "straddled": sequence["straddled"]}
+        return {**cut, **view_of(left), "prompt_length": left["prompt_length"], "straddled": sequence["straddled"]}
 
 
 def prepare_rationales(
@@ -207,10 +223,14 @@ def prepare_rationales(
             f"Dataset {name!r} has the columns {sorted(row)}; expected question, answer and rationale (and, if you "
             "like, choices, wrong_rationale, wrong_answer, task). Rename columns with column_mapping."
         )
+    if work.teacher_prompts is not None:
+        work = replace(work, teacher_prompts=work.teacher_prompts.reading(row, "rationale", column_mapping, name))
+    features = _features(views=work.teacher_prompts is not None)
     run = partial(_prepare_example, work=work, needs=needs, with_others=with_others, name=name, code=code_fingerprint())
-    map_rows: Any = partial(dataset.map, run, with_indices=True, remove_columns=list(row), features=_features())
+    map_rows: Any = partial(dataset.map, run, with_indices=True, remove_columns=list(row), features=features)
+    told = [name for name in ("dropped", "straddled", "has_context") if name in features]
     if not isinstance(dataset, Dataset):
-        return map_rows().filter(is_kept).remove_columns(["dropped", "straddled"])
+        return map_rows().filter(is_kept).remove_columns(told)
     prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
     reasons = Counter(reason for reason in prepared["dropped"] if reason)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -220,7 +240,9 @@ def prepare_rationales(
         logger.warning("Dataset %r, %d rows: %d dropped (%s).", name, len(prepared), reasons.total(), counts)
     tell_straddled(prepared["straddled"][:], name)
     usable = [i for i, reason in enumerate(prepared["dropped"]) if not reason]
-    return prepared.select(usable).remove_columns(["dropped", "straddled"])
+    if "has_context" in told:
+        tell_without_context([prepared["has_context"][i] for i in usable], name)
+    return prepared.select(usable).remove_columns(told)
 
 
 def _prepare_example(
@@ -233,14 +255,22 @@ def _prepare_example(
     nothing: dict[str, Any] = {"input_ids": [], "labels": [], "marks": [], "prompt_length": 0, "straddled": 0}
     first, other = example["first"], (example["other"] if with_others else None) or nothing
     straddled = first.pop("straddled") + other.pop("straddled")
+    views: dict[str, Any] = {}
+    too_long = first.pop("too_long", "") or other.pop("too_long", "")
+    if has_view(first):
+        other = other if has_view(other) else {**other, "teacher_prompt_ids": [], "view_start": 0}
+        length = max(first.pop("teacher_length"), other.pop("teacher_length", 0))
+        views = {"teacher_length": length, "has_context": first.pop("has_context")}
+        other.pop("has_context", None)
     return {
         **first,
         **{f"other_{name}": value for name, value in other.items()},
+        **views,
         "length": len(first["input_ids"]) + len(other["input_ids"]),
         "reference": _text(row, "answer"),
         "choices": list(row.get("choices") or []),
         "task": _text(row, "task"),
-        "dropped": _reason_to_drop(first, other, needs, work.objective),
+        "dropped": _reason_to_drop(first, other, needs, work.objective) or too_long,
         "straddled": straddled,
     }
 
@@ -257,11 +287,13 @@ def _reason_to_drop(first: TokenizedRow, other: TokenizedRow, needs: str, object
     return "without answer" if objective == "step_by_step" else "without rationale"
 
 
-def _features() -> Features:
+def _features(*, views: bool = False) -> Features:
     from datasets import Features, List, Value
 
     ids, flags, number, text = List(Value("int32")), List(Value("int8")), Value("int32"), Value("string")
     sequence = {"input_ids": ids, "labels": ids, "marks": flags, "prompt_length": number}
+    if views:
+        sequence |= {"teacher_prompt_ids": ids, "view_start": number}
     others = {f"other_{name}": kind for name, kind in sequence.items()}
     rest = {
         "length": number,
@@ -271,7 +303,8 @@ def _features() -> Features:
         "dropped": text,
         "straddled": number,
     }
-    return Features({**sequence, **others, **rest})
+    more = {"teacher_length": number, "has_context": Value("bool")} if views else {}
+    return Features({**sequence, **others, **rest, **more})
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -288,7 +321,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 def rows_of_rationales(example: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the sequences of a tokenised example as rows: the first, and the other if there is one."""
-    names = ("input_ids", "labels", "prompt_length")
+    names = ["input_ids", "labels", "prompt_length", *view_of(example)]
     rows = [{name: example[f"{side}{name}"] for name in names} for side in ("", "other_")]
     return rows if rows[1]["input_ids"] else rows[:1]
 
@@ -318,9 +351,13 @@ class RationaleCollator:
     decoder_start: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        firsts = [{name: row[name] for name in _SEQUENCE} for row in rows]
-        others = [{name: row[f"other_{name}"] for name in _SEQUENCE} for row in rows] if self.with_others else []
-        sequences = firsts + [other if other["input_ids"] else self._nothing() for other in others]
+        names = [*_SEQUENCE, *view_of(rows[0])]
+        firsts = [{name: row[name] for name in names} for row in rows]
+        others = [{name: row[f"other_{name}"] for name in names} for row in rows] if self.with_others else []
+        nothing = self._nothing() | (
+            {"teacher_prompt_ids": [self.pad_token_id], "view_start": 1} if has_view(rows[0]) else {}
+        )
+        sequences = firsts + [other if other["input_ids"] else nothing for other in others]
         split = self.decoder_start is not None
         batch: dict[str, Any] = self._plain()([self._decoder_side(row) for row in sequences] if split else sequences)
         if split:
@@ -373,17 +410,17 @@ _SEQUENCE = ("input_ids", "labels", "marks", "prompt_length")
 
 
 def with_innovations(
-    batch: Mapping[str, Any], rows: Sequence[tuple[Sequence[int], int]], pad_token_id: int, multiple: int | None = None
+    batch: Mapping[str, Any], rows: Sequence[tuple[Any, ...]], pad_token_id: int, multiple: int | None = None
 ) -> dict[str, Any]:
     """Add rows to a batch of `dual_chain`: prompt and completion, whose `token_innovation` is 1.
 
     Args:
-        rows: ids of prompt and completion, and the length of the prompt.
+        rows: ids of prompt and completion, the length of the prompt, and the teacher's own prompt if there is one.
     """
     old = {name: value for name, value in batch.items() if name not in ("prompt_ids", "prompt_mask", "references")}
     if not rows:
         return old
-    sequences = [row_of(ids[:n], ids[n:]) for ids, n in rows]
+    sequences = [with_teacher_prompt(row_of(ids[:n], ids[n:]), *(view or [None])) for ids, n, *view in rows]
     added = DistillCollator(pad_token_id, multiple)(sequences)
     trained = (added["labels"] != IGNORED).float()
     none = torch.zeros_like(trained)
@@ -393,8 +430,8 @@ def with_innovations(
     fill = {"input_ids": pad_token_id, "labels": IGNORED}
     joined = {
         name: torch.cat([_widened(part[name], width, fill.get(name, 0)) for part in (_to(old, added), added)])
-        for name in added
-    }
+        for name in added.keys() - set(BATCH_ENTRIES)
+    } | joined_views(_to(old, added), added)
     device = old["labels"].device
     return {**old, **{name: value.to(device) for name, value in joined.items()}, "examples": old["examples"]}
 

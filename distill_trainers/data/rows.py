@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distill_trainers.data.arrow import without_filling
-from distill_trainers.data.conversations import tokenize_conversation
+from distill_trainers.data.conversations import tokenize_conversation, turns_of
 from distill_trainers.data.formats import DatasetType, as_text, check_columns, is_conversation
 from distill_trainers.data.labels import IGNORED, TokenizedRow, row_of
+from distill_trainers.data.messages import Message
+from distill_trainers.data.teacher_prompts import TeacherPrompts
 from distill_trainers.data.texts import ended, split_text, text_ids
+from distill_trainers.data.views import kept_view
 from distill_trainers.exceptions import DatasetError
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ def tokenize_row(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     answer_last: bool = False,
     features: Mapping[str, Any] | None = None,
+    teacher_prompts: TeacherPrompts | None = None,
 ) -> TokenizedRow:
     """Tokenise one row as `{"input_ids", "labels", "prompt_length"}`.
 
@@ -44,30 +48,32 @@ def tokenize_row(
         chat_template_kwargs: settings for the chat template; those of the row come first.
         answer_last: `messages` that end with another role than the assistant's are a prompt, though they hold answers.
         features: of the dataset, to tell keys that it added to messages and tools from the user's own nulls.
+        teacher_prompts: write the prompt that the teacher reads; the row then has a view (see `views.py`).
 
     Raises:
         DatasetError: a value of the wrong kind, or a conversation that the chat template cannot split.
     """
     row = without_filling(row, features)
     check_columns(row, dataset_type)
+    asked: str | list[Message] | None = None
     if dataset_type == "tokenized":
-        return _from_tokens(row, tokenizer)
-    if dataset_type == "text":
-        return _from_text(as_text(row["text"], column="text"), tokenizer)
-    if dataset_type == "prompt" and not is_conversation(row["prompt"]):
-        return row_of(text_ids(as_text(row["prompt"], column="prompt"), tokenizer), [])
-    if dataset_type == "prompt_completion" and not (
-        is_conversation(row["prompt"]) or is_conversation(row["completion"])
-    ):
-        return _from_strings(row, tokenizer)
-    return tokenize_conversation(
-        row,
-        tokenizer,
-        dataset_type=dataset_type,
-        assistant_only_loss=assistant_only_loss,
-        chat_template_kwargs=chat_template_kwargs,
-        answer_last=answer_last,
-    )
+        tokens = _from_tokens(row, tokenizer)
+    elif _is_text(row, dataset_type):
+        asked = as_text(row.get("prompt"), column="prompt")
+        tokens = _from_text(row, dataset_type, tokenizer)
+    else:
+        asked = turns_of(row, dataset_type, answer_last=answer_last)[0] if teacher_prompts is not None else []
+        tokens = tokenize_conversation(
+            row,
+            tokenizer,
+            dataset_type=dataset_type,
+            assistant_only_loss=assistant_only_loss,
+            chat_template_kwargs=chat_template_kwargs,
+            answer_last=answer_last,
+        )
+    if teacher_prompts is None or not tokens["input_ids"]:
+        return tokens
+    return teacher_prompts.added_to(tokens, row, asked, tokenizer, chat_template_kwargs)
 
 
 def truncate(
@@ -98,17 +104,23 @@ def truncate(
         "input_ids": [ids[i] for i in places],
         "labels": [labels[i] for i in places],
         "prompt_length": prompt_length - lost,
+        **kept_view(row, first, lost + first if lost else 0),
     }
 
 
-def _from_text(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
-    if not text.strip():
-        return row_of([], [])
-    return row_of([], ended(text_ids(text, tokenizer), tokenizer))
+def _is_text(row: Mapping[str, Any], dataset_type: DatasetType) -> bool:
+    if dataset_type == "prompt_completion":
+        return not (is_conversation(row["prompt"]) or is_conversation(row["completion"]))
+    return dataset_type == "text" or (dataset_type == "prompt" and not is_conversation(row["prompt"]))
 
 
-def _from_strings(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
+def _from_text(row: Mapping[str, Any], dataset_type: DatasetType, tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
+    if dataset_type == "text":
+        text = as_text(row["text"], column="text")
+        return row_of([], ended(text_ids(text, tokenizer), tokenizer) if text.strip() else [])
     prompt = as_text(row["prompt"], column="prompt")
+    if dataset_type == "prompt":
+        return row_of(text_ids(prompt, tokenizer), [])
     completion = as_text(row["completion"], column="completion")
     prompt_ids, completion_ids, lost = split_text(prompt, completion, tokenizer)
     return row_of(prompt_ids, completion_ids) | ({"straddled": lost} if lost else {})

@@ -21,7 +21,9 @@ from distill_trainers.data.formats import (
 from distill_trainers.data.labels import any_trained
 from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
+from distill_trainers.data.teacher_prompts import TeacherPrompts, tell_without_context
 from distill_trainers.data.texts import tell_straddled
+from distill_trainers.data.views import view_features
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ Needs = Literal["completion", "prompt", "either", "both"]
 
 _CODE = (
     *("formats.py", "arrow.py", "messages.py", "rendering.py", "chat.py", "turns.py", "conversations.py"),
-    *("rows.py", "texts.py", "labels.py", "tokenization.py", "rationales.py"),
+    *("rows.py", "texts.py", "labels.py", "tokenization.py", "rationales.py", "teacher_prompts.py", "views.py"),
     "../answers/edit_distance.py",
 )
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
@@ -58,6 +60,7 @@ def prepare_dataset(
     needs: Needs = "completion",
     strict: bool = False,
     name: str = "train",
+    teacher_prompts: TeacherPrompts | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenise a dataset of any layout, with the `length` of each row for batches of like-sized rows.
 
@@ -72,10 +75,12 @@ def prepare_dataset(
             the two, or both.
         strict: raise at the first empty completion instead of dropping it.
         name: how messages call this dataset.
+        teacher_prompts: write what the teacher reads in place of the prompt: rows then have `teacher_prompt_ids` and
+            `view_start` (see `views.py`), and the `teacher_length` that its row may come to.
 
     Raises:
         DatasetError: no rows, an unknown layout, rows that cannot be tokenised, or none left to train on.
-        ConfigurationError: `max_length` leaves no room for a prompt.
+        ConfigurationError: `max_length` leaves no room for a prompt, or the teacher's prompts are not to be had.
     """
     from datasets import Dataset
 
@@ -84,6 +89,8 @@ def prepare_dataset(
     row = first_row(dataset, name=name)
     dataset_type = detect_dataset_type(row, name=name)
     _check_type_serves(dataset_type, needs, assistant_only_loss, name)
+    if teacher_prompts is not None:
+        teacher_prompts = teacher_prompts.reading(row, dataset_type, column_mapping, name)
     if tokenizer.eos_token_id is None:
         logger.warning("The tokenizer has no EOS token: a student trained on %r may not learn to stop.", name)
     work = partial(
@@ -94,6 +101,7 @@ def prepare_dataset(
         chat_template_kwargs=chat_template_kwargs,
         answer_last=needs == "prompt",
         features=dataset.features,
+        teacher_prompts=teacher_prompts,
         max_length=max_length,
         reserve=max_new_tokens or 0,
         needs=needs,
@@ -101,14 +109,15 @@ def prepare_dataset(
         name=name,
         code=code_fingerprint(),
     )
-    map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=_features())
+    features = _features(views=teacher_prompts is not None)
+    map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=features)
     if isinstance(dataset, Dataset):
         with reading(f"Dataset {name!r} cannot be read"):
             prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
         prepared = _drop(prepared, max_length, name)
     else:
         prepared = map_rows().filter(is_kept)
-    return prepared.remove_columns(["dropped", "goes_on", "prompt_cut", "completion_cut", "straddled"])
+    return prepared.remove_columns([column for column in _TOLD if column in features])
 
 
 def _prepare_row(
@@ -122,19 +131,25 @@ def _prepare_row(
     strict: bool,
     name: str,
     code: str,
+    teacher_prompts: TeacherPrompts | None = None,
     **settings: Any,  # of `tokenize_row`
 ) -> dict[str, Any]:
+    views: dict[str, Any] = {}
+    too_long = ""
     try:
-        whole = tokenize_row(row, tokenizer, **settings)
+        whole = tokenize_row(row, tokenizer, teacher_prompts=teacher_prompts, **settings)
+        cut = truncate(whole, max_length, reserve, bos_token_id=tokenizer.bos_token_id)
+        if teacher_prompts is not None:
+            views, too_long = teacher_prompts.finished(whole, cut, reserve)
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
-    cut = truncate(whole, max_length, reserve, bos_token_id=tokenizer.bos_token_id)
-    dropped = _reason_to_drop(cut, needs)
+    dropped = _reason_to_drop(cut, needs) or too_long
     if strict and dropped == _EMPTY_COMPLETION:
         raise DatasetError(f"Row {index} of dataset {name!r} has an empty completion. Remove it, or set strict=False.")
     completion_length = len(whole["input_ids"]) - whole["prompt_length"]
     return {
         **cut,
+        **views,
         "length": len(cut["input_ids"]),
         "dropped": dropped,
         "goes_on": settings["dataset_type"] == "messages" and not settings["answer_last"] and goes_on(row),
@@ -163,7 +178,7 @@ def is_kept(row: Mapping[str, Any]) -> bool:
 
 
 def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
-    flags = dataset.select_columns(["dropped", "goes_on", "prompt_cut", "completion_cut", "straddled"])[:]
+    flags = dataset.select_columns([column for column in _TOLD if column in dataset.column_names])[:]
     reasons = Counter(reason for reason in flags["dropped"] if reason)
     usable = [i for i, reason in enumerate(flags["dropped"]) if not reason]
     parts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -189,26 +204,31 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
     if news:
         logger.warning("Dataset %r, %d rows: %s.", name, len(dataset), "; ".join(news))
     tell_straddled(flags["straddled"], name)
+    if "has_context" in flags:
+        tell_without_context([flags["has_context"][i] for i in usable], name)
     return dataset.select(usable) if reasons else dataset
 
 
-def _features() -> Features:
+# Columns that are told of, and then go.
+_TOLD = ("dropped", "goes_on", "prompt_cut", "completion_cut", "straddled", "has_context")
+
+
+def _features(*, views: bool = False) -> Features:
     from datasets import Features, List, Value
 
-    flag = Value("bool")
-    return Features(
-        {
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "prompt_length": Value("int32"),
-            "length": Value("int32"),
-            "dropped": Value("string"),
-            "goes_on": flag,
-            "prompt_cut": flag,
-            "completion_cut": flag,
-            "straddled": Value("int32"),
-        }
-    )
+    flag, number = Value("bool"), Value("int32")
+    columns = {
+        "input_ids": List(number),
+        "labels": List(number),
+        "prompt_length": number,
+        "length": number,
+        "dropped": Value("string"),
+        "goes_on": flag,
+        "prompt_cut": flag,
+        "completion_cut": flag,
+        "straddled": number,
+    }
+    return Features(columns | view_features() | {"has_context": flag} if views else columns)
 
 
 def _check_lengths(max_length: int | None, max_new_tokens: int | None) -> None:

@@ -29,6 +29,7 @@ class Case:
         sample: some training rows as they are in the dataset, columns named as layouts want them.
         features: of the dataset of those rows.
         first_row: the first row as text, in stretches, each with whether it is trained.
+        teacher_row: likewise as the teacher reads it; empty where it reads the same.
         lengths: tokens of those rows before they are cut, and prompt_lengths likewise.
         num_rows: of the training data; None for a stream.
         steps: optimiser steps of the run, 0 if unknown.
@@ -50,6 +51,7 @@ class Case:
     sample: Sequence[dict[str, Any]] = ()
     features: Any = None
     first_row: Sequence[tuple[str, bool]] = ()
+    teacher_row: Sequence[tuple[str, bool]] = ()
     lengths: Sequence[int] = ()
     prompt_lengths: Sequence[int] = ()
     prepared: Any = None

@@ -73,6 +73,7 @@ class Diagnosis:
                 for p in self.placements
             ],
             "first_row": [{"text": text, "trained": trained} for text, trained in case.first_row],
+            "teacher_row": [{"text": text, "trained": trained} for text, trained in case.teacher_row],
             "findings": [finding.as_dict() for finding in self.findings],
         }
 

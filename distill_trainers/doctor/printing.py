@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..escaping import terminal, visible
@@ -35,15 +36,31 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
 
 
 def print_first_row(diagnosis: Diagnosis, console: Any) -> None:
-    """Print the first row that is trained on, with its trained stretches between ⟦ and ⟧."""
+    """Print the first row that is trained on, with its trained stretches between ⟦ and ⟧.
+
+    Where the teacher reads another prompt, both views of the row stand side by side.
+    """
+    from rich.table import Table
     from rich.text import Text
 
-    text = Text("The first row, trained between ⟦ and ⟧:\n", style="bold")
-    for stretch, trained in diagnosis.case.first_row:
+    case, title = diagnosis.case, "The first row, trained between ⟦ and ⟧"
+    if not case.teacher_row:
+        console.print(Text(f"{title}:\n", style="bold").append_text(_stretches(case.first_row)), soft_wrap=True)
+        return
+    table = Table("the student reads", "the teacher reads", title=f"{title}, as both read it")
+    table.add_row(_stretches(case.first_row), _stretches(case.teacher_row))
+    console.print(table)
+
+
+def _stretches(row: Sequence[tuple[str, bool]]) -> Any:
+    from rich.text import Text
+
+    text = Text()
+    for stretch, trained in row:
         shown = visible(shortened(stretch))
         shown = f"⟦{shown}⟧" if trained else shown
         text.append(shown, style="green not bold" if trained else "dim not bold")
-    console.print(text, soft_wrap=True)
+    return text
 
 
 def print_findings(diagnosis: Diagnosis, console: Any) -> None:

@@ -14,6 +14,7 @@ from ..data.formats import apply_column_mapping, detect_dataset_type, first_row
 from ..data.labels import any_trained
 from ..data.pairs import is_pair
 from ..data.rows import tokenize_row
+from ..data.views import has_view, viewed_row
 from ..exceptions import CacheError, ConfigurationError, DatasetError, NoUsableRowsError, VocabularyError
 from ..recipe.checks import (
     CheckedRecipe,
@@ -168,6 +169,8 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, f
         return
     trained = next((row for row in case.prepared if any_trained(row.get("labels", ()))), None)
     case.first_row = [] if trained is None else marked(trained, case.tokenizer)
+    if trained is not None and has_view(trained):
+        case.teacher_row = marked(viewed_row(trained), wants.teacher_tokenizer or case.tokenizer)
     with contextlib.suppress(*_MENDABLE, KeyError):
         kind = "preference" if is_pair(rows[0]) else detect_dataset_type(rows[0])
         whole = [row for row in case.prepared if "input_ids" in row]

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import models
 from ..data import DistillCollator
 from ..data.labels import any_trained
+from ..data.views import viewed_row
 from ..exceptions import CacheError, ConfigurationError
 from ..losses.reduction import trained_mask
 from ..signals import TokenLogits, TokenLogprobs, TokenSampled, TokenTopK
@@ -59,7 +60,7 @@ def check_answers(case: Case, other: Teacher | None = None) -> Iterator[Finding]
     Raises:
         ConfigurationError: the teacher cannot be loaded.
     """
-    rows = list(case.prepared or [])
+    rows = [viewed_row(row) for row in case.prepared or []]
     folder = case.args.teacher_cache
     cached = CachedTeacher(folder) if folder is not None and read_identity(folder) is not None else None
     known = [row for row in rows if cached is not None and dataset_row_key(row)[0] in cached.cache][:_ROWS]

@@ -16,6 +16,7 @@ import torch
 from .. import models
 from ..randomness import Role
 from ..rollouts import Alone, CompletionSettings, CompletionStore, DecodeEngine, SamplingSettings, complete_prompts
+from ..rollouts.store import prompt_key
 from ..signals import TokenLogits
 from ..storage import RecordStore, content_key
 from .accuracy import Answer, answer_parser, judge
@@ -118,7 +119,8 @@ class Workshop:
     def _completions(
         self, subject: Subject, examples: list[Example], sampling: SamplingSettings, seed: int, title: str
     ) -> list[list[int]]:
-        prompts = {example.key: example.prompt_ids for example in examples}
+        asked = [example.prompt_of(teacher=subject.role == "teacher") for example in examples]
+        prompts = {prompt_key(ids): ids for ids in asked}
         # A baseline draws by its student's numbers, so that a difference shows what training changed.
         stream = self.settings.stream(seed, Role.TEACHER if subject.role == "teacher" else Role.STUDENT)
         settings = CompletionSettings(sampling, stream, self.settings.batch_size, DecodeEngine(self.tokenizer))
@@ -128,7 +130,7 @@ class Workshop:
         written = complete_prompts(
             prompts, subject.generating(), Alone(subject.device), settings, store, title=title, progress=self.progress
         )
-        return [written[example.key] for example in examples]
+        return [written[prompt_key(ids)] for ids in asked]
 
     # ---- Reading ----------------------------------------------------------------------------------------------------
 
@@ -171,13 +173,14 @@ class Workshop:
             collected.greedy = self.greedy(subject, examples.questions)
         collected.read_answers(examples, self.metrics, self.settings, self.tokenizer)
         if wanted & {"perplexity", "calibration"} or (teacher and "agreement" in wanted):
-            texts = [(example.prompt_ids, example.completion_ids) for example in examples.with_text]
+            alone = subject.role == "teacher"
+            texts = [example.behind(example.completion_ids, teacher=alone) for example in examples.with_text]
             collected.reference = self.read(subject, teacher, texts, "references")
         if teacher and wanted & {"agreement", "exposure_bias"} and collected.samples:
-            own_pairs = list(zip(prompts, collected.samples[0], strict=True))
+            own_pairs = [e.behind(ids) for e, ids in zip(examples.prompted, collected.samples[0], strict=True)]
             collected.own_text = self.read(subject, teacher, own_pairs, "its own text")
         if teacher and "exposure_bias" in wanted:
-            teacher_pairs = list(zip(prompts, given.samples[0], strict=True))
+            teacher_pairs = [e.behind(ids) for e, ids in zip(examples.prompted, given.samples[0], strict=True)]
             collected.teacher_text = self.read(subject, teacher, teacher_pairs, "the teacher's text")
         if "speed" in wanted:
             collected.cost = self._cost(subject, prompts)
@@ -210,12 +213,15 @@ class Workshop:
         self, subject: Subject, teacher: Subject, text: Text, values: TokenValues, *, kind: str, example: int
     ) -> TokenComparison:
         """Show one completion as both models see it, with their likeliest tokens at each place."""
-        prompt, completion = text
+        prompt, completion, *own = text
         identity = [subject.facts.fingerprint, teacher.facts.fingerprint, self.vocab_size, self.settings.top_tokens]
         store, key = self._store("top_tokens", identity, "likeliest tokens"), content_key(*text)
         records = {} if store is None else store.load()
         if key not in records:
-            seen = {name: self._top(model, text) for name, model in (("student", subject), ("teacher", teacher))}
+            seen = {
+                "student": self._top(subject, prompt, completion),
+                "teacher": self._top(teacher, (*own, prompt)[0], completion),
+            }
             records[key] = {"key": key, **seen}
             if store is not None:
                 store.append([records[key]])
@@ -239,10 +245,10 @@ class Workshop:
         return [[TopToken(self.tokenizer.decode([int(token)]), p) for token, p in place] for place in top]
 
     @torch.no_grad()
-    def _top(self, subject: Subject, text: Text) -> dict[str, Any]:
+    def _top(self, subject: Subject, prompt: list[int], completion: list[int]) -> dict[str, Any]:
         """Probabilities of the given tokens, and ids and probabilities of the likeliest, a few positions at a time."""
-        ids = torch.tensor([[*text[0], *text[1]]], device=subject.device)
-        predicts = torch.arange(1, ids.shape[1], device=ids.device).unsqueeze(0) >= len(text[0])
+        ids = torch.tensor([[*prompt, *completion]], device=subject.device)
+        predicts = torch.arange(1, ids.shape[1], device=ids.device).unsqueeze(0) >= len(prompt)
         labels = ids[:, 1:][predicts]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         signal = subject.model.signal(inputs, predicts, self.vocab_size)

@@ -13,6 +13,8 @@ from ..data.formats import detect_dataset_type, is_conversation, to_chatml
 from ..data.plain import plain_dataset, plain_row
 from ..data.rationales import RationaleTemplates
 from ..data.rows import tokenize_row, truncate
+from ..data.teacher_prompts import TeacherPrompts
+from ..data.views import teacher_prompt
 from ..exceptions import DatasetError
 from ..rollouts.store import prompt_key
 from .accuracy import Parse, Question, answer_parser
@@ -29,6 +31,7 @@ class Example:
         references: texts that count as right completions; the first is that of `completion_ids`.
         answer: of a question; None where nobody knows.
         prompt_text: for people to read: a conversation without its template; empty where only ids are known.
+        teacher_prompt_ids: what the teacher reads in place of the prompt; None: the same.
     """
 
     prompt_ids: list[int]
@@ -38,11 +41,21 @@ class Example:
     choices: list[str] = field(default_factory=list)
     task: str = ""
     prompt_text: str = ""
+    teacher_prompt_ids: list[int] | None = None
 
     @property
     def key(self) -> str:
         """Identifies its prompt."""
         return prompt_key(self.prompt_ids)
+
+    def prompt_of(self, *, teacher: bool) -> list[int]:
+        """Return the prompt that a model reads: the teacher's own, if it is the teacher and has one."""
+        return self.teacher_prompt_ids if teacher and self.teacher_prompt_ids is not None else self.prompt_ids
+
+    def behind(self, completion: list[int], *, teacher: bool = False) -> tuple[list[int], ...]:
+        """Return a text to be read: prompt, completion and, for a student beside its teacher, the teacher's prompt."""
+        own = () if teacher or self.teacher_prompt_ids is None else (self.teacher_prompt_ids,)
+        return self.prompt_of(teacher=teacher), completion, *own
 
     @property
     def question(self) -> Question:
@@ -88,14 +101,22 @@ class _Reader:
     def __init__(self, tokenizer: Any, settings: EvaluationSettings, parse: Parse, features: Any = None):
         self.tokenizer, self.settings, self.parse, self.features = tokenizer, settings, parse, features
         self.templates = RationaleTemplates.of("auto", tokenizer, label_prompt=settings.question_prompt)
+        self.teacher = TeacherPrompts(settings.teacher_system_prompt, settings.teacher_prompt)
+        self.prompts: dict[Any, TeacherPrompts | None] = {}  # by the columns of rows
 
     def __call__(self, row: Mapping[str, Any], name: str) -> Example | None:
         choices = [str(choice) for choice in row.get("choices") or []]
         asked = self._as_prompt(row, choices) if self._is_question(row) else row
         row_type = detect_dataset_type(asked, name=name)
         kwargs: Any = self.settings.chat_template_kwargs or None
+        prompts = self._prompts(row, row_type, name)
         tokens = tokenize_row(
-            asked, self.tokenizer, dataset_type=row_type, chat_template_kwargs=kwargs, features=self.features
+            asked if prompts is None else {**row, **asked},
+            self.tokenizer,
+            dataset_type=row_type,
+            chat_template_kwargs=kwargs,
+            features=self.features,
+            teacher_prompts=prompts,
         )
         ids, start = tokens["input_ids"], tokens["prompt_length"]
         if not ids:
@@ -110,6 +131,7 @@ class _Reader:
             bos_token_id=self.tokenizer.bos_token_id,
         )
         start = cut["prompt_length"]
+        own = None if prompts is None else teacher_prompt({**cut, **prompts.finished(tokens, cut, 0)[0]})
         return Example(
             cut["input_ids"][:start],
             cut["input_ids"][start:],
@@ -118,7 +140,14 @@ class _Reader:
             choices,
             str(row.get("task") or ""),
             _prompt_text(asked),
+            own,
         )
+
+    def _prompts(self, row: Mapping[str, Any], row_type: Any, name: str) -> TeacherPrompts | None:
+        key = row_type, frozenset(row)
+        if key not in self.prompts:
+            self.prompts[key] = self.teacher.reading(row, row_type, None, name)
+        return self.prompts[key]
 
     def _is_question(self, row: Mapping[str, Any]) -> bool:
         others = {"input_ids", "prompt", "messages", "conversations"}

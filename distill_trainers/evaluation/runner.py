@@ -367,11 +367,11 @@ class Evaluation:
         examples = self.examples.examples
         texts = {
             "reference": [
-                (place, (examples[place].prompt_ids, examples[place].completion_ids), values)
+                (place, examples[place].behind(examples[place].completion_ids), values)
                 for place, values in zip(self.examples.subsets["texts"], collected.reference, strict=False)
             ],
             "student": [
-                (place, (examples[place].prompt_ids, collected.samples[0][i]), collected.own_text[i])
+                (place, examples[place].behind(collected.samples[0][i]), collected.own_text[i])
                 for i, place in enumerate(self.examples.subsets["prompts"][: len(collected.own_text)])
             ],
         }

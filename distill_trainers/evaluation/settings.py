@@ -49,6 +49,10 @@ class EvaluationSettings(Checked):
         None, "What asks a `question`; by default the label prompt of method rationale."
     )
     chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Extra variables for the chat template (JSON).")
+    teacher_system_prompt: str | None = setting(None, "System prompt of the teacher alone, as in training.")
+    teacher_prompt: str | None = setting(
+        None, "What the teacher alone is asked: a template or a column, as in training."
+    )
     bootstrap_samples: int = setting(1000, "Resamples of the prompts for intervals.", least=1)
     confidence: float = setting(0.95, "Of the intervals.", above=0, below=1)
     calibration_bins: int = setting(10, "Bins of the calibration error.", least=1)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .. import models
 from ..data import DistillCollator
 from ..data.labels import row_of
+from ..data.views import teacher_inputs, with_teacher_prompt
 from ..losses.fused_linear import TermsFn, fused_linear_terms
 from ..losses.reduction import trained_mask
 from ..signals import HiddenStates, TokenLogits
@@ -22,7 +23,8 @@ from ..storage import RecordStore, content_key
 from ..teachers import LocalTeacher
 from .agreement import comparison_terms
 
-Text = tuple[list[int], list[int]]  # prompt and completion, as ids
+# Prompt and completion, as ids; then what the teacher reads in place of the prompt, if that is something else.
+Text = tuple[list[int], ...]
 TokenValues = dict[str, list[float]]  # measures of every token of one completion
 Batch = dict[str, Tensor]
 RunBatch = Callable[[Batch], Mapping[str, Tensor]]
@@ -60,7 +62,10 @@ def force(
     batches += [[]] * (turns - len(batches))  # of no use here, but others may wait for it
     collate = DistillCollator(pad_token_id)
     for batch in tqdm(batches, desc=title, disable=not progress or not batches or rank != 0):
-        rows = [row_of(*text) for text in ([missing[key] for key in batch] or anybodys)]
+        rows = [
+            with_teacher_prompt(row_of(*text[:2]), *(text[2:] or [None]))
+            for text in ([missing[key] for key in batch] or anybodys)
+        ]
         inputs = {name: value.to(device) for name, value in collate(rows).items()}
         values = _by_row(run(inputs), inputs["labels"])[: len(batch)]
         done |= dict(zip(batch, values, strict=True))
@@ -89,9 +94,10 @@ def pair_runner(
     def run(batch: Batch) -> Mapping[str, Tensor]:
         predicts = trained_mask(batch["labels"])
         inputs = models.forward_inputs(batch)
+        viewed, own = teacher_inputs(batch, predicts)
         tokens = {"labels": batch["labels"][:, 1:][predicts]}
         signal = student.signal(inputs, predicts, vocab_size)
-        target = None if teacher is None else teacher.signal(inputs, predicts, vocab_size)
+        target = None if teacher is None else teacher.signal(models.forward_inputs(viewed), own, vocab_size)
         if isinstance(signal, HiddenStates):
             return fused_linear_terms(signal.hidden, signal.head, target, terms, tokens, {}, chunk_bytes=chunk_bytes)[1]
         everything = slice(None)

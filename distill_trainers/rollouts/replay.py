@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data import replace_completions
+from ..data.views import BATCH_ENTRIES, has_view, teacher_prompts
 from ..randomness import Purpose, Role, Stream
 from .sampler_logps import sampler_logps_of, with_sampler_logps
 from .sampling import pad_left
@@ -30,7 +31,8 @@ class ReplayBuffer:
 
     Args:
         parts: token lists per row; 3 for (prompt, chosen, rejected). A row may have one part more: what its sampler
-            thought of each token of the last list (`scored_rows`).
+            thought of each token of the last list (`scored_rows`). A prompt of the teacher's own comes behind the
+            prompt, and is one list more.
     """
 
     def __init__(self, capacity: int, parts: int = 2):
@@ -40,8 +42,13 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def push(self, rows: Iterable[ReplayRow]) -> None:
-        """Add rows; the oldest make room."""
+    def push(self, rows: Iterable[ReplayRow], parts: int | None = None) -> None:
+        """Add rows; the oldest make room.
+
+        Args:
+            parts: their token lists, if not as many as the buffer was made for.
+        """
+        self.parts = parts or self.parts
         self.rows.extend(rows)
 
     def sample(self, count: int, *, seed: int, step: int, rank: int) -> list[ReplayRow]:
@@ -67,6 +74,7 @@ class ReplayBuffer:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up `state_dict` again; a smaller capacity keeps the newest rows."""
         self.rows.clear()
+        self.parts = state["lengths"].shape[1]
         lists = iter([part.tolist() for part in state["ids"].split(state["lengths"].flatten().tolist())])
         rows: list[ReplayRow] = list(zip(*[lists] * self.parts, strict=True))
         if "scored" in state:
@@ -99,13 +107,23 @@ class AdaptiveProbability:
 
 
 def sampled_rows(batches: Sequence[Batch]) -> list[ReplayRow]:
-    """Return the (prompt, completion) rows of batches whose completions were sampled."""
+    """Return the (prompt, completion) rows of batches whose completions were sampled.
+
+    Where the teacher has a prompt of its own, it stands between the two.
+    """
     rows: list[ReplayRow] = []
     for batch in batches:
         prompts, answers = batch["prompt_mask"].sum(dim=1).tolist(), batch["attention_mask"].sum(dim=1).tolist()
-        for ids, prompt, answer in zip(batch["input_ids"].tolist(), prompts, answers, strict=True):
-            rows.append((ids[:prompt], ids[prompt:answer]))
+        texts = list(zip(batch["input_ids"].tolist(), prompts, answers, strict=True))
+        views = teacher_prompts(batch, [ids[:prompt] for ids, prompt, _ in texts])
+        for number, (ids, prompt, answer) in enumerate(texts):
+            rows.append((ids[:prompt], *(() if views is None else (views[number],)), ids[prompt:answer]))
     return rows
+
+
+def parts_of(batches: Sequence[Batch]) -> int:
+    """Count the token lists of `sampled_rows`."""
+    return 2 + has_view(batches[0])
 
 
 def scored_rows(batches: Sequence[Batch]) -> list[ReplayRow]:
@@ -122,11 +140,17 @@ def with_rows(
     replaced, start = [], 0
     for batch in batches:
         chosen = rows[start : start + len(batch["prompt_ids"])]
-        prompts, completions = zip(*(row[:2] for row in chosen), strict=True)
+        parts = parts_of([batch])
+        prompts, *views, completions = zip(*(row[:parts] for row in chosen), strict=True)
         start += len(prompts)
         ids, mask = pad_left(prompts, pad_token_id, batch["prompt_ids"].device)
         new = {"prompt_ids": ids, "prompt_mask": mask}
-        filled = replace_completions({**batch, **new}, completions, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
-        told = [row[2] if len(row) > 2 else None for row in chosen]
+        if views:
+            ids, mask = pad_left(views[0], pad_token_id, batch["prompt_ids"].device)
+            starts = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
+            new |= dict(zip(BATCH_ENTRIES, (ids, mask, starts), strict=True))
+        rest = {name: entry for name, entry in batch.items() if name not in BATCH_ENTRIES}  # of other prompts
+        filled = replace_completions({**rest, **new}, completions, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+        told = [row[parts] if len(row) > parts else None for row in chosen]
         replaced.append(filled if told == [None] * len(told) else with_sampler_logps(filled, told))
     return replaced

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..data.teacher_prompts import names_in
 from ..exceptions import ConfigurationError
 from ..models import which_files
 from ..settings import Checked, require, setting, shown
@@ -32,6 +33,9 @@ else:  # at run time their types are those of the config
     _Config = object
 
 
+TOO_LONG = ("error", "drop")
+
+
 @dataclass
 class TeacherOptions(Checked, _Config):
     """Where a teacher's answers come from, and how. A config adds them to `TrainingArguments`, whose fields it reads.
@@ -49,6 +53,22 @@ class TeacherOptions(Checked, _Config):
     )
     teacher_adapter: str | None = setting(
         None, "With adapter_off: the teacher is this adapter on the student's base (name, folder, Hub id)."
+    )
+
+    # What the teacher reads in place of the student's prompt
+    teacher_system_prompt: str | None = setting(
+        None, "System prompt of the teacher alone; a system message of the row follows it in the same message."
+    )
+    teacher_prompt: str | None = setting(
+        None,
+        "What the teacher is asked: a template such as '{prompt} Hint: {hint}' over columns and what the student is "
+        "asked ({prompt}), or the name of a column of text or messages.",
+    )
+    teacher_max_length: int | None = setting(
+        None, "Longest row of the teacher, its own prompt plus completion, in tokens; nothing of it is cut.", least=2
+    )
+    teacher_too_long: str = setting(
+        "error", f"What happens to rows that are longer for the teacher: one of {', '.join(TOO_LONG)}."
     )
 
     # Teacher cache
@@ -100,9 +120,20 @@ class TeacherOptions(Checked, _Config):
         """Refuse what cannot work."""
         if self.teacher_cache is not None:
             self.teacher_cache = os.path.expanduser(self.teacher_cache)
+        self._check_view()
         self._check_teacher_cache()
         self._check_teacher_server()
         self._check_placement()
+
+    def _check_view(self) -> None:
+        if "{" in (self.teacher_prompt or ""):
+            names_in(str(self.teacher_prompt))  # it says what is no template
+        self._require("teacher_too_long", self.teacher_too_long in TOO_LONG, f"one of {', '.join(TOO_LONG)}")
+        self._require(
+            "teacher_too_long",
+            self.teacher_too_long == "error" or self.teacher_max_length is not None,
+            "`teacher_max_length` beside it: the length that is too long",
+        )
 
     def _check_teacher_server(self) -> None:
         kind = self.teacher_server_kind

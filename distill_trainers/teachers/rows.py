@@ -16,6 +16,7 @@ from ..data.labels import IGNORED
 from ..data.packing import is_packed_dataset, restarts, rows_of_packed, unpacked
 from ..data.pairs import rows_of_pair
 from ..data.rationales import rows_of_rationales
+from ..data.views import view_features, viewed_row
 from ..exceptions import ConfigurationError
 
 TokenRow = tuple[
@@ -75,17 +76,25 @@ def dataset_row_key(row: Mapping[str, Any]) -> tuple[bytes, int]:
     return row_key(row["input_ids"], positions), len(positions)
 
 
-def examples_of(dataset: Any) -> Iterator[list[dict[str, Any]]]:
-    """Iterate over the rows of each example: one, the two of a pair, the two tasks of a rationale, or packed ones."""
+def examples_of(dataset: Any) -> Iterator[list[Mapping[str, Any]]]:
+    """Iterate over each example's rows as the teacher reads them.
+
+    They are one, the two of a pair, the two tasks of a rationale, or packed ones.
+    """
+    columns = ["input_ids", "labels"]
+    columns += [name for name in view_features() if name in dataset.column_names]
+    examples: Iterator[list[dict[str, Any]]]
     if is_packed_dataset(dataset):
-        return map(rows_of_packed, dataset)
-    if "rejected_ids" in dataset.column_names:
-        return map(rows_of_pair, dataset)
-    if "other_input_ids" in dataset.column_names:
-        return map(rows_of_rationales, dataset)
-    return ([row] for row in dataset.select_columns(["input_ids", "labels"]))
+        examples = map(rows_of_packed, dataset)
+    elif "rejected_ids" in dataset.column_names:
+        examples = map(rows_of_pair, dataset)
+    elif "other_input_ids" in dataset.column_names:
+        examples = map(rows_of_rationales, dataset)
+    else:
+        examples = ([row] for row in dataset.select_columns(columns))
+    return ([viewed_row(row) for row in rows] for rows in examples)
 
 
-def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Iterate over all rows of a tokenised dataset."""
+def dataset_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """Iterate over all rows of a tokenised dataset, as the teacher reads them."""
     return itertools.chain.from_iterable(examples_of(dataset))

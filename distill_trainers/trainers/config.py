@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from transformers import TrainingArguments
 
 from ..data import prepare_dataset
+from ..data.teacher_prompts import TeacherPrompts
 from ..data.tokenization import Needs
 from ..evaluation.measures import MEASURES, METRICS, higher_is_better
 from ..exceptions import ConfigurationError, refuse_unknown_keys
@@ -221,6 +222,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         return "every step samples completions for single prompts" if self.samples_completions else ""
 
     @property
+    def why_no_views(self) -> str:
+        """What keeps the teacher from reading another prompt than the student, as the end of a sentence."""
+        return "packed rows follow one another, without prompts of their own (`packing: true`)" if self.packing else ""
+
+    @property
     def needs(self) -> frozenset[str]:
         """Kinds of signal that the teacher must give; with none, there may be no teacher."""
         return frozenset({"distribution"})
@@ -304,6 +310,18 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             num_proc=self.dataset_num_proc,
             needs=needs,
             name=name,
+            teacher_prompts=self.teacher_prompts(wants),
+        )
+
+    def teacher_prompts(self, wants: Requirements) -> TeacherPrompts:
+        """Say what the teacher is asked in place of the student's prompt; `reading` tells whether that is anything."""
+        return TeacherPrompts(
+            system=self.teacher_system_prompt,
+            prompt=self.teacher_prompt,
+            max_length=self.teacher_max_length,
+            drops_long=self.teacher_too_long == "drop",
+            why_not=self.why_no_views,
+            tokenizer=wants.teacher_tokenizer,
         )
 
     def answers_prompts(self, name: str, wants: Requirements) -> bool:

@@ -18,6 +18,7 @@ from ..data.plain import plain_dataset
 from ..exceptions import ConfigurationError, DatasetError
 from ..requirements import Requirements
 from ..rollouts import check_engine
+from ..settings import shown
 from ..storage import check_folder
 from ..teachers import loading
 from ..teachers.base import Pair, Teacher
@@ -186,6 +187,7 @@ def preflight(given: Given) -> Ready:
     wants = args.requirements(first_row(given.train) if args.reads_first_row and given.train is not None else None)
     wants = dataclasses.replace(wants, streams_rows=given.train is not None and not hasattr(given.train, "__len__"))
     _check_packing(args, wants)
+    _check_view(args, loading.kind_of(teacher, args))
     _check_models(given)
     config = student_config(student, args)
     _check_files(pair, config, args)
@@ -204,6 +206,8 @@ def preflight(given: Given) -> Ready:
     tokenizer = models.with_pad_token(getattr(tokenizer, "tokenizer", tokenizer))
     other = pair.teacher_tokenizer or loading.teacher_tokenizer(teacher, tokenizer, args)
     pair = dataclasses.replace(pair, tokenizer=tokenizer, teacher_tokenizer=other)
+    if getattr(other, "chat_template", None):
+        wants = dataclasses.replace(wants, teacher_tokenizer=other)
     loading.compare_vocabularies(pair, args)
     return Ready(given, pair, wants, config)
 
@@ -249,6 +253,15 @@ def _check_packing(args: DistillConfig, wants: Requirements) -> None:
         raise ConfigurationError(
             "Got `packing: true` without `max_length`; expected the length that rows are packed to."
         )
+
+
+def _check_view(args: DistillConfig, teacher: type[Teacher]) -> None:
+    for name in ("teacher_system_prompt", "teacher_prompt", "teacher_max_length"):
+        if teacher.is_nobody and getattr(args, name) is not None:
+            raise ConfigurationError(
+                f"Got `{name}: {shown(getattr(args, name))}` without a teacher, who alone would read it. Name a "
+                "teacher, or leave it out."
+            )
 
 
 def _check_models(given: Given) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
+from ..data.views import has_view, teacher_inputs
 from ..exceptions import ConfigurationError
 from ..losses.fused_linear import TermsFn, fused_linear_terms
 from ..losses.fused_logps import fused_row_terms, row_terms_of_logits, signal_token_logps
@@ -61,8 +62,28 @@ class TwoModels:
         self._rows_stay_apart = False
 
     def signal(self, inputs: Mapping[str, Any], predicts: Tensor) -> TeacherSignal:
-        """Ask the teacher about the tokens that `predicts` `[B, T-1]` marks (`Teacher.signal`)."""
-        return self.teacher.signal(models.forward_inputs(inputs, self.extras), predicts, self.vocab_size)
+        """Ask the teacher about the tokens that `predicts` `[B, T-1]` marks (`Teacher.signal`), on its own view."""
+        return self.teacher.signal(*self.read_by(self.teacher, inputs, predicts), self.vocab_size)
+
+    def read_by(self, frozen: Teacher, inputs: Mapping[str, Any], predicts: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what of a batch a frozen model reads, and which of its positions predict the trained tokens.
+
+        The teacher has its own view of rows that come with one; any other model, such as the student before training,
+        reads what the student reads.
+
+        Raises:
+            ConfigurationError: the batch says more about the student's text than its ids.
+        """
+        if frozen is not self.teacher or not has_view(inputs):
+            return models.forward_inputs(inputs, self.extras), predicts
+        more = sorted(self.extras & inputs.keys())
+        if more:
+            raise ConfigurationError(
+                f"Got batches with {more} of the student's text, while the teacher reads another prompt, of which they "
+                "say nothing; expected ids and mask. Leave them out of the batches (another `data_collator`)."
+            )
+        viewed, predicts = teacher_inputs(inputs, predicts)
+        return models.forward_inputs(viewed), predicts
 
     def ask_ahead(self, batches: Iterable[Mapping[str, Any]], teacher_signal: SignalFn) -> None:
         """Tell a remote teacher what it is going to be asked, so that it works while the student does.
@@ -161,7 +182,7 @@ class TwoModels:
         predicts = trained_mask(batch["labels"])
         labels = batch["labels"][:, 1:][predicts]
         with self.autocast():
-            signal = frozen.signal(models.forward_inputs(batch, self.extras), predicts, self.vocab_size)
+            signal = frozen.signal(*self.read_by(frozen, batch, predicts), self.vocab_size)
             with frozen.whole_head(signal) as whole_signal:
                 return signal_token_logps(whole_signal, labels, chunk_bytes=self.chunk_bytes), signal
 

@@ -101,13 +101,30 @@ def test_the_first_row_is_shown_with_what_is_trained(recipe, pair, diagnose, con
     assert f"{prompt['text']}⟦{answer['text']}⟧" in capsys.readouterr().out
 
 
+def test_the_first_row_is_shown_as_both_read_it(recipe, pair, diagnose, conversations, capsys):
+    both = {"template": CHAT}
+    path = recipe(**pair(student=both, teacher=both), dataset=conversations, teacher_prompt="9+9+{prompt}", lmbda=0.0)
+    status, report = diagnose(path)
+    (asked, answer), (own, same) = report["first_row"], report["teacher_row"]
+    assert status == 0 and same == answer and answer["trained"] and not own["trained"]
+    assert own["text"] == asked["text"].replace("=", "=9+9+", 1)
+    main(["doctor", "--config", path, "--quick"])
+    shown = capsys.readouterr().out
+    assert "the student reads" in shown and "the teacher reads" in shown
+    (line,) = [line for line in shown.splitlines() if f"⟦{answer['text']}⟧" in line]
+    assert line.index(asked["text"]) < line.index(own["text"])
+    status, report = diagnose(recipe(**pair(), teacher_prompt="{hint}{prompt}"))
+    assert status == 2 and any("has no column hint" in finding["what"] for finding in report["findings"])
+
+
 def test_a_row_gives_no_orders_to_the_terminal():
     from rich.console import Console
 
     console = Console(record=True, width=200)
-    case = SimpleNamespace(first_row=[("a\x1b[2J", False), ("b\u202e", True)])
-    print_first_row(SimpleNamespace(case=case), console)
-    assert "a‹U+001B›[2J⟦b‹U+202E›⟧" in console.export_text()
+    row = [("a\x1b[2J", False), ("b\u202e", True)]
+    for view in ([], row):
+        print_first_row(SimpleNamespace(case=SimpleNamespace(first_row=row, teacher_row=view)), console)
+        assert console.export_text().count("a‹U+001B›[2J⟦b‹U+202E›⟧") == 1 + bool(view)
 
 
 def test_every_fault_of_the_data_is_told_in_the_words_of_a_run(recipe, pair, diagnose, tmp_path):

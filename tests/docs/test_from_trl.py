@@ -55,6 +55,14 @@ def test_names_exist_on_both_sides(row):
         assert default == yaml.safe_load(told[1]) and _defaults(*classes)[names[0]] == yaml.safe_load(told[2])
 
 
+def test_names_of_sdft_exist_on_both_sides():
+    from trl.experimental.sdft import SDFTConfig
+
+    for theirs, here, _ in _rows("## SDFTTrainer")[1:]:
+        assert set(re.findall(r"`(\w+)`", theirs)) <= set(_defaults(SDFTConfig))
+        assert set(re.findall(r"`(\w+)`", here)) <= set(_defaults(GKDConfig))
+
+
 @pytest.mark.parametrize("row", _rows("## Moving a recipe"), ids=lambda row: row[0])
 def test_keys_of_recipes_exist_on_both_sides(row):
     theirs, here = row

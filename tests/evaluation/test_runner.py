@@ -65,6 +65,34 @@ def all_results(models, tokenizer):
 # ---- What the numbers are -------------------------------------------------------------------------------------------
 
 
+def test_a_teacher_that_sees_more_is_evaluated_on_its_own_view(run, models, dense, tokenizer, tmp_path):
+    rows = [{**row, "hint": "9+" * (1 + i % 2)} for i, row in enumerate(ROWS)]
+    own = {"teacher_prompt": "{hint}{prompt}"}
+    results = run(rows, metrics=["perplexity", "agreement", "rouge_l"], cache_dir=tmp_path, **own)
+    examples = read_examples(rows, tokenizer, dataclasses.replace(SETTINGS, **own))
+    labels = [example.completion_ids for example in examples]
+    sides = {
+        name: [
+            {"input_ids": [*ids, *y], "labels": [-100] * len(ids) + y} for ids, y in zip(prompts, labels, strict=True)
+        ]
+        for name, prompts in (
+            ("q", [example.prompt_ids for example in examples]),
+            ("p", [tokenizer(r["hint"] + r["prompt"], add_special_tokens=False)["input_ids"] for r in rows]),
+        )
+    }
+    q, p = (getattr(dense(models["student"], models["teacher"], of_side), name) for name, of_side in sides.items())
+    assert results.model("mine").scores["kl"].value == pytest.approx(
+        (p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4
+    )
+    nll = -p.gather(1, torch.tensor([token for y in labels for token in y])[:, None]).mean()
+    assert results.model("teacher").scores["perplexity"].value == pytest.approx(nll.exp().item(), rel=1e-4)
+    plain = run(
+        rows, metrics=["perplexity", "agreement", "rouge_l"], cache_dir=tmp_path
+    )  # nothing of the other is read
+    assert plain.model("mine").scores["kl"].value != pytest.approx(results.model("mine").scores["kl"].value, rel=1e-2)
+    assert plain.model("mine").scores["rouge_l"].value == results.model("mine").scores["rouge_l"].value
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_forced_scores_equal_a_dense_reference_at_any_batch_size(run, models, dense, tokenizer, batch_size):
     results = run(metrics=["perplexity", "agreement", "calibration"], batch_size=batch_size)

@@ -636,3 +636,10 @@ def test_a_server_open_to_others_wants_a_token(saved, capsys, monkeypatch):
         assert words in capsys.readouterr().err
     assert main(["serve-teacher", "--model", "./no/such/folder", "--port", "0"]) == 2
     assert "not a folder" in capsys.readouterr().err
+
+
+def test_rows_longer_for_the_teacher_than_its_server_takes_are_refused_at_once(make_trainer, serve):
+    server, views = serve(max_row_tokens=20).url, {"teacher_prompt": "9+9+9+{prompt}", "max_length": 16}
+    with pytest.raises(ConfigurationError, match="of the training rows may come to 2. tokens for the teacher, whose"):
+        make_trainer(teacher=server, lmbda=1.0, max_new_tokens=9, **views)
+    make_trainer(teacher=server, lmbda=1.0, max_new_tokens=2, **views)

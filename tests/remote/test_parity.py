@@ -30,6 +30,7 @@ def assert_same(found, expected, rel):
     [
         ("gkd", {"lmbda": 0.0}, {}),
         ("gkd", {"lmbda": 0.0, "packing": True}, {}),
+        ("gkd", {"lmbda": 0.5, "teacher_prompt": "9+{prompt}"}, {}),
         ("gkd", {"lmbda": 0.0, "data_collator": DataCollatorWithFlattening()}, {}),
         ("gkd", {"lmbda": 1.0, "divergence": "reverse_kl"}, {}),
         ("gkd", {"lmbda": 0.5, "divergence": "forward_kl", "kd_temperature": 2.0}, {}),

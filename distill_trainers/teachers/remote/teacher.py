@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -199,6 +199,18 @@ class RemoteTeacher(Teacher):
     def prepare(self, accelerator: Accelerator) -> None:
         self._device = accelerator.device
         self.servers.start_with(accelerator.process_index)
+
+    def expects(self, rows: Iterable[Mapping[str, Any]] | None, name: str) -> None:
+        longest = self.info["max_row_tokens"]
+        for number, row in enumerate(rows or () if longest is not None else ()):
+            if "teacher_length" not in row:  # what the student reads as well is no longer than `max_length`
+                return
+            if row["teacher_length"] > longest:
+                raise ConfigurationError(
+                    f"Row {number} of the {name} rows may come to {row['teacher_length']} tokens for the teacher, "
+                    f"whose server {self.servers.names} takes rows of {longest}. Shorten the teacher's own prompt, set "
+                    f"`teacher_max_length: {longest}` with `teacher_too_long: drop`, or raise the server's limit."
+                )
 
     @contextlib.contextmanager
     def asking_ahead(self) -> Iterator[bool]:

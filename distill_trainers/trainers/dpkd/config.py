@@ -175,6 +175,7 @@ class DPKDConfig(DistillConfig):
             num_proc=self.dataset_num_proc,
             drop_bad=self.bad_pairs == "drop",
             name=name,
+            teacher_prompts=self.teacher_prompts(wants),
         )
 
     def answers_prompts(self, name: str, wants: Requirements) -> bool:

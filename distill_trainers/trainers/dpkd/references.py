@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from ... import models
 from ...data import DistillCollator
 from ...data.pairs import rows_of_pair
+from ...data.views import teacher_inputs, viewed_row
 from ...exceptions import ConfigurationError
 from ...losses.reduction import trained_mask
 from ...teachers import LocalTeacher, Teacher
@@ -69,7 +70,7 @@ class ReferenceLogps:
     def of(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return `[B, T]`: log-probability of each trained token, 0 elsewhere."""
         predicts = trained_mask(batch["labels"])
-        keys = batch_keys(batch, predicts) if self.store is not None else []
+        keys = batch_keys(*self._read(batch, predicts)) if self.store is not None else []
         rows = self._known(keys)
         missing = [key for key in keys if key is not None and key not in rows]
         if self.store is None or self._all_ask(bool(missing)):
@@ -82,6 +83,14 @@ class ReferenceLogps:
             logps = torch.cat(known).to(predicts.device) if known else torch.zeros(0, device=predicts.device)
             values = torch.zeros(predicts.shape, dtype=logps.dtype, device=logps.device).masked_scatter(predicts, logps)
         return torch.nn.functional.pad(values, (1, 0))
+
+    @property
+    def _is_teacher(self) -> bool:
+        return self.run.args.reference == "teacher"
+
+    def _read(self, batch: Mapping[str, Tensor], predicts: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
+        """What the reference reads: the teacher's own view, if it is the teacher."""
+        return teacher_inputs(batch, predicts) if self._is_teacher else (batch, predicts)
 
     def _ask(self, batch: Mapping[str, Tensor], predicts: Tensor) -> Tensor:
         logps, _ = self.run.two_models.frozen_logps(self.model, batch)
@@ -115,7 +124,7 @@ class ReferenceLogps:
     @property
     def _collective(self) -> bool:
         accelerator, args = self.run.accelerator, self.run.args
-        placement = args.teacher_placement if args.reference == "teacher" else "auto"  # the student lies as launched
+        placement = args.teacher_placement if self._is_teacher else "auto"  # the student lies as launched
         sharded = is_collective(placement, models.zero_stage(accelerator), models.fsdp_version(accelerator))
         return accelerator.num_processes > 1 and sharded
 
@@ -138,7 +147,7 @@ class ReferenceLogps:
         self.store.refresh()
         todo: dict[bytes, dict[str, Any]] = {}
         for row in itertools.chain.from_iterable(map(rows_of_pair, pairs)):
-            key, count = dataset_row_key(row)
+            key, count = dataset_row_key(viewed_row(row) if self._is_teacher else row)
             if count and key not in self.store:
                 todo[key] = row
         accelerator.wait_for_everyone()  # nobody writes before all know what is missing

@@ -11,9 +11,9 @@ from ... import models
 from ...data import join_pairs
 from ...randomness import Purpose, Role, Stream
 from ...rollouts import ReplayBuffer, complete_prompts
-from ...rollouts.replay import sampled_rows, with_rows
+from ...rollouts.replay import parts_of, sampled_rows, with_rows
 from ...rollouts.store import prompt_key
-from ..lifecycle.completions import completion_settings, completion_store, prompts_to_complete
+from ..lifecycle.completions import completion_settings, completion_store, prompts_to_complete, student_prompt
 from ..protocol import Batch, Run
 
 
@@ -43,14 +43,15 @@ class StudentResponses:
         sampled = self.run.sample_completions(batches)
         if self.refresh_steps > 1:
             both = zip(sampled_rows(batches), sampled_rows(sampled), strict=True)
-            self.kept.push(gather_object([(prompt, chosen, rejected) for (prompt, chosen), (_, rejected) in both]))
+            kept = [(*row, other[-1]) for row, other in both]  # prompt, chosen and rejected
+            self.kept.push(gather_object(kept), parts=1 + parts_of(batches))
         return [self._join(*sides) for sides in zip(batches, sampled, strict=True)]
 
     def _replayed(self, batches: list[Batch], count: int, step: int) -> list[Batch]:
         run = self.run
         rows = self.kept.sample(count, seed=run.args.seed, step=step, rank=run.accelerator.process_index)
         pad, multiple = run.sampling.pad_token_id, run.args.pad_to_multiple_of
-        sides = ([(row[0], row[side]) for row in rows] for side in (1, 2))
+        sides = ([(*row[:-2], row[side]) for row in rows] for side in (-2, -1))
         chosen, rejected = (with_rows(batches, side, pad, multiple) for side in sides)
         return [self._join(*both) for both in zip(chosen, rejected, strict=True)]
 
@@ -78,7 +79,7 @@ def with_student_responses(run: Run, dataset: Any, written_by: str) -> Any:
     Args:
         written_by: names the student that the responses are of.
     """
-    prompts = prompts_to_complete(dataset, replace=True)
+    prompts = prompts_to_complete(dataset, replace=True, of=student_prompt)
     args, accelerator = run.args, run.accelerator
     stream = Stream(args.seed, Role.STUDENT, Purpose.REJECTED)
     settings = completion_settings(args, run.sampling, run.processing_class, stream)
@@ -87,7 +88,7 @@ def with_student_responses(run: Run, dataset: Any, written_by: str) -> Any:
     written = complete_prompts(prompts, generating, accelerator, settings, store, title="Student responses")
 
     def add(row: dict[str, Any]) -> dict[str, Any]:
-        response = written[prompt_key(row["input_ids"][: row["prompt_length"]])]
+        response = written[prompt_key(student_prompt(row))]
         return {"rejected_ids": response, "rejected_labels": response}
 
     return dataset.map(add, desc="Student responses", load_from_cache_file=False)

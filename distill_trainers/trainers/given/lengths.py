@@ -36,18 +36,21 @@ def check_positions(
     Raises:
         DatasetError: a model that looks its positions up in a table has too few. Others warn.
     """
-    reached = {name: _reached(rows, name, args, wants) for name, rows in datasets.items() if rows is not None}
-    tokens, told = max(reached.values(), default=(0, ""))
+    given = {name: rows for name, rows in datasets.items() if rows is not None}
+    own = {name: _reached(rows, name, args, wants) for name, rows in given.items()}
+    views = {name: _reached_by_teacher(rows, name, args) or own[name] for name, rows in given.items()}
     roles = [("student", student, student_config)]
     frozen = loading.model_of(teacher)
     if frozen is not None and hasattr(frozen, "config"):
         roles.append(("teacher", frozen, frozen.config))
     elif isinstance(teacher, str) and loading.has_files(teacher, args):
         config = models.load_config(teacher, "teacher", **args.files_of("teacher"))
-        given: Any = args.teacher_model_init_kwargs or {}
-        roles.append(("teacher", teacher, models.with_overrides(config, given)))
+        overrides: Any = args.teacher_model_init_kwargs or {}
+        roles.append(("teacher", teacher, models.with_overrides(config, overrides)))
     for role, source, config in roles:
         context = None if wants.encoder_decoder else models.positions_of(config)
+        reached = own if role == "student" else views
+        tokens, told = max(reached.values(), default=(0, ""))
         if context is None or tokens <= context:
             continue
         if not isinstance(source, nn.Module):
@@ -75,6 +78,18 @@ def _reached(rows: Any, name: str, args: DistillConfig, wants: Requirements) -> 
     padded = _padded(tokens, args)
     told += f", {padded} when padded" if padded > tokens else ""
     return padded, f"The longest row of dataset {name!r} has {tokens} {told}"
+
+
+def _reached_by_teacher(rows: Any, name: str, args: DistillConfig) -> tuple[int, str] | None:
+    """How long rows get for a teacher with a view of its own, and that in words; None: as long as the student's."""
+    if not isinstance(rows, Dataset):
+        limit = args.teacher_max_length
+        told = f"Rows of the stream {name!r} may have {limit} tokens for the teacher (`teacher_max_length`)"
+        return None if limit is None else (limit, told)
+    if "teacher_length" not in rows.column_names:
+        return None
+    tokens = max(rows["teacher_length"][:], default=0)
+    return tokens, f"The longest row of dataset {name!r} has {tokens} tokens for the teacher, with its own prompt"
 
 
 def _lengths(rows: Dataset) -> list[int]:

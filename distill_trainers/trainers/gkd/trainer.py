@@ -18,7 +18,7 @@ from ...losses import token_divergence, token_logps
 from ...losses.divergences import Divergence, TaidSchedule, resolve_divergence, taid
 from ...losses.sampler_ratio import WEIGHT, weighted
 from ...rollouts import AdaptiveProbability, ReplayBuffer, draws_on_policy
-from ...rollouts.replay import scored_rows, with_rows
+from ...rollouts.replay import parts_of, scored_rows, with_rows
 from ...signals import TokenLogits, TokenSignal
 from ..base import Batch
 from ..on_policy import OnPolicyTrainer
@@ -74,7 +74,7 @@ class GKDTrainer(OnPolicyTrainer):
         sampling = self.lmbda.value * (1 - step / max(1, self.state.max_steps))
         if draws_on_policy(sampling, seed, step) or len(self.replay) < window:
             batches = self.sample_completions(batches)
-            self.replay.push(gather_object(scored_rows(batches)))
+            self.replay.push(gather_object(scored_rows(batches)), parts_of(batches))
             return batches
         rows = self.replay.sample(sum(len(b["prompt_ids"]) for b in batches), seed=seed, step=step, rank=rank)
         return with_rows(batches, rows, self.sampling.pad_token_id, self.args.pad_to_multiple_of)

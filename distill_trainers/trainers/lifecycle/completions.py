@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ... import models
 from ...data.labels import any_trained, completion_labels
+from ...data.views import teacher_prompt
 from ...randomness import Purpose, Role, Stream
 from ...rollouts import CompletionSettings, CompletionStore, SamplingSettings, complete_prompts, local_engine
 from ...rollouts.completing import Prompts
@@ -61,22 +62,36 @@ def completion_store(
     return CompletionStore(root, settings.identity(**writer), rank)
 
 
-def prompts_to_complete(rows: Iterable[Mapping[str, Any]], *, replace: bool) -> Prompts:
-    """List prompts of tokenised rows without completion, or of all rows with `replace`, by key."""
+def student_prompt(row: Mapping[str, Any]) -> list[int]:
+    """Return the prompt of a tokenised row."""
+    return list(row["input_ids"][: row["prompt_length"]])
+
+
+def prompts_to_complete(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    replace: bool,
+    of: Callable[[Mapping[str, Any]], list[int]] = teacher_prompt,
+) -> Prompts:
+    """List prompts of tokenised rows without completion, or of all rows with `replace`, by key.
+
+    Args:
+        of: whose prompt it is: the teacher's own, where a row has one for it, or `student_prompt`.
+    """
     prompts: Prompts = {}
     for row in rows:
         if replace or not any_trained(row["labels"]):
-            ids = row["input_ids"][: row["prompt_length"]]
+            ids = of(row)
             prompts.setdefault(prompt_key(ids), ids)
     return prompts
 
 
 def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, replace: bool) -> Any:
-    """Add the given completions to `dataset` where it has none, or everywhere with `replace`."""
+    """Add the teacher's completions to `dataset` where it has none, or everywhere with `replace`."""
 
     def fill(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row["input_ids"][: row["prompt_length"]]
-        completion = completions.get(prompt_key(prompt))
+        prompt = student_prompt(row)
+        completion = completions.get(prompt_key(teacher_prompt(row)))
         if completion is None or (any_trained(row["labels"]) and not replace):
             return row
         ids, labels = prompt + completion, completion_labels(prompt, completion)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ... import models
+from ...data.views import has_view, teacher_prompt
 from ...evaluation import METRICS, EvaluationSettings
 from ...evaluation.accuracy import answer_parser
 from ...evaluation.agreement import comparison_terms
@@ -33,6 +35,7 @@ from ...losses.reduction import trained_mask
 from ...randomness import Role
 from ...requirements import Requirements
 from ...rollouts import CompletionSettings, complete_prompts, local_engine
+from ...rollouts.store import prompt_key
 from ...storage import content_key, write_file
 from ...teachers import Teacher
 from ..protocol import Run
@@ -191,7 +194,8 @@ class HeldOutMeasures(TrainerCallback):
             answer = row.get("reference") or (self._parse(reference) if reference else None)
             references = [reference] if reference else []
             choices, task = list(row.get("choices") or []), row.get("task") or ""
-            rows_read.append(Example(ids[:start][-room:], completion, references, answer, choices, task))
+            example = Example(ids[:start][-room:], completion, references, answer, choices, task)
+            rows_read.append(replace(example, teacher_prompt_ids=teacher_prompt(row) if has_view(row) else None))
             if len(rows_read) == self.run.args.eval_measures_rows:
                 break
         examples = ExampleSet(rows_read)
@@ -210,7 +214,6 @@ class HeldOutMeasures(TrainerCallback):
         assert self.examples is not None
         run, examples = self.run, self.examples
         collected = Collected(end_ids=list(run.sampling.eos_token_ids))
-        prompts = [example.prompt_ids for example in examples.prompted]
         collected.samples = self._sample(lambda: models.generating(model, run.accelerator), collected.end_ids)
         if "accuracy" in self.metrics:
             generating = models.generating(model, run.accelerator)
@@ -218,13 +221,14 @@ class HeldOutMeasures(TrainerCallback):
         self._answer(collected)
         metrics = set(self.metrics)
         if metrics & {"agreement", "calibration"}:
-            texts = [(example.prompt_ids, example.completion_ids) for example in examples.with_text]
-            collected.reference = self._read(model, texts)
+            collected.reference = self._read(model, [e.behind(e.completion_ids) for e in examples.with_text])
         if metrics & NEED_A_TEACHER:
-            collected.own_text = self._read(model, list(zip(prompts, collected.samples[0], strict=True)))
+            own = zip(examples.prompted, collected.samples[0], strict=True)
+            collected.own_text = self._read(model, [e.behind(ids) for e, ids in own])
         if "exposure_bias" in metrics:
             assert self._teacher is not None
-            collected.teacher_text = self._read(model, list(zip(prompts, self._teacher.samples[0], strict=True)))
+            theirs = zip(examples.prompted, self._teacher.samples[0], strict=True)
+            collected.teacher_text = self._read(model, [e.behind(ids) for e, ids in theirs])
         return collected
 
     def _answer(self, collected: Collected) -> None:
@@ -366,9 +370,10 @@ class HeldOutMeasures(TrainerCallback):
         stream = self.settings.stream(seed, Role.STUDENT if fingerprint is None else Role.TEACHER)
         settings = CompletionSettings(sampling, stream, self.settings.batch_size, engine)
         store = None if fingerprint is None else completion_store(run.args, settings, rank, teacher=fingerprint)
-        prompts = {example.key: example.prompt_ids for example in examples}
+        asked = [example.prompt_of(teacher=fingerprint is not None) for example in examples]
+        prompts = {prompt_key(ids): ids for ids in asked}
         written = complete_prompts(prompts, generating, accelerator, settings, store, progress=False)
-        return [written[example.key] for example in examples]
+        return [written[prompt_key(ids)] for ids in asked]
 
     @torch.no_grad()
     def _read(self, model: nn.Module, texts: list[Text]) -> list[TokenValues]:

@@ -98,6 +98,11 @@ class MiniLLMConfig(DistillConfig):
     why_no_packing = "the loss weighs whole rows"
 
     @property
+    def why_no_views(self) -> str:
+        mixes = f"student and teacher write one text behind one prompt (`teacher_mix_alpha: {self.alpha:g}`; 0 is off)"
+        return mixes if self.alpha else ""
+
+    @property
     def loss_terms(self) -> frozenset[str]:
         return frozenset({"single"} | ({"lm_loss"} if self.lm_loss_weight else set()))
 

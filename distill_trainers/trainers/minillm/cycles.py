@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 
 from ...data import DistillCollator
 from ...data.labels import row_of
+from ...data.views import with_teacher_prompt
 from ...exceptions import CheckpointError, DatasetError
 from ...losses.reduction import IGNORE_INDEX
 from ...randomness import Purpose, Role, Stream
@@ -33,11 +34,17 @@ WITHOUT_CYCLES = {"num_minibatches": 1, "num_inner_epochs": 1}
 
 @dataclass(frozen=True)
 class RolloutRow:
-    """A prompt, its sampled completion of L tokens, and log-probabilities `[L, K]` of them."""
+    """A prompt, its sampled completion of L tokens, their log-probabilities `[L, K]`, and the teacher's own prompt."""
 
     prompt: list[int]
     completion: list[int]
     logps: Tensor
+    teacher_prompt: list[int] | None = None
+
+    @property
+    def parts(self) -> tuple[list[int], ...]:
+        """Its token lists."""
+        return self.prompt, *(() if self.teacher_prompt is None else (self.teacher_prompt,)), self.completion
 
 
 class CycleSampler(Sampler[int]):
@@ -173,11 +180,14 @@ class RolloutCycles:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return settings and running cycle: ids and log-probabilities of all rows in turn, and `[N, 2]` lengths."""
+        """Return settings and running cycle: ids and log-probabilities of all rows in turn, and the lengths of parts.
+
+        These are `[N, 2]`, or `[N, 3]` where the teacher has prompts of its own.
+        """
         if not self.rows:
             return {"settings": self._settings}
-        ids = [token for row in self.rows for token in (*row.prompt, *row.completion)]
-        lengths = [(len(row.prompt), len(row.completion)) for row in self.rows]
+        ids = [token for row in self.rows for part in row.parts for token in part]
+        lengths = [[len(part) for part in row.parts] for row in self.rows]
         return {
             "settings": self._settings,
             "start": self.start,
@@ -196,10 +206,12 @@ class RolloutCycles:
         if "start" not in state:
             return
         self.start, lengths = state["start"], state["lengths"].tolist()
-        parts = iter(state["ids"].split([length for pair in lengths for length in pair]))
-        logps = state["logps"].split([completion for _, completion in lengths])
-        pairs = zip(parts, parts, logps, strict=True)
-        self.rows = [RolloutRow(prompt.tolist(), answer.tolist(), values.clone()) for prompt, answer, values in pairs]
+        parts = iter(state["ids"].split([length for of_row in lengths for length in of_row]))
+        logps = state["logps"].split([of_row[-1] for of_row in lengths])
+        self.rows = []
+        for of_row, values in zip(lengths, logps, strict=True):
+            prompt, *view, answer = (next(parts).tolist() for _ in of_row)
+            self.rows.append(RolloutRow(prompt, answer, values.clone(), *view))
 
     def _check(self, written: Mapping[str, int]) -> None:
         settings = self._settings
@@ -218,13 +230,17 @@ def rows_of(batches: Sequence[Batch]) -> list[RolloutRow]:
     """Return the rows of batches whose completions were sampled and scored."""
     rows = sampled_rows(batches)
     logps = torch.cat([batch[LOGPS][batch["labels"] != IGNORE_INDEX].cpu() for batch in batches])
-    parts = logps.split([len(completion) for _, completion in rows])
-    return [RolloutRow(prompt, completion, part) for (prompt, completion), part in zip(rows, parts, strict=True)]
+    parts = logps.split([len(row[-1]) for row in rows])
+    return [
+        RolloutRow(prompt, completion, part, *view)
+        for (prompt, *view, completion), part in zip(rows, parts, strict=True)
+    ]
 
 
 def batch_of(rows: Sequence[RolloutRow], pad_token_id: int, multiple: int | None, device: torch.device) -> Batch:
     """Make one batch of sampled rows."""
-    batch: Batch = DistillCollator(pad_token_id, multiple)([row_of(row.prompt, row.completion) for row in rows])
+    tokens = [with_teacher_prompt(row_of(row.prompt, row.completion), row.teacher_prompt) for row in rows]
+    batch: Batch = DistillCollator(pad_token_id, multiple)(tokens)
     return with_logps({name: value.to(device) for name, value in batch.items()}, torch.cat([row.logps for row in rows]))
 
 

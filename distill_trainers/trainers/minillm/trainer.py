@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...data import DistillCollator
+from ...data.views import view_of
 from ...losses import policy_gradient, token_divergence, token_logps
 from ...losses.reduction import IGNORE_INDEX, first_trained
 from ...losses.sampler_ratio import (
@@ -245,7 +246,7 @@ class MiniLLMTrainer(OnPolicyTrainer):
         signal: TeacherSignal | None = inputs.get(SIGNAL)
         if signal is None:
             rollouts = {name: inputs[name][:rows, :width] for name in ("input_ids", "attention_mask")}
-            signal = super().teacher_signal(rollouts, predicts[:rows, : width - 1])
+            signal = super().teacher_signal(rollouts | view_of(inputs), predicts[:rows, : width - 1])
         return padded(signal, int(predicts.sum())) if signal is not None and SHAPE in inputs else signal
 
     # ---- Data and checkpoints ---------------------------------------------------------------------------------------

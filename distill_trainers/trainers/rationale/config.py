@@ -131,6 +131,7 @@ class RationaleConfig(DistillConfig):
             reserve=self.max_new_tokens if wants.samples_completions else 0,
             separate=wants.encoder_decoder,
             chat_settings=self.chat_template_kwargs,  # type: ignore[arg-type]  # parsed by now
+            teacher_prompts=None if wants.encoder_decoder else self.teacher_prompts(wants),
         )
         # Evaluation scores the first sequence of every row; in training an example may have the other one alone.
         either = self.with_others and name == "train"

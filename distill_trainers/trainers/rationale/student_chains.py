@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...answers.formats import parse_response
 from ...answers.verify import verify_answer
 from ...data import unpadded_prompts
 from ...data.labels import IGNORED
 from ...data.rationales import with_innovations
+from ...data.views import teacher_prompts, view_of
 from ..protocol import Batch, Run
 from .config import RationaleConfig
 
@@ -32,11 +33,16 @@ def with_students_chains(run: RationaleRun, batches: list[Batch]) -> list[Batch]
     return [with_innovations(batch, rows, pad, multiple) for batch, rows in zip(batches, chains, strict=True)]
 
 
-def _innovations(run: RationaleRun, batch: Batch, sampled: Batch) -> list[tuple[list[int], int]]:
-    """Ids of prompt and chain, and the prompt's length, of chains that ended, are right, shorter, and new."""
+def _innovations(run: RationaleRun, batch: Batch, sampled: Batch) -> list[tuple[Any, ...]]:
+    """Ids of prompt and chain, the prompt's length, and the teacher's own prompt if there is one.
+
+    They are those of chains that ended, are right, shorter, and new.
+    """
     args = run.args
     lengths = (batch["labels"] != IGNORED).sum(1).tolist()
-    chains: dict[tuple[int, ...], tuple[list[int], int]] = {}
+    prompts = unpadded_prompts(batch)
+    views = teacher_prompts({name: entry[: len(prompts)] for name, entry in view_of(batch).items()}, prompts)
+    chains: dict[tuple[int, ...], tuple[Any, ...]] = {}
     rows = zip(unpadded_prompts(sampled), sampled["labels"].tolist(), strict=True)
     for place, (prompt, labels) in enumerate(rows):
         row = place // args.innovation_samples
@@ -48,5 +54,5 @@ def _innovations(run: RationaleRun, batch: Batch, sampled: Batch) -> list[tuple[
         reference, choices = batch["references"][row]
         verdict = verify_answer(parsed.answer, reference, args.answer_kind, choices or None)
         if parsed.rationale and verdict.right:
-            chains[row, *ids] = ([*prompt, *ids], len(prompt))
+            chains[row, *ids] = ([*prompt, *ids], len(prompt), *([] if views is None else [views[row]]))
     return list(chains.values())

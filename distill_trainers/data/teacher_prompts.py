@@ -1,0 +1,359 @@
+"""What a teacher is asked in place of the student's prompt: by a system prompt, a template, a column, or a context."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+from distill_trainers.data.chat import Chat, RenderingError, training_template
+from distill_trainers.data.conversations import bare, rendered_prompt, template_settings
+from distill_trainers.data.formats import DatasetType, as_text, is_conversation, to_chatml
+from distill_trainers.data.labels import TokenizedRow
+from distill_trainers.data.messages import Message, is_trained
+from distill_trainers.data.texts import text_ids
+from distill_trainers.data.views import has_view, start_of_view
+from distill_trainers.exceptions import ConfigurationError, DatasetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CONTEXT = "privileged_context"  # TRL's name of the column
+ASKED = "prompt"  # in templates: what the student is asked
+DEFAULT_TEMPLATE = f"{{{CONTEXT}}}\n\n{{{ASKED}}}"
+
+
+@dataclass(frozen=True)
+class TeacherPrompts:
+    """Writes the teacher's prompts; each is rendered by the teacher's chat template where the row is a conversation.
+
+    Args:
+        system: comes before the row's own system message, and makes one with it.
+        prompt: a template over columns, such as `{question}\\n\\nHint: {hint}`, or the name of a column.
+        max_length: tokens of the teacher's prompt with the completion; None takes any number.
+        drops_long: leave out rows that are longer, and count them, instead of refusing the first.
+        why_not: what keeps views from working, as the end of a sentence; empty: nothing.
+        tokenizer: the teacher's, if it has a chat template of its own; None takes the student's.
+        columns: other names of columns, as they were before `column_mapping`.
+    """
+
+    system: str | None = None
+    prompt: str | None = None
+    max_length: int | None = None
+    drops_long: bool = False
+    why_not: str = ""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+
+    def reading(
+        self, columns: Iterable[str], dataset_type: DatasetType, mapping: Mapping[str, str] | None, name: str
+    ) -> TeacherPrompts | None:
+        """Return what writes the prompts of a dataset with these columns; None: the teacher reads what students read.
+
+        Raises:
+            ConfigurationError: no such column, a template that is none, or rows or a method that cannot have views.
+            DatasetError: a context that the template has no place for.
+        """
+        columns, aliases = set(columns), dict(mapping or {})
+        prompt = self.prompt
+        if prompt is None and CONTEXT in columns:
+            prompt = DEFAULT_TEMPLATE
+            logger.warning(
+                "Dataset %r has a column %r: the teacher reads it before the question, the student never does.",
+                name,
+                CONTEXT,
+            )
+        if prompt is None and self.system is None:
+            return None
+        is_template = "{" in (prompt or "{")
+        named = names_in(prompt or "") if is_template else {str(prompt)}
+        missing = sorted(named - columns - aliases.keys() - ({ASKED} if is_template else set()))
+        if missing:
+            raise ConfigurationError(
+                f"Got `teacher_prompt: {prompt!r:.80}`, but dataset {name!r} has no column {', '.join(missing)}; "
+                f"expected a column's name, or a template over {{{ASKED}}} (what the student is asked) and the columns "
+                f"{sorted(columns)}. Mend the name, or give the dataset that column."
+            )
+        if CONTEXT in columns and CONTEXT not in {aliases.get(column, column) for column in named}:
+            raise DatasetError(
+                f"Dataset {name!r} has a column {CONTEXT!r}, but `teacher_prompt: {prompt!r:.80}` has no place for it. "
+                f"Put {{{CONTEXT}}} into the template, or remove the column."
+            )
+        self._refuse_layout(dataset_type, prompt, name)
+        return replace(self, prompt=prompt, columns=tuple(aliases.items()))
+
+    def _refuse_layout(self, dataset_type: DatasetType, prompt: str | None, name: str) -> None:
+        settings = {"teacher_system_prompt": self.system, "teacher_prompt": prompt}
+        got = " and ".join(f"`{key}: {value!r:.60}`" for key, value in settings.items() if value is not None)
+        if self.why_not:
+            raise ConfigurationError(f"Got {got}, where {self.why_not}. Leave one of them out.")
+        if dataset_type == "text":
+            raise ConfigurationError(
+                f"Got {got}, but dataset {name!r} is plain text, which has no prompt that could be another one for "
+                "the teacher. Give prompt + completion or messages, or leave it out."
+            )
+        if dataset_type == "tokenized" and (self.system is not None or "{" in (prompt or "")):
+            raise ConfigurationError(
+                f"Got {got}, but dataset {name!r} holds token ids, which cannot be rendered anew. Name a column of the "
+                "teacher's own ids as `teacher_prompt`, or give text."
+            )
+
+    def added_to(
+        self,
+        tokens: TokenizedRow,
+        row: Mapping[str, Any],
+        asked: str | Sequence[Message] | None,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> TokenizedRow:
+        """Add `teacher_prompt_ids`, `view_start` and `has_context` to a tokenised row.
+
+        A row in which a column of the template has no value has no context: its teacher reads the student's prompt,
+        with the system prompt if there is one.
+
+        Args:
+            asked: the student's prompt as text or messages; None of a row of token ids.
+
+        Raises:
+            DatasetError: a value of the wrong kind, or a conversation that cannot be rendered.
+        """
+        start = start_of_view(tokens)
+        shown = tokens["input_ids"][:start]
+        if isinstance(asked, list | tuple):
+            asked = _up_to_first_answer(asked, tokens)
+        said = self._said(row, asked)
+        ids: list[int] | None
+        if asked is None:
+            ids = said
+        elif said is None and self.system is None:
+            ids = None
+        elif isinstance(asked, str) and not isinstance(said, list):
+            ids = self._of_text(asked if said is None else said, asked, tokens, tokenizer)
+        else:
+            settings = template_settings(row, chat_template_kwargs)
+            ids = self._of_messages(said, asked, tokens, tokenizer, settings)
+        if ids == []:
+            raise DatasetError("The teacher's prompt is empty. Expected text before the completion: mend its column.")
+        view = {"teacher_prompt_ids": shown if ids is None else ids, "view_start": start}
+        return {**tokens, **view, "has_context": self.prompt is None or said is not None}
+
+    def finished(self, whole: TokenizedRow, cut: TokenizedRow, reserve: int) -> tuple[dict[str, Any], str]:
+        """Return the columns of the view of a row that was cut to length, and a reason to drop it, if any.
+
+        Args:
+            whole: as `added_to` returns it.
+            cut: the same, as `truncate` returns it.
+            reserve: tokens of a completion that is going to be written behind the prompt.
+
+        Raises:
+            DatasetError: the teacher's row is longer than `max_length`, and such rows are not to be dropped.
+        """
+        if not has_view(whole):  # an empty row
+            return {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0, "has_context": True}, ""
+        ids, start = cut["teacher_prompt_ids"], cut["view_start"]
+        if whole["teacher_prompt_ids"] == whole["input_ids"][: whole["view_start"]]:
+            ids = cut["input_ids"][:start]  # the student's prompt, as the student sees it
+        behind = max(len(cut["input_ids"]), cut["prompt_length"] + reserve) - start
+        view = {"teacher_prompt_ids": ids, "view_start": start, "teacher_length": len(ids) + behind}
+        view["has_context"] = whole["has_context"]
+        if self.max_length is None or view["teacher_length"] <= self.max_length:
+            return view, ""
+        if self.drops_long:
+            return view, f"teacher's row longer than teacher_max_length={self.max_length}"
+        room = "which leaves no room for a completion" if len(ids) >= self.max_length else "with its completion"
+        raise DatasetError(
+            f"The teacher would read {view['teacher_length']} tokens ({len(ids)} of its own prompt, {room}); expected "
+            f"at most teacher_max_length={self.max_length}. Nothing of it is cut: raise it, shorten the context, or "
+            "set `teacher_too_long: drop` to leave such rows out."
+        )
+
+    # ---- What is said in place of the question ----------------------------------------------------------------------
+
+    def _said(self, row: Mapping[str, Any], asked: str | Sequence[Message] | None) -> Any:
+        """Text, messages or ids that a column or template gives; None where the row has no context of its own."""
+        if self.prompt is None:
+            return None
+        values = {**row, **{old: row.get(new) for old, new in self.columns}}
+        if "{" not in self.prompt:
+            value = values.get(self.prompt)
+            if value in (None, "", []):
+                return None
+            if asked is None:
+                return _as_ids(value, self.prompt)
+            return to_chatml(value) if is_conversation(value) else as_text(value, column=self.prompt)
+        question = asked if isinstance(asked, str) else _question(asked or ())
+        texts = {name: _as_words(values.get(name), name) for name in names_in(self.prompt) - {ASKED}}
+        if not all(texts.values()):
+            return None
+        return filled(self.prompt, {**texts, ASKED: question})
+
+    def _of_text(self, text: str, asked: str, tokens: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """A text before a completion that is text: the system prompt is its first paragraph."""
+        own = self.tokenizer or tokenizer
+        whole = text if self.system is None else f"{self.system}\n\n{text}"
+        ids = text_ids(whole, own)
+        lost = tokens.get("straddled", 0)  # tokens at the prompt's end that the completion's first one has taken in
+        return ids[: len(ids) - lost] if lost and text_ids(asked, own)[-lost:] == ids[-lost:] else ids
+
+    def _of_messages(
+        self,
+        said: Any,
+        asked: str | Sequence[Message],
+        tokens: TokenizedRow,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: dict[str, Any],
+    ) -> list[int]:
+        before = tokens["input_ids"][: start_of_view(tokens)]
+        begun = len(before) == len(tokens["input_ids"])  # a prompt alone may end in the assistant's own beginning
+        header, chat = "", Chat(self.tokenizer or tokenizer, settings=settings)
+        if isinstance(asked, str):
+            messages = list(said)
+        else:
+            student, header = _chat_of(Chat(tokenizer, settings=settings), asked, before, begun, tokens)
+            chat = chat if self.tokenizer is not None and self.tokenizer is not tokenizer else student
+            header = header and chat.header
+            messages = said if isinstance(said, list) else _asking(asked, said)
+        if self.system is not None:
+            messages = _with_system(messages, self.system)
+        try:
+            return rendered_prompt(chat, messages, header=header, begun=begun)
+        except RenderingError as error:
+            raise DatasetError(f"The teacher's prompt cannot be rendered: {error}") from error
+
+
+def tell_without_context(has_context: Sequence[bool], name: str) -> None:
+    """Log of how many rows of the dataset `name` the teacher is asked what the student is."""
+    without = len(has_context) - sum(has_context)
+    if without:
+        logger.warning(
+            "Dataset %r, %d rows: %d have nothing in a column of `teacher_prompt`, and their teacher reads the same "
+            "question as the student.",
+            name,
+            len(has_context),
+            without,
+        )
+
+
+# ---- Templates ------------------------------------------------------------------------------------------------------
+
+
+def names_in(template: str) -> set[str]:
+    """Return the columns that a template names.
+
+    Raises:
+        ConfigurationError: braces that do not close, or more than a column's name in them.
+    """
+    return {name for _, name in _parts(template) if name is not None}
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """Put texts into a template; `{{` and `}}` are braces. Nothing of a text is read as a template."""
+    return "".join(text + ("" if name is None else values[name]) for text, name in _parts(template))
+
+
+def renamed(template: str, names: Mapping[str, str]) -> str:
+    """Return a template, or a column's name, under which columns are called as `names` says."""
+    if "{" not in template:
+        return names.get(template, template)
+    texts = [(text.replace("{", "{{").replace("}", "}}"), name) for text, name in _parts(template)]
+    return "".join(text + ("" if name is None else f"{{{names.get(name, name)}}}") for text, name in texts)
+
+
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    problem = ""
+    parts = []
+    try:
+        for text, name, form, conversion in Formatter().parse(template):
+            if name is not None and (not name.strip() or form or conversion):
+                problem = f"{{{name}}} names no column"
+            parts.append((text, name))
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise ConfigurationError(
+            f"Got `teacher_prompt: {template!r:.80}`, which is no template ({problem}); expected the names of columns "
+            "in braces, such as '{prompt}\\n\\nHint: {hint}'; `{{` stands for a brace."
+        )
+    return parts
+
+
+def _as_words(value: Any, column: str) -> str:
+    """A column's value within a text."""
+    if is_conversation(value):
+        return "\n\n".join(str(message["content"] or "") for message in to_chatml(value)).strip()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    text = as_text(value, column=column)
+    return text if text.strip() else ""
+
+
+def _as_ids(value: Any, column: str) -> list[int]:
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        raise DatasetError(
+            f"Column {column!r} holds {type(value).__name__} ({value!r:.80}); expected a list of token ids, as the "
+            "rows hold them. Tokenise it, or give text for prompts and completions."
+        )
+    return value
+
+
+# ---- Messages -------------------------------------------------------------------------------------------------------
+
+
+def _up_to_first_answer(asked: Sequence[Message], tokens: TokenizedRow) -> list[Message]:
+    """The messages before the first answer that is trained."""
+    if start_of_view(tokens) == tokens["prompt_length"]:
+        return list(asked)
+    return list(asked)[: next(i for i, message in enumerate(asked) if i and is_trained(message))]
+
+
+def _question(messages: Sequence[Message]) -> str:
+    """The text of the last message of a user."""
+    said = [message["content"] for message in messages if message["role"] == "user"]
+    return said[-1] if said and isinstance(said[-1], str) else ""
+
+
+def _asking(messages: Sequence[Message], text: str | None) -> list[Message]:
+    """The same messages with another text of the last user's."""
+    if text is None:
+        return list(messages)
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        roles = [message["role"] for message in messages]
+        raise DatasetError(
+            f"The prompt has the roles {roles}: there is no user's message that another text for the teacher could "
+            "stand for. Give the whole prompt as a column of messages, or take the row out."
+        )
+    return [*messages[: users[-1]], {**messages[users[-1]], "content": text}, *messages[users[-1] + 1 :]]
+
+
+def _with_system(messages: Sequence[Message], text: str) -> list[Message]:
+    first = messages[0] if messages else None
+    if first is None or first["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": text}, *messages]
+    return [{**first, "content": f"{text}\n\n{first['content'] or ''}".rstrip()}, *messages[1:]]
+
+
+def _chat_of(
+    chat: Chat, asked: Sequence[Message], ids: Sequence[int], begun: bool, tokens: TokenizedRow
+) -> tuple[Chat, str]:
+    """The template by which a prompt became these ids, and the header that it lacks behind a tool's result."""
+    messages = bare(chat, list(asked))
+    for template in dict.fromkeys((chat.template, training_template(chat.tokenizer))):
+        other = replace(chat, template=template)
+        for header in ("", other.header) if messages and messages[-1]["role"] == "tool" else ("",):
+            try:
+                if rendered_prompt(other, messages, header=header, begun=begun, remedies=False) == list(ids):
+                    return other, header
+            except RenderingError:
+                continue
+    if start_of_view(tokens) < tokens["prompt_length"]:
+        raise DatasetError(
+            "The chat template renders the first prompt differently once the conversation goes on, so the teacher's "
+            "own prompt cannot take its place before the later turns. Set assistant_only_loss to false, or "
+            "tokenizer.chat_template to one that renders both alike."
+        )
+    return chat, ""
