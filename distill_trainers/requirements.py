@@ -22,6 +22,7 @@ class Requirements:
         encoder_decoder: the student is one: its encoder reads the prompt, its decoder the completion.
         divergence: that sparse signals are held against.
         kd_temperature: likewise.
+        teachers: names of the teachers that a row may belong to; none where there is one for all rows.
     """
 
     trainer: str
@@ -36,3 +37,4 @@ class Requirements:
     encoder_decoder: bool = False
     divergence: str = "forward_kl"
     kd_temperature: float = 1.0
+    teachers: tuple[str, ...] = ()

@@ -20,13 +20,14 @@ from torch import Tensor
 from distill_trainers.data.collator import DistillCollator, check_ids, pad_rows
 from distill_trainers.data.labels import IGNORED
 from distill_trainers.data.packing import restarts
+from distill_trainers.data.routing import TEACHER_INDEX
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 
 logger = logging.getLogger(__name__)
 
 # Said once more by `position_ids`, or of no use to anybody once rows are tokenised.
 _REDUNDANT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "special_tokens_mask")
-_USED = {"input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "examples"}
+_USED = {"input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "examples", TEACHER_INDEX}
 _REMEDY = "Leave `data_collator` out to use DistillCollator, or mend it"
 Span = tuple[int, int, int]  # row of the batch, where a text begins in it, where it ends
 
@@ -62,6 +63,8 @@ class ForeignCollator:
         )
         if unused:
             self._say(f"gives {unused}, which the student's forward does not take: nobody looks at them")
+        if TEACHER_INDEX in rows[0] and TEACHER_INDEX not in batch:
+            batch[TEACHER_INDEX] = self._teachers(batch, matches, rows)
         return batch | (self._prompts(batch, spans, matches, rows) if self.own.with_prompts else {})
 
     @property
@@ -275,6 +278,16 @@ class ForeignCollator:
         multiple = self.own.pad_to_multiple_of
         mask = pad_rows([[1] * len(prompt) for prompt in prompts], 0, multiple, left=True)
         return {"prompt_ids": pad_rows(prompts, self.own.pad_token_id, multiple, left=True), "prompt_mask": mask}
+
+    def _teachers(
+        self, batch: Mapping[str, Any], matches: list[int] | None, rows: Sequence[Mapping[str, Any]]
+    ) -> Tensor:
+        """Whose row is whose, where the collator leaves it out."""
+        if matches is None or len(batch["input_ids"]) != len(rows):
+            raise self._wrong(
+                "gave other texts than the rows, and not whose they are", f"`{TEACHER_INDEX}` `[B]` of several teachers"
+            )
+        return torch.tensor([row[TEACHER_INDEX] for row in rows])
 
     def _say(self, what: str) -> None:
         if what not in self._said:

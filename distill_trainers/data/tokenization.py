@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,7 @@ from distill_trainers.data.formats import (
 )
 from distill_trainers.data.labels import any_trained
 from distill_trainers.data.plain import plain_dataset
+from distill_trainers.data.routing import TEACHER_INDEX, teacher_index
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
 from distill_trainers.data.texts import tell_straddled
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
@@ -36,7 +37,7 @@ Needs = Literal["completion", "prompt", "either", "both"]
 
 _CODE = (
     *("formats.py", "arrow.py", "messages.py", "rendering.py", "chat.py", "turns.py", "conversations.py"),
-    *("rows.py", "texts.py", "labels.py", "tokenization.py", "rationales.py"),
+    *("rows.py", "texts.py", "labels.py", "routing.py", "tokenization.py", "rationales.py"),
     "../answers/edit_distance.py",
 )
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
@@ -58,6 +59,8 @@ def prepare_dataset(
     needs: Needs = "completion",
     strict: bool = False,
     name: str = "train",
+    teachers: Sequence[str] = (),
+    teacher_column: str = "teacher",
 ) -> Dataset | IterableDataset:
     """Tokenise a dataset of any layout, with the `length` of each row for batches of like-sized rows.
 
@@ -72,6 +75,8 @@ def prepare_dataset(
             the two, or both.
         strict: raise at the first empty completion instead of dropping it.
         name: how messages call this dataset.
+        teachers: names of several teachers; rows get a `teacher_index`, their teacher's place among these.
+        teacher_column: names the teacher of each row.
 
     Raises:
         DatasetError: no rows, an unknown layout, rows that cannot be tokenised, or none left to train on.
@@ -100,8 +105,11 @@ def prepare_dataset(
         strict=strict,
         name=name,
         code=code_fingerprint(),
+        teachers=list(teachers),
+        teacher_column=teacher_column,
     )
-    map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=_features())
+    features = _features(with_teacher=bool(teachers))
+    map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=features)
     if isinstance(dataset, Dataset):
         with reading(f"Dataset {name!r} cannot be read"):
             prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
@@ -122,9 +130,12 @@ def _prepare_row(
     strict: bool,
     name: str,
     code: str,
+    teachers: Sequence[str] = (),
+    teacher_column: str = "teacher",
     **settings: Any,  # of `tokenize_row`
 ) -> dict[str, Any]:
     try:
+        routed = {TEACHER_INDEX: teacher_index(row, teachers, teacher_column)} if teachers else {}
         whole = tokenize_row(row, tokenizer, **settings)
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
@@ -141,6 +152,7 @@ def _prepare_row(
         "prompt_cut": cut["prompt_length"] < whole["prompt_length"],
         "completion_cut": len(cut["input_ids"]) - cut["prompt_length"] < completion_length,
         "straddled": whole.get("straddled", 0),
+        **routed,
     }
 
 
@@ -192,12 +204,13 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
     return dataset.select(usable) if reasons else dataset
 
 
-def _features() -> Features:
+def _features(*, with_teacher: bool) -> Features:
     from datasets import Features, List, Value
 
     flag = Value("bool")
     return Features(
         {
+            **({TEACHER_INDEX: Value("int32")} if with_teacher else {}),
             "input_ids": List(Value("int32")),
             "labels": List(Value("int32")),
             "prompt_length": Value("int32"),

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..exceptions import ConfigurationError, VocabularyError
-from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenSignal
+from ..signals import Composed, Head, HiddenStates, Routed, TeacherSignal, TokenLogits, TokenSignal
 from .divergences import resolve_divergence
 from .per_token import token_divergence
 from .reduction import weighted_total
@@ -244,7 +244,7 @@ def fused_linear_terms(
     student = _Projection.of(student_hidden, student_head)
     gradients = _Gradients.wanted_for(student_hidden, student_head, student.wide)
     workspace = Workspace()
-    teacher_chunk = _teacher_chunks(teacher, workspace)
+    teacher_chunk = teacher_chunks(teacher, workspace)
 
     def run(rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """Total and terms of one chunk; what it holds of size `[n, V]` is free when it returns."""
@@ -281,13 +281,16 @@ def _chunks(tokens: int, at_most: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
 
 
-def _teacher_chunks(teacher: TeacherSignal | None, workspace: Workspace) -> Callable[[slice], TokenSignal | None]:
-    """What the teacher says about some rows, detached, its head converted once at most."""
+def teacher_chunks(teacher: TeacherSignal | None, workspace: Workspace) -> Callable[[slice], TokenSignal | None]:
+    """Give what the teacher says about some rows, detached, its head converted once at most."""
     if teacher is None:
         return lambda rows: None
     if isinstance(teacher, HiddenStates):
         projection = _Projection.of(teacher.hidden, teacher.head)
         return torch.no_grad()(lambda rows: TokenLogits(projection.logits(rows, workspace)))
+    if isinstance(teacher, Routed | Composed):
+        readers: list[Any] = [None if part is None else teacher_chunks(part, workspace) for part in teacher.parts]
+        return torch.no_grad()(lambda rows: teacher.join(rows, readers, workspace))
     return torch.no_grad()(teacher.chunk)
 
 

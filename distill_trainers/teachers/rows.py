@@ -16,6 +16,7 @@ from ..data.labels import IGNORED
 from ..data.packing import is_packed_dataset, restarts, rows_of_packed, unpacked
 from ..data.pairs import rows_of_pair
 from ..data.rationales import rows_of_rationales
+from ..data.routing import TEACHER_INDEX
 from ..exceptions import ConfigurationError
 
 TokenRow = tuple[
@@ -83,9 +84,20 @@ def examples_of(dataset: Any) -> Iterator[list[dict[str, Any]]]:
         return map(rows_of_pair, dataset)
     if "other_input_ids" in dataset.column_names:
         return map(rows_of_rationales, dataset)
-    return ([row] for row in dataset.select_columns(["input_ids", "labels"]))
+    columns = {"input_ids", "labels", TEACHER_INDEX}.intersection(dataset.column_names)
+    return ([row] for row in dataset.select_columns(sorted(columns)))
 
 
-def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Iterate over all rows of a tokenised dataset."""
-    return itertools.chain.from_iterable(examples_of(dataset))
+class DatasetRows:
+    """All rows of a tokenised dataset, each time that they are gone through."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return itertools.chain.from_iterable(examples_of(self.dataset))
+
+
+def dataset_rows(dataset: Any) -> DatasetRows:
+    """Return all rows of a tokenised dataset, to be gone through as often as one likes."""
+    return DatasetRows(dataset)

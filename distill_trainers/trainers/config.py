@@ -156,6 +156,9 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
         "model_init_kwargs",
         "teacher_model_init_kwargs",
+        "teacher_weights",
+        "extrapolate",
+        "weak_to_strong",
         "column_mapping",
         "chat_template_kwargs",
         "vllm_kwargs",
@@ -219,6 +222,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     def why_no_packing(self) -> str:
         """What keeps `packing` from working, as the end of a sentence; empty: nothing."""
         return "every step samples completions for single prompts" if self.samples_completions else ""
+
+    @property
+    def why_one_teacher(self) -> str:
+        """What keeps rows from having teachers of their own, as the end of a sentence; empty: nothing."""
+        return "packed rows are read as one" if self.packing else ""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -304,6 +312,8 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             num_proc=self.dataset_num_proc,
             needs=needs,
             name=name,
+            teachers=() if name == "pretraining" else wants.teachers,
+            teacher_column=self.teacher_column,
         )
 
     def answers_prompts(self, name: str, wants: Requirements) -> bool:

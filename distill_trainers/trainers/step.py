@@ -62,7 +62,8 @@ class TwoModels:
 
     def signal(self, inputs: Mapping[str, Any], predicts: Tensor) -> TeacherSignal:
         """Ask the teacher about the tokens that `predicts` `[B, T-1]` marks (`Teacher.signal`)."""
-        return self.teacher.signal(models.forward_inputs(inputs, self.extras), predicts, self.vocab_size)
+        entries = self.extras | self.teacher.reads
+        return self.teacher.signal(models.forward_inputs(inputs, entries), predicts, self.vocab_size)
 
     def ask_ahead(self, batches: Iterable[Mapping[str, Any]], teacher_signal: SignalFn) -> None:
         """Tell a remote teacher what it is going to be asked, so that it works while the student does.
@@ -161,7 +162,8 @@ class TwoModels:
         predicts = trained_mask(batch["labels"])
         labels = batch["labels"][:, 1:][predicts]
         with self.autocast():
-            signal = frozen.signal(models.forward_inputs(batch, self.extras), predicts, self.vocab_size)
+            inputs = models.forward_inputs(batch, self.extras | frozen.reads)
+            signal = frozen.signal(inputs, predicts, self.vocab_size)
             with frozen.whole_head(signal) as whole_signal:
                 return signal_token_logps(whole_signal, labels, chunk_bytes=self.chunk_bytes), signal
 
