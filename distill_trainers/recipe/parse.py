@@ -260,12 +260,13 @@ def _refuse_contradictions(recipe: Recipe) -> None:
     run, args, model = recipe.run, recipe.args, recipe.model
     if run.teachers is not None and run.teacher_model_name_or_path:
         raise ConfigurationError(
-            "The recipe sets both `teacher_model_name_or_path` and `teachers`: one teacher, or several by name. Keep one."
+            "The recipe sets both `teacher_model_name_or_path` and `teachers`: one teacher, or several by name. Keep "
+            "one of them."
         )
     if run.teachers is not None and run.student_init:
         raise ConfigurationError(
-            "The recipe makes the student from the teacher's layers (`student_init`), but names several `teachers`. Set "
-            "`model_name_or_path`."
+            "The recipe makes the student from the teacher's layers (`student_init`), but names several `teachers`. "
+            "Set `model_name_or_path`."
         )
     needs_teacher = args.needs and not run.teachers and not PLACEMENTS[args.teacher_placement].unnamed
     if not run.teacher_model_name_or_path and (run.student_init or needs_teacher):

@@ -61,6 +61,7 @@ class Teacher(ABC):
         place: where it is, for a plan.
         tells: what it says of a token: `"hidden"` is its whole distribution, anything else a part of it.
         reads: entries of a batch that it needs beside what a model takes.
+        parts: names of the models of several teachers, by the teachers' names; none of one alone.
         names: of the teachers that a row may belong to, in the order that `teacher_index` counts; none of one alone.
         failure: why nobody is asked any more within `holding_failures`; None as long as all is well.
         may_be_away: it can fail while a run goes on, for this process alone.
@@ -79,6 +80,7 @@ class Teacher(ABC):
     tells: str = "hidden"
     reads: frozenset[str] = frozenset()
     names: tuple[str, ...] = ()
+    parts: Mapping[str, str] = {}
     failure: TeacherServerError | None = None
 
     # ---- How it comes to be -----------------------------------------------------------------------------------------

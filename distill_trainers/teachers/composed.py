@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..exceptions import ConfigurationError
 from ..joining import Composition
+from ..run_files import shown as without_place
 from ..signals import Composed, TeacherSignal
 from .base import Teacher
 from .several import Several
@@ -55,7 +56,9 @@ class ComposedTeacher(Several):
         self.composition = Composition(tuple(self.weights.values()), arithmetic)
         self.reads = frozenset().union(*(member.reads for member in self.members.values()))
         said = "probabilities" if arithmetic else "logits"
-        self.name = f"{said} " + " + ".join(f"{w:g} × {self.members[n].name}" for n, w in self.weights.items())
+        self.name = f"{said} " + " + ".join(
+            f"{weight:g} × {without_place(self.members[name].name)}" for name, weight in self.weights.items()
+        )
 
     @classmethod
     def refuse_idle(cls, options: TeacherOptions) -> None:

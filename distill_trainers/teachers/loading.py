@@ -20,14 +20,12 @@ from .cache.opening import source_of
 from .cache.teacher import CachedTeacher
 from .composed import ComposedTeacher, refuse_part
 from .local import AdapterOff, LocalTeacher, adapter_is_neutral
-from .members import Member, Members, composed_of, names_of, naming, own_options, read_members
+from .members import Member, Members, composed_of, names_of, naming, own_options
 from .options import TeacherOptions
 from .remote.teacher import RemoteTeacher
 from .routed import RoutedTeacher
 from .shared_base import SharedBase
 from .vocabulary import shared_vocabulary
-
-__all__ = ["names_of", "read_members"]  # with what is below
 
 logger = logging.getLogger(__name__)
 
@@ -316,8 +314,8 @@ def _initial_student(pair: Pair, options: TeacherOptions, student: Callable[[], 
         initial = LocalTeacher.loaded(dataclasses.replace(pair, teacher=pair.student), own)
     elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigurationError(
-            "Got the reference `initial` with a student whose weights ZeRO-3 has partitioned already, so they cannot be "
-            "copied. Pass the student by name, or train a new adapter (`peft_config`)."
+            "Got the reference `initial` with a student whose weights ZeRO-3 has partitioned already, so that they "
+            "cannot be copied. Pass the student by name, or train a new adapter (`peft_config`)."
         )
     else:
         initial = LocalTeacher(copy.deepcopy(model))

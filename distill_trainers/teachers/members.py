@@ -228,8 +228,8 @@ def _check_adapter(member: Member) -> None:
         )
     if member.options.teacher_cache is not None:
         raise ConfigurationError(
-            f"Got `teacher_cache` with the adapter {member.adapter!r}, of which a cache cannot tell that it is the same "
-            "one. Leave the cache out, or merge the adapter into a model of its own."
+            f"Got `teacher_cache` with the adapter {member.adapter!r}, of which a cache cannot tell that it is the "
+            "same one. Leave the cache out, or merge the adapter into a model of its own."
         )
     adapter = str(member.adapter)
     if models.looks_like_path(adapter) and not (Path(adapter).expanduser() / "adapter_config.json").is_file():

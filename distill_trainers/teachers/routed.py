@@ -52,9 +52,9 @@ class RoutedTeacher(Several):
     def refuse_idle(cls, options: TeacherOptions) -> None:
         if options.teacher_column != "teacher":
             raise ConfigurationError(
-                f"Got `teacher_column: {shown(options.teacher_column)}` with one teacher for all rows; expected several "
-                "by name (`teachers: {a: …, b: …}` in a recipe, a mapping as `teacher_model` in Python). Name them, or "
-                "leave it out."
+                f"Got `teacher_column: {shown(options.teacher_column)}` with one teacher for all rows; expected "
+                "several by name (`teachers: {a: …, b: …}` in a recipe, a mapping as `teacher_model` in Python). Name "
+                "them, or leave it out."
             )
 
     @torch.no_grad()

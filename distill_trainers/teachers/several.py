@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..exceptions import ConfigurationError, TeacherServerError, VocabularyError
 from ..requirements import Requirements
+from ..run_files import shown as without_place
 from ..settings import shown
 from ..signals import TeacherSignal
 from .base import Pair, Teacher
@@ -44,7 +45,8 @@ class Several(Teacher):
                     "Give a trainer the mapping itself (`teacher_model={…}`), which takes models and names too."
                 )
         self.members = dict(members)
-        self.name = ", ".join(f"{name}: {member.name}" for name, member in self.members.items())
+        self.name = ", ".join(f"{name}: {without_place(member.name)}" for name, member in self.members.items())
+        self.parts = {name: member.name for name, member in self.leaves.items()}
         self.provides = frozenset(self._provided())  # type: ignore[misc]
         self.may_be_away = any(member.may_be_away for member in self.members.values())  # type: ignore[misc]
         self._told_late = told_late

@@ -21,6 +21,7 @@ from ..rollouts import check_engine
 from ..storage import check_folder
 from ..teachers import loading
 from ..teachers.base import Pair, Teacher
+from ..teachers.members import names_of, read_members
 from ..teachers.rows import dataset_rows
 from .config import DistillConfig
 from .given.best_metric import check_best_metric
@@ -176,7 +177,7 @@ def preflight(given: Given) -> Ready:
     args, student = given.args, given.pair.student
     for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
         setattr(args, name, models.settled_kwargs(getattr(args, name), name) or None)  # what follows knows one spelling
-    teacher = loading.read_members(given.pair.teacher, args)
+    teacher = read_members(given.pair.teacher, args)
     given = dataclasses.replace(given, pair=dataclasses.replace(given.pair, teacher=teacher))
     _check_folders(args, given.train is not None)
     _check_parallelism(args)
@@ -187,7 +188,7 @@ def preflight(given: Given) -> Ready:
     pair = dataclasses.replace(given.pair, adapted=adapted)
     wants = args.requirements(first_row(given.train) if args.reads_first_row and given.train is not None else None)
     wants = dataclasses.replace(wants, streams_rows=given.train is not None and not hasattr(given.train, "__len__"))
-    wants = dataclasses.replace(wants, teachers=loading.names_of(teacher, args))
+    wants = dataclasses.replace(wants, teachers=names_of(teacher, args))
     _check_packing(args, wants)
     _check_teachers(args, wants)
     _check_models(given)
