@@ -177,6 +177,11 @@ class Teacher(ABC):
         """
         return None
 
+    @property
+    def writers(self) -> tuple[Teacher, ...]:
+        """Who writes the completions of the rows of each of `names`; of one teacher, itself those of all."""
+        return (self,)
+
     # ---- What it writes ---------------------------------------------------------------------------------------------
 
     def live(self) -> Any:

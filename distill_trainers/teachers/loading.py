@@ -24,6 +24,7 @@ from .members import Member, Members, composed_of, names_of, naming, own_options
 from .options import TeacherOptions
 from .remote.teacher import RemoteTeacher
 from .routed import RoutedTeacher
+from .several import refuse_writing
 from .shared_base import SharedBase
 from .vocabulary import shared_vocabulary
 
@@ -196,6 +197,8 @@ def pair_of(pair: Pair, name: str, member: Member) -> Pair:
 def _refuse_several(pair: Pair, members: Members, options: TeacherOptions, wants: Requirements) -> None:
     composed = composed_of(options, members)
     kind_of(members, options).refuse(dataclasses.replace(pair, teacher=None), options, wants)
+    if composed and wants.replaces_completions:
+        refuse_writing("teachers that are composed", wants)
     told = {}
     for name, member in each_teacher(members, options):
         with naming(name):
@@ -306,9 +309,10 @@ def _initial_student(pair: Pair, options: TeacherOptions, student: Callable[[], 
     """The student before training: itself without its new adapter, its folder again, or a frozen copy."""
     assert student is not None
     model = student()
+    initial: LocalTeacher
     if models.is_peft(model) and adapter_is_neutral(model):
-        return AdapterOff(student)
-    if isinstance(pair.student, str) and not models.is_peft(model):
+        initial = AdapterOff(student)
+    elif isinstance(pair.student, str) and not models.is_peft(model):
         kwargs = getattr(options, "model_init_kwargs", None) or {}
         own = own_options(options, {"teacher_model_init_kwargs": kwargs, "teacher_placement": "auto"})
         initial = LocalTeacher.loaded(dataclasses.replace(pair, teacher=pair.student), own)
@@ -319,5 +323,5 @@ def _initial_student(pair: Pair, options: TeacherOptions, student: Callable[[], 
         )
     else:
         initial = LocalTeacher(copy.deepcopy(model))
-    initial.name = f"{initial.name} before training"
+    initial.name = "the student before training"
     return initial

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
-from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..exceptions import CacheError, ConfigurationError, VocabularyError, refuse_unknown_keys
 from ..value_types import check_bounds, check_value_types
 from .composed import check_weights, equal_weights
 from .options import TeacherOptions
@@ -154,7 +154,7 @@ def naming(name: str) -> Iterator[None]:
     """Say, within it, whose settings are wrong."""
     try:
         yield
-    except ConfigurationError as error:
+    except (ConfigurationError, VocabularyError, CacheError) as error:
         told = str(error)
         raise type(error)(told if told.startswith("The teacher '") else f"The teacher {name!r}: {told}") from error
 

@@ -47,6 +47,11 @@ class RoutedTeacher(Several):
         self.tells = next(iter(told.values()))
         self.reads = frozenset({TEACHER_INDEX}).union(*(member.reads for member in self.members.values()))
         self.names = tuple(self.members)
+        self.can_generate = all(member.can_generate for member in self.members.values())  # type: ignore[misc]
+
+    @property
+    def writers(self) -> tuple[Teacher, ...]:
+        return tuple(self.members.values())
 
     @classmethod
     def refuse_idle(cls, options: TeacherOptions) -> None:

@@ -63,7 +63,10 @@ class Several(Teacher):
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
         if isinstance(pair.teacher, cls):
             super().refuse(pair, options, wants)
-        refuse_writing(wants)
+            if wants.replaces_completions and not pair.teacher.can_generate:
+                refuse_writing(pair.teacher.name, wants)
+        if "completions" in wants.needs:
+            refuse_writing("several teachers", wants)
 
     @classmethod
     def opened(cls, pair: Pair, options: TeacherOptions) -> Teacher | None:
@@ -135,9 +138,8 @@ class Several(Teacher):
 
     def live(self) -> Any:
         raise ConfigurationError(
-            f"Got prompts without completions, and {type(self).__name__} ({self.name}) writes none; expected a dataset "
-            "with completions. Write them by each teacher on its own (`distill-trainers pairs`, `seq_kd`), or give "
-            "evaluation rows completions."
+            f"Got prompts without completions, and a {type(self).__name__} ({self.name}) writes none; expected a "
+            "dataset with completions, of evaluation rows too. Let one model write them first."
         )
 
     # ---- What a run tells it ----------------------------------------------------------------------------------------
@@ -210,11 +212,14 @@ def check_name(name: Any) -> None:
         )
 
 
-def refuse_writing(wants: Requirements) -> None:
-    """Refuse methods that want one model to write completions."""
-    if wants.replaces_completions or "completions" in wants.needs:
-        raise ConfigurationError(
-            f"Got several teachers with {wants.trainer} under settings in which the teacher writes (`seq_kd`, "
-            "`chosen: teacher`, `teacher_mix_alpha` above 0); expected one teacher, or settings in which teachers only "
-            "read. Let each write its own rows first, or leave that setting out (`teacher_mix_alpha: 0`)."
-        )
+def refuse_writing(name: str, wants: Requirements) -> None:
+    """Refuse a method that wants one model to write completions.
+
+    Raises:
+        ConfigurationError: naming the settings that it may be.
+    """
+    raise ConfigurationError(
+        f"Got {name} with {wants.trainer} under settings in which a teacher writes (`seq_kd`, `chosen: teacher`, "
+        "`teacher_mix_alpha` above 0); expected settings in which it only reads: no one model is there to write. Leave "
+        "that setting out (`teacher_mix_alpha: 0`), or let one model write the rows first."
+    )

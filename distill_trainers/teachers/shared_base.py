@@ -45,8 +45,7 @@ class SharedBase:
 
     def teacher(self, adapter: str | None = None) -> AdapterTeacher:
         """Return the teacher that is one of its adapters, or the base alone."""
-        told = self.name if adapter is None else f"{adapter} on {self.name}"
-        return AdapterTeacher(self, None if adapter is None else self._adapters[adapter], told)
+        return AdapterTeacher(self, None if adapter is None else self._adapters[adapter], adapter or self.name)
 
 
 class AdapterTeacher(AdapterOff):

@@ -190,9 +190,10 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         if self.load_best_model_at_end and not self.metric_for_best_model:
             self.metric_for_best_model = "eval_perplexity"
         if self.metric_for_best_model and self.greater_is_better is None:
-            name = self.metric_for_best_model.removeprefix("eval_")  # behind the name of one of several sets, maybe
+            metric = self.metric_for_best_model.partition("/")[0]  # behind it, the name of one of several teachers
+            name = metric.removeprefix("eval_")  # behind the name of one of several sets, maybe
             of_loss = any(f"_{name}".endswith(f"_{term}") for term in self.loss_terms or ()) and name not in MEASURES
-            self.greater_is_better = not of_loss and higher_is_better(self.metric_for_best_model)
+            self.greater_is_better = not of_loss and higher_is_better(metric)
         check_before_devices(self)
         with refusals_of_transformers():
             super().__post_init__()
