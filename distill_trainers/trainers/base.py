@@ -67,7 +67,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
 
     Args:
         model: the student: a folder or Hub id, a `PreTrainedModel`, or a `PeftModel`.
-        teacher_model: a folder or Hub id, a model, a `Teacher`, or several by name; None where the method needs none.
+        teacher_model: the teacher: a folder, a Hub id, a model or a `Teacher`; or several by name; None for none.
         args: the method's config; None takes its defaults, plain `TrainingArguments` are carried over.
         train_dataset: rows of any layout that `distill_trainers.data.formats` names; may be iterable.
         eval_dataset: likewise, or a dict of several. Evaluation is teacher-forced, so it compares between steps.
