@@ -70,7 +70,9 @@ class ComposedTeacher(Several):
                 )
 
     @classmethod
-    def mix(cls, members: Mapping[str, Teacher], weights: Mapping[str, float] | None = None, how: str = "geometric"):  # type: ignore[no-untyped-def]
+    def mix(
+        cls, members: Mapping[str, Teacher], weights: Mapping[str, float] | None = None, how: str = "geometric"
+    ) -> ComposedTeacher:
         """Mix the members by weights, at least 0; without any, equally.
 
         The reverse KL to the `geometric` mix is sum w_i KL(q||p_i), and the forward KL to the `arithmetic` one
@@ -101,7 +103,7 @@ class ComposedTeacher(Several):
     def whole_head(self, signal: TeacherSignal) -> Iterator[TeacherSignal]:
         assert isinstance(signal, Composed)
         with self.whole_heads(signal.parts) as parts:
-            yield replace(signal, parts=parts)
+            yield replace(signal, parts=parts)  # type: ignore[arg-type]  # all have answered
 
     def fingerprint(self) -> str:
         told = sorted((member.fingerprint(), self.weights[name]) for name, member in self.members.items())

@@ -91,7 +91,8 @@ def refuse(pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
     kind.refuse(pair, options, wants)
     if options.teacher_cache is not None and not issubclass(kind, CachedTeacher):
         CachedTeacher.refuse(pair, options, wants)
-    for other in (*KINDS.values(), RoutedTeacher, ComposedTeacher):
+    others: list[type[Teacher]] = [*KINDS.values(), RoutedTeacher, ComposedTeacher]
+    for other in others:
         if not issubclass(kind, other):
             other.refuse_idle(options)
 

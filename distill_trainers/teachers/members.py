@@ -116,8 +116,8 @@ def _parts(options: TeacherOptions, names: list[str]) -> dict[str, dict[str, flo
         weights: Any = options.teacher_weights or equal_weights(names)
         check_weights(weights, names, "teacher_weights")
         return {"mix": weights}
-    given: Any
-    if (given := options.weak_to_strong) is not None:
+    given: Any = options.weak_to_strong
+    if given is not None:
         parts = [given["base"], given["plus"], given["minus"]]
         _refuse_unknown("weak_to_strong", given, parts, names)
         if idle := sorted(set(names) - set(parts)):
@@ -128,7 +128,8 @@ def _parts(options: TeacherOptions, names: list[str]) -> dict[str, dict[str, flo
         for part, weight in zip(parts, (1.0, given["alpha"], -given["alpha"]), strict=True):
             weights[part] += weight  # one may stand in two places
         return {"weak_to_strong": weights}
-    if (given := options.extrapolate) is not None:
+    given = options.extrapolate
+    if given is not None:
         reference, scale = given["reference"], given["scale"]
         _refuse_unknown("extrapolate", given, [reference], names)
         moved = [name for name in names if name != reference]

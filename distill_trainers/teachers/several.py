@@ -153,7 +153,7 @@ class Several(Teacher):
         return self._told_late or any(member.can_load for member in self.members.values())
 
     @property
-    def failure(self) -> TeacherServerError | None:  # type: ignore[override]
+    def failure(self) -> TeacherServerError | None:
         return next((member.failure for member in self.members.values() if member.failure is not None), None)
 
     @failure.setter

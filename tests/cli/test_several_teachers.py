@@ -32,6 +32,7 @@ def experts(tmp_path, make_tokenizer):
     return [*options, "--output_dir", str(tmp_path / "out"), "--doctor", "false"]
 
 
+@pytest.mark.slow
 def test_the_shipped_recipe_is_planned_and_runs(experts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     command = ["train", "--config", str(SHIPPED), *experts]

@@ -290,6 +290,7 @@ def test_each_of_several_experts_is_moved_away_from_one_reference(make_trainer, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"), [("dpkd", {"chosen": "dataset"}), ("minillm", {"teacher_mix_alpha": 0.0})]
 )
@@ -344,6 +345,7 @@ def test_adapters_share_the_memory_of_their_base(make_trainer, adapters, saved, 
     trainer.train()
 
 
+@pytest.mark.slow
 def test_local_cached_and_remote_teachers_are_the_same(
     make_trainer, make_teacher, saved, by_step, tmp_path, serve_teacher
 ):
@@ -456,6 +458,7 @@ def test_only_those_that_are_away_are_asked_ahead_and_one_in_two_places_is_place
     assert far.failure is None
 
 
+@pytest.mark.slow
 def test_the_record_names_all_teachers_and_no_place_of_this_machine(make_trainer, saved, tmp_path):
     trainer = make_trainer(teacher={"math": saved.teacher, "code": saved.teacher}, train=rows(), lmbda=0.0, max_steps=1)
     trainer.train()
