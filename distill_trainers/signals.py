@@ -7,14 +7,16 @@ Shapes: N trained tokens, D hidden size, V vocabulary, K ids per token. A signal
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .exceptions import ConfigurationError
+from .joining import Composition, empty_for, scattered
 
 if TYPE_CHECKING:
     from .losses.workspace import Workspace
@@ -191,6 +193,12 @@ class _OfTokens:
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))
 
+    @property
+    def width(self) -> int:
+        """Numbers that a chunk holds of each token."""
+        values = next(iter(vars(self).values()))
+        return values.shape[-1] if values.ndim > 1 else 1
+
 
 @dataclass(frozen=True)
 class HiddenStates(_OfTokens):
@@ -198,6 +206,11 @@ class HiddenStates(_OfTokens):
 
     hidden: Tensor
     head: Head
+
+    @property
+    def width(self) -> int:
+        """Numbers that a chunk holds of each token."""
+        return self.head.num_ids
 
     def chunk(self, rows: slice) -> TokenLogits:
         return TokenLogits(self.head.logits(self.hidden[rows]))
@@ -247,9 +260,131 @@ class TokenLogprobs(_OfTokens):
         return TokenLogprobs(_wide(self.values[rows]))
 
 
+# ---- What several teachers say ---------------------------------------------------------------------------------------
+
+Reader = Callable[[slice], "TokenSignal"]  # what one of them says about some of its tokens
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Signals of several teachers about N tokens, each of which one of them speaks of.
+
+    Args:
+        parts: by teacher, what it says about its own tokens, in their order; None where it was not asked.
+        owners: int64 `[N]` on the CPU: which part speaks of each token.
+
+    Raises:
+        ConfigurationError: a part does not speak of as many tokens as it owns.
+    """
+
+    parts: tuple[TeacherSignal | None, ...]
+    owners: Tensor
+    _before: Tensor = field(init=False, repr=False, compare=False)  # `[N + 1, parts]`: tokens of each before a token
+
+    def __post_init__(self) -> None:
+        owned = F.one_hot(self.owners, len(self.parts)).cumsum(0)
+        object.__setattr__(self, "_before", F.pad(owned, (0, 0, 1, 0)))
+        counts, expected = [0 if part is None else len(part) for part in self.parts], self._before[-1].tolist()
+        if counts != expected:
+            raise ConfigurationError(
+                f"The teachers speak of {counts} tokens, expected {expected}: each must answer for its own rows."
+            )
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    @property
+    def width(self) -> int:
+        """Numbers that a chunk holds of each token."""
+        return max(part.width for part in self.parts if part is not None)
+
+    def chunk(self, rows: slice) -> TokenSignal:
+        return self.join(rows, [None if part is None else part.chunk for part in self.parts])
+
+    def join(self, rows: slice, readers: Sequence[Reader | None], workspace: Workspace | None = None) -> TokenSignal:
+        """Return what the parts say about some tokens, in the tokens' order.
+
+        Args:
+            readers: one for each part, called with a slice of its own tokens.
+            workspace: where the result may be put.
+        """
+        start, stop, _ = rows.indices(len(self))
+        slices = [slice(*ends) for ends in self._before[[start, max(start, stop)]].T.tolist()]
+        told = [(k, reader) for k, reader in enumerate(readers) if reader is not None]
+        told = [(k, reader) for k, reader in told if slices[k].start < slices[k].stop] or told[:1]
+        pieces = [reader(slices[k]) for k, reader in told]
+        if len(pieces) == 1:
+            return pieces[0]
+        owners = self.owners[start:stop]
+        return _scattered(pieces, [(owners == k).nonzero()[:, 0] for k, _ in told], workspace)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One distribution made of what several teachers say about the same N tokens, chunk by chunk.
+
+    Args:
+        parts: signals of whole distributions.
+    """
+
+    parts: tuple[TeacherSignal, ...]
+    composition: Composition
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    @property
+    def width(self) -> int:
+        """Numbers that a chunk holds of each token."""
+        return self.parts[0].width
+
+    def chunk(self, rows: slice) -> TokenLogits:
+        return self.join(rows, [part.chunk for part in self.parts])
+
+    def join(self, rows: slice, readers: Sequence[Reader | None], workspace: Workspace | None = None) -> TokenLogits:
+        """Return the composed logits of some tokens.
+
+        Args:
+            readers: one for each part.
+            workspace: where the result may be put.
+
+        Raises:
+            ConfigurationError: a part is no whole distribution.
+        """
+        told = [reader(rows) for reader in readers if reader is not None]
+        whole = [signal.logits for signal in told if isinstance(signal, TokenLogits)]
+        if len(whole) < len(told):
+            raise ConfigurationError(
+                f"Got {', '.join(sorted({type(signal).__name__ for signal in told}))} of teachers that are composed; "
+                "expected whole distributions: what is left out of one cannot be composed. Use `hidden`."
+            )
+        return TokenLogits(self.composition.of(whole, empty_for(whole, len(whole[0]), workspace)))
+
+
+def _scattered(pieces: Sequence[Any], places: Sequence[Tensor], workspace: Workspace | None) -> TokenSignal:
+    """Put pieces of one kind into the order that `places` tells: where each of its tokens goes."""
+    kinds = {type(piece) for piece in pieces}
+    if len(kinds) > 1:
+        raise ConfigurationError(
+            f"Got {' and '.join(sorted(kind.__name__ for kind in kinds))} of the teachers of one batch; expected one "
+            "kind of answers. Give all teachers the same `teacher_cache_kind` or `teacher_server_kind`."
+        )
+    large = workspace if kinds == {TokenLogits} else None
+    names = [f.name for f in fields(pieces[0]) if f.name != "workspace"]
+    ragged = kinds == {TokenSampled}  # as wide as there are different ids among the draws: the rest has weight 0
+    values = {name: [getattr(piece, name) for piece in pieces] for name in names}
+    return type(pieces[0])(**{name: scattered(values[name], places, large, ragged=ragged) for name in names})
+
+
 def padded(signal: TeacherSignal, count: int) -> TeacherSignal:
     """Append zeros to the signal for tokens of which the teacher says nothing, to `count` tokens in all."""
     more = count - len(signal)
+    if isinstance(signal, Composed):
+        return replace(signal, parts=tuple(padded(part, count) for part in signal.parts))
+    if isinstance(signal, Routed):  # one that was asked speaks of them, too
+        asked = next(k for k, part in enumerate(signal.parts) if part is not None)
+        longer = [padded(p, len(p) + more) if k == asked and p else p for k, p in enumerate(signal.parts)]
+        return Routed(tuple(longer), torch.cat([signal.owners, signal.owners.new_full((more,), asked)]))
     values = {f.name: getattr(signal, f.name) for f in fields(signal) if f.name != "head"}
     return replace(signal, **{k: F.pad(v, (0, 0) * (v.ndim - 1) + (0, more)) for k, v in values.items()})  # type: ignore
 
@@ -264,4 +399,4 @@ def _require_positive(name: str, value: int) -> None:
 
 
 TokenSignal = TokenLogits | TokenTopK | TokenSampled | TokenLogprobs
-TeacherSignal = HiddenStates | Logits | TopK | Sampled | TokenLogprobs
+TeacherSignal = HiddenStates | Logits | TopK | Sampled | TokenLogprobs | Routed | Composed

@@ -23,6 +23,7 @@ FLOORS = {
     "value_types": 0,
     "trl_names": 0,
     "signals": 0,
+    "joining": 0,
     "losses": 0,
     "hub": 1,
     "manifest": 1,

@@ -47,6 +47,7 @@ class CardFacts:
         folder: where the run has written it.
         student: name or folder that its first weights came from; None for a model made in memory.
         teacher: its name or folder; None for a method that asked none.
+        teachers: names or folders of several; empty for one alone.
         needs_teacher: whether a recipe must name one.
         trained_parameters: those of the adapter; None where the whole model was trained.
         chats: whether its tokenizer has a chat template.
@@ -78,6 +79,7 @@ class CardFacts:
     metrics: dict[str, Any]
     card_license: str | None
     hub_token: str | None
+    teachers: tuple[str, ...] = ()
     wishes: CardWishes = field(default_factory=CardWishes)
 
     @property

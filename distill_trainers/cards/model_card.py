@@ -85,9 +85,9 @@ def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] =
 
 def inherited_terms(facts: CardFacts) -> Inherited:
     """Find licences of teacher, initial weights and data, and what follows for the student."""
-    token, teacher = facts.hub_token, facts.teacher
+    token = facts.hub_token
     sources: list[Licensed] = []
-    if teacher is not None:
+    for teacher in facts.teachers or ([] if facts.teacher is None else [facts.teacher]):
         # A teacher in memory without a source goes by the name of its class.
         named = models.looks_like_path(teacher) or "/" in teacher
         sources.append(
@@ -201,7 +201,7 @@ def _reproduction(facts: CardFacts) -> list[str]:
     versions = dict(record["versions"])
     python = versions.pop("python", "3.11")
     recipe = {"method": facts.recipe_method, **record["recipe"]}
-    if "teacher_model_name_or_path" not in recipe and facts.needs_teacher:
+    if not {"teacher_model_name_or_path", "teachers"} & recipe.keys() and facts.needs_teacher:
         recipe["teacher_model_name_or_path"] = record["teacher"]
     if "student_init" not in recipe and "model_name_or_path" not in recipe:
         recipe["model_name_or_path"] = record["student"]

@@ -50,8 +50,9 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
         data[name] = _whole_path(data[name])
     told = {
         "version": _VERSION,
-        "teacher": _whole_path(teacher) if has_files(teacher, args) else None,
+        "teacher": _whole_path(teacher) if has_files(teacher, args) else None,  # several are compared one by one
         "teacher_is_a_server": teacher is not None and not has_files(teacher, args),
+        "several_teachers": sorted(run.teachers or {}),
         "baseline": _whole_path(recipe.model.model_name_or_path),  # none: it lies in the run's folder
         "trust_remote_code": args.trust_remote_code,
         "init_kwargs": _init_kwargs(recipe),
@@ -126,6 +127,8 @@ def take_up(args: Any, settings: EvaluationSettings) -> list[str]:
         notes.append(f"What looks like a secret stood in {left_out}, which no file keeps. Set it if needed.")
     if "teacher" not in args.given and told["teacher_is_a_server"]:
         notes.append("The run's teacher is a server, which evaluation does not ask; name a model as `teacher` for it.")
+    if "teacher" not in args.given and told.get("several_teachers"):
+        notes.append("The run has several teachers, of which none was taken; name one as `teacher` to compare with it.")
     for name, value in {**values, "trust_remote_code": told["trust_remote_code"]}.items():
         if name not in args.given:
             setattr(args, name, value)

@@ -111,6 +111,11 @@ def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:
     from .train import make_initial_student
 
     _check(settings, recipe.args.temperature)
+    if recipe.run.teachers:
+        raise ConfigurationError(
+            f"Got `teachers: {', '.join(recipe.run.teachers)}`; expected one whose responses are chosen, as "
+            "`teacher_model_name_or_path`. Make the pairs of each by a recipe of its own."
+        )
     kind = kind_of(recipe.run.teacher_model_name_or_path, recipe.args)
     if kind.place and not (kind.can_generate or kind.may_generate):
         raise ConfigurationError(

@@ -47,7 +47,8 @@ def make_plan(recipe: Recipe) -> Plan:
         ConfigurationError, DatasetError, VocabularyError: as the run itself would.
     """
     from ..models import num_parameters
-    from ..teachers.loading import kind_of
+    from ..teachers.base import named
+    from ..teachers.loading import each_teacher, kind_of
 
     settings, args = recipe.run, recipe.args
     refuse_to_start_over(recipe.args)
@@ -56,6 +57,7 @@ def make_plan(recipe: Recipe) -> Plan:
     cache, without_teacher = _teacher_cache(checked.ready, (train, evaluation))
     teacher = checked.ready.pair.teacher
     place = kind_of(teacher, args).place
+    several = {name: str(named(member.given)) for name, member in each_teacher(teacher, args) if name}
 
     teacher_size = 0
     if checked.teacher_config is not None:
@@ -73,9 +75,9 @@ def make_plan(recipe: Recipe) -> Plan:
         student=_student_name(recipe),
         student_parameters=student_size,
         trainable_parameters=trainable,
-        teacher=str(teacher or "no teacher"),
+        teacher=", ".join(several) or str(teacher or "no teacher"),
         teacher_parameters=teacher_size,
-        teacher_place=f"{place}; it answers and fits" if place else "none",
+        teacher_place=_several(several) if several else f"{place}; it answers and fits" if place else "none",
         train_rows=None if lengths is None else len(lengths),
         train_tokens=None if lengths is None else sum(lengths),
         eval_rows=None if evaluation is None else len(evaluation),
@@ -86,6 +88,10 @@ def make_plan(recipe: Recipe) -> Plan:
         disk_free_mib=shutil.disk_usage(existing).free / 2**20,
         teacher_cache=cache,
     )
+
+
+def _several(teachers: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {given}" for name, given in teachers.items()) + " (their memory is not counted below)"
 
 
 def print_plan(plan: Plan) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill_trainers.data.labels import IGNORED, completion_labels
 from distill_trainers.data.packing import positions_of, restarts
+from distill_trainers.data.routing import TEACHER_INDEX
 from distill_trainers.data.views import has_view
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 
@@ -29,7 +30,8 @@ class DistillCollator:
     Padding is known by lengths and never by id, so the padding token may be the EOS token.
 
     Packed rows (with `seq_lengths`, see `packing.py`) get `position_ids` `[B, T]` in place of a mask. Rows with a view
-    of the teacher's get the entries that `views.py` names.
+    of the teacher's get the entries that `views.py` names. Where rows have a `teacher_index` (see `routing.py`), so has
+    the batch, `[B]`.
 
     Args:
         pad_token_id: fills the padding; any id of the vocabulary will do.
@@ -61,6 +63,8 @@ class DistillCollator:
         batch = _training_tensors(ids, labels, self.pad_token_id, self.pad_to_multiple_of)
         if "seq_lengths" in rows[0]:
             return self._packed(batch, rows)
+        if TEACHER_INDEX in rows[0]:
+            batch[TEACHER_INDEX] = torch.tensor([row[TEACHER_INDEX] for row in rows])
         if self.with_prompts:
             prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
             batch["prompt_ids"] = pad_rows(prompts, self.pad_token_id, self.pad_to_multiple_of, left=True)

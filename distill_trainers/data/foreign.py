@@ -20,6 +20,7 @@ from torch import Tensor
 from distill_trainers.data.collator import DistillCollator, check_ids, pad_rows, view_entries
 from distill_trainers.data.labels import IGNORED
 from distill_trainers.data.packing import restarts
+from distill_trainers.data.routing import TEACHER_INDEX
 from distill_trainers.data.views import has_view
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Said once more by `position_ids`, or of no use to anybody once rows are tokenised.
 _REDUNDANT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "special_tokens_mask")
-_USED = {"input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "examples"}
+_USED = {"input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "examples", TEACHER_INDEX}
 _REMEDY = "Leave `data_collator` out to use DistillCollator, or mend it"
 _VIEWS = ("teacher_prompt_ids", "view_start", "teacher_length")  # which a collator cannot pad: batches get them here
 Span = tuple[int, int, int]  # row of the batch, where a text begins in it, where it ends
@@ -64,6 +65,8 @@ class ForeignCollator:
         )
         if unused:
             self._say(f"gives {unused}, which the student's forward does not take: nobody looks at them")
+        if TEACHER_INDEX in rows[0] and TEACHER_INDEX not in batch:
+            batch[TEACHER_INDEX] = self._teachers(batch, matches, rows)
         prompts = self._prompts(batch, spans, matches, rows) if self.own.with_prompts else {}
         return batch | prompts | self._views(batch, matches, rows)
 
@@ -298,6 +301,16 @@ class ForeignCollator:
                 "gave `prompt_ids` of its own, while the teacher's prompts belong to those of the rows", "none"
             )
         return view_entries(rows, self.own.pad_token_id, self.own.pad_to_multiple_of)
+
+    def _teachers(
+        self, batch: Mapping[str, Any], matches: list[int] | None, rows: Sequence[Mapping[str, Any]]
+    ) -> Tensor:
+        """Whose row is whose, where the collator leaves it out."""
+        if matches is None or len(batch["input_ids"]) != len(rows):
+            raise self._wrong(
+                "gave other texts than the rows, and not whose they are", f"`{TEACHER_INDEX}` `[B]` of several teachers"
+            )
+        return torch.tensor([row[TEACHER_INDEX] for row in rows])
 
     def _say(self, what: str) -> None:
         if what not in self._said:

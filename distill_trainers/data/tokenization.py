@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,7 @@ from distill_trainers.data.formats import (
 )
 from distill_trainers.data.labels import any_trained
 from distill_trainers.data.plain import plain_dataset
+from distill_trainers.data.routing import TEACHER_INDEX, teacher_index
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
 from distill_trainers.data.teacher_prompts import TeacherPrompts, tell_without_context
 from distill_trainers.data.texts import tell_straddled
@@ -38,7 +39,8 @@ Needs = Literal["completion", "prompt", "either", "both"]
 
 _CODE = (
     *("formats.py", "arrow.py", "messages.py", "rendering.py", "chat.py", "turns.py", "conversations.py"),
-    *("rows.py", "texts.py", "labels.py", "tokenization.py", "rationales.py", "teacher_prompts.py", "views.py"),
+    *("rows.py", "texts.py", "labels.py", "routing.py", "tokenization.py", "rationales.py"),
+    *("teacher_prompts.py", "views.py"),
     "../answers/edit_distance.py",
 )
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
@@ -61,6 +63,8 @@ def prepare_dataset(
     strict: bool = False,
     name: str = "train",
     teacher_prompts: TeacherPrompts | None = None,
+    teachers: Sequence[str] = (),
+    teacher_column: str = "teacher",
 ) -> Dataset | IterableDataset:
     """Tokenise a dataset of any layout, with the `length` of each row for batches of like-sized rows.
 
@@ -77,6 +81,8 @@ def prepare_dataset(
         name: how messages call this dataset.
         teacher_prompts: write what the teacher reads in place of the prompt: rows then have `teacher_prompt_ids` and
             `view_start` (see `views.py`), and the `teacher_length` that its row may come to.
+        teachers: names of several teachers; rows get a `teacher_index`, their teacher's place among these.
+        teacher_column: names the teacher of each row.
 
     Raises:
         DatasetError: no rows, an unknown layout, rows that cannot be tokenised, or none left to train on.
@@ -108,8 +114,10 @@ def prepare_dataset(
         strict=strict,
         name=name,
         code=code_fingerprint(),
+        teachers=list(teachers),
+        teacher_column=teacher_column,
     )
-    features = _features(views=teacher_prompts is not None)
+    features = _features(views=teacher_prompts is not None, routed=bool(teachers))
     map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=features)
     if isinstance(dataset, Dataset):
         with reading(f"Dataset {name!r} cannot be read"):
@@ -132,11 +140,14 @@ def _prepare_row(
     name: str,
     code: str,
     teacher_prompts: TeacherPrompts | None = None,
+    teachers: Sequence[str] = (),
+    teacher_column: str = "teacher",
     **settings: Any,  # of `tokenize_row`
 ) -> dict[str, Any]:
     views: dict[str, Any] = {}
     too_long = ""
     try:
+        routed = {TEACHER_INDEX: teacher_index(row, teachers, teacher_column)} if teachers else {}
         whole = tokenize_row(row, tokenizer, teacher_prompts=teacher_prompts, **settings)
         cut = truncate(whole, max_length, reserve, bos_token_id=tokenizer.bos_token_id)
         if teacher_prompts is not None:
@@ -156,6 +167,7 @@ def _prepare_row(
         "prompt_cut": cut["prompt_length"] < whole["prompt_length"],
         "completion_cut": len(cut["input_ids"]) - cut["prompt_length"] < completion_length,
         "straddled": whole.get("straddled", 0),
+        **routed,
     }
 
 
@@ -213,7 +225,7 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
 _TOLD = ("dropped", "goes_on", "prompt_cut", "completion_cut", "straddled", "has_context")
 
 
-def _features(*, views: bool = False) -> Features:
+def _features(*, views: bool = False, routed: bool = False) -> Features:
     from datasets import Features, List, Value
 
     flag, number = Value("bool"), Value("int32")
@@ -228,6 +240,7 @@ def _features(*, views: bool = False) -> Features:
         "completion_cut": flag,
         "straddled": number,
     }
+    columns |= {TEACHER_INDEX: number} if routed else {}
     return Features(columns | view_features() | {"has_context": flag} if views else columns)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distill_trainers.data.labels import IGNORED
+from distill_trainers.data.routing import TEACHER_INDEX
 from distill_trainers.exceptions import DatasetError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def viewed_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     ids = [*prompt, *row["input_ids"][start:]]
     viewed: dict[str, Any] = {"input_ids": ids, "labels": [IGNORED] * len(prompt) + labels[start:]}
     viewed["prompt_length"] = len(prompt) + row.get("prompt_length", start) - start
+    viewed |= {TEACHER_INDEX: row[TEACHER_INDEX]} if TEACHER_INDEX in row else {}
     return viewed | {"teacher_length": row.get("teacher_length", len(ids))}
 
 

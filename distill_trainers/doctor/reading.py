@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,18 @@ def case_of(
         checked: what a run has read of the recipe already.
     """
     student, teacher = student_and_teacher(recipe)
-    on_paper = {name for name in (student, teacher) if name and _paper(name, architectures) is not None}
     findings: list[Finding] = []
+    if isinstance(teacher, Mapping):
+        findings.append(
+            note(
+                "teacher",
+                f"There are several teachers ({', '.join(teacher)}): what they take of memory and time is left out, "
+                "and their tokenizers are compared by the run's own checks alone.",
+                "Look at each with a recipe of its own, which names it alone.",
+            )
+        )
+        teacher = None
+    on_paper = {name for name in (student, teacher) if name and _paper(name, architectures) is not None}
     if checked is None:
         _attempt(findings, "recipe", lambda: refuse_to_start_over(recipe.args))
     if checked is None and not on_paper:
@@ -62,7 +72,8 @@ def case_of(
     case = Case(recipe.args, launch, student, teacher, gpus=gpus, peft=recipe.model.use_peft)
     if checked is not None:
         case.student_config, case.teacher_config = checked.student_config, checked.teacher_config
-        case.tokenizer, case.teacher_tokenizer = checked.ready.pair.tokenizer, checked.ready.pair.teacher_tokenizer
+        case.tokenizer = checked.ready.pair.tokenizer
+        case.teacher_tokenizer = None if teacher is None else checked.ready.pair.teacher_tokenizer
         train, wants = checked.ready.given.train, checked.ready.wants
     else:
         train = _read_apart(recipe, case, architectures, on_paper, findings)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..exceptions import ConfigurationError
 from ..recipe.checks import student_and_teacher
 from ..recipe.parse import Recipe
-from ..teachers.loading import has_files, kind_of
+from ..teachers.loading import each_teacher, has_files, kind_of
+from ..teachers.members import read_members
 from .findings import Finding, note
 
 _STAYS_HERE = ("none", "tensorboard", "codecarbon", "flyte")  # of `report_to`
@@ -20,13 +22,21 @@ def check_trust(recipe: Recipe) -> Iterator[Finding]:
     yield from _sent(recipe)
 
 
+def _members(teacher: Any, args: Any) -> list[Any]:
+    """Each teacher of the recipe; none where what it says of several cannot be read, which is another finding."""
+    try:
+        return list(each_teacher(read_members(teacher, args), args))
+    except ConfigurationError:
+        return []
+
+
 def _code(recipe: Recipe) -> Iterator[Finding]:
     student, teacher = student_and_teacher(recipe)
-    args: Any = recipe.args
-    roles = {"student": (student, "model_init_kwargs"), "teacher": (teacher, "teacher_model_init_kwargs")}
-    for role, (name, setting) in roles.items():
-        if role == "teacher" and not has_files(name, args):
-            continue
+    roles = [("student", student, recipe.args, "model_init_kwargs")]
+    for _, member in _members(teacher, recipe.args):
+        if has_files(member.given, member.options):
+            roles.append(("teacher", member.given, member.options, "teacher_model_init_kwargs"))
+    for role, name, args, setting in roles:
         kwargs: Any = getattr(args, setting) or {}
         if kwargs.get("trust_remote_code", args.trust_remote_code):
             what = f"This recipe runs code that comes with the {role} {name!r}, if it has some (`trust_remote_code`)."
@@ -44,9 +54,10 @@ def _code(recipe: Recipe) -> Iterator[Finding]:
 def _sent(recipe: Recipe) -> Iterator[Finding]:
     _, teacher = student_and_teacher(recipe)
     args: Any = recipe.args
-    if kind_of(teacher, args).may_be_away:
-        what = f"This recipe sends the token ids of its rows, and of what the student writes, to {teacher}."
-        yield note("trust", what, f"See that it is the server that you mean. {_READ_ON}")
+    for _, member in _members(teacher, args):
+        if kind_of(member.given, member.options).may_be_away:
+            what = f"This recipe sends the token ids of its rows, and of what the student writes, to {member.given}."
+            yield note("trust", what, f"See that it is the server that you mean. {_READ_ON}")
     options = args.vllm_kwargs or {}
     if args.rollout_engine == "vllm" and options.get("mode") == "server":
         place = options.get("server_base_url") or f"{options.get('server_host', '0.0.0.0')}, the vLLM server"

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..exceptions import ConfigurationError, VocabularyError
-from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenSignal
+from ..signals import Composed, Head, HiddenStates, Routed, TeacherSignal, TokenLogits, TokenSignal
 from . import kernels
 from .divergences import resolve_divergence
 from .per_token import token_divergence
@@ -287,7 +287,7 @@ def fused_linear_terms(
     student = _Projection.of(student_hidden, student_head)
     gradients = _Gradients.wanted_for(student_hidden, student_head, student.wide)
     workspace = Workspace()
-    teacher_chunk = _teacher_chunks(teacher, workspace)
+    teacher_chunk = teacher_chunks(teacher, workspace)
 
     def run(rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """Total and terms of one chunk; what it holds of size `[n, V]` is free when it returns."""
@@ -328,13 +328,16 @@ def _chunks_of(student: _Projection, chunk_bytes: int | None) -> list[slice]:
     return _chunks(len(student.hidden), max(1, at_most // (student.head.num_ids * student.wide.itemsize)))
 
 
-def _teacher_chunks(teacher: TeacherSignal | None, workspace: Workspace) -> Callable[[slice], TokenSignal | None]:
-    """What the teacher says about some rows, detached, its head converted once at most."""
+def teacher_chunks(teacher: TeacherSignal | None, workspace: Workspace) -> Callable[[slice], TokenSignal | None]:
+    """Give what the teacher says about some rows, detached, its head converted once at most."""
     if teacher is None:
         return lambda rows: None
     if isinstance(teacher, HiddenStates):
         projection = _Projection.of(teacher.hidden, teacher.head)
         return torch.no_grad()(lambda rows: projection.token_logits(rows, workspace))
+    if isinstance(teacher, Routed | Composed):
+        readers: list[Any] = [None if part is None else teacher_chunks(part, workspace) for part in teacher.parts]
+        return torch.no_grad()(lambda rows: teacher.join(rows, readers, workspace))
     return torch.no_grad()(teacher.chunk)
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..exceptions import ConfigurationError
-from ..signals import Head, HiddenStates, TeacherSignal, TokenLogits, TokenLogprobs
-from .fused_linear import TermsFn, _chunks_of, _Gradients, _Projection, fused_linear_terms
+from ..signals import Composed, Head, HiddenStates, Routed, TeacherSignal, TokenLogits, TokenLogprobs, TokenSignal
+from .fused_linear import TermsFn, _chunks, _chunks_of, _Gradients, _Projection, fused_linear_terms, teacher_chunks
 from .reduction import weighted_total
 from .sparse import token_logps
-from .workspace import Workspace, row_blocks
+from .workspace import Workspace, chunk_bytes_of, row_blocks
 
 RowTermsFn = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -110,12 +110,28 @@ def signal_token_logps(signal: TeacherSignal, ids: Tensor, *, chunk_bytes: int |
     """
     if isinstance(signal, HiddenStates):
         return fused_token_logps(signal.hidden, signal.head, ids, chunk_bytes=chunk_bytes)
-    target = signal.chunk(slice(None))
+    if isinstance(signal, Routed | Composed):
+        return _logps_of_several(signal, ids, chunk_bytes)
+    return _told_logps(signal.chunk(slice(None)), ids)
+
+
+def _logps_of_several(signal: Routed | Composed, ids: Tensor, chunk_bytes: int | None) -> Tensor:
+    workspace, logps = Workspace(), []
+    at_most = chunk_bytes or chunk_bytes_of(None, ids.device.type)
+    read = teacher_chunks(signal, workspace)
+    with torch.autocast(ids.device.type, enabled=False):
+        for rows in _chunks(len(ids), max(1, at_most // (4 * signal.width))):
+            logps.append(_told_logps(read(rows), ids[rows]).clone())
+            workspace.reset()
+    return torch.cat(logps)
+
+
+def _told_logps(target: TokenSignal | None, ids: Tensor) -> Tensor:
     if isinstance(target, TokenLogprobs):
         return target.values
     if not isinstance(target, TokenLogits):
         raise ConfigurationError(
-            f"Got a teacher's {type(signal).__name__}; expected distributions or log-probabilities of the tokens. "
+            f"Got a teacher's {type(target).__name__}; expected distributions or log-probabilities of the tokens. "
             "Use a live teacher."
         )
     return token_logps(target, ids)

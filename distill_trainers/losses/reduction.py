@@ -54,6 +54,15 @@ def sum_per_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return values.new_zeros(num_rows).index_add(0, rows, values)
 
 
+def owners_of(labels: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Return which of `count` owners each trained token `[N]` belongs to, from the owners `[R]` of the first rows.
+
+    Tokens of the other rows of labels `[B, T]`, such as text added to a batch, belong to number `count`: to nobody.
+    """
+    every = torch.nn.functional.pad(owners, (0, len(labels) - len(owners)), value=count)
+    return every[trained_mask(labels).nonzero()[:, 0]]
+
+
 def mean_per_row(sums: Tensor, counts: Tensor) -> Tensor:
     """Divide sums by row `[R]` by the rows' numbers of tokens `[R]`; a row without tokens keeps its 0."""
     return sums / counts.clamp(min=1)

@@ -13,6 +13,7 @@ from .adapters import (
     keep_4bit_trainable,
     load_adapter,
     unwrapped,
+    with_frozen_adapters,
 )
 from .compiling import check_compiler, compile_for_launch, compiled_by_layer, uncompiled
 from .experts import AUX_LOSS, balance_coefficient, without_router_logits

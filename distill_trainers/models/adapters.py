@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -108,6 +108,41 @@ def head_module_of(causal_lm: Any) -> nn.Module | None:
     if hasattr(module, "modules_to_save") and active:
         return module.modules_to_save[active[0]]
     return module
+
+
+def with_frozen_adapters(model: Any, sources: Mapping[str, str]) -> nn.Module:
+    """Put adapters on a base that they share.
+
+    Args:
+        sources: folder or Hub id of each, by the name that it gets in the PEFT model.
+
+    Raises:
+        ConfigurationError: one cannot be read, is not whole, or does not fit the base.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    peft: Any = None
+    for name, source in sources.items():
+        what = f"The adapter {source!r} of a teacher"
+        try:
+            if peft is None:
+                config = PeftConfig.from_pretrained(source)
+                if getattr(config, "is_prompt_learning", False):
+                    raise ConfigurationError(
+                        f"{what} is a {type(config).__name__}, which adds virtual tokens; expected LoRA or another "
+                        "adapter of the weights."
+                    )
+                config.inference_mode = True
+                peft = get_peft_model(model, config, adapter_name=name)
+            load_whole_adapter(peft, source, name, what)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # damaged files fail in many ways
+            raise ConfigurationError(
+                f"{what} cannot be loaded: {first_words(error)}. Expected a folder or Hub id of an adapter on the base "
+                f"{getattr(model.config, '_name_or_path', '')!r}."
+            ) from error
+    return model if peft is None else peft
 
 
 @contextlib.contextmanager

@@ -59,18 +59,21 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
 
 def _ask_server(ready: Ready, student_config: Any) -> None:
     """Hold a teacher that needs no weights here, such as one behind HTTP, against the student, and let it go again."""
-    from ..teachers.loading import kind_of
+    from ..teachers.loading import each_teacher, kind_of, pair_of
 
-    args, pair = ready.given.args, ready.pair
-    teacher = None if args.teacher_cache else kind_of(pair.teacher, args).opened(pair, args)
-    if teacher is not None:
-        with contextlib.closing(teacher):
-            teacher.shared_ids(pair.tokenizer, student_config.get_text_config().vocab_size, pair.teacher_tokenizer)
+    args, pair, rows = ready.given.args, ready.pair, student_config.get_text_config().vocab_size
+    for name, member in each_teacher(pair.teacher, args):
+        pair_of_it, options = pair_of(pair, name, member), member.options
+        kind = kind_of(member.given, options)
+        teacher = None if options.teacher_cache else kind.opened(pair_of_it, options)
+        if teacher is not None:
+            with contextlib.closing(teacher):
+                teacher.shared_ids(pair.tokenizer, rows, pair_of_it.teacher_tokenizer)
 
 
-def student_and_teacher(recipe: Recipe) -> tuple[str, str | None]:
-    """Name both models; a student that is made from its teacher goes by the teacher's name."""
-    teacher = recipe.run.teacher_model_name_or_path
+def student_and_teacher(recipe: Recipe) -> tuple[str, Any]:
+    """Name both models; several teachers are a mapping. A student made from its teacher goes by the teacher's name."""
+    teacher: Any = recipe.run.teachers or recipe.run.teacher_model_name_or_path
     return recipe.model.model_name_or_path or str(teacher), teacher
 
 

@@ -40,6 +40,11 @@ class RecipeArguments:
     teacher_model_name_or_path: str | None = setting(
         None, "Teacher: a folder, a Hub id, or http://… of its servers; some methods need none."
     )
+    teachers: dict | str | None = setting(
+        None,
+        "In its place several by name, such as {math: org/math-7b, code: {teacher_model_name_or_path: …}} (JSON): each "
+        "row has one of them (teacher_column), or a setting makes them one.",
+    )
     student_init: dict | str | None = setting(
         None, "Make the student from the teacher, such as {from_teacher: true, keep_layers: 12} (JSON)."
     )
@@ -253,7 +258,17 @@ def _refuse_contradictions(recipe: Recipe) -> None:
     from ..teachers.placement import PLACEMENTS
 
     run, args, model = recipe.run, recipe.args, recipe.model
-    needs_teacher = args.needs and not PLACEMENTS[args.teacher_placement].unnamed
+    if run.teachers is not None and run.teacher_model_name_or_path:
+        raise ConfigurationError(
+            "The recipe sets both `teacher_model_name_or_path` and `teachers`: one teacher, or several by name. Keep "
+            "one of them."
+        )
+    if run.teachers is not None and run.student_init:
+        raise ConfigurationError(
+            "The recipe makes the student from the teacher's layers (`student_init`), but names several `teachers`. "
+            "Set `model_name_or_path`."
+        )
+    needs_teacher = args.needs and not run.teachers and not PLACEMENTS[args.teacher_placement].unnamed
     if not run.teacher_model_name_or_path and (run.student_init or needs_teacher):
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
     if run.student_init and not has_files(run.teacher_model_name_or_path, args):

@@ -59,6 +59,10 @@ class Teacher(ABC):
         can_read_rollouts: it says what it thinks of any text, the student's own too.
         is_nobody: it stands where a teacher would, and says nothing.
         place: where it is, for a plan.
+        tells: what it says of a token: `"hidden"` is its whole distribution, anything else a part of it.
+        reads: entries of a batch that it needs beside what a model takes.
+        parts: names of the models of several teachers, by the teachers' names; none of one alone.
+        names: of the teachers that a row may belong to, in the order that `teacher_index` counts; none of one alone.
         failure: why nobody is asked any more within `holding_failures`; None as long as all is well.
         may_be_away: it can fail while a run goes on, for this process alone.
     """
@@ -73,6 +77,10 @@ class Teacher(ABC):
     may_be_away: ClassVar[bool] = False
     place: ClassVar[str] = ""
     name: str = "teacher"
+    tells: str = "hidden"
+    reads: frozenset[str] = frozenset()
+    names: tuple[str, ...] = ()
+    parts: Mapping[str, str] = {}
     failure: TeacherServerError | None = None
 
     # ---- How it comes to be -----------------------------------------------------------------------------------------
@@ -168,6 +176,11 @@ class Teacher(ABC):
             VocabularyError: both do not mean the same token by the same id.
         """
         return None
+
+    @property
+    def writers(self) -> tuple[Teacher, ...]:
+        """Who writes the completions of the rows of each of `names`; of one teacher, itself those of all."""
+        return (self,)
 
     # ---- What it writes ---------------------------------------------------------------------------------------------
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,16 +15,23 @@ from .. import models
 from ..exceptions import ConfigurationError
 from ..requirements import Requirements
 from .base import NoTeacher, Pair, Teacher, is_remote
+from .cache.kinds import told_kind
 from .cache.opening import source_of
 from .cache.teacher import CachedTeacher
-from .local import AdapterOff, LocalTeacher
+from .composed import ComposedTeacher, refuse_part
+from .local import AdapterOff, LocalTeacher, adapter_is_neutral
+from .members import Member, Members, composed_of, names_of, naming, own_options
 from .options import TeacherOptions
 from .remote.teacher import RemoteTeacher
+from .routed import RoutedTeacher
+from .several import refuse_writing
+from .shared_base import SharedBase
 from .vocabulary import shared_vocabulary
 
 logger = logging.getLogger(__name__)
 
-# Placements that are a kind of their own; all others are places of a `LocalTeacher`.
+# Placements that are a kind of their own; all others are places of a `LocalTeacher`. Several teachers are no placement:
+# each of them has one.
 KINDS: dict[str, type[Teacher]] = {"adapter_off": AdapterOff, "cached": CachedTeacher, "remote": RemoteTeacher}
 
 
@@ -34,12 +42,22 @@ def placement_of(teacher: Any, options: TeacherOptions) -> str:
 
 def kind_of(teacher: Any, options: TeacherOptions) -> type[Teacher]:
     """Return the class that a teacher, as it was given, is going to be of."""
+    if isinstance(teacher, Mapping):
+        return RoutedTeacher if not options.composes_teachers or names_of(teacher, options) else ComposedTeacher
     kind = KINDS.get(placement_of(teacher, options))
     if kind is not None:
         return kind
     if isinstance(teacher, Teacher):
         return type(teacher)
     return NoTeacher if teacher is None else LocalTeacher
+
+
+def each_teacher(teacher: Any, options: TeacherOptions) -> Iterator[tuple[str, Member]]:
+    """Iterate over what is given of each teacher, by name; over the only one, or over several without the student."""
+    if isinstance(teacher, Members):
+        yield from ((name, member) for name, member in teacher.items() if not member.is_initial)
+    else:
+        yield "", Member(teacher, options)
 
 
 def has_files(teacher: Any, options: TeacherOptions) -> bool:
@@ -54,6 +72,9 @@ def refuse(pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
         ConfigurationError: naming what was got, what was expected and what to do.
     """
     teacher, placement = pair.teacher, options.teacher_placement
+    if isinstance(teacher, Members):
+        _refuse_several(pair, teacher, options, wants)
+        return
     if is_remote(teacher) and placement not in ("auto", "remote"):
         raise ConfigurationError(
             f"Got `teacher_placement: {placement}` with the teacher {teacher!r}, which runs elsewhere. Set `remote`, "
@@ -70,7 +91,8 @@ def refuse(pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
     kind.refuse(pair, options, wants)
     if options.teacher_cache is not None and not issubclass(kind, CachedTeacher):
         CachedTeacher.refuse(pair, options, wants)
-    for other in KINDS.values():
+    others: list[type[Teacher]] = [*KINDS.values(), RoutedTeacher, ComposedTeacher]
+    for other in others:
         if not issubclass(kind, other):
             other.refuse_idle(options)
 
@@ -83,6 +105,8 @@ def open_teacher(pair: Pair, options: TeacherOptions) -> Any:
             student.
         CacheError: a cache cannot be read or made.
     """
+    if isinstance(pair.teacher, Members):
+        return _open_several(pair, pair.teacher, options)
     kind = kind_of(pair.teacher, options)
     if options.teacher_cache is None or issubclass(kind, CachedTeacher):
         return kind.opened(pair, options) or pair.teacher
@@ -97,6 +121,8 @@ def load_teacher(pair: Pair, options: TeacherOptions, student: Callable[[], nn.M
         student: gives the student in its wrappers as they are now, for a teacher that shares its base.
     """
     teacher = pair.teacher
+    if isinstance(teacher, Members):
+        return _load_several(pair, teacher, options, student)
     if isinstance(teacher, Teacher):
         if isinstance(teacher, LocalTeacher) and options.teacher_placement != "auto":
             teacher.placement = options.teacher_placement
@@ -110,10 +136,16 @@ def model_of(teacher: Any) -> nn.Module | None:
     return source if isinstance(source, nn.Module) else None
 
 
-def teacher_tokenizer(
-    teacher: Any, tokenizer: PreTrainedTokenizerBase, options: TeacherOptions
-) -> PreTrainedTokenizerBase | None:
-    """Load the teacher's tokenizer where its source holds one; else None, and only sizes can be compared."""
+def teacher_tokenizer(teacher: Any, tokenizer: PreTrainedTokenizerBase, options: TeacherOptions) -> Any:
+    """Load the teacher's tokenizer where its source holds one; else None, and only sizes can be compared.
+
+    Of several teachers, by name.
+    """
+    if isinstance(teacher, Members):
+        return {
+            name: tokenizer if member.is_initial else teacher_tokenizer(member.given, tokenizer, member.options)
+            for name, member in teacher.items()
+        }
     if issubclass(kind_of(teacher, options), RemoteTeacher):
         return tokenizer  # its servers compare it with theirs
     name = teacher if isinstance(teacher, str) and has_files(teacher, options) else None
@@ -140,9 +172,157 @@ def teacher_tokenizer(
 
 def compare_vocabularies(pair: Pair, options: TeacherOptions) -> None:
     """Compare vocabularies by configs alone, for models given by name: before weights are loaded."""
+    if isinstance(pair.teacher, Members):
+        for name, member in each_teacher(pair.teacher, options):
+            with naming(name):
+                compare_vocabularies(pair_of(pair, name, member), member.options)
+        return
     if not (isinstance(pair.student, str) and isinstance(pair.teacher, str) and has_files(pair.teacher, options)):
         return
     roles = {"student": pair.student, "teacher": pair.teacher}
     configs = [models.load_config(name, role, **options.files_of(role)) for role, name in roles.items()]
     rows = [config.get_text_config().vocab_size for config in configs]
     shared_vocabulary(pair.tokenizer, pair.teacher_tokenizer, *rows)
+
+
+# ---- Several --------------------------------------------------------------------------------------------------------
+
+
+def pair_of(pair: Pair, name: str, member: Member) -> Pair:
+    """Return the student and one of several teachers."""
+    tokenizer = pair.teacher_tokenizer
+    theirs = tokenizer.get(name) if isinstance(tokenizer, Mapping) else tokenizer
+    return dataclasses.replace(pair, teacher=member.given, teacher_tokenizer=theirs)
+
+
+def _refuse_several(pair: Pair, members: Members, options: TeacherOptions, wants: Requirements) -> None:
+    composed = composed_of(options, members)
+    kind_of(members, options).refuse(dataclasses.replace(pair, teacher=None), options, wants)
+    if composed and wants.replaces_completions:
+        refuse_writing("teachers that are composed", wants)
+    told = {}
+    for name, member in each_teacher(members, options):
+        with naming(name):
+            refuse(pair_of(pair, name, member), member.options, wants)
+            told[name] = _tells(member)
+    for name in {part for weights in composed.values() for part in weights} & told.keys():
+        refuse_part(name, told[name])
+    if kind_of(members, options) is ComposedTeacher:
+        RoutedTeacher.refuse_idle(options)
+
+
+def _tells(member: Member) -> str:
+    """What one of several teachers is going to tell of a token (`Teacher.tells`), before it is opened."""
+    options, given = member.options, member.given
+    if isinstance(given, Teacher) and options.teacher_cache is None:
+        return given.tells
+    if options.teacher_placement == "cached":
+        return CachedTeacher(str(options.teacher_cache)).tells
+    if options.teacher_cache is not None:
+        return told_kind(options.teacher_cache_kind, options.teacher_cache_top_k, options.teacher_cache_draws)
+    if issubclass(kind_of(given, options), RemoteTeacher):
+        return told_kind(options.teacher_server_kind, options.teacher_server_top_k, options.teacher_server_draws)
+    return "hidden"
+
+
+def _open_several(pair: Pair, members: Members, options: TeacherOptions) -> Any:
+    """The teachers, those opened that need no weights here; made one at once if that is all of them."""
+    opened = Members()
+    used = _used(members, options)
+    for name, member in members.items():
+        given = member.given
+        if not member.is_initial and member.adapter is None and name in used:
+            with naming(name):
+                given = open_teacher(pair_of(pair, name, member), member.options)
+        opened[name] = dataclasses.replace(member, given=given)
+    if all(isinstance(opened[name].given, Teacher) for name in used):
+        return _made_one({name: opened[name].given for name in used}, opened, options, told_late=False)
+    return opened
+
+
+def _load_several(
+    pair: Pair, members: Members, options: TeacherOptions, student: Callable[[], nn.Module] | None
+) -> Teacher:
+    names = _used(members, options)
+    bases, teachers = _shared_bases(members, names), dict[str, Teacher]()
+    for name in names:
+        member = members[name]
+        with naming(name):
+            if member.is_initial:
+                teachers[name] = _initial_student(pair, options, student)
+            elif name in bases:
+                teachers[name] = bases[name].teacher(member.adapter)
+            else:
+                teachers[name] = load_teacher(pair_of(pair, name, member), member.options, student)
+    return _made_one(teachers, members, options, told_late=True)
+
+
+def _used(members: Members, options: TeacherOptions) -> list[str]:
+    """Name the members that have a say: one that is weighted by 0 is not loaded."""
+    composed = composed_of(options, members)
+    parts = {part for weights in composed.values() for part in weights}
+    return [name for name in members if not composed or name in parts]
+
+
+def _made_one(
+    teachers: Mapping[str, Teacher], members: Members, options: TeacherOptions, *, told_late: bool
+) -> Teacher:
+    composed = composed_of(options, members)
+    if not composed:
+        return RoutedTeacher(teachers, told_late=told_late)
+    arithmetic = options.teacher_mix == "arithmetic"
+    made: dict[str, Teacher] = {
+        name: ComposedTeacher(
+            {part: teachers[part] for part in weights}, weights, arithmetic=arithmetic, told_late=told_late
+        )
+        for name, weights in composed.items()
+    }
+    return next(iter(made.values())) if len(made) == 1 else RoutedTeacher(made, told_late=told_late)
+
+
+def _shared_bases(members: Members, names: list[str]) -> dict[str, SharedBase]:
+    """Load each base that adapters share, or an adapter and a teacher that is its base: by the names of these."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        member, options = members[name], members[name].options
+        if isinstance(member.given, str) and kind_of(member.given, options) is LocalTeacher:
+            key = repr((member.given, options.teacher_placement, options.teacher_model_init_kwargs))
+            groups.setdefault(key, []).append(name)
+    bases: dict[str, SharedBase] = {}
+    for group in groups.values():
+        adapters = [adapter for name in group if (adapter := members[name].adapter) is not None]
+        if adapters:
+            bases |= dict.fromkeys(group, _load_base(members[group[0]], adapters))
+    return bases
+
+
+def _load_base(member: Member, adapters: list[str]) -> SharedBase:
+    options, placement = member.options, member.options.teacher_placement
+    placement = "replicate" if placement == "auto" else placement
+    given: Any = options.teacher_model_init_kwargs or {}
+    settings = {"trust_remote_code": options.trust_remote_code, **given}
+    with models.loading_placed(member.given, placement, options.device, settings) as placed:
+        model = models.load_causal_lm(member.given, role="teacher", **placed)
+    return SharedBase(model, member.given, adapters, placement)
+
+
+def _initial_student(pair: Pair, options: TeacherOptions, student: Callable[[], nn.Module] | None) -> LocalTeacher:
+    """The student before training: itself without its new adapter, its folder again, or a frozen copy."""
+    assert student is not None
+    model = student()
+    initial: LocalTeacher
+    if models.is_peft(model) and adapter_is_neutral(model):
+        initial = AdapterOff(student)
+    elif isinstance(pair.student, str) and not models.is_peft(model):
+        kwargs = getattr(options, "model_init_kwargs", None) or {}
+        own = own_options(options, {"teacher_model_init_kwargs": kwargs, "teacher_placement": "auto"})
+        initial = LocalTeacher.loaded(dataclasses.replace(pair, teacher=pair.student), own)
+    elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ConfigurationError(
+            "Got the reference `initial` with a student whose weights ZeRO-3 has partitioned already, so that they "
+            "cannot be copied. Pass the student by name, or train a new adapter (`peft_config`)."
+        )
+    else:
+        initial = LocalTeacher(copy.deepcopy(model))
+    initial.name = "the student before training"
+    return initial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,12 @@ from ..data.teacher_prompts import names_in
 from ..exceptions import ConfigurationError
 from ..models import which_files
 from ..settings import Checked, require, setting, shown
+from ..value_types import parse_mapping
 from .cache.kinds import CACHE_KINDS
 from .placement import PLACEMENTS
 from .remote.wire import NUMBER_DTYPES, SERVER_KINDS
+
+MIXES = ("geometric", "arithmetic")
 
 if TYPE_CHECKING:
 
@@ -71,6 +75,25 @@ class TeacherOptions(Checked, _Config):
         "error", f"What happens to rows that are longer for the teacher: one of {', '.join(TOO_LONG)}."
     )
 
+    # Several teachers
+    teacher_column: str = setting("teacher", "With several teachers: the column that names the teacher of each row.")
+    teacher_mix: str | None = setting(
+        None, f"Make one teacher of several, by their {' or '.join(MIXES)} mean, in place of one for each row."
+    )
+    teacher_weights: dict[str, float] | str | None = setting(
+        None, "Of teacher_mix, such as {math: 0.7, code: 0.3}, adding up to 1; by default equal (JSON)."
+    )
+    extrapolate: dict[str, Any] | str | None = setting(
+        None,
+        "Move each teacher away from a reference, such as {reference: initial, scale: 1.25}: the student before "
+        "training, or one of several teachers (JSON).",
+    )
+    weak_to_strong: dict[str, Any] | str | None = setting(
+        None,
+        "Make one teacher of three: base + alpha * (plus - minus) in logits, such as {base: large, plus: tuned, minus: "
+        "raw, alpha: 1.0} (JSON).",
+    )
+
     # Teacher cache
     teacher_cache: str | None = setting(
         None, "Folder in which the teacher's answers are kept; what is missing is added as it is met."
@@ -111,6 +134,11 @@ class TeacherOptions(Checked, _Config):
         """Whether a teacher given by name is loaded only when it is asked."""
         return False
 
+    @property
+    def composes_teachers(self) -> bool:
+        """Whether several teachers, or one and a reference, are made one."""
+        return any(getattr(self, name) is not None for name in ("teacher_mix", "extrapolate", "weak_to_strong"))
+
     def files_of(self, role: str) -> dict[str, Any]:
         """Return the arguments with which config and tokenizer of the "student" or "teacher" are read."""
         given: Any = getattr(self, "model_init_kwargs" if role == "student" else "teacher_model_init_kwargs", None)
@@ -123,6 +151,10 @@ class TeacherOptions(Checked, _Config):
         self._check_view()
         self._check_teacher_cache()
         self._check_teacher_server()
+        for name in ("teacher_weights", "extrapolate", "weak_to_strong"):
+            if isinstance(text := getattr(self, name), str):
+                setattr(self, name, parse_mapping(text))
+        self._check_composition()
         self._check_placement()
 
     def _check_view(self) -> None:
@@ -134,6 +166,34 @@ class TeacherOptions(Checked, _Config):
             self.teacher_too_long == "error" or self.teacher_max_length is not None,
             "`teacher_max_length` beside it: the length that is too long",
         )
+
+    def _check_composition(self) -> None:
+        self._require("teacher_mix", self.teacher_mix in (None, *MIXES), f"one of {', '.join(MIXES)}")
+        mixed = self.teacher_mix is not None
+        self._require("teacher_weights", mixed or self.teacher_weights is None, "`teacher_mix` beside it")
+        given = [name for name in ("teacher_mix", "extrapolate", "weak_to_strong") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigurationError(
+                f"Got {' and '.join(f'`{name}`' for name in given)}, which both say what one teacher is made of; "
+                "expected one of them. In Python, compose a ComposedTeacher of ComposedTeachers."
+            )
+        self._check_numbers("extrapolate", {"reference": None, "scale": 1.25})
+        self._check_numbers("weak_to_strong", {"base": None, "plus": None, "minus": None, "alpha": 1.0})
+
+    def _check_numbers(self, setting: str, parts: dict[str, float | None]) -> None:
+        """Fill in what has a default; names of teachers have none."""
+        given: Any = getattr(self, setting)
+        if given is None:
+            return
+        names = [part for part, default in parts.items() if default is None]
+        whole = {part: default for part, default in parts.items() if default is not None} | dict(given)
+        fits = whole.keys() == parts.keys() and all(isinstance(whole[name], str) for name in names)
+        for number in parts.keys() - set(names):
+            value = whole.get(number)
+            fits &= isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        example = ", ".join(f"{part}: {'NAME' if default is None else default}" for part, default in parts.items())
+        self._require(setting, fits, f"{{{example}}}, names of teachers and a number")
+        setattr(self, setting, whole)
 
     def _check_teacher_server(self) -> None:
         kind = self.teacher_server_kind

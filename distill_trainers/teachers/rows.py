@@ -16,6 +16,7 @@ from ..data.labels import IGNORED
 from ..data.packing import is_packed_dataset, restarts, rows_of_packed, unpacked
 from ..data.pairs import rows_of_pair
 from ..data.rationales import rows_of_rationales
+from ..data.routing import TEACHER_INDEX
 from ..data.views import view_features, viewed_row
 from ..exceptions import ConfigurationError
 
@@ -82,7 +83,7 @@ def examples_of(dataset: Any) -> Iterator[list[Mapping[str, Any]]]:
     They are one, the two of a pair, the two tasks of a rationale, or packed ones.
     """
     columns = ["input_ids", "labels"]
-    columns += [name for name in view_features() if name in dataset.column_names]
+    columns += [name for name in (*view_features(), TEACHER_INDEX) if name in dataset.column_names]
     examples: Iterator[list[dict[str, Any]]]
     if is_packed_dataset(dataset):
         examples = map(rows_of_packed, dataset)
@@ -95,6 +96,16 @@ def examples_of(dataset: Any) -> Iterator[list[Mapping[str, Any]]]:
     return ([viewed_row(row) for row in rows] for rows in examples)
 
 
-def dataset_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
-    """Iterate over all rows of a tokenised dataset, as the teacher reads them."""
-    return itertools.chain.from_iterable(examples_of(dataset))
+class DatasetRows:
+    """All rows of a tokenised dataset, as the teacher reads them, each time that they are gone through."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return itertools.chain.from_iterable(examples_of(self.dataset))
+
+
+def dataset_rows(dataset: Any) -> DatasetRows:
+    """Return all rows of a tokenised dataset, to be gone through as often as one likes."""
+    return DatasetRows(dataset)

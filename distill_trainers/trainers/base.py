@@ -67,7 +67,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
 
     Args:
         model: the student: a folder or Hub id, a `PreTrainedModel`, or a `PeftModel`.
-        teacher_model: the teacher: a folder or Hub id, a model, or a `Teacher`; None where the method needs none.
+        teacher_model: the teacher: a folder, a Hub id, a model or a `Teacher`; or several by name; None for none.
         args: the method's config; None takes its defaults, plain `TrainingArguments` are carried over.
         train_dataset: rows of any layout that `distill_trainers.data.formats` names; may be iterable.
         eval_dataset: likewise, or a dict of several. Evaluation is teacher-forced, so it compares between steps.
@@ -104,7 +104,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
     def __init__(
         self,
         model: str | PathLike[str] | PreTrainedModel | nn.Module | None = None,
-        teacher_model: str | PathLike[str] | PreTrainedModel | nn.Module | Teacher | None = None,
+        teacher_model: str | PathLike[str] | PreTrainedModel | nn.Module | Teacher | Mapping[str, Any] | None = None,
         args: TrainingArguments | None = None,
         train_dataset: Dataset | IterableDataset | Sequence[Mapping[str, Any]] | None = None,
         eval_dataset: Dataset | IterableDataset | Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
@@ -453,6 +453,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])
             for name, values in terms.items():
                 self.metrics.add_means({name: values.sum()}, count_of(name, counts, self.loss_divisors))
+            self.metrics.add_by_teacher(self.teacher.names, inputs, terms, self.loss_divisors)
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
 
     def token_terms(

@@ -158,6 +158,9 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
         "model_init_kwargs",
         "teacher_model_init_kwargs",
+        "teacher_weights",
+        "extrapolate",
+        "weak_to_strong",
         "column_mapping",
         "chat_template_kwargs",
         "vllm_kwargs",
@@ -189,9 +192,10 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         if self.load_best_model_at_end and not self.metric_for_best_model:
             self.metric_for_best_model = "eval_perplexity"
         if self.metric_for_best_model and self.greater_is_better is None:
-            name = self.metric_for_best_model.removeprefix("eval_")  # behind the name of one of several sets, maybe
+            metric = self.metric_for_best_model.partition("/")[0]  # behind it, the name of one of several teachers
+            name = metric.removeprefix("eval_")  # behind the name of one of several sets, maybe
             of_loss = any(f"_{name}".endswith(f"_{term}") for term in self.loss_terms or ()) and name not in MEASURES
-            self.greater_is_better = not of_loss and higher_is_better(self.metric_for_best_model)
+            self.greater_is_better = not of_loss and higher_is_better(metric)
         check_before_devices(self)
         with refusals_of_transformers():
             super().__post_init__()
@@ -225,6 +229,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     def why_no_views(self) -> str:
         """What keeps the teacher from reading another prompt than the student, as the end of a sentence."""
         return "packed rows follow one another, without prompts of their own (`packing: true`)" if self.packing else ""
+
+    @property
+    def why_one_teacher(self) -> str:
+        """What keeps rows from having teachers of their own, as the end of a sentence; empty: nothing."""
+        return "packed rows are read as one" if self.packing else ""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -310,6 +319,8 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             num_proc=self.dataset_num_proc,
             needs=needs,
             name=name,
+            teachers=() if name == "pretraining" else wants.teachers,
+            teacher_column=self.teacher_column,
             teacher_prompts=self.teacher_prompts(wants),
         )
 

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .. import models
 from ..data.packing import unpacked
+from ..data.routing import TEACHER_INDEX
 from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_trained_tokens, means_of_sums, sum_per_example, token_mean, trained_mask
@@ -35,7 +36,9 @@ class TeacherForcedEvaluation(Trainer):
         agreement_terms: Any
         token_terms: Any
         two_models: Any
+        teacher: Any
         _eval_rows: list[Tensor] | None
+        _eval_owners: list[Tensor]
         _eval_names: list[str]
 
         @property
@@ -56,23 +59,21 @@ class TeacherForcedEvaluation(Trainer):
 
         A measure that `compute_metrics` returns takes the place of one of that name; but the loss stays the method's.
         """
-        self._eval_rows = []
+        self._eval_rows, self._eval_owners = [], []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if not self._eval_rows:
             raise DatasetError(f"The {description.lower()} set has no batches; got an empty dataset.")
-        totals = torch.cat(self._eval_rows).double().sum(0).tolist()
+        rows, owners = torch.cat(self._eval_rows).double(), torch.cat(self._eval_owners)
         self._eval_rows = None
-        sums = dict(zip(self._eval_names, totals, strict=True))
-        tokens = sums.pop("tokens")
-        if tokens == 0:
+        metrics = self._scores_of(rows)
+        if metrics["tokens"] == 0:
             raise DatasetError(
                 f"The {description.lower()} set has no tokens to score: no row has a completion that fits into "
                 f"max_length ({self.args.max_length}). Give its rows completions, or raise max_length."
             )
-        means = means_of_sums(sums, tokens, self.loss_divisors)
-        metrics = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
-        metrics |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
-        metrics |= agreement_metrics(means) | {"tokens": tokens}
+        for k, name in enumerate(self.teacher.names):
+            own = self._scores_of(rows[owners == k])
+            metrics |= {f"{score}/{name}": value for score, value in own.items() if own["tokens"]}
         given = {k: v for k, v in (output.metrics or {}).items() if k != f"{metric_key_prefix}_loss"}
         scores = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self._tell_replaced(given.keys() & scores.keys())
@@ -83,6 +84,15 @@ class TeacherForcedEvaluation(Trainer):
                 scores = {f"{stem}_{name}": value for name, value in callback.take(dataloader.dataset).items()} | scores
         self.last_eval_metrics.update(scores)
         return output._replace(metrics=scores)
+
+    def _scores_of(self, rows: Tensor) -> dict[str, float]:
+        """What the sums `[E, terms]` of some examples come to."""
+        sums = dict(zip(self._eval_names, rows.sum(0).tolist(), strict=True))
+        tokens = sums.pop("tokens")
+        means = means_of_sums(sums, tokens, self.loss_divisors)
+        scores = {"loss": sum(w * means[name] for name, w in self.loss_weights.items())}
+        scores |= {name: value for name, value in means.items() if name not in AGREEMENT_TERMS}
+        return scores | agreement_metrics(means) | {"tokens": tokens}
 
     def _tell_replaced(self, names: set[str]) -> None:
         new = names - self._told_replaced
@@ -115,7 +125,9 @@ class TeacherForcedEvaluation(Trainer):
         sums = torch.stack([sum_per_example(values.float(), inputs) for values in terms.values()], dim=1)
         if self._eval_rows is not None:
             self._eval_names = list(terms)
+            owners = inputs.get(TEACHER_INDEX, torch.zeros(len(sums), dtype=torch.long, device=sums.device))
             self._eval_rows.append(self.accelerator.gather_for_metrics(sums).cpu())
+            self._eval_owners.append(self.accelerator.gather_for_metrics(owners).cpu())
         loss = token_mean(total, count_trained_tokens([inputs]).to(total.device))
         return (loss, None, None) if prediction_loss_only else (loss, *self._logits(model, inputs))
 

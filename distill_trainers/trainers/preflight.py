@@ -22,6 +22,7 @@ from ..settings import shown
 from ..storage import check_folder
 from ..teachers import loading
 from ..teachers.base import Pair, Teacher
+from ..teachers.members import names_of, read_members
 from ..teachers.rows import dataset_rows
 from .config import DistillConfig
 from .given.best_metric import check_best_metric
@@ -174,9 +175,11 @@ def preflight(given: Given) -> Ready:
     Raises:
         ConfigurationError, DatasetError, VocabularyError, HubError: what was got, what was expected and what to do.
     """
-    args, student, teacher = given.args, given.pair.student, given.pair.teacher
+    args, student = given.args, given.pair.student
     for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
         setattr(args, name, models.settled_kwargs(getattr(args, name), name) or None)  # what follows knows one spelling
+    teacher = read_members(given.pair.teacher, args)
+    given = dataclasses.replace(given, pair=dataclasses.replace(given.pair, teacher=teacher))
     _check_folders(args, given.train is not None)
     _check_parallelism(args)
     models.check_compiler(args)
@@ -186,17 +189,20 @@ def preflight(given: Given) -> Ready:
     pair = dataclasses.replace(given.pair, adapted=adapted)
     wants = args.requirements(first_row(given.train) if args.reads_first_row and given.train is not None else None)
     wants = dataclasses.replace(wants, streams_rows=given.train is not None and not hasattr(given.train, "__len__"))
+    wants = dataclasses.replace(wants, teachers=names_of(teacher, args))
     _check_packing(args, wants)
     _check_view(args, loading.kind_of(teacher, args))
+    _check_teachers(args, wants)
     _check_models(given)
     config = student_config(student, args)
     _check_files(pair, config, args)
     wants = dataclasses.replace(wants, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
     _check_architecture(config, teacher, args, wants)
     loading.refuse(pair, args, wants)
-    _refuse_shared_weights(student, teacher)
     _refuse_weights_without_values(student, "student")
-    _refuse_weights_without_values(loading.model_of(teacher), "teacher")
+    for _, member in loading.each_teacher(teacher, args):
+        _refuse_shared_weights(student, member.given)
+        _refuse_weights_without_values(loading.model_of(member.given), "teacher")
     _check_datasets(given, wants)
     quantized = given.quantized or "quantization_config" in (args.model_init_kwargs or {})
     publishing.check(args, given.base or student, adapted, quantized)
@@ -264,8 +270,16 @@ def _check_view(args: DistillConfig, teacher: type[Teacher]) -> None:
             )
 
 
+def _check_teachers(args: DistillConfig, wants: Requirements) -> None:
+    if wants.teachers and args.why_one_teacher:
+        raise ConfigurationError(
+            f"Got several teachers ({', '.join(wants.teachers)}) with {wants.trainer}, where {args.why_one_teacher}; "
+            "expected one for all rows. Leave that setting out, compose them (`teacher_mix`), or name one."
+        )
+
+
 def _check_models(given: Given) -> None:
-    args, student, teacher = given.args, given.pair.student, given.pair.teacher
+    args, student = given.args, given.pair.student
     if student is None:
         raise ConfigurationError("Got no student model; expected a folder, a Hub id or a model.")
     if given.quantized:
@@ -277,18 +291,21 @@ def _check_models(given: Given) -> None:
             "`quantization_config` and `model_init_kwargs` act while a student is loaded by name, but `model` is "
             f"already a {type(student).__name__}. Pass its name, or leave them out."
         )
-    if isinstance(teacher, str) and loading.has_files(teacher, args):
-        models.check_model_source(teacher, "teacher")
+    for _, member in loading.each_teacher(given.pair.teacher, args):
+        if isinstance(member.given, str) and loading.has_files(member.given, member.options):
+            models.check_model_source(member.given, "teacher")
 
 
 def _check_files(pair: Pair, config: Any, args: DistillConfig) -> None:
-    student, teacher = pair.student, pair.teacher
+    student = pair.student
     if isinstance(student, str):
         models.check_files(student, "student", config, args.model_init_kwargs or {})  # type: ignore[arg-type]  # parsed
-    if isinstance(teacher, str) and loading.has_files(teacher, args):
-        kwargs: Any = args.teacher_model_init_kwargs or {}
-        known = models.with_overrides(models.load_config(teacher, "teacher", **args.files_of("teacher")), kwargs)
-        models.check_files(teacher, "teacher", known, kwargs)
+    for _, member in loading.each_teacher(pair.teacher, args):
+        teacher, options = member.given, member.options
+        if isinstance(teacher, str) and loading.has_files(teacher, options):
+            kwargs: Any = options.teacher_model_init_kwargs or {}
+            known = models.with_overrides(models.load_config(teacher, "teacher", **options.files_of("teacher")), kwargs)
+            models.check_files(teacher, "teacher", known, kwargs)
 
 
 def _check_architecture(config: Any, teacher: Any, args: DistillConfig, wants: Requirements) -> None:
@@ -351,5 +368,5 @@ def _check_datasets(given: Given, wants: Requirements) -> None:
         raise DatasetError(f"Got `eval_strategy: {strategy}` but no `eval_dataset`; pass one or set 'no'.")
     held_out.check(args, evaluation, loading.kind_of(given.pair.teacher, args), wants)
     if not given.own_scores:
-        check_best_metric(args, evaluation)
+        check_best_metric(args, evaluation, wants.teachers)
     args.check_datasets(given.train, evaluation, given.text, wants)

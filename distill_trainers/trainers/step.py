@@ -75,7 +75,7 @@ class TwoModels:
             ConfigurationError: the batch says more about the student's text than its ids.
         """
         if frozen is not self.teacher or not has_view(inputs):
-            return models.forward_inputs(inputs, self.extras), predicts
+            return models.forward_inputs(inputs, self.extras | frozen.reads), predicts
         more = sorted(self.extras & inputs.keys())
         if more:
             raise ConfigurationError(
@@ -83,7 +83,8 @@ class TwoModels:
                 "say nothing; expected ids and mask. Leave them out of the batches (another `data_collator`)."
             )
         viewed, predicts = teacher_inputs(inputs, predicts)
-        return models.forward_inputs(viewed), predicts
+        also = {name: inputs[name] for name in frozen.reads & inputs.keys()}
+        return models.forward_inputs({**viewed, **also}, frozen.reads), predicts
 
     def ask_ahead(self, batches: Iterable[Mapping[str, Any]], teacher_signal: SignalFn) -> None:
         """Tell a remote teacher what it is going to be asked, so that it works while the student does.

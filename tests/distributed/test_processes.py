@@ -72,7 +72,8 @@ def assert_same_run(one, two, folder_one, folder_two, lora=False, norms=True):
         assert b["trained_tokens"] == a["trained_tokens"]
         if norms:
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3)
-    names = {"eval_loss", "eval_kl", "eval_perplexity", "eval_top1_agreement", "eval_tokens", "eval_accuracy"}
+    names = {"eval_kl/math", "eval_kl/code", "eval_tokens/code"}
+    names |= {"eval_loss", "eval_kl", "eval_perplexity", "eval_top1_agreement", "eval_tokens", "eval_accuracy"}
     assert one["eval"].keys() & names == two["eval"].keys() & names and "eval_loss" in one["eval"]
     for name in sorted(names & one["eval"].keys()):
         assert two["eval"][name] == pytest.approx(one["eval"][name], rel=1e-3), name
@@ -109,6 +110,8 @@ CASES = {
     "mixed": {"args": {**SETTINGS, "lmbda": 0.5}},
     "on-policy": {"args": {**SETTINGS, "lmbda": 1.0}},
     "seq_kd": {"args": {**OFF_POLICY, "seq_kd": True}},
+    "routed": {"several": True, "args": {**SETTINGS, "lmbda": 0.5}},
+    "composed": {"several": True, "args": {**OFF_POLICY, "extrapolate": {"reference": "math", "scale": 1.25}}},
     "lora": {"lora": True, "args": OFF_POLICY},
     "compiled": {"args": {**SETTINGS, "lmbda": 0.5, "torch_compile": True, "torch_compile_backend": "aot_eager"}},
     "cache-hidden": {"args": {**OFF_POLICY, **CACHE, "teacher_cache_kind": "hidden"}},

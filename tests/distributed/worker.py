@@ -126,6 +126,14 @@ def train(job):
     width = job.get("teacher_mlp", 128)
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
     teacher = job.get("teacher", teacher)  # the address of a server that has the same one
+    train_rows, eval_rows = pairs(48) if job.get("pairs") else rows(48), rows(13, seed=7)
+    if job.get("several"):  # many a micro-batch of a process has no row of the second
+        other = tiny_llama(tokenizer, 48, 2, seed=5, tie_word_embeddings=False)
+        teacher = {"math": teacher, "code": other}
+        train_rows, eval_rows = (
+            part.add_column("teacher", ["code" if i % 3 == 0 else "math" for i in range(len(part))])
+            for part in (train_rows, eval_rows)
+        )
     student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1, attention_dropout=job.get("dropout", 0.0))
     if job.get("experts"):
         student = mixture_of_experts(**job["experts"])
@@ -142,8 +150,8 @@ def train(job):
         model=student,
         teacher_model=None if job.get("method") == "rationale" else teacher,
         args=args,
-        train_dataset=pairs(48) if job.get("pairs") else rows(48),
-        eval_dataset=rows(13, seed=7),  # does not divide by the batch: duplicates must not count
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,  # does not divide by the batch: duplicates must not count
         processing_class=tokenizer,
         callbacks=[recorder],
         peft_config=peft_config,
@@ -171,7 +179,7 @@ def train(job):
         trainer.save_model()
     if trainer.is_world_process_zero():
         body = getattr(trainer.teacher, "model", teacher)
-        weights = () if isinstance(body, str) else body.named_parameters()
+        weights = () if isinstance(body, str | dict) else body.named_parameters()
         kept_whole = sum(p.numel() for n, p in weights if "mlp" in n)
         report = {"logs": recorder.logs, "eval": scores, "teacher_mlp_kept_whole": kept_whole}
         report["student_is_sharded"] = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())

@@ -176,6 +176,11 @@ CACHE_KINDS: dict[str, type[CacheKind]] = {kind.name: kind for kind in (HiddenKi
 _SPARSE: dict[str, type[TopK] | type[Sampled]] = {"topk": TopK, "sampled": Sampled}
 
 
+def told_kind(kind: str, top_k: int | None, draws: int | None) -> str:
+    """Name a kind of answers together with the numbers that must agree where several teachers are read together."""
+    return f"topk of {top_k} ids" if kind == "topk" else f"sampled by {draws} draws" if kind == "sampled" else kind
+
+
 def refuse_sparse(kind: str, setting: str, wants: Requirements) -> None:
     """Refuse a sparse kind of answers, cached or remote, where the loss cannot be had from it.
 

@@ -25,7 +25,7 @@ from ..placement import is_collective
 from ..rows import batch_keys, dataset_row_key, plain_rows
 from ..vocabulary import shared_vocabulary
 from .identity import CacheIdentity, read_identity, read_learnt, refuse_differences, write_learnt
-from .kinds import CACHE_KINDS, refuse_sparse
+from .kinds import CACHE_KINDS, refuse_sparse, told_kind
 from .opening import check_vocabulary, config_of, dtype_of, identity_of, record_identity, rows_of, source_of
 from .shards import Answer, TeacherCache
 
@@ -160,6 +160,7 @@ class CachedTeacher(Teacher):
             )
         self.identity: CacheIdentity = identity
         self.name = identity.teacher
+        self.tells = told_kind(identity.kind, identity.top_k, identity.draws)
         self.kind = CACHE_KINDS[identity.kind](identity)
         self.cache = TeacherCache(folder, identity.stamp())
         self.token_bytes = self.kind.token_bytes(hidden_size, dtype)

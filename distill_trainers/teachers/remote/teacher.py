@@ -20,7 +20,7 @@ from ...servers.openai import Writer
 from ...settings import shown
 from ...signals import Head, TeacherSignal, TokenLogprobs
 from ..base import Pair, Teacher, is_remote, named
-from ..cache.kinds import CACHE_KINDS, refuse_sparse
+from ..cache.kinds import CACHE_KINDS, refuse_sparse, told_kind
 from ..cache.shards import Answer
 from ..rows import TokenRow, plain_rows, row_key, unpadded_rows
 from ..vocabulary import shared_vocabulary
@@ -146,6 +146,7 @@ class RemoteTeacher(Teacher):
             limits = [dialect.info[name] for dialect in dialects if dialect.info[name] is not None]
             self.info[name] = min(limits) if limits else None
         self.name = self.info["teacher"]
+        self.tells = told_kind(settings.kind, settings.top_k, settings.draws)
         self._device = torch.device("cpu")
         self._head: Head | None = None
         self._known_ids: int | None = self.info["vocab_rows"]

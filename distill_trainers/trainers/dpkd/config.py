@@ -113,6 +113,7 @@ class DPKDConfig(DistillConfig):
         return _SCORES
 
     why_no_packing = "a loss of whole rows compares the two of each pair"
+    why_one_teacher = "the reference of its rewards is one model"
 
     @property
     def samples_completions(self) -> bool:

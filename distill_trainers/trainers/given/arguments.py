@@ -117,8 +117,8 @@ _FUNCTION = Kind(callable, "a function")
 KINDS = {
     "model": Kind(lambda value: _is_name(value) or _is_model(value), "a folder, a Hub id, or a model of transformers"),
     "teacher_model": Kind(
-        lambda value: _is_name(value) or _is_model(value) or isinstance(value, Teacher),
-        "a folder, a Hub id, a server's address, a model of transformers, or a Teacher",
+        lambda value: _is_name(value) or _is_model(value) or isinstance(value, Teacher | Mapping),
+        "a folder, a Hub id, a server's address, a model of transformers, a Teacher, or several of them by name",
     ),
     "args": Kind(lambda value: isinstance(value, TrainingArguments), "the method's config"),
     "processing_class": _TOKENIZER,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from typing import Any
 
 from ...evaluation.measures import MEASURES
@@ -20,11 +21,12 @@ def scores_of(args: DistillConfig) -> set[str] | None:
     return _ALWAYS | (_OF_A_TEACHER if args.needs else set()) | args.loss_terms | args.other_scores
 
 
-def check_best_metric(args: DistillConfig, evaluation: Any) -> None:
+def check_best_metric(args: DistillConfig, evaluation: Any, names: Collection[str] = ()) -> None:
     """Refuse a `metric_for_best_model` that no evaluation will give, instead of after the first one.
 
     Args:
         evaluation: a dataset, a dict of several, or None.
+        names: of several teachers, each of which has scores of its own.
 
     Raises:
         ConfigurationError: naming the scores that there are.
@@ -37,6 +39,9 @@ def check_best_metric(args: DistillConfig, evaluation: Any) -> None:
     known = scores if several is None else {f"{part}_{score}" for part in several for score in scores}
     measured = {m.name for m in MEASURES.values() if m.metric in (args.eval_measures or [])}  # on one set, by no name
     measured |= {prefix + score for prefix in ("teacher_", "gap_closed_") for score in measured}
+    score, _, teacher = name.rpartition("/")
+    if teacher and names and score in known and teacher in names:
+        return
     bare = name if several is None else next((name[len(p) + 1 :] for p in several if name.startswith(f"{p}_")), "")
     if name in known | measured or ("accuracy" in scores and bare.startswith("accuracy_")):
         return

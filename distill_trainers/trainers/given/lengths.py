@@ -40,13 +40,14 @@ def check_positions(
     own = {name: _reached(rows, name, args, wants) for name, rows in given.items()}
     views = {name: _reached_by_teacher(rows, name, args) or own[name] for name, rows in given.items()}
     roles = [("student", student, student_config)]
-    frozen = loading.model_of(teacher)
-    if frozen is not None and hasattr(frozen, "config"):
-        roles.append(("teacher", frozen, frozen.config))
-    elif isinstance(teacher, str) and loading.has_files(teacher, args):
-        config = models.load_config(teacher, "teacher", **args.files_of("teacher"))
-        overrides: Any = args.teacher_model_init_kwargs or {}
-        roles.append(("teacher", teacher, models.with_overrides(config, overrides)))
+    for _, member in loading.each_teacher(teacher, args):
+        source, options, frozen = member.given, member.options, loading.model_of(member.given)
+        if frozen is not None and hasattr(frozen, "config"):
+            roles.append(("teacher", frozen, frozen.config))
+        elif isinstance(source, str) and loading.has_files(source, options):
+            config = models.load_config(source, "teacher", **options.files_of("teacher"))
+            given: Any = options.teacher_model_init_kwargs or {}
+            roles.append(("teacher", source, models.with_overrides(config, given)))
     for role, source, config in roles:
         context = None if wants.encoder_decoder else models.positions_of(config)
         reached = own if role == "student" else views

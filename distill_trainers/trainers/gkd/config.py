@@ -70,6 +70,11 @@ class GKDConfig(DistillConfig):
         return {}
 
     @property
+    def why_one_teacher(self) -> str:
+        replays = "a replay buffer (`replay_buffer_size`) does not keep whose rows it has"
+        return replays if self.replay_buffer_size else super().why_one_teacher
+
+    @property
     def loss_terms(self) -> frozenset[str]:
         return frozenset({"divergence"} | ({"lm_loss"} if self.lm_loss_weight else set()))
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from ... import models
 from ...data.labels import any_trained, completion_labels
+from ...data.routing import TEACHER_INDEX
 from ...data.views import teacher_prompt
 from ...randomness import Purpose, Role, Stream
 from ...rollouts import CompletionSettings, CompletionStore, SamplingSettings, complete_prompts, local_engine
 from ...rollouts.completing import Prompts
 from ...rollouts.store import prompt_key
 from ...run_files import COMPLETIONS_NAME
+from ...teachers import Teacher
 from ..config import DistillConfig
 from ..protocol import Run
 
@@ -71,25 +73,35 @@ def prompts_to_complete(
     rows: Iterable[Mapping[str, Any]],
     *,
     replace: bool,
+    owner: int = 0,
     of: Callable[[Mapping[str, Any]], list[int]] = teacher_prompt,
 ) -> Prompts:
     """List prompts of tokenised rows without completion, or of all rows with `replace`, by key.
 
     Args:
+        owner: of several teachers, the one whose rows are meant.
         of: whose prompt it is: the teacher's own, where a row has one for it, or `student_prompt`.
     """
     prompts: Prompts = {}
     for row in rows:
+        if row.get(TEACHER_INDEX, owner) != owner:
+            continue
         if replace or not any_trained(row["labels"]):
             ids = of(row)
             prompts.setdefault(prompt_key(ids), ids)
     return prompts
 
 
-def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, replace: bool) -> Any:
-    """Add the teacher's completions to `dataset` where it has none, or everywhere with `replace`."""
+def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, replace: bool, owner: int = 0) -> Any:
+    """Add the given completions to `dataset` where it has none, or everywhere with `replace`.
+
+    Args:
+        owner: as in `prompts_to_complete`.
+    """
 
     def fill(row: dict[str, Any]) -> dict[str, Any]:
+        if row.get(TEACHER_INDEX, owner) != owner:
+            return row
         prompt = student_prompt(row)
         completion = completions.get(prompt_key(teacher_prompt(row)))
         if completion is None or (any_trained(row["labels"]) and not replace):
@@ -101,14 +113,23 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
 
 
 def fill_with_teacher_completions(run: Run, dataset: Any, *, replace: bool) -> Any:
-    """Add the teacher's completions to a run's `dataset`; each process generates its share, each prompt once."""
+    """Add the teacher's completions to a run's `dataset`; each process generates its share, each prompt once.
+
+    Of several teachers, each writes those of its own rows.
+    """
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or "labels" not in columns or not hasattr(dataset, "__len__"):
         return dataset
-    prompts = prompts_to_complete(dataset, replace=replace)
-    if not prompts:
-        return dataset
-    teacher, accelerator, args = run.teacher, run.accelerator, run.args
+    for owner, teacher in enumerate(run.teacher.writers):
+        prompts = prompts_to_complete(dataset, replace=replace, owner=owner)
+        if prompts:
+            completions = _written_by(teacher, prompts, run)
+            dataset = with_completions(dataset, completions, replace=replace, owner=owner)
+    return dataset
+
+
+def _written_by(teacher: Teacher, prompts: Prompts, run: Run) -> Mapping[str, list[int]]:
+    accelerator, args = run.accelerator, run.args
     if not teacher.can_generate:
         teacher.live()  # it says why
     sampling = dataclasses.replace(
@@ -117,5 +138,4 @@ def fill_with_teacher_completions(run: Run, dataset: Any, *, replace: bool) -> A
     )
     settings = completion_settings(args, sampling, run.processing_class, teachers_text(args))
     store = completion_store(args, settings, accelerator.process_index, teacher=teacher.fingerprint())
-    completions = complete_prompts(prompts, teacher.generating(accelerator), accelerator, settings, store)
-    return with_completions(dataset, completions, replace=replace)
+    return complete_prompts(prompts, teacher.generating(accelerator), accelerator, settings, store)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...losses.reduction import means_of_totals
+from ...data.routing import TEACHER_INDEX
+from ...losses.reduction import means_of_totals, owners_of, sum_per_row, trained_mask
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,6 +55,33 @@ class RunningMetrics:
         empty = torch.zeros(2 * _BINS + 1, device=values.device)
         counts = empty.index_add(0, places.long(), counted.float()).to(self.device)
         self._histograms[name] = self._histograms[name] + counts if name in self._histograms else counts
+
+    def add_by_teacher(
+        self,
+        names: Sequence[str],
+        batch: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor],
+        divisors: Mapping[str, str],
+    ) -> None:
+        """Add the terms `[N]` of a batch's trained tokens, and their number, by teacher: as `divergence/math`.
+
+        Args:
+            names: of several teachers; with none, nothing is added.
+            divisors: as in `losses.reduction`.
+        """
+        if not names:
+            return
+        owners, count = owners_of(batch["labels"], batch[TEACHER_INDEX], len(names)), len(names) + 1
+        ones = torch.ones_like(owners, dtype=torch.float32)
+        tokens = sum_per_row(ones, owners, count)
+        self.add_sums(**{f"trained_tokens/{teacher}": tokens[k] for k, teacher in enumerate(names)})
+        for name, values in terms.items():
+            totals, counts = sum_per_row(values.float(), owners, count), tokens
+            if name in divisors:
+                entry = batch[divisors[name]][:, 1:][trained_mask(batch["labels"])]
+                counts = sum_per_row(entry.float(), owners, count)
+            for k, teacher in enumerate(names):
+                self.add_means({f"{name}/{teacher}": totals[k]}, counts[k])
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Return sums and means over all processes since the last read; everyone must call it."""

@@ -237,6 +237,7 @@ class Publishing(Trainer):
             trained_parameters=models.num_parameters(self.model, trainable_only=True) if adapted else None,
             chats=bool(getattr(self.processing_class, "chat_template", None)),
             teacher=None if self.teacher.is_nobody else self.teacher.name,
+            teachers=tuple(self.teacher.parts.values()),
             needs_teacher=bool(args.needs),
             data=self.data_sources,
             rows=count_rows(self.train_dataset),

@@ -94,6 +94,7 @@ class RunRecorder(TrainerCallback):
         """Return what was run, without paths of this machine."""
         run, student, device = self.run, models.causal_lm_of(self.run.model), self.run.args.device
         source = models.source_of(run.model)
+        teachers = {"teachers": plain(run.teacher.parts)} if run.teacher.parts else {}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -105,7 +106,7 @@ class RunRecorder(TrainerCallback):
             "processes": run.accelerator.num_processes,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "versions": _versions(),
-            "recipe": self.recipe,
+            "recipe": {**teachers, **self.recipe},
         }
 
 

@@ -103,6 +103,11 @@ class MiniLLMConfig(DistillConfig):
         return mixes if self.alpha else ""
 
     @property
+    def why_one_teacher(self) -> str:
+        reused = "rollouts that are reused (`num_inner_epochs`, `num_minibatches`) do not keep whose rows they are"
+        return reused if self.reuses_rollouts else super().why_one_teacher
+
+    @property
     def loss_terms(self) -> frozenset[str]:
         return frozenset({"single"} | ({"lm_loss"} if self.lm_loss_weight else set()))
 

@@ -246,6 +246,7 @@ class MiniLLMTrainer(OnPolicyTrainer):
         signal: TeacherSignal | None = inputs.get(SIGNAL)
         if signal is None:
             rollouts = {name: inputs[name][:rows, :width] for name in ("input_ids", "attention_mask")}
+            rollouts |= {name: inputs[name][:rows] for name in self.teacher.reads & inputs.keys()}
             signal = super().teacher_signal(rollouts | view_of(inputs), predicts[:rows, : width - 1])
         return padded(signal, int(predicts.sum())) if signal is not None and SHAPE in inputs else signal
 

@@ -87,6 +87,7 @@ class RationaleConfig(DistillConfig):
         return self.objective == "step_by_step"
 
     why_no_packing = "the two tasks of a row lie in two sequences"
+    why_one_teacher = why_no_packing
 
     @property
     def loss_terms(self) -> frozenset[str]:
