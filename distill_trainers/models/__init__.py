@@ -70,5 +70,6 @@ from .sharding import (
     whole_parameters,
     zero_stage,
 )
+from .shares import having, trained_shares
 from .upload_hook import uploading
 from .whole import first_words, load_whole

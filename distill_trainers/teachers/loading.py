@@ -16,20 +16,28 @@ from ..requirements import Requirements
 from .base import NoTeacher, Pair, Teacher, is_remote
 from .cache.opening import source_of
 from .cache.teacher import CachedTeacher
-from .local import AdapterOff, LocalTeacher
+from .local import LocalTeacher
 from .options import TeacherOptions
 from .remote.teacher import RemoteTeacher
+from .self_teacher import AdapterOff, AveragedStudent, InitialStudent, LiveStudent
 from .vocabulary import shared_vocabulary
 
 logger = logging.getLogger(__name__)
 
 # Placements that are a kind of their own; all others are places of a `LocalTeacher`.
-KINDS: dict[str, type[Teacher]] = {"adapter_off": AdapterOff, "cached": CachedTeacher, "remote": RemoteTeacher}
+KINDS: dict[str, type[Teacher]] = {
+    "adapter_off": AdapterOff,
+    "initial": InitialStudent,
+    "ema": AveragedStudent,
+    "live": LiveStudent,
+    "cached": CachedTeacher,
+    "remote": RemoteTeacher,
+}
 
 
 def placement_of(teacher: Any, options: TeacherOptions) -> str:
-    """Return `teacher_placement`, or `remote` where a teacher is named by its address."""
-    return "remote" if is_remote(teacher) else options.teacher_placement
+    """Return `self_teacher` or `teacher_placement`, or `remote` where a teacher is named by its address."""
+    return options.self_teacher or ("remote" if is_remote(teacher) else options.teacher_placement)
 
 
 def kind_of(teacher: Any, options: TeacherOptions) -> type[Teacher]:

@@ -237,7 +237,7 @@ class Publishing(Trainer):
             trained_parameters=models.num_parameters(self.model, trainable_only=True) if adapted else None,
             chats=bool(getattr(self.processing_class, "chat_template", None)),
             teacher=None if self.teacher.is_nobody else self.teacher.name,
-            needs_teacher=bool(args.needs),
+            needs_teacher=bool(args.needs) and not self.teacher.is_the_student,
             data=self.data_sources,
             rows=count_rows(self.train_dataset),
             settings=shown_settings(args),
