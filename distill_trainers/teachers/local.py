@@ -16,7 +16,7 @@ from .. import models
 from ..exceptions import ConfigurationError
 from ..requirements import Requirements
 from ..signals import HiddenStates, Logits, TeacherSignal
-from .base import Pair, Teacher, named
+from .base import Pair, Teacher
 from .placement import PLACEMENTS, is_collective
 from .vocabulary import shared_vocabulary
 

@@ -57,8 +57,8 @@ class TeacherOptions(Checked, _Config):
     # The student as its own teacher
     self_teacher: str | None = setting(
         None,
-        "The student teaches itself, and there is no other teacher: as it was before training (initial, or true), as an "
-        "average of its weights (ema), or as it is (live).",
+        "The student teaches itself, and there is no other teacher: as it was before training (initial, or true), as "
+        "an average of its weights (ema), or as it is (live).",
     )
     self_teacher_decay: float | None = setting(
         None,

@@ -41,9 +41,7 @@ PLACEMENTS: dict[str, Placement] = {
     "adapter_off": Placement(
         "the student's own base, or another adapter on it: nothing more in memory", has_body=False, unnamed=True
     ),
-    "initial": Placement(
-        "the student before training, by its adapter switched off, or a copy", has_body=False, unnamed=True
-    ),
+    "initial": Placement("the student before training, its adapter off, or a copy", has_body=False, unnamed=True),
     "ema": Placement("the student's weights, averaged over steps", has_body=False, unnamed=True),
     "live": Placement("the student itself: nothing more in memory", has_body=False, unnamed=True),
     "cached": Placement("its answers on disk", has_body=False, unnamed=True),

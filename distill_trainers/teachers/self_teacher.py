@@ -356,8 +356,8 @@ def _refuse_body(pair: Pair, options: TeacherOptions, allowed: tuple[str, ...] =
 def _refuse_teacher(pair: Pair, options: TeacherOptions) -> None:
     if pair.teacher is not None:
         raise ConfigurationError(
-            f"Got {_said(options)} and the teacher {named(pair.teacher)}; expected no teacher, since the student is its "
-            "own. Leave one of them out."
+            f"Got {_said(options)} and the teacher {named(pair.teacher)}; expected no teacher, since the student is "
+            "its own. Leave one of them out."
         )
 
 

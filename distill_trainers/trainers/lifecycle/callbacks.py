@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class StepLoss(TrainerCallback):
     """Gives the method each step's loss; stops before a step whose loss or gradient is NaN or infinite.
 
-    The teacher hears of the step first: whatever evaluates or saves after it finds both as of the same step. One synchronisation per optimiser step, none per micro-step.
+    The teacher hears of the step first: whatever evaluates or saves after it finds both as of the same step. One
+    synchronisation per optimiser step, none per micro-step.
     """
 
     def __init__(self, run: Run):
