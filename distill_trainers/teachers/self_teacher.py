@@ -45,6 +45,7 @@ class StudentItself(LocalTeacher):
     """
 
     is_the_student = True
+    has_files: ClassVar[bool] = False
     _is_looked_at = False  # as the student: under ZeRO-3 its first forward must not be one of other weights
 
     def __init__(self, student: StudentFn, name: str, fingerprint: str = ""):
@@ -77,13 +78,14 @@ class StudentItself(LocalTeacher):
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        wrapped = self.model
-        training = wrapped.training
+        # Of each module: in an evaluation under DeepSpeed the engine still trains, and the model in it does not.
+        modes = [(module, module.training) for module in self.model.modules()]
         try:
             with self.in_its_state():
                 yield
         finally:
-            wrapped.train(training)
+            for module, training in modes:
+                module.training = training
 
     @contextlib.contextmanager
     def in_its_state(self) -> Iterator[None]:

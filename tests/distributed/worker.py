@@ -126,6 +126,8 @@ def train(job):
     width = job.get("teacher_mlp", 128)
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
     teacher = job.get("teacher", teacher)  # the address of a server that has the same one
+    if job.get("method") == "rationale" or settings.get("self_teacher"):
+        teacher = None
     student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1, attention_dropout=job.get("dropout", 0.0))
     if job.get("experts"):
         student = mixture_of_experts(**job["experts"])
@@ -140,7 +142,7 @@ def train(job):
     recorder = GradNorms()
     trainer = trainer_class(
         model=student,
-        teacher_model=None if job.get("method") == "rationale" else teacher,
+        teacher_model=teacher,
         args=args,
         train_dataset=pairs(48) if job.get("pairs") else rows(48),
         eval_dataset=rows(13, seed=7),  # does not divide by the batch: duplicates must not count

@@ -23,6 +23,7 @@ MOVED = {**OFF_POLICY, "lm_loss_weight": 1.0}  # a self-teacher that sees what t
 EMA = {"self_teacher": "ema", "self_teacher_decay": 0.8}
 KINDS = {"initial": {"self_teacher": "initial"}, "ema": EMA, "live": {"self_teacher": "live"}}
 STUDENTS = ("full", "lora", "trained-lora", "ia3")
+SOME_STUDENTS = ["full", "lora", *(pytest.param(student, marks=pytest.mark.slow) for student in STUDENTS[2:])]
 
 
 @pytest.fixture
@@ -124,8 +125,7 @@ def test_what_a_self_teacher_cannot_be_is_refused_before_anything_is_loaded(
 # ---- What it says ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "divergence"), [*zip(KINDS, ["forward_kl", "reverse_kl", "jsd"], strict=True)])
 @pytest.mark.parametrize("student", STUDENTS)
 def test_nothing_is_to_be_learnt_before_the_student_has_moved(
     make_trainer, student_of, batch_of, student, kind, divergence
@@ -143,7 +143,7 @@ def test_nothing_is_to_be_learnt_before_the_student_has_moved(
     assert all(g is not None and not g.any() for g in gradients)
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", SOME_STUDENTS)
 def test_at_its_limits_an_average_is_the_initial_student_and_the_live_one(make_trainer, student_of, by_step, student):
     def divergences(**kind):
         trainer = make_trainer(student_of(student), None, **MOVED, **kind)
@@ -151,7 +151,7 @@ def test_at_its_limits_an_average_is_the_initial_student_and_the_live_one(make_t
         return by_step(trainer, "divergence")
 
     live, initial = divergences(self_teacher="live"), divergences(self_teacher="initial")
-    assert not any(live.values()) and initial[1] == 0 and all(initial[step] > 1e-6 for step in (2, 3))
+    assert not any(live.values()) and initial[1] == 0 and all(initial[step] > 0 for step in (2, 3))
     assert divergences(self_teacher="ema", self_teacher_decay=1e-12) == live
     still = divergences(self_teacher="ema", self_teacher_decay=1 - 1e-12)
     assert still == pytest.approx(initial, rel=1e-4, abs=1e-9)
@@ -187,8 +187,9 @@ def test_the_average_is_that_of_its_formula(make_trainer, student_of, student):
     assert moved > 1e-2
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("student", ["full", "lora", "head"])
+@pytest.mark.parametrize(
+    ("student", "tied"), [("full", True), ("full", False), ("lora", True), ("head", True), ("head", False)]
+)
 def test_it_answers_with_the_average_and_its_head(make_trainer, student_of, make_student, student, tied):
     """As a teacher of its own does that was given the averaged weights; the student is what it was, to the bit."""
     settings = {**MOVED, **EMA, "learning_rate": 2e-2, "eval_dataset": addition_dataset(9, seed=4)}
@@ -239,11 +240,11 @@ def test_a_base_whose_biases_train_is_not_taken_for_the_initial_student(make_tra
 def test_a_copy_is_loaded_by_name_in_another_dtype_and_place(make_trainer, saved, tmp_path):
     more = {"teacher_model_init_kwargs": {"dtype": "bfloat16"}, "teacher_placement": "replicate"}
     for student in (saved.student, None):
+        more = more if student else {"teacher_model_init_kwargs": {"dtype": torch.bfloat16}}
         trainer = make_trainer(student, None, **OFF_POLICY, **KINDS["initial"], **{**more, "output_dir": str(tmp_path)})
         assert {p.dtype for p in trainer.teacher.model.parameters()} == {torch.bfloat16}
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
         trainer.train()
-        more.pop("teacher_placement")
 
 
 def test_a_live_teacher_draws_nothing_and_knows_no_dropout(make_trainer, make_student, batch_of, by_step):
@@ -251,9 +252,12 @@ def test_a_live_teacher_draws_nothing_and_knows_no_dropout(make_trainer, make_st
     trainer = make_trainer(make_student(attention_dropout=0.3), None, **settings)
     batch = batch_of(trainer, range(4))
     trainer.model.train()
+    trainer.model.model.layers[0].eval()  # each module has its mode again: DeepSpeed's engine has one of its own
+    modes = [module.training for module in trainer.model.modules()]
     before = torch.get_rng_state()
     first, second = (trainer.two_models.signal(batch, batch["labels"][:, 1:] != -100) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in trainer.model.modules()] == modes
     assert torch.equal(first.hidden, second.hidden) and not first.hidden.requires_grad
     trainer.train()
     assert all(loss > 1e-6 for loss in by_step(trainer).values())
@@ -296,10 +300,13 @@ def test_the_saved_student_holds_nothing_of_its_teacher(make_trainer, student_of
     assert "teacher_model_name_or_path" not in (tmp_path / "0" / "README.md").read_text()
 
 
-RESUMED = [(student, kind) for student in ("full", "lora") for kind in KINDS] + [("trained-lora", "initial")]
+RESUMED = [("lora", "ema"), ("trained-lora", "initial")]
+RESUMED_SLOWLY = [("full", "initial"), ("full", "ema"), ("full", "live"), ("lora", "initial"), ("lora", "live")]
 
 
-@pytest.mark.parametrize(("student", "kind"), RESUMED, ids="-".join)
+@pytest.mark.parametrize(
+    ("student", "kind"), [*RESUMED, *(pytest.param(*case, marks=pytest.mark.slow) for case in RESUMED_SLOWLY)]
+)
 def test_a_killed_run_goes_on_exactly(make_trainer, student_of, by_step, die_at, tmp_path, student, kind):
     """Half on-policy, with dropout, so that every draw counts; saved in the middle, killed a step later."""
     settings = {**MOVED, **KINDS[kind], "lmbda": 0.5, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
@@ -357,7 +364,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ema", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("initial", "live"))])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_from_its_own_student(make_trainer, student_of, by_step, name, kind):
     trainer = make_trainer(student_of("lora"), None, **METHODS[name], **KINDS[kind], temperature=1.0)
@@ -388,7 +395,7 @@ def test_the_entropy_is_that_of_the_student(make_trainer, student_of, by_step, d
     "more",
     [
         {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     ],
     ids=lambda more: next(iter(more)),
