@@ -27,7 +27,7 @@ from .forward import (
 )
 from .frozen import loading_placed, prepare_frozen
 from .generation import check_can_generate, eos_ids, generating, generation_eos_ids
-from .inputs import check_rows_stay_apart, extra_inputs, forward_inputs, is_packed, output_of, refuse_extras
+from .inputs import check_rows_stay_apart, evaluating, extra_inputs, forward_inputs, is_packed, output_of, refuse_extras
 from .loading import (
     check_model_source,
     decoder_start,

@@ -78,14 +78,8 @@ class StudentItself(LocalTeacher):
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        # Of each module: in an evaluation under DeepSpeed the engine still trains, and the model in it does not.
-        modes = [(module, module.training) for module in self.model.modules()]
-        try:
-            with self.in_its_state():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        with models.evaluating(self.model), self.in_its_state():
+            yield
 
     @contextlib.contextmanager
     def in_its_state(self) -> Iterator[None]:
