@@ -26,7 +26,7 @@ def trained_shares(model: nn.Module) -> dict[str, Tensor]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    optimizer = getattr(model, "optimizer", None)  # of DeepSpeed's engine
+    optimizer: Any = getattr(model, "optimizer", None)  # of DeepSpeed's engine
     if hasattr(optimizer, "empty_partition_cache"):
         optimizer.empty_partition_cache()  # small parameters stay whole from step to step
     return {

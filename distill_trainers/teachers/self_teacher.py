@@ -184,7 +184,9 @@ class KeptStudent(StudentItself):
         # The loss reads the head later, when the parameter has the student's values again.
         if self._head is None:
             head = models.read_head(models.causal_lm_of(self.model))
-            self._head = dataclasses.replace(head, weight=_settled(head.weight), bias=_settled(head.bias))
+            self._head = dataclasses.replace(
+                head, weight=_settled(head.weight), bias=None if head.bias is None else _settled(head.bias)
+            )
         return HiddenStates(hidden, self._head.cut_to(vocab_size))
 
 
@@ -309,7 +311,8 @@ class InitialStudent(LocalTeacher):
         whole = student()
         if models.is_peft(whole):
             return AdapterOff(student) if _is_initial_without_adapter(whole) else KeptStudent(student)
-        given: Any = {**(options.model_init_kwargs or {}), **(options.teacher_model_init_kwargs or {})}
+        theirs: Any = options.teacher_model_init_kwargs or {}
+        given: Any = {**(options.model_init_kwargs or {}), **theirs}
         placement, name = options.teacher_placement, cls.place
         if isinstance(pair.student, str):
             settings = {"dtype": "float32", "trust_remote_code": options.trust_remote_code, **given}
@@ -434,9 +437,9 @@ def _as_kept(share: Tensor) -> Tensor:
     return share.detach().to(torch.promote_types(share.dtype, torch.float32), copy=True)
 
 
-def _settled(weight: Tensor | None) -> Tensor | None:
+def _settled(weight: Tensor) -> Tensor:
     """The values that a trained weight has now; any other as it is."""
-    if weight is None or not weight.requires_grad:
+    if not weight.requires_grad:
         return weight
     with models.whole_parameters(weight):
         return models.whole(weight.detach()).clone()
