@@ -29,8 +29,8 @@ _NAMES = {
 }
 # Declared as text or a mapping where text names a file; in all others text is a mapping in JSON.
 _MAY_BE_FILES = frozenset({"accelerator_config", "fsdp_config", "deepspeed"})
-# Wider than transformers declares it.
-_ALSO = {"resume_from_checkpoint": bool}
+# Wider than they are declared.
+_ALSO = {"resume_from_checkpoint": bool, "self_teacher": bool}
 _LARGEST_FLOAT = 3.4028234e38  # of float32: above it a number is infinite as soon as it meets a tensor
 _LARGEST_INT = 2**63 - 1
 

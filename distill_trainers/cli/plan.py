@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe) -> Plan:
         student=_student_name(recipe),
         student_parameters=student_size,
         trainable_parameters=trainable,
-        teacher=", ".join(several) or str(teacher or "no teacher"),
+        teacher=", ".join(several) or str(teacher or place or "no teacher"),
         teacher_parameters=teacher_size,
         teacher_place=_several(several) if several else f"{place}; it answers and fits" if place else "none",
         train_rows=None if lengths is None else len(lengths),
@@ -144,12 +144,14 @@ def _teacher_cache(ready: Ready, datasets: Sequence[Any]) -> tuple[str, bool]:
 def _memory(recipe: Recipe, checked: CheckedRecipe, *, cached: bool) -> dict[str, float]:
     """The parts of one process's peak in MiB, unsharded (see `doctor.memory`)."""
     from ..doctor import Launch
+    from ..doctor.memory import OF_STUDENT
     from ..doctor.reading import case_of
     from ..doctor.room import memory_of
 
     launch = Launch(on_cpu=recipe.args.device.type == "cpu")
     case, _ = case_of(recipe, launch, checked=checked)
-    need = memory_of(case, placement="cached" if cached else "replicate")
+    own = case.placement if case.placement in OF_STUDENT else "replicate"
+    need = memory_of(case, placement="cached" if cached else own)
     if need is None:
         return {}
     parts = {**need.held, **{f"{name} ({need.highest})": size for name, size in need.moments[need.highest].items()}}

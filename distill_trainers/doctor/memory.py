@@ -56,8 +56,8 @@ backward the embedding and the head.
 
 **Teacher**, by placement: `replicate` b P; `zero3`, `fsdp2` b P / N and what is gathered (FSDP2: two layers, the head);
 `zero3_offload` the same with the shares on the host; `device_map` b P / GPUs of the machine; `quantized-8bit` and
-`quantized-4bit` 1 and 0.52 bytes for the weights of linear layers, 2 for the rest; `adapter_off` no weights, but a
-forward of the student;
+`quantized-4bit` 1 and 0.52 bytes for the weights of linear layers, 2 for the rest; `adapter_off` and `live` no weights,
+but a forward of the student; `ema` the same and 4 P_t (shared as the student's), and while it answers b P_t;
 `cached` and `remote` the head, or nothing where the answers are sparse.
 
 Sources: Korthikanti et al. (arXiv 2205.05198) count activations this way for a GPT with dropout; ZeRO is arXiv
@@ -74,6 +74,8 @@ from .shapes import ModelShape
 RESERVED = 1.5 * 2**30  # of a GPU: context, NCCL, workspaces of matrix products
 _LIVE, _BUCKET = 1e9, 5e8  # parameters; DeepSpeed's defaults, which accelerate leaves as they are
 _QUANTIZED = {"quantized-8bit": 1.0, "quantized-4bit": 0.52}
+
+OF_STUDENT = ("adapter_off", "live", "ema")  # placements of a teacher that is the student
 
 Parts = dict[str, float]
 
@@ -148,7 +150,7 @@ def estimate(
         placement: of the teacher, one of `teachers.placement.PLACEMENTS` but `auto`.
     """
     ours = _Student(student, work, launch)
-    if placement == "adapter_off":  # the student's base answers: nothing of its own, but a forward and its logits
+    if placement in OF_STUDENT:  # the student answers: nothing of its own, but a forward and its logits
         teacher, work = student, replace(work, teacher_bytes=ours.width)
     other = _Teacher(teacher, work, launch, placement)
     resident, offloaded = ours.held()
@@ -166,13 +168,15 @@ def estimate(
     if teacher is not None:
         moments["teacher's forward"] = {
             **other.forward(),
-            **(ours.gathered() if placement == "adapter_off" and launch.strategy in SHARDED else {}),
+            **(ours.gathered() if placement in OF_STUDENT and launch.strategy in SHARDED else {}),
+            **(ours.set_aside() if placement == "ema" else {}),
             **(ours.gradients() if work.accumulation > 1 else {}),
         }
     if work.rollout_rows:
         moments["rollouts"] = {**ours.rollouts(), **other.rollouts()}
+    average = ours.average() if placement == "ema" else 0.0
     return MemoryEstimate(
-        held=_without_nothing({**resident, "teacher": other.held()}),
+        held=_without_nothing({**resident, "teacher": other.held() + average}),
         moments={name: _without_nothing(parts) for name, parts in moments.items()},
         host=_without_nothing({**offloaded, "teacher": other.host()}),
     )
@@ -250,6 +254,14 @@ class _Student:
         (host if launch.offloads_parameters else on_gpu).update(weights)
         (host if launch.offloads_optimizer or launch.offloads_parameters else on_gpu).update(optimiser)
         return on_gpu, host
+
+    def average(self) -> float:
+        """Of the trained weights, in float32."""
+        return 4.0 * self.shape.trainable * self.share
+
+    def set_aside(self) -> Parts:
+        """The trained weights, while their average is in their place."""
+        return {"student's weights": self.bytes * self.shape.trainable * self.share}
 
     def gradients(self) -> Parts:
         trained, launch = self.shape.trainable, self.launch
@@ -329,7 +341,7 @@ class _Teacher:
 
     def _resident(self) -> float:
         shape, b = self.shape, self.work.teacher_bytes
-        if shape is None or self.placement == "adapter_off":
+        if shape is None or self.placement in OF_STUDENT:
             return 0.0
         if self.placement in ("cached", "remote"):
             return 0.0 if self.work.teacher_sparse else shape.head * b

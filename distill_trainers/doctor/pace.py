@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .case import Case
+from .memory import OF_STUDENT
 from .shapes import ModelShape
 
 
@@ -61,7 +62,7 @@ def pace_of(case: Case, rates: Rates | None) -> Pace | None:
     forward = _forward(student, tokens, mean)
     passes = 3.0 if student.trainable == student.parameters else 2.0
     operations = passes * forward + (_forward(student, tokens, mean) - 2 * tokens * student.head) * work.checkpointing
-    teacher = student if case.placement == "adapter_off" else case.teacher_shape
+    teacher = student if case.placement in OF_STUDENT else case.teacher_shape
     if teacher is not None and case.placement not in ("cached", "remote"):
         operations += _forward(teacher, tokens, mean)
     read = 0.0

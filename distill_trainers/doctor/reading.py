@@ -201,6 +201,8 @@ def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:
     kwargs: dict[str, Any] = args.model_init_kwargs or {}  # type: ignore[assignment]
     case.student_dtype = _dtype(kwargs.get("dtype", model.dtype), case.student_config, "float32")
     teacher_kwargs: dict[str, Any] = args.teacher_model_init_kwargs or {}  # type: ignore[assignment]
+    if args.self_teacher == "initial" and not case.peft:  # a copy of the student
+        case.teacher_config, teacher_kwargs = case.student_config, {"dtype": case.student_dtype, **teacher_kwargs}
     case.teacher_dtype = _dtype(teacher_kwargs.get("dtype", "auto"), case.teacher_config, "float32")
     case.student_shape = _shape(recipe, case.student_config, findings, adapted=True)
     case.teacher_shape = _shape(recipe, case.teacher_config, findings, adapted=False)
@@ -220,7 +222,8 @@ def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:
     complete = False
     if args.teacher_cache is not None and case.tokenizer is not None and case.teacher is not None:
         complete = _cache(case)
-    case.placement = placement_of(args, case.teacher, case.launch, cached=complete and not case.samples)
+    cached = complete and not case.samples
+    case.placement = placement_of(args, case.teacher, case.launch, cached=cached, adapted=case.peft)
 
 
 def _cache(case: Case) -> bool:

@@ -75,13 +75,16 @@ def _state_bytes(optimiser: str) -> float:
     return _STATES.get(optimiser, 8.0)
 
 
-def placement_of(args: Any, teacher: str | None, launch: Launch, *, cached: bool) -> str:
-    """Tell where the teacher is: what `teacher_placement` says, or what follows from the launch.
+def placement_of(args: Any, teacher: str | None, launch: Launch, *, cached: bool, adapted: bool = False) -> str:
+    """Tell where the teacher is: what `self_teacher` or `teacher_placement` says, or what follows from the launch.
 
     Args:
         cached: whether all that a run asks of its teacher is in its cache.
+        adapted: whether the student trains an adapter, which `initial` switches off; else it is a copy.
     """
     named = loading.placement_of(teacher, args)
+    if named == "initial":
+        named = "adapter_off" if adapted else args.teacher_placement
     if named != "auto":
         return named
     if cached:

@@ -28,7 +28,7 @@ from .forward import (
 )
 from .frozen import loading_placed, prepare_frozen
 from .generation import check_can_generate, eos_ids, generating, generation_eos_ids
-from .inputs import check_rows_stay_apart, extra_inputs, forward_inputs, is_packed, output_of, refuse_extras
+from .inputs import check_rows_stay_apart, evaluating, extra_inputs, forward_inputs, is_packed, output_of, refuse_extras
 from .loading import (
     check_model_source,
     decoder_start,
@@ -71,5 +71,6 @@ from .sharding import (
     whole_parameters,
     zero_stage,
 )
+from .shares import having, trained_shares
 from .upload_hook import uploading
 from .whole import first_words, load_whole

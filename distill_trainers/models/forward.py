@@ -16,7 +16,7 @@ from ..signals import Head
 from .adapters import causal_lm_of, head_module_of
 from .compiling import uncompiled
 from .experts import AUX_LOSS
-from .inputs import for_kernels, output_of
+from .inputs import evaluating, for_kernels, output_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,8 +182,6 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
     sample = {name: value[:1, :16] for name, value in inputs.items()}
     if any(value.ndim != 2 for value in inputs.values()):  # of a kind that cannot be cut with the tokens, as images are
         sample = dict(inputs)
-    was_training = model.training
-    model.eval()
     full_precision = True
 
     def rebuild(hidden: Tensor, head: Head) -> Tensor | None:
@@ -194,10 +192,9 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
         full_precision = not autocast and {hidden.dtype, head.weight.dtype} <= {torch.float32, torch.float64}
         return head.logits(hidden[0])
 
-    with uncompiled():  # one row and a cache are not what layers are compiled for
+    with uncompiled(), evaluating(model):  # one row and a cache are not what layers are compiled for
         rebuilt = model(**sample, on_hidden=rebuild)
         expected = output_of(model, sample).logits[0]
-    model.train(was_training)
     if rebuilt is None:
         return False
     rebuilt, expected = rebuilt[:, : expected.shape[-1]].double(), expected.double()

@@ -7,9 +7,10 @@ sequence lengths of its kernels (flash).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,6 +104,22 @@ def output_of(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> An
     return output
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep `model` in eval mode within it; afterwards each module is in the mode that it had.
+
+    DeepSpeed's engine says that it trains whatever its model does: who asked it would put an evaluated model back into
+    training.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def check_rows_stay_apart(model: nn.Module, device: torch.device, who: str) -> None:
     """Compare a packed row's logits with its own, once: what a model does with `position_ids` only it knows.
@@ -117,13 +134,11 @@ def check_rows_stay_apart(model: nn.Module, device: torch.device, who: str) -> N
         ids = torch.arange(_PROBE_TOKENS, device=device)[None] % causal_lm.config.get_text_config().vocab_size
         half = _PROBE_TOKENS // 2
         positions = torch.arange(half, device=device).repeat(2)[None]
-        was_training = model.training
-        model.eval()
-        packed = _logits(model, {"input_ids": ids, "position_ids": positions})[:, half:].double()
-        joined = _logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[:, half:].double()
         alone = ids[:, half:]
-        expected = _logits(model, {"input_ids": alone, "attention_mask": torch.ones_like(alone)}).double()
-        model.train(was_training)
+        with evaluating(model):
+            packed = _logits(model, {"input_ids": ids, "position_ids": positions})[:, half:].double()
+            joined = _logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[:, half:].double()
+            expected = _logits(model, {"input_ids": alone, "attention_mask": torch.ones_like(alone)}).double()
         error, seen = (packed - expected).norm(), (joined - expected).norm()
         # As far off as if the rows were one text, or half of it: rounding stays far below.
         if error <= 1e-4 * expected.norm() or error < 0.5 * seen:

@@ -254,7 +254,7 @@ def _method_named(recipe: dict[str, Any], argv: list[str]) -> str:
 
 def _refuse_contradictions(recipe: Recipe) -> None:
     """What cannot work together, by name, before anything is loaded."""
-    from ..teachers.loading import has_files
+    from ..teachers.loading import has_files, placement_of
     from ..teachers.placement import PLACEMENTS
 
     run, args, model = recipe.run, recipe.args, recipe.model
@@ -268,7 +268,8 @@ def _refuse_contradictions(recipe: Recipe) -> None:
             "The recipe makes the student from the teacher's layers (`student_init`), but names several `teachers`. "
             "Set `model_name_or_path`."
         )
-    needs_teacher = args.needs and not run.teachers and not PLACEMENTS[args.teacher_placement].unnamed
+    unnamed = PLACEMENTS[placement_of(run.teacher_model_name_or_path, args)].unnamed
+    needs_teacher = args.needs and not run.teachers and not unnamed
     if not run.teacher_model_name_or_path and (run.student_init or needs_teacher):
         raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
     if run.student_init and not has_files(run.teacher_model_name_or_path, args):

@@ -65,6 +65,8 @@ class Teacher(ABC):
         names: of the teachers that a row may belong to, in the order that `teacher_index` counts; none of one alone.
         failure: why nobody is asked any more within `holding_failures`; None as long as all is well.
         may_be_away: it can fail while a run goes on, for this process alone.
+        moves: its weights change while a run goes on, so that nothing it said holds later.
+        is_the_student: it is a state of the model that trains.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset()
@@ -75,6 +77,8 @@ class Teacher(ABC):
     has_files: ClassVar[bool] = False
     keeps_logps: ClassVar[bool] = False
     may_be_away: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
+    is_the_student: ClassVar[bool] = False
     place: ClassVar[str] = ""
     name: str = "teacher"
     tells: str = "hidden"
@@ -232,6 +236,19 @@ class Teacher(ABC):
 
     def stop_waiting(self) -> None:  # noqa: B027
         """Stop waiting for a teacher that is away, as the run is to end. A signal's handler may call it."""
+
+    def begin(self) -> None:  # noqa: B027
+        """Hear that training begins: the student is in its wrappers, with the weights that it starts from."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """Hear that the optimiser has stepped."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what of it must survive in a checkpoint; each process its own share where it `is_collective`."""
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Take up `state` again at the next `begin`; empty of a checkpoint that holds none."""
 
     @property
     def can_load(self) -> bool:

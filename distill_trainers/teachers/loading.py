@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +18,12 @@ from .cache.kinds import told_kind
 from .cache.opening import source_of
 from .cache.teacher import CachedTeacher
 from .composed import ComposedTeacher, refuse_part
-from .local import AdapterOff, LocalTeacher, adapter_is_neutral
+from .local import LocalTeacher
 from .members import Member, Members, composed_of, names_of, naming, own_options
 from .options import TeacherOptions
 from .remote.teacher import RemoteTeacher
 from .routed import RoutedTeacher
+from .self_teacher import AdapterOff, AveragedStudent, InitialStudent, LiveStudent
 from .several import refuse_writing
 from .shared_base import SharedBase
 from .vocabulary import shared_vocabulary
@@ -32,12 +32,19 @@ logger = logging.getLogger(__name__)
 
 # Placements that are a kind of their own; all others are places of a `LocalTeacher`. Several teachers are no placement:
 # each of them has one.
-KINDS: dict[str, type[Teacher]] = {"adapter_off": AdapterOff, "cached": CachedTeacher, "remote": RemoteTeacher}
+KINDS: dict[str, type[Teacher]] = {
+    "adapter_off": AdapterOff,
+    "initial": InitialStudent,
+    "ema": AveragedStudent,
+    "live": LiveStudent,
+    "cached": CachedTeacher,
+    "remote": RemoteTeacher,
+}
 
 
 def placement_of(teacher: Any, options: TeacherOptions) -> str:
-    """Return `teacher_placement`, or `remote` where a teacher is named by its address."""
-    return "remote" if is_remote(teacher) else options.teacher_placement
+    """Return `self_teacher` or `teacher_placement`, or `remote` where a teacher is named by its address."""
+    return options.self_teacher or ("remote" if is_remote(teacher) else options.teacher_placement)
 
 
 def kind_of(teacher: Any, options: TeacherOptions) -> type[Teacher]:
@@ -249,7 +256,8 @@ def _load_several(
         member = members[name]
         with naming(name):
             if member.is_initial:
-                teachers[name] = _initial_student(pair, options, student)
+                own = own_options(options, {"self_teacher": "initial", "teacher_placement": "auto"})
+                teachers[name] = InitialStudent.loaded(pair, own, student)
             elif name in bases:
                 teachers[name] = bases[name].teacher(member.adapter)
             else:
@@ -304,25 +312,3 @@ def _load_base(member: Member, adapters: list[str]) -> SharedBase:
     with models.loading_placed(member.given, placement, options.device, settings) as placed:
         model = models.load_causal_lm(member.given, role="teacher", **placed)
     return SharedBase(model, member.given, adapters, placement)
-
-
-def _initial_student(pair: Pair, options: TeacherOptions, student: Callable[[], nn.Module] | None) -> LocalTeacher:
-    """The student before training: itself without its new adapter, its folder again, or a frozen copy."""
-    assert student is not None
-    model = student()
-    initial: LocalTeacher
-    if models.is_peft(model) and adapter_is_neutral(model):
-        initial = AdapterOff(student)
-    elif isinstance(pair.student, str) and not models.is_peft(model):
-        kwargs = getattr(options, "model_init_kwargs", None) or {}
-        own = own_options(options, {"teacher_model_init_kwargs": kwargs, "teacher_placement": "auto"})
-        initial = LocalTeacher.loaded(dataclasses.replace(pair, teacher=pair.student), own)
-    elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ConfigurationError(
-            "Got the reference `initial` with a student whose weights ZeRO-3 has partitioned already, so that they "
-            "cannot be copied. Pass the student by name, or train a new adapter (`peft_config`)."
-        )
-    else:
-        initial = LocalTeacher(copy.deepcopy(model))
-    initial.name = "the student before training"
-    return initial

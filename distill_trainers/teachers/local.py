@@ -16,7 +16,7 @@ from .. import models
 from ..exceptions import ConfigurationError
 from ..requirements import Requirements
 from ..signals import HiddenStates, Logits, TeacherSignal
-from .base import Pair, Teacher, named
+from .base import Pair, Teacher
 from .placement import PLACEMENTS, is_collective
 from .vocabulary import shared_vocabulary
 
@@ -132,7 +132,7 @@ class LocalTeacher(Teacher):
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
-        self.model.eval()  # with `adapter_off` it is the student, which may be in training mode
+        self.model.eval()  # it may be the student, in training mode
         models.refuse_extras(self.model, inputs, "the teacher")
         if self._is_looked_at:
             models.check_answers(self.model, self._who)
@@ -243,78 +243,6 @@ class DeferredTeacher(LocalTeacher):
 
     def fingerprint(self) -> str:
         return self._whole().fingerprint()
-
-
-class AdapterOff(LocalTeacher):
-    """A PEFT student with its adapter switched off: the base model, or with another adapter on it.
-
-    Args:
-        student: gives the student in its wrappers as they are now.
-        adapter: of the student's adapters, the one to answer with; None for the base alone.
-    """
-
-    _is_looked_at = False  # as the student: under ZeRO-3 its first forward must not be one without the adapter
-
-    @classmethod
-    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
-        if pair.teacher is not None:
-            raise ConfigurationError(
-                f"Got `teacher_placement: adapter_off` and the teacher {named(pair.teacher)}; expected no teacher: it "
-                "is the student without its adapter. Leave the teacher out, or take another placement."
-            )
-        if not pair.adapted:
-            raise ConfigurationError(
-                "Got `teacher_placement: adapter_off` with a student that has no adapter; expected `peft_config` "
-                "(`use_peft: true` in a recipe) or a PeftModel: the teacher is what the adapter is put on."
-            )
-        if "completions" in wants.needs:
-            raise ConfigurationError(
-                "Got `teacher_placement: adapter_off` with `teacher_mix_alpha` above 0, which runs student and teacher "
-                "in one decode loop, but they share their weights. Set `teacher_mix_alpha: 0`."
-            )
-        if options.teacher_model_init_kwargs:
-            raise ConfigurationError(
-                "Got `teacher_model_init_kwargs` with `teacher_placement: adapter_off`, where nothing is loaded for "
-                "the teacher. Leave them out; `model_init_kwargs` are those of the shared base."
-            )
-
-    @classmethod
-    def loaded(cls, pair: Pair, options: TeacherOptions, student: Callable[[], nn.Module] | None = None) -> AdapterOff:
-        assert student is not None
-        adapter = options.teacher_adapter and models.load_adapter(student(), options.teacher_adapter)
-        return cls(student, adapter)
-
-    def __init__(self, student: Callable[[], nn.Module], adapter: str | None = None):
-        self.name = f"the student with the adapter {adapter}" if adapter else "the student without its adapter"
-        self.adapter = adapter
-        self.placement = "adapter_off"
-        self._student = student
-        self._fingerprint = base_fingerprint(student(), adapter)
-        self._fused: bool | None = None
-        self._shared_by: Accelerator | None = None
-
-    @property
-    def model(self) -> nn.Module:  # type: ignore[override]  # read only
-        return self._student()
-
-    def prepare(self, accelerator: Any) -> None:
-        """Do nothing: the student is prepared by its trainer."""
-        self._shared_by = accelerator
-
-    @torch.no_grad()
-    def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
-        with self.answering():
-            return super().signal(inputs, predicts, vocab_size)
-
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        wrapped = self.model
-        training = wrapped.training
-        try:
-            with models.answering_with(wrapped, self.adapter):
-                yield
-        finally:
-            wrapped.train(training)
 
 
 def base_fingerprint(student: nn.Module, adapter: str | None = None, *, with_config: bool = True) -> str:

@@ -14,7 +14,7 @@ from ..models import which_files
 from ..settings import Checked, require, setting, shown
 from ..value_types import parse_mapping
 from .cache.kinds import CACHE_KINDS
-from .placement import PLACEMENTS
+from .placement import PLACEMENTS, SELF_TEACHERS
 from .remote.wire import NUMBER_DTYPES, SERVER_KINDS
 
 MIXES = ("geometric", "arithmetic")
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         """Fields of the config that options are a part of."""
 
         trust_remote_code: Any
+        model_init_kwargs: Any
         seed: Any
         bf16: Any
         fp16: Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 else:  # at run time their types are those of the config
     _Config = object
+
+_DECAY = 0.99  # an average over about 100 steps
 
 
 TOO_LONG = ("error", "drop")
@@ -94,6 +97,20 @@ class TeacherOptions(Checked, _Config):
         "raw, alpha: 1.0} (JSON).",
     )
 
+    # The student as its own teacher
+    self_teacher: str | None = setting(
+        None,
+        "The student teaches itself, and there is no other teacher: as it was before training (initial, or true), as "
+        "an average of its weights (ema), or as it is (live).",
+    )
+    self_teacher_decay: float | None = setting(
+        None,
+        "With ema: weight of the average before each optimiser step, the student's new weights have the rest; 0.99 by "
+        "default.",
+        above=0,
+        below=1,
+    )
+
     # Teacher cache
     teacher_cache: str | None = setting(
         None, "Folder in which the teacher's answers are kept; what is missing is added as it is met."
@@ -149,6 +166,7 @@ class TeacherOptions(Checked, _Config):
         if self.teacher_cache is not None:
             self.teacher_cache = os.path.expanduser(self.teacher_cache)
         self._check_view()
+        self._check_self_teacher()
         self._check_teacher_cache()
         self._check_teacher_server()
         for name in ("teacher_weights", "extrapolate", "weak_to_strong"):
@@ -194,6 +212,23 @@ class TeacherOptions(Checked, _Config):
         example = ", ".join(f"{part}: {'NAME' if default is None else default}" for part, default in parts.items())
         self._require(setting, fits, f"{{{example}}}, names of teachers and a number")
         setattr(self, setting, whole)
+
+    def _check_self_teacher(self) -> None:
+        words: dict[str, str | None] = {"true": "initial", "false": None}  # YAML's, and the command line's
+        self.self_teacher = words.get(str(self.self_teacher).lower(), self.self_teacher)
+        if self.teacher_placement in SELF_TEACHERS:
+            expected = f"`self_teacher: {self.teacher_placement}`, or one of them alone"
+            self._require("self_teacher", self.self_teacher in (None, self.teacher_placement), expected)
+            self.self_teacher, self.teacher_placement = self.teacher_placement, "auto"
+        kind = self.self_teacher
+        self._require("self_teacher", kind in (None, *SELF_TEACHERS), f"one of {', '.join(SELF_TEACHERS)}")
+        moving = "`self_teacher: ema` beside it, the average that it belongs to; leave it out otherwise"
+        self._require("self_teacher_decay", self.self_teacher_decay is None or kind == "ema", moving)
+        if kind == "ema" and self.self_teacher_decay is None:
+            self.self_teacher_decay = _DECAY
+        for name in ("teacher_cache", "teacher_adapter") if kind else ():
+            expected = f"it left out with `self_teacher: {kind}`, whose answers are the student's own"
+            self._require(name, getattr(self, name) is None, expected)
 
     def _check_teacher_server(self) -> None:
         kind = self.teacher_server_kind

@@ -41,9 +41,14 @@ PLACEMENTS: dict[str, Placement] = {
     "adapter_off": Placement(
         "the student's own base, or another adapter on it: nothing more in memory", has_body=False, unnamed=True
     ),
+    "initial": Placement("the student before training, its adapter off, or a copy", has_body=False, unnamed=True),
+    "ema": Placement("the student's weights, averaged over steps", has_body=False, unnamed=True),
+    "live": Placement("the student itself: nothing more in memory", has_body=False, unnamed=True),
     "cached": Placement("its answers on disk", has_body=False, unnamed=True),
     "remote": Placement("behind a URL, in another process", has_body=False),
 }
+
+SELF_TEACHERS = ("initial", "ema", "live")  # states of the student that teach it
 
 
 def is_collective(placement: str, zero_stage: int | None, fsdp_version: int | None) -> bool:

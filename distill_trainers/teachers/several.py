@@ -49,6 +49,7 @@ class Several(Teacher):
         self.parts = {name: member.name for name, member in self.leaves.items()}
         self.provides = frozenset(self._provided())  # type: ignore[misc]
         self.may_be_away = any(member.may_be_away for member in self.members.values())  # type: ignore[misc]
+        self.moves = any(member.moves for member in self.members.values())  # type: ignore[misc]
         self._told_late = told_late
         self._announcing = False
 
@@ -189,6 +190,24 @@ class Several(Teacher):
     def stop_waiting(self) -> None:
         for member in self.members.values():
             member.stop_waiting()
+
+    def begin(self) -> None:
+        for member in self.leaves.values():
+            member.begin()
+
+    def after_step(self) -> None:
+        for member in self.leaves.values():
+            member.after_step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what of the members must survive, each entry after its member's name and a slash."""
+        states = {name: member.state() for name, member in self.leaves.items()}
+        return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, member in self.leaves.items():
+            own = f"{name}/"
+            member.load_state({key.removeprefix(own): t for key, t in tensors.items() if key.startswith(own)})
 
     def flush(self) -> None:
         for member in self.leaves.values():

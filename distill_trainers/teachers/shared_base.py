@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .. import models
-from .local import AdapterOff
+from .self_teacher import AdapterOff
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

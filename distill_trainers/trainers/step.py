@@ -126,6 +126,8 @@ class TwoModels:
             row_terms = functools.partial(row_terms, num_rows=len(labels))
         forward_inputs = models.forward_inputs(inputs, self.extras)
         trains = student.training and torch.is_grad_enabled()
+        if trains and self.teacher.is_the_student and teacher_signal is not None:
+            terms_fn = _with_entropy(terms_fn)
         balanced = trains and models.balance_coefficient(student) > 0
         if self.head_is_fused is None:
             # Before the teacher is asked: ZeRO-3 keeps the order in which the first forward meets the weights, and a
@@ -186,6 +188,17 @@ class TwoModels:
             signal = frozen.signal(*self.read_by(frozen, batch, predicts), self.vocab_size)
             with frozen.whole_head(signal) as whole_signal:
                 return signal_token_logps(whole_signal, labels, chunk_bytes=self.chunk_bytes), signal
+
+
+def _with_entropy(terms_fn: TermsFn) -> TermsFn:
+    """The same terms, and the student's `entropy` at temperature 1 in nats: it falls when a self-teacher collapses."""
+
+    def terms(student: TokenLogits, teacher: Any, tokens: Any) -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            entropy = torch.special.entr(student.logps().exp()).sum(-1)
+        return {**terms_fn(student, teacher, tokens), "entropy": entropy}
+
+    return terms
 
 
 def _terms_of_logits(

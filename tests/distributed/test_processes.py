@@ -304,7 +304,9 @@ RESUMED |= {
     "learning_rate": 1e-2,
     "disable_dropout": False,
 }
+SELF_TAUGHT = {"lm_loss_weight": 1.0, "self_teacher": "ema", "self_teacher_decay": 0.5}
 INTERRUPTED = {
+    "self-taught": {"args": {"lmbda": 0.5, **SELF_TAUGHT}},
     "replay": {"args": {"lmbda": 0.5, "replay_buffer_size": 8}},
     "cycle": {"method": "minillm", "args": {**MINILLM, "temperature": 1.0}},
 }
@@ -316,6 +318,8 @@ INTERRUPTED = {
     [
         ("replay", "cpu_zero3.yaml"),
         ("replay", "cpu_fsdp2.yaml"),
+        ("self-taught", "cpu_zero3.yaml"),
+        ("self-taught", "cpu_fsdp2.yaml"),
         ("cycle", "cpu_ddp.yaml"),
         ("cycle", "cpu_zero2.yaml"),
     ],
@@ -350,3 +354,44 @@ def test_a_checkpoint_is_whole_when_all_processes_have_written_theirs(tmp_path):
     said = launch(tmp_path, "cpu_ddp.yaml", RESUMED, dies_saving=6)
     assert "Could not write the checkpoint" in said
     assert find_last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-3")
+
+
+# ---- The student as its own teacher ---------------------------------------------------------------------------------
+
+OWN_TEACHERS = {
+    "ema": {"args": {**SETTINGS, "lmbda": 0.5, **SELF_TAUGHT}},
+    "ema, adapter": {"lora": True, "args": {**OFF_POLICY, **SELF_TAUGHT}},
+    "initial": {"args": {**OFF_POLICY, "lm_loss_weight": 1.0, "self_teacher": "initial"}},
+    "initial, adapter": {"lora": True, "args": {**OFF_POLICY, "lm_loss_weight": 1.0, "self_teacher": "initial"}},
+    "live": {"args": {**OFF_POLICY, "lm_loss_weight": 1.0, "self_teacher": "live"}},
+}
+
+
+@pytest.fixture(scope="module")
+def self_taught(tmp_path_factory):
+    """`self_taught(config)`: a folder with the reports of all of these, run in the same processes once."""
+    folders = {}
+
+    def find(config=None):
+        if config not in folders:
+            folder = folders[config] = tmp_path_factory.mktemp(f"self-{config}")
+            rows = {"per_device_train_batch_size": 4 if config is None else 2}
+            jobs = [{**j, "args": {**j["args"], **rows}, "output": str(folder / n)} for n, j in OWN_TEACHERS.items()]
+            launch_all(folder, config and f"{config}.yaml", jobs, timeout=900)
+        return folders[config]
+
+    return find
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", LAUNCHES)
+def test_two_processes_are_taught_by_their_student_as_one_is(self_taught, config):
+    """Each averages its own share; what answers is the average on all of them, and the student is as it was."""
+    one, two = self_taught(), self_taught(config)
+    for case, job in OWN_TEACHERS.items():
+        reports = [json.loads((folder / case / "report.json").read_text()) for folder in (one, two)]
+        assert not any("error" in report for report in reports), (case, reports)
+        assert_same_run(*reports, one / case, two / case, job.get("lora", False))
+        first, second = ([log["divergence"] for log in r["logs"] if "divergence" in log] for r in reports)
+        assert second == pytest.approx(first, rel=5e-3, abs=1e-8), case
+        assert any(first) == (case != "live"), case

@@ -134,6 +134,8 @@ def train(job):
             part.add_column("teacher", ["code" if i % 3 == 0 else "math" for i in range(len(part))])
             for part in (train_rows, eval_rows)
         )
+    if job.get("method") == "rationale" or settings.get("self_teacher"):
+        teacher = None
     student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1, attention_dropout=job.get("dropout", 0.0))
     if job.get("experts"):
         student = mixture_of_experts(**job["experts"])
@@ -148,7 +150,7 @@ def train(job):
     recorder = GradNorms()
     trainer = trainer_class(
         model=student,
-        teacher_model=None if job.get("method") == "rationale" else teacher,
+        teacher_model=teacher,
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,  # does not divide by the batch: duplicates must not count

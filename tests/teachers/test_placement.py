@@ -15,8 +15,8 @@ from distill_trainers.exceptions import CacheError, ConfigurationError
 from distill_trainers.teachers import CachedTeacher, LocalTeacher
 from distill_trainers.teachers.base import Pair
 from distill_trainers.teachers.loading import refuse
-from distill_trainers.teachers.local import AdapterOff
 from distill_trainers.teachers.placement import PLACEMENTS, is_collective
+from distill_trainers.teachers.self_teacher import AdapterOff
 from distill_trainers.toy import addition_dataset
 from distill_trainers.trainers import GKDConfig
 

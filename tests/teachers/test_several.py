@@ -256,7 +256,7 @@ def test_the_reference_may_be_the_student_before_training(
 
     still = run(0.0)
     initial = still.teacher.members["initial"]
-    assert still.evaluate()["eval_kl"] == pytest.approx(0, abs=1e-9) and initial.name == "the student before training"
+    assert still.evaluate()["eval_kl"] == pytest.approx(0, abs=1e-9) and initial.name.startswith("the student")
     plain, scaled = run(), run(1.0)
     assert list(scaled.teacher.members) == ["teacher"]  # nothing is loaded that has no say
     assert_equal(trained(scaled), trained(plain))

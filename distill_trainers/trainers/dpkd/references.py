@@ -24,9 +24,10 @@ from ...teachers import LocalTeacher, Teacher
 from ...teachers.cache.identity import CacheIdentity
 from ...teachers.cache.opening import config_of, record_identity, source_of, whose_answers
 from ...teachers.cache.shards import TeacherCache
-from ...teachers.local import AdapterOff, adapter_is_neutral, base_fingerprint
+from ...teachers.local import adapter_is_neutral, base_fingerprint
 from ...teachers.placement import is_collective
 from ...teachers.rows import batch_keys, dataset_row_key
+from ...teachers.self_teacher import AdapterOff
 from ..protocol import Run
 from ..student import load_student
 from .config import DPKDConfig

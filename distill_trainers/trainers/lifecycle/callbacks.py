@@ -25,14 +25,19 @@ if TYPE_CHECKING:
 class StepLoss(TrainerCallback):
     """Gives the method each step's loss; stops before a step whose loss or gradient is NaN or infinite.
 
-    One synchronisation per optimiser step, none per micro-step.
+    The teacher hears of the step first: whatever evaluates or saves after it finds both as of the same step. One
+    synchronisation per optimiser step, none per micro-step.
     """
 
     def __init__(self, run: Run):
         self.run = run
         self.loss = 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.teacher.begin()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.teacher.after_step()
         self.run.after_step(self.loss)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

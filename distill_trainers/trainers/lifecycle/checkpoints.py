@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 _ROWS_LOOKED_AT = 32
 METHOD_STATE_NAME = "distill_state.json"
 METHOD_TENSORS_NAME = "distill_state.safetensors"
+TEACHER_NAME = "teacher_state{}.safetensors"
 
 
 def remove_torn(output_dir: str | Path) -> None:
@@ -215,6 +216,8 @@ class Resuming(Trainer):
                 remove_torn(self.args.output_dir)
             self.run_checkpoints.append(resume_from_checkpoint)
             self.load_method_state(read_method_state(resume_from_checkpoint))
+            file = self._teacher_file(resume_from_checkpoint)
+            self.teacher.load_state(load_file(file) if file.is_file() else {})
             self._compare_settings(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -288,10 +291,22 @@ class Resuming(Trainer):
             if self.args.should_save and state:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_method_state(folder, state)
+            self._write_teacher(folder)
             super()._save_checkpoint(model, trial)
             self._seal(folder)
         kept = [path for path in self.run_checkpoints if Path(path).is_dir()]  # those over the limit are gone
         self.run_checkpoints = [*kept, str(folder)]
+
+    def _teacher_file(self, folder: str | Path) -> Path:
+        """Where this process finds what the teacher keeps: its own share, or what all have alike."""
+        return Path(folder) / TEACHER_NAME.format(f"_{self.args.process_index}" if self.teacher.is_collective else "")
+
+    def _write_teacher(self, folder: Path) -> None:
+        if not (self.args.should_save or self.teacher.is_collective):
+            return
+        state = {name: tensor.cpu() for name, tensor in self.teacher.state().items()}
+        if state:
+            write_file(self._teacher_file(folder), tensor_bytes(state), "what the teacher keeps", "Free some space.")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._seal(Path(checkpoint_folder))
@@ -306,7 +321,7 @@ class Resuming(Trainer):
         args = self.args
         settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init and matters(f.name)}
         rows = self.train_dataset if hasattr(self.train_dataset, "__len__") else None
-        if getattr(self.teacher, "is_live", True):  # it is not loaded for this
+        if getattr(self.teacher, "is_live", True) and not self.teacher.moves:  # it is not loaded for this
             settings["teacher's weights"] = self.teacher.fingerprint()
         return {
             **plain(settings),

@@ -238,7 +238,7 @@ class Publishing(Trainer):
             chats=bool(getattr(self.processing_class, "chat_template", None)),
             teacher=None if self.teacher.is_nobody else self.teacher.name,
             teachers=tuple(self.teacher.parts.values()),
-            needs_teacher=bool(args.needs),
+            needs_teacher=bool(args.needs) and not self.teacher.is_the_student,
             data=self.data_sources,
             rows=count_rows(self.train_dataset),
             settings=shown_settings(args),

@@ -1,0 +1,445 @@
+"""The student as its own teacher: as it was, as an average of all that it has been, or as it is.
+
+A teacher that is the student says nothing new until it sees more than the student does, or has moved on from it: see
+SDFT (arXiv 2601.19897), OPSD (2601.18734) and SDPO (2601.20802). None of these kinds needs a second model; only a
+student without an adapter is copied for `initial`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..exceptions import CheckpointError, ConfigurationError
+from ..requirements import Requirements
+from ..signals import HiddenStates, TeacherSignal
+from .base import Pair, named
+from .local import LocalTeacher, adapter_is_neutral, base_fingerprint, weights_fingerprint
+from .placement import PLACEMENTS, is_collective
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from .options import TeacherOptions
+
+StudentFn = Callable[[], nn.Module]
+
+_THINKS = ("enable_thinking", "<think>")  # in chat templates
+
+
+class StudentItself(LocalTeacher):
+    """A teacher whose body is the student's, in eval mode and without gradient.
+
+    Args:
+        student: gives the student in its wrappers as they are now.
+        name: for logs and the model card.
+        fingerprint: of what answers, where that stays the same.
+    """
+
+    is_the_student = True
+    has_files: ClassVar[bool] = False
+    _is_looked_at = False  # as the student: under ZeRO-3 its first forward must not be one of other weights
+
+    def __init__(self, student: StudentFn, name: str, fingerprint: str = ""):
+        self.name = name
+        self.placement = "auto"
+        self._student = student
+        self._fingerprint = fingerprint
+        self._fused: bool | None = None
+        self._shared_by: Any = None
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]  # read only
+        return self._student()
+
+    def prepare(self, accelerator: Any) -> None:
+        """Do nothing: the student is prepared by its trainer."""
+        self._shared_by = accelerator
+
+    @property
+    def is_collective(self) -> bool:
+        launch = self._shared_by
+        if launch is None or launch.num_processes == 1:
+            return False
+        return is_collective("auto", models.zero_stage(launch), models.fsdp_version(launch))
+
+    @torch.no_grad()
+    def signal(self, inputs: Mapping[str, Tensor], predicts: Tensor, vocab_size: int | None) -> TeacherSignal:
+        with self.answering():
+            return super().signal(inputs, predicts, vocab_size)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        with models.evaluating(self.model), self.in_its_state():
+            yield
+
+    @contextlib.contextmanager
+    def in_its_state(self) -> Iterator[None]:
+        """Let the student, within it, be what teaches."""
+        yield
+
+
+class AdapterOff(StudentItself):
+    """A PEFT student with its adapter switched off: the base model, or with another adapter on it.
+
+    Args:
+        student: gives the student in its wrappers as they are now.
+        adapter: of the student's adapters, the one to answer with; None for the base alone.
+    """
+
+    place = "the student without its adapter"
+
+    @classmethod
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        said = _said(options)
+        if pair.teacher is not None:
+            raise ConfigurationError(
+                f"Got {said} and the teacher {named(pair.teacher)}; expected no teacher: it is the student without its "
+                "adapter. Leave the teacher out, or take another placement."
+            )
+        if not pair.adapted:
+            raise ConfigurationError(
+                f"Got {said} with a student that has no adapter; expected `peft_config` (`use_peft: true` in a recipe) "
+                "or a PeftModel: the teacher is what the adapter is put on."
+            )
+        _refuse_mixture(said, wants)
+        if options.teacher_model_init_kwargs:
+            raise ConfigurationError(
+                f"Got `teacher_model_init_kwargs` with {said}, where nothing is loaded for the teacher. Leave them "
+                "out; `model_init_kwargs` are those of the shared base."
+            )
+
+    @classmethod
+    def loaded(cls, pair: Pair, options: TeacherOptions, student: StudentFn | None = None) -> AdapterOff:
+        assert student is not None
+        adapter = options.teacher_adapter and models.load_adapter(student(), options.teacher_adapter)
+        return cls(student, adapter)
+
+    def __init__(self, student: StudentFn, adapter: str | None = None):
+        name = f"the student with the adapter {adapter}" if adapter else "the student without its adapter"
+        super().__init__(student, name, base_fingerprint(student(), adapter))
+        self.adapter = adapter
+        self.placement = "adapter_off"
+
+    @contextlib.contextmanager
+    def in_its_state(self) -> Iterator[None]:
+        with models.answering_with(self.model, self.adapter):
+            yield
+
+
+class KeptStudent(StudentItself):
+    """The student with the trained weights that it began with; all others are shared with the student.
+
+    What is kept is in float32 (float64 of a student in float64), each process its own share, outside of the model: no
+    checkpoint of the student has it, and no optimiser sees it.
+    """
+
+    def __init__(self, student: StudentFn, name: str = "the student before training"):
+        super().__init__(student, name, weights_fingerprint(student()))
+        self._kept: dict[str, Tensor] = {}
+        self._saved: Mapping[str, Tensor] | None = None
+        self._head: Any = None
+
+    def begin(self) -> None:
+        saved, self._saved, self._head = self._saved, None, None
+        shares = models.trained_shares(self.model)
+        self._kept = {name: _as_kept(share) for name, share in shares.items()}
+        if saved is None:
+            return
+        unlike = [n for n, kept in self._kept.items() if n not in saved or saved[n].shape != kept.shape]
+        if unlike or len(saved) != len(shares):
+            raise CheckpointError(
+                f"The checkpoint keeps {len(saved)} tensors of {self.name}, and the student trains {len(shares)} "
+                f"({', '.join(unlike[:3])}: another shape, or missing); expected the same ones. Resume with the same "
+                "model, adapter, launch and number of processes."
+            )
+        self._kept = {name: saved[name].to(kept) for name, kept in self._kept.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self._kept)
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self._saved = tensors or None
+        if not tensors:
+            logger.warning(
+                "The checkpoint holds nothing of %s, so what it was is not known: it starts anew from the weights of "
+                "the checkpoint.",
+                self.name,
+            )
+
+    @contextlib.contextmanager
+    def in_its_state(self) -> Iterator[None]:
+        with models.having(self.model, self._kept):
+            yield
+
+    def signal_of(self, hidden: Tensor, vocab_size: int | None) -> HiddenStates:
+        # The loss reads the head later, when the parameter has the student's values again.
+        if self._head is None:
+            head = models.read_head(models.causal_lm_of(self.model))
+            self._head = dataclasses.replace(
+                head, weight=_settled(head.weight), bias=None if head.bias is None else _settled(head.bias)
+            )
+        return HiddenStates(hidden, self._head.cut_to(vocab_size))
+
+
+class AveragedStudent(KeptStudent):
+    """φ ← decay · φ + (1 − decay) · θ after each optimiser step, from φ = θ₀: the mean teacher (arXiv 1703.01780).
+
+    Adapters are averaged factor by factor from their first values, not from zeros, with which A and B would both be
+    1 − decayⁿ too small after n steps, and their product quadratically so.
+
+    Args:
+        decay: weight of the average before, between 0 and 1.
+    """
+
+    moves = True
+    can_generate: ClassVar[bool] = False
+    keeps_logps: ClassVar[bool] = False
+    provides = frozenset({"distribution"})
+    place = "an average of the student"
+
+    @classmethod
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        _refuse_body(pair, options)
+        _refuse_writing(options, wants)
+        super(LocalTeacher, cls).refuse(pair, options, wants)
+
+    @classmethod
+    def loaded(cls, pair: Pair, options: TeacherOptions, student: StudentFn | None = None) -> AveragedStudent:
+        assert student is not None and options.self_teacher_decay is not None
+        _warn_of_thinking(pair, options)
+        return cls(student, options.self_teacher_decay)
+
+    def __init__(self, student: StudentFn, decay: float):
+        super().__init__(student, f"an average of the student (decay {decay:g})")
+        self.decay = decay
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self._head = None
+        for name, share in models.trained_shares(self.model).items():
+            average = self._kept[name]
+            average.lerp_(share.to(average.dtype), 1 - self.decay)
+
+    def live(self) -> Any:
+        raise ConfigurationError(_writes_nothing("`self_teacher: ema`"))
+
+    def fingerprint(self) -> str:
+        with self.in_its_state():
+            return weights_fingerprint(self.model)
+
+
+class LiveStudent(StudentItself):
+    """The student as it is, its answer held fixed (φ = θ, no gradient): what it learns is what it sees less of."""
+
+    moves = True
+    can_generate: ClassVar[bool] = False
+    keeps_logps: ClassVar[bool] = False
+    provides = frozenset({"distribution"})
+    place = "the student itself"
+
+    @classmethod
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        _refuse_body(pair, options)
+        _refuse_writing(options, wants)
+        super(LocalTeacher, cls).refuse(pair, options, wants)
+
+    @classmethod
+    def loaded(cls, pair: Pair, options: TeacherOptions, student: StudentFn | None = None) -> LiveStudent:
+        assert student is not None
+        _warn_of_thinking(pair, options)
+        return cls(student, has_dropout=not getattr(options, "disable_dropout", True))
+
+    def __init__(self, student: StudentFn, has_dropout: bool = False):
+        super().__init__(student, "the student itself")
+        self._differs = has_dropout
+
+    @property
+    def can_load(self) -> bool:
+        return True  # not so, but it is made after rows are read, and wants to hear of them
+
+    def expects(self, rows: Iterable[Mapping[str, Any]] | None, name: str) -> None:
+        first = next(iter(rows), None) if rows is not None and name == "training" else None
+        if self._differs or first is None or first.get("teacher_prompt_ids"):
+            return
+        logger.warning(
+            "Got `self_teacher: live` with rows that student and teacher see alike, and without dropout: both say the "
+            "same, so the loss of distillation stays 0. Let the teacher see more than the student, take `self_teacher: "
+            "initial`, or set `disable_dropout: false`."
+        )
+
+    def live(self) -> Any:
+        raise ConfigurationError(_writes_nothing("`self_teacher: live`"))
+
+    def fingerprint(self) -> str:
+        return weights_fingerprint(self.model)
+
+
+class InitialStudent(LocalTeacher):
+    """The student before training: its adapter switched off where that is it, else its first weights, kept.
+
+    With an adapter it is an `AdapterOff`, or a `KeptStudent` where that was trained before. Without one it is a frozen
+    copy, which may be placed and loaded as any other teacher (`teacher_placement`, `teacher_model_init_kwargs`).
+    """
+
+    is_the_student = True
+    keeps_logps: ClassVar[bool] = False  # those of the student are kept by `reference: student`
+    has_files: ClassVar[bool] = False
+    place = "the student before training"
+
+    @classmethod
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        if pair.adapted:
+            _refuse_body(pair, options, allowed=("auto", "adapter_off"))
+            _refuse_mixture(_said(options), wants)
+        else:
+            _refuse_uncopied(pair, options)
+        super(LocalTeacher, cls).refuse(pair, options, wants)
+
+    @classmethod
+    def loaded(cls, pair: Pair, options: TeacherOptions, student: StudentFn | None = None) -> LocalTeacher:
+        assert student is not None
+        _warn_of_thinking(pair, options)
+        whole = student()
+        if models.is_peft(whole):
+            return AdapterOff(student) if _is_initial_without_adapter(whole) else KeptStudent(student)
+        theirs: Any = options.teacher_model_init_kwargs or {}
+        given: Any = {**(options.model_init_kwargs or {}), **theirs}
+        placement, name = options.teacher_placement, cls.place
+        if isinstance(pair.student, str):
+            settings = {"dtype": "float32", "trust_remote_code": options.trust_remote_code, **given}
+            with models.loading_placed(pair.student, placement, options.device, settings) as placed:
+                return cls(models.load_causal_lm(pair.student, role="teacher", **placed), name, placement)
+        if any(hasattr(parameter, "ds_id") for parameter in whole.parameters()):
+            raise ConfigurationError(
+                "Got `self_teacher: initial` with a student whose weights ZeRO-3 has partitioned already, so they "
+                "cannot be copied. Pass the student by name, or train an adapter (`peft_config`)."
+            )
+        frozen = copy.deepcopy(whole)
+        if given.get("dtype", "auto") != "auto":
+            frozen.to(models.dtype_of(given["dtype"], None))
+        return cls(frozen, name, placement)
+
+
+# ---- What they refuse, and what they warn of ------------------------------------------------------------------------
+
+
+def _said(options: TeacherOptions) -> str:
+    kind = options.self_teacher
+    return f"`self_teacher: {kind}`" if kind else "`teacher_placement: adapter_off`"
+
+
+def _refuse_body(pair: Pair, options: TeacherOptions, allowed: tuple[str, ...] = ("auto",)) -> None:
+    """Refuse a teacher beside the student, and settings of weights that it does not have."""
+    _refuse_teacher(pair, options)
+    if options.teacher_placement not in allowed:
+        raise ConfigurationError(
+            f"Got {_said(options)} with `teacher_placement: {options.teacher_placement}`; expected "
+            f"{' or '.join(allowed)}: its weights are the student's. Leave the placement out."
+        )
+    if options.teacher_model_init_kwargs:
+        raise ConfigurationError(
+            f"Got {_said(options)} with `teacher_model_init_kwargs`, where nothing is loaded for the teacher. Leave "
+            "them out; `model_init_kwargs` are the student's."
+        )
+
+
+def _refuse_teacher(pair: Pair, options: TeacherOptions) -> None:
+    if pair.teacher is not None:
+        raise ConfigurationError(
+            f"Got {_said(options)} and the teacher {named(pair.teacher)}; expected no teacher, since the student is "
+            "its own. Leave one of them out."
+        )
+
+
+def _refuse_uncopied(pair: Pair, options: TeacherOptions) -> None:
+    """Refuse what a copy of a student without an adapter cannot be."""
+    _refuse_teacher(pair, options)
+    placement, given = options.teacher_placement, dict(options.teacher_model_init_kwargs or {})  # type: ignore[arg-type]
+    if not PLACEMENTS[placement].has_body:
+        raise ConfigurationError(
+            f"Got {_said(options)} with `teacher_placement: {placement}` and a student without an adapter; expected a "
+            "place for a copy of it, such as `replicate` or `zero3`. Leave the placement out, or train an adapter "
+            "(`use_peft: true`)."
+        )
+    if getattr(pair.student, "is_quantized", False) or "quantization_config" in (options.model_init_kwargs or {}):
+        raise ConfigurationError(
+            f"Got {_said(options)} with a quantised student that has no adapter; expected one whose weights train, "
+            "or an adapter on it. Set `use_peft: true` (`peft_config`), or load the student unquantised."
+        )
+    if isinstance(pair.student, str):
+        LocalTeacher.refuse(dataclasses.replace(pair, teacher=pair.student), options, Requirements("", frozenset()))
+        return
+    if PLACEMENTS[placement].by_name or given.keys() - {"dtype"}:
+        what = f"teacher_placement: {placement}" if PLACEMENTS[placement].by_name else "teacher_model_init_kwargs"
+        raise ConfigurationError(
+            f"Got {_said(options)} with `{what}` and a {type(pair.student).__name__} in memory; expected a folder or "
+            "Hub id as the student, since it acts while weights are loaded (a `dtype` alone is fine). Pass the student "
+            "by name."
+        )
+
+
+def _refuse_mixture(said: str, wants: Requirements) -> None:
+    if "completions" in wants.needs:
+        raise ConfigurationError(
+            f"Got {said} with `teacher_mix_alpha` above 0, which runs student and teacher in one decode loop, but they "
+            "share their weights. Set `teacher_mix_alpha: 0`."
+        )
+
+
+def _refuse_writing(options: TeacherOptions, wants: Requirements) -> None:
+    """Refuse a moving teacher whose text would be kept."""
+    _refuse_mixture(_said(options), wants)
+    if wants.replaces_completions:
+        raise ConfigurationError(f"Got completions to be written by the teacher. {_writes_nothing(_said(options))}")
+
+
+def _writes_nothing(said: str) -> str:
+    return (
+        f"With {said} the teacher moves with the student, and text of it would be out of date at the next step; "
+        "expected completions in the dataset, the student's own (`lmbda: 1`), or `self_teacher: initial`."
+    )
+
+
+def _warn_of_thinking(pair: Pair, options: TeacherOptions) -> None:
+    template = getattr(pair.tokenizer, "chat_template", None)
+    texts = template.values() if isinstance(template, Mapping) else [template]
+    found = [word for word in _THINKS if any(word in str(text) for text in texts)]
+    if found:
+        logger.warning(
+            "Got %s with a chat template that has `%s`: models that think have lost up to 17%% of their accuracy when "
+            "they were their own teacher (arXiv 2607.05184), as their text became shorter and surer. Watch "
+            "`completion_length` and `entropy`, and score held-out answers.",
+            _said(options),
+            found[0],
+        )
+
+
+# ---- Details --------------------------------------------------------------------------------------------------------
+
+
+def _is_initial_without_adapter(student: nn.Module) -> bool:
+    """Tell whether switching the adapter off gives the student before training, now and later."""
+    adapters = set(models.unwrapped(student).peft_config)  # type: ignore[arg-type]
+    trained = [name.split(".") for name, p in student.named_parameters() if p.requires_grad]
+    return adapter_is_neutral(student) and all(adapters & set(parts) for parts in trained)  # else: biases of the base
+
+
+def _as_kept(share: Tensor) -> Tensor:
+    return share.detach().to(torch.promote_types(share.dtype, torch.float32), copy=True)
+
+
+def _settled(weight: Tensor) -> Tensor:
+    """The values that a trained weight has now; any other as it is."""
+    if not weight.requires_grad:
+        return weight
+    with models.whole_parameters(weight):
+        return models.whole(weight.detach()).clone()
