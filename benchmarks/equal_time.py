@@ -108,8 +108,7 @@ def prepare(options: argparse.Namespace) -> None:
     arguments += ["--output_dir", str(options.work), "--student_init", json.dumps({**init, "importance_batches": 1})]
     trainer = build_trainer(parse_recipe(arguments))
     trainer.get_train_dataloader()
-    trainer.get_eval_dataloader()
-    (_, held_out), *_ = trainer._eval_is_filled.values()
+    held_out = trainer.get_eval_dataloader().dataset
     for part, rows in (("train", trainer.train_dataset), ("heldout", held_out)):
         prompts = files[part].read_text(encoding="utf-8").splitlines()
         with open(options.work / f"{part}.jsonl", "w", encoding="utf-8") as file:
