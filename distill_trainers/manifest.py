@@ -51,7 +51,8 @@ def write_manifest(folder: Path, settings: Mapping[str, Any]) -> None:
     files = {
         name: {"bytes": (folder / name).stat().st_size, "xxh3": crc} for name, crc in zip(names, sums, strict=True)
     }
-    text = json.dumps({"files": files, "settings": dict(settings)}, indent=1, default=str)
+    told = json.loads(json.dumps(dict(settings), default=str))
+    text = json.dumps({"files": files, "settings": told, "settings_xxh3": _settings_checksum(told)}, indent=1)
     write_file(folder / MANIFEST_NAME, text, "the list of a checkpoint's files", "Free some space.")
 
 
@@ -105,7 +106,15 @@ def _read(folder: Path) -> dict[str, Any]:
     told = [_is_told(part) for part in files.values()] if isinstance(files, dict) else []
     if not any(told):
         return {}
-    return read if all(told) and isinstance(read.get("settings"), dict) else _DAMAGED
+    settings = read.get("settings")
+    if not all(told) or not isinstance(settings, dict):
+        return _DAMAGED
+    # Those of earlier versions have no such checksum.
+    return read if read.get("settings_xxh3", _settings_checksum(settings)) == _settings_checksum(settings) else _DAMAGED
+
+
+def _settings_checksum(settings: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _is_told(file: Any) -> bool:

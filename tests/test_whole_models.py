@@ -436,6 +436,6 @@ def test_one_place_loads_models():
         ("models/whole.py", "kind.from_pretrained"),
         ("models/whole.py", "peft.load_adapter"),
         ("models/merging.py", "PeftModel.from_pretrained"),  # then asked again, by models/whole.py
-        ("teachers/local.py", "models.load_adapter"),
+        ("teachers/self_teacher.py", "models.load_adapter"),
         ("rollouts/vllm.py", "self.engine.load_adapter"),  # vLLM's own, which is proved afterwards
     }

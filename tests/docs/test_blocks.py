@@ -129,7 +129,7 @@ def test_yaml_is_a_recipe(yaml_block, tmp_path, monkeypatch):
     whole = WHOLE | {"eval_fraction": 8} | keys
     if "eval_dataset" in keys:
         del whole["eval_fraction"]
-    if keys.get("teacher_placement") == "adapter_off":
+    if keys.get("teacher_placement") == "adapter_off" or keys.keys() & {"teachers", "self_teacher"}:
         del whole["teacher_model_name_or_path"]
     if "report_to" in keys:
         whole["report_to"] = "none"  # the tracker need not be installed

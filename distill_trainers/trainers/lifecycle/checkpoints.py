@@ -294,8 +294,7 @@ class Resuming(Trainer):
             self._write_teacher(folder)
             super()._save_checkpoint(model, trial)
             self._seal(folder)
-        kept = [path for path in self.run_checkpoints if Path(path).is_dir()]  # those over the limit are gone
-        self.run_checkpoints = [*kept, str(folder)]
+        self.run_checkpoints.append(str(folder))
 
     def _teacher_file(self, folder: str | Path) -> Path:
         """Where this process finds what the teacher keeps: its own share, or what all have alike."""

@@ -52,6 +52,7 @@ class RunningMetrics:
         bins are 1e-4 wide at 1 and 2 % wide far from it.
         """
         places = (torch.asinh(_FINE * values.float().log()) * _BINS_PER_UNIT).round().clamp(-_BINS, _BINS) + _BINS
+        places = places.nan_to_num(_BINS)  # the loss is NaN as well, and says so
         empty = torch.zeros(2 * _BINS + 1, device=values.device)
         counts = empty.index_add(0, places.long(), counted.float()).to(self.device)
         self._histograms[name] = self._histograms[name] + counts if name in self._histograms else counts
