@@ -89,6 +89,12 @@ def train(job, folder, engines):
         ]
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "ratios": [
+            entry[f"sampler_ratio{part}"]
+            for entry in trainer.state.log_history
+            for part in ("", "_p05", "_p95")
+            if "sampler_ratio" in entry
+        ],
         "theirs": list(theirs),
         "ours": list(ours),
         "samples": [list(texts) for texts in samples],
