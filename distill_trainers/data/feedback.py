@@ -162,7 +162,7 @@ class FeedbackRows:
         else:
             head, tail = self._around(asked, tokens, tokenizer, template_settings(row, chat_template_kwargs))
             question = question_of(asked)
-        known = {"head": head, "tail": tail, "question": question, "answer": answer, CHOICES: row.get(CHOICES) or []}
+        known = {"head": head, "tail": tail, "question": question, "answer": answer, CHOICES: _choices(row)}
         fullest = self.template.filled({ASKED: question, ANSWER: answer, ATTEMPT: "-", RIGHT: "-"})
         samples = 1 + len(self.template.names & {ATTEMPT, RIGHT})  # the completion is read once more
         length = len(feedback_ids(known, fullest or "", own)) + samples * reserve
@@ -203,6 +203,16 @@ def feedback_features() -> Features:
     texts = {name: Value("string") for name in _TEXTS}
     kinds = ({**texts, CHOICES: List(Value("string"))}, Value("int32"))
     return Features(dict(zip(COLUMNS, kinds, strict=True)))
+
+
+def _choices(row: Mapping[str, Any]) -> list[str]:
+    choices = row.get(CHOICES) or []
+    if not isinstance(choices, list) or not set(map(type, choices)) <= {str}:
+        raise DatasetError(
+            f"Column {CHOICES!r} holds {choices!r:.80}; expected a list of texts, in the order of their letters, by which "
+            "`feedback` compares answers. Mend it, or rename the column."
+        )
+    return choices
 
 
 def _without_straddled(asked: str, lost: int, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -109,12 +109,22 @@ def test_a_right_sample_is_of_the_same_prompt(attempted, tokenizer):
     assert (batch["labels"] != -100).any(1).tolist() == [True, False, False, False]
 
 
+def test_a_right_sample_of_another_process_serves(attempted, tokenizer, monkeypatch):
+    ids = tuple(tokenizer("2+30=", add_special_tokens=False)["input_ids"])
+    elsewhere = [((ids, "2+30=", "32"), "32"), ((ids, "2+30=", "33"), "33")]  # the latter is to another answer
+    monkeypatch.setattr("distill_trainers.trainers.gkd.feedback.gather_object", lambda own: elsewhere + own)
+    _, (batch,) = attempted(["2", "33", "2", "44"], feedback="{right}={prompt}")
+    assert read_by_teacher(batch, tokenizer)[1] == "32=2+30="
+
+
 def test_a_step_in_which_all_are_right_trains_nothing(attempted):
-    trainer, batches = attempted(["2", "32", "2", "44"])
+    trainer, batches = attempted(["2"] * 4, train=rows(["1+1="] * 4))
     loss, gradient = loss_and_gradient(trainer, batches)
     assert loss == 0 and not gradient.any()
-    trainer.train()  # and nothing breaks on the way
-    assert all(log["loss"] == 0 for log in trainer.state.log_history if "loss" in log)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert all(log["loss"] == log["trained_rows"] == 0 for log in trainer.state.log_history if "loss" in log)
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
 def test_rows_too_long_for_the_teacher_are_left_out_and_counted(attempted):
@@ -184,10 +194,18 @@ def test_a_run_goes_on_exactly(make_trainer, die_at, by_step):
     assert {step: loss for step, loss in by_step(resumed).items() if step > 2} == late and all(late.values())
 
 
-def test_a_live_teacher_that_reads_feedback_teaches(attempted, caplog):
-    trainer, batches = attempted(["3", "32", "4", "1"])
+def test_a_live_teacher_that_reads_feedback_teaches(make_trainer, batch_of, caplog):
+    """Without feedback it says what the student says, of which a warning would tell."""
+    settings = {"train": rows(), "teacher": None, "self_teacher": "live", "lmbda": 1.0, "feedback": TEMPLATE}
+    trainer = make_trainer(**settings, feedback_right="keep")
+    batches = trainer.rollout([batch_of(trainer)])
     plain = [{name: entry for name, entry in batch.items() if name not in view_of(batch)} for batch in batches]
-    assert abs(loss_and_gradient(trainer, batches)[0] - loss_and_gradient(trainer, plain)[0]) > 1e-3
+    assert loss_and_gradient(trainer, batches)[0] > 1e-3 > abs(loss_and_gradient(trainer, plain)[0])
+    assert "the loss of distillation stays 0" not in caplog.text
+    make_trainer(**{**settings, "feedback": None, "teacher_prompt": "{answer}{prompt}"})
+    assert "the loss of distillation stays 0" not in caplog.text
+    make_trainer(**{**settings, "feedback": None})
+    assert "the loss of distillation stays 0" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -230,6 +248,7 @@ def test_responses_are_judged_by_what_they_state(text, answer, settings, reason)
         ({"feedback_answer_column": "solution"}, "feedback_answer_column: solution"),
         ({"train": rows().add_column("privileged_context", ["1"] * 4)}, "'privileged_context', too"),
         ({"train": Dataset.from_list([{"prompt": "1+1=", "answer": a} for a in ("2", " ")])}, "Row 1 .*no answer in"),
+        ({"train": rows().add_column("choices", ["A"] * 4)}, "Row 0 .*Column 'choices' holds 'A'"),
         ({"train": Dataset.from_list([{"input_ids": [1, 2], "answer": "2"}])}, "token ids"),
         ({"teacher": {"a": "x", "b": "y"}}, "attempts of one teacher's rows"),
         ({"method": "minillm"}, "feedback"),
