@@ -61,7 +61,7 @@ class DistillCollator:
         ids = [row["input_ids"] for row in rows]
         labels = [row["labels"] for row in rows]
         check_ids(ids, self.known_ids)
-        batch = _training_tensors(ids, labels, self.pad_token_id, self.pad_to_multiple_of)
+        batch: dict[str, Any] = _training_tensors(ids, labels, self.pad_token_id, self.pad_to_multiple_of)
         if "seq_lengths" in rows[0]:
             return self._packed(batch, rows)
         if TEACHER_INDEX in rows[0]:

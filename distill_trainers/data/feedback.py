@@ -209,8 +209,8 @@ def _choices(row: Mapping[str, Any]) -> list[str]:
     choices = row.get(CHOICES) or []
     if not isinstance(choices, list) or not set(map(type, choices)) <= {str}:
         raise DatasetError(
-            f"Column {CHOICES!r} holds {choices!r:.80}; expected a list of texts, in the order of their letters, by which "
-            "`feedback` compares answers. Mend it, or rename the column."
+            f"Column {CHOICES!r} holds {choices!r:.80}; expected a list of texts in the order of their letters, by "
+            "which `feedback` compares answers. Mend it, or rename the column."
         )
     return choices
 
