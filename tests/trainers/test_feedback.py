@@ -127,10 +127,14 @@ def test_a_step_in_which_all_are_right_trains_nothing(attempted):
     assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
-def test_rows_too_long_for_the_teacher_are_left_out_and_counted(attempted):
-    trainer, (batch,) = attempted(["3", "333", "4", "1"], teacher_max_length=12, teacher_too_long="drop")
+@pytest.mark.parametrize("when_right", ["drop", "keep"])
+def test_rows_too_long_for_the_teacher_are_left_out_and_counted(attempted, tokenizer, when_right):
+    settings = {"teacher_max_length": 12, "teacher_too_long": "drop", "feedback_right": when_right}
+    trainer, (batch,) = attempted(["3", "333", "4", "1"], **settings)
     assert (batch["labels"] != -100).any(1).tolist() == [True, False, True, True]
-    assert trainer.metrics.read(trainer.accelerator)["attempts_too_long"] == 0.25
+    assert read_by_teacher(batch, tokenizer)[1] == "2+30="  # it does not read what would be too long, either
+    logged = trainer.metrics.read(trainer.accelerator)
+    assert (logged["attempts_too_long"], logged["attempts_with_feedback"], logged["trained_rows"]) == (0.25, 0.75, 3)
 
 
 def test_given_completions_are_nobodys_attempt(make_trainer, batch_of):

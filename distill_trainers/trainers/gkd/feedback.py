@@ -43,6 +43,7 @@ class _Attempt:
     reason: str
     teacher_prompt: list[int] = field(default_factory=list)
     has_feedback: bool = False
+    too_long: bool = False
     trains: bool = True
 
     @property
@@ -89,7 +90,7 @@ class AttemptFeedback:
             "attempts_undecided": sum(a.reason == UNDECIDED for a in every),
             "attempts_with_feedback": sum(a.has_feedback for a in every),
             "attempts_with_right_sample": sum(a.question in right and a.has_feedback for a in every),
-            "attempts_too_long": sum(self._is_too_long(a) for a in every),
+            "attempts_too_long": sum(a.too_long for a in every),
             "trained_rows": sum(a.trains and a.length > 0 for a in every),
         }
         return [self._viewed(*pair) for pair in zip(batches, attempts, strict=True)], counts
@@ -122,10 +123,11 @@ class AttemptFeedback:
             if said is not None:
                 attempt.teacher_prompt = feedback_ids(attempt.known, said, self.teacher)
                 attempt.has_feedback = True
-        attempt.trains = (attempt.has_feedback or self.keeps_right) and not self._is_too_long(attempt)
-
-    def _is_too_long(self, attempt: _Attempt) -> bool:
-        return self.max_length is not None and len(attempt.teacher_prompt) + attempt.length > self.max_length
+        length = len(attempt.teacher_prompt) + attempt.length
+        attempt.too_long = self.max_length is not None and length > self.max_length
+        if attempt.too_long:  # nobody learns from the row, so the teacher need not read all of it
+            attempt.teacher_prompt, attempt.has_feedback = attempt.prompt_ids, False
+        attempt.trains = (attempt.has_feedback or self.keeps_right) and not attempt.too_long
 
     def _viewed(self, batch: Batch, attempts: Sequence[_Attempt]) -> Batch:
         rows = [{"teacher_prompt_ids": a.teacher_prompt, "view_start": len(a.prompt_ids)} for a in attempts]
