@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill_trainers.data.feedback import FEEDBACK
 from distill_trainers.data.labels import IGNORED, completion_labels
 from distill_trainers.data.packing import positions_of, restarts
 from distill_trainers.data.routing import TEACHER_INDEX
@@ -31,7 +32,7 @@ class DistillCollator:
 
     Packed rows (with `seq_lengths`, see `packing.py`) get `position_ids` `[B, T]` in place of a mask. Rows with a view
     of the teacher's get the entries that `views.py` names. Where rows have a `teacher_index` (see `routing.py`), so has
-    the batch, `[B]`.
+    the batch, `[B]`. Where they have what feedback is made of (see `feedback.py`), the batch has a list of it.
 
     Args:
         pad_token_id: fills the padding; any id of the vocabulary will do.
@@ -60,7 +61,7 @@ class DistillCollator:
         ids = [row["input_ids"] for row in rows]
         labels = [row["labels"] for row in rows]
         check_ids(ids, self.known_ids)
-        batch = _training_tensors(ids, labels, self.pad_token_id, self.pad_to_multiple_of)
+        batch: dict[str, Any] = _training_tensors(ids, labels, self.pad_token_id, self.pad_to_multiple_of)
         if "seq_lengths" in rows[0]:
             return self._packed(batch, rows)
         if TEACHER_INDEX in rows[0]:
@@ -69,6 +70,8 @@ class DistillCollator:
             prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
             batch["prompt_ids"] = pad_rows(prompts, self.pad_token_id, self.pad_to_multiple_of, left=True)
             batch["prompt_mask"] = _lengths_mask(prompts, self.pad_to_multiple_of, left=True)
+            if FEEDBACK in rows[0]:
+                batch[FEEDBACK] = [row[FEEDBACK] for row in rows]  # texts, until rollouts have made views of them
         return batch | view_entries(rows, self.pad_token_id, self.pad_to_multiple_of)
 
     def _packed(self, batch: dict[str, Tensor], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -85,11 +85,38 @@ def rendered_prompt(
     """
 
     def tokenize(chat: Chat, turns: Turns) -> list[int]:
-        goes_on = begun and turns[0][-1]["role"] == "assistant"
-        return chat.ids(chat.begun_turn(turns[0]) if goes_on else chat.prompt(turns[0]) + header)
+        return chat.ids(_prompt_text(chat, turns[0], header, begun))
 
     turns: Turns = (list(prompt), [])
     return _first_that_works(chat, turns, tokenize) if remedies else tokenize(chat, turns)
+
+
+def rendered_around(
+    chat: Chat, prompt: Sequence[Message], mark: str, *, header: str = "", begun: bool = False
+) -> tuple[str, str]:
+    """Return what is rendered before and behind `mark`, a text in one of the messages; else as `rendered_prompt`.
+
+    Raises:
+        DatasetError: no template serves, or the mark is not there once.
+    """
+
+    def split(chat: Chat, turns: Turns) -> tuple[str, str]:
+        text = _prompt_text(chat, turns[0], header, begun)
+        if text.count(mark) != 1:
+            raise RenderingError(
+                f"The chat template writes the question {text.count(mark)} times.",
+                "Set tokenizer.chat_template to one that writes it once.",
+            )
+        head, _, tail = text.partition(mark)
+        return head, tail
+
+    around: tuple[str, str] = _first_that_works(chat, (list(prompt), []), split)
+    return around
+
+
+def _prompt_text(chat: Chat, prompt: Sequence[Message], header: str, begun: bool) -> str:
+    goes_on = begun and prompt[-1]["role"] == "assistant"
+    return chat.begun_turn(prompt) if goes_on else chat.prompt(prompt) + header
 
 
 def split_turns(chat: Chat, prompt: Sequence[Message], completion: Sequence[Message]) -> tuple[list[int], list[int]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_trainers.data.arrow import without_filling
 from distill_trainers.data.conversations import tokenize_conversation, turns_of
+from distill_trainers.data.feedback import FeedbackRows
 from distill_trainers.data.formats import DatasetType, as_text, check_columns, is_conversation
 from distill_trainers.data.labels import IGNORED, TokenizedRow, row_of
 from distill_trainers.data.messages import Message
@@ -33,6 +34,8 @@ def tokenize_row(
     answer_last: bool = False,
     features: Mapping[str, Any] | None = None,
     teacher_prompts: TeacherPrompts | None = None,
+    feedback: FeedbackRows | None = None,
+    reserve: int = 0,
 ) -> TokenizedRow:
     """Tokenise one row as `{"input_ids", "labels", "prompt_length"}`.
 
@@ -49,6 +52,8 @@ def tokenize_row(
         answer_last: `messages` that end with another role than the assistant's are a prompt, though they hold answers.
         features: of the dataset, to tell keys that it added to messages and tools from the user's own nulls.
         teacher_prompts: write the prompt that the teacher reads; the row then has a view (see `views.py`).
+        feedback: add what the teacher's prompt is made of once the student has answered (see `feedback.py`).
+        reserve: tokens that the student may write.
 
     Raises:
         DatasetError: a value of the wrong kind, or a conversation that the chat template cannot split.
@@ -62,7 +67,7 @@ def tokenize_row(
         asked = as_text(row.get("prompt"), column="prompt")
         tokens = _from_text(row, dataset_type, tokenizer)
     else:
-        asked = turns_of(row, dataset_type, answer_last=answer_last)[0] if teacher_prompts is not None else []
+        asked = turns_of(row, dataset_type, answer_last=answer_last)[0] if teacher_prompts or feedback else []
         tokens = tokenize_conversation(
             row,
             tokenizer,
@@ -71,7 +76,12 @@ def tokenize_row(
             chat_template_kwargs=chat_template_kwargs,
             answer_last=answer_last,
         )
-    if teacher_prompts is None or not tokens["input_ids"]:
+    if not tokens["input_ids"]:
+        return tokens
+    if feedback is not None and asked is not None and tokens["prompt_length"]:
+        more: Any = feedback.added_to(tokens, row, asked, tokenizer, chat_template_kwargs, reserve)
+        return tokens | more
+    if teacher_prompts is None:
         return tokens
     return teacher_prompts.added_to(tokens, row, asked, tokenizer, chat_template_kwargs)
 

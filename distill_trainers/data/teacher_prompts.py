@@ -185,8 +185,8 @@ class TeacherPrompts:
             if asked is None:
                 return _as_ids(value, self.prompt)
             return to_chatml(value) if is_conversation(value) else as_text(value, column=self.prompt)
-        question = asked if isinstance(asked, str) else _question(asked or ())
-        texts = {name: _as_words(values.get(name), name) for name in names_in(self.prompt) - {ASKED}}
+        question = asked if isinstance(asked, str) else question_of(asked or ())
+        texts = {name: as_words(values.get(name), name) for name in names_in(self.prompt) - {ASKED}}
         if not all(texts.values()):
             return None
         return filled(self.prompt, {**texts, ASKED: question})
@@ -207,16 +207,14 @@ class TeacherPrompts:
         tokenizer: PreTrainedTokenizerBase,
         settings: dict[str, Any],
     ) -> list[int]:
-        before = tokens["input_ids"][: start_of_view(tokens)]
-        begun = len(before) == len(tokens["input_ids"])  # a prompt alone may end in the assistant's own beginning
+        # A prompt alone may end in the assistant's own beginning.
+        begun = start_of_view(tokens) == len(tokens["input_ids"])
         header, chat = "", Chat(self.tokenizer or tokenizer, settings=settings)
         if isinstance(asked, str):
             messages = list(said)
         else:
-            student, header = _chat_of(Chat(tokenizer, settings=settings), asked, before, begun, tokens)
-            chat = chat if self.tokenizer is not None and self.tokenizer is not tokenizer else student
-            header = header and chat.header
-            messages = said if isinstance(said, list) else _asking(asked, said)
+            chat, header = prompt_chat(asked, tokens, tokenizer, self.tokenizer, settings, begun=begun)
+            messages = said if isinstance(said, list) else asking(asked, said)
         if self.system is not None:
             messages = _with_system(messages, self.system)
         try:
@@ -241,18 +239,18 @@ def tell_without_context(has_context: Sequence[bool], name: str) -> None:
 # ---- Templates ------------------------------------------------------------------------------------------------------
 
 
-def names_in(template: str) -> set[str]:
-    """Return the columns that a template names.
+def names_in(template: str, setting: str = "teacher_prompt") -> set[str]:
+    """Return the columns that a template names; `setting` is whose template it is, for messages.
 
     Raises:
         ConfigurationError: braces that do not close, or more than a column's name in them.
     """
-    return {name for _, name in _parts(template) if name is not None}
+    return {name for _, name in _parts(template, setting) if name is not None}
 
 
-def filled(template: str, values: Mapping[str, str]) -> str:
+def filled(template: str, values: Mapping[str, str], setting: str = "teacher_prompt") -> str:
     """Put texts into a template; `{{` and `}}` are braces. Nothing of a text is read as a template."""
-    return "".join(text + ("" if name is None else values[name]) for text, name in _parts(template))
+    return "".join(text + ("" if name is None else values[name]) for text, name in _parts(template, setting))
 
 
 def renamed(template: str, names: Mapping[str, str]) -> str:
@@ -263,7 +261,7 @@ def renamed(template: str, names: Mapping[str, str]) -> str:
     return "".join(text + ("" if name is None else f"{{{names.get(name, name)}}}") for text, name in texts)
 
 
-def _parts(template: str) -> list[tuple[str, str | None]]:
+def _parts(template: str, setting: str = "teacher_prompt") -> list[tuple[str, str | None]]:
     problem = ""
     parts = []
     try:
@@ -275,13 +273,13 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
         problem = str(error)
     if problem:
         raise ConfigurationError(
-            f"Got `teacher_prompt: {template!r:.80}`, which is no template ({problem}); expected the names of columns "
-            "in braces, such as '{prompt}\\n\\nHint: {hint}'; `{{` stands for a brace."
+            f"Got `{setting}: {template!r:.80}`, which is no template ({problem}); expected the names of columns in "
+            "braces, such as '{prompt}\\n\\nHint: {hint}'; `{{` stands for a brace."
         )
     return parts
 
 
-def _as_words(value: Any, column: str) -> str:
+def as_words(value: Any, column: str) -> str:
     """A column's value within a text."""
     if is_conversation(value):
         return "\n\n".join(str(message["content"] or "") for message in to_chatml(value)).strip()
@@ -310,13 +308,13 @@ def _up_to_first_answer(asked: Sequence[Message], tokens: TokenizedRow) -> list[
     return list(asked)[: next(i for i, message in enumerate(asked) if i and is_trained(message))]
 
 
-def _question(messages: Sequence[Message]) -> str:
+def question_of(messages: Sequence[Message]) -> str:
     """The text of the last message of a user."""
     said = [message["content"] for message in messages if message["role"] == "user"]
     return said[-1] if said and isinstance(said[-1], str) else ""
 
 
-def _asking(messages: Sequence[Message], text: str | None) -> list[Message]:
+def asking(messages: Sequence[Message], text: str | None) -> list[Message]:
     """The same messages with another text of the last user's."""
     if text is None:
         return list(messages)
@@ -335,6 +333,28 @@ def _with_system(messages: Sequence[Message], text: str) -> list[Message]:
     if first is None or first["role"] not in ("system", "developer"):
         return [{"role": "system", "content": text}, *messages]
     return [{**first, "content": f"{text}\n\n{first['content'] or ''}".rstrip()}, *messages[1:]]
+
+
+def prompt_chat(
+    asked: Sequence[Message],
+    tokens: TokenizedRow,
+    tokenizer: PreTrainedTokenizerBase,
+    own: PreTrainedTokenizerBase | None,
+    settings: dict[str, Any],
+    *,
+    begun: bool,
+) -> tuple[Chat, str]:
+    """Return what renders the teacher's prompt of a row of messages, and the header to write behind it.
+
+    Args:
+        asked: the student's prompt.
+        own: the teacher's tokenizer, if it has a chat template of its own.
+        begun: the prompt may end in the assistant's own beginning.
+    """
+    before = tokens["input_ids"][: start_of_view(tokens)]
+    student, header = _chat_of(Chat(tokenizer, settings=settings), asked, before, begun, tokens)
+    chat = Chat(own, settings=settings) if own is not None and own is not tokenizer else student
+    return chat, header and chat.header
 
 
 def _chat_of(

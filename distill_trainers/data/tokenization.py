@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from distill_trainers.data.feedback import COLUMNS, FeedbackRows, feedback_features
 from distill_trainers.data.formats import (
     DatasetType,
     apply_column_mapping,
@@ -40,7 +41,7 @@ Needs = Literal["completion", "prompt", "either", "both"]
 _CODE = (
     *("formats.py", "arrow.py", "messages.py", "rendering.py", "chat.py", "turns.py", "conversations.py"),
     *("rows.py", "texts.py", "labels.py", "routing.py", "tokenization.py", "rationales.py"),
-    *("teacher_prompts.py", "views.py"),
+    *("teacher_prompts.py", "feedback.py", "views.py"),
     "../answers/edit_distance.py",
 )
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
@@ -65,6 +66,7 @@ def prepare_dataset(
     teacher_prompts: TeacherPrompts | None = None,
     teachers: Sequence[str] = (),
     teacher_column: str = "teacher",
+    feedback: FeedbackRows | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenise a dataset of any layout, with the `length` of each row for batches of like-sized rows.
 
@@ -83,6 +85,8 @@ def prepare_dataset(
             `view_start` (see `views.py`), and the `teacher_length` that its row may come to.
         teachers: names of several teachers; rows get a `teacher_index`, their teacher's place among these.
         teacher_column: names the teacher of each row.
+        feedback: rows get `feedback`, what the teacher is told of an attempt is made of (see `feedback.py`), and the
+            `teacher_length` that they may come to.
 
     Raises:
         DatasetError: no rows, an unknown layout, rows that cannot be tokenised, or none left to train on.
@@ -97,6 +101,8 @@ def prepare_dataset(
     _check_type_serves(dataset_type, needs, assistant_only_loss, name)
     if teacher_prompts is not None:
         teacher_prompts = teacher_prompts.reading(row, dataset_type, column_mapping, name)
+    if feedback is not None:
+        feedback = feedback.reading(row, dataset_type, column_mapping, name)
     if tokenizer.eos_token_id is None:
         logger.warning("The tokenizer has no EOS token: a student trained on %r may not learn to stop.", name)
     work = partial(
@@ -116,8 +122,9 @@ def prepare_dataset(
         code=code_fingerprint(),
         teachers=list(teachers),
         teacher_column=teacher_column,
+        feedback=feedback,
     )
-    features = _features(views=teacher_prompts is not None, routed=bool(teachers))
+    features = _features(views=teacher_prompts is not None, routed=bool(teachers), feedback=feedback is not None)
     map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=features)
     if isinstance(dataset, Dataset):
         with reading(f"Dataset {name!r} cannot be read"):
@@ -142,13 +149,16 @@ def _prepare_row(
     teacher_prompts: TeacherPrompts | None = None,
     teachers: Sequence[str] = (),
     teacher_column: str = "teacher",
+    feedback: FeedbackRows | None = None,
     **settings: Any,  # of `tokenize_row`
 ) -> dict[str, Any]:
     views: dict[str, Any] = {}
     too_long = ""
     try:
         routed = {TEACHER_INDEX: teacher_index(row, teachers, teacher_column)} if teachers else {}
-        whole = tokenize_row(row, tokenizer, teacher_prompts=teacher_prompts, **settings)
+        whole = tokenize_row(
+            row, tokenizer, teacher_prompts=teacher_prompts, feedback=feedback, reserve=reserve, **settings
+        )
         cut = truncate(whole, max_length, reserve, bos_token_id=tokenizer.bos_token_id)
         if teacher_prompts is not None:
             views, too_long = teacher_prompts.finished(whole, cut, reserve)
@@ -161,6 +171,7 @@ def _prepare_row(
     return {
         **cut,
         **views,
+        **({} if feedback is None else {name: whole.get(name) for name in COLUMNS}),
         "length": len(cut["input_ids"]),
         "dropped": dropped,
         "goes_on": settings["dataset_type"] == "messages" and not settings["answer_last"] and goes_on(row),
@@ -225,7 +236,7 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
 _TOLD = ("dropped", "goes_on", "prompt_cut", "completion_cut", "straddled", "has_context")
 
 
-def _features(*, views: bool = False, routed: bool = False) -> Features:
+def _features(*, views: bool = False, routed: bool = False, feedback: bool = False) -> Features:
     from datasets import Features, List, Value
 
     flag, number = Value("bool"), Value("int32")
@@ -241,6 +252,7 @@ def _features(*, views: bool = False, routed: bool = False) -> Features:
         "straddled": number,
     }
     columns |= {TEACHER_INDEX: number} if routed else {}
+    columns |= feedback_features() if feedback else {}
     return Features(columns | view_features() | {"has_context": flag} if views else columns)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from transformers import TrainingArguments
 
 from ..data import prepare_dataset
+from ..data.feedback import FeedbackRows
 from ..data.teacher_prompts import TeacherPrompts
 from ..data.tokenization import Needs
 from ..evaluation.measures import MEASURES, METRICS, higher_is_better
@@ -322,7 +323,12 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             teachers=() if name == "pretraining" else wants.teachers,
             teacher_column=self.teacher_column,
             teacher_prompts=self.teacher_prompts(wants),
+            feedback=self.feedback_rows(wants) if training else None,
         )
+
+    def feedback_rows(self, wants: Requirements) -> FeedbackRows | None:
+        """Say what training rows must bring for feedback on the student's attempts; None: there is none."""
+        return None
 
     def teacher_prompts(self, wants: Requirements) -> TeacherPrompts:
         """Say what the teacher is asked in place of the student's prompt; `reading` tells whether that is anything."""

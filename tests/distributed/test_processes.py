@@ -99,6 +99,9 @@ MEASURES = {
     "per_device_eval_batch_size": 2,
     "learning_rate": 0.05,
 }
+# Right samples are looked for in both processes; long rows are left out, so that often one of them trains nothing.
+FEEDBACK = {"feedback": "{attempt}{prompt}\n\n{right}", "feedback_answer_column": "completion"}
+FEEDBACK |= {"teacher_max_length": 13, "teacher_too_long": "drop"}
 
 
 def pairs(**settings):
@@ -109,6 +112,7 @@ CASES = {
     "off-policy": {"args": OFF_POLICY},
     "mixed": {"args": {**SETTINGS, "lmbda": 0.5}},
     "on-policy": {"args": {**SETTINGS, "lmbda": 1.0}},
+    "feedback": {"args": {**SETTINGS, "lmbda": 1.0, **FEEDBACK}},
     "seq_kd": {"args": {**OFF_POLICY, "seq_kd": True}},
     "routed": {"several": True, "args": {**SETTINGS, "lmbda": 0.5}},
     "composed": {"several": True, "args": {**OFF_POLICY, "extrapolate": {"reference": "math", "scale": 1.25}}},

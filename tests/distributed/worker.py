@@ -118,7 +118,7 @@ def train(job):
         "save_strategy": "no",
         "disable_tqdm": True,
         **(RATIONALE_PROMPTS if job.get("method") == "rationale" else {}),
-        **{n: v.format(output=output) if isinstance(v, str) else v for n, v in job["args"].items()},
+        **{n: v.replace("{output}", str(output)) if isinstance(v, str) else v for n, v in job["args"].items()},
     }
     config_class, trainer_class = METHODS[job.get("method", "gkd")]
     rows = addition_rationales if job.get("method") == "rationale" else addition_dataset

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ...answers.verify import ANSWER_KINDS, check_kind
+from ...data.feedback import DEFAULT_FEEDBACK, FeedbackRows, FeedbackTemplate
+from ...evaluation.accuracy import answer_parser
 from ...exceptions import ConfigurationError
 from ...losses.divergences import DIVERGENCES, resolve_divergence
 from ...requirements import Requirements
 from ...settings import documented, setting
 from ..config import DistillConfig
+from .feedback import WHEN_RIGHT
 
 
 @documented
@@ -47,6 +51,24 @@ class GKDConfig(DistillConfig):
     )
     tau_squared: bool = setting(False, "Multiply the divergence by kd_temperature², which keeps gradients' size.")
 
+    feedback: str | None = setting(
+        None,
+        "What the teacher is asked about a completion of the student's that is wrong: a template over {prompt}, "
+        "{attempt}, {answer} and {right} (a right sample of the same prompt in the step), or `default`.",
+    )
+    feedback_answer_column: str = setting("answer", "With feedback: the column of right answers.")
+    feedback_kind: str = setting("auto", f"With feedback: how answers are compared: {', '.join(ANSWER_KINDS)}.")
+    feedback_formats: list[str] | None = setting(
+        None,
+        "With feedback: how completions state their answer: hash, boxed, answer_is, choice, first_line, or `regex:` "
+        "and a pattern; by default the first three, else the last number, the choice or the first line.",
+    )
+    feedback_right: str = setting(
+        "drop",
+        "With feedback: rows that the teacher is told nothing of, the right ones, are left out (drop) or trained on "
+        "their plain prompt (keep).",
+    )
+
     def divergence_params(self) -> dict[str, float]:
         """Return the parameters of the divergence that were set."""
         settings = {"beta": self.beta, "alpha": self.alpha, "mu": self.mu, "t": self.t}
@@ -70,7 +92,21 @@ class GKDConfig(DistillConfig):
         return {}
 
     @property
+    def feedback_template(self) -> str | None:
+        """`feedback`, or the text that `default` stands for."""
+        return DEFAULT_FEEDBACK if self.feedback == "default" else self.feedback
+
+    def feedback_rows(self, wants: Requirements) -> FeedbackRows | None:
+        template = self.feedback_template
+        if template is None:
+            return None
+        tokenizer = wants.teacher_tokenizer
+        return FeedbackRows(FeedbackTemplate(template), self.feedback_answer_column, self.teacher_max_length, tokenizer)
+
+    @property
     def why_one_teacher(self) -> str:
+        if self.feedback is not None:
+            return "feedback (`feedback`) is for the attempts of one teacher's rows"
         replays = "a replay buffer (`replay_buffer_size`) does not keep whose rows it has"
         return replays if self.replay_buffer_size else super().why_one_teacher
 
@@ -120,4 +156,35 @@ class GKDConfig(DistillConfig):
             not (self.seq_kd and self.lmbda == 1),
             "lmbda below 1: with lmbda = 1 every step trains on student rollouts and the teacher's text is never used",
         )
+        self._check_feedback()
         resolve_divergence(self.divergence, **self.divergence_params())
+
+    def _check_feedback(self) -> None:
+        if self.feedback_template is None:
+            for one in fields(self):
+                if one.name.startswith("feedback_") and getattr(self, one.name) != one.default:
+                    self._require(one.name, False, "`feedback` beside it, a template or `default`")
+            return
+        FeedbackTemplate(self.feedback_template)
+        self._require("feedback_right", self.feedback_right in WHEN_RIGHT, f"one of {', '.join(WHEN_RIGHT)}")
+        check_kind(self.feedback_kind)
+        answer_parser(self.feedback_formats or ())
+        self._require(
+            "feedback",
+            self.samples_completions,
+            "lmbda above 0 with it: feedback is on what the student has sampled, and `lmbda: 0` never samples",
+        )
+        self._require(
+            "feedback",
+            not self.replay_buffer_size,
+            "none with `replay_buffer_size`: feedback is on what the student writes now, with samples of the same step",
+        )
+        for name in ("teacher_prompt", "teacher_system_prompt"):
+            alone = "none with `feedback`, which writes the teacher's prompt itself; put this text into the template"
+            self._require(name, getattr(self, name) is None, alone)
+        self._require(
+            "teacher_too_long",
+            self.teacher_max_length is None or self.teacher_too_long == "drop",
+            "drop with `feedback` and `teacher_max_length`: how long a row gets is known once it was sampled, so that "
+            "it can be left out and counted, but not refused before the run",
+        )

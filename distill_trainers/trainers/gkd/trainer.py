@@ -13,6 +13,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ...data.feedback import FeedbackTemplate
 from ...exceptions import CheckpointError
 from ...losses import token_divergence, token_logps
 from ...losses.divergences import Divergence, TaidSchedule, resolve_divergence, taid
@@ -23,6 +24,7 @@ from ...signals import TokenLogits, TokenSignal
 from ..base import Batch
 from ..on_policy import OnPolicyTrainer
 from .config import GKDConfig
+from .feedback import AttemptFeedback, refuse_collator, without_feedback
 
 
 class GKDTrainer(OnPolicyTrainer):
@@ -49,6 +51,29 @@ class GKDTrainer(OnPolicyTrainer):
         self.divergence = resolve_divergence(self.args.divergence, **self.args.divergence_params())
         moves = self.args.divergence == "taid" and self.args.t is None
         self.taid_schedule = TaidSchedule() if moves else None
+        self.feedback = self.build_feedback()
+
+    def build_feedback(self) -> AttemptFeedback | None:
+        """What the teacher is told of the student's attempts; None: nothing.
+
+        Raises:
+            ConfigurationError: a data collator of the user's, whose batches do not hold what it takes.
+        """
+        args, tokenizer = self.args, self.processing_class
+        if args.feedback_template is None:
+            return None
+        refuse_collator(self.data_collator)
+        return AttemptFeedback(
+            FeedbackTemplate(args.feedback_template),
+            args.feedback_kind,
+            args.feedback_formats or (),
+            keeps_right=args.feedback_right == "keep",
+            max_length=args.teacher_max_length,
+            student=tokenizer,
+            teacher=self.requirements.teacher_tokenizer or tokenizer,
+            pad_token_id=self.sampling.pad_token_id,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -66,6 +91,8 @@ class GKDTrainer(OnPolicyTrainer):
         """
         seed, step, rank = self.args.seed, self.state.global_step, self.accelerator.process_index
         self.on_policy_step = draws_on_policy(self.lmbda.value, seed, step)
+        if self.feedback is not None:
+            return self._attempted(self.feedback, batches)
         if not self.on_policy_step:
             return batches
         if self.replay is None:
@@ -78,6 +105,16 @@ class GKDTrainer(OnPolicyTrainer):
             return batches
         rows = self.replay.sample(sum(len(b["prompt_ids"]) for b in batches), seed=seed, step=step, rank=rank)
         return with_rows(batches, rows, self.sampling.pad_token_id, self.args.pad_to_multiple_of)
+
+    def _attempted(self, feedback: AttemptFeedback, batches: list[Batch]) -> list[Batch]:
+        """Sample, and tell the teacher of what is wrong; given completions are nobody's attempt."""
+        if not self.on_policy_step:
+            return [without_feedback(batch) for batch in batches]
+        batches, counts = feedback.added_to(self.sample_completions(batches))
+        rows = counts.pop("rows")
+        self.metrics.add_sums(trained_rows=counts.pop("trained_rows"))
+        self.metrics.add_means(counts, rows)
+        return batches
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
