@@ -46,8 +46,8 @@ def check_positions(
             roles.append(("teacher", frozen, frozen.config))
         elif isinstance(source, str) and loading.has_files(source, options):
             config = models.load_config(source, "teacher", **options.files_of("teacher"))
-            given: Any = options.teacher_model_init_kwargs or {}
-            roles.append(("teacher", source, models.with_overrides(config, given)))
+            overrides: Any = options.teacher_model_init_kwargs or {}
+            roles.append(("teacher", source, models.with_overrides(config, overrides)))
     for role, source, config in roles:
         context = None if wants.encoder_decoder else models.positions_of(config)
         reached = own if role == "student" else views
