@@ -181,7 +181,7 @@ def train(job):
         trainer.save_model()
     if trainer.is_world_process_zero():
         body = getattr(trainer.teacher, "model", teacher)
-        weights = () if isinstance(body, str | dict) else body.named_parameters()
+        weights = () if body is None or isinstance(body, str | dict) else body.named_parameters()
         kept_whole = sum(p.numel() for n, p in weights if "mlp" in n)
         report = {"logs": recorder.logs, "eval": scores, "teacher_mlp_kept_whole": kept_whole}
         report["student_is_sharded"] = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())

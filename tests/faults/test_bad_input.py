@@ -46,6 +46,7 @@ OTHERS = {
 }
 # Settings whose value is turned into another one that says the same, or stands in another setting.
 TURNED = {
+    "self_teacher",  # true is `initial`
     "max_completion_length",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
