@@ -23,7 +23,16 @@ from ..requirements import Requirements
 from ..signals import HiddenStates, TeacherSignal
 from .base import Pair, named
 from .local import LocalTeacher, adapter_is_neutral, base_fingerprint, weights_fingerprint
-from .placement import PLACEMENTS, is_collective
+from .placement import is_collective
+from .self_refusals import (
+    refuse_body,
+    refuse_mixture,
+    refuse_uncopied,
+    refuse_writing,
+    said,
+    warn_of_thinking,
+    writes_nothing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +40,6 @@ if TYPE_CHECKING:
     from .options import TeacherOptions
 
 StudentFn = Callable[[], nn.Module]
-
-_THINKS = ("enable_thinking", "<think>")  # in chat templates
 
 
 class StudentItself(LocalTeacher):
@@ -99,21 +106,21 @@ class AdapterOff(StudentItself):
 
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
-        said = _said(options)
+        asked = said(options)
         if pair.teacher is not None:
             raise ConfigurationError(
-                f"Got {said} and the teacher {named(pair.teacher)}; expected no teacher: it is the student without its "
-                "adapter. Leave the teacher out, or take another placement."
+                f"Got {asked} and the teacher {named(pair.teacher)}; expected no teacher: it is the student without "
+                "its adapter. Leave the teacher out, or take another placement."
             )
         if not pair.adapted:
             raise ConfigurationError(
-                f"Got {said} with a student that has no adapter; expected `peft_config` (`use_peft: true` in a recipe) "
-                "or a PeftModel: the teacher is what the adapter is put on."
+                f"Got {asked} with a student that has no adapter; expected `peft_config` (`use_peft: true` in a "
+                "recipe) or a PeftModel: the teacher is what the adapter is put on."
             )
-        _refuse_mixture(said, wants)
+        refuse_mixture(asked, wants)
         if options.teacher_model_init_kwargs:
             raise ConfigurationError(
-                f"Got `teacher_model_init_kwargs` with {said}, where nothing is loaded for the teacher. Leave them "
+                f"Got `teacher_model_init_kwargs` with {asked}, where nothing is loaded for the teacher. Leave them "
                 "out; `model_init_kwargs` are those of the shared base."
             )
 
@@ -208,14 +215,14 @@ class AveragedStudent(KeptStudent):
 
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
-        _refuse_body(pair, options)
-        _refuse_writing(options, wants)
+        refuse_body(pair, options)
+        refuse_writing(options, wants)
         super(LocalTeacher, cls).refuse(pair, options, wants)
 
     @classmethod
     def loaded(cls, pair: Pair, options: TeacherOptions, student: StudentFn | None = None) -> AveragedStudent:
         assert student is not None and options.self_teacher_decay is not None
-        _warn_of_thinking(pair, options)
+        warn_of_thinking(pair, options)
         return cls(student, options.self_teacher_decay)
 
     def __init__(self, student: StudentFn, decay: float):
@@ -230,7 +237,7 @@ class AveragedStudent(KeptStudent):
             average.lerp_(share.to(average.dtype), 1 - self.decay)
 
     def live(self) -> Any:
-        raise ConfigurationError(_writes_nothing("`self_teacher: ema`"))
+        raise ConfigurationError(writes_nothing("`self_teacher: ema`"))
 
     def fingerprint(self) -> str:
         with self.in_its_state():
@@ -248,14 +255,14 @@ class LiveStudent(StudentItself):
 
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
-        _refuse_body(pair, options)
-        _refuse_writing(options, wants)
+        refuse_body(pair, options)
+        refuse_writing(options, wants)
         super(LocalTeacher, cls).refuse(pair, options, wants)
 
     @classmethod
     def loaded(cls, pair: Pair, options: TeacherOptions, student: StudentFn | None = None) -> LiveStudent:
         assert student is not None
-        _warn_of_thinking(pair, options)
+        warn_of_thinking(pair, options)
         return cls(student, has_dropout=not getattr(options, "disable_dropout", True))
 
     def __init__(self, student: StudentFn, has_dropout: bool = False):
@@ -277,7 +284,7 @@ class LiveStudent(StudentItself):
         )
 
     def live(self) -> Any:
-        raise ConfigurationError(_writes_nothing("`self_teacher: live`"))
+        raise ConfigurationError(writes_nothing("`self_teacher: live`"))
 
     def fingerprint(self) -> str:
         return weights_fingerprint(self.model)
@@ -298,16 +305,16 @@ class InitialStudent(LocalTeacher):
     @classmethod
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
         if pair.adapted:
-            _refuse_body(pair, options, allowed=("auto", "adapter_off"))
-            _refuse_mixture(_said(options), wants)
+            refuse_body(pair, options, allowed=("auto", "adapter_off"))
+            refuse_mixture(said(options), wants)
         else:
-            _refuse_uncopied(pair, options)
+            refuse_uncopied(pair, options)
         super(LocalTeacher, cls).refuse(pair, options, wants)
 
     @classmethod
     def loaded(cls, pair: Pair, options: TeacherOptions, student: StudentFn | None = None) -> LocalTeacher:
         assert student is not None
-        _warn_of_thinking(pair, options)
+        warn_of_thinking(pair, options)
         whole = student()
         if models.is_peft(whole):
             return AdapterOff(student) if _is_initial_without_adapter(whole) else KeptStudent(student)
@@ -327,100 +334,6 @@ class InitialStudent(LocalTeacher):
         if given.get("dtype", "auto") != "auto":
             frozen.to(models.dtype_of(given["dtype"], None))
         return cls(frozen, name, placement)
-
-
-# ---- What they refuse, and what they warn of ------------------------------------------------------------------------
-
-
-def _said(options: TeacherOptions) -> str:
-    kind = options.self_teacher
-    return f"`self_teacher: {kind}`" if kind else "`teacher_placement: adapter_off`"
-
-
-def _refuse_body(pair: Pair, options: TeacherOptions, allowed: tuple[str, ...] = ("auto",)) -> None:
-    """Refuse a teacher beside the student, and settings of weights that it does not have."""
-    _refuse_teacher(pair, options)
-    if options.teacher_placement not in allowed:
-        raise ConfigurationError(
-            f"Got {_said(options)} with `teacher_placement: {options.teacher_placement}`; expected "
-            f"{' or '.join(allowed)}: its weights are the student's. Leave the placement out."
-        )
-    if options.teacher_model_init_kwargs:
-        raise ConfigurationError(
-            f"Got {_said(options)} with `teacher_model_init_kwargs`, where nothing is loaded for the teacher. Leave "
-            "them out; `model_init_kwargs` are the student's."
-        )
-
-
-def _refuse_teacher(pair: Pair, options: TeacherOptions) -> None:
-    if pair.teacher is not None:
-        raise ConfigurationError(
-            f"Got {_said(options)} and the teacher {named(pair.teacher)}; expected no teacher, since the student is "
-            "its own. Leave one of them out."
-        )
-
-
-def _refuse_uncopied(pair: Pair, options: TeacherOptions) -> None:
-    """Refuse what a copy of a student without an adapter cannot be."""
-    _refuse_teacher(pair, options)
-    placement, given = options.teacher_placement, dict(options.teacher_model_init_kwargs or {})  # type: ignore[arg-type]
-    if not PLACEMENTS[placement].has_body:
-        raise ConfigurationError(
-            f"Got {_said(options)} with `teacher_placement: {placement}` and a student without an adapter; expected a "
-            "place for a copy of it, such as `replicate` or `zero3`. Leave the placement out, or train an adapter "
-            "(`use_peft: true`)."
-        )
-    if getattr(pair.student, "is_quantized", False) or "quantization_config" in (options.model_init_kwargs or {}):
-        raise ConfigurationError(
-            f"Got {_said(options)} with a quantised student that has no adapter; expected one whose weights train, "
-            "or an adapter on it. Set `use_peft: true` (`peft_config`), or load the student unquantised."
-        )
-    if isinstance(pair.student, str):
-        LocalTeacher.refuse(dataclasses.replace(pair, teacher=pair.student), options, Requirements("", frozenset()))
-        return
-    if PLACEMENTS[placement].by_name or given.keys() - {"dtype"}:
-        what = f"teacher_placement: {placement}" if PLACEMENTS[placement].by_name else "teacher_model_init_kwargs"
-        raise ConfigurationError(
-            f"Got {_said(options)} with `{what}` and a {type(pair.student).__name__} in memory; expected a folder or "
-            "Hub id as the student, since it acts while weights are loaded (a `dtype` alone is fine). Pass the student "
-            "by name."
-        )
-
-
-def _refuse_mixture(said: str, wants: Requirements) -> None:
-    if "completions" in wants.needs:
-        raise ConfigurationError(
-            f"Got {said} with `teacher_mix_alpha` above 0, which runs student and teacher in one decode loop, but they "
-            "share their weights. Set `teacher_mix_alpha: 0`."
-        )
-
-
-def _refuse_writing(options: TeacherOptions, wants: Requirements) -> None:
-    """Refuse a moving teacher whose text would be kept."""
-    _refuse_mixture(_said(options), wants)
-    if wants.replaces_completions:
-        raise ConfigurationError(f"Got completions to be written by the teacher. {_writes_nothing(_said(options))}")
-
-
-def _writes_nothing(said: str) -> str:
-    return (
-        f"With {said} the teacher moves with the student, and text of it would be out of date at the next step; "
-        "expected completions in the dataset, the student's own (`lmbda: 1`), or `self_teacher: initial`."
-    )
-
-
-def _warn_of_thinking(pair: Pair, options: TeacherOptions) -> None:
-    template = getattr(pair.tokenizer, "chat_template", None)
-    texts = template.values() if isinstance(template, Mapping) else [template]
-    found = [word for word in _THINKS if any(word in str(text) for text in texts)]
-    if found:
-        logger.warning(
-            "Got %s with a chat template that has `%s`: models that think have lost up to 17%% of their accuracy when "
-            "they were their own teacher (arXiv 2607.05184), as their text became shorter and surer. Watch "
-            "`completion_length` and `entropy`, and score held-out answers.",
-            _said(options),
-            found[0],
-        )
 
 
 # ---- Details --------------------------------------------------------------------------------------------------------
