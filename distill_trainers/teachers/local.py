@@ -266,6 +266,17 @@ def adapter_is_neutral(student: nn.Module) -> bool:
         return bool(second) and not any(bool(p.detach().any()) for p in second)
 
 
+def trained_outside_adapters(student: nn.Module) -> list[str]:
+    """Name what a PEFT student trains of its base, such as biases (`bias: all`): it moves with the adapter off too."""
+    adapters = set(models.unwrapped(student).peft_config)  # type: ignore[arg-type]
+    return [name for name, p in student.named_parameters() if p.requires_grad and not adapters & set(name.split("."))]
+
+
+def is_initial_without_adapter(student: nn.Module) -> bool:
+    """Tell whether switching the adapter off gives the student before training, now and later."""
+    return adapter_is_neutral(student) and not trained_outside_adapters(student)
+
+
 def _refuse_in_memory(teacher: Any, options: TeacherOptions) -> None:
     placement = options.teacher_placement
     settings: Mapping[str, Any] = options.teacher_model_init_kwargs or {}  # type: ignore[assignment]  # parsed by now

@@ -7,10 +7,13 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from torch import nn
+
+from .. import models
 from ..exceptions import ConfigurationError
 from ..requirements import Requirements
 from .base import Pair, named
-from .local import LocalTeacher
+from .local import LocalTeacher, trained_outside_adapters
 from .placement import PLACEMENTS
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,17 @@ def refuse_uncopied(pair: Pair, options: TeacherOptions) -> None:
             f"Got {said(options)} with `{what}` and a {type(pair.student).__name__} in memory; expected a folder or "
             "Hub id as the student, since it acts while weights are loaded (a `dtype` alone is fine). Pass the student "
             "by name."
+        )
+
+
+def refuse_moving_base(student: nn.Module) -> None:
+    """Refuse the base below an adapter as a frozen teacher where training moves it."""
+    moving = trained_outside_adapters(student) if models.is_peft(student) else []
+    if moving:
+        raise ConfigurationError(
+            f"Got the student without its adapter as the teacher, and a student that trains {len(moving)} weights of "
+            f"the base too ({', '.join(moving[:3])}), with which the teacher would move; expected an adapter alone. "
+            "Set `bias: none` in the `peft_config`, or take `self_teacher: initial`, which keeps their first values."
         )
 
 

@@ -22,11 +22,12 @@ from ..exceptions import CheckpointError, ConfigurationError
 from ..requirements import Requirements
 from ..signals import HiddenStates, TeacherSignal
 from .base import Pair, named
-from .local import LocalTeacher, adapter_is_neutral, base_fingerprint, weights_fingerprint
+from .local import LocalTeacher, base_fingerprint, is_initial_without_adapter, weights_fingerprint
 from .placement import is_collective
 from .self_refusals import (
     refuse_body,
     refuse_mixture,
+    refuse_moving_base,
     refuse_uncopied,
     refuse_writing,
     said,
@@ -100,6 +101,9 @@ class AdapterOff(StudentItself):
     Args:
         student: gives the student in its wrappers as they are now.
         adapter: of the student's adapters, the one to answer with; None for the base alone.
+
+    Raises:
+        ConfigurationError: the student trains weights of the base too.
     """
 
     place = "the student without its adapter"
@@ -131,6 +135,7 @@ class AdapterOff(StudentItself):
         return cls(student, adapter)
 
     def __init__(self, student: StudentFn, adapter: str | None = None):
+        refuse_moving_base(student())
         name = f"the student with the adapter {adapter}" if adapter else "the student without its adapter"
         super().__init__(student, name, base_fingerprint(student(), adapter))
         self.adapter = adapter
@@ -317,7 +322,7 @@ class InitialStudent(LocalTeacher):
         warn_of_thinking(pair, options)
         whole = student()
         if models.is_peft(whole):
-            return AdapterOff(student) if _is_initial_without_adapter(whole) else KeptStudent(student)
+            return AdapterOff(student) if is_initial_without_adapter(whole) else KeptStudent(student)
         theirs: Any = options.teacher_model_init_kwargs or {}
         given: Any = {**(options.model_init_kwargs or {}), **theirs}
         placement, name = options.teacher_placement, cls.place
@@ -337,13 +342,6 @@ class InitialStudent(LocalTeacher):
 
 
 # ---- Details --------------------------------------------------------------------------------------------------------
-
-
-def _is_initial_without_adapter(student: nn.Module) -> bool:
-    """Tell whether switching the adapter off gives the student before training, now and later."""
-    adapters = set(models.unwrapped(student).peft_config)  # type: ignore[arg-type]
-    trained = [name.split(".") for name, p in student.named_parameters() if p.requires_grad]
-    return adapter_is_neutral(student) and all(adapters & set(parts) for parts in trained)  # else: biases of the base
 
 
 def _as_kept(share: Tensor) -> Tensor:

@@ -229,6 +229,9 @@ def test_the_initial_student_is_a_copy_of_the_one_that_was_given(make_trainer, s
 
 def test_a_base_whose_biases_train_is_not_taken_for_the_initial_student(make_trainer, make_student):
     lora = LoraConfig(**{**LORA, "target_modules": ["q_proj"]}, bias="all")
+    with pytest.raises(ConfigurationError, match=r"trains \d+ weights of the base too .*bias.*`self_teacher: initial`"):
+        student = make_student(attention_bias=True)
+        make_trainer(student, None, peft_config=lora, **MOVED, teacher_placement="adapter_off")
     trainer = make_trainer(make_student(attention_bias=True), None, peft_config=lora, **MOVED, **KINDS["initial"])
     trainer.train()
     kept = trainer.teacher.state()

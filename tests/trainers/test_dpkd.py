@@ -407,17 +407,21 @@ def test_the_last_batch_of_an_evaluation_counts_its_pairs_once(make_pair_trainer
 # ---- References -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_the_initial_student_as_reference(make_pair_trainer, batch_of, adapter):
-    """At the start the margin is 0; after training it is that against the student as it was given."""
-    peft = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM") if adapter else None
-    trainer = make_pair_trainer(reference="student", peft_config=peft, max_steps=3)
+@pytest.mark.parametrize("adapter", [None, "none", "all"])
+def test_the_initial_student_as_reference(make_pair_trainer, make_student, batch_of, adapter):
+    """At the start the margin is 0; after training, of biases of the base too, that against the student as given."""
+    lora = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    peft = LoraConfig(**lora, bias=adapter) if adapter else None
+    student = make_student(attention_bias=adapter == "all").double()
+    trainer = make_pair_trainer(student, reference="student", peft_config=peft, max_steps=3, learning_rate=1e-2)
     initial = copy.deepcopy(trainer.model)
     batch = batch_of(trainer)
     loss, terms = loss_and_terms(trainer, batch)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-9)
     trainer.train()
-    assert all(p.requires_grad == ("lora_" in name or not adapter) for name, p in trainer.model.named_parameters())
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    every = {"none": ("lora_",), "all": ("lora_", "bias"), None: ("",)}[adapter]
+    assert trained == {name for name, _ in trainer.model.named_parameters() if any(part in name for part in every)}
     margins = per_pair(loss_and_terms(trainer, batch)[1], "reward_margin")
     for margin, row in zip(margins, trainer.train_dataset, strict=True):
         start, means = row["prompt_length"], []

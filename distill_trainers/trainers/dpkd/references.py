@@ -24,7 +24,7 @@ from ...teachers import LocalTeacher, Teacher
 from ...teachers.cache.identity import CacheIdentity
 from ...teachers.cache.opening import config_of, record_identity, source_of, whose_answers
 from ...teachers.cache.shards import TeacherCache
-from ...teachers.local import adapter_is_neutral, base_fingerprint
+from ...teachers.local import base_fingerprint, is_initial_without_adapter
 from ...teachers.placement import is_collective
 from ...teachers.rows import batch_keys, dataset_row_key
 from ...teachers.self_teacher import AdapterOff
@@ -189,11 +189,13 @@ class ReferenceKeeper(TrainerCallback):
 def initial_student(run: Run, source: Any, quantization_config: Any) -> Callable[[], LocalTeacher]:
     """Return how to get the initial student: itself without a new adapter, its folder again, or a frozen copy.
 
+    A copy too where biases of the base train beside the adapter: without it, it would not be as it was.
+
     Raises:
         ConfigurationError: its weights are sharded already, and it has no name to be loaded by.
     """
     student, args = run.model, run.args
-    if models.is_peft(student) and adapter_is_neutral(student):
+    if models.is_peft(student) and is_initial_without_adapter(student):
         reference = AdapterOff(lambda: run.model_wrapped)
         return lambda: reference
     if isinstance(source, str) and not models.is_peft(student):
