@@ -33,6 +33,7 @@ class Pair:
         adapted: the student is trained with a PEFT adapter.
         tokenizer: the student's; None reads the one saved beside it.
         teacher_tokenizer: likewise; None also where it is unknown.
+        renewed: the student is made anew for each `train` (`model_init`).
     """
 
     student: Any
@@ -40,6 +41,7 @@ class Pair:
     adapted: bool = False
     tokenizer: Any = None
     teacher_tokenizer: Any = None
+    renewed: bool = False
 
 
 class Teacher(ABC):

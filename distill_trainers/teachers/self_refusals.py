@@ -55,6 +55,7 @@ def refuse_teacher(pair: Pair, options: TeacherOptions) -> None:
 def refuse_uncopied(pair: Pair, options: TeacherOptions) -> None:
     """Refuse what a copy of a student without an adapter cannot be."""
     refuse_teacher(pair, options)
+    refuse_renewed(pair)
     placement, given = options.teacher_placement, dict(options.teacher_model_init_kwargs or {})  # type: ignore[arg-type]
     if not PLACEMENTS[placement].has_body:
         raise ConfigurationError(
@@ -76,6 +77,15 @@ def refuse_uncopied(pair: Pair, options: TeacherOptions) -> None:
             f"Got {said(options)} with `{what}` and a {type(pair.student).__name__} in memory; expected a folder or "
             "Hub id as the student, since it acts while weights are loaded (a `dtype` alone is fine). Pass the student "
             "by name."
+        )
+
+
+def refuse_renewed(pair: Pair) -> None:
+    if pair.renewed:
+        raise ConfigurationError(
+            "Got the student before training as a teacher, and `model_init`, which makes a student anew for each "
+            "`train`, not the one to be copied now; expected one student. Pass it as `model`, train an adapter "
+            "(`peft_config`), or name the teacher (`teacher_model`)."
         )
 
 

@@ -28,6 +28,7 @@ from .self_refusals import (
     refuse_body,
     refuse_mixture,
     refuse_moving_base,
+    refuse_renewed,
     refuse_uncopied,
     refuse_writing,
     said,
@@ -157,21 +158,28 @@ class KeptStudent(StudentItself):
     def __init__(self, student: StudentFn, name: str = "the student before training"):
         super().__init__(student, name, weights_fingerprint(student()))
         self._kept: dict[str, Tensor] = {}
+        self._kept_of: nn.Module | None = None
         self._saved: Mapping[str, Tensor] | None = None
         self._head: Any = None
 
     def begin(self) -> None:
+        """Keep the weights to train, unless a checkpoint or an earlier `train` of this student says what they were."""
         saved, self._saved, self._head = self._saved, None, None
+        student = models.unwrapped(self.model)
+        if saved is None and self._kept_of is student:
+            saved = self._kept
+        self._kept_of = student
         shares = models.trained_shares(self.model)
         self._kept = {name: _as_kept(share) for name, share in shares.items()}
         if saved is None:
             return
         unlike = [n for n, kept in self._kept.items() if n not in saved or saved[n].shape != kept.shape]
         if unlike or len(saved) != len(shares):
+            self._kept_of = None
             raise CheckpointError(
-                f"The checkpoint keeps {len(saved)} tensors of {self.name}, and the student trains {len(shares)} "
-                f"({', '.join(unlike[:3])}: another shape, or missing); expected the same ones. Resume with the same "
-                "model, adapter, launch and number of processes."
+                f"{len(saved)} tensors are kept of {self.name}, in the checkpoint or since an earlier `train`, and the "
+                f"student trains {len(shares)} ({', '.join(unlike[:3])}: another shape, or missing); expected the same "
+                "ones. Resume with the same model, adapter, launch and number of processes."
             )
         self._kept = {name: saved[name].to(kept) for name, kept in self._kept.items()}
 
@@ -181,6 +189,7 @@ class KeptStudent(StudentItself):
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self._saved = tensors or None
         if not tensors:
+            self._kept_of = None
             logger.warning(
                 "The checkpoint holds nothing of %s, so what it was is not known: it starts anew from the weights of "
                 "the checkpoint.",
@@ -323,6 +332,7 @@ class InitialStudent(LocalTeacher):
         whole = student()
         if models.is_peft(whole):
             return AdapterOff(student) if is_initial_without_adapter(whole) else KeptStudent(student)
+        refuse_renewed(pair)
         theirs: Any = options.teacher_model_init_kwargs or {}
         given: Any = {**(options.model_init_kwargs or {}), **theirs}
         placement, name = options.teacher_placement, cls.place

@@ -128,7 +128,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self.compute_metrics = compute_metrics
         source = models.compiled_by_layer(arguments.plain(model)) if model_init is None else self.new_source()
         adapted, teacher = peft_config is not None, models.compiled_by_layer(arguments.plain(teacher_model))
-        pair = Pair(source, teacher, adapted, processing_class, teacher_processing_class)
+        pair = Pair(source, teacher, adapted, processing_class, teacher_processing_class, model_init is not None)
         student, tokenizer, train_rows, eval_rows = self._load(pair, train_dataset, eval_dataset)
         super().__init__(
             model=student,

@@ -227,6 +227,32 @@ def test_the_initial_student_is_a_copy_of_the_one_that_was_given(make_trainer, s
         assert of_self == pytest.approx(of_copy, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["initial", "ema"])
+def test_a_second_train_goes_on_with_the_student_that_the_first_began_with(make_trainer, student_of, kind):
+    """As the copy of a student without an adapter does."""
+    trainer = make_trainer(student_of("trained-lora"), None, **MOVED, **KINDS[kind], learning_rate=1e-2)
+    first = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    kept = trainer.teacher.state() if kind == "ema" else first
+    assert any(not torch.equal(p, kept[name]) for name, p in trainer.model.named_parameters() if name in kept)
+    trainer.teacher.begin()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in trainer.teacher.state().items())
+
+
+def test_a_student_made_anew_is_its_own_teacher_by_the_weights_that_it_begins_with(make_trainer, student_of):
+    made = [student_of("trained-lora") for _ in range(2)]
+    for parameter in made[1].parameters():
+        parameter.data.add_(0.1)
+    begun = {name: p.detach().clone() for name, p in made[1].named_parameters() if p.requires_grad}
+    left = iter(made)
+    trainer = make_trainer(None, None, model_init=lambda: next(left), **MOVED, **KINDS["initial"])
+    trainer.train()
+    assert trainer.model is made[1] and trainer.teacher.state().keys() == begun.keys()
+    assert all(torch.equal(tensor, begun[name]) for name, tensor in trainer.teacher.state().items())
+    with pytest.raises(ConfigurationError, match=r"makes a student anew for each .*`peft_config`"):
+        make_trainer(None, None, model_init=lambda: student_of("full"), **MOVED, **KINDS["initial"])
+
+
 def test_a_base_whose_biases_train_is_not_taken_for_the_initial_student(make_trainer, make_student):
     lora = LoraConfig(**{**LORA, "target_modules": ["q_proj"]}, bias="all")
     with pytest.raises(ConfigurationError, match=r"trains \d+ weights of the base too .*bias.*`self_teacher: initial`"):
