@@ -17,6 +17,7 @@ class Requirements:
         needs_completions: training rows must come with a completion.
         replaces_completions: the teacher's own completions take the place of the dataset's.
         streams_rows: training rows come as a stream: nobody knows which of them come again.
+        reuses_rollouts: what the teacher says of a rollout serves several optimiser steps.
         keeps_reference: the teacher's log-probabilities are kept on disk, apart from any cache.
         accepts_sparse_teachers: the loss can be had from a few ids of each token (`TokenTopK`, `TokenSampled`).
         accepts_encoder_decoders: students such as T5 can be trained.
@@ -33,6 +34,7 @@ class Requirements:
     needs_completions: bool = True
     replaces_completions: bool = False
     streams_rows: bool = False
+    reuses_rollouts: bool = False
     keeps_reference: bool = False
     accepts_sparse_teachers: bool = False
     accepts_encoder_decoders: bool = False

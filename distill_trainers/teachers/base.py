@@ -104,6 +104,12 @@ class Teacher(ABC):
             raise ConfigurationError(
                 f"Got `reference_logps_dir` with a {cls.__name__}; expected a model or its name. Leave one of them out."
             )
+        if wants.reuses_rollouts and kind.moves:
+            raise ConfigurationError(
+                f"Got a teacher that moves with the student ({cls.__name__}) and rollouts that are reused; expected "
+                "one that stays, since its rewards of a rollout serve all steps on it. Set `num_inner_epochs: 1` and "
+                "`num_minibatches: 1`, or take `self_teacher: initial`."
+            )
 
     @classmethod  # noqa: B027
     def refuse_idle(cls, options: TeacherOptions) -> None:

@@ -287,6 +287,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             samples_completions=self.samples_completions,
             needs_completions=self.needs_completions,
             replaces_completions=self.replaces_completions,
+            reuses_rollouts=getattr(self, "reuses_rollouts", False),
             accepts_sparse_teachers=self.accepts_sparse_teachers,
             accepts_encoder_decoders=self.accepts_encoder_decoders,
             divergence=getattr(self, "divergence", "forward_kl"),

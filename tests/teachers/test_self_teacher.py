@@ -22,6 +22,7 @@ OFF_POLICY = {"lmbda": 0.0, "divergence": "forward_kl"}
 MOVED = {**OFF_POLICY, "lm_loss_weight": 1.0}  # a self-teacher that sees what the student sees moves nothing by itself
 EMA = {"self_teacher": "ema", "self_teacher_decay": 0.8}
 KINDS = {"initial": {"self_teacher": "initial"}, "ema": EMA, "live": {"self_teacher": "live"}}
+REUSED = {"method": "minillm", "teacher_mix_alpha": 0.0}
 STUDENTS = ("full", "lora", "trained-lora", "ia3")
 SOME_STUDENTS = ["full", "lora", *(pytest.param(student, marks=pytest.mark.slow) for student in STUDENTS[2:])]
 
@@ -104,6 +105,8 @@ def test_the_same_kind_by_each_of_its_names(tmp_path):
         ("full", {"self_teacher": "ema", "seq_kd": True}, "the teacher moves with the student"),
         ("full", {"self_teacher": "live", "method": "minillm"}, "teacher_mix_alpha: 0"),
         ("lora", {"self_teacher": "initial", "method": "minillm"}, "teacher_mix_alpha: 0"),
+        ("full", {"self_teacher": "live", **REUSED, "num_inner_epochs": 2}, "`num_inner_epochs: 1`"),
+        ("lora", {"self_teacher": "ema", **REUSED, "num_minibatches": 2}, "`self_teacher: initial`"),
         ("full", {"self_teacher": "ema", "method": "dpkd"}, "the teacher moves with the student"),
         ("lora", {"self_teacher": "initial", "method": "dpkd", "reference_logps_dir": "there"}, "reference_logps_dir"),
         ("full", {"self_teacher": "live", "eval_measures": ["exposure_bias"], "eval": True}, "Leave out exposure_bias"),
