@@ -33,7 +33,7 @@ from ..data import DistillCollator, replace_completions
 from ..data.foreign import fitted, with_ids
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
-from ..losses.reduction import count_of, step_counts, step_weights, token_mean, window_mean
+from ..losses.reduction import step_counts, step_weights, token_mean, window_mean
 from ..randomness import Purpose, Role, Stream
 from ..rollouts import build_engine
 from ..rollouts.sampling import join_prompts
@@ -97,6 +97,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
     method_name: ClassVar[str] = "distillation"
     paper: ClassVar[dict[str, str]] = {}
     has_row_terms: ClassVar[bool] = False  # whether `row_terms` is there to be called
+    logged_divisors: ClassVar[dict[str, str]] = {}  # as `loss_divisors`: of terms that some batches log, by their entry
     pretraining_dataset: Any = None  # of methods with a loss on plain text
     loss_is_scaled_for_ga = True  # token_mean divides by the tokens of the whole accumulation window
 
@@ -451,9 +452,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             self.sentinel.look(inputs)
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])
-            for name, values in terms.items():
-                self.metrics.add_means({name: values.sum()}, count_of(name, counts, self.loss_divisors))
-            self.metrics.add_by_teacher(self.teacher.names, inputs, terms, self.loss_divisors)
+            self.metrics.add_terms(self.teacher.names, inputs, terms, self.loss_divisors | self.logged_divisors)
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
 
     def token_terms(

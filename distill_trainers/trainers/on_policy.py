@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..exceptions import ConfigurationError
 from ..losses.reduction import trained_mask
-from ..losses.sampler_ratio import RATIO, SAMPLED, SamplerRatio
+from ..losses.sampler_ratio import OUTSIDE, RATIO, SAMPLED, SamplerRatio
 from ..rollouts import Completions, SamplingSettings
 from ..rollouts.sampler_logps import with_sampler_logps
 from ..rollouts.sampling import logits_processors
@@ -19,8 +19,10 @@ from .base import Batch, DistillTrainer
 class OnPolicyTrainer(DistillTrainer):
     """A `DistillTrainer` that knows how likely the student's completions were where they were sampled.
 
-    `sampler_ratio` has the weights of its loss, and the metrics.
+    `sampler_ratio` has the weights of its loss, and the metrics, means over tokens whose sampler is known.
     """
+
+    logged_divisors: ClassVar[dict[str, str]] = {RATIO: SAMPLED, OUTSIDE: SAMPLED}
 
     def set_up_method(self) -> None:
         super().set_up_method()

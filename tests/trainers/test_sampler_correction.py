@@ -164,6 +164,20 @@ def test_replayed_text_is_held_against_those_who_wrote_it(make_trainer, by_step,
     assert all(0 <= share <= 1 for share in by_step(trainer, "sampler_outside").values())
 
 
+def test_ratios_are_averaged_over_the_tokens_whose_sampler_is_known(make_trainer, batch_of):
+    """Half of the rows were replayed from a run that told no log-probabilities."""
+    trainer = make_trainer(lmbda=1.0, sampler_ratio_max=1.1)
+    (batch,) = trainer.rollout([batch_of(trainer, range(4))])
+    known = batch[SAMPLED] * (torch.arange(4) < 2)[:, None]
+    batch |= {SAMPLED: known, SAMPLER_LOGPS: (batch[SAMPLER_LOGPS] - 0.2) * known}
+    trainer.model.train()
+    trainer.metrics.read(trainer.accelerator)
+    trainer.compute_loss(trainer.model, batch)
+    told = trainer.metrics.read(trainer.accelerator)
+    assert 0 < known.sum() < told["trained_tokens"]
+    assert told["sampler_ratio"] == pytest.approx(math.exp(0.2), rel=1e-4) and told["sampler_outside"] == 1
+
+
 def test_cycles_of_minillm_tell_how_far_their_text_is_off(make_trainer, by_step):
     trainer = make_trainer(
         method="minillm",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...data.routing import TEACHER_INDEX
-from ...losses.reduction import means_of_totals, owners_of, sum_per_row, trained_mask
+from ...losses.reduction import count_of, means_of_totals, owners_of, step_counts, sum_per_row, trained_mask
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,6 +56,25 @@ class RunningMetrics:
         empty = torch.zeros(2 * _BINS + 1, device=values.device)
         counts = empty.index_add(0, places.long(), counted.float()).to(self.device)
         self._histograms[name] = self._histograms[name] + counts if name in self._histograms else counts
+
+    def add_terms(
+        self,
+        names: Sequence[str],
+        batch: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor],
+        divisors: Mapping[str, str],
+    ) -> None:
+        """Add the terms `[N]` of a batch's trained tokens, over all of them and by teacher.
+
+        Args:
+            names: of several teachers.
+            divisors: as in `losses.reduction`; those whose entry the batch lacks divide nothing.
+        """
+        divisors = {name: entry for name, entry in divisors.items() if entry in batch}
+        counts = step_counts([batch], divisors)
+        for name, values in terms.items():
+            self.add_means({name: values.sum()}, count_of(name, counts, divisors))
+        self.add_by_teacher(names, batch, terms, divisors)
 
     def add_by_teacher(
         self,

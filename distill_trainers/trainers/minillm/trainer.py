@@ -18,8 +18,6 @@ from ...data.views import view_of
 from ...losses import policy_gradient, token_divergence, token_logps
 from ...losses.reduction import IGNORE_INDEX, first_trained
 from ...losses.sampler_ratio import (
-    OUTSIDE,
-    RATIO,
     SAMPLED,
     SAMPLER_LOGPS,
     WEIGHT,
@@ -89,7 +87,7 @@ class MiniLLMTrainer(OnPolicyTrainer):
         if not self.has_entries:
             return {}
         divisors = dict.fromkeys(("single", "long", "lm_loss"), "token_unit")
-        divisors |= dict.fromkeys(("ratio", "clipped", RATIO, OUTSIDE), "token_own")
+        divisors |= dict.fromkeys(("ratio", "clipped"), "token_own")
         return divisors if self.text is None else {**divisors, "pretraining": "token_text"}
 
     @property
