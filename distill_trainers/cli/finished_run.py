@@ -15,7 +15,8 @@ from ..recipe.parse import Recipe, RecipeArguments
 from ..redaction import hidden, holds_secret
 from ..run_files import STUDENT_INIT_NAME
 from ..storage import write_file
-from ..teachers.loading import has_files
+from ..teachers.loading import has_files, is_initial_student, placement_of
+from ..teachers.placement import PLACEMENTS
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationSettings
@@ -53,6 +54,8 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
         "teacher": _whole_path(teacher) if has_files(teacher, args) else None,  # several are compared one by one
         "teacher_is_a_server": teacher is not None and not has_files(teacher, args),
         "several_teachers": sorted(run.teachers or {}),
+        "teacher_is_baseline": is_initial_student(teacher, args),
+        "teacher_note": _teacher_note(recipe),
         "baseline": _whole_path(recipe.model.model_name_or_path),  # none: it lies in the run's folder
         "trust_remote_code": args.trust_remote_code,
         "init_kwargs": _init_kwargs(recipe),
@@ -114,7 +117,8 @@ def take_up(args: Any, settings: EvaluationSettings) -> list[str]:
         raise ConfigurationError("The settings name `run`, and a student besides. Keep one of them.")
     args.students = {folder.resolve().name: str(folder)}
     baseline = told["baseline"] or str(folder / STUDENT_INIT_NAME)
-    values = {"teacher": told["teacher"], "baseline": baseline, "output_dir": str(folder / "evaluation")}
+    teacher = baseline if told.get("teacher_is_baseline") else told["teacher"]
+    values = {"teacher": teacher, "baseline": baseline, "output_dir": str(folder / "evaluation")}
     notes = []
     for model, kwargs in told["init_kwargs"].items():
         name, private = f"{model}_model_init_kwargs", kwargs["private"]
@@ -129,6 +133,8 @@ def take_up(args: Any, settings: EvaluationSettings) -> list[str]:
         notes.append("The run's teacher is a server, which evaluation does not ask; name a model as `teacher` for it.")
     if "teacher" not in args.given and told.get("several_teachers"):
         notes.append("The run has several teachers, of which none was taken; name one as `teacher` to compare with it.")
+    if "teacher" not in args.given and told.get("teacher_note"):
+        notes.append(told["teacher_note"])
     for name, value in {**values, "trust_remote_code": told["trust_remote_code"]}.items():
         if name not in args.given:
             setattr(args, name, value)
@@ -196,12 +202,32 @@ def _init_kwargs(recipe: Recipe) -> dict[str, Any]:
     # A student's other arguments say how it is trained; the baseline only has to be the same files.
     files = which_files(args.model_init_kwargs) if recipe.model.model_name_or_path else {}
     files = {name: value for name, value in files.items() if name != "trust_remote_code" and value != "main"}
-    given = {"teacher": args.teacher_model_init_kwargs or {}, "baseline": files}
+    theirs = args.teacher_model_init_kwargs or {}
+    if is_initial_student(recipe.run.teacher_model_name_or_path, args):
+        theirs = {**files, **theirs}
+    given = {"teacher": theirs, "baseline": files}
     told = {}
     for model, kwargs in given.items():
         private = sorted(name for name, value in kwargs.items() if holds_secret(value, name))
         told[model] = {"kept": {n: value for n, value in kwargs.items() if n not in private}, "private": private}
     return told
+
+
+def _teacher_note(recipe: Recipe) -> str | None:
+    """What is to be told of a teacher that no model evaluation can load is; None where one is, or others tell it."""
+    args: Any = recipe.args
+    teacher, several = recipe.run.teacher_model_name_or_path, bool(recipe.run.teachers)
+    if args.extrapolate and not several:
+        return "The run's teacher was composed (`extrapolate`); what is compared here is the plain one that it named."
+    if several or teacher is not None or is_initial_student(teacher, args):
+        return None
+    place = placement_of(teacher, args)
+    if not PLACEMENTS[place].unnamed:  # there was none
+        return None
+    what = f"the adapter {args.teacher_adapter}" if args.teacher_adapter else PLACEMENTS[place].summary
+    return (
+        f"The run's teacher ({place}: {what}) is no model to be loaded here; name one as `teacher` to compare with it."
+    )
 
 
 def _whole_path(name: str | None) -> str | None:

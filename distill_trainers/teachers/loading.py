@@ -72,6 +72,12 @@ def has_files(teacher: Any, options: TeacherOptions) -> bool:
     return teacher is not None and kind_of(teacher, options).has_files
 
 
+def is_initial_student(teacher: Any, options: TeacherOptions) -> bool:
+    """Tell whether a teacher is the student before training, from settings alone."""
+    initial = options.teacher_adapter is None and placement_of(teacher, options) in ("initial", "adapter_off")
+    return teacher is None and initial
+
+
 def refuse(pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
     """Refuse a teacher that cannot serve, from settings alone: nothing is loaded, no server is asked.
 

@@ -198,6 +198,34 @@ def test_a_teacher_behind_http_is_left_out_with_a_word(finished, capsys):
     assert args.teacher is None and "teacher is a server" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_baseline", "said"),
+    [
+        ({"self_teacher": "initial", "teacher_system_prompt": "Add."}, True, None),
+        ({"teacher_placement": "adapter_off", "use_peft": True, "lora_target_modules": "all-linear"}, True, None),
+        (
+            {"self_teacher": "ema"},
+            False,
+            "The run's teacher (ema: the student's weights, averaged over",
+        ),
+        ({"extrapolate": {"reference": "initial"}}, False, "The run's teacher was composed (`extrapolate`)"),
+        ({}, False, None),
+    ],
+    ids=["initial", "adapter_off", "ema", "extrapolate", "plain"],
+)
+def test_a_teacher_that_is_the_student_is_its_baseline_or_is_told(finished, saved, changes, is_baseline, said):
+    own = changes.keys() & {"self_teacher", "teacher_placement"}
+    folder = finished(**changes, **({"teacher_model_name_or_path": None} if own else {}))
+    args, settings = parse_arguments(["--run", str(folder)])
+    notes = take_up(args, settings)
+    assert args.teacher == (args.baseline if is_baseline else None if own else saved.teacher)
+    assert args.baseline == saved.student
+    assert [note[: len(said)] for note in notes] == [said] if said else not notes
+    prepare_evaluation(*parse_arguments(["--run", str(folder)]))  # one model in both roles
+    args, settings = parse_arguments(["--run", str(folder), "--teacher", saved.teacher])
+    assert not take_up(args, settings) and args.teacher == saved.teacher
+
+
 def test_pairs_keep_what_belongs_to_their_prompts():
     rows = Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b", "system": "s", "tools": "[]"}])
     assert _without_rejected(rows)[:] == {"prompt": ["q"], "completion": ["a"], "system": ["s"], "tools": ["[]"]}
