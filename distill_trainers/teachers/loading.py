@@ -24,7 +24,7 @@ from .options import TeacherOptions
 from .remote.teacher import RemoteTeacher
 from .routed import RoutedTeacher
 from .self_teacher import AdapterOff, AveragedStudent, InitialStudent, LiveStudent
-from .several import refuse_writing
+from .several import Several, refuse_writing
 from .shared_base import SharedBase
 from .vocabulary import shared_vocabulary
 
@@ -148,6 +148,8 @@ def teacher_tokenizer(teacher: Any, tokenizer: PreTrainedTokenizerBase, options:
 
     Of several teachers, by name.
     """
+    if isinstance(teacher, Several):  # made by hand
+        return {name: teacher_tokenizer(leaf, tokenizer, options) for name, leaf in teacher.leaves.items()}
     if isinstance(teacher, Members):
         return {
             name: tokenizer if member.is_initial else teacher_tokenizer(member.given, tokenizer, member.options)
@@ -175,6 +177,34 @@ def teacher_tokenizer(teacher: Any, tokenizer: PreTrainedTokenizerBase, options:
     except (OSError, ValueError):
         logger.warning("No tokenizer was found beside the teacher %r: only vocabulary sizes can be compared.", name)
         return None
+
+
+def rendering_tokenizer(pair: Pair, options: TeacherOptions) -> tuple[Any, str]:
+    """Return the tokenizer whose chat template renders what the teacher is asked, and why there is none.
+
+    A teacher whose tokenizer is unknown, or has no template, is asked in the student's.
+
+    Args:
+        pair: with the tokenizers that were found.
+
+    Returns:
+        the tokenizer, None for the student's; and the end of a sentence, empty if nothing is wrong: several teachers
+        read one prompt, so they must have one template.
+    """
+    theirs = pair.teacher_tokenizer
+    if not isinstance(theirs, Mapping):
+        return (theirs if getattr(theirs, "chat_template", None) else None), ""
+    names = _used(pair.teacher, options) if isinstance(pair.teacher, Members) else list(theirs)
+    asked = {n: theirs[n] if getattr(theirs.get(n), "chat_template", None) else pair.tokenizer for n in names}
+    first, *others = asked
+    unlike = [name for name in others if asked[name].chat_template != asked[first].chat_template]
+    if not unlike:
+        return asked[first], ""
+    return None, (
+        f"the teachers {first!r} and {', '.join(map(repr, unlike))} have different chat templates; expected one, since "
+        "a row has one prompt for all teachers. Give their tokenizers the same `chat_template`, pass the tokenizer "
+        "that renders for all as `teacher_processing_class`, or give prompts as plain text."
+    )
 
 
 def compare_vocabularies(pair: Pair, options: TeacherOptions) -> None:

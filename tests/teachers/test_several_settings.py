@@ -1,12 +1,15 @@
 """Several teachers beside settings of one: what would be wrong in silence is right, or refused."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from distill_trainers.exceptions import ConfigurationError
-from distill_trainers.teachers import ComposedTeacher, RoutedTeacher, Teacher
-from distill_trainers.toy import addition_rows
+from distill_trainers.teachers import ComposedTeacher, LocalTeacher, RoutedTeacher, Teacher
+from distill_trainers.toy import addition_rows, tiny_llama
 
 PAIR_ROWS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "0"} for row in addition_rows(8)]
 
@@ -86,3 +89,65 @@ def test_one_reference_of_several_keeps_its_short_name_and_names_that_stay_alike
         RoutedTeacher(
             {"a": inner, "b": ComposedTeacher.mix({"teacher": second}), "a.teacher": Stateful(3)}
         )
+
+
+# ---- A prompt of the teacher's own ----------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+PLAIN = {"prompt": "1+1=", "completion": "2"}
+HASHES = "{% for m in messages %}##{{ m['role'] }} {{ m['content'] }} {% endfor %}##assistant "
+
+
+@pytest.fixture
+def folders(make_tokenizer, tmp_path):
+    """A student, and teachers of which `a` and `b` have one other template, and `c` has the student's."""
+    tok = make_tokenizer()
+    for name, template in (("student", None), ("a", HASHES), ("b", HASHES), ("c", None)):
+        own = copy.deepcopy(tok)
+        own.chat_template = template or tok.chat_template
+        own.save_pretrained(tmp_path / name)
+        tiny_llama(own, 16, 1).save_pretrained(tmp_path / name)
+    return {name: str(tmp_path / name) for name in ("student", "a", "b", "c")}
+
+
+@pytest.fixture
+def asked(make_trainer, make_tokenizer, folders):
+    """`asked(teacher)`: what the teacher of one row reads in place of the student's prompt."""
+
+    def ask(teacher, row=None, **settings):
+        data = Dataset.from_list([{**(row or {"messages": CHAT}), "teacher": "a"}])
+        settings = {"lmbda": 0.0, "max_length": 200, "teacher_system_prompt": "Be brief.", **settings}
+        trainer = make_trainer(folders["student"], teacher, train=data, tok=make_tokenizer(), **settings)
+        return make_tokenizer().decode(trainer.train_dataset[0]["teacher_prompt_ids"])
+
+    return ask
+
+
+def test_several_teachers_are_asked_in_their_own_chat_template(asked, folders):
+    one = asked(folders["a"])
+    assert one == "##system Be brief. ##user 1+1= ##assistant "
+    two = {name: folders[name] for name in "ab"}
+    three = {name: folders[name] for name in "abc"}
+    assert asked(two) == one
+    assert asked(two, teacher_mix="geometric") == one
+    assert asked(three, teacher_mix="geometric", teacher_weights={"a": 0.5, "b": 0.5, "c": 0.0}) == one
+    by_hand = {name: LocalTeacher(AutoModelForCausalLM.from_pretrained(folders[name])) for name in "ab"}
+    assert asked(RoutedTeacher(by_hand)) == one
+
+
+@pytest.mark.parametrize("settings", [{}, {"teacher_mix": "geometric"}], ids=["routed", "mixed"])
+def test_teachers_of_two_chat_templates_are_refused_where_one_prompt_is_rendered(
+    asked, folders, make_tokenizer, settings
+):
+    two = {name: folders[name] for name in "ac"}
+    with pytest.raises(ConfigurationError, match="'a' and 'c' have different chat templates; expected one"):
+        asked(two, **settings)
+    assert asked(two, PLAIN, **settings) == "Be brief.\n\n1+1="  # nothing is rendered
+    assert "im_start" in asked(two, teacher_processing_class=make_tokenizer(), **settings)
+
+
+def test_a_reference_that_reads_another_chat_template_is_refused(asked, folders):
+    away = {"extrapolate": {"reference": "initial", "scale": 1.25}}
+    assert "im_start" in asked(folders["c"], **away)
+    with pytest.raises(ConfigurationError, match="'teacher' and 'initial' have different chat templates"):
+        asked(folders["a"], **away)
