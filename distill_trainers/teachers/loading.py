@@ -291,7 +291,8 @@ def _load_several(
         member = members[name]
         with naming(name):
             if member.is_initial:
-                own = own_options(options, {"self_teacher": "initial", "teacher_placement": "auto"})
+                placed = {"self_teacher": "initial", "teacher_placement": "auto"}
+                own = own_options(options, {**placed, "teacher_model_init_kwargs": None})  # those are of the others
                 teachers[name] = InitialStudent.loaded(pair, own, student)
             elif name in bases:
                 teachers[name] = bases[name].teacher(member.adapter)

@@ -1,6 +1,7 @@
 """Several teachers beside settings of one: what would be wrong in silence is right, or refused."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -151,3 +152,25 @@ def test_a_reference_that_reads_another_chat_template_is_refused(asked, folders)
     assert "im_start" in asked(folders["c"], **away)
     with pytest.raises(ConfigurationError, match="'teacher' and 'initial' have different chat templates"):
         asked(folders["a"], **away)
+
+
+# ---- Composed -------------------------------------------------------------------------------------------------------
+
+
+def test_the_student_before_training_is_loaded_as_the_student(make_trainer, make_student, make_teacher, saved, tmp_path):
+    """What a teacher is loaded with says nothing of a reference: a folder within both names holds another model."""
+    for name, source in (("student", saved.student), ("teacher", saved.teacher)):
+        shutil.copytree(source, tmp_path / name)
+    make_student(seed=99).save_pretrained(tmp_path / "student/x")
+    make_teacher().save_pretrained(tmp_path / "teacher/x")
+    settings = {"extrapolate": {"reference": "initial", "scale": 1.25}, "lmbda": 0.0}
+    trainer = make_trainer(
+        str(tmp_path / "student"),
+        str(tmp_path / "teacher"),
+        teacher_model_init_kwargs={"subfolder": "x", "dtype": "bfloat16"},
+        **settings,
+    )
+    reference = trainer.teacher.members["initial"].model.state_dict()
+    for name, value in make_student().state_dict().items():
+        torch.testing.assert_close(reference[name], value, rtol=0, atol=0)
+    assert trainer.teacher.members["teacher"].model.dtype == torch.bfloat16
