@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -65,6 +66,9 @@ class Several(Teacher):
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
         if isinstance(pair.teacher, cls):
             super().refuse(pair, options, wants)
+            for member in pair.teacher.members.values():
+                if isinstance(member, Several):
+                    type(member).refuse(replace(pair, teacher=member), options, wants)
             if wants.replaces_completions and not pair.teacher.can_generate:
                 refuse_writing(pair.teacher.name, wants)
         if "completions" in wants.needs:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
@@ -174,3 +175,30 @@ def test_the_student_before_training_is_loaded_as_the_student(make_trainer, make
     for name, value in make_student().state_dict().items():
         torch.testing.assert_close(reference[name], value, rtol=0, atol=0)
     assert trainer.teacher.members["teacher"].model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("by_hand", [False, True, "routed"])
+def test_an_arithmetic_mean_is_not_softened(make_trainer, make_teacher, monkeypatch, by_hand):
+    """mean(p)^(1/t), normalised, is another distribution than mean(p^(1/t), normalised): only logits commute with t."""
+    monkeypatch.setattr("distill_trainers.trainers.base.load_student", lambda *a, **k: pytest.fail("loaded"))
+    two, settings = {"a": make_teacher(), "b": make_teacher(seed=8)}, {"kd_temperature": 2.0, "lmbda": 0.0}
+    if by_hand:
+        mixed = ComposedTeacher.mix({name: LocalTeacher(model) for name, model in two.items()}, how="arithmetic")
+        two = RoutedTeacher({"a": mixed}) if by_hand == "routed" else mixed
+    else:
+        settings["teacher_mix"] = "arithmetic"
+    with pytest.raises(ConfigurationError, match="`kd_temperature: 2` with an arithmetic mean of teachers; expected 1"):
+        make_trainer(teacher=two, **settings)
+
+
+def test_a_geometric_mean_is_that_of_softened_teachers(make_trainer, make_student, make_teacher, batch_of):
+    models = [model.double() for model in (make_student(), make_teacher(), make_teacher(seed=8))]
+    settings = {"teacher_mix": "geometric", "kd_temperature": 2.0, "lmbda": 0.0, "divergence": "forward_kl"}
+    trainer = make_trainer(models[0], dict(zip("ab", models[1:], strict=True)), **settings)
+    batch = batch_of(trainer)
+    predicts = batch["labels"][:, 1:] != -100
+    asked = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    q, *p = (F.log_softmax(model(**asked).logits[:, :-1][predicts] / 2, -1) for model in models)
+    mean = F.log_softmax((p[0] + p[1]) / 2, -1)
+    expected = (mean.exp() * (mean - q)).sum(-1).mean().item()
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-9)
