@@ -236,8 +236,8 @@ def _refuse_several(pair: Pair, members: Members, options: TeacherOptions, wants
     composed = composed_of(options, members)
     if wants.keeps_reference:
         raise ConfigurationError(
-            f"Got `reference_logps_dir` with the teachers {', '.join(members)}; expected one model or its name: what is "
-            "kept there is known by one model's files, not by how several are composed. Leave one of them out."
+            f"Got `reference_logps_dir` with the teachers {', '.join(members)}; expected one model or its name: what "
+            "is kept there is known by one model's files, not by how several are composed. Leave one of them out."
         )
     kind_of(members, options).refuse(dataclasses.replace(pair, teacher=None), options, wants)
     if composed and wants.replaces_completions:

@@ -57,7 +57,9 @@ def test_evaluation_asks_students_and_teacher_each_in_its_own_chat_template(tmp_
         tokenizer.chat_template = tokenizer.chat_template if template is None else template or None
         tokenizer.save_pretrained(models[name])
         tiny_llama(tokenizer, 16, 1).save_pretrained(models[name])
-    data.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}]}))
+    data.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}]})
+    )
 
     def asked(student, teacher):
         options = ["--student", models[student], "--teacher", models[teacher], "--dataset", str(data)]

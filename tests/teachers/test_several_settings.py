@@ -88,9 +88,7 @@ def test_one_reference_of_several_keeps_its_short_name_and_names_that_stay_alike
     assert list(moved((first, shared), (second, shared)).leaves) == ["reference", "a.teacher", "b.teacher"]
     inner = moved((first, shared)).members["a"]
     with pytest.raises(ConfigurationError, match="4 teachers under the 3 names .*Rename one"):
-        RoutedTeacher(
-            {"a": inner, "b": ComposedTeacher.mix({"teacher": second}), "a.teacher": Stateful(3)}
-        )
+        RoutedTeacher({"a": inner, "b": ComposedTeacher.mix({"teacher": second}), "a.teacher": Stateful(3)})
 
 
 # ---- A prompt of the teacher's own ----------------------------------------------------------------------------------
@@ -158,7 +156,9 @@ def test_a_reference_that_reads_another_chat_template_is_refused(asked, folders)
 # ---- Composed -------------------------------------------------------------------------------------------------------
 
 
-def test_the_student_before_training_is_loaded_as_the_student(make_trainer, make_student, make_teacher, saved, tmp_path):
+def test_the_student_before_training_is_loaded_as_the_student(
+    make_trainer, make_student, make_teacher, saved, tmp_path
+):
     """What a teacher is loaded with says nothing of a reference: a folder within both names holds another model."""
     for name, source in (("student", saved.student), ("teacher", saved.teacher)):
         shutil.copytree(source, tmp_path / name)
