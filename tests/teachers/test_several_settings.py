@@ -146,6 +146,19 @@ def test_teachers_of_two_chat_templates_are_refused_where_one_prompt_is_rendered
     assert "im_start" in asked(two, teacher_processing_class=make_tokenizer(), **settings)
 
 
+def test_feedback_is_rendered_by_one_chat_template_too(make_trainer, make_tokenizer, folders):
+    data = Dataset.from_list([{"prompt": CHAT[:1], "answer": "2"}])
+    settings = {"feedback": "default", "lmbda": 1.0, "max_length": 200, "teacher_mix": "geometric", "train": data}
+
+    def rows(*names):
+        trainer = make_trainer(folders["student"], {n: folders[n] for n in names}, tok=make_tokenizer(), **settings)
+        return trainer.train_dataset[0]["feedback"]
+
+    assert rows("a", "b")["head"] == "##user "
+    with pytest.raises(ConfigurationError, match="`feedback` with a conversation, but the teachers 'a' and 'c'"):
+        rows("a", "c")
+
+
 def test_a_reference_that_reads_another_chat_template_is_refused(asked, folders):
     away = {"extrapolate": {"reference": "initial", "scale": 1.25}}
     assert "im_start" in asked(folders["c"], **away)
