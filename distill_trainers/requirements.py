@@ -25,6 +25,7 @@ class Requirements:
         divergence: that sparse signals are held against.
         kd_temperature: likewise.
         teacher_tokenizer: the teacher's, where it is not the student's: its chat template renders what it is asked.
+        why_no_chat: what keeps a conversation from being rendered for the teacher, as the end of a sentence.
         teachers: names of the teachers that a row may belong to; none where there is one for all rows.
     """
 
@@ -42,4 +43,5 @@ class Requirements:
     divergence: str = "forward_kl"
     kd_temperature: float = 1.0
     teacher_tokenizer: Any = field(default=None, compare=False, repr=False)
+    why_no_chat: str = ""
     teachers: tuple[str, ...] = ()

@@ -93,6 +93,7 @@ class FeedbackRows:
         answer_column: holds the right answer.
         max_length: tokens of the teacher's row, longer ones are left out when they come; None takes any number.
         tokenizer: the teacher's, if it has a chat template of its own; None takes the student's.
+        why_no_chat: what keeps conversations from being rendered, as the end of a sentence; empty: nothing.
         aliases: columns as they are called now, by what they were called before `column_mapping`.
     """
 
@@ -100,6 +101,7 @@ class FeedbackRows:
     answer_column: str
     max_length: int | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    why_no_chat: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
 
     def reading(
@@ -175,6 +177,8 @@ class FeedbackRows:
         tokenizer: PreTrainedTokenizerBase,
         settings: dict[str, Any],
     ) -> tuple[str, str]:
+        if self.why_no_chat:
+            raise ConfigurationError(f"Got `feedback` with a conversation, but {self.why_no_chat}")
         prompt_ids = tokens["input_ids"][: tokens["prompt_length"]]
         begun = len(prompt_ids) == len(tokens["input_ids"])
         prompt: TokenizedRow = {"input_ids": prompt_ids, "labels": [], "prompt_length": len(prompt_ids)}

@@ -38,6 +38,7 @@ class TeacherPrompts:
         drops_long: leave out rows that are longer, and count them, instead of refusing the first.
         why_not: what keeps views from working, as the end of a sentence; empty: nothing.
         tokenizer: the teacher's, if it has a chat template of its own; None takes the student's.
+        why_no_chat: what keeps conversations from being rendered, as the end of a sentence; empty: nothing.
         columns: other names of columns, as they were before `column_mapping`.
     """
 
@@ -47,6 +48,7 @@ class TeacherPrompts:
     drops_long: bool = False
     why_not: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
+    why_no_chat: str = ""
     columns: tuple[tuple[str, str], ...] = ()
 
     def reading(
@@ -207,6 +209,8 @@ class TeacherPrompts:
         tokenizer: PreTrainedTokenizerBase,
         settings: dict[str, Any],
     ) -> list[int]:
+        if self.why_no_chat:
+            raise ConfigurationError(f"Got a conversation with a prompt of the teacher's own, but {self.why_no_chat}")
         # A prompt alone may end in the assistant's own beginning.
         begun = start_of_view(tokens) == len(tokens["input_ids"])
         header, chat = "", Chat(self.tokenizer or tokenizer, settings=settings)

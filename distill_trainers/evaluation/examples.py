@@ -63,18 +63,27 @@ class Example:
 
 
 def read_examples(
-    dataset: Iterable[Mapping[str, Any]], tokenizer: Any, settings: EvaluationSettings, *, name: str = "evaluation"
+    dataset: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    settings: EvaluationSettings,
+    *,
+    name: str = "evaluation",
+    teacher_tokenizer: Any = None,
 ) -> list[Example]:
     """Read rows of `dataset` as examples: at most `max_samples`, without those that lack prompt and text.
 
     Beside the layouts of training, rows may have `references` (a list of texts), `answer` and `choices`; and `question`
     with `answer` is asked by `question_prompt`.
 
+    Args:
+        tokenizer: renders what students are asked.
+        teacher_tokenizer: renders the teacher's own prompts; None takes `tokenizer`.
+
     Raises:
         DatasetError: no layout fits, a row cannot be tokenised, or none is left.
     """
     parse = answer_parser(settings.answer_formats or ())
-    read = _Reader(tokenizer, settings, parse, getattr(dataset, "features", None))
+    read = _Reader(tokenizer, settings, parse, getattr(dataset, "features", None), teacher_tokenizer)
     examples: list[Example] = []
     seen = 0
     # A list may have rows of different columns, which no dataset has.
@@ -98,10 +107,13 @@ def read_examples(
 
 
 class _Reader:
-    def __init__(self, tokenizer: Any, settings: EvaluationSettings, parse: Parse, features: Any = None):
+    def __init__(
+        self, tokenizer: Any, settings: EvaluationSettings, parse: Parse, features: Any, teacher_tokenizer: Any
+    ):
         self.tokenizer, self.settings, self.parse, self.features = tokenizer, settings, parse, features
         self.templates = RationaleTemplates.of("auto", tokenizer, label_prompt=settings.question_prompt)
-        self.teacher = TeacherPrompts(settings.teacher_system_prompt, settings.teacher_prompt)
+        system, prompt = settings.teacher_system_prompt, settings.teacher_prompt
+        self.teacher = TeacherPrompts(system, prompt, tokenizer=teacher_tokenizer)
         self.prompts: dict[Any, TeacherPrompts | None] = {}  # by the columns of rows
 
     def __call__(self, row: Mapping[str, Any], name: str) -> Example | None:

@@ -35,7 +35,7 @@ from .results import (
 )
 from .scores import scores_of
 from .settings import EvaluationSettings
-from .subjects import KnownModels, Subject, one_process_only, reference_tokenizer
+from .subjects import KnownModels, Subject, one_process_only, reference_tokenizer, rendering_tokenizers
 from .teacher_forced import TokenValues
 
 BOOTSTRAP_SEED = 0
@@ -64,7 +64,8 @@ def evaluate_models(
         students: folders (also of adapters), Hub ids or models, by the name that tables give them.
         dataset: rows of any layout (see `read_examples`).
         baseline: the student before training; with it and a teacher every score tells how much of the gap was closed.
-        tokenizer: of all models; by default the one that lies beside the first of them.
+        tokenizer: of all models; by default the one that lies beside the first of them, but for the chat template:
+            that of the first student renders the data. A teacher's own prompts are rendered by its own.
         cache_dir: where completions and measures of tokens are kept; None keeps nothing.
         model_init_kwargs, teacher_model_init_kwargs: of `from_pretrained`; the dtype is that of the checkpoint.
         baseline_model_init_kwargs: of the baseline, over `model_init_kwargs`.
@@ -114,8 +115,10 @@ def prepare(
     shared: Any = {"device": device, "known": KnownModels(cache)}
     shared["baseline_kwargs"] = {**(model_init_kwargs or {}), **(baseline_model_init_kwargs or {})}
     subjects = make_subjects(students, teacher, baseline, model_init_kwargs, teacher_model_init_kwargs, **shared)
+    is_given = tokenizer is not None
     tokenizer, vocab_size = reference_tokenizer(subjects, tokenizer)
-    examples = ExampleSet(read_examples(dataset, tokenizer, settings, name=data_name))
+    reads, of_teacher = rendering_tokenizers(subjects, tokenizer, is_given=is_given)
+    examples = ExampleSet(read_examples(dataset, reads, settings, name=data_name, teacher_tokenizer=of_teacher))
     metrics, notes = choose_metrics(settings, examples, has_teacher=teacher is not None)
     workshop = Workshop(settings, metrics, tokenizer, vocab_size, cache, progress=progress)
     return Evaluation(workshop, subjects, examples, Harness(settings), notes, data_name)

@@ -243,6 +243,27 @@ def reference_tokenizer(subjects: Sequence[Subject], tokenizer: Any = None) -> t
     return reference, min(known) if known else None
 
 
+def rendering_tokenizers(subjects: Sequence[Subject], reference: Any, *, is_given: bool) -> tuple[Any, Any]:
+    """Return the tokenizers whose chat templates render what all models are asked, and what a teacher alone is.
+
+    Both are asked as in training: by the template of the (first) student, and a teacher with a prompt of its own by
+    its own template.
+
+    Args:
+        reference: of all models (`reference_tokenizer`); stands in for a student's without a template.
+        is_given: the caller has chosen it, for the data too.
+
+    Returns:
+        the second is None where the teacher has no template.
+    """
+
+    def of(role: str) -> Any:
+        beside = (subject.tokenizer() for subject in subjects if subject.role == role)
+        return next((tokenizer for tokenizer in beside if getattr(tokenizer, "chat_template", None)), None)
+
+    return (reference if is_given else of("student") or reference), of("teacher")
+
+
 def one_process_only() -> None:
     """Refuse a launch of several processes, which would all do the same work.
 

@@ -16,10 +16,11 @@ from ..exceptions import ConfigurationError
 from ..joining import Composition
 from ..run_files import shown as without_place
 from ..signals import Composed, TeacherSignal
-from .base import Teacher
+from .base import Pair, Teacher
 from .several import Several
 
 if TYPE_CHECKING:
+    from ..requirements import Requirements
     from .options import TeacherOptions
 
 
@@ -61,6 +62,18 @@ class ComposedTeacher(Several):
         )
 
     @classmethod
+    def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
+        super().refuse(pair, options, wants)
+        given = pair.teacher
+        arithmetic = given.composition.arithmetic if isinstance(given, cls) else options.teacher_mix == "arithmetic"
+        if arithmetic and wants.kd_temperature != 1:
+            raise ConfigurationError(
+                f"Got `kd_temperature: {wants.kd_temperature:g}` with an arithmetic mean of teachers; expected 1: the "
+                "loss would soften the mean, which is not the mean of the softened teachers. Leave `kd_temperature` "
+                "out, or mix them by logits (`teacher_mix: geometric`), where both are the same."
+            )
+
+    @classmethod
     def refuse_idle(cls, options: TeacherOptions) -> None:
         for name in ("teacher_mix", "extrapolate", "weak_to_strong"):
             if getattr(options, name) is not None:
@@ -76,7 +89,7 @@ class ComposedTeacher(Several):
         """Mix the members by weights, at least 0; without any, equally.
 
         The reverse KL to the `geometric` mix is sum w_i KL(q||p_i), and the forward KL to the `arithmetic` one
-        sum w_i KL(p_i||q), each up to a constant.
+        sum w_i KL(p_i||q), each up to a constant. The latter holds at temperature 1, and a trainer refuses others.
         """
         weights = equal_weights(list(members)) if weights is None else weights
         check_weights(weights, list(members), "weights")

@@ -24,7 +24,7 @@ from .options import TeacherOptions
 from .remote.teacher import RemoteTeacher
 from .routed import RoutedTeacher
 from .self_teacher import AdapterOff, AveragedStudent, InitialStudent, LiveStudent
-from .several import refuse_writing
+from .several import Several, refuse_writing
 from .shared_base import SharedBase
 from .vocabulary import shared_vocabulary
 
@@ -154,6 +154,8 @@ def teacher_tokenizer(teacher: Any, tokenizer: PreTrainedTokenizerBase, options:
 
     Of several teachers, by name.
     """
+    if isinstance(teacher, Several):  # made by hand
+        return {name: teacher_tokenizer(leaf, tokenizer, options) for name, leaf in teacher.leaves.items()}
     if isinstance(teacher, Members):
         return {
             name: tokenizer if member.is_initial else teacher_tokenizer(member.given, tokenizer, member.options)
@@ -183,6 +185,34 @@ def teacher_tokenizer(teacher: Any, tokenizer: PreTrainedTokenizerBase, options:
         return None
 
 
+def rendering_tokenizer(pair: Pair, options: TeacherOptions) -> tuple[Any, str]:
+    """Return the tokenizer whose chat template renders what the teacher is asked, and why there is none.
+
+    A teacher whose tokenizer is unknown, or has no template, is asked in the student's.
+
+    Args:
+        pair: with the tokenizers that were found.
+
+    Returns:
+        the tokenizer, None for the student's; and the end of a sentence, empty if nothing is wrong: several teachers
+        read one prompt, so they must have one template.
+    """
+    theirs = pair.teacher_tokenizer
+    if not isinstance(theirs, Mapping):
+        return (theirs if getattr(theirs, "chat_template", None) else None), ""
+    names = _used(pair.teacher, options) if isinstance(pair.teacher, Members) else list(theirs)
+    asked = {n: theirs[n] if getattr(theirs.get(n), "chat_template", None) else pair.tokenizer for n in names}
+    first, *others = asked
+    unlike = [name for name in others if asked[name].chat_template != asked[first].chat_template]
+    if not unlike:
+        return asked[first], ""
+    return None, (
+        f"the teachers {first!r} and {', '.join(map(repr, unlike))} have different chat templates; expected one, since "
+        "a row has one prompt for all teachers. Give their tokenizers the same `chat_template`, pass the tokenizer "
+        "that renders for all as `teacher_processing_class`, or give prompts as plain text."
+    )
+
+
 def compare_vocabularies(pair: Pair, options: TeacherOptions) -> None:
     """Compare vocabularies by configs alone, for models given by name: before weights are loaded."""
     if isinstance(pair.teacher, Members):
@@ -210,6 +240,11 @@ def pair_of(pair: Pair, name: str, member: Member) -> Pair:
 
 def _refuse_several(pair: Pair, members: Members, options: TeacherOptions, wants: Requirements) -> None:
     composed = composed_of(options, members)
+    if wants.keeps_reference:
+        raise ConfigurationError(
+            f"Got `reference_logps_dir` with the teachers {', '.join(members)}; expected one model or its name: what "
+            "is kept there is known by one model's files, not by how several are composed. Leave one of them out."
+        )
     kind_of(members, options).refuse(dataclasses.replace(pair, teacher=None), options, wants)
     if composed and wants.replaces_completions:
         refuse_writing("teachers that are composed", wants)
@@ -262,7 +297,8 @@ def _load_several(
         member = members[name]
         with naming(name):
             if member.is_initial:
-                own = own_options(options, {"self_teacher": "initial", "teacher_placement": "auto"})
+                placed = {"self_teacher": "initial", "teacher_placement": "auto"}
+                own = own_options(options, {**placed, "teacher_model_init_kwargs": None})  # those are of the others
                 teachers[name] = InitialStudent.loaded(pair, own, student)
             elif name in bases:
                 teachers[name] = bases[name].teacher(member.adapter)

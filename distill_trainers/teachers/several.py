@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -64,6 +66,9 @@ class Several(Teacher):
     def refuse(cls, pair: Pair, options: TeacherOptions, wants: Requirements) -> None:
         if isinstance(pair.teacher, cls):
             super().refuse(pair, options, wants)
+            for member in pair.teacher.members.values():
+                if isinstance(member, Several):
+                    type(member).refuse(replace(pair, teacher=member), options, wants)
             if wants.replaces_completions and not pair.teacher.can_generate:
                 refuse_writing(pair.teacher.name, wants)
         if "completions" in wants.needs:
@@ -80,13 +85,24 @@ class Several(Teacher):
 
     @property
     def leaves(self) -> dict[str, Teacher]:
-        """All teachers that are made of no others, each once."""
-        found: dict[int, tuple[str, Teacher]] = {}
+        """All teachers that are made of no others, each once; two of one name have those of their owners before it.
+
+        Raises:
+            ConfigurationError: two of them would still have one name.
+        """
+        found: dict[int, tuple[str, str, Teacher]] = {}
         for name, member in self.members.items():
-            inside = member.leaves.items() if isinstance(member, Several) else [(name, member)]
-            for leaf, teacher in inside:
-                found.setdefault(id(teacher), (leaf, teacher))
-        return dict(found.values())
+            nested = isinstance(member, Several)
+            for leaf, teacher in (member.leaves if nested else {name: member}).items():
+                found.setdefault(id(teacher), (leaf, f"{name}.{leaf}" if nested else name, teacher))
+        count = Counter(leaf for leaf, _, _ in found.values())
+        leaves = {leaf if count[leaf] == 1 else longer: teacher for leaf, longer, teacher in found.values()}
+        if len(leaves) < len(found):
+            raise ConfigurationError(
+                f"Got {len(found)} teachers under the {len(leaves)} names {', '.join(leaves)}; expected a name for "
+                "each, since a checkpoint keeps their states by it. Rename one."
+            )
+        return leaves
 
     # ---- What it says -----------------------------------------------------------------------------------------------
 

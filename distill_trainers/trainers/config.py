@@ -340,6 +340,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             drops_long=self.teacher_too_long == "drop",
             why_not=self.why_no_views,
             tokenizer=wants.teacher_tokenizer,
+            why_no_chat=wants.why_no_chat,
         )
 
     def answers_prompts(self, name: str, wants: Requirements) -> bool:

@@ -212,8 +212,8 @@ def preflight(given: Given) -> Ready:
     tokenizer = models.with_pad_token(getattr(tokenizer, "tokenizer", tokenizer))
     other = pair.teacher_tokenizer or loading.teacher_tokenizer(teacher, tokenizer, args)
     pair = dataclasses.replace(pair, tokenizer=tokenizer, teacher_tokenizer=other)
-    if getattr(other, "chat_template", None):
-        wants = dataclasses.replace(wants, teacher_tokenizer=other)
+    renders, why_no_chat = loading.rendering_tokenizer(pair, args)
+    wants = dataclasses.replace(wants, teacher_tokenizer=renders, why_no_chat=why_no_chat)
     loading.compare_vocabularies(pair, args)
     return Ready(given, pair, wants, config)
 

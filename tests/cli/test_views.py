@@ -12,6 +12,7 @@ from distill_trainers.cli.evaluate import parse_arguments, prepare_evaluation
 from distill_trainers.toy import tiny_llama
 
 ROOT = Path(__file__).parents[2]
+HASHES = "{% for m in messages %}##{{ m['role'] }} {{ m['content'] }} {% endfor %}##assistant "
 
 
 def history(tmp_path):
@@ -46,6 +47,30 @@ def test_evaluation_of_a_run_asks_its_teacher_as_the_run_did(recipe, tmp_path, t
     examples = prepare_evaluation(args, settings).examples.examples
     texts = [tokenizer.decode(example.teacher_prompt_ids) for example in examples]
     assert texts == [f"9+{example.prompt_text}" for example in examples] and len(texts) == 4
+
+
+def test_evaluation_asks_students_and_teacher_each_in_its_own_chat_template(tmp_path, make_tokenizer):
+    """As training does: the student's prompt by the student's, the teacher's own by the teacher's."""
+    models, data = {}, tmp_path / "chat.jsonl"
+    for name, template in (("teacher", HASHES), ("student", None), ("plain", "")):
+        tokenizer, models[name] = make_tokenizer(), str(tmp_path / name)
+        tokenizer.chat_template = tokenizer.chat_template if template is None else template or None
+        tokenizer.save_pretrained(models[name])
+        tiny_llama(tokenizer, 16, 1).save_pretrained(models[name])
+    data.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}]})
+    )
+
+    def asked(student, teacher):
+        options = ["--student", models[student], "--teacher", models[teacher], "--dataset", str(data)]
+        options += ["--teacher_system_prompt", "S", "--use_cpu", "true", "--output_dir", str(tmp_path / "out")]
+        (example,) = prepare_evaluation(*parse_arguments(options)).examples.examples
+        return [make_tokenizer().decode(ids) for ids in (example.prompt_ids, example.teacher_prompt_ids)]
+
+    own, view = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "##system S ##user Hi ##assistant "
+    assert asked("student", "teacher") == [own, view]
+    assert asked("plain", "teacher") == ["##user Hi ##assistant ", view]  # a student without a template takes the other
+    assert asked("student", "plain") == [own, "<|im_start|>system\nS<|im_end|>\n" + own]
 
 
 def test_pairs_are_not_made_of_two_prompts(recipe, capsys):

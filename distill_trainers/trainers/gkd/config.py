@@ -100,8 +100,13 @@ class GKDConfig(DistillConfig):
         template = self.feedback_template
         if template is None:
             return None
-        tokenizer = wants.teacher_tokenizer
-        return FeedbackRows(FeedbackTemplate(template), self.feedback_answer_column, self.teacher_max_length, tokenizer)
+        return FeedbackRows(
+            FeedbackTemplate(template),
+            self.feedback_answer_column,
+            self.teacher_max_length,
+            wants.teacher_tokenizer,
+            wants.why_no_chat,
+        )
 
     @property
     def why_one_teacher(self) -> str:
