@@ -22,6 +22,7 @@ class Case:
 
     Attributes:
         student, teacher: folders or Hub ids; the teacher's may be an address (http…), or None.
+        taught_by: who teaches, in words; several teachers are named here alone.
         tokenizer, teacher_tokenizer: None where there is none to be read.
         stops: ids that end a completion by the student's generation config.
         prepared: some training rows as they are trained on, tokenised.
@@ -43,6 +44,7 @@ class Case:
     launch: Launch
     student: str
     teacher: str | None
+    taught_by: str = "no teacher"
     student_config: Any = None
     teacher_config: Any = None
     tokenizer: PreTrainedTokenizerBase | None = None

@@ -78,7 +78,7 @@ def _plan(diagnosis: Diagnosis) -> Any:
     from rich.table import Table
 
     case, need, pace, room = diagnosis.case, diagnosis.memory, diagnosis.pace, diagnosis.room
-    title = redacted(f"{case.teacher or 'no teacher'} → {case.student}")
+    title = redacted(f"{case.taught_by} → {case.student}")
     table = Table("", "", title=terminal(title, "italic"), show_header=False)
     if case.student_shape is not None:
         shape = case.student_shape

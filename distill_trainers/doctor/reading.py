@@ -54,11 +54,12 @@ def case_of(
     """
     student, teacher = student_and_teacher(recipe)
     findings: list[Finding] = []
-    if isinstance(teacher, Mapping):
+    taught_by = _taught_by(teacher, recipe)
+    if isinstance(teacher, Mapping) or recipe.args.extrapolate:
         findings.append(
             note(
                 "teacher",
-                f"There are several teachers ({', '.join(teacher)}): what they take of memory and time is left out, "
+                f"There are several teachers ({taught_by}): what they take of memory and time is left out, "
                 "and their tokenizers are compared by the run's own checks alone.",
                 "Look at each with a recipe of its own, which names it alone.",
             )
@@ -69,11 +70,11 @@ def case_of(
         _attempt(findings, "recipe", lambda: refuse_to_start_over(recipe.args))
     if checked is None and not on_paper:
         checked = _attempt(findings, "recipe", lambda: check_recipe(recipe), ignored=VocabularyError)
-    case = Case(recipe.args, launch, student, teacher, gpus=gpus, peft=recipe.model.use_peft)
+    case = Case(recipe.args, launch, student, teacher, taught_by=taught_by, gpus=gpus, peft=recipe.model.use_peft)
     if checked is not None:
-        case.student_config, case.teacher_config = checked.student_config, checked.teacher_config
-        case.tokenizer = checked.ready.pair.tokenizer
-        case.teacher_tokenizer = None if teacher is None else checked.ready.pair.teacher_tokenizer
+        case.student_config, case.tokenizer = checked.student_config, checked.ready.pair.tokenizer
+        if teacher is not None:
+            case.teacher_config, case.teacher_tokenizer = checked.teacher_config, checked.ready.pair.teacher_tokenizer
         train, wants = checked.ready.given.train, checked.ready.wants
     else:
         train = _read_apart(recipe, case, architectures, on_paper, findings)
@@ -95,6 +96,16 @@ def case_of(
             )
         )
     return case, findings
+
+
+def _taught_by(teacher: Any, recipe: Recipe) -> str:
+    """Name the teacher in words: several by their names, the student as its own by which state of it."""
+    moved: Any = recipe.args.extrapolate
+    if isinstance(teacher, Mapping):
+        return ", ".join(teacher)
+    if recipe.args.self_teacher:
+        return f"itself ({recipe.args.self_teacher})"
+    return f"{teacher}, away from {moved['reference']}" if teacher and moved else str(teacher or "no teacher")
 
 
 def _attempt(

@@ -81,3 +81,14 @@ def test_what_cannot_be_is_refused_by_name(recipe, saved, changes, expected, cap
 def test_pairs_are_made_of_one_teacher_at_a_time(recipe, saved, capsys):
     assert main(["pairs", "--config", recipe(teacher_model_name_or_path=None, teachers={"math": saved.teacher})]) == 2
     assert "Make the pairs of each by a recipe of its own" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_doctor_names_a_teacher_that_is_moved_away(recipe, capsys):
+    """It stands for two, so its tokenizers are by name; long runs go through the doctor by themselves."""
+    path = recipe(extrapolate={"reference": "initial", "scale": 1.25}, lmbda=0.0, max_steps=100)
+    assert main(["doctor", "--config", path, "--quick"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "away from initial →" in said and "There are several teachers (" in said
+    path = recipe(teacher_model_name_or_path=None, self_teacher="ema", lmbda=0.0)
+    assert main(["doctor", "--config", path, "--quick"]) == 0
+    assert "itself (ema) →" in " ".join(capsys.readouterr().out.split())
