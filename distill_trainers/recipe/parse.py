@@ -268,10 +268,17 @@ def _refuse_contradictions(recipe: Recipe) -> None:
             "The recipe makes the student from the teacher's layers (`student_init`), but names several `teachers`. "
             "Set `model_name_or_path`."
         )
+    if run.teachers is not None and not run.teachers:
+        raise ConfigurationError(
+            "Got `teachers: {}`; expected some, by name (`teachers: {a: …}`). Name one at least, or leave it out and set "
+            "`teacher_model_name_or_path` or `self_teacher`."
+        )
     unnamed = PLACEMENTS[placement_of(run.teacher_model_name_or_path, args)].unnamed
     needs_teacher = args.needs and not run.teachers and not unnamed
     if not run.teacher_model_name_or_path and (run.student_init or needs_teacher):
-        raise ConfigurationError("The recipe names no teacher; set `teacher_model_name_or_path`.")
+        raise ConfigurationError(
+            "The recipe names no teacher; set `teacher_model_name_or_path`, `teachers` or `self_teacher`."
+        )
     if run.student_init and not has_files(run.teacher_model_name_or_path, args):
         raise ConfigurationError(
             "The recipe makes the student from the teacher's layers (`student_init`), but the teacher is behind HTTP "

@@ -13,16 +13,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .. import models
 from ..exceptions import CacheError, ConfigurationError, VocabularyError, refuse_unknown_keys
+from ..settings import shown
 from ..value_types import check_bounds, check_value_types
+from .base import Teacher
 from .composed import check_weights, equal_weights
 from .options import TeacherOptions
 from .placement import PLACEMENTS
 from .several import check_name
 
 INITIAL = "initial"  # the student before training, as a reference
-_ALL = frozenset({"teacher_column", "teacher_mix", "teacher_weights"})  # settings of all teachers together
+# Settings of all teachers together: rows are written once, before anybody asks whose they are.
+_VIEW = frozenset({"teacher_system_prompt", "teacher_prompt", "teacher_max_length", "teacher_too_long"})
+_ALL = frozenset({"teacher_column", "teacher_mix", "teacher_weights"}) | _VIEW
 _COMPOSING = ("teacher_mix", "teacher_weights", "extrapolate", "weak_to_strong")
 _SOURCES = ("teacher_model_name_or_path", "teacher_model")
 
@@ -67,7 +73,10 @@ def read_members(teacher: Any, options: TeacherOptions) -> Any:
             "ComposedTeachers."
         )
     if several and not teacher:
-        raise ConfigurationError("Got no teachers in the mapping of them; expected some, by name. Name one at least.")
+        raise ConfigurationError(
+            "Got no teachers in the mapping of them (`teachers: {}`); expected some, by name (`teachers: {a: …}`). Name "
+            "one at least, or leave it out and set `teacher_model_name_or_path` or `self_teacher`."
+        )
     if options.teacher_cache is not None:
         raise ConfigurationError(
             f"Got `teacher_cache: {options.teacher_cache}` with several teachers; expected a folder for each of them, "
@@ -90,6 +99,7 @@ def read_members(teacher: Any, options: TeacherOptions) -> Any:
             )
         with naming(name):
             members[name] = _member(entry, options)
+            _check_given(members[name].given)
     parts = _parts(options, list(members))
     used = {part for weights in parts.values() for part in weights}
     if INITIAL in used:
@@ -113,7 +123,7 @@ def composed_of(options: TeacherOptions, members: Members) -> dict[str, dict[str
 
 def _parts(options: TeacherOptions, names: list[str]) -> dict[str, dict[str, float]]:
     if options.teacher_mix is not None:
-        weights: Any = options.teacher_weights or equal_weights(names)
+        weights: Any = equal_weights(names) if options.teacher_weights is None else options.teacher_weights
         check_weights(weights, names, "teacher_weights")
         return {"mix": weights}
     given: Any = options.weak_to_strong
@@ -160,11 +170,31 @@ def naming(name: str) -> Iterator[None]:
         raise type(error)(told if told.startswith("The teacher '") else f"The teacher {name!r}: {told}") from error
 
 
+def _check_given(given: Any) -> None:
+    """Refuse what is neither one teacher nor the name of one."""
+    if given is not None and not isinstance(given, str | nn.Module | Teacher):
+        raise ConfigurationError(
+            f"Got {given!r:.80} ({type(given).__name__}); expected a folder, a Hub id or an address, a mapping such as "
+            "`{teacher_model_name_or_path: …}`, or in Python a model or a Teacher. Put text in quotes."
+        )
+    if getattr(given, "names", ()):
+        raise ConfigurationError(
+            f"Got a {type(given).__name__} of {', '.join(given.names)} as one of several teachers; expected one for "
+            "all rows of that name. Name its teachers beside the others, or pass it alone as `teacher_model`."
+        )
+
+
 def _member(entry: Any, options: TeacherOptions) -> Member:
     if isinstance(entry, Member):
         return entry
     settings: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {_SOURCES[0]: entry}
     own = {f.name: f for f in fields(TeacherOptions) if f.name.startswith("teacher_") and f.name not in _ALL}
+    if common := sorted(settings.keys() & _ALL):
+        raise ConfigurationError(
+            f"Got `{common[0]}: {shown(settings[common[0]])}` with one of several teachers; expected it beside "
+            "`teachers`, for all of them. Set it there; where their prompts differ, let a column of the data say how "
+            "(`teacher_prompt: COLUMN`)."
+        )
     refuse_unknown_keys(settings, {*own, *_SOURCES}, "one of several teachers")
     given = [settings.pop(name) for name in _SOURCES if name in settings]
     if len(given) > 1:

@@ -66,6 +66,8 @@ def test_its_rows_are_right():
         ({"teacher_model_name_or_path": "here"}, "sets both `teacher_model_name_or_path` and `teachers`"),
         ({"model_name_or_path": None, "student_init": {"from_teacher": True}}, "but names several `teachers`"),
         ({"teachers": {"math": "nowhere/at/all", "code": "here"}}, "nowhere/at/all"),
+        ({"teachers": {}}, "Got `teachers: {}`; expected some, by name.*`self_teacher`"),
+        ({"teachers": {"math": ["m/cmath"], "code": "here"}}, r"'math': Got \['m/cmath'\] \(list\)"),
         ({}, "Row 0 of dataset 'train'.*no column 'teacher'"),
         ({"dry_run": None, "teacher_column": "completion"}, "'completion' has '0'; expected the name of a teacher"),
     ],

@@ -484,6 +484,15 @@ REFUSED = {
     "name": ({"a/b": "math"}, {}, "the name 'a/b'; expected letters"),
     "nobody": ("none", {}, "Got no teachers in the mapping"),
     "setting of one": ({"math": {"teacher_model": None, "tau": 2}}, {}, "Unknown key 'tau' in one of several teachers"),
+    "prompt of one": (
+        {"math": {"teacher_model": "math", "teacher_system_prompt": "Be kind.", "teacher_max_length": 5}},
+        {},
+        "'math'.*`teacher_max_length: 5` with one of several teachers; expected it beside `teachers`",
+    ),
+    "no name": ({"math": 3}, {}, r"'math': Got 3 \(int\); expected a folder, a Hub id"),
+    "a list": ({"math": {"teacher_model": ["m/cmath"]}}, {}, r"'math': Got \['m/cmath'\] \(list\)"),
+    "several in one": ({"math": "routed"}, {"teacher_mix": "geometric"}, "'math': Got a RoutedTeacher of a as one of"),
+    "no weights": ({}, {"teacher_mix": "geometric", "teacher_weights": {}}, "one for each of the teachers math, code"),
     "type of a setting": ({"math": {"teacher_server_top_k": "many"}}, {}, "'math'.*teacher_server_top_k.*whole number"),
     "placement of one": ({"math": {"teacher_placement": "cached"}}, {}, "'math'.*cached` without `teacher_cache`"),
     "one cache": ({}, {"teacher_cache": "there"}, "a folder for each of them"),
@@ -533,20 +542,22 @@ def test_what_cannot_be_is_refused_by_name_before_anything_is_loaded(
     monkeypatch.setattr("distill_trainers.trainers.base.load_student", lambda *a, **k: pytest.fail("loaded"))
     given, settings, message = REFUSED[case]
     made = {name: make_teacher() for name in NAMES}
+    made["routed"] = RoutedTeacher({"a": LocalTeacher(made["math"])})
     if given == "one":
         teachers = made["math"]
     elif given == "none":
         teachers = {}
     else:
         teachers = {
-            **made,
+            **{name: made[name] for name in NAMES},
             **{
-                name: made.get(entry, entry) if isinstance(entry, str) else dict(entry) for name, entry in given.items()
+                name: made.get(entry, entry) if isinstance(entry, str) else copy.copy(entry)
+                for name, entry in given.items()
             },
         }
         for entry in (entry for entry in teachers.values() if isinstance(entry, dict)):
             entry |= {k: str(v).format(tmp=tmp_path / "cache") for k, v in entry.items() if k == "teacher_cache"}
-            if entry.get("teacher_model") in made:
+            if isinstance(entry.get("teacher_model"), str) and entry["teacher_model"] in made:
                 entry["teacher_model"] = made[entry["teacher_model"]]
     settings = {key: value for key, value in {"train": rows(), **wrong(), **settings}.items() if value is not None}
     with pytest.raises((ConfigurationError, DatasetError), match=message):
