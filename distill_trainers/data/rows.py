@@ -16,7 +16,7 @@ from distill_trainers.data.formats import DatasetType, as_text, check_columns, i
 from distill_trainers.data.labels import IGNORED, TokenizedRow, row_of
 from distill_trainers.data.messages import Message
 from distill_trainers.data.teacher_prompts import TeacherPrompts
-from distill_trainers.data.texts import ended, split_text, text_ids
+from distill_trainers.data.texts import ended, num_ids, split_text, text_ids
 from distill_trainers.data.views import kept_view
 from distill_trainers.exceptions import DatasetError
 
@@ -159,7 +159,7 @@ def _from_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
             f"The row has {len(ids)} input_ids but an attention_mask of {len(padding)}. Make them equal."
         )
     real = [i for i in range(len(ids)) if padding[i]]
-    used, known = [ids[i] for i in real], max(len(tokenizer), *(i + 1 for i in tokenizer.added_tokens_decoder), 1)
+    used, known = [ids[i] for i in real], num_ids(tokenizer)
     if used and not 0 <= min(used) <= max(used) < known:
         raise DatasetError(
             f"The row has ids from {min(used)} to {max(used)}; expected 0 to {known - 1}, those of the student's "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
@@ -13,7 +14,7 @@ from distill_trainers.data.conversations import bare, rendered_prompt, template_
 from distill_trainers.data.formats import DatasetType, as_text, is_conversation, to_chatml
 from distill_trainers.data.labels import TokenizedRow
 from distill_trainers.data.messages import Message, is_trained
-from distill_trainers.data.texts import text_ids
+from distill_trainers.data.texts import num_ids, text_ids
 from distill_trainers.data.views import has_view, start_of_view
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CONTEXT = "privileged_context"  # TRL's name of the column
 ASKED = "prompt"  # in templates: what the student is asked
+_WHOLE = 2.0**53  # up to it a float is the whole number that was meant
 DEFAULT_TEMPLATE = f"{{{CONTEXT}}}\n\n{{{ASKED}}}"
 
 
@@ -127,7 +129,7 @@ class TeacherPrompts:
         shown = tokens["input_ids"][:start]
         if isinstance(asked, list | tuple):
             asked = _up_to_first_answer(asked, tokens)
-        said = self._said(row, asked)
+        said = self._said(row, asked, tokenizer)
         ids: list[int] | None
         if asked is None:
             ids = said
@@ -175,7 +177,9 @@ class TeacherPrompts:
 
     # ---- What is said in place of the question ----------------------------------------------------------------------
 
-    def _said(self, row: Mapping[str, Any], asked: str | Sequence[Message] | None) -> Any:
+    def _said(
+        self, row: Mapping[str, Any], asked: str | Sequence[Message] | None, tokenizer: PreTrainedTokenizerBase
+    ) -> Any:
         """Text, messages or ids that a column or template gives; None where the row has no context of its own."""
         if self.prompt is None:
             return None
@@ -185,7 +189,7 @@ class TeacherPrompts:
             if value in (None, "", []):
                 return None
             if asked is None:
-                return _as_ids(value, self.prompt)
+                return _as_ids(value, self.prompt, num_ids(tokenizer))
             return to_chatml(value) if is_conversation(value) else as_text(value, column=self.prompt)
         question = asked if isinstance(asked, str) else question_of(asked or ())
         texts = {name: as_words(values.get(name), name) for name in names_in(self.prompt) - {ASKED}}
@@ -284,20 +288,29 @@ def _parts(template: str, setting: str = "teacher_prompt") -> list[tuple[str, st
 
 
 def as_words(value: Any, column: str) -> str:
-    """A column's value within a text."""
+    """A column's value within a text; CSV files give whole numbers as floats as soon as one is missing, which is NaN."""
     if is_conversation(value):
         return "\n\n".join(str(message["content"] or "") for message in to_chatml(value)).strip()
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, float):
+        whole = value.is_integer() and abs(value) < _WHOLE
+        return "" if math.isnan(value) else str(int(value) if whole else value)
+    if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     text = as_text(value, column=column)
     return text if text.strip() else ""
 
 
-def _as_ids(value: Any, column: str) -> list[int]:
+def _as_ids(value: Any, column: str, vocab_size: int) -> list[int]:
     if not isinstance(value, list) or not set(map(type, value)) <= {int}:
         raise DatasetError(
             f"Column {column!r} holds {type(value).__name__} ({value!r:.80}); expected a list of token ids, as the "
             "rows hold them. Tokenise it, or give text for prompts and completions."
+        )
+    strange = [token for token in value if not 0 <= token < vocab_size]
+    if strange:
+        raise DatasetError(
+            f"Column {column!r} holds the token id {strange[0]}; expected ids from 0 to {vocab_size - 1}, those of the "
+            "student's tokenizer. Tokenise it with that one."
         )
     return value
 

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return one more than the greatest token id that a tokenizer defines; added ones may lie beyond its length."""
+    return max(len(tokenizer), *(i + 1 for i in tokenizer.added_tokens_decoder), 1)
+
+
 def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokenise a text with the special tokens that begin one, but none that ends it.
 

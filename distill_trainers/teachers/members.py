@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -203,6 +204,7 @@ def _member(entry: Any, options: TeacherOptions) -> Member:
     for name, value in settings.items():
         check_bounds(name, value, own[name].metadata.get("bounds"))
     source, adapter = (given or [None])[0], None
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
     if isinstance(source, str) and settings.get("teacher_adapter"):  # beside a base of its own, not on the student's
         adapter = settings.pop("teacher_adapter")
     elif isinstance(source, str) and _is_adapter(source):

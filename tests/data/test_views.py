@@ -51,6 +51,9 @@ OPENED = "<|im_start|>assistant\n"
         ),
         ({"messages": CHAT, "h": "one more"}, {"prompt": "{prompt} ({h})"}, turn("user", "Two? (one more)")),
         ({"messages": CHAT, "h": 7}, {"prompt": "{{{h}}} {prompt}"}, turn("user", "{7} Two?")),
+        ({"messages": CHAT, "h": 2.0}, {"prompt": "{h} {prompt}"}, turn("user", "2 Two?")),  # as CSV files give it
+        ({"messages": CHAT, "h": 2.5}, {"prompt": "{h} {prompt}"}, turn("user", "2.5 Two?")),
+        ({"messages": CHAT, "h": float("nan")}, {"prompt": "{h} {prompt}"}, turn("user", "Two?")),
         ({"messages": CHAT, "h": "{prompt}"}, {"prompt": "{h}"}, turn("user", "{prompt}")),
         ({"messages": CHAT, "h": "How many?"}, {"prompt": "h"}, turn("user", "How many?")),
         (
@@ -226,6 +229,8 @@ def test_a_pair_too_long_for_the_teacher(tok, caplog):
         ({"text": "a"}, {"system": "S"}, ConfigurationError, "plain text, which has no prompt"),
         ({"input_ids": [1, 2]}, {"system": "S"}, ConfigurationError, "holds token ids"),
         ({"input_ids": [1, 2], "h": "x"}, {"prompt": "h"}, DatasetError, "expected a list of token ids"),
+        ({"input_ids": [1, 2], "h": [1, 999]}, {"prompt": "h"}, DatasetError, "Row 0 .*token id 999; expected ids from 0"),
+        ({"input_ids": [1, 2], "h": [-1]}, {"prompt": "h"}, DatasetError, "Row 0 .*token id -1; expected ids from 0"),
         (
             {"messages": CHAT},
             {"system": "S", "why_not": "it cannot be"},
