@@ -72,6 +72,7 @@ class TeacherPrompts:
                 CONTEXT,
             )
         if prompt is None and self.system is None:
+            self._refuse_idle_length(name)
             return None
         is_template = "{" in (prompt or "{")
         named = names_in(prompt or "") if is_template else {str(prompt)}
@@ -89,6 +90,14 @@ class TeacherPrompts:
             )
         self._refuse_layout(dataset_type, prompt, name)
         return replace(self, prompt=prompt, columns=tuple(aliases.items()))
+
+    def _refuse_idle_length(self, name: str) -> None:
+        if self.max_length is not None:
+            raise ConfigurationError(
+                f"Got `teacher_max_length: {self.max_length}`, but of dataset {name!r} the teacher reads what the student "
+                "reads, whose length `max_length` bounds; expected a prompt of its own. Set `teacher_system_prompt` or "
+                f"`teacher_prompt`, add the column {CONTEXT!r} (null where there is none), or leave it out."
+            )
 
     def _refuse_layout(self, dataset_type: DatasetType, prompt: str | None, name: str) -> None:
         settings = {"teacher_system_prompt": self.system, "teacher_prompt": prompt}

@@ -80,15 +80,22 @@ def check_files(name: Any, role: str, config: Any, init_kwargs: Mapping[str, Any
     compare_names(type(shell), shell.config, tensors, f"The {role} model {name!r}")
 
 
-def beyond_positions(rows: str, role: str, context: int, *, absolute: bool) -> tuple[str, str]:
+def beyond_positions(
+    rows: str, role: str, context: int, *, absolute: bool, has_own_prompt: bool = False
+) -> tuple[str, str]:
     """Say that rows are longer than a model's positions, and what to do about it.
 
     Args:
         rows: which rows, and how long they are.
         absolute: whether the model looks positions up in a table.
+        has_own_prompt: whether the rows are a teacher's, who reads another prompt than the student: `max_length` cuts
+            the student's rows alone.
     """
+    limit = f"`max_length: {context}`"
+    if has_own_prompt:
+        limit = f"`teacher_max_length: {context}` with `teacher_too_long: drop`, shorten the prompts"
     effect = "fails on" if absolute else "was never trained on"
     return (
         f"{rows}, but the {role} was made for {context} positions and {effect} what lies beyond.",
-        f"Set `max_length: {context}`, or take a {role} with a longer context.",
+        f"Set {limit}, or take a {role} with a longer context.",
     )

@@ -226,6 +226,7 @@ def test_a_pair_too_long_for_the_teacher(tok, caplog):
             DatasetError,
             "no place for it. Put {privileged_context} into the template",
         ),
+        ({"messages": CHAT}, {"max_length": 2}, ConfigurationError, "`teacher_max_length: 2`, but of dataset 'train'"),
         ({"text": "a"}, {"system": "S"}, ConfigurationError, "plain text, which has no prompt"),
         ({"input_ids": [1, 2]}, {"system": "S"}, ConfigurationError, "holds token ids"),
         ({"input_ids": [1, 2], "h": "x"}, {"prompt": "h"}, DatasetError, "expected a list of token ids"),

@@ -311,7 +311,7 @@ def test_a_view_longer_than_the_teachers_positions_is_refused(make_trainer, make
     from transformers import GPT2Config, GPT2LMHeadModel
 
     teacher = GPT2LMHeadModel(GPT2Config(vocab_size=14, n_positions=16, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(DatasetError, match="tokens for the teacher, with its own prompt"):
+    with pytest.raises(DatasetError, match="with its own prompt.*`teacher_max_length: 16` with `teacher_too_long"):
         make_trainer(teacher=teacher, train=rows(hint=lambda i: HINT * 5), lmbda=0.0, **HINTED)
 
 

@@ -51,13 +51,16 @@ def check_positions(
     for role, source, config in roles:
         context = None if wants.encoder_decoder else models.positions_of(config)
         reached = own if role == "student" else views
-        tokens, told = max(reached.values(), default=(0, ""))
+        tokens, told, has_own_prompt = max(
+            ((*reach, role == "teacher" and reach != own[name]) for name, reach in reached.items()),
+            default=(0, "", False),
+        )
         if context is None or tokens <= context:
             continue
         if not isinstance(source, nn.Module):
             source = models.without_weights(config, trust_remote_code=args.trust_remote_code)
         absolute = models.looks_positions_up(source)
-        what, remedy = models.beyond_positions(told, role, context, absolute=absolute)
+        what, remedy = models.beyond_positions(told, role, context, absolute=absolute, has_own_prompt=has_own_prompt)
         if absolute:
             raise DatasetError(f"{what} {remedy}")
         if args.process_index == 0:
