@@ -15,8 +15,10 @@ from torch import Tensor
 from ..exceptions import ConfigurationError
 from ..joining import Composition
 from ..run_files import shown as without_place
+from ..settings import require
 from ..signals import Composed, TeacherSignal
 from .base import Pair, Teacher
+from .options import MIXES
 from .several import Several
 
 if TYPE_CHECKING:
@@ -90,7 +92,11 @@ class ComposedTeacher(Several):
 
         The reverse KL to the `geometric` mix is sum w_i KL(q||p_i), and the forward KL to the `arithmetic` one
         sum w_i KL(p_i||q), each up to a constant. The latter holds at temperature 1, and a trainer refuses others.
+
+        Raises:
+            ConfigurationError: weights that do not fit, or another mean than these two.
         """
+        require(how in MIXES, "how", how, f"one of {', '.join(MIXES)}")
         weights = equal_weights(list(members)) if weights is None else weights
         check_weights(weights, list(members), "weights")
         return cls(members, weights, arithmetic=how == "arithmetic")
@@ -98,11 +104,13 @@ class ComposedTeacher(Several):
     @classmethod
     def extrapolate(cls, teacher: Teacher, reference: Teacher, scale: float) -> ComposedTeacher:
         """Return softmax((1 - scale) z_reference + scale z_teacher) (G-OPD, arXiv 2602.12125)."""
+        require(_is_number(scale), "scale", scale, "a number, such as 1.25")
         return cls({"reference": reference, "teacher": teacher}, {"reference": 1 - scale, "teacher": scale})
 
     @classmethod
     def weak_to_strong(cls, base: Teacher, plus: Teacher, minus: Teacher, alpha: float = 1.0) -> ComposedTeacher:
         """Return softmax(z_base + alpha (z_plus - z_minus)) (arXiv 2607.26246)."""
+        require(_is_number(alpha), "alpha", alpha, "a number, such as 1.0")
         return cls({"base": base, "plus": plus, "minus": minus}, {"base": 1.0, "plus": alpha, "minus": -alpha})
 
     @torch.no_grad()
@@ -128,6 +136,10 @@ def equal_weights(names: Sequence[str]) -> dict[str, float]:
     return {name: 1 / len(names) for name in names}
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_weights(
     given: Mapping[str, Any], names: Sequence[str], setting: str, *, may_be_negative: bool = False
 ) -> None:
@@ -140,7 +152,7 @@ def check_weights(
     if set(given) != set(names):
         raise ConfigurationError(f"{told}; expected one for each of the teachers {', '.join(names)}.")
     for value in given.values():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             raise ConfigurationError(f"{told}; expected numbers, such as 0.5.")
         if value < 0 and not may_be_negative:
             raise ConfigurationError(

@@ -22,7 +22,7 @@ from .local import LocalTeacher
 from .members import Member, Members, composed_of, names_of, naming, own_options
 from .options import TeacherOptions
 from .remote.teacher import RemoteTeacher
-from .routed import RoutedTeacher
+from .routed import RoutedTeacher, told_by_all
 from .self_teacher import AdapterOff, AveragedStudent, InitialStudent, LiveStudent
 from .several import Several, refuse_writing
 from .shared_base import SharedBase
@@ -255,6 +255,8 @@ def _refuse_several(pair: Pair, members: Members, options: TeacherOptions, wants
             told[name] = _tells(member)
     for name in {part for weights in composed.values() for part in weights} & told.keys():
         refuse_part(name, told[name])
+    if not composed:
+        told_by_all(told)
     if kind_of(members, options) is ComposedTeacher:
         RoutedTeacher.refuse_idle(options)
 

@@ -37,14 +37,7 @@ class RoutedTeacher(Several):
 
     def __init__(self, members: Mapping[str, Teacher], *, told_late: bool = False):
         super().__init__(members, told_late=told_late)
-        told = {name: member.tells for name, member in self.members.items()}
-        if len(set(told.values())) > 1:
-            raise ConfigurationError(
-                f"Got teachers that answer in different ways ({', '.join(f'{n}: {kind}' for n, kind in told.items())})"
-                "; expected one, since a loss reads them together. Give all the same `teacher_cache_kind`, "
-                "`teacher_server_kind` and top k."
-            )
-        self.tells = next(iter(told.values()))
+        self.tells = told_by_all({name: member.tells for name, member in self.members.items()})
         self.reads = frozenset({TEACHER_INDEX}).union(*(member.reads for member in self.members.values()))
         self.names = tuple(self.members)
         self.can_generate = all(member.can_generate for member in self.members.values())  # type: ignore[misc]
@@ -105,6 +98,21 @@ class RoutedTeacher(Several):
         """Tell each member of its own rows alone; `rows` can be gone through once for each."""
         for k, member in enumerate(self.members.values()):
             member.expects(None if rows is None else _Own(rows, k), name)
+
+
+def told_by_all(told: Mapping[str, str]) -> str:
+    """Return what each teacher tells of a token (`Teacher.tells`), given by name.
+
+    Raises:
+        ConfigurationError: they answer in different ways.
+    """
+    if len(set(told.values())) > 1:
+        raise ConfigurationError(
+            f"Got teachers that answer in different ways ({', '.join(f'{n}: {kind}' for n, kind in told.items())}); "
+            "expected one, since a loss reads them together. Give all the same `teacher_cache_kind`, "
+            "`teacher_server_kind` and top k."
+        )
+    return next(iter(told.values()))
 
 
 class _Own:

@@ -25,7 +25,7 @@ from ..teachers.base import Pair, Teacher
 from ..teachers.members import names_of, read_members
 from ..teachers.rows import dataset_rows
 from .config import DistillConfig
-from .given.best_metric import check_best_metric
+from .given.best_metric import check_best_metric, check_best_teacher
 from .given.lengths import check_positions
 from .given.packages import check_packages
 from .lifecycle import held_out, publishing
@@ -81,6 +81,8 @@ class Ready:
             evaluation = {name: self.prepared(part, name) for name, part in evaluation.items()}
         else:
             evaluation = self.prepared(evaluation, "eval")
+        if not given.own_scores:
+            check_best_teacher(given.args, evaluation, self.wants.teachers)
         text = self.prepared(given.text, "pretraining")
         scored = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
         every = {**scored, "train": train, "pretraining": text}

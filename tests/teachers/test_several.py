@@ -18,6 +18,7 @@ from distill_trainers.signals import Logits, Routed
 from distill_trainers.teachers import CachedTeacher, ComposedTeacher, LocalTeacher, RoutedTeacher, Teacher
 from distill_trainers.teachers.rows import dataset_row_key
 from distill_trainers.toy import addition_rows
+from distill_trainers.trainers.given.best_metric import scores_of_each
 
 NAMES = ("math", "code")
 EXACT = {"lmbda": 0.0, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
@@ -150,10 +151,19 @@ def test_a_run_can_keep_the_best_student_of_one_teacher(make_trainer, make_teach
     assert trainer.state.best_metric == min(
         log["eval_kl/code"] for log in trainer.state.log_history if "eval_kl" in log
     )
-    with pytest.raises(ConfigurationError, match="metric_for_best_model: eval_kl/cod`"):
-        make_trainer(
-            teacher=several, train=rows(), eval_dataset=rows(6), **{**best, "metric_for_best_model": "eval_kl/cod"}
-        )
+    whole = {name for name in trainer.evaluate() if name.endswith("/code")}
+    assert whole == {f"eval_{score}/code" for score in scores_of_each(trainer.args)}
+    for metric, evaluation, message in (
+        ("eval_kl/cod", rows(6), "eval_kl/cod`; .* such as eval_kl/math, eval_kl/code"),
+        ("eval_k/code", rows(6), "such as .*eval_kl/code"),
+        ("eval_runtime/code", rows(6), "eval_runtime/code`"),
+        ("eval_kl/code", rows(6, ("math",)), "no row of the evaluation set belongs to 'code'; .* rows there: math"),
+        ("eval_b_kl/code", {"a": rows(6), "b": rows(6, ("math",))}, "no row of the evaluation set belongs to 'code'"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            make_trainer(
+                teacher=several, train=rows(), eval_dataset=evaluation, **{**best, "metric_for_best_model": metric}
+            )
 
 
 def test_each_teacher_writes_the_completions_of_its_own_rows(make_trainer, make_teacher, tokenizer):
@@ -526,6 +536,11 @@ REFUSED = {
         {"teacher_mix": "geometric"},
         "'code', which tells topk of 64 ids.*whole distributions",
     ),
+    "different": (
+        {"math": {"teacher_model": "math", "teacher_cache": "{tmp}", "teacher_cache_kind": "topk"}},
+        {},
+        "answer in different ways .math: topk of 64 ids, code: hidden",
+    ),
     "in memory": (
         {"math": {"teacher_placement": "quantized-8bit", "teacher_model": "code"}},
         {},
@@ -603,6 +618,10 @@ def test_teachers_made_by_hand(make_trainer, make_teacher, by_step):
     assert by_step(trainer, "divergence/code").keys() == {2, 3}  # the first step has none of its rows
     with pytest.raises(ConfigurationError, match="expected numbers, such as 0.5"):
         ComposedTeacher.mix({"a": math, "b": code}, {"a": 1, "b": float("nan")})
+    with pytest.raises(ConfigurationError, match="`how: harmonic`; expected one of geometric, arithmetic"):
+        ComposedTeacher.mix({"a": math, "b": code}, how="harmonic")
+    with pytest.raises(ConfigurationError, match="`scale: 1.25`; expected a number"):
+        ComposedTeacher.extrapolate(code, math, "1.25")
     with pytest.raises(ConfigurationError, match="answer in different ways"):
         sparse = Fake()
         sparse.tells = "topk of 4 ids"
