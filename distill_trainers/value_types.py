@@ -99,7 +99,7 @@ def check_value_types(
         value, hint = values[name], hints[name] | more[name] if name in more else hints[name]
         if _fits(value, hint) or (text_is_parsed and isinstance(value, str)):
             continue
-        expected = " or ".join(dict.fromkeys(_NAMES[kind] for kind in _kinds(hint) if kind in _NAMES))
+        expected = " or ".join(dict.fromkeys(filter(None, map(_in_words, _parts(hint)))))
         if isinstance(value, bool) and _fits("", hint):
             expected += " (YAML reads no, off, yes and on as false and true: put the word in quotes)"
         elif isinstance(value, (int, float)) and _fits("", hint):
@@ -204,6 +204,12 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 def _kinds(hint: Any) -> list[Any]:
     return [get_origin(part) or part for part in _parts(hint)]
+
+
+def _in_words(hint: Any) -> str:
+    kind, inside = get_origin(hint) or hint, get_args(hint)
+    numeric = kind is dict and inside[1:] in ((int,), (float,))
+    return "a mapping to numbers, such as {name: 0.5}" if numeric else _NAMES.get(kind, "")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -94,9 +94,10 @@ class TeacherPrompts:
     def _refuse_idle_length(self, name: str) -> None:
         if self.max_length is not None:
             raise ConfigurationError(
-                f"Got `teacher_max_length: {self.max_length}`, but of dataset {name!r} the teacher reads what the student "
-                "reads, whose length `max_length` bounds; expected a prompt of its own. Set `teacher_system_prompt` or "
-                f"`teacher_prompt`, add the column {CONTEXT!r} (null where there is none), or leave it out."
+                f"Got `teacher_max_length: {self.max_length}`, but of dataset {name!r} the teacher reads what the "
+                "student reads, whose length `max_length` bounds; expected a prompt of its own. Set "
+                f"`teacher_system_prompt` or `teacher_prompt`, add the column {CONTEXT!r} (null where there is "
+                "none), or leave it out."
             )
 
     def _refuse_layout(self, dataset_type: DatasetType, prompt: str | None, name: str) -> None:
@@ -297,7 +298,7 @@ def _parts(template: str, setting: str = "teacher_prompt") -> list[tuple[str, st
 
 
 def as_words(value: Any, column: str) -> str:
-    """A column's value within a text; CSV files give whole numbers as floats as soon as one is missing, which is NaN."""
+    """A column's value within a text; a column of a CSV file holds floats once a number is missing, which is NaN."""
     if is_conversation(value):
         return "\n\n".join(str(message["content"] or "") for message in to_chatml(value)).strip()
     if isinstance(value, float):

@@ -270,8 +270,8 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         )
     if run.teachers is not None and not run.teachers:
         raise ConfigurationError(
-            "Got `teachers: {}`; expected some, by name (`teachers: {a: …}`). Name one at least, or leave it out and set "
-            "`teacher_model_name_or_path` or `self_teacher`."
+            "Got `teachers: {}`; expected some, by name (`teachers: {a: …}`). Name one at least, or leave it out and "
+            "set `teacher_model_name_or_path` or `self_teacher`."
         )
     unnamed = PLACEMENTS[placement_of(run.teacher_model_name_or_path, args)].unnamed
     needs_teacher = args.needs and not run.teachers and not unnamed

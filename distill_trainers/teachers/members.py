@@ -75,8 +75,8 @@ def read_members(teacher: Any, options: TeacherOptions) -> Any:
         )
     if several and not teacher:
         raise ConfigurationError(
-            "Got no teachers in the mapping of them (`teachers: {}`); expected some, by name (`teachers: {a: …}`). Name "
-            "one at least, or leave it out and set `teacher_model_name_or_path` or `self_teacher`."
+            "Got no teachers in the mapping of them (`teachers: {}`); expected some, by name (`teachers: {a: …}`). "
+            "Name one at least, or leave it out and set `teacher_model_name_or_path` or `self_teacher`."
         )
     if options.teacher_cache is not None:
         raise ConfigurationError(

@@ -230,7 +230,12 @@ def test_a_pair_too_long_for_the_teacher(tok, caplog):
         ({"text": "a"}, {"system": "S"}, ConfigurationError, "plain text, which has no prompt"),
         ({"input_ids": [1, 2]}, {"system": "S"}, ConfigurationError, "holds token ids"),
         ({"input_ids": [1, 2], "h": "x"}, {"prompt": "h"}, DatasetError, "expected a list of token ids"),
-        ({"input_ids": [1, 2], "h": [1, 999]}, {"prompt": "h"}, DatasetError, "Row 0 .*token id 999; expected ids from 0"),
+        (
+            {"input_ids": [1, 2], "h": [1, 999]},
+            {"prompt": "h"},
+            DatasetError,
+            "Row 0 .*token id 999; expected ids from 0",
+        ),
         ({"input_ids": [1, 2], "h": [-1]}, {"prompt": "h"}, DatasetError, "Row 0 .*token id -1; expected ids from 0"),
         (
             {"messages": CHAT},

@@ -425,7 +425,9 @@ def test_damage_is_named_with_the_newest_whole_checkpoint(make_trainer, two_chec
     last = two_checkpoints / "checkpoint-4"
     for name in [*FILES, "manifest.json"]:
         file = last / name
-        data, middle = file.read_bytes(), file.stat().st_size // 2
+        data = file.read_bytes()
+        # Of the manifest a byte that is read: another letter within a setting's text is a setting.
+        middle = data.index(b'"bytes"') if name == "manifest.json" else len(data) // 2
         flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         for harmed in (flipped, data[: middle + 1], b"", None):
             file.unlink() if harmed is None else file.write_bytes(harmed)
@@ -440,6 +442,20 @@ def test_damage_is_named_with_the_newest_whole_checkpoint(make_trainer, two_chec
         trainer.train(resume_from_checkpoint=str(last))
     trainer.train(resume_from_checkpoint=str(two_checkpoints / "checkpoint-2"))
     assert trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [("teacher_state.safetensors", b"\x40"), ("distill_state.safetensors", b"\x40"), ("distill_state.json", b"{")],
+)
+def test_a_damaged_state_is_named_without_a_manifest(make_trainer, tmp_path, name, cut):
+    settings = {"self_teacher": "ema", "lmbda": 0.0, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(teacher=None, max_steps=1, **settings).train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    (folder / "manifest.json").unlink()
+    (folder / name).write_bytes(cut)
+    with pytest.raises(CheckpointError, match=f"checkpoint-1' is damaged: {name} cannot be read"):
+        make_trainer(teacher=None, max_steps=2, **settings).train(resume_from_checkpoint=str(folder))
 
 
 def test_a_checkpoint_that_may_not_be_read_is_refused_by_name(two_checkpoints, monkeypatch):

@@ -98,6 +98,12 @@ def test_texts_and_lists_in_place_of_mappings_are_named(name, value):
     assert not any(taken(cls, name, value) for cls in CONFIGS)
 
 
+@pytest.mark.parametrize("value", ["0.7", None, True])
+def test_weights_of_teachers_are_numbers(value):
+    with pytest.raises(ConfigurationError, match="teacher_weights: .*expected a mapping to numbers, such as"):
+        METHODS["gkd"][0](**PLAIN, teacher_mix="geometric", teacher_weights={"math": value})
+
+
 @pytest.mark.parametrize("name", ["bf16", "push_to_hub", "seq_kd", "disable_dropout", "load_best_model_at_end"])
 def test_a_word_is_no_switch(name):
     """Python takes "false" for true."""

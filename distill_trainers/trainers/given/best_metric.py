@@ -51,8 +51,8 @@ def check_best_teacher(args: DistillConfig, evaluation: Any, names: Sequence[str
         found = [names[k] for k in sorted(set(rows[TEACHER_INDEX]))] if hasattr(rows, "__len__") else names
         if teacher not in found:
             raise ConfigurationError(
-                f"Got `metric_for_best_model: {args.metric_for_best_model}`, but no row of the evaluation set belongs to "
-                f"{teacher!r}; expected a teacher that has rows there: {', '.join(found)}. Add rows of it, or take "
+                f"Got `metric_for_best_model: {args.metric_for_best_model}`, but no row of the evaluation set belongs "
+                f"to {teacher!r}; expected a teacher that has rows there: {', '.join(found)}. Add rows of it, or take "
                 "another score."
             )
 

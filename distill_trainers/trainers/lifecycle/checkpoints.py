@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer
@@ -110,16 +111,39 @@ def write_method_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_method_state(folder: str | Path) -> dict[str, Any]:
-    """Read what `write_method_state` wrote; empty where the method had nothing to remember."""
-    file, tensor_file = Path(folder) / METHOD_STATE_NAME, Path(folder) / METHOD_TENSORS_NAME
-    state: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    for path, tensor in (load_file(tensor_file) if tensor_file.is_file() else {}).items():
+    """Read what `write_method_state` wrote; empty where the method had nothing to remember.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    file = Path(folder) / METHOD_STATE_NAME
+    with _reading(file):
+        state: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    for path, tensor in _tensors_in(Path(folder) / METHOD_TENSORS_NAME).items():
         *names, last = path.split("/")
         part = state
         for name in names:
             part = part[name]
         part[last] = tensor
     return state
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Name, within it, a file that a checkpoint without a manifest did not say to be damaged."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The checkpoint {str(file.parent)!r} is damaged: {file.name} cannot be read ({error}). Resume another "
+            "one, or start a new run."
+        ) from error
+
+
+def _tensors_in(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file; none where there is no such file."""
+    with _reading(file):
+        return load_file(file) if file.is_file() else {}
 
 
 def _split(state: dict[str, Any], path: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -216,8 +240,7 @@ class Resuming(Trainer):
                 remove_torn(self.args.output_dir)
             self.run_checkpoints.append(resume_from_checkpoint)
             self.load_method_state(read_method_state(resume_from_checkpoint))
-            file = self._teacher_file(resume_from_checkpoint)
-            self.teacher.load_state(load_file(file) if file.is_file() else {})
+            self.teacher.load_state(_tensors_in(self._teacher_file(resume_from_checkpoint)))
             self._compare_settings(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
