@@ -38,6 +38,7 @@ class TeacherPrompts:
         prompt: a template over columns, such as `{question}\\n\\nHint: {hint}`, or the name of a column.
         max_length: tokens of the teacher's prompt with the completion; None takes any number.
         drops_long: leave out rows that are longer, and count them, instead of refusing the first.
+        writes_later: other prompts of the teacher's are written while it trains, which `max_length` bounds too.
         why_not: what keeps views from working, as the end of a sentence; empty: nothing.
         tokenizer: the teacher's, if it has a chat template of its own; None takes the student's.
         why_no_chat: what keeps conversations from being rendered, as the end of a sentence; empty: nothing.
@@ -48,6 +49,7 @@ class TeacherPrompts:
     prompt: str | None = None
     max_length: int | None = None
     drops_long: bool = False
+    writes_later: bool = False
     why_not: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
     why_no_chat: str = ""
@@ -92,7 +94,7 @@ class TeacherPrompts:
         return replace(self, prompt=prompt, columns=tuple(aliases.items()))
 
     def _refuse_idle_length(self, name: str) -> None:
-        if self.max_length is not None:
+        if self.max_length is not None and not self.writes_later:
             raise ConfigurationError(
                 f"Got `teacher_max_length: {self.max_length}`, but of dataset {name!r} the teacher reads what the "
                 "student reads, whose length `max_length` bounds; expected a prompt of its own. Set "

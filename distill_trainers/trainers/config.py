@@ -338,6 +338,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             prompt=self.teacher_prompt,
             max_length=self.teacher_max_length,
             drops_long=self.teacher_too_long == "drop",
+            writes_later=self.feedback_rows(wants) is not None,
             why_not=self.why_no_views,
             tokenizer=wants.teacher_tokenizer,
             why_no_chat=wants.why_no_chat,
