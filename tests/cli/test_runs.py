@@ -208,11 +208,13 @@ def test_every_recipe_trains_tiny_models_and_goes_on(path, tmp_path, tokenizer, 
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     own = {layout: column for column, layout in settings.get("column_mapping", {}).items()}
     rows = [{own.get(name, name): value for name, value in row.items()} for row in rows]
+    if "privileged_context" in own:
+        rows = [{own["prompt"]: row[own["prompt"]], own["privileged_context"]: row["completion"]} for row in rows]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     names = {"dataset": "rows.jsonl", "output_dir": "out"}
     names |= {} if "eval_fraction" in settings else {"eval_dataset": "rows.jsonl"}
     names |= {"pretraining_dataset": "text.jsonl"} if "pretraining_dataset" in settings else {}
-    has_teacher = "teacher_model_name_or_path" in settings
+    has_teacher = bool(settings.keys() & {"teacher_model_name_or_path", "self_teacher"})
     names |= {n: "large" for n in ("teacher_model_name_or_path", "model_name_or_path") if n in settings}
     options = [part for name, value in names.items() for part in (f"--{name}", str(tmp_path / value))]
     options += ["--config", str(path), "--use_cpu", "true", "--max_new_tokens", "4"]
