@@ -167,7 +167,7 @@ def test_assistants_are_trained_whole_and_nobody_else(name, tokenizer_of):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_assistants_are_trained_whole_and_nobody_else_many_times(name, tokenizer_of):
-    assert run(name, tokenizer_of, 100) > 0, "every conversation is refused"
+    assert run(name, tokenizer_of, 50) > 0, "every conversation is refused"
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if not OPEN_THOUGHT.search(name)])

@@ -34,7 +34,7 @@ def pytest_addoption(parser):
     group.addoption("--faults-report", metavar="FILE", help="write what came of all faults as JSON, and beside as .md")
     group.addoption("--faults-seed", type=int, default=SEED, help="of the random moments, bytes and places")
     share = "the share of damaged files to try; less takes less time (%(default)s)"
-    group.addoption("--faults-share", type=float, default=0.5, help=share)
+    group.addoption("--faults-share", type=float, default=0.25, help=share)
 
 
 def pytest_configure(config):

@@ -47,7 +47,7 @@ def outcome(lab, name, work, done, file):
 def damage_in(ledger, chance, request):
     """`damage_in(lab, kind, name, start, files, ways, again)`: harm each file in each way, start the job, and count."""
 
-    share = request.config.getoption("faults_share", 0.5)
+    share = request.config.getoption("faults_share", 0.25)
 
     def run(lab, kind, name, start, files, ways=WAYS, again=None, takes=share):
         lab.reference(name)
