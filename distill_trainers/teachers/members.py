@@ -178,7 +178,7 @@ def _check_given(given: Any) -> None:
             f"Got {given!r:.80} ({type(given).__name__}); expected a folder, a Hub id or an address, a mapping such as "
             "`{teacher_model_name_or_path: …}`, or in Python a model or a Teacher. Put text in quotes."
         )
-    if getattr(given, "names", ()):
+    if isinstance(given, Teacher) and given.names:
         raise ConfigurationError(
             f"Got a {type(given).__name__} of {', '.join(given.names)} as one of several teachers; expected one for "
             "all rows of that name. Name its teachers beside the others, or pass it alone as `teacher_model`."

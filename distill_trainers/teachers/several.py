@@ -92,9 +92,10 @@ class Several(Teacher):
         """
         found: dict[int, tuple[str, str, Teacher]] = {}
         for name, member in self.members.items():
-            nested = isinstance(member, Several)
-            for leaf, teacher in (member.leaves if nested else {name: member}).items():
-                found.setdefault(id(teacher), (leaf, f"{name}.{leaf}" if nested else name, teacher))
+            inside = {leaf: f"{name}.{leaf}" for leaf in member.leaves} if isinstance(member, Several) else {name: name}
+            for leaf, longer in inside.items():
+                teacher = member.leaves[leaf] if isinstance(member, Several) else member
+                found.setdefault(id(teacher), (leaf, longer, teacher))
         count = Counter(leaf for leaf, _, _ in found.values())
         leaves = {leaf if count[leaf] == 1 else longer: teacher for leaf, longer, teacher in found.values()}
         if len(leaves) < len(found):
