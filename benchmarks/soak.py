@@ -371,9 +371,10 @@ def verdict(result: dict[str, Any]) -> str:
     early, late, found = result["early"], result["late"], []
     for name, slopes in result["slopes"].items():
         found += [f"{name}: {key}" for key in COUNTS if late[name][key] > early[name][key]]
-        fitted = slopes.get("in use", slopes["anonymous"])
-        if fitted and fitted["mib_per_hour"] - fitted["half_width"] > _SETTLED:
-            found.append(f"{name}: memory")
+        for key in slopes.keys() & {"in use", "anonymous"}:
+            fitted = slopes[key]
+            if fitted and fitted["mib_per_hour"] - fitted["half_width"] > _SETTLED:
+                found.append(f"{name}: {key} memory")
     found += ["temporary files"] * (late["temporary files"] > early["temporary files"])
     return f"Grows: {', '.join(found)}." if found else "Nothing grows."
 
