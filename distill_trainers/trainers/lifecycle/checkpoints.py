@@ -39,13 +39,12 @@ from ...teachers import Teacher
 from ...teachers.local import base_fingerprint
 from . import outage
 from .callbacks import InterruptCallback
-from .thrift import RunState, give_back_free_memory
+from .thrift import RunState, collecting_what_is_new, give_back_free_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-
 _ROWS_LOOKED_AT = 32
 METHOD_STATE_NAME = "distill_state.json"
 METHOD_TENSORS_NAME = "distill_state.safetensors"
@@ -53,7 +52,7 @@ TEACHER_NAME = "teacher_state{}.safetensors"
 
 
 def remove_torn(output_dir: str | Path) -> None:
-    """Remove what killed writers left half written: rotation would count it, and might keep it for a good one."""
+    """Remove what killed writers left half written: rotation would count it."""
     for folder in Path(output_dir).glob("checkpoint-*"):
         if folder.name.rsplit("-", 1)[1].isdigit() and not is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -244,7 +243,8 @@ class Resuming(Trainer):
             self.teacher.load_state(_tensors_in(self._teacher_file(resume_from_checkpoint)))
             self._compare_settings(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with collecting_what_is_new():
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, InterruptCallback):  # a run that fails tells its callbacks nothing
