@@ -1,13 +1,20 @@
-"""A system prompt into the weights: what its own teacher leaves of the distance, and what else it moves.
+"""Instructions into the weights: what a model as its own teacher leaves of the distance, and what else it moves.
 
     python benchmarks/prompt_distillation.py --model runs/demo/teacher --seeds 0 1 2
+    python benchmarks/prompt_distillation.py --what concise --steps 12 --new-tokens 64
     python benchmarks/prompt_distillation.py --quick            # the same code on a toy, for the tests
 
-The model with a system prompt teaches a LoRA adapter on itself that never sees it (`adapter_off`,
-`teacher_system_prompt`), by the forward KL on answers that the teacher wrote once. SFT learns the same answers in as
-many steps, with the same batches, learning rate and first adapter. Both are judged by the same code: on held-out
-prompts, by KL(p(.|system, x) || q(.|x)) on the teacher's answers; on unrelated prompts (sums), by KL to the model
-without a system prompt, on its own answers. What a run has found is kept in the work folder: it goes on from there.
+The model with instructions teaches a LoRA adapter on itself that never sees them (`adapter_off` with
+`teacher_system_prompt` or `teacher_prompt`). SFT learns answers that the teacher wrote, in as many steps of as many rows, with the same
+learning rate and first adapter. Both are judged by the same code, on two sets of held-out answers:
+
+- `told`, written by the teacher: KL(p(.|instructions, x) || q(.|x)), of which a part is closed;
+- `plain`, written by the model without instructions: KL to that model, and perplexity. With `--what captain` they
+  are of unrelated prompts (sums), with `concise` of the same held-out prompts: the long answers.
+
+`captain` learns a manner, by the forward KL on the teacher's answers. `concise` learns to be short, by the reverse KL
+on its own text (CRISP, arXiv 2603.05433), and is also judged by the length of new answers to held-out prompts. What a
+run has found is kept in the work folder: it goes on from there.
 """
 
 from __future__ import annotations
@@ -18,6 +25,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,52 +34,91 @@ from measuring import machine, write_results
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "recipes" / "smollm2-135m"
-UNRELATED = PROMPTS / "data" / "two_tasks.jsonl"
-SYSTEM = (
-    "You answer like a weather-beaten ship's captain. Keep every answer under three short sentences, and end it with "
-    '"Aye."'
-)
-CONTENDERS = {"divergence": "forward KL to itself with the system prompt", "sft": "SFT on the same answers"}
+HELD_OUT, UNRELATED = PROMPTS / "prompts_heldout.jsonl", PROMPTS / "data" / "two_tasks.jsonl"
+CONTENDERS = ("divergence", "sft")
 _T_2 = 4.303  # Student's t at 97.5 % with 2 degrees of freedom
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learnt.
+
+    Attributes:
+        view: settings of what the teacher reads.
+        told: a name of the teacher's contender.
+        plain: file of the prompts that are answered without instructions.
+        settings: of the teacher's contender.
+        lengths: whether those of new answers are measured.
+    """
+
+    view: dict[str, str]
+    told: str
+    plain: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    lengths: bool = False
+
+
+TASKS = {
+    "captain": Task(
+        {
+            "teacher_system_prompt": "You answer like a weather-beaten ship's captain. Keep every answer under three "
+            'short sentences, and end it with "Aye."'
+        },
+        "forward KL to itself with the system prompt",
+        UNRELATED,
+        {"divergence": "forward_kl", "lmbda": 0.0},
+    ),
+    "concise": Task(
+        {"teacher_prompt": "{prompt}\n\nAnswer in one short sentence."},
+        "reverse KL to itself, told to be short, on its own text",
+        HELD_OUT,
+        {"divergence": "reverse_kl", "lmbda": 1.0},
+        lengths=True,
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--what", choices=TASKS, default="captain")
     parser.add_argument("--model", default="runs/demo/teacher", help="folder of an instruct model")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/prompt_distillation"), help="folder for everything made"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--rows", type=int, default=48, help="held out, and unrelated ones")
+    parser.add_argument("--prompts", type=int, default=96, help="the first of the training prompts")
+    parser.add_argument("--rows", type=int, default=32, help="held out")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--quick", action="store_true", help="a toy model and two steps")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.rows, options.new_tokens, options.batch_size = 2, 2, 4, 2
+        options.steps, options.prompts, options.rows, options.new_tokens, options.batch_size = 2, 2, 2, 4, 2
+        options.model = str(options.work / "toy")
     if options.only:
         run(options.only[0], int(options.only[1]), options)
         return
     settings = f"{options.steps} steps of {options.batch_size}, learning rate {options.learning_rate}, LoRA r 16"
-    described = (
-        f"{machine(options.threads)}\n\n{settings}, {options.new_tokens} new tokens, {options.rows} rows held out"
-    )
+    rows = f"{options.prompts} prompts, {options.rows} held out, {options.new_tokens} new tokens"
+    described = f"{machine(options.threads)}\n\n{settings}, {rows}"
     print(f"{described}\n", flush=True)
-    run_alone("prepare", 0)
-    results = {name: [run_alone(name, seed) for seed in options.seeds] for name in ("start", *CONTENDERS)}
-    print(table(results))
+    alone(__file__, "prepare", 0, options.work)
+    results = {"start": [alone(__file__, "start", 0, options.work)]}  # a new adapter changes nothing at any seed
+    for name in CONTENDERS:
+        results[name] = [alone(__file__, name, seed, options.work) for seed in options.seeds]
+    print(table(results, TASKS[options.what]))
     write_results(options.json, described, results)
 
 
-def run_alone(name: str, seed: int) -> dict[str, float]:
-    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name, str(seed)], check=True)
-    options = sys.argv[sys.argv.index("--work") + 1] if "--work" in sys.argv else "runs/prompt_distillation"
-    found: dict[str, float] = json.loads((Path(options) / f"{name}-{seed}.json").read_text())
+def alone(script: str, name: str, seed: int, work: Path) -> dict[str, float]:
+    """Run one part of a script in a process of its own, and return what it has found."""
+    subprocess.run([sys.executable, script, *sys.argv[1:], "--only", name, str(seed)], check=True)
+    found: dict[str, float] = json.loads((work / f"{name}-{seed}.json").read_text())
     print(f"  {name}, seed {seed}: {found}", file=sys.stderr, flush=True)
     return found
 
@@ -89,12 +137,12 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
     out.write_text(json.dumps(found))
 
 
-def prompts(file: Path, most: int | None = None) -> list[dict[str, Any]]:
+def prompts(file: Path, most: int) -> list[dict[str, Any]]:
     rows = [json.loads(line)["prompt"] for line in file.read_text(encoding="utf-8").splitlines()[:most]]
     return [{"prompt": row if isinstance(row, list) else [{"role": "user", "content": row}]} for row in rows]
 
 
-def toy(options: argparse.Namespace) -> None:
+def toy(folder: Path) -> None:
     """A model of random weights that reads bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -107,22 +155,21 @@ def toy(options: argparse.Namespace) -> None:
     backend.add_special_tokens(["<end>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    tiny_llama(tokenizer, 32, 1, seed=0, max_position_embeddings=1024).save_pretrained(options.work / "toy")
-    tokenizer.save_pretrained(options.work / "toy")
+    tiny_llama(tokenizer, 32, 1, seed=0, max_position_embeddings=1024).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def prepare(options: argparse.Namespace) -> dict[str, float]:
-    """Let the model answer: with the system prompt all prompts, without it the unrelated ones."""
+    """Let the model answer: training and held-out prompts with instructions, others without."""
     if options.quick:
-        toy(options)
-    most = options.rows if options.quick else None
-    started = time.process_time()
-    for part, rows, system in (
-        ("train", prompts(PROMPTS / "prompts_train.jsonl", most), SYSTEM),
-        ("heldout", prompts(PROMPTS / "prompts_heldout.jsonl", options.rows), SYSTEM),
-        ("unrelated", prompts(UNRELATED, options.rows), None),
+        toy(options.work / "toy")
+    task, started = TASKS[options.what], time.process_time()
+    for part, rows, view in (
+        ("train", prompts(PROMPTS / "prompts_train.jsonl", options.prompts), task.view),
+        ("told", prompts(HELD_OUT, options.rows), task.view),
+        ("plain", prompts(task.plain, options.rows), {}),
     ):
-        trainer = make_trainer(options, 0, eval_rows=rows, system=system)
+        trainer = make_trainer(options, 0, eval_rows=rows, **view)
         filled = trainer.get_eval_dataloader().dataset
         with open(options.work / f"{part}.jsonl", "w", encoding="utf-8") as file:
             for row, told in zip(rows, filled, strict=True):
@@ -134,9 +181,16 @@ def prepare(options: argparse.Namespace) -> dict[str, float]:
 
 
 def make_trainer(
-    options: argparse.Namespace, seed: int, *, sft: bool = False, system: str | None = SYSTEM, **rows: Any
-):
-    """The model with a new adapter, taught by itself; `rows` are `train_rows`, `eval_rows` and `model`."""
+    options: argparse.Namespace,
+    seed: int,
+    *,
+    eval_rows: Sequence[Any],
+    train_rows: Sequence[Any] | None = None,
+    model: Any = None,
+    sft: bool = False,
+    **settings: Any,
+) -> Any:
+    """The model with a new adapter (or `model`), taught by itself as it is without one."""
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -147,6 +201,7 @@ def make_trainer(
 
         loss_weights = property(lambda self: {"lm_loss": 1.0})
 
+    own: dict[str, Any] = {"divergence": "forward_kl", "lmbda": 0.0}
     args = GKDConfig(
         output_dir=str(options.work / f"run-{seed}"),
         overwrite_output_dir=True,
@@ -154,31 +209,28 @@ def make_trainer(
         report_to=[],
         disable_tqdm=True,
         seed=seed,
-        lmbda=0.0,
-        divergence="forward_kl",
         lm_loss_weight=1.0 if sft else 0.0,
         teacher_placement="adapter_off",  # the model itself, also behind an adapter that has been trained
-        teacher_system_prompt=system,
         max_length=384,
         max_new_tokens=options.new_tokens,
         temperature=1.0,
+        rollout_batch_size=32,
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=4,
-        logging_steps=8,
+        warmup_steps=2,
+        logging_steps=4,
         save_strategy="no",
+        **{**own, **settings},
     )
-    model = rows.get("model")
-    folder = str(options.work / "toy") if options.quick else options.model
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return (Sft if sft else GKDTrainer)(
-        model=folder if model is None else model,
+        model=options.model if model is None else model,
         args=args,
-        train_dataset=Dataset.from_list(rows["train_rows"]) if "train_rows" in rows else None,
-        eval_dataset=Dataset.from_list(rows["eval_rows"]),
+        train_dataset=None if train_rows is None else Dataset.from_list(list(train_rows)),
+        eval_dataset=Dataset.from_list(list(eval_rows)),
         peft_config=adapter if model is None else None,
     )
 
@@ -189,34 +241,54 @@ def answered(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Train a contender (`start` trains nothing), and judge it."""
-    held_out, unrelated = answered("heldout", options), answered("unrelated", options)
-    trainer = make_trainer(options, seed, sft=name == "sft", train_rows=answered("train", options), eval_rows=held_out)
+    task, rows = TASKS[options.what], answered("train", options)
+    settings = {} if name == "sft" else task.settings
+    if settings.get("lmbda") == 1.0:
+        rows = [{"prompt": row["prompt"]} for row in rows]
+    told = answered("told", options)
+    trainer = make_trainer(
+        options, seed, eval_rows=told, train_rows=rows, sft=name == "sft", **task.view, **settings
+    )
     found = {"cpu_seconds": 0.0}
     if name != "start":
         started = time.process_time()
         trainer.train()
         found["cpu_seconds"] = time.process_time() - started
-    told = trainer.evaluate()
-    found |= {"kl": told["eval_kl"], "perplexity": told["eval_perplexity"]}
-    other = make_trainer(options, seed, system=None, eval_rows=unrelated, model=trainer.model)
-    return {**found, "unrelated_kl": other.evaluate()["eval_kl"]}
+    found |= judged(trainer.model, "told", task.view, seed, options)
+    return found | judged(trainer.model, "plain", {}, seed, options)
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
-    start = statistics.fmean(run["kl"] for run in results["start"])
-    lines = ["| | held-out KL | closed | KL to the model on unrelated prompts | CPU seconds |", "|---|---|---|---|---|"]
-    lines.append(f"| before | {start:.3f} | | {_spread(results['start'], 'unrelated_kl')} | |")
-    for name, label in CONTENDERS.items():
-        closed = [{"closed": 100 * (1 - run["kl"] / start)} for run in results[name]]
-        cells = [_spread(results[name], "kl"), f"{_spread(closed, 'closed', 1)} %"]
-        cells += [_spread(results[name], "unrelated_kl"), _spread(results[name], "cpu_seconds", 0)]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+def judged(model: Any, part: str, view: dict[str, str], seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """KL to the teacher and perplexity on the held-out answers `part`; of `plain` ones perhaps lengths, too."""
+    lengths = part == "plain" and TASKS[options.what].lengths
+    measures: dict[str, Any] = {"eval_measures": ["diversity"], "eval_measures_rows": options.rows} if lengths else {}
+    judge = make_trainer(options, seed, eval_rows=answered(part, options), model=model, **view, **measures)
+    scores = judge.evaluate()
+    found = {f"{part}_kl": scores["eval_kl"], f"{part}_perplexity": scores["eval_perplexity"]}
+    if lengths:  # the teacher of plain answers is the model itself
+        found |= {"tokens": scores["eval_completion_tokens"], "ended": scores["eval_ended"]}
+    return found
+
+
+def table(results: dict[str, list[dict[str, float]]], task: Task) -> str:
+    start = results["start"][0]
+    columns = {"told_kl": ("KL, told", 3), "plain_kl": ("KL, plain", 3), "plain_perplexity": ("perplexity, plain", 2)}
+    if task.lengths:
+        columns |= {"tokens": ("tokens an answer", 1), "ended": ("ended", 2)}
+    names = [title for title, _ in columns.values()]
+    lines = [f"| | {' | '.join(names)} | closed | CPU seconds |", "|---" * (len(columns) + 3) + "|"]
+    lines.append(f"| before | {' | '.join(f'{start[key]:.{digits}f}' for key, (_, digits) in columns.items())} | | |")
+    for name in CONTENDERS:
+        runs = results[name]
+        cells = [spread([run[key] for run in runs], digits) for key, (_, digits) in columns.items()]
+        closed = spread([100 * (1 - run["told_kl"] / start["told_kl"]) for run in runs], 1)
+        label = task.told if name == "divergence" else "SFT on the teacher's answers"
+        lines.append(f"| {label} | {' | '.join(cells)} | {closed} % | {spread([r['cpu_seconds'] for r in runs], 0)} |")
     return "\n".join(lines)
 
 
-def _spread(runs: list[dict[str, float]], key: str, digits: int = 3) -> str:
+def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean over seeds, with the half width of a 95 % interval where there are three."""
-    values = [run[key] for run in runs]
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {_T_2 * statistics.stdev(values) / 3**0.5:.{digits}f}" if len(values) == 3 else mean
 
