@@ -1,86 +1,86 @@
 """Two LoRA experts into one student: is each as well learnt as by a student that has that expert alone?
 
-    python benchmarks/experts.py --model runs/demo/teacher --seeds 0 1 2
-    python benchmarks/experts.py --quick            # the same code on a toy, for the tests
+    python benchmarks/experts.py --seeds 0 1 2
+    python benchmarks/experts.py --quick            # two steps of everything, for the tests
 
-An adapter is tuned on sums and another one on differences (SFT, by TRL). A third one then learns from both by the
-forward KL, each row from its own expert (`teachers`), and two more learn from one expert each, on the very same rows of
-that domain, in as many steps. So each step of the common student has twice the rows, and as many tokens of a domain as
-a step of that domain's own student. Judged on held-out rows: KL(expert || student), and which part of it is closed.
-What a run has found is kept in the work folder: it goes on from there.
+A small Llama learns sums and differences of two-digit numbers for a while. From there an adapter is tuned on sums and
+another one on differences. Students are new adapters on the same base: one learns from both experts by the forward KL,
+each row from its own (`teachers`), two from one expert each, on the very same rows of that domain in as many steps. So
+a step of the common student has twice the rows, and as many tokens of a domain as a step of that domain's own student.
+Judged on held-out problems: KL(expert || student), and which part of it is closed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import random
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from measuring import machine, write_results
-from prompt_distillation import PROMPTS, alone, spread, toy
+from prompt_distillation import bytes_tokenizer, spread
 
-DOMAINS = ("addition", "subtraction")
-HELD_OUT = 32  # the last rows, half of each domain
+DOMAINS = {"addition": "+", "subtraction": "-"}
+PROBLEMS, HELD_OUT = 2000, 250  # of each domain; the held-out ones are others
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="runs/demo/teacher", help="folder of an instruct model")
     parser.add_argument("--work", type=Path, default=Path("runs/experts"), help="folder for everything made")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=4, help="of each domain in a step")
-    parser.add_argument("--expert-steps", type=int, default=24, help="of 8 rows")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--base-steps", type=int, default=300, help="of 128 rows of both domains")
+    parser.add_argument("--expert-steps", type=int, default=400, help="of 128 rows")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=64, help="of each domain in a step of a student")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="of adapters")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--quick", action="store_true", help="a toy model and two steps")
+    parser.add_argument("--quick", action="store_true", help="two steps of everything")
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.steps = options.expert_steps = 2
-        options.model = str(options.work / "toy")
-    if options.only:
-        run(options.only[0], int(options.only[1]), options)
-        return
+        options.base_steps = options.expert_steps = options.steps = 2
     settings = f"{options.steps} steps of {options.rows} rows a domain, learning rate {options.learning_rate}, LoRA r 16"
-    described = f"{machine(options.threads)}\n\n{settings}; experts: {options.expert_steps} steps of 8"
+    described = f"{machine(options.threads)}\n\n{settings}; base {options.base_steps}, experts {options.expert_steps}"
     print(f"{described}\n", flush=True)
-    for name in DOMAINS:
-        alone(__file__, f"expert-{name}", 0, options.work)
-    students = ("both", *DOMAINS)
-    results = {name: [alone(__file__, name, seed, options.work) for seed in options.seeds] for name in students}
+    set_up(options)
+    for name in ("base", *(f"expert-{domain}" for domain in DOMAINS)):
+        print(f"  {name}: {taught(name, options)}", file=sys.stderr, flush=True)
+    results: dict[str, list[dict[str, float]]] = {}
+    for seed in options.seeds:
+        for name, domains in {"both": tuple(DOMAINS), **{domain: (domain,) for domain in DOMAINS}}.items():
+            results.setdefault(name, []).append(student(domains, seed, options))
+            print(f"  {name}, seed {seed}: {results[name][-1]}", file=sys.stderr, flush=True)
+        write_results(options.json, described, results)
     print(table(results))
-    write_results(options.json, described, results)
 
 
-def run(name: str, seed: int, options: argparse.Namespace) -> None:
+def set_up(options: argparse.Namespace) -> None:
+    import datasets
     import torch
     import transformers
 
-    out = options.work / f"{name}-{seed}.json"
-    if out.is_file():
-        return
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
     options.work.mkdir(parents=True, exist_ok=True)
-    if options.quick:
-        toy(options.work / "toy")
-    if name.startswith("expert-"):
-        found = expert(name.removeprefix("expert-"), options)
-    else:
-        found = student(DOMAINS if name == "both" else (name,), seed, options)
-    out.write_text(json.dumps(found))
 
 
-def rows_of(domains: tuple[str, ...]) -> tuple[list[Any], list[Any]]:
-    """Training rows of these domains, and the held-out rows of all."""
-    lines = (PROMPTS / "data" / "two_tasks.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [row for row in rows[:-HELD_OUT] if row["teacher"] in domains], rows[-HELD_OUT:]
+def problems(domain: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """All problems of a domain with right answers, in one order: those to train on, and those held out."""
+    pairs = [(a, b) for a in range(100) for b in range(100) if domain == "addition" or a >= b]
+    random.Random(0).shuffle(pairs)
+    rows = [
+        {
+            "prompt": f"{a}{DOMAINS[domain]}{b}=",
+            "completion": str(a + b if domain == "addition" else a - b),
+            "teacher": domain,
+        }
+        for a, b in pairs
+    ]
+    return rows[:PROBLEMS], rows[-HELD_OUT:]
 
 
 def adapter() -> Any:
@@ -89,77 +89,78 @@ def adapter() -> Any:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def settings_of(options: argparse.Namespace, out: str) -> dict[str, Any]:
-    return {
-        "output_dir": str(options.work / out),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "max_length": 128,
-        "learning_rate": options.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 4,
-        "logging_steps": 8,
-        "save_strategy": "no",
-    }
+def taught(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Train the base, or an expert, on right answers; return its accuracy by domain."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
 
+    from distill_trainers.toy import addition_accuracy, fit_on_gold, tiny_llama
 
-def expert(domain: str, options: argparse.Namespace) -> dict[str, float]:
-    """Tune an adapter on the right answers of one domain."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    train = Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for row in rows_of((domain,))[0]])
-    args = SFTConfig(
-        **settings_of(options, f"run-{domain}"),
-        max_steps=options.expert_steps,
-        per_device_train_batch_size=8,
-        gradient_checkpointing=False,
-    )
-    trainer = SFTTrainer(options.model, args=args, train_dataset=train, peft_config=adapter())
-    started = time.process_time()
-    trainer.train()
-    trainer.model.save_pretrained(options.work / f"expert-{domain}")
-    return {"cpu_seconds": time.process_time() - started, "loss": float(trainer.state.log_history[-1]["train_loss"])}
+    torch.manual_seed(0)
+    tokenizer, folder = bytes_tokenizer(), options.work / name
+    own = [domain for domain in DOMAINS if name in ("base", f"expert-{domain}")]
+    rows = [row for pair in zip(*(problems(domain)[0] for domain in own), strict=False) for row in pair]
+    how: dict[str, Any] = {"output_dir": str(options.work / "run")}
+    model: Any
+    if name == "base":
+        model, steps = tiny_llama(tokenizer, 64, 2), options.base_steps
+    else:
+        base = AutoModelForCausalLM.from_pretrained(options.work / "base")
+        model, steps = get_peft_model(base, adapter()), options.expert_steps
+        how["learning_rate"] = options.learning_rate
+    fit_on_gold(model, tokenizer, rows, steps, **how)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {domain: addition_accuracy(model, tokenizer, problems(domain)[1]) for domain in DOMAINS}
 
 
 def student(domains: tuple[str, ...], seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Train on the rows of some domains; judge on those of both."""
+    started = time.process_time()
     from datasets import Dataset
 
     from distill_trainers import GKDConfig, GKDTrainer
+    from distill_trainers.toy import ADAM_BETA2
 
-    train, held_out = rows_of(domains)
-    adapters = {name: str(options.work / f"expert-{name}") for name in DOMAINS}
+    train = [row for pair in zip(*(problems(domain)[0] for domain in domains), strict=False) for row in pair]
+    base = str(options.work / "base")
     trainer = GKDTrainer(
-        model=options.model,
+        model=base,
         teacher_model={
-            name: {"teacher_model_name_or_path": options.model, "teacher_adapter": path}
-            for name, path in adapters.items()
+            domain: {"teacher_model_name_or_path": base, "teacher_adapter": str(options.work / f"expert-{domain}")}
+            for domain in DOMAINS
         },
         args=GKDConfig(
-            **settings_of(options, f"run-{'-'.join(domains)}-{seed}"),
+            output_dir=str(options.work / f"run-{'-'.join(domains)}-{seed}"),
             overwrite_output_dir=True,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
             seed=seed,
             lmbda=0.0,
             divergence="forward_kl",
+            max_length=16,
             max_steps=options.steps,
             per_device_train_batch_size=options.rows * len(domains),
-            per_device_eval_batch_size=8,
+            per_device_eval_batch_size=HELD_OUT,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, options.steps // 10),
+            adam_beta2=ADAM_BETA2,
+            logging_steps=100,
+            save_strategy="no",
         ),
         train_dataset=Dataset.from_list(train),
-        eval_dataset=Dataset.from_list(held_out),
+        eval_dataset=Dataset.from_list([row for domain in DOMAINS for row in problems(domain)[1]]),
         peft_config=adapter(),
     )
     before = trainer.evaluate()
-    started = time.process_time()
     trainer.train()
-    found = {"cpu_seconds": time.process_time() - started}
     after = trainer.evaluate()
-    for name in DOMAINS:
-        found |= {f"before/{name}": before[f"eval_kl/{name}"], f"after/{name}": after[f"eval_kl/{name}"]}
-    return found
+    scores = {"before": before, "after": after}
+    found = {f"{when}/{name}": score[f"eval_kl/{name}"] for when, score in scores.items() for name in DOMAINS}
+    return {**found, "cpu_seconds": time.process_time() - started}
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:

@@ -142,18 +142,22 @@ def prompts(file: Path, most: int) -> list[dict[str, Any]]:
     return [{"prompt": row if isinstance(row, list) else [{"role": "user", "content": row}]} for row in rows]
 
 
-def toy(folder: Path) -> None:
-    """A model of random weights that reads bytes."""
+def bytes_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-
-    from distill_trainers.toy import tiny_llama
 
     backend = Tokenizer(models.BPE({byte: i for i, byte in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<end>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+
+
+def toy(folder: Path) -> None:
+    """A model of random weights that reads bytes."""
+    from distill_trainers.toy import tiny_llama
+
+    tokenizer = bytes_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     tiny_llama(tokenizer, 32, 1, seed=0, max_position_embeddings=1024).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

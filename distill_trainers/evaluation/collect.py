@@ -52,6 +52,24 @@ class Collected:
     teacher_text: list[TokenValues] = field(default_factory=list)
     cost: Cost | None = None
 
+    def of_owner(self, examples: ExampleSet, owner: int) -> Collected:
+        """Return what belongs to `examples.of_owner(owner)`, of what belongs to `examples`."""
+
+        def part(subset: str, values: Sequence[Any]) -> list[Any]:
+            own = (example.owner == owner for example in examples.of(subset))
+            return [value for value, is_own in zip(values, own, strict=True) if is_own] if values else []
+
+        return Collected(
+            self.end_ids,
+            samples=[part("prompts", samples) for samples in self.samples],
+            greedy=part("questions", self.greedy),
+            answers=part("questions", self.answers),
+            sampled_answers=part("questions", self.sampled_answers),
+            reference=part("texts", self.reference),
+            own_text=part("prompts", self.own_text),
+            teacher_text=part("prompts", self.teacher_text),
+        )
+
     def read_answers(
         self, examples: ExampleSet, metrics: Sequence[str], settings: EvaluationSettings, tokenizer: Any
     ) -> None:

@@ -32,6 +32,7 @@ class Example:
         answer: of a question; None where nobody knows.
         prompt_text: for people to read: a conversation without its template; empty where only ids are known.
         teacher_prompt_ids: what the teacher reads in place of the prompt; None: the same.
+        owner: of several teachers, the place of the one that the row belongs to.
     """
 
     prompt_ids: list[int]
@@ -42,6 +43,7 @@ class Example:
     task: str = ""
     prompt_text: str = ""
     teacher_prompt_ids: list[int] | None = None
+    owner: int = 0
 
     @property
     def key(self) -> str:
@@ -226,6 +228,10 @@ class ExampleSet:
             "references": [i for i, example in every if example.prompt_ids and example.references],
             "questions": [i for i, example in every if example.prompt_ids and example.answer is not None],
         }
+
+    def of_owner(self, owner: int) -> ExampleSet:
+        """Return the rows of one of several teachers."""
+        return replace(self, examples=[example for example in self.examples if example.owner == owner])
 
     def of(self, subset: str) -> list[Example]:
         return [self.examples[i] for i in self.subsets[subset]]

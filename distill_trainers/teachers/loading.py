@@ -67,6 +67,21 @@ def each_teacher(teacher: Any, options: TeacherOptions) -> Iterator[tuple[str, M
         yield "", Member(teacher, options)
 
 
+def kinds_of(teacher: Any, options: TeacherOptions) -> list[type[Teacher] | Teacher]:
+    """Return what each of several teachers is or is going to be, or the only one."""
+    if isinstance(teacher, Several):
+        return list(teacher.leaves.values())
+    members = [member for _, member in each_teacher(teacher, options)]
+    return [CachedTeacher if m.options.teacher_cache is not None else kind_of(m.given, m.options) for m in members]
+
+
+def may_write(teacher: Any, options: TeacherOptions) -> bool:
+    """Tell whether completions can be had of a teacher, as it was given: of each one's rows, if they are several."""
+    if isinstance(teacher, Several):
+        return teacher.can_generate
+    return not options.composes_teachers and all(kind.can_generate for kind in kinds_of(teacher, options))
+
+
 def has_files(teacher: Any, options: TeacherOptions) -> bool:
     """Tell whether the configuration and tokenizer of a teacher, as it was given, can be read before it is loaded."""
     return teacher is not None and kind_of(teacher, options).has_files

@@ -51,6 +51,7 @@ class Several(Teacher):
         self.parts = {name: member.name for name, member in self.leaves.items()}
         self.provides = frozenset(self._provided())  # type: ignore[misc]
         self.may_be_away = any(member.may_be_away for member in self.members.values())  # type: ignore[misc]
+        self.can_read_rollouts = all(m.can_read_rollouts for m in self.members.values())  # type: ignore[misc]
         self.moves = any(member.moves for member in self.members.values())  # type: ignore[misc]
         self._told_late = told_late
         self._announcing = False

@@ -28,7 +28,7 @@ from .config import DistillConfig
 from .given.best_metric import check_best_metric, check_best_teacher
 from .given.lengths import check_positions
 from .given.packages import check_packages
-from .lifecycle import held_out, publishing
+from .lifecycle import held_out_checks, publishing
 from .student import student_config, student_tokenizer
 
 
@@ -368,7 +368,9 @@ def _check_datasets(given: Given, wants: Requirements) -> None:
     strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
     if strategy != "no" and evaluation is None:
         raise DatasetError(f"Got `eval_strategy: {strategy}` but no `eval_dataset`; pass one or set 'no'.")
-    held_out.check(args, evaluation, loading.kind_of(given.pair.teacher, args), wants)
+    teacher = given.pair.teacher
+    kinds, writes = loading.kinds_of(teacher, args), loading.may_write(teacher, args)
+    held_out_checks.check(args, evaluation, kinds, wants, teacher_writes=writes)
     if not given.own_scores:
         check_best_metric(args, evaluation, wants.teachers)
     args.check_datasets(given.train, evaluation, given.text, wants)

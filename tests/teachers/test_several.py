@@ -546,7 +546,11 @@ REFUSED = {
         {},
         "'math'.*in memory|bitsandbytes",
     ),
-    "measures": ({}, {"eval_measures": ["agreement"], "eval_dataset": rows(4)}, "RoutedTeacher, which cannot read"),
+    "measures": (
+        {"math": {"teacher_model": "math", "teacher_cache": "{tmp}"}},
+        {"eval_measures": ["agreement"], "eval_dataset": rows(4)},
+        "one of the teachers is a CachedTeacher, which cannot read",
+    ),
 }
 
 

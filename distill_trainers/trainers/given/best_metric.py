@@ -28,6 +28,12 @@ def scores_of_each(args: DistillConfig) -> set[str]:
     return (scores_of(args) or set()) - _OF_THE_WHOLE - args.other_scores
 
 
+def measured_scores(args: DistillConfig) -> set[str]:
+    """Name the scores of `eval_measures`, without `eval_`: on one set, whose name is no part of them."""
+    measured = {m.name for m in MEASURES.values() if m.metric in (args.eval_measures or [])}
+    return measured | {prefix + score for prefix in ("teacher_", "gap_closed_") for score in measured}
+
+
 def check_best_teacher(args: DistillConfig, evaluation: Any, names: Sequence[str]) -> None:
     """Refuse a `metric_for_best_model` of a teacher that has no row in the evaluation set.
 
@@ -75,10 +81,9 @@ def check_best_metric(args: DistillConfig, evaluation: Any, names: Collection[st
     known = scores if several is None else {f"{part}_{score}" for part in several for score in scores}
     own = scores_of_each(args)
     own = own if several is None else {f"{part}_{score}" for part in several for score in own}
-    measured = {m.name for m in MEASURES.values() if m.metric in (args.eval_measures or [])}  # on one set, by no name
-    measured |= {prefix + score for prefix in ("teacher_", "gap_closed_") for score in measured}
+    measured = measured_scores(args)
     score, _, teacher = name.rpartition("/")
-    if score in own and teacher in names:
+    if score in own | measured and teacher in names:
         return
     bare = name if several is None else next((name[len(p) + 1 :] for p in several if name.startswith(f"{p}_")), "")
     if name in known | measured or ("accuracy" in scores and bare.startswith("accuracy_")):

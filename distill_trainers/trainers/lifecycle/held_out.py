@@ -19,101 +19,36 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ... import models
+from ...data.routing import TEACHER_INDEX
 from ...data.views import has_view, teacher_prompt
-from ...evaluation import METRICS, EvaluationSettings
+from ...evaluation import METRICS
 from ...evaluation.accuracy import answer_parser
 from ...evaluation.agreement import comparison_terms
 from ...evaluation.collect import Collected
 from ...evaluation.examples import Example, ExampleSet
 from ...evaluation.exposure import covered_length
-from ...evaluation.intervals import Sums
 from ...evaluation.measures import MEASURES, NEED_A_TEACHER, NEED_SAMPLES
 from ...evaluation.scores import scores_of
 from ...evaluation.teacher_forced import Text, TokenValues, force
-from ...exceptions import ConfigurationError, DatasetError
+from ...exceptions import DatasetError
 from ...losses.reduction import trained_mask
 from ...randomness import Role
-from ...requirements import Requirements
 from ...rollouts import CompletionSettings, complete_prompts, local_engine
 from ...rollouts.store import prompt_key
 from ...storage import content_key, write_file
 from ...teachers import Teacher
 from ..protocol import Run
 from .completions import completion_store
+from .held_out_checks import held_out_settings
 from .side_by_side import SideBySide, log_side_by_side
 
 logger = logging.getLogger(__name__)
 
 # The whole evaluation set gives a perplexity; speed is no score of training.
 HELD_OUT_METRICS = tuple(name for name in METRICS if name not in ("perplexity", "speed"))
-# What an evaluation tells without them.
-ALWAYS_THERE = frozenset({"perplexity", "kl", "top1_agreement", "accuracy", "answered", "tokens_per_answer"})
+# What a metric is taken on, if not on any prompt.
+_ROWS = {"rouge_l": "references", "accuracy": "questions", "consistency": "questions"}
 INITIAL_NAME = "initial_scores.json"
-
-
-def check(args: Any, eval_dataset: Any, teacher: type[Teacher], wants: Requirements) -> None:
-    """Refuse measures that cannot be taken, before anything is loaded.
-
-    Raises:
-        ConfigurationError, DatasetError: which, and what they need.
-    """
-    names = args.eval_measures or []
-    best = (args.metric_for_best_model or "").removeprefix("eval_").removeprefix("gap_closed_").removeprefix("teacher_")
-    if best in MEASURES and best not in ALWAYS_THERE and MEASURES[best].metric not in names:
-        raise ConfigurationError(
-            f"Got `metric_for_best_model: {args.metric_for_best_model}`, which is measured only with "
-            f"`eval_measures: [{MEASURES[best].metric}]`. Add it, or choose another metric."
-        )
-    if not names:
-        return
-    if eval_dataset is None:
-        raise DatasetError(f"Got `eval_measures: {names}` but no `eval_dataset`, whose first rows they are taken on.")
-    if args.max_new_tokens >= args.row_limit:
-        raise ConfigurationError(
-            f"Got `eval_measures` with max_new_tokens={args.max_new_tokens} and max_length={args.max_length}, which "
-            "leaves no room for a prompt. Raise max_length, or lower max_new_tokens."
-        )
-    if "consistency" in names and args.eval_measures_seeds < 2:
-        raise ConfigurationError(
-            f"Got `eval_measures: {names}` with `eval_measures_seeds: {args.eval_measures_seeds}`; consistency "
-            "compares the samples of at least 2 seeds."
-        )
-    if args.teacher_cache is not None and set(names) & NEED_A_TEACHER:
-        raise ConfigurationError(
-            f"Got `eval_measures: {names}` with a `teacher_cache`, which has no answers to text that a student is "
-            f"going to write. Leave out {' and '.join(sorted(set(names) & NEED_A_TEACHER))}, or the cache."
-        )
-    if wants.encoder_decoder:
-        raise ConfigurationError(
-            "Got `eval_measures` for an encoder-decoder student; expected a causal LM. Leave them out: "
-            "`eval_accuracy` scores such students."
-        )
-    lost = sorted(set(names) & NEED_A_TEACHER)
-    if lost and not teacher.can_read_rollouts:
-        raise ConfigurationError(
-            f"Got `eval_measures: {names}`, but the teacher is a {teacher.__name__}, which "
-            f"cannot read a student's text. Leave out {' and '.join(lost)}."
-        )
-    if "exposure_bias" in lost and not teacher.can_generate:
-        raise ConfigurationError(
-            f"Got `eval_measures: {names}`, but the teacher is a {teacher.__name__}, which writes no "
-            "text of its own. Leave out exposure_bias."
-        )
-    held_out_settings(args).check()
-
-
-def held_out_settings(args: Any) -> EvaluationSettings:
-    """Say how a run's measures are taken: sampled at temperature 1, whatever its rollouts are."""
-    return EvaluationSettings(
-        metrics=list(args.eval_measures),
-        max_length=args.row_limit,
-        max_new_tokens=args.max_new_tokens,
-        seeds=[args.seed + k for k in range(args.eval_measures_seeds)],
-        stop_strings=args.stop_strings,
-        batch_size=args.rollout_batch_size or args.per_device_eval_batch_size,
-        answer_formats=getattr(args, "answer_formats", None),
-        answer_kind=getattr(args, "answer_kind", "auto"),
-    )
 
 
 class HeldOutMeasures(TrainerCallback):
@@ -134,7 +69,7 @@ class HeldOutMeasures(TrainerCallback):
         self._teacher: Collected | None = None
         self._teacher_scores: dict[str, float] = {}
         self._initial: dict[str, float] | None = None
-        self._exposure_length: int | None = None
+        self._exposure_lengths: dict[str, int] = {}  # by `_ends`
         self._taken: tuple[int, dict[str, float]] | None = None  # at which step
 
     # ---- When -------------------------------------------------------------------------------------------------------
@@ -167,10 +102,10 @@ class HeldOutMeasures(TrainerCallback):
             collected = self._collect(model)
         finally:
             model.train(was_training)
-        scores = {name: sums.value for name, sums in self._scores(collected).items()}
+        scores = self._scores(collected, self.metrics)
         self._remember(scores, step)
         logged = dict(scores)
-        theirs = {name: v for name, v in self._teacher_scores.items() if MEASURES[name].metric not in NEED_A_TEACHER}
+        theirs = {name: v for name, v in self._teacher_scores.items() if _metric_of(name) not in NEED_A_TEACHER}
         logged |= {f"teacher_{name}": value for name, value in theirs.items() if name in scores}
         logged |= {f"gap_closed_{name}": value for name, value in self._gaps(scores).items()}
         logged = {name: value for name, value in logged.items() if value == value}  # a NaN is no score
@@ -194,17 +129,16 @@ class HeldOutMeasures(TrainerCallback):
             answer = row.get("reference") or (self._parse(reference) if reference else None)
             references = [reference] if reference else []
             choices, task = list(row.get("choices") or []), row.get("task") or ""
-            example = Example(ids[:start][-room:], completion, references, answer, choices, task)
+            owner = row.get(TEACHER_INDEX, 0)
+            example = Example(ids[:start][-room:], completion, references, answer, choices, task, owner=owner)
             rows_read.append(replace(example, teacher_prompt_ids=teacher_prompt(row) if has_view(row) else None))
             if len(rows_read) == self.run.args.eval_measures_rows:
                 break
-        examples = ExampleSet(rows_read)
-        missing = {"rouge_l": "references", "accuracy": "questions", "consistency": "questions"}
-        wrong = [name for name in self.metrics if not examples.subsets[missing.get(name, "prompts")]]
+        wrong = [name for name in self.metrics if not _has_rows(ExampleSet(rows_read), name)]
         if wrong:
             raise DatasetError(
                 f"Got `eval_measures: {self.metrics}`, but the first {self.run.args.eval_measures_rows} rows of "
-                f"the evaluation set have no {missing.get(wrong[0], 'prompts')} for {wrong[0]}. Leave it out, or give "
+                f"the evaluation set have no {_ROWS.get(wrong[0], 'prompts')} for {wrong[0]}. Leave it out, or give "
                 "them."
             )
         return rows_read
@@ -214,21 +148,22 @@ class HeldOutMeasures(TrainerCallback):
         assert self.examples is not None
         run, examples = self.run, self.examples
         collected = Collected(end_ids=list(run.sampling.eos_token_ids))
-        collected.samples = self._sample(lambda: models.generating(model, run.accelerator), collected.end_ids)
+        collected.samples = self._sample(
+            examples.prompted, lambda: models.generating(model, run.accelerator), collected.end_ids
+        )
         if "accuracy" in self.metrics:
             generating = models.generating(model, run.accelerator)
             collected.greedy = self._complete(examples.questions, generating, collected.end_ids, greedy=True)
         self._answer(collected)
         metrics = set(self.metrics)
         if metrics & {"agreement", "calibration"}:
-            collected.reference = self._read(model, [e.behind(e.completion_ids) for e in examples.with_text])
+            given = [example.completion_ids for example in examples.with_text]
+            collected.reference = self._read(model, examples.with_text, given)
         if metrics & NEED_A_TEACHER:
-            own = zip(examples.prompted, collected.samples[0], strict=True)
-            collected.own_text = self._read(model, [e.behind(ids) for e, ids in own])
+            collected.own_text = self._read(model, examples.prompted, collected.samples[0])
         if "exposure_bias" in metrics:
             assert self._teacher is not None
-            theirs = zip(examples.prompted, self._teacher.samples[0], strict=True)
-            collected.teacher_text = self._read(model, [e.behind(ids) for e, ids in theirs])
+            collected.teacher_text = self._read(model, examples.prompted, self._teacher.samples[0])
         return collected
 
     def _answer(self, collected: Collected) -> None:
@@ -239,47 +174,71 @@ class HeldOutMeasures(TrainerCallback):
         """The teacher's own completions and scores, once."""
         if not self.teacher_writes:
             return
-        teacher, run = self.run.teacher, self.run
-        assert self.examples is not None
-        collected = Collected(end_ids=teacher.eos_ids(run.processing_class))
+        run, examples = self.run, self.examples
+        assert examples is not None
+        collected = Collected()
+        # By place among the examples that each is over: of several teachers, each completes the prompts of its own.
+        samples: list[dict[int, list[int]]] = []
+        greedy: dict[int, list[int]] = {}
+        for owner, teacher in enumerate(run.teacher.writers):
+            own, ends = examples.of_owner(owner), teacher.eos_ids(run.processing_class)
+            collected.end_ids = sorted({*collected.end_ids, *ends})
+            if not own.prompted:
+                continue
+            fingerprint = teacher.fingerprint()
 
-        def generating() -> Any:
-            return teacher.generating(run.accelerator)
+            def generating(teacher: Teacher = teacher) -> Any:
+                return teacher.generating(run.accelerator)
 
-        collected.samples = self._sample(generating, collected.end_ids, teacher.fingerprint())
-        if "accuracy" in self.metrics:
-            collected.greedy = self._complete(
-                self.examples.questions, generating(), collected.end_ids, greedy=True, fingerprint=teacher.fingerprint()
-            )
+            by_seed = self._sample(own.prompted, generating, ends, fingerprint)
+            samples = samples or [{} for _ in by_seed]
+            for into, completions in zip(samples, by_seed, strict=True):
+                into |= _placed(examples.prompted, owner, completions)
+            if "accuracy" in self.metrics and own.questions:
+                answers = self._complete(own.questions, generating(), ends, greedy=True, fingerprint=fingerprint)
+                greedy |= _placed(examples.questions, owner, answers)
+        collected.samples = [[of_seed[i] for i in sorted(of_seed)] for of_seed in samples]
+        collected.greedy = [greedy[i] for i in sorted(greedy)]
         self._answer(collected)
         self._teacher = collected
         # How the teacher reads references is not measured here.
         metrics = [name for name in self.metrics if name != "calibration"]
-        self._teacher_scores = {name: sums.value for name, sums in self._scores(collected, metrics, True).items()}
+        self._teacher_scores = self._scores(collected, metrics, is_teacher=True)
 
-    def _scores(self, texts: Collected, metrics: list[str] | None = None, is_teacher: bool = False) -> dict[str, Sums]:
+    def _scores(self, collected: Collected, metrics: list[str], *, is_teacher: bool = False) -> dict[str, float]:
+        """Score one model by name; by several teachers, their own rows too, as `SCORE/NAME`."""
         assert self.examples is not None
-        length = 1 if is_teacher else self._covered(texts)  # a teacher has no error at any length
-        metrics = self.metrics if metrics is None else metrics
-        tokenizer = self.run.processing_class
-        return scores_of(
-            texts, self.examples, self.settings, metrics, tokenizer, is_teacher=is_teacher, exposure_length=length
-        )[0]
+        parts = {"": (self.examples, collected, self._teacher)}
+        for owner, name in enumerate(self.run.teacher.names):
+            own = self.examples.of_owner(owner)
+            theirs = None if self._teacher is None else self._teacher.of_owner(self.examples, owner)
+            if own.examples:
+                parts[f"/{name}"] = (own, collected.of_owner(self.examples, owner), theirs)
+        scores: dict[str, float] = {}
+        for end, (examples, texts, theirs) in parts.items():
+            names = [name for name in metrics if _has_rows(examples, name)]
+            covers = "exposure_bias" in names and not is_teacher  # a teacher has no error at any length
+            length = self._covered(texts, theirs, end) if covers else 1
+            tokenizer, how = self.run.processing_class, {"is_teacher": is_teacher, "exposure_length": length}
+            sums, _ = scores_of(texts, examples, self.settings, names, tokenizer, **how)
+            scores |= {f"{name}{end}": value.value for name, value in sums.items()}
+        return scores
 
-    def _covered(self, texts: Collected) -> int | None:
+    def _covered(self, texts: Collected, theirs: Collected | None, end: str) -> int | None:
         """Return l of ExAccErr(l), the same at all evaluations of a run: each further position would add to it."""
-        if "exposure_bias" not in self.metrics or self._teacher is None:
+        if theirs is None:
             return None
-        if self._exposure_length is None:
-            self._exposure_length = covered_length([texts.samples[0], self._teacher.samples[0]])
-        longest = max(map(len, texts.samples[0]))
-        if longest >= self._exposure_length:
-            return self._exposure_length
+        if end not in self._exposure_lengths:
+            self._exposure_lengths[end] = covered_length([texts.samples[0], theirs.samples[0]])
+        length, longest = self._exposure_lengths[end], max(map(len, texts.samples[0]))
+        if longest >= length:
+            return length
         logger.warning(
-            "exposure_error is left out of step %d: it is taken over %d tokens in this run, and the student's longest "
-            "completion now has %d.",
+            "exposure_error%s is left out of step %d: it is taken over %d tokens in this run, and the student's "
+            "longest completion now has %d.",
+            end,
             self.run.state.global_step,
-            self._exposure_length,
+            length,
             longest,
         )
         return None
@@ -309,7 +268,7 @@ class HeldOutMeasures(TrainerCallback):
             return
         self._initial = scores
         if self.run.accelerator.is_main_process and self.run.is_in_train:
-            record = {"key": self._key, "scores": scores, "exposure_length": self._exposure_length}
+            record = {"key": self._key, "scores": scores, "exposure_lengths": self._exposure_lengths}
             write_file(self._file, json.dumps(record), "the scores of the first evaluation", "Free some space.")
 
     def _recall(self, step: int) -> None:
@@ -319,7 +278,7 @@ class HeldOutMeasures(TrainerCallback):
         text = self._file.read_text() if self.run.accelerator.is_main_process and self._file.is_file() else "{}"
         record = json.loads(gather_object([text])[0])
         if record.get("key") == self._key:
-            self._initial, self._exposure_length = record["scores"], record.get("exposure_length")
+            self._initial, self._exposure_lengths = record["scores"], record.get("exposure_lengths") or {}
 
     def _side_by_side(self, of_student: Collected) -> list[SideBySide]:
         assert self.examples is not None
@@ -341,15 +300,15 @@ class HeldOutMeasures(TrainerCallback):
 
     # ---- How --------------------------------------------------------------------------------------------------------
 
-    def _sample(self, generating: Any, end_ids: list[int], fingerprint: str | None = None) -> list[list[list[int]]]:
+    def _sample(
+        self, examples: list[Example], generating: Any, end_ids: list[int], fingerprint: str | None = None
+    ) -> list[list[list[int]]]:
         """Completions by seed; also for side-by-side samples alone."""
-        assert self.examples is not None
         seeds = self.settings.seeds
         if not set(self.metrics) & NEED_SAMPLES - NEED_A_TEACHER:
             seeds = seeds[:1]
         return [
-            self._complete(self.examples.prompted, generating(), end_ids, seed=seed, fingerprint=fingerprint)
-            for seed in seeds
+            self._complete(examples, generating(), end_ids, seed=seed, fingerprint=fingerprint) for seed in seeds
         ]
 
     def _complete(
@@ -375,9 +334,20 @@ class HeldOutMeasures(TrainerCallback):
         written = complete_prompts(prompts, generating, accelerator, settings, store, progress=False)
         return [written[prompt_key(ids)] for ids in asked]
 
+    def _read(self, model: nn.Module, examples: list[Example], completions: list[list[int]]) -> list[TokenValues]:
+        """Per-token measures of the completions by student and teacher, inside the student's wrappers.
+
+        Of several teachers, each reads the rows of its own.
+        """
+        texts = [example.behind(ids) for example, ids in zip(examples, completions, strict=True)]
+        found: dict[int, TokenValues] = {}
+        for owner in range(max(1, len(self.run.teacher.names))):
+            places = [i for i, example in enumerate(examples) if example.owner == owner]
+            found |= dict(zip(places, self._read_of(owner, model, [texts[i] for i in places]), strict=True))
+        return [found[i] for i in range(len(texts))]
+
     @torch.no_grad()
-    def _read(self, model: nn.Module, texts: list[Text]) -> list[TokenValues]:
-        """Per-token measures of the texts by student and teacher, inside the student's wrappers."""
+    def _read_of(self, owner: int, model: nn.Module, texts: list[Text]) -> list[TokenValues]:
         run, both = self.run, self.run.two_models
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
         asks = bool(set(self.metrics) & NEED_A_TEACHER)
@@ -385,6 +355,8 @@ class HeldOutMeasures(TrainerCallback):
         def read(batch: dict[str, Any]) -> dict[str, Tensor]:
             """Plain rows, whatever the method's own batches are made of: its hooks have no say here."""
             assert bool(trained_mask(batch["labels"]).any())
+            if run.teacher.names:
+                batch = {**batch, TEACHER_INDEX: torch.full_like(batch["labels"][:, 0], owner)}
             with both.autocast():
                 return both.terms(model, batch, both.signal if asks else None, comparison_terms, {})[1]
 
@@ -402,3 +374,20 @@ class HeldOutMeasures(TrainerCallback):
         for other, part in enumerate(gather_object([part_of_rank])):
             whole[other::world] = part
         return whole
+
+
+# ---- Details --------------------------------------------------------------------------------------------------------
+
+
+def _placed(examples: list[Example], owner: int, completions: list[list[int]]) -> dict[int, list[int]]:
+    """Completions of one teacher's examples by the places of these among all."""
+    return dict(zip((i for i, e in enumerate(examples) if e.owner == owner), completions, strict=True))
+
+
+def _has_rows(examples: ExampleSet, metric: str) -> bool:
+    return bool(examples.subsets[_ROWS.get(metric, "prompts")])
+
+
+def _metric_of(score: str) -> str:
+    """The metric of a score, which may be that of one of several teachers."""
+    return MEASURES[score.partition("/")[0]].metric
