@@ -43,7 +43,11 @@ LAUNCHES: dict[str, tuple[str | None, str]] = {
     "fsdp2": ("fsdp2.yaml", "FSDP2 × 2"),
 }
 _TOPK = {"teacher_server_kind": "topk", "teacher_placement": "remote"}
-# Name of a teacher: settings of the run. Those with an adapter are compared with a copy of the student's base.
+_VIEW = {"teacher_prompt": "1+{prompt}", "like": "view, replicated"}
+_TWO = {"several": True, "like": "two by row, replicated"}
+_MIX = {"several": True, "teacher_mix": "geometric", "like": "two mixed, replicated"}
+# Name of a teacher: settings of the run. Each is compared with the teacher that it is `like`, in a single process; by
+# default with a whole one of the same answers, and those with an adapter with a copy of the student's base.
 TEACHERS: dict[str, dict[str, Any]] = {
     "replicated": {"teacher_placement": "replicate"},
     "zero3": {"teacher_placement": "zero3"},
@@ -60,6 +64,25 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "LoRA, adapter off": {"teacher_placement": "adapter_off", "lora": True},
     "DoRA, teacher a copy": {"teacher_placement": "replicate", "lora": True, "dora": True},
     "DoRA, adapter off": {"teacher_placement": "adapter_off", "lora": True, "dora": True},
+    "view, replicated": {**_VIEW, "teacher_placement": "replicate"},
+    "view, zero3": {**_VIEW, "teacher_placement": "zero3"},
+    "view, fsdp2": {**_VIEW, "teacher_placement": "fsdp2"},
+    "view, cached hidden": {**_VIEW, "teacher_placement": "cached", "teacher_cache": "hidden"},
+    "view, remote hidden": {**_VIEW, "teacher_placement": "remote", "teacher_server_kind": "hidden"},
+    "itself at first, view": {**_VIEW, "self_teacher": "initial", "like": "itself at first, view"},
+    "itself averaged, view": {**_VIEW, "self_teacher": "ema", "self_teacher_decay": 0.5, "like": "itself averaged, view"},
+    "itself as it is, view": {**_VIEW, "self_teacher": "live", "like": "itself as it is, view"},
+    "LoRA, itself averaged, view": {
+        **{**_VIEW, "self_teacher": "ema", "self_teacher_decay": 0.5, "lora": True},
+        "like": "LoRA, itself averaged, view",
+    },
+    "two by row, replicated": {**_TWO, "teacher_placement": "replicate"},
+    "two by row, zero3": {**_TWO, "teacher_placement": "zero3"},
+    "two by row, fsdp2": {**_TWO, "teacher_placement": "fsdp2"},
+    "two by row, one remote": {**_TWO, "teacher_placement": "replicate", "remote": "a"},
+    "two mixed, replicated": {**_MIX, "teacher_placement": "replicate"},
+    "two mixed, zero3": {**_MIX, "teacher_placement": "zero3"},
+    "two mixed, fsdp2": {**_MIX, "teacher_placement": "fsdp2"},
 }
 CACHES: dict[str, dict[str, Any]] = {
     "hidden": {"teacher_cache_kind": "hidden"},
@@ -174,7 +197,7 @@ def run(launch: str, folder: Path, options: Any) -> tuple[dict[str, Any], bool]:
 @contextlib.contextmanager
 def served(folder: Path, options: Any) -> Iterator[str | None]:
     """The address of the teacher, served by a process of its own while within; None if no teacher is remote."""
-    if not any(TEACHERS[name]["teacher_placement"] == "remote" for name in options.teachers):
+    if not any(TEACHERS[t].get("teacher_placement") == "remote" or "remote" in TEACHERS[t] for t in options.teachers):
         yield None
         return
     command = [sys.executable, "-m", "distill_trainers.cli", "serve-teacher", "--model", str(folder / "teacher")]
@@ -205,6 +228,8 @@ def environment(options: Any) -> dict[str, str]:
 def reference_of(teacher: str) -> str:
     """The teacher of the single process that a teacher is compared with."""
     settings = TEACHERS[teacher]
+    if "like" in settings:
+        return str(settings["like"])
     if settings.get("lora"):
         return "DoRA, teacher a copy" if settings.get("dora") else "LoRA, teacher a copy"
     return "remote top-k + tail, k = V/2" if teacher.endswith("k = V/2") else "replicated"

@@ -51,23 +51,24 @@ def cell(job: dict[str, Any], teacher: str, method: str) -> dict[str, Any]:
     try:
         if cache := settings.get("teacher_cache"):
             settings |= CACHES[cache]
-            settings["teacher_cache"] = str(fill(job, method, cache))
+            view = {"teacher_prompt": settings["teacher_prompt"]} if "teacher_prompt" in settings else {}
+            settings["teacher_cache"] = str(fill(job, method, cache, view))
         trainer = build(job, method, settings)
         losses, norms = recorded(trainer)
         trainer.train()
     except ConfigurationError as error:
         return {"refused": str(error)}
-    if settings["teacher_placement"] == "remote":
-        trainer.teacher.close()
+    trainer.teacher.close()
     return {"loss": losses, "grad_norm": norms}
 
 
-def fill(job: dict[str, Any], method: str, cache: str) -> Path:
+def fill(job: dict[str, Any], method: str, cache: str, view: dict[str, Any]) -> Path:
     """The folder of a full cache, made by the processes of this launch with a whole teacher."""
     from distill_trainers.trainers.lifecycle.cache_filling import fill_cache
 
-    folder = Path(job["folder"]) / "caches" / "_".join((job["launch"], method, cache)).replace(" ", "_")
-    settings = {**CACHES[cache], "teacher_cache": str(folder), "teacher_placement": "replicate"}
+    name = "_".join((job["launch"], method, cache, *view)).replace(" ", "_")
+    folder = Path(job["folder"]) / "caches" / name
+    settings = {**CACHES[cache], **view, "teacher_cache": str(folder), "teacher_placement": "replicate"}
     trainer = build(job, method, settings)
     fill_cache(trainer)
     trainer.accelerator.wait_for_everyone()
@@ -80,7 +81,9 @@ def build(job: dict[str, Any], method: str, settings: dict[str, Any]) -> Any:
 
     settings, folder = dict(settings), Path(job["folder"])
     lora, dora = settings.pop("lora", False), settings.pop("dora", False)
-    placement = settings["teacher_placement"]
+    several, away = settings.pop("several", False), settings.pop("remote", "")
+    settings.pop("like", None)
+    placement = settings.setdefault("teacher_placement", "auto")
     if placement == "device_map":  # the launch's processes must not share one device by accident
         here = int(os.environ.get("LOCAL_RANK", "0")) if job["gpu"] else "cpu"
         settings["teacher_model_init_kwargs"] = {"device_map": {"": here}}
@@ -111,9 +114,14 @@ def build(job: dict[str, Any], method: str, settings: dict[str, Any]) -> Any:
     if lora:
         student = adapted(folder, "dora" if dora else "lora")
     teacher = str(folder / ("student" if lora else "teacher"))
-    teachers = {"adapter_off": None, "cached": None, "remote": job["server"]}
-    given = teachers.get(placement, teacher)
-    return trainer_class(student, given, args, rows(name), processing_class=tokenizer(folder))
+    given: Any = {"adapter_off": None, "cached": None, "remote": job["server"]}.get(placement, teacher)
+    if "self_teacher" in settings:
+        given = None
+    if several:
+        given = {"a": teacher, "b": str(folder / "student")}
+        remote = {"teacher_placement": "remote", "teacher_server_kind": "hidden"}
+        given |= {name: {"teacher_model_name_or_path": job["server"], **remote} for name in away}
+    return trainer_class(student, given, args, rows(name, several), processing_class=tokenizer(folder))
 
 
 def adapted(folder: Path, adapter: str) -> Any:
@@ -130,7 +138,13 @@ def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder / "student")
 
 
-def rows(method: str) -> Any:
+def rows(method: str, several: bool = False) -> Any:
+    """Rows of a method's layout; of several teachers, each has one."""
+    made = rows_of(method)
+    return made.add_column("teacher", ["ab"[i % 3 == 0] for i in range(len(made))]) if several else made
+
+
+def rows_of(method: str) -> Any:
     from datasets import Dataset
 
     from distill_trainers.toy import addition_dataset, addition_rationales, addition_rows

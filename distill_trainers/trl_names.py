@@ -70,7 +70,7 @@ REFUSED = {
     "use_weighting": "leave it out",
     "discopop_tau": "leave it out",
     "sync_ref_model": "the reference stays as it is; leave it out",
-    "num_generations": "one completion is sampled for each prompt; leave it out",
+    "num_generations": "one completion is sampled for each prompt; with `feedback`, set `feedback_samples`",
     "teacher_tokenizer_name_or_path": _ULD,
     "use_uld_loss": _ULD,
     "callbacks": "pass callbacks to the trainer",

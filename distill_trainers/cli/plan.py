@@ -58,6 +58,7 @@ def make_plan(recipe: Recipe) -> Plan:
     teacher = checked.ready.pair.teacher
     place = kind_of(teacher, args).place
     several = {name: str(named(member.given)) for name, member in each_teacher(teacher, args) if name}
+    told = "; ".join(f"{name}: {given}" for name, given in several.items())
 
     teacher_size = 0
     if checked.teacher_config is not None:
@@ -77,7 +78,7 @@ def make_plan(recipe: Recipe) -> Plan:
         trainable_parameters=trainable,
         teacher=", ".join(several) or str(teacher or place or "no teacher"),
         teacher_parameters=teacher_size,
-        teacher_place=_several(several) if several else f"{place}; it answers and fits" if place else "none",
+        teacher_place=told if several else f"{place}; it answers and fits" if place else "none",
         train_rows=None if lengths is None else len(lengths),
         train_tokens=None if lengths is None else sum(lengths),
         eval_rows=None if evaluation is None else len(evaluation),
@@ -88,10 +89,6 @@ def make_plan(recipe: Recipe) -> Plan:
         disk_free_mib=shutil.disk_usage(existing).free / 2**20,
         teacher_cache=cache,
     )
-
-
-def _several(teachers: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {given}" for name, given in teachers.items()) + " (their memory is not counted below)"
 
 
 def print_plan(plan: Plan) -> None:

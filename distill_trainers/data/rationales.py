@@ -31,7 +31,7 @@ from .formats import apply_column_mapping, detect_dataset_type, first_row
 from .labels import IGNORED, TokenizedRow, any_trained, labels_of, row_of
 from .plain import plain_dataset
 from .rows import truncate
-from .teacher_prompts import TeacherPrompts, tell_without_context
+from .teacher_prompts import TeacherPrompts
 from .texts import encoder_and_decoder_ids, split_text, tell_straddled
 from .tokenization import code_fingerprint, is_kept
 from .views import BATCH_ENTRIES, has_view, joined_views, view_of, with_teacher_prompt
@@ -228,7 +228,7 @@ def prepare_rationales(
     features = _features(views=work.teacher_prompts is not None)
     run = partial(_prepare_example, work=work, needs=needs, with_others=with_others, name=name, code=code_fingerprint())
     map_rows: Any = partial(dataset.map, run, with_indices=True, remove_columns=list(row), features=features)
-    told = [name for name in ("dropped", "straddled", "has_context") if name in features]
+    told = [name for name in ("dropped", "straddled", "lacks") if name in features]
     if not isinstance(dataset, Dataset):
         return map_rows().filter(is_kept).remove_columns(told)
     prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
@@ -240,8 +240,8 @@ def prepare_rationales(
         logger.warning("Dataset %r, %d rows: %d dropped (%s).", name, len(prepared), reasons.total(), counts)
     tell_straddled(prepared["straddled"][:], name)
     usable = [i for i, reason in enumerate(prepared["dropped"]) if not reason]
-    if "has_context" in told:
-        tell_without_context([prepared["has_context"][i] for i in usable], name)
+    if work.teacher_prompts is not None:
+        work.teacher_prompts.tell_lacking([prepared["lacks"][i] for i in usable], name)
     return prepared.select(usable).remove_columns(told)
 
 
@@ -260,8 +260,8 @@ def _prepare_example(
     if has_view(first):
         other = other if has_view(other) else {**other, "teacher_prompt_ids": [], "view_start": 0}
         length = max(first.pop("teacher_length"), other.pop("teacher_length", 0))
-        views = {"teacher_length": length, "has_context": first.pop("has_context")}
-        other.pop("has_context", None)
+        views = {"teacher_length": length, "lacks": first.pop("lacks")}
+        other.pop("lacks", None)
     return {
         **first,
         **{f"other_{name}": value for name, value in other.items()},
@@ -303,7 +303,7 @@ def _features(*, views: bool = False) -> Features:
         "dropped": text,
         "straddled": number,
     }
-    more = {"teacher_length": number, "has_context": Value("bool")} if views else {}
+    more = {"teacher_length": number, "lacks": text} if views else {}
     return Features({**sequence, **others, **rest, **more})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
@@ -16,7 +17,7 @@ from distill_trainers.data.labels import TokenizedRow
 from distill_trainers.data.messages import Message, is_trained
 from distill_trainers.data.texts import num_ids, text_ids
 from distill_trainers.data.views import has_view, start_of_view
-from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,7 +127,7 @@ class TeacherPrompts:
         tokenizer: PreTrainedTokenizerBase,
         chat_template_kwargs: Mapping[str, Any] | None,
     ) -> TokenizedRow:
-        """Add `teacher_prompt_ids`, `view_start` and `has_context` to a tokenised row.
+        """Add `teacher_prompt_ids`, `view_start` and `lacks`, the columns without a value, to a tokenised row.
 
         A row in which a column of the template has no value has no context: its teacher reads the student's prompt,
         with the system prompt if there is one.
@@ -155,7 +156,7 @@ class TeacherPrompts:
         if ids == []:
             raise DatasetError("The teacher's prompt is empty. Expected text before the completion: mend its column.")
         view = {"teacher_prompt_ids": shown if ids is None else ids, "view_start": start}
-        return {**tokens, **view, "has_context": self.prompt is None or said is not None}
+        return {**tokens, **view, "lacks": self._lacking(row)}
 
     def finished(self, whole: TokenizedRow, cut: TokenizedRow, reserve: int) -> tuple[dict[str, Any], str]:
         """Return the columns of the view of a row that was cut to length, and a reason to drop it, if any.
@@ -169,13 +170,13 @@ class TeacherPrompts:
             DatasetError: the teacher's row is longer than `max_length`, and such rows are not to be dropped.
         """
         if not has_view(whole):  # an empty row
-            return {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0, "has_context": True}, ""
+            return {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0, "lacks": ""}, ""
         ids, start = cut["teacher_prompt_ids"], cut["view_start"]
         if whole["teacher_prompt_ids"] == whole["input_ids"][: whole["view_start"]]:
             ids = cut["input_ids"][:start]  # the student's prompt, as the student sees it
         behind = max(len(cut["input_ids"]), cut["prompt_length"] + reserve) - start
         view = {"teacher_prompt_ids": ids, "view_start": start, "teacher_length": len(ids) + behind}
-        view["has_context"] = whole["has_context"]
+        view["lacks"] = whole["lacks"]
         if self.max_length is None or view["teacher_length"] <= self.max_length:
             return view, ""
         if self.drops_long:
@@ -193,21 +194,52 @@ class TeacherPrompts:
         self, row: Mapping[str, Any], asked: str | Sequence[Message] | None, tokenizer: PreTrainedTokenizerBase
     ) -> Any:
         """Text, messages or ids that a column or template gives; None where the row has no context of its own."""
-        if self.prompt is None:
+        if self.prompt is None or self._lacking(row):
             return None
-        values = {**row, **{old: row.get(new) for old, new in self.columns}}
+        values = self._values(row)
         if "{" not in self.prompt:
-            value = values.get(self.prompt)
-            if value in (None, "", []):
-                return None
+            value = values[self.prompt]
             if asked is None:
                 return _as_ids(value, self.prompt, num_ids(tokenizer))
             return to_chatml(value) if is_conversation(value) else as_text(value, column=self.prompt)
         question = asked if isinstance(asked, str) else question_of(asked or ())
         texts = {name: as_words(values.get(name), name) for name in names_in(self.prompt) - {ASKED}}
-        if not all(texts.values()):
-            return None
         return filled(self.prompt, {**texts, ASKED: question})
+
+    def _values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {**row, **{old: row.get(new) for old, new in self.columns}}
+
+    def _lacking(self, row: Mapping[str, Any]) -> str:
+        """Name the columns of the template that have no value in a row, with commas between."""
+        prompt, values = self.prompt or "{", self._values(row)
+        if "{" not in prompt:
+            return prompt if values.get(prompt) in (None, "", []) else ""
+        names = sorted(names_in(self.prompt or "") - {ASKED})
+        return ", ".join(name for name in names if not as_words(values.get(name), name))
+
+    def tell_lacking(self, lacks: Sequence[str], name: str) -> None:
+        """Log in how many rows of the dataset `name` which columns are empty: their teacher has no context.
+
+        Raises:
+            NoUsableRowsError: in all of the training rows, though a context is all that the teacher has of its own.
+        """
+        counts = Counter(column for columns in lacks if columns for column in columns.split(", "))
+        if not counts:
+            return
+        told = ", ".join(f"{count} have nothing in {column!r}" for column, count in counts.items())
+        if all(lacks) and name == "train" and self.system is None:
+            raise NoUsableRowsError(
+                f"Got {len(lacks)} rows in dataset {name!r}, of which {told}: in none of them does the teacher read more "
+                "than the student; expected a context in some. Fill the column, or leave it and `teacher_prompt` out."
+            )
+        logger.warning(
+            "Dataset %r, %d rows: %s, which `teacher_prompt` names, so that %d have a teacher that reads the same "
+            "question as the student.",
+            name,
+            len(lacks),
+            told,
+            sum(map(bool, lacks)),
+        )
 
     def _of_text(self, text: str, asked: str, tokens: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """A text before a completion that is text: the system prompt is its first paragraph."""
@@ -241,19 +273,6 @@ class TeacherPrompts:
             return rendered_prompt(chat, messages, header=header, begun=begun)
         except RenderingError as error:
             raise DatasetError(f"The teacher's prompt cannot be rendered: {error}") from error
-
-
-def tell_without_context(has_context: Sequence[bool], name: str) -> None:
-    """Log of how many rows of the dataset `name` the teacher is asked what the student is."""
-    without = len(has_context) - sum(has_context)
-    if without:
-        logger.warning(
-            "Dataset %r, %d rows: %d have nothing in a column of `teacher_prompt`, and their teacher reads the same "
-            "question as the student.",
-            name,
-            len(has_context),
-            without,
-        )
 
 
 # ---- Templates ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from distill_trainers.data.labels import any_trained
 from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.routing import TEACHER_INDEX, teacher_index
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
-from distill_trainers.data.teacher_prompts import TeacherPrompts, tell_without_context
+from distill_trainers.data.teacher_prompts import TeacherPrompts
 from distill_trainers.data.texts import tell_straddled
 from distill_trainers.data.views import view_features
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
@@ -129,7 +129,7 @@ def prepare_dataset(
     if isinstance(dataset, Dataset):
         with reading(f"Dataset {name!r} cannot be read"):
             prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}")
-        prepared = _drop(prepared, max_length, name)
+        prepared = _drop(prepared, max_length, name, teacher_prompts)
     else:
         prepared = map_rows().filter(is_kept)
     return prepared.remove_columns([column for column in _TOLD if column in features])
@@ -200,7 +200,7 @@ def is_kept(row: Mapping[str, Any]) -> bool:
     return not row["dropped"]
 
 
-def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
+def _drop(dataset: Dataset, max_length: int | None, name: str, prompts: TeacherPrompts | None) -> Dataset:
     flags = dataset.select_columns([column for column in _TOLD if column in dataset.column_names])[:]
     reasons = Counter(reason for reason in flags["dropped"] if reason)
     usable = [i for i, reason in enumerate(flags["dropped"]) if not reason]
@@ -227,13 +227,13 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
     if news:
         logger.warning("Dataset %r, %d rows: %s.", name, len(dataset), "; ".join(news))
     tell_straddled(flags["straddled"], name)
-    if "has_context" in flags:
-        tell_without_context([flags["has_context"][i] for i in usable], name)
+    if prompts is not None:
+        prompts.tell_lacking([flags["lacks"][i] for i in usable], name)
     return dataset.select(usable) if reasons else dataset
 
 
 # Columns that are told of, and then go.
-_TOLD = ("dropped", "goes_on", "prompt_cut", "completion_cut", "straddled", "has_context")
+_TOLD = ("dropped", "goes_on", "prompt_cut", "completion_cut", "straddled", "lacks")
 
 
 def _features(*, views: bool = False, routed: bool = False, feedback: bool = False) -> Features:
@@ -253,7 +253,7 @@ def _features(*, views: bool = False, routed: bool = False, feedback: bool = Fal
     }
     columns |= {TEACHER_INDEX: number} if routed else {}
     columns |= feedback_features() if feedback else {}
-    return Features(columns | view_features() | {"has_context": flag} if views else columns)
+    return Features(columns | view_features() | {"lacks": Value("string")} if views else columns)
 
 
 def _check_lengths(max_length: int | None, max_new_tokens: int | None) -> None:

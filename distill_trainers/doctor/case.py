@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..trainers import DistillConfig
+    from .several import TeacherOnPaper
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Case:
         samples: whether training samples the student's own completions.
         trainable_dtype, teacher_dtype: as text, such as `float32`.
         placement: of the teacher, one of `teachers.placement.PLACEMENTS` but `auto`.
+        teachers: several of them, by name; `teacher_shape` is None then.
+        composed: whether each row is read by all of these.
         gpus: hardware that need not be here; None: this machine's.
     """
 
@@ -68,4 +71,6 @@ class Case:
     teacher_shape: ModelShape | None = None
     work: Workload | None = None
     placement: str = "replicate"
+    teachers: dict[str, TeacherOnPaper] = field(default_factory=dict)
+    composed: bool = False
     gpus: Gpus | None = None

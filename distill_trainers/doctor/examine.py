@@ -59,6 +59,7 @@ class Diagnosis:
             "teacher": case.teacher,
             "launch": asdict(case.launch),
             "placement": case.placement,
+            "teachers": {name: teacher.placement for name, teacher in case.teachers.items()},
             "parameters": {name: None if shape is None else shape.parameters for name, shape in shapes.items()},
             "steps": case.steps,
             "memory": None

@@ -93,6 +93,7 @@ class Workload:
         teacher_samples: whether the teacher decodes beside the student.
         teacher_sparse: whether a cached or remote teacher answers without its head.
         padded: whether rows have different lengths, so that attention needs a mask.
+        teacher_more: tokens that a row has for the teacher beyond the student's, where it has a prompt of its own.
     """
 
     rows: int
@@ -111,10 +112,15 @@ class Workload:
     teacher_samples: bool = False
     teacher_sparse: bool = False
     padded: bool = True
+    teacher_more: int = 0
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @property
+    def teacher_tokens(self) -> int:
+        return self.rows * (self.length + self.teacher_more)
 
 
 @dataclass(frozen=True)
@@ -366,8 +372,8 @@ class _Teacher:
         if self.placement in ("cached", "remote"):
             return {}
         parts = {
-            "a layer at work": at_work(shape, work.tokens, max(2.0, work.teacher_bytes)),
-            "last hidden states": work.tokens * shape.hidden * work.teacher_bytes,
+            "a layer at work": at_work(shape, work.teacher_tokens, max(2.0, work.teacher_bytes)),
+            "last hidden states": work.teacher_tokens * shape.hidden * work.teacher_bytes,
         }
         if self.placement == "fsdp2":
             parts["gathered"] = min(shape.parameters, 2 * shape.layer + shape.head) * work.teacher_bytes

@@ -3,7 +3,7 @@
 Products of n tokens of mean length T, in operations (a multiplication and an addition are two):
 - student forward F = 2 n (P − embedding) + 2 n T a layers (causal attention, half of the pairs);
 - backward 2 F, or F where only an adapter is trained; gradient checkpointing recomputes F without the head;
-- teacher forward likewise, unless its answers are cached or come from elsewhere;
+- teacher forward likewise, on its own view, unless its answers are cached or come from elsewhere;
 - rollouts, on the share λ of steps: a forward of prompts and samples, and for each new token one reading of
   all weights; they are taken to be max_new_tokens long, also where they are trained on.
 
@@ -62,9 +62,13 @@ def pace_of(case: Case, rates: Rates | None) -> Pace | None:
     forward = _forward(student, tokens, mean)
     passes = 3.0 if student.trainable == student.parameters else 2.0
     operations = passes * forward + (_forward(student, tokens, mean) - 2 * tokens * student.head) * work.checkpointing
-    teacher = student if case.placement in OF_STUDENT else case.teacher_shape
-    if teacher is not None and case.placement not in ("cached", "remote"):
-        operations += _forward(teacher, tokens, mean)
+    places = {name: (t.shape, t.placement) for name, t in case.teachers.items()}
+    read_by = 1.0 if case.composed else 1 / max(1, len(places))  # the share of rows that each of several reads
+    its_mean, its_tokens = mean + work.teacher_more, tokens * (1 + work.teacher_more / mean) if mean else 0.0
+    for shape, placement in (places or {"": (case.teacher_shape, case.placement)}).values():
+        teacher = student if placement in OF_STUDENT else shape
+        if teacher is not None and placement not in ("cached", "remote"):
+            operations += read_by * _forward(teacher, its_tokens, its_mean)
     read = 0.0
     if work.rollout_rows:
         calls = max(1.0, work.rows * work.accumulation / work.rollout_rows)

@@ -27,9 +27,12 @@ from ..recipe.checks import (
 from ..recipe.parse import Recipe
 from ..requirements import Requirements
 from ..settings import require
+from ..teachers.loading import has_files
+from ..teachers.members import composed_of, read_members
 from . import Case, Finding, Gpus, Launch
 from .findings import note
 from .rows import faults, marked
+from .several import on_paper as several_on_paper
 from .shapes import ModelShape, shape_of
 from .trust import check_trust
 from .work import BYTES, placement_of, workload
@@ -54,17 +57,18 @@ def case_of(
     """
     student, teacher = student_and_teacher(recipe)
     findings: list[Finding] = []
+    several: Any = None
     taught_by = _taught_by(teacher, recipe)
     if isinstance(teacher, Mapping) or recipe.args.extrapolate:
         findings.append(
             note(
                 "teacher",
-                f"There are several teachers ({taught_by}): what they take of memory and time is left out, "
-                "and their tokenizers are compared by the run's own checks alone.",
+                f"There are several teachers ({taught_by}): their tokenizers and caches are looked at by the run's own "
+                "checks alone.",
                 "Look at each with a recipe of its own, which names it alone.",
             )
         )
-        teacher = None
+        several, teacher = teacher, None
     on_paper = {name for name in (student, teacher) if name and _paper(name, architectures) is not None}
     if checked is None:
         _attempt(findings, "recipe", lambda: refuse_to_start_over(recipe.args))
@@ -85,6 +89,8 @@ def case_of(
     if train is not None and case.tokenizer is not None:
         _look_at_rows(recipe, case, wants, train, findings)
     _sizes(recipe, case, findings)
+    if several is not None:
+        _several(recipe, case, several, findings)
     findings += check_trust(recipe)
     if on_paper:
         findings.append(
@@ -140,7 +146,7 @@ def _read_apart(
     """Everything that can be read although something else cannot; returns the training data."""
     from transformers import AutoConfig
 
-    from ..teachers.loading import has_files, teacher_tokenizer
+    from ..teachers.loading import teacher_tokenizer
     from ..trainers.student import student_tokenizer
 
     args = recipe.args
@@ -227,6 +233,7 @@ def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:
         teacher_dtype=case.teacher_dtype,
         samples=case.samples,
         longest=max(case.lengths, default=1024),
+        teacher_more=_teacher_more(case),
     )
     if case.student_config is not None:
         case.stops = _stop_ids(case.student, case.student_config)
@@ -235,6 +242,34 @@ def _sizes(recipe: Recipe, case: Case, findings: list[Finding]) -> None:
         complete = _cache(case)
     cached = complete and not case.samples
     case.placement = placement_of(args, case.teacher, case.launch, cached=cached, adapted=case.peft)
+
+
+def _teacher_more(case: Case) -> int:
+    """Count the tokens that the rows looked at have for the teacher beyond the student's, at the most."""
+    columns = getattr(case.prepared, "column_names", None) or []
+    if not {"teacher_length", "length", "prompt_length"} <= set(columns):
+        return 0
+    new = case.args.max_new_tokens if case.samples else 0
+    rows = zip(*(case.prepared[name] for name in ("teacher_length", "length", "prompt_length")), strict=True)
+    return max((theirs - max(length, prompt + new) for theirs, length, prompt in rows), default=0)
+
+
+def _several(recipe: Recipe, case: Case, given: Any, findings: list[Finding]) -> None:
+    """Set what is known of several teachers without their weights."""
+    args = recipe.args
+
+    def read(name: str, options: Any) -> tuple[ModelShape | None, str]:
+        if not has_files(name, options):
+            return None, "float32"
+        config = _attempt(findings, "recipe", lambda: models.load_config(name, "teacher", **options.files_of("teacher")))
+        kwargs = options.teacher_model_init_kwargs or {}
+        return _shape(recipe, config, findings, adapted=False), _dtype(kwargs.get("dtype", "auto"), config, "float32")
+
+    with contextlib.suppress(*_MENDABLE):  # the recipe's own check has told
+        members = read_members(given, args)
+        student = recipe.model.model_name_or_path or case.student
+        case.teachers = several_on_paper(members, args, case.launch, student, read, adapted=case.peft)
+        case.composed = len(composed_of(args, members)) == 1
 
 
 def _cache(case: Case) -> bool:

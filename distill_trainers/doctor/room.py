@@ -10,6 +10,7 @@ from pathlib import Path
 from .case import Case
 from .findings import Finding, error, warning
 from .memory import RESERVED, MemoryEstimate, estimate
+from .several import estimate_several
 
 # The formula is within these of measured peaks (docs/doctor.md), so that only what lies beyond is called an error.
 _SURELY_TOO_MUCH, _TIGHT = 1.2, 0.9
@@ -57,6 +58,8 @@ def memory_of(case: Case, **changes: object) -> MemoryEstimate | None:
     changed = replace(case, **changes)  # type: ignore[arg-type]
     if changed.student_shape is None or changed.work is None:
         return None
+    if changed.teachers:
+        return estimate_several(changed.student_shape, changed.teachers, changed.work, changed.launch)
     return estimate(changed.student_shape, changed.teacher_shape, changed.work, changed.launch, changed.placement)
 
 

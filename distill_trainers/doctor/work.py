@@ -25,12 +25,14 @@ def workload(
     teacher_dtype: str = "float32",
     samples: bool = False,
     longest: int = 1024,
+    teacher_more: int = 0,
 ) -> Workload:
     """Return the workload of a run.
 
     Args:
         samples: whether steps sample the student's completions.
         longest: row of the data, which counts where `max_length` cuts nothing.
+        teacher_more: tokens that rows have for the teacher beyond the student's.
     """
     rows, length = args.per_device_train_batch_size, args.max_length or longest
     window = rows * args.gradient_accumulation_steps * getattr(args, "innovation_samples", 1)
@@ -53,6 +55,7 @@ def workload(
         prompt=max(1, length - args.max_new_tokens) if samples else 0,
         new_tokens=args.max_new_tokens if samples else 0,
         teacher_samples=method == "minillm" and args.alpha > 0,
+        teacher_more=teacher_more,
         teacher_sparse=args.teacher_cache is not None and args.teacher_cache_kind != "hidden",
     )
 

@@ -20,6 +20,7 @@ from .experts import AUX_LOSS, balance_coefficient, without_router_logits
 from .forward import (
     disable_dropout,
     gives_hidden_states,
+    has_dropout,
     head_is_fusable,
     head_reproduces_logits,
     install_token_forward,

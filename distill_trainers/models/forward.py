@@ -204,6 +204,16 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
     return bool(error < (1e-3 if full_precision else 0.05))  # bfloat16 rounding stays near 0.01
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Tell whether anything of the model drops values while it trains (see `disable_dropout`)."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        if any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
+            return True
+    return False
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of the model to zero: modules, and the probabilities that attention layers pass to kernels."""
     for module in model.modules():

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -277,25 +277,10 @@ class LiveStudent(StudentItself):
     def loaded(cls, pair: Pair, options: TeacherOptions, student: StudentFn | None = None) -> LiveStudent:
         assert student is not None
         warn_of_thinking(pair, options)
-        return cls(student, has_dropout=not getattr(options, "disable_dropout", True))
+        return cls(student)
 
-    def __init__(self, student: StudentFn, has_dropout: bool = False):
+    def __init__(self, student: StudentFn):
         super().__init__(student, "the student itself")
-        self._differs = has_dropout
-
-    @property
-    def can_load(self) -> bool:
-        return True  # not so, but it is made after rows are read, and wants to hear of them
-
-    def expects(self, rows: Iterable[Mapping[str, Any]] | None, name: str) -> None:
-        first = next(iter(rows), None) if rows is not None and name == "training" else None
-        if self._differs or first is None or "teacher_length" in first:  # it has a prompt of its own
-            return
-        logger.warning(
-            "Got `self_teacher: live` with rows that student and teacher see alike, and without dropout: both say the "
-            "same, so the loss of distillation stays 0. Let the teacher see more than the student, take `self_teacher: "
-            "initial`, or set `disable_dropout: false`."
-        )
 
     def live(self) -> Any:
         raise ConfigurationError(writes_nothing("`self_teacher: live`"))

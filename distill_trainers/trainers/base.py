@@ -46,6 +46,7 @@ from .config import DistillConfig, config_from_arguments
 from .dataloaders import Dataloaders
 from .evaluation_loop import TeacherForcedEvaluation
 from .given import arguments
+from .given.own_teacher import warn_of_nothing_new
 from .lifecycle import outage, publishing
 from .lifecycle.callbacks import StepLoss, TeacherKeeper
 from .lifecycle.checkpoints import Resuming
@@ -177,6 +178,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self.teacher_source = pair.teacher
         pair = replace(ready.pair, teacher=ready.open_teacher(train_rows, eval_rows))
         self.model_wrapped = student = self.make_student(pair.student, trains=train_rows is not None)
+        if not args.disable_dropout and not models.has_dropout(student):
+            warn_of_nothing_new(args, train_rows)
         self.teacher = load_teacher(pair, args, lambda: self.model_wrapped)
         ready.tell(self.teacher, train_rows, eval_rows, loaded=True)
         rows = models.causal_lm_of(student).config.get_text_config().vocab_size

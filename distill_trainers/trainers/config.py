@@ -247,6 +247,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         return None
 
     @property
+    def follows_teacher_alone(self) -> bool:
+        """Whether a teacher that says what the student says leaves nothing to learn."""
+        return False
+
+    @property
     def other_scores(self) -> frozenset[str]:
         """Names of what evaluation logs besides."""
         return frozenset()

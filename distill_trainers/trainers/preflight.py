@@ -27,6 +27,7 @@ from ..teachers.rows import dataset_rows
 from .config import DistillConfig
 from .given.best_metric import check_best_metric, check_best_teacher
 from .given.lengths import check_positions
+from .given.own_teacher import warn_of_nothing_new
 from .given.packages import check_packages
 from .lifecycle import held_out_checks, publishing
 from .student import student_config, student_tokenizer
@@ -95,6 +96,8 @@ class Ready:
 
     def open_teacher(self, train: Any, evaluation: Any) -> Any:
         """The teacher, opened if that takes no weights, and told which rows will come; else as it was given."""
+        if self.given.args.disable_dropout:  # else only the loaded student tells whether it has any
+            warn_of_nothing_new(self.given.args, train)
         teacher = loading.open_teacher(self.pair, self.given.args)
         self.tell(teacher, train, evaluation, loaded=False)
         return teacher

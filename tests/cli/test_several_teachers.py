@@ -38,9 +38,11 @@ def test_the_shipped_recipe_is_planned_and_runs(experts, tmp_path, monkeypatch, 
     command = ["train", "--config", str(SHIPPED), *experts]
     assert main([*command, "--dry_run", "true"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "addition, subtraction" in said and "their memory is not counted" in said
+    assert "addition, subtraction" in said and "Memory: teacher addition" in said
+    assert "Memory: teacher subtraction" not in said, "it is an adapter on the same base"
     assert main(["doctor", "--config", str(SHIPPED), *experts, "--quick", "true"]) == 0
-    assert "There are several teachers (addition, subtraction)" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "There are several teachers (addition, subtraction)" in said and "on weights that are held" in said
     assert main(command) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert all(metrics[f"eval_kl/{name}"] > 0 for name in NAMES)
@@ -91,6 +93,7 @@ def test_the_doctor_names_a_teacher_that_is_moved_away(recipe, capsys):
     assert main(["doctor", "--config", path, "--quick"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "away from initial →" in said and "There are several teachers (" in said
+    assert "Held: teacher teacher" in said and "Held: teacher initial" in said
     path = recipe(teacher_model_name_or_path=None, self_teacher="ema", lmbda=0.0)
     assert main(["doctor", "--config", path, "--quick"]) == 0
     assert "itself (ema) →" in " ".join(capsys.readouterr().out.split())

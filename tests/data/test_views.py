@@ -53,7 +53,11 @@ OPENED = "<|im_start|>assistant\n"
         ({"messages": CHAT, "h": 7}, {"prompt": "{{{h}}} {prompt}"}, turn("user", "{7} Two?")),
         ({"messages": CHAT, "h": 2.0}, {"prompt": "{h} {prompt}"}, turn("user", "2 Two?")),  # as CSV files give it
         ({"messages": CHAT, "h": 2.5}, {"prompt": "{h} {prompt}"}, turn("user", "2.5 Two?")),
-        ({"messages": CHAT, "h": float("nan")}, {"prompt": "{h} {prompt}"}, turn("user", "Two?")),
+        (
+            {"messages": CHAT, "h": float("nan")},
+            {"prompt": "{h} {prompt}", "system": "S"},
+            turn("system", "S") + turn("user", "Two?"),
+        ),
         ({"messages": CHAT, "h": "{prompt}"}, {"prompt": "{h}"}, turn("user", "{prompt}")),
         ({"messages": CHAT, "h": "How many?"}, {"prompt": "h"}, turn("user", "How many?")),
         (
@@ -93,7 +97,18 @@ def test_a_row_without_context_has_the_students_prompt_and_is_counted(tok, caplo
     first, *others = prepared(tok, rows, TeacherPrompts(prompt="{h} {prompt}"))
     assert texts(tok, viewed_row(first))[0] != tok.decode(first["input_ids"])
     assert all(viewed_row(row)["input_ids"] == row["input_ids"] for row in others)
-    assert "3 rows: 2 have nothing in a column of `teacher_prompt`" in caplog.text
+    assert "3 rows: 2 have nothing in 'h', which `teacher_prompt` names, so that 2 have a teacher" in caplog.text
+
+
+def test_columns_without_any_value_are_named_and_refused(tok, caplog):
+    rows = [{"messages": CHAT, "h": None, "k": text} for text in ("a", "", None)]
+    with pytest.raises(NoUsableRowsError, match="3 rows .*'train', of which 3 have nothing in 'h', 2 have nothing in 'k'"):
+        prepared(tok, rows, TeacherPrompts(prompt="{h}{k}{prompt}"))
+    with pytest.raises(NoUsableRowsError, match="3 have nothing in 'h': in none of them"):
+        prepared(tok, rows, TeacherPrompts(prompt="h"))
+    prepared(tok, rows, TeacherPrompts("S", prompt="h"))  # a system prompt is something of the teacher's own
+    prepared(tok, rows, TeacherPrompts(prompt="h"), name="eval")  # scored against a teacher without a context
+    assert "Dataset 'eval', 3 rows: 3 have nothing in 'h'" in caplog.text
 
 
 @pytest.mark.parametrize("all_turns", [False, True])

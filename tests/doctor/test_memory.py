@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from distill_trainers.doctor import Launch, Workload, estimate, shape_of
 from distill_trainers.doctor.memory import layer_bytes
+from distill_trainers.doctor.several import TeacherOnPaper, estimate_several
 from distill_trainers.teachers.placement import PLACEMENTS
 
 SIZES = {
@@ -156,3 +157,33 @@ def test_rollouts_take_keys_and_values(shapes):
     assert moment["keys and values"] == 2 * 4 * (2 * 16) * 4 * 8 * 64
     sharded = estimate(*shapes, work, Launch(2, strategy="zero3"), "zero3").moments["rollouts"]
     assert sharded["student, whole"] == 4 * shapes[0].parameters
+
+
+def test_several_teachers_hold_their_sum_and_answer_one_after_the_other():
+    student = shape_of(AutoModelForCausalLM.from_config(CONFIGS["llama"](2)))
+    large = shape_of(AutoModelForCausalLM.from_config(CONFIGS["llama"](6)))
+    work, launch = Workload(2, 64, weight_bytes=4.0, teacher_bytes=4.0), Launch()
+    alone = {shape: estimate(student, shape, work, launch, "replicate") for shape in (student, large)}
+    teachers = {
+        "small": TeacherOnPaper(student, "replicate"),
+        "large": TeacherOnPaper(large, "replicate"),
+        "adapter": TeacherOnPaper(large, "replicate", shares=True),
+        "start": TeacherOnPaper(None, "adapter_off", shares=True),
+    }
+    need = estimate_several(student, teachers, work, launch)
+    held = {name: size for name, size in need.held.items() if name.startswith("teacher")}
+    assert held == {f"teacher {name}": alone[s].held["teacher"] for name, s in (("small", student), ("large", large))}
+    assert sum(need.held.values()) == sum(alone[large].held.values()) + held["teacher small"]
+    for moment, parts in alone[large].moments.items():
+        assert sum(need.moments[moment].values()) >= sum(parts.values())
+    one = estimate_several(student, {"large": teachers["large"]}, work, launch)
+    assert one.peak == alone[large].peak
+
+
+def test_a_longer_row_of_the_teacher_counts_in_its_forward_alone():
+    student = shape_of(AutoModelForCausalLM.from_config(CONFIGS["llama"](2)))
+    plain, viewed = (
+        estimate(student, student, Workload(2, 64, teacher_more=more), Launch(), "replicate").moments for more in (0, 32)
+    )
+    forwards = [sum(moments.pop("teacher's forward").values()) for moments in (plain, viewed)]
+    assert forwards[1] == pytest.approx(1.5 * forwards[0]) and plain == viewed

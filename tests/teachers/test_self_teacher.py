@@ -452,4 +452,25 @@ def test_what_is_risky_is_told(make_trainer, make_tokenizer, student_of, tokeniz
         assert "the loss of distillation stays 0" in caplog.text and "chat template" not in caplog.text
         caplog.clear()
         make_trainer(student_of("lora"), None, **OFF_POLICY, **KINDS["live"], disable_dropout=False)
+        assert "the loss of distillation stays 0" in caplog.text, "a student without dropout has none to keep"
+        caplog.clear()
+        drops = student_of("lora")
+        drops.base_model.model.model.layers[0].self_attn.attention_dropout = 0.1
+        make_trainer(drops, None, **OFF_POLICY, **KINDS["live"], disable_dropout=False)
         assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["initial", "ema"])
+def test_training_that_would_stand_still_is_told_before_anything_is_loaded(
+    make_trainer, student_of, monkeypatch, caplog, kind
+):
+    settings = {**OFF_POLICY, **KINDS[kind]}
+    with caplog.at_level(logging.WARNING):
+        make_trainer(student_of("lora"), None, **settings, lm_loss_weight=0.5)  # it holds the student near its start
+        views = {**settings, "train": settings.get("train", addition_dataset(8)), "teacher_prompt": "1+{prompt}"}
+        make_trainer(student_of("lora"), None, **views)
+        assert "stands still" not in caplog.text
+        monkeypatch.setattr("distill_trainers.trainers.base.load_student", lambda *args: pytest.fail("loaded"))
+        with pytest.raises(pytest.fail.Exception, match="loaded"):
+            make_trainer(student_of("lora"), None, **settings)
+        assert "stays 0 and training stands still" in caplog.text

@@ -4,15 +4,19 @@ import copy
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from distill_trainers.data.feedback import FeedbackTemplate
 from distill_trainers.data.teacher_prompts import TeacherPrompts
 from distill_trainers.data.tokenization import prepare_dataset
 from distill_trainers.data.views import view_of
 from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.recipe.checks import optimiser_steps
 from distill_trainers.toy import addition_rows
 from distill_trainers.trainers.gkd.feedback import judged
+from distill_trainers.trainers.lifecycle.order import RepeatedSampler
 
 TEMPLATE = "{attempt}={answer}+{prompt}"
 PROMPTS = ["1+1=", "2+30=", "1+1=", "40+4="]
@@ -115,6 +119,32 @@ def test_a_right_sample_of_another_process_serves(attempted, tokenizer, monkeypa
     monkeypatch.setattr("distill_trainers.trainers.gkd.feedback.gather_object", lambda own: elsewhere + own)
     _, (batch,) = attempted(["2", "33", "2", "44"], feedback="{right}={prompt}")
     assert read_by_teacher(batch, tokenizer)[1] == "32=2+30="
+
+
+@pytest.mark.parametrize("order", ["random", "sequential", "group_by_length"])
+def test_a_step_samples_each_of_its_prompts_so_often(make_trainer, tokenizer, order):
+    settings = {"train": rows([f"{a}+1=" for a in range(1, 7)]), "feedback": "{right}={prompt}", "lmbda": 1.0}
+    settings |= {"feedback_samples": 2, "train_sampling_strategy": order, "max_steps": -1, "num_train_epochs": 2}
+    trainer = make_trainer(**settings, per_device_train_batch_size=4)
+    told, sampled = [], trainer.sample_completions
+
+    def remembered(batches):
+        told.extend(tokenizer.decode(ids) for batch in batches for ids in batch["prompt_ids"])
+        return sampled(batches)
+
+    trainer.sample_completions = remembered
+    trainer.train()
+    assert trainer.state.global_step == optimiser_steps(trainer.args, 6) == 6
+    first, second = told[::2], told[1::2]
+    assert first == second and len(set(first[:6])) == 6 and sorted(first[:6]) == sorted(first[6:])
+    assert (first[:6] == first[6:]) == (order == "sequential")
+
+
+def test_a_group_stays_in_one_step_of_all_processes():
+    batches = BatchSampler(RepeatedSampler(SequentialSampler(range(6)), 4), 2, drop_last=False)
+    shards = [BatchSamplerShard(batches, num_processes=2, process_index=rank) for rank in range(2)]
+    steps = [sorted(sum(parts, [])) for parts in zip(*shards, strict=True)]
+    assert steps == [[row] * 4 for row in range(6)]
 
 
 def test_a_step_in_which_all_are_right_trains_nothing(attempted):
@@ -244,6 +274,9 @@ def test_responses_are_judged_by_what_they_state(text, answer, settings, reason)
         ({"feedback_right": "both"}, "one of drop, keep"),
         ({"feedback_kind": "digits"}, "one of auto, number"),
         ({"feedback_formats": ["digits"]}, "Got the answer format 'digits'"),
+        ({"feedback": None, "feedback_samples": 2}, "`feedback` beside it"),
+        ({"feedback_samples": 3}, "feedback_samples: 3` with 8 rows a step; expected a divisor"),
+        ({"feedback_samples": 2, "train": rows().to_iterable_dataset(), "max_steps": 1}, "with a stream"),
         ({"replay_buffer_size": 8}, "none with `replay_buffer_size`"),
         ({"teacher_system_prompt": "1"}, "which writes the teacher's prompt itself"),
         ({"teacher_prompt": "{prompt}1"}, "which writes the teacher's prompt itself"),

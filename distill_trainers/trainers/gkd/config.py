@@ -56,6 +56,12 @@ class GKDConfig(DistillConfig):
         "What the teacher is asked about a completion of the student's that is wrong: a template over {prompt}, "
         "{attempt}, {answer} and {right} (a right sample of the same prompt in the step), or `default`.",
     )
+    feedback_samples: int = setting(
+        1,
+        "With feedback: completions that a step samples of each of its prompts, among which a right one ({right}) may "
+        "be; a divisor of the rows of a step.",
+        least=1,
+    )
     feedback_answer_column: str = setting("answer", "With feedback: the column of right answers.")
     feedback_kind: str = setting("auto", f"With feedback: how answers are compared: {', '.join(ANSWER_KINDS)}.")
     feedback_formats: list[str] | None = setting(
@@ -120,6 +126,10 @@ class GKDConfig(DistillConfig):
         return frozenset({"divergence"} | ({"lm_loss"} if self.lm_loss_weight else set()))
 
     @property
+    def follows_teacher_alone(self) -> bool:
+        return not self.lm_loss_weight or self.lmbda == 1
+
+    @property
     def samples_completions(self) -> bool:
         """Any step may train on the student's own text."""
         return self.lmbda > 0 or self.adaptive_rollouts
@@ -133,6 +143,18 @@ class GKDConfig(DistillConfig):
         return self.seq_kd
 
     def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if rows % self.feedback_samples:
+            raise ConfigurationError(
+                f"Got `feedback_samples: {self.feedback_samples}` with {rows} rows a step; expected a divisor of them, "
+                "since all samples of a prompt belong to one step (per_device_train_batch_size × "
+                "gradient_accumulation_steps × processes)."
+            )
+        if self.feedback_samples > 1 and wants.streams_rows:
+            raise ConfigurationError(
+                f"Got `feedback_samples: {self.feedback_samples}` with a stream; expected a `datasets.Dataset`, whose "
+                "rows can be sampled several times in a step. Leave `feedback_samples` out, or load all rows."
+            )
         if self.adaptive_rollouts and isinstance(evaluation, dict):
             raise ConfigurationError(
                 f"Got `adaptive_rollouts` with {len(evaluation)} eval datasets; expected one, whose loss raises λ."

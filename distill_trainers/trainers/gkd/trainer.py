@@ -22,6 +22,7 @@ from ...rollouts import AdaptiveProbability, ReplayBuffer, draws_on_policy
 from ...rollouts.replay import parts_of, scored_rows, with_rows
 from ...signals import TokenLogits, TokenSignal
 from ..base import Batch
+from ..lifecycle.order import RepeatedSampler
 from ..on_policy import OnPolicyTrainer
 from .config import GKDConfig
 from .feedback import AttemptFeedback, refuse_collator, without_feedback
@@ -74,6 +75,10 @@ class GKDTrainer(OnPolicyTrainer):
             pad_token_id=self.sampling.pad_token_id,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler, times = super()._get_train_sampler(train_dataset), self.args.feedback_samples
+        return sampler if sampler is None or times == 1 else RepeatedSampler(sampler, times)
 
     @property
     def loss_weights(self) -> dict[str, float]:

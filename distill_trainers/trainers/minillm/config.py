@@ -112,6 +112,10 @@ class MiniLLMConfig(DistillConfig):
         return frozenset({"single"} | ({"lm_loss"} if self.lm_loss_weight else set()))
 
     @property
+    def follows_teacher_alone(self) -> bool:
+        return not self.lm_loss_weight and not self.pretraining_weight
+
+    @property
     def samples_completions(self) -> bool:
         return self.lmbda > 0
 
