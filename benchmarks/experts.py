@@ -42,7 +42,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.base_steps = options.expert_steps = options.steps = 2
-    settings = f"{options.steps} steps of {options.rows} rows a domain, learning rate {options.learning_rate}, LoRA r 16"
+    settings = (
+        f"{options.steps} steps of {options.rows} rows a domain, learning rate {options.learning_rate}, LoRA r 16"
+    )
     described = f"{machine(options.threads)}\n\n{settings}; base {options.base_steps}, experts {options.expert_steps}"
     print(f"{described}\n", flush=True)
     set_up(options)
@@ -164,7 +166,10 @@ def student(domains: tuple[str, ...], seed: int, options: argparse.Namespace) ->
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    lines = ["| domain | KL before | its own student | closed | the common one | closed | of its own's |", "|---" * 7 + "|"]
+    lines = [
+        "| domain | KL before | its own student | closed | the common one | closed | of its own's |",
+        "|---" * 7 + "|",
+    ]
     for name in DOMAINS:
         own, common = results[name], results["both"]
         shares = [gap(both, name) / gap(one, name) for both, one in zip(common, own, strict=True)]

@@ -70,7 +70,12 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "view, cached hidden": {**_VIEW, "teacher_placement": "cached", "teacher_cache": "hidden"},
     "view, remote hidden": {**_VIEW, "teacher_placement": "remote", "teacher_server_kind": "hidden"},
     "itself at first, view": {**_VIEW, "self_teacher": "initial", "like": "itself at first, view"},
-    "itself averaged, view": {**_VIEW, "self_teacher": "ema", "self_teacher_decay": 0.5, "like": "itself averaged, view"},
+    "itself averaged, view": {
+        **_VIEW,
+        "self_teacher": "ema",
+        "self_teacher_decay": 0.5,
+        "like": "itself averaged, view",
+    },
     "itself as it is, view": {**_VIEW, "self_teacher": "live", "like": "itself as it is, view"},
     "LoRA, itself averaged, view": {
         **{**_VIEW, "self_teacher": "ema", "self_teacher_decay": 0.5, "lora": True},

@@ -5,8 +5,8 @@
     python benchmarks/prompt_distillation.py --quick            # the same code on a toy, for the tests
 
 The model with instructions teaches a LoRA adapter on itself that never sees them (`adapter_off` with
-`teacher_system_prompt` or `teacher_prompt`). SFT learns answers that the teacher wrote, in as many steps of as many rows, with the same
-learning rate and first adapter. Both are judged by the same code, on two sets of held-out answers:
+`teacher_system_prompt` or `teacher_prompt`). SFT learns answers that the teacher wrote, in as many steps of as many
+rows, with the same learning rate and first adapter. Both are judged by the same code, on two sets of held-out answers:
 
 - `told`, written by the teacher: KL(p(.|instructions, x) || q(.|x)), of which a part is closed;
 - `plain`, written by the model without instructions: KL to that model, and perplexity. With `--what captain` they
@@ -250,9 +250,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]
     if settings.get("lmbda") == 1.0:
         rows = [{"prompt": row["prompt"]} for row in rows]
     told = answered("told", options)
-    trainer = make_trainer(
-        options, seed, eval_rows=told, train_rows=rows, sft=name == "sft", **task.view, **settings
-    )
+    trainer = make_trainer(options, seed, eval_rows=told, train_rows=rows, sft=name == "sft", **task.view, **settings)
     found = {"cpu_seconds": 0.0}
     if name != "start":
         started = time.process_time()

@@ -229,8 +229,9 @@ class TeacherPrompts:
         told = ", ".join(f"{count} have nothing in {column!r}" for column, count in counts.items())
         if all(lacks) and name == "train" and self.system is None:
             raise NoUsableRowsError(
-                f"Got {len(lacks)} rows in dataset {name!r}, of which {told}: in none of them does the teacher read more "
-                "than the student; expected a context in some. Fill the column, or leave it and `teacher_prompt` out."
+                f"Got {len(lacks)} rows in dataset {name!r}, of which {told}: in none of them does the teacher read "
+                "more than the student; expected a context in some. Fill the column, or leave it and `teacher_prompt` "
+                "out."
             )
         logger.warning(
             "Dataset %r, %d rows: %s, which `teacher_prompt` names, so that %d have a teacher that reads the same "

@@ -261,7 +261,9 @@ def _several(recipe: Recipe, case: Case, given: Any, findings: list[Finding]) ->
     def read(name: str, options: Any) -> tuple[ModelShape | None, str]:
         if not has_files(name, options):
             return None, "float32"
-        config = _attempt(findings, "recipe", lambda: models.load_config(name, "teacher", **options.files_of("teacher")))
+        config = _attempt(
+            findings, "recipe", lambda: models.load_config(name, "teacher", **options.files_of("teacher"))
+        )
         kwargs = options.teacher_model_init_kwargs or {}
         return _shape(recipe, config, findings, adapted=False), _dtype(kwargs.get("dtype", "auto"), config, "float32")
 

@@ -183,7 +183,8 @@ def test_several_teachers_hold_their_sum_and_answer_one_after_the_other():
 def test_a_longer_row_of_the_teacher_counts_in_its_forward_alone():
     student = shape_of(AutoModelForCausalLM.from_config(CONFIGS["llama"](2)))
     plain, viewed = (
-        estimate(student, student, Workload(2, 64, teacher_more=more), Launch(), "replicate").moments for more in (0, 32)
+        estimate(student, student, Workload(2, 64, teacher_more=more), Launch(), "replicate").moments
+        for more in (0, 32)
     )
     forwards = [sum(moments.pop("teacher's forward").values()) for moments in (plain, viewed)]
     assert forwards[1] == pytest.approx(1.5 * forwards[0]) and plain == viewed

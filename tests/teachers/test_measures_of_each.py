@@ -15,7 +15,8 @@ SETTINGS = {"lmbda": 0.0, "eval_measures": MEASURES, "eval_measures_rows": 9, "s
 
 def rows(count, seed=0):
     """Two rows of `math`, then one of `code`."""
-    return Dataset.from_list([{**r, "teacher": NAMES[i % 3 == 2]} for i, r in enumerate(addition_rows(count, seed=seed))])
+    problems = enumerate(addition_rows(count, seed=seed))
+    return Dataset.from_list([{**row, "teacher": NAMES[i % 3 == 2]} for i, row in problems])
 
 
 @pytest.fixture

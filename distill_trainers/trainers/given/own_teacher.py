@@ -26,8 +26,8 @@ def warn_of_nothing_new(args: Any, rows: Any) -> None:
         return
     stays = "stays 0" if kind == "live" else "stays 0 and training stands still"
     logger.warning(
-        "Got `self_teacher: %s` with rows that student and teacher see alike, and without dropout: both say the same, so "
-        "the loss of distillation %s. Let the teacher see more than the student (`teacher_system_prompt`, "
+        "Got `self_teacher: %s` with rows that student and teacher see alike, and without dropout: both say the same, "
+        "so the loss of distillation %s. Let the teacher see more than the student (`teacher_system_prompt`, "
         "`teacher_prompt`, a column `privileged_context`), or add another term to the loss (`lm_loss_weight`).",
         kind,
         stays,

@@ -307,9 +307,7 @@ class HeldOutMeasures(TrainerCallback):
         seeds = self.settings.seeds
         if not set(self.metrics) & NEED_SAMPLES - NEED_A_TEACHER:
             seeds = seeds[:1]
-        return [
-            self._complete(examples, generating(), end_ids, seed=seed, fingerprint=fingerprint) for seed in seeds
-        ]
+        return [self._complete(examples, generating(), end_ids, seed=seed, fingerprint=fingerprint) for seed in seeds]
 
     def _complete(
         self,
