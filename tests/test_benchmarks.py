@@ -133,3 +133,25 @@ def test_every_method_is_judged_by_one_evaluation(tmp_path, make_tokenizer):
     trained = [row for row in results.values() if "steps" in row]
     assert len(trained) == 4 and all(row["steps"] >= 1 and row["scores"]["kl"]["value"] > 0 for row in trained)
     assert results["the teacher"]["scores"]["perplexity"]["value"] > 1
+
+
+@pytest.mark.slow
+def test_instructions_into_the_weights_stand_beside_sft(tmp_path):
+    options = ["--what", "concise", "--work", str(tmp_path), "--seeds", "0", "--json", str(tmp_path / "out.json")]
+    table = _run("prompt_distillation.py", *options)
+    results = {name: runs[0] for name, runs in json.loads((tmp_path / "out.json").read_text())["results"].items()}
+    assert set(results) == {"start", "divergence", "sft"} and table.count("\n|") == 4
+    start = results["start"]
+    assert start["plain_kl"] == pytest.approx(0, abs=1e-6) and start["told_kl"] > 0, "a new adapter changes nothing"
+    assert all(run["tokens"] >= 1 and run["cpu_seconds"] > 0 for run in results.values() if run is not start)
+    assert results["divergence"]["told_kl"] < start["told_kl"], "the loss has fallen on held-out prompts, too"
+
+
+@pytest.mark.slow
+def test_one_student_of_two_experts_stands_beside_one_of_each(tmp_path):
+    table = _run("experts.py", "--work", str(tmp_path), "--seeds", "0", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert set(results) == {"both", "addition", "subtraction"} and table.count("\n| ") == 3
+    for name in ("addition", "subtraction"):
+        own, common = results[name][0], results["both"][0]
+        assert own[f"before/{name}"] == pytest.approx(common[f"before/{name}"], rel=1e-5) and own[f"before/{name}"] > 0

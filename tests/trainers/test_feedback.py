@@ -275,7 +275,7 @@ def test_responses_are_judged_by_what_they_state(text, answer, settings, reason)
         ({"feedback_kind": "digits"}, "one of auto, number"),
         ({"feedback_formats": ["digits"]}, "Got the answer format 'digits'"),
         ({"feedback": None, "feedback_samples": 2}, "`feedback` beside it"),
-        ({"feedback_samples": 3}, "feedback_samples: 3` with 8 rows a step; expected a divisor"),
+        ({"feedback_samples": 3}, "feedback_samples: 3` with [48] rows a step; expected a divisor"),
         ({"feedback_samples": 2, "train": rows().to_iterable_dataset(), "max_steps": 1}, "with a stream"),
         ({"replay_buffer_size": 8}, "none with `replay_buffer_size`"),
         ({"teacher_system_prompt": "1"}, "which writes the teacher's prompt itself"),
