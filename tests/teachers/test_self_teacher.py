@@ -445,7 +445,7 @@ def test_what_is_risky_is_told(make_trainer, make_tokenizer, student_of, tokeniz
     thinking = copy.deepcopy(tokenizer)
     thinking.chat_template = "{% if enable_thinking %}<think>{% endif %}{{ messages[0].content }}"
     with caplog.at_level(logging.WARNING):
-        make_trainer(student_of("lora"), None, tok=thinking, **OFF_POLICY, **KINDS["initial"])
+        make_trainer(student_of("lora"), None, tok=thinking, **MOVED, **KINDS["initial"])
         assert "a chat template that has `enable_thinking`" in caplog.text and "stays 0" not in caplog.text
         caplog.clear()
         make_trainer(student_of("lora"), None, **OFF_POLICY, **KINDS["live"])

@@ -217,6 +217,7 @@ def test_a_conversation_is_what_the_chat_template_would_have_rendered(make_token
 def test_a_run_goes_on_exactly(make_trainer, die_at, by_step):
     run = {"train": rows(PROMPTS * 3), "lmbda": 1.0, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     run |= {"feedback": "{right}{attempt}={prompt}\n\n{answer}", "self_teacher": "ema", "teacher": None}
+    run |= {"feedback_samples": 2}
     whole = make_trainer(**run)
     whole.train()
     killed = make_trainer(**run, output_dir=f"{whole.args.output_dir}-killed", callbacks=[die_at(3)])
