@@ -140,7 +140,7 @@ def test_instructions_into_the_weights_stand_beside_sft(tmp_path):
     options = ["--what", "concise", "--work", str(tmp_path), "--seeds", "0", "--json", str(tmp_path / "out.json")]
     table = _run("prompt_distillation.py", *options)
     results = {name: runs[0] for name, runs in json.loads((tmp_path / "out.json").read_text())["results"].items()}
-    assert set(results) == {"start", "divergence", "sft"} and table.count("\n|") == 4
+    assert set(results) == {"start", "divergence", "sft"} and table.count("\n|") == 5
     start = results["start"]
     assert start["plain_kl"] == pytest.approx(0, abs=1e-6) and start["told_kl"] > 0, "a new adapter changes nothing"
     assert all(run["tokens"] >= 1 and run["cpu_seconds"] > 0 for run in results.values() if run is not start)

@@ -88,9 +88,9 @@ def _plan(diagnosis: Diagnosis) -> Any:
             "Teacher", f"{case.teacher_shape.parameters:,} parameters, {case.teacher_dtype}, {case.placement}"
         )
     for name, teacher in case.teachers.items():
-        size = "its size is not known" if teacher.shape is None else f"{teacher.shape.parameters:,} parameters"
+        sized = "its size is not known" if teacher.shape is None else f"{teacher.shape.parameters:,} parameters"
         shared = ", on weights that are held already" if teacher.shares else ""
-        table.add_row(f"Teacher {terminal(name)}", f"{size}, {teacher.dtype}, {teacher.placement}{shared}")
+        table.add_row(f"Teacher {terminal(name)}", f"{sized}, {teacher.dtype}, {teacher.placement}{shared}")
     launch = case.launch
     table.add_row("Launch", f"{launch.strategy}, {launch.processes} process{'es' * (launch.processes != 1)}")
     if case.steps:

@@ -219,8 +219,8 @@ class HeldOutMeasures(TrainerCallback):
             names = [name for name in metrics if _has_rows(examples, name)]
             covers = "exposure_bias" in names and not is_teacher  # a teacher has no error at any length
             length = self._covered(texts, theirs, end) if covers else 1
-            tokenizer, how = self.run.processing_class, {"is_teacher": is_teacher, "exposure_length": length}
-            sums, _ = scores_of(texts, examples, self.settings, names, tokenizer, **how)
+            operands = (texts, examples, self.settings, names, self.run.processing_class)
+            sums, _ = scores_of(*operands, is_teacher=is_teacher, exposure_length=length)
             scores |= {f"{name}{end}": value.value for name, value in sums.items()}
         return scores
 
