@@ -1,9 +1,9 @@
 """Size against KL: students of one teacher pruned by depth, by width, by both, and by the planner; equal training.
 
-    nice -n 5 python benchmarks/pruning.py --teacher runs/demo/teacher --work runs/pruning --seconds 150 --seeds 0 1 2
+    python benchmarks/pruning.py --teacher runs/demo/teacher --work runs/pruning --seconds 150 --seeds 0 1 2
 
-For each size every contender is pruned by importance measured on the same batches of the teacher's answers, judged on its
-answers to held-out prompts, trained by forward KL until so many seconds of CPU time are over, and judged again. What is
+For each size every contender is pruned by importance measured on the same of the teacher's answers, judged on its answers
+to held-out prompts, trained by forward KL until so many seconds of CPU time are over, and judged again. What is
 made once is not counted: answers, students, the teacher's distributions (a cache). Seeds are of the data's order. A
 stopped run goes on: what is done lies in `--work`, one `done.json` for each contender and seed.
 """
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150, help="of CPU time for training, for each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--batches", type=int, default=2, help=f"of {BATCH} rows, on which importance is measured")
+    parser.add_argument("--batches", type=int, default=1, help=f"of {BATCH} rows, on which importance is measured")
     parser.add_argument("--contenders", nargs="+", help="by name, such as '99 depth'; by default all")
     parser.add_argument("--quick", action="store_true", help="a toy teacher, few prompts: only shows that it runs")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -110,17 +110,21 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     teacher = load_causal_lm(options.teacher, dtype="float32").eval()
     counts: dict[str, Any] = {}
     for part, limit in (("train", 16), ("heldout", 4)):
+        if (options.work / f"{part}.jsonl").is_file():
+            continue
         lines = (RECIPES / f"prompts_{part}.jsonl").read_text(encoding="utf-8").splitlines()
-        prompts = [json.loads(line)["prompt"][-1]["content"] + SHORT for line in lines][: limit if options.quick else None]
+        lines = lines[: limit if options.quick else None]
+        prompts = [json.loads(line)["prompt"][-1]["content"] + SHORT for line in lines]
         answers = sampled(teacher, tokenizer, prompts, options, 1.0)
         made = [{"question": q, "answer": a} for q, a in zip(prompts, answers, strict=True) if a]
         (options.work / f"{part}.jsonl").write_text("\n".join(map(json.dumps, made)) + "\n", encoding="utf-8")
         counts[f"{part}_rows"] = len(made)
     started = time.process_time()
-    importance = width_importance(teacher, batches(tokenizer, options))
-    importance.layers = layer_importance(teacher, batches(tokenizer, options))
-    counts["importance_seconds"] = time.process_time() - started
-    (options.work / "importance.json").write_text(json.dumps(importance.rounded()))
+    if not (options.work / "importance.json").is_file():
+        importance = width_importance(teacher, batches(tokenizer, options))
+        importance.layers = layer_importance(teacher, batches(tokenizer, options))
+        counts["importance_seconds"] = time.process_time() - started
+        (options.work / "importance.json").write_text(json.dumps(importance.rounded()))
     fill_cache(build(teacher, 0, options))
     return counts
 
@@ -264,7 +268,8 @@ def summary(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| student | shape | parameters | KL before | after, each seed | mean | steps |", "|---|---|---|---|---|---|---|"]
+    lines = ["| student | shape | parameters | KL before | after, each seed | mean | steps |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for name, got in results.items():
         each = ", ".join(f"{run['kl']:.3f}" for run in got["runs"])
         steps = statistics.mean(run["steps"] for run in got["runs"])
@@ -277,8 +282,9 @@ def table(results: dict[str, Any]) -> str:
 
 def settings_line(options: argparse.Namespace) -> str:
     return (
-        f"{Path(options.teacher).name}: {options.seconds:.0f} s of CPU time each, one thread, float32; batch 4, forward KL, "
-        f"learning rate {options.learning_rate:g} falling to 0 with the time; importance on {options.batches} batches of {BATCH}."
+        f"{Path(options.teacher).name}: {options.seconds:.0f} s of CPU time each, one thread, float32; batch 4, forward "
+        f"KL, learning rate {options.learning_rate:g} falling to 0 with the time; importance measured on "
+        f"{options.batches * BATCH} rows."
     )
 
 

@@ -8,7 +8,7 @@ from .layers import even_layers, find_decoder_layers, kept_layers, prune_layers
 from .planning import Candidate, candidates, masked, measure_candidates
 from .pruning import CHOICE_NAME, SIZES, Choice, choose, prune, take
 from .shapes import Shape, asked_shape, shape_of
-from .student_init import StudentInit, make_student
+from .student_init import StudentInit, made_of, make_student
 
 __all__ = [
     "CHOICE_NAME",
@@ -29,6 +29,7 @@ __all__ = [
     "find_decoder_layers",
     "kept_layers",
     "layer_importance",
+    "made_of",
     "make_student",
     "masked",
     "measure_candidates",

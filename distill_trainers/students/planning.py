@@ -21,7 +21,7 @@ from .families import Family, family_of, place_of
 from .importance import Importance, Kept, kept_of
 from .layer_importance import Batch, choose_layers, last_hidden, predicting_positions, summed_forward_kl
 from .layers import find_decoder_layers
-from .shapes import Shape, parameters_of, shape_of, step_of
+from .shapes import Shape, Weight, parameters_of, shape_of, step_of, weights_of
 
 TOLERANCE = 0.025  # of the number of parameters that was asked for
 _LAYER_CHOICES = 6
@@ -48,7 +48,7 @@ def candidates(model: nn.Module, parameters: float) -> list[Candidate]:
 
     Args:
         model: the teacher, or its shell on the meta device.
-        parameters: asked for; candidates are within 2.5 % of it.
+        parameters: asked for; candidates are within 2.5 % of it, or within half a step of width in tiny models.
 
     Raises:
         ConfigurationError: an architecture that is not known, a mixture of experts, or no such shape.
@@ -60,7 +60,8 @@ def candidates(model: nn.Module, parameters: float) -> list[Candidate]:
             f"Got parameters={parameters!r} for a mixture of experts; expected its sizes, because plans are made for "
             "dense models. Set `num_experts`, `keep_layers`, `hidden_size`."
         )
-    total = parameters_of(model, family, whole)
+    weights = weights_of(model, family)
+    total = parameters_of(weights, whole)
     number = isinstance(parameters, (int, float)) and not isinstance(parameters, bool)
     if not number or not 0 < parameters <= total:
         raise ConfigurationError(
@@ -68,11 +69,11 @@ def candidates(model: nn.Module, parameters: float) -> list[Candidate]:
         )
     found: dict[Shape, Candidate] = {}
     for narrow in _narrower(family, whole, parameters / total):
-        for layers in _layer_counts(model, family, narrow, parameters):
-            shape = _filled(model, family, replace(narrow, num_hidden_layers=layers), parameters)
-            count = parameters_of(model, family, shape)
-            wide_enough = shape.intermediate_size * _NARROWEST >= whole.intermediate_size
-            if abs(count - parameters) <= TOLERANCE * parameters and wide_enough:
+        for layers in _layer_counts(weights, narrow, parameters):
+            shape, step = _filled(weights, replace(narrow, num_hidden_layers=layers), parameters)
+            count = parameters_of(weights, shape)
+            near = abs(count - parameters) <= max(TOLERANCE * parameters, step / 2)
+            if near and shape.intermediate_size * _NARROWEST >= whole.intermediate_size:
                 found[shape] = Candidate(shape, count)
     if not found:
         raise ConfigurationError(
@@ -86,7 +87,8 @@ def candidates(model: nn.Module, parameters: float) -> list[Candidate]:
 def _narrower(family: Family, whole: Shape, share: float) -> Iterator[Shape]:
     """The teacher's shape with fewer heads, a narrower residual stream, both and neither."""
     groups = whole.num_key_value_heads
-    fewer = max(1, round(groups * share)) if not family.width_is_heads else groups
+    together = max(1, groups // 8)  # so many devices may share the heads evenly
+    fewer = groups if family.width_is_heads else max(1, round(groups * share / together)) * together
     step = step_of(whole.hidden_size)
     widths = [whole.hidden_size]
     if share < _MUCH and not family.centres:
@@ -98,22 +100,25 @@ def _narrower(family: Family, whole: Shape, share: float) -> Iterator[Shape]:
             )
 
 
-def _layer_counts(model: nn.Module, family: Family, shape: Shape, parameters: float) -> list[int]:
+def _layer_counts(weights: Sequence[Weight], shape: Shape, parameters: float) -> list[int]:
     """Spread numbers of layers from the fewest that have so many parameters at full width to all of them."""
     most = shape.num_hidden_layers
-    counts = [parameters_of(model, family, replace(shape, num_hidden_layers=n)) for n in range(1, most + 1)]
+    counts = [parameters_of(weights, replace(shape, num_hidden_layers=n)) for n in range(1, most + 1)]
     fewest = min(range(most), key=lambda n: abs(counts[n] - parameters)) + 1
     steps = min(_LAYER_CHOICES, most - fewest + 1)
     return sorted({round(fewest + (most - fewest) * i / max(1, steps - 1)) for i in range(steps)})
 
 
-def _filled(model: nn.Module, family: Family, shape: Shape, parameters: float) -> Shape:
-    """The shape with as wide feed-forward layers as there are parameters for: their number is affine in that width."""
+def _filled(weights: Sequence[Weight], shape: Shape, parameters: float) -> tuple[Shape, int]:
+    """The shape with as wide feed-forward layers as there are parameters for, and the parameters of one step of width.
+
+    Their number is affine in that width.
+    """
     step, most = step_of(shape.intermediate_size), shape.intermediate_size
-    empty = parameters_of(model, family, replace(shape, intermediate_size=step))
-    each = parameters_of(model, family, replace(shape, intermediate_size=2 * step)) - empty
-    number = 1 + round((parameters - empty) / each)
-    return replace(shape, intermediate_size=most if number * step >= most else max(1, number) * step)
+    narrowest = parameters_of(weights, replace(shape, intermediate_size=step))
+    each = parameters_of(weights, replace(shape, intermediate_size=2 * step)) - narrowest
+    width = max(1, 1 + round((parameters - narrowest) / each)) * step
+    return replace(shape, intermediate_size=min(width, most)), each
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from .families import EXPERTS, FUSED_HEADS, GATED_UNITS, GROUPS, HEADS, HIDDEN, 
 
 # Rows of a matrix are multiplied in tiles: a width that is no multiple of this leaves fast kernels unused.
 MULTIPLE = 8
+Weight = tuple[int | None, tuple[str, ...], tuple[int, ...]]
 _FINE = 64  # what plans round widths to, where a model is wide enough
 
 
@@ -156,15 +157,23 @@ def _refuse_unless(fits: bool, name: str, value: Any, expected: str) -> None:
         )
 
 
-def parameters_of(model: nn.Module, family: Family, shape: Shape) -> int:
-    """Count the parameters that a model, perhaps on the meta device, would have in another shape."""
-    total = 0
+def weights_of(model: nn.Module, family: Family) -> list[Weight]:
+    """List layer, axes and lengths of a model's weights, perhaps on the meta device."""
+    found = []
     for name, parameter in model.named_parameters():
         layer, _, axes = family.axes_of(name, parameter.dim())
-        if layer is None or layer < shape.num_hidden_layers:
-            sizes = (shape.size_of(axis) or length for axis, length in zip(axes, parameter.shape, strict=True))
-            total += math.prod(sizes)
-    return total
+        found.append((layer, axes, tuple(parameter.shape)))
+    return found
+
+
+def parameters_of(weights: Sequence[Weight], shape: Shape) -> int:
+    """Count the parameters that a model of these weights would have in another shape."""
+    sizes = {axis: shape.size_of(axis) for axis in {axis for _, axes, _ in weights for axis in axes}}
+    return sum(
+        math.prod(sizes[axis] or length for axis, length in zip(axes, lengths, strict=True))
+        for layer, axes, lengths in weights
+        if layer is None or layer < shape.num_hidden_layers
+    )
 
 
 def step_of(width: int) -> int:

@@ -87,8 +87,8 @@ class StudentInit:
         check_sizes(self.keep_layers, self.sizes, self.parameters)
         if self.keep_layers is None and self.parameters is None and not self.sizes:
             raise ConfigurationError(
-                "student_init does not say how small the student is; set keep_layers (how many of the teacher's layers, "
-                f"or a list), some of {', '.join(SIZES)}, or parameters."
+                "student_init does not say how small the student is; set keep_layers (how many of the teacher's "
+                f"layers, or a list), some of {', '.join(SIZES)}, or parameters."
             )
         if self.keep_layers is not None:
             _check_strategy(self.keep_layers, self.strategy)
@@ -173,6 +173,17 @@ class StudentInit:
         if shape is not None:
             write_shape(text, shape)
         return tried
+
+
+def made_of(settings: Mapping[str, Any], teacher: str) -> str:
+    """Say what a student with these settings of `student_init` is: "12 of the layers of org/large", for instance."""
+    layers, sizes = settings.get("keep_layers"), [f"{n} {settings[n]}" for n in SIZES if settings.get(n) is not None]
+    if settings.get("parameters") is not None:
+        sizes.append(f"{settings['parameters']:,.0f} parameters")
+    if layers is None:
+        return f"{teacher} pruned to {', '.join(sizes)}"
+    count = f"{len(layers) if isinstance(layers, list) else layers} of the layers of {teacher}"
+    return f"{count}, pruned to {', '.join(sizes)}" if sizes else count
 
 
 def _check_strategy(keep_layers: int | Sequence[int], strategy: str | None) -> None:

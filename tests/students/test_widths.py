@@ -116,8 +116,8 @@ def _zero_channels(model, kept, heads_kept=None):
                 if centres and name.endswith(".bias") and parameter.numel() == 32:
                     parameter[rest] = 0
             elif role.endswith(writers):
-                over_channels = parameter.shape[-1] == 32 and (parameter.dim() == 1 or role.endswith(("c_proj", *writers[5:])))
-                value = parameter if over_channels else parameter.transpose(-1, -2)
+                last = parameter.dim() == 1 or role.endswith(("c_proj", "embed_tokens", "wte", "wpe"))
+                value = parameter if last else parameter.transpose(-1, -2)  # channels along the last axis
                 if centres:
                     value[..., kept] -= value[..., kept].mean(-1, keepdim=True)
                 value[..., rest] = 0
@@ -153,9 +153,7 @@ class TestEvery:
         outputs.append(loaded.generate(**batch, **settings))
         for other in outputs[1:]:
             assert torch.equal(outputs[0].sequences, other.sequences)
-            torch.testing.assert_close(
-                torch.stack(outputs[0].logits), torch.stack(other.logits), rtol=1e-4, atol=1e-4
-            )
+            torch.testing.assert_close(torch.stack(outputs[0].logits), torch.stack(other.logits), rtol=1e-4, atol=1e-4)
 
     def test_trains_and_leaves_the_teacher_alone(self, name, pruned):
         model, student = pruned(name)
@@ -321,7 +319,11 @@ def test_a_narrower_gemma_scales_its_embedding():
         ("llama", {"intermediate_size": 56}, "expected 1 to 48, which the teacher has"),
         ("llama", {"intermediate_size": 0}, "expected 1 to 48"),
         ("llama", {"hidden_size": True}, "Got hidden_size=True"),
-        ("llama", {"num_attention_heads": 3}, "Got num_attention_heads=3; expected a multiple of 2, because 2 query heads"),
+        (
+            "llama",
+            {"num_attention_heads": 3},
+            "Got num_attention_heads=3; expected a multiple of 2, because 2 query heads",
+        ),
         ("llama", {"num_attention_heads": 4, "num_key_value_heads": 1}, "num_attention_heads=4; expected 2, because 2"),
         ("llama", {"num_key_value_heads": 3}, "expected 1 to 2"),
         ("llama", {"keep_layers": 5}, "keep 5 of 4 layers"),
@@ -357,7 +359,9 @@ def test_models_that_cannot_be_narrowed_are_refused():
     assert prune(model, keep_layers=1).config.num_hidden_layers == 1
     changed = build("llama")
     changed.model.layers[0].mlp.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(ConfigurationError, match="the weight 'model.layers.0.mlp.extra.weight', which its architecture"):
+    with pytest.raises(
+        ConfigurationError, match="the weight 'model.layers.0.mlp.extra.weight', which its architecture"
+    ):
         prune(changed, intermediate_size=24, batches=TEXT)
     quantised = build("llama")
     quantised.is_quantized = True
