@@ -2,8 +2,8 @@
 
     python benchmarks/pruning.py --teacher runs/demo/teacher --work runs/pruning --seconds 150 --seeds 0 1 2
 
-For each size every contender is pruned by importance measured on the same of the teacher's answers, judged on its answers
-to held-out prompts, trained by forward KL until so many seconds of CPU time are over, and judged again. What is
+For each size every contender is pruned by importance measured on the same of the teacher's answers, judged on its
+answers to held-out prompts, trained by forward KL until so many seconds of CPU time are over, and judged again. What is
 made once is not counted: answers, students, the teacher's distributions (a cache). Seeds are of the data's order. A
 stopped run goes on: what is done lies in `--work`, one `done.json` for each contender and seed.
 """

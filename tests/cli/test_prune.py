@@ -23,6 +23,7 @@ def teacher_size(saved):
     return sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(saved.teacher).parameters())
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_a_narrower_student(recipe, tmp_path):
     assert main(["train", "--config", recipe(**made(**NARROW), lmbda=0.0)]) == 0
     start = tmp_path / "out" / "student_init"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 
@@ -42,7 +43,9 @@ MODELS = {
     "qwen3-moe": ("Qwen3Moe", BASE | MIXTURE),
 }
 DENSE = [name for name in MODELS if name not in ("mixtral", "qwen2-moe", "qwen3-moe")]
-WITHOUT_A_MEAN = [name for name in MODELS if name not in ("gpt2", "phi")]
+QUICK = ("llama", "gpt2", "gemma3", "phi3", "qwen3-moe")  # one of each kind; the others are slow ones
+EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MODELS]
+WITHOUT_A_MEAN = [each for each in EVERY if each.values[0] not in ("gpt2", "phi")]
 
 
 def build(name: str):

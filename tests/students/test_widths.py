@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.students import Kept, choose, masked, prune, shape_of, take, width_importance
 from distill_trainers.students.importance import most_important
-from tests.students.models import DENSE, MODELS, WITHOUT_A_MEAN, build, text_batch
+from tests.students.models import DENSE, EVERY, WITHOUT_A_MEAN, build, text_batch
 
 TEXT = [text_batch(0), text_batch(1, left=True)]
 
@@ -105,7 +105,7 @@ def test_with_a_mean_in_its_norms_all_but_channels_is_masked_alike(name):
 
 
 def _zero_channels(model, kept, heads_kept=None):
-    """Write nothing into other channels; with LayerNorm let the kept ones have no mean, and heads that go do nothing."""
+    """Write nothing into other channels; with LayerNorm kept ones have no mean; heads that go do nothing."""
     rest = [channel for channel in range(32) if channel not in kept]
     centres = model.config.model_type in ("gpt2", "phi")
     writers = ("o_proj", "down_proj", "dense", "fc2", "c_proj", "embed_tokens", "wte", "wpe")
@@ -125,7 +125,7 @@ def _zero_channels(model, kept, heads_kept=None):
                     value[heads_kept * 8 :] = 0
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_channels_of_zeros_go_without_a_change(name):
     model, batch = exact(name), text_batch(2)
     channels = 16 if name == "gpt2" else 24
@@ -139,7 +139,7 @@ def test_channels_of_zeros_go_without_a_change(name):
     assert student.num_parameters() < model.num_parameters()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY)
 class TestEvery:
     def test_comes_back_from_disk_and_writes_the_same(self, name, pruned, tmp_path):
         _, student = pruned(name)
@@ -148,12 +148,10 @@ class TestEvery:
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert type(loaded) is type(student)
         batch = text_batch(3, left=True)
-        settings = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-        outputs = [student.generate(**batch, **settings, use_cache=cached) for cached in (True, False)]
-        outputs.append(loaded.generate(**batch, **settings))
-        for other in outputs[1:]:
-            assert torch.equal(outputs[0].sequences, other.sequences)
-            torch.testing.assert_close(torch.stack(outputs[0].logits), torch.stack(other.logits), rtol=1e-4, atol=1e-4)
+        settings = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        cached, whole = student.generate(**batch, **settings), loaded.generate(**batch, **settings, use_cache=False)
+        assert torch.equal(cached.sequences, whole.sequences)
+        torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4)
 
     def test_trains_and_leaves_the_teacher_alone(self, name, pruned):
         model, student = pruned(name)
@@ -332,7 +330,7 @@ def test_a_narrower_gemma_scales_its_embedding():
         ("llama", {"parameters": 1e4, "keep_layers": 2}, "beside keep_layers; expected one or the other"),
         ("llama", {"parameters": 1e9}, "expected a number up to 35,808"),
         ("llama", {"parameters": -1}, "expected a number up to"),
-        ("llama", {"parameters": 5000}, "no shape of a llama"),
+        ("llama", {"parameters": 1000}, "no shape of a llama"),
         ("gpt2", {"hidden_size": 24}, "expected heads × 8.*Set `hidden_size` and `num_attention_heads` together"),
         ("gpt2", {"num_attention_heads": 2}, "hidden_size=32 with 2 heads of 8"),
         ("qwen3-moe", {"intermediate_size": 8}, "expected `num_experts`, because experts are kept or dropped whole"),
