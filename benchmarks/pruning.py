@@ -282,8 +282,8 @@ def table(results: dict[str, Any]) -> str:
 
 def settings_line(options: argparse.Namespace) -> str:
     return (
-        f"{Path(options.teacher).name}: {options.seconds:.0f} s of CPU time each, one thread, float32; batch 4, forward "
-        f"KL, learning rate {options.learning_rate:g} falling to 0 with the time; importance measured on "
+        f"{Path(options.teacher).name}: {options.seconds:.0f} s of CPU time each, one thread, float32; batch 4, "
+        f"forward KL, learning rate {options.learning_rate:g} falling to 0 with the time; importance measured on "
         f"{options.batches * BATCH} rows."
     )
 
