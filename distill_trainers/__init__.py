@@ -26,6 +26,7 @@ _EXPORTS = {
     "LocalTeacher": "teachers",
     "Teacher": "teachers",
     "make_student": "students",
+    "prune": "students",
     "import_gguf": "gguf",
 }
 
@@ -33,7 +34,7 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from .gguf import import_gguf
-    from .students import make_student
+    from .students import make_student, prune
     from .teachers import CachedTeacher, LocalTeacher, Teacher
     from .trainers.base import DistillTrainer
     from .trainers.config import DistillConfig

@@ -115,17 +115,21 @@ def test_a_part_that_takes_too_long_is_written_down(monkeypatch):
     assert gpu.tried("a", lambda: 1 // 0)["failed"].startswith("ZeroDivisionError")
 
 
-@pytest.mark.slow
-def test_every_method_is_judged_by_one_evaluation(tmp_path, make_tokenizer):
-    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
-    tokenizer = make_tokenizer()
+def _toy_teacher(folder, tokenizer):
     shape = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
     shape |= {"vocab_size": len(tokenizer), "hidden_size": 16}
     config = LlamaConfig(max_position_embeddings=1024, tie_word_embeddings=True, **shape)
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    options = ["--teacher", str(tmp_path / "teacher"), "--work", str(tmp_path / "work"), "--keep-layers", "2"]
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_every_method_is_judged_by_one_evaluation(tmp_path, make_tokenizer):
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
+    teacher = _toy_teacher(tmp_path / "teacher", make_tokenizer())
+    options = ["--teacher", teacher, "--work", str(tmp_path / "work"), "--keep-layers", "2"]
     options += ["--contenders", "sft", "gkd_minillm", "dpkd", "rationale"]  # a process of its own each
     table = _run("methods.py", *options, "--seconds", "1", "--seeds", "0", "--json", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())["results"]
@@ -155,3 +159,16 @@ def test_one_student_of_two_experts_stands_beside_one_of_each(tmp_path):
     for name in ("addition", "subtraction"):
         own, common = results[name][0], results["both"][0]
         assert own[f"before/{name}"] == pytest.approx(common[f"before/{name}"], rel=1e-5) and own[f"before/{name}"] > 0
+
+
+@pytest.mark.slow
+def test_students_of_every_shape_are_pruned_trained_and_judged(tmp_path, make_tokenizer):
+    teacher = _toy_teacher(tmp_path / "teacher", make_tokenizer())
+    options = ["--teacher", teacher, "--work", str(tmp_path / "work"), "--seconds", "1", "--seeds", "0"]
+    options += ["--contenders", "1 width", "1 planned", "--json", str(tmp_path / "out.json")]
+    table = _run("pruning.py", *options)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert set(results) == {"1 width", "1 planned"} and table.count("\n|") == 4
+    assert all(row["kl"] > 0 and row["after"] > 0 and row["runs"][0]["steps"] >= 1 for row in results.values())
+    assert results["1 planned"]["candidates"] and not results["1 width"]["candidates"]
+    _run("pruning.py", *options)  # all of it is there

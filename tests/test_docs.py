@@ -23,6 +23,7 @@ from distill_trainers.cli.doctor import DoctorArguments
 from distill_trainers.cli.evaluate import EvaluateArguments
 from distill_trainers.cli.evaluate import parse_arguments as parse_evaluation
 from distill_trainers.cli.pairs import PairArguments
+from distill_trainers.cli.prune import PruneArguments
 from distill_trainers.cli.rationales import STAGES, PipelineArguments, parse_arguments
 from distill_trainers.cli.serve_teacher import make_parser
 from distill_trainers.data.formats import LAYOUTS, detect_dataset_type
@@ -34,6 +35,7 @@ from distill_trainers.teachers.options import TeacherOptions
 from distill_trainers.trainers import METHODS
 
 ROOT = Path(__file__).parents[1]
+EXTRAS = {"pairs": PairArguments, "doctor": DoctorArguments, "prune": PruneArguments}
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 OTHERS = [ROOT / "accelerate_configs/README.md", ROOT / "benchmarks/README.md", *ROOT.glob("recipes/*/README.md")]
@@ -122,7 +124,7 @@ def _check_cli(words, settings):
     if name == "cache-teacher" and "--inspect" in options:
         assert options[0] == "--inspect" and len(options) == 2
         return
-    if name not in ("train", "cache-teacher", "pairs", "doctor"):
+    if name not in ("train", "cache-teacher", "pairs", "doctor", "prune"):
         return _check_options(name, options)
     example = options[options.index("--config") + 1] == "recipe.yaml"  # the reader's own
     assert example or (ROOT / options[options.index("--config") + 1]).is_file()
@@ -130,7 +132,7 @@ def _check_cli(words, settings):
         options[options.index("--config") + 1] = str(ROOT / "recipes/smollm2-135m/gkd.yaml")
     on_gpus = settings is not None and not settings["use_cpu"]
     cpu = ["--use_cpu", "true"] if not torch.cuda.is_available() else []
-    recipe = parse_recipe([*options, *cpu], {"pairs": PairArguments, "doctor": DoctorArguments}.get(name))
+    recipe = parse_recipe([*options, *cpu], EXTRAS.get(name))
     written = yaml.safe_load(Path(options[options.index("--config") + 1]).read_text())
     assert not (on_gpus and written.get("use_cpu")), "a recipe for CPUs was given to a launch on GPUs"
     sharded = settings is not None and settings["distributed_type"] in ("DEEPSPEED", "FSDP")

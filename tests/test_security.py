@@ -186,6 +186,7 @@ def _doors(folder, write_recipe, saved, tmp_path):
         "doctor": lambda: ["doctor", "--config", student(), "--quick"],
         "doctor, teacher": lambda: ["doctor", "--config", teacher(), "--quick"],
         "cache-teacher": lambda: ["cache-teacher", "--config", teacher(), "--teacher_cache", str(tmp_path / "c")],
+        "prune": lambda: ["prune", "--config", teacher(), "--intermediate_size", "8"],
         "pairs": lambda: ["pairs", "--config", teacher(), "--folder", str(tmp_path / "p")],
         "rationales": lambda: ["rationales", "extract", "--config", str(tmp_path / "rationales.yaml")],
         "evaluate": lambda: ["evaluate", "--config", str(tmp_path / "evaluate.yaml")],

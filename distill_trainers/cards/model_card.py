@@ -20,6 +20,7 @@ from ..exceptions import DatasetError
 from ..manifest import sealed_settings
 from ..redaction import redacted
 from ..run_files import STUDENT_INIT_NAME, shown
+from ..students import made_of
 from .facts import CardFacts
 from .licenses import Inherited, Licensed, inherit, licensed
 from .scores import CardScores, scores_of_evaluation, scores_of_run
@@ -156,9 +157,7 @@ def _made_from(source: str | None) -> dict[str, Any] | None:
 def _student(facts: CardFacts) -> str:
     made = _made_from(facts.student)
     if made is not None:
-        layers = made.get("keep_layers")
-        count = len(layers) if isinstance(layers, list) else layers
-        return f"{count} of the layers of {code(shown(made['teacher']))}"
+        return made_of(made, code(shown(made["teacher"])))
     return code(shown(facts.student)) if facts.student else f"a {code(facts.student_class)}"
 
 

@@ -14,6 +14,7 @@ COMMANDS = {
         "train a student from a recipe (start it with `accelerate launch -m distill_trainers.cli.train`)",
     ),
     "doctor": ("doctor", "look at a recipe before it runs: tokenizers, templates, memory, disk, time"),
+    "prune": ("prune", "make a recipe's student out of its teacher: fewer layers, narrower ones, or both"),
     "cache-teacher": ("cache_teacher", "keep a teacher's answers to a recipe's rows on disk; --inspect looks at them"),
     "pairs": ("pairs", "make preference pairs from a recipe's teacher, student and prompts"),
     "rationales": ("rationales", "chains of thought from a teacher: extract, parse, verify, dual"),

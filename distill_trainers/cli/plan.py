@@ -38,6 +38,7 @@ class Plan:
     memory_mib: dict[str, float] = field(default_factory=dict)
     disk_free_mib: float = 0.0
     teacher_cache: str = ""
+    tried: list[str] = field(default_factory=list)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -88,6 +89,7 @@ def make_plan(recipe: Recipe) -> Plan:
         memory_mib=_memory(recipe, checked, cached=without_teacher),
         disk_free_mib=shutil.disk_usage(existing).free / 2**20,
         teacher_cache=cache,
+        tried=[str(candidate) for candidate in checked.candidates],
     )
 
 
@@ -100,6 +102,8 @@ def print_plan(plan: Plan) -> None:
     table = Table("", "plan", title=terminal(title, "italic"), show_header=False)
     unknown = "unknown (stream)"
     table.add_row("Student", f"{plan.student_parameters:,} parameters, {plan.trainable_parameters:,} trained")
+    for number, shape in enumerate(plan.tried, 1):
+        table.add_row(f"Shape {number} of {len(plan.tried)} to be tried", shape)
     frozen = plan.teacher_parameters
     table.add_row("Teacher", f"{frozen:,} parameters, frozen" if frozen else plan.teacher_place)
     table.add_row("Training rows", unknown if plan.train_rows is None else f"{plan.train_rows:,}")
@@ -118,6 +122,11 @@ def print_plan(plan: Plan) -> None:
     if plan.teacher_cache:
         table.add_row("Teacher cache", terminal(plan.teacher_cache))
     Console().print(table)
+    if plan.tried:
+        print(
+            "The student's shape is the one of those above that loses least on training data before it is trained. A "
+            "run tries them when it starts; so does `distill-trainers prune`. Sizes here are of one in the middle."
+        )
     print("Everything that can be checked without weights is in order; nothing was trained.")
 
 
@@ -156,6 +165,8 @@ def _memory(recipe: Recipe, checked: CheckedRecipe, *, cached: bool) -> dict[str
 
 
 def _student_name(recipe: Recipe) -> str:
+    from ..students import made_of
+
     if recipe.model.model_name_or_path:
         return recipe.model.model_name_or_path
-    return f"{recipe.run.student_init['keep_layers']} of its layers"  # type: ignore[index]
+    return made_of(recipe.run.student_init, "the teacher")  # type: ignore[arg-type]

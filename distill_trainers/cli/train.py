@@ -17,7 +17,7 @@ from ..exceptions import DatasetError
 from ..hub import published_files
 from ..locks import holding_run
 from ..manifest import is_whole, write_manifest
-from ..recipe.checks import check_recipe, refuse_to_start_over
+from ..recipe.checks import check_recipe, refuse_to_start_over, student_identity
 from ..recipe.parse import Recipe, parse_recipe
 from ..storage import write_file, writing, writing_folder
 from . import report_errors, say, start_log
@@ -144,19 +144,20 @@ def _save(trainer: Any, metrics: dict[str, Any]) -> None:
 
 
 def make_initial_student(recipe: Recipe, rows: Any) -> Path:
-    """Make the student from the teacher's layers, once: `<output_dir>/student_init`, an ordinary model folder.
+    """Make the student from the teacher's weights, once: `<output_dir>/student_init`, an ordinary model folder.
 
-    It is made on one process and read by all, so it also works where weights are sharded as they are loaded.
+    It is made on one process and read by all, so it also works where weights are sharded as they are loaded. What was
+    measured, and what it keeps, is beside it.
 
     Args:
-        rows: tokenised training data; some of it is what "importance" measures on.
+        rows: tokenised training data; some of it is what importance is measured on.
     """
     from accelerate import PartialState
 
     from ..run_files import STUDENT_INIT_NAME
 
     folder = Path(recipe.args.output_dir) / STUDENT_INIT_NAME
-    identity = {"teacher": recipe.run.teacher_model_name_or_path, **recipe.run.student_init}  # type: ignore[dict-item]
+    identity = student_identity(recipe)
     with PartialState().main_process_first():
         if not is_whole(folder, identity):
             _make_student(recipe, rows, folder, identity)
@@ -164,8 +165,8 @@ def make_initial_student(recipe: Recipe, rows: Any) -> Path:
 
 
 def _make_student(recipe: Recipe, rows: Any, folder: Path, identity: dict[str, Any]) -> None:
-    from ..models import check_answers, load_causal_lm, load_tokenizer, whole_loading
-    from ..students import StudentInit
+    from ..models import check_answers, load_causal_lm, load_tokenizer, num_parameters, whole_loading
+    from ..students import CHOICE_NAME, StudentInit, take
 
     name, args = recipe.run.teacher_model_name_or_path, recipe.args
     init = StudentInit.from_dict(dict(recipe.run.student_init))  # type: ignore[arg-type]
@@ -176,14 +177,17 @@ def _make_student(recipe: Recipe, rows: Any, folder: Path, identity: dict[str, A
     teacher.to(args.device)
     check_answers(teacher, f"The teacher {name!r}")
     batches = None
-    if init.strategy == "importance":
+    if init.needs_text:
         batches = _importance_batches(recipe, teacher, tokenizer, rows, init.importance_batches)
-    student = init.build(teacher, batches, progress=_print_layers)
+    choice = init.choose(teacher, batches, progress=_print_layers, told=lambda tried: say(f"Tried {tried}"))
+    student = take(teacher, choice, copy=False)  # nobody else has this teacher: both are never in memory
     remedy = "Free some space, or set another `output_dir`, and start again."
     with writing_folder(folder, "the student", remedy) as whole:
         student.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
+        write_file(whole / CHOICE_NAME, choice.to_json(), "what the student keeps", remedy)
         write_manifest(whole, identity)
+    say(f"Made a student of {num_parameters(student):,} parameters in {folder}.")
 
 
 def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any, number: int) -> Any:
@@ -209,7 +213,7 @@ def _importance_batches(recipe: Recipe, teacher: Any, tokenizer: Any, rows: Any,
 
         dataset = Dataset.from_list(list(dataset))
     if not len(dataset):
-        raise DatasetError("The training data has no rows to measure layers on.")
+        raise DatasetError("The training data has no rows to measure on what matters.")
     prompts = prompts_to_complete(dataset, replace=False)
     if prompts:
         sampling = sampling_settings(args, teacher, tokenizer, None)

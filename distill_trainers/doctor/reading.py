@@ -146,6 +146,7 @@ def _read_apart(
     """Everything that can be read although something else cannot; returns the training data."""
     from transformers import AutoConfig
 
+    from ..recipe.checks import made_config
     from ..teachers.loading import teacher_tokenizer
     from ..trainers.student import student_tokenizer
 
@@ -157,7 +158,7 @@ def _read_apart(
             return AutoConfig.for_model(**paper)
         return models.load_config(name, role, **args.files_of(role))
 
-    case.student_config = _attempt(findings, "recipe", lambda: config(case.student, "student"))
+    case.student_config = _attempt(findings, "recipe", lambda: made_config(config(case.student, "student"), recipe)[0])
     if has_files(case.teacher, args):
         case.teacher_config = _attempt(findings, "recipe", lambda: config(str(case.teacher), "teacher"))
     if on_paper:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class CheckedRecipe:
-    """What the checks have read: datasets as they are, configs as student and teacher will have them."""
+    """What the checks have read: datasets as they are, configs as student and teacher will have them.
+
+    Args:
+        candidates: shapes of a student of so many `parameters`, of which a run takes the one that loses least.
+    """
 
     ready: Ready
     student_config: Any
     teacher_config: Any
+    candidates: list[Any] = field(default_factory=list)
 
 
 def check_recipe(recipe: Recipe) -> CheckedRecipe:
@@ -41,8 +46,7 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     args.resume_from_checkpoint = checkpoint_to_resume(args)
     teacher_config = _config(str(teacher), "teacher", recipe) if has_files(teacher, args) else None
     student_config = _config(student, "student", recipe)
-    if settings.student_init:
-        _cut_layers(student_config, settings.student_init["keep_layers"])  # type: ignore[index, arg-type]  # a dict
+    student_config, tried = made_config(student_config, recipe)
     if recipe.model.use_peft:
         without_weights(student_config, recipe, adapted=True)  # it must find the modules that it is for
     text = None
@@ -54,7 +58,7 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     pair = Pair(student, teacher, adapted=recipe.model.use_peft)
     ready = preflight(Given(pair, args, train, evaluation, text, quantized, base))
     _ask_server(ready, student_config)
-    return CheckedRecipe(ready, student_config, teacher_config)
+    return CheckedRecipe(ready, student_config, teacher_config, tried)
 
 
 def _ask_server(ready: Ready, student_config: Any) -> None:
@@ -155,14 +159,31 @@ def _config(name: str, role: str, recipe: Recipe) -> Any:
     return load_config(name, role, **recipe.args.files_of(role))
 
 
-def _cut_layers(config: Any, keep: int | list[int]) -> None:
-    from ..students import kept_layers
+def made_config(config: Any, recipe: Recipe) -> tuple[Any, list[Any]]:
+    """Turn the teacher's config into that of a student which is made from it; others stay.
 
-    text = config.get_text_config()
-    layers = kept_layers(text.num_hidden_layers, keep)
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[i] for i in layers]
-    text.num_hidden_layers = len(layers)
+    Returns:
+        The config, and the shapes of a plan that are still to be tried, of which it has the one in the middle.
+
+    Raises:
+        ConfigurationError: the teacher cannot have such a student.
+    """
+    from ..manifest import is_whole
+    from ..run_files import STUDENT_INIT_NAME
+    from ..students import StudentInit
+
+    if not recipe.run.student_init:
+        return config, []
+    made = Path(recipe.args.output_dir) / STUDENT_INIT_NAME
+    init = StudentInit.from_dict(recipe.run.student_init)  # type: ignore[arg-type]  # a dict by now
+    if init.parameters is not None and is_whole(made, student_identity(recipe)):
+        return _config(str(made), "student", recipe), []
+    return config, init.shrink(config, trust_remote_code=recipe.args.trust_remote_code)
+
+
+def student_identity(recipe: Recipe) -> dict[str, Any]:
+    """What a student that is made from its teacher depends on."""
+    return {"teacher": recipe.run.teacher_model_name_or_path, **recipe.run.student_init}  # type: ignore[dict-item]
 
 
 def without_weights(config: Any, recipe: Recipe, *, adapted: bool = False) -> Any:

@@ -46,7 +46,7 @@ class RecipeArguments:
         "row has one of them (teacher_column), or a setting makes them one.",
     )
     student_init: dict | str | None = setting(
-        None, "Make the student from the teacher, such as {from_teacher: true, keep_layers: 12} (JSON)."
+        None, "Make the student from the teacher: {from_teacher: true, keep_layers: 12}, or {parameters: 3.0e9} (JSON)."
     )
     dataset: str | None = setting(None, "Training data: a file, a folder or a Hub id.")
     dataset_config: str | None = setting(None, "Configuration name of a Hub dataset.")
@@ -84,11 +84,14 @@ class Recipe:
     extra: Any = None
 
 
-def parse_recipe(argv: Sequence[str], extra: type | None = None) -> Recipe:
+def parse_recipe(
+    argv: Sequence[str], extra: type | None = None, complete: Callable[[Recipe], None] | None = None
+) -> Recipe:
     """Parse `--config recipe.yaml` and overrides on the command line.
 
     Args:
         extra: a dataclass of further settings, those of the command that reads the recipe.
+        complete: puts these into the recipe, before it is looked through for contradictions.
 
     Raises:
         ConfigurationError: no such file, not a mapping, unknown or contradictory keys, an unknown method, values of
@@ -110,6 +113,8 @@ def parse_recipe(argv: Sequence[str], extra: type | None = None) -> Recipe:
     recipe = Recipe(*parse_settings(argv, classes, what="the recipe", renamed=True))
     if "dataset_test_split" in {*given, *options} and recipe.run.eval_fraction is None:
         recipe.run.eval_dataset = recipe.run.eval_dataset or recipe.run.dataset  # TRL's is a split of the same data
+    if complete is not None:
+        complete(recipe)
     _refuse_contradictions(recipe)
     return recipe
 
@@ -265,7 +270,7 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         )
     if run.teachers is not None and run.student_init:
         raise ConfigurationError(
-            "The recipe makes the student from the teacher's layers (`student_init`), but names several `teachers`. "
+            "The recipe makes the student from its teacher (`student_init`), but names several `teachers`. "
             "Set `model_name_or_path`."
         )
     if run.teachers is not None and not run.teachers:
@@ -281,7 +286,7 @@ def _refuse_contradictions(recipe: Recipe) -> None:
         )
     if run.student_init and not has_files(run.teacher_model_name_or_path, args):
         raise ConfigurationError(
-            "The recipe makes the student from the teacher's layers (`student_init`), but the teacher is behind HTTP "
+            "The recipe makes the student from its teacher (`student_init`), but the teacher is behind HTTP "
             "and its weights are not here. Set `model_name_or_path`."
         )
     if run.student_init and model.model_name_or_path:
@@ -292,7 +297,7 @@ def _refuse_contradictions(recipe: Recipe) -> None:
     if not run.student_init and not model.model_name_or_path:
         raise ConfigurationError(
             "The recipe names no student; set `model_name_or_path`, or "
-            "`student_init: {from_teacher: true, keep_layers: 12}`."
+            "`student_init: {from_teacher: true, parameters: 3.0e9}`."
         )
     if not run.dataset:
         raise ConfigurationError("The recipe names no data; set `dataset` to a file, a folder or a Hub id.")

@@ -1,5 +1,6 @@
 """Recipes for GPUs against the architectures that they name: built on the meta device, counted, planned."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_trainers.cli import main
 from distill_trainers.doctor import shape_of
+from distill_trainers.students import StudentInit
+from distill_trainers.students.shapes import write_shape
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "architectures"
@@ -78,7 +81,9 @@ def test_the_recipes_of_the_mission_are_there():
     assert {"qwen3-1.7b", "llama-3.2-1b", "llama-3.1-8b", "qwen2.5-7b"} <= {student for student, _ in pairs}
 
 
-@pytest.mark.parametrize(("student", "weight"), [("open-llama-3b", 0.5), ("llama-2-7b", 0.7), ("llama-2-13b", 0.8)])
+@pytest.mark.parametrize(
+    ("student", "weight"), [("open-llama-3b", 0.5), ("llama-2-3b", 0.5), ("llama-2-7b", 0.7), ("llama-2-13b", 0.8)]
+)
 def test_weights_of_the_mission(student, weight):
     """w τ² D + (1 − w) NLL, up to the factor that makes one of them 1 (docs/recipes.md)."""
     for path in ROOT.glob(f"recipes/{student}/*.yaml"):
@@ -89,6 +94,28 @@ def test_weights_of_the_mission(student, weight):
         scale = 16 if recipe.get("tau_squared") else 1
         ratio = recipe["lm_loss_weight"] / scale
         assert ratio == pytest.approx((1 - weight) / (weight * 16), rel=1e-4), path.name
+
+
+PRUNED = [path for path in ON_PAPER if "parameters" in yaml.safe_load(path.read_text()).get("student_init", {})]
+
+
+@pytest.mark.parametrize("path", PRUNED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_pruned_student_has_the_parameters_of_its_recipe(path, capsys):
+    """Every shape of its plan is a model that can be built; one of them is judged."""
+    recipe = yaml.safe_load(path.read_text())
+    asked, name = float(recipe["student_init"]["parameters"]), recipe["teacher_model_name_or_path"].replace("/", "--")
+    config = AutoConfig.for_model(**json.loads((FOLDER / f"{name}.json").read_text()))
+    planned = StudentInit(parameters=asked).shrink(copy.deepcopy(config))
+    assert len(planned) >= 10
+    for candidate in planned[:: len(planned) // 4]:
+        built = copy.deepcopy(config)
+        built.num_hidden_layers = candidate.shape.num_hidden_layers
+        write_shape(built, candidate.shape)
+        with torch.device("meta"):
+            assert shape_of(AutoModelForCausalLM.from_config(built)).parameters == candidate.parameters
+        assert candidate.parameters == pytest.approx(asked, rel=0.025)
+    _, report = plan(path, capsys)
+    assert report["parameters"]["student"] == pytest.approx(asked, rel=0.025)
 
 
 @pytest.mark.parametrize("path", ON_PAPER, ids=lambda path: f"{path.parent.name}/{path.name}")

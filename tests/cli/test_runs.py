@@ -184,7 +184,7 @@ OWN_SETTINGS |= {"refresh_steps", "objective", "rationale_weight"}
 
 
 # The same methods for other models, full and LoRA: parsed and planned in every run, trained in the slow one.
-ALIKE = {"llama-2-13b", "llama-3.1-8b", "llama-3.2-1b", "open-llama-3b", "qwen2.5-7b"}
+ALIKE = {"llama-2-3b", "llama-2-13b", "llama-3.1-8b", "llama-3.2-1b", "open-llama-3b", "qwen2.5-7b"}
 ELSEWHERE = {"two_experts.yaml"}  # needs adapters: tests/cli/test_several_teachers.py makes them
 
 
@@ -192,7 +192,8 @@ def _shipped():
     for path in sorted(ROOT.glob("recipes/*/*.yaml")):
         if path.name in ELSEWHERE:
             continue
-        marks = [pytest.mark.slow] if path.parent.name in ALIKE else []
+        alike = path.parent.name in ALIKE or path.stem == "gkd_pruned"
+        marks = [pytest.mark.slow] if alike else []
         yield pytest.param(path, marks=marks, id=f"{path.parent.name}/{path.name}")
 
 
@@ -202,7 +203,8 @@ def test_every_recipe_trains_tiny_models_and_goes_on(path, tmp_path, tokenizer, 
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load(path.read_text())
     layers = 24 if "student_init" in settings else 2
-    make_teacher(num_hidden_layers=layers).save_pretrained(tmp_path / "large")
+    teacher = make_teacher(num_hidden_layers=layers)
+    teacher.save_pretrained(tmp_path / "large")
     tokenizer.save_pretrained(tmp_path / "large")
     rows = list(rows_for(settings["method"])(48))
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -221,6 +223,10 @@ def test_every_recipe_trains_tiny_models_and_goes_on(path, tmp_path, tokenizer, 
     splits = settings.keys() & {"dataset_split", "eval_split", "pretraining_split"}
     options += [part for name in splits for part in (f"--{name}", "train")]  # a hundredth of these rows would be none
     options += ["--eval_fraction", "8"] if "eval_fraction" in settings else []
+    init = settings.get("student_init", {})
+    if "parameters" in init:  # as small a share of this teacher
+        init = {**init, "parameters": 0.6 * teacher.num_parameters(), "importance_batches": 1}
+        options += ["--student_init", json.dumps(init)]
     if settings["method"] == "rationale":  # in the tokenizer's alphabet
         prompts = {name: text for name, text in RATIONALE_PROMPTS.items() if isinstance(text, str)}
         options += [part for name, text in prompts.items() for part in (f"--{name}", text)]
