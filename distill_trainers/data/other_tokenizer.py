@@ -68,7 +68,7 @@ class OtherTokenizer:
         """
         turn_ends = (turn_end_id(student), turn_end_id(teacher))
         both = [
-            TokenBytes.of(tokenizer, name, [*more, *([] if turn_end is None else [turn_end])])
+            TokenBytes.of(tokenizer, name, end_ids=[*more, *([] if turn_end is None else [turn_end])])
             for tokenizer, name, more, turn_end in zip(
                 (student, teacher), ("the student", "the teacher"), ends, turn_ends, strict=True
             )
@@ -87,7 +87,7 @@ class OtherTokenizer:
         end = self.end
         if self.turn_end is not None and self.turn_end != end and not self.markers.isdisjoint(prompt):
             end = self.turn_end
-        written = retokenised(ids, self.student, self.teacher, end)
+        written = retokenised(ids, self.student, self.teacher, end=end)
         return written.ids, written.cut_bytes
 
     def text_of(self, ids: Sequence[int]) -> str:
