@@ -30,7 +30,12 @@ logger = logging.getLogger(__name__)
 _REDUNDANT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "special_tokens_mask")
 _USED = {"input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "examples", TEACHER_INDEX}
 _REMEDY = "Leave `data_collator` out to use DistillCollator, or mend it"
-_VIEWS = ("teacher_prompt_ids", "view_start", "teacher_length", OWN_COMPLETION)  # which a collator cannot pad: batches get them here
+_VIEWS = (
+    "teacher_prompt_ids",
+    "view_start",
+    "teacher_length",
+    OWN_COMPLETION,
+)  # which a collator cannot pad: batches get them here
 Span = tuple[int, int, int]  # row of the batch, where a text begins in it, where it ends
 
 

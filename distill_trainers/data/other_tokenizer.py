@@ -8,6 +8,7 @@ entries of views (B rows, T positions of the student, C tokens of the teacher's 
     token_chunk     [B, T]  the same of the student's tokens
     token_shared    [B, T]  1 + the place of the teacher's token that begins where this one does; 0: none does
     token_comparable [B, T] 1 on tokens of chunks whose likelihoods may be compared
+    token_single    [B, T]  1 on tokens that are a chunk by themselves, in both tokenisations
     token_cut       [B, T]  1 on the last token of a completion that ends within a character, which has no teacher's ids
 
 They follow from the ids of the student and the teacher's prompt alone. So text that has just been sampled gets them as
@@ -35,47 +36,50 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OtherTokenizer:
-    """Writes what a teacher reads in place of the student's completion.
+class Side:
+    """One of two tokenizers, and how texts end in it.
 
     Args:
-        student, teacher: which bytes their ids stand for.
-        end: the teacher's id behind text that is no conversation; None: it has none.
-        turn_end: the same behind an assistant's turn.
-        markers: the teacher's ids by which a prompt is known to be a conversation.
+        tokens: which bytes its ids stand for.
+        end: id behind text that is no conversation; None: it has none.
+        turn_end: id behind an assistant's turn; None: it knows no conversations.
+        markers: ids by which a prompt is known to be a conversation.
     """
 
-    student: TokenBytes
-    teacher: TokenBytes
+    tokens: TokenBytes
     end: int | None = None
     turn_end: int | None = None
     markers: frozenset[int] = field(default=frozenset(), repr=False)
 
     @classmethod
-    def of(
-        cls,
-        student: PreTrainedTokenizerBase,
-        teacher: PreTrainedTokenizerBase,
-        ends: tuple[Sequence[int], Sequence[int]] = ((), ()),
-    ) -> OtherTokenizer:
-        """Read both tokenizers.
+    def of(cls, tokenizer: PreTrainedTokenizerBase, name: str) -> Side:
+        """Read a tokenizer; `name` says whose it is, for errors."""
+        turn_end = turn_end_id(tokenizer)
+        tokens = TokenBytes.of(tokenizer, name, end_ids=[] if turn_end is None else [turn_end])
+        named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        return cls(tokens, tokenizer.eos_token_id, turn_end, frozenset(tokenizer.added_tokens_decoder.keys() - named))
 
-        Args:
-            ends: more ids of the student and of the teacher with which their texts end.
+    def end_behind(self, prompt: Sequence[int]) -> int | None:
+        """Return the id that ends a text behind a prompt in this tokenizer's ids."""
+        is_chat = self.turn_end is not None and self.turn_end != self.end and not self.markers.isdisjoint(prompt)
+        return self.turn_end if is_chat else self.end
+
+
+@dataclass(frozen=True)
+class OtherTokenizer:
+    """Writes what a teacher reads in place of the student's completion, and the other way round."""
+
+    student: Side
+    teacher: Side
+
+    @classmethod
+    def of(cls, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> OtherTokenizer:
+        """Read both tokenizers.
 
         Raises:
             ConfigurationError: one of them loses text, so that nobody knows which bytes its ids stand for.
         """
-        turn_ends = (turn_end_id(student), turn_end_id(teacher))
-        both = [
-            TokenBytes.of(tokenizer, name, end_ids=[*more, *([] if turn_end is None else [turn_end])])
-            for tokenizer, name, more, turn_end in zip(
-                (student, teacher), ("the student", "the teacher"), ends, turn_ends, strict=True
-            )
-        ]
-        named = {teacher.bos_token_id, teacher.eos_token_id, teacher.pad_token_id}
-        markers = frozenset(teacher.added_tokens_decoder.keys() - named)
-        return cls(*both, teacher.eos_token_id, turn_ends[1], markers)
+        return cls(Side.of(student, "the student"), Side.of(teacher, "the teacher"))
 
     def completion(self, ids: Sequence[int], prompt: Sequence[int]) -> tuple[list[int], int]:
         """Return the teacher's ids of a completion, and the bytes of a last character that the student has cut.
@@ -84,15 +88,18 @@ class OtherTokenizer:
             ids: the student's.
             prompt: what the teacher reads before it: whether it is a conversation tells how the completion ends.
         """
-        end = self.end
-        if self.turn_end is not None and self.turn_end != end and not self.markers.isdisjoint(prompt):
-            end = self.turn_end
-        written = retokenised(ids, self.student, self.teacher, end=end)
+        end = self.teacher.end_behind(prompt)
+        written = retokenised(ids, self.student.tokens, self.teacher.tokens, end=end)
         return written.ids, written.cut_bytes
+
+    def answer(self, ids: Sequence[int], prompt: Sequence[int]) -> list[int]:
+        """Return the student's ids of what the teacher has written, behind a prompt in the student's ids."""
+        end = self.student.end_behind(prompt)
+        return retokenised(ids, self.teacher.tokens, self.student.tokens, end=end).ids
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Return the text of the student's ids, without special tokens."""
-        return self.student.text(ids).decode(errors="replace")
+        return self.student.tokens.text(ids).decode(errors="replace")
 
     def row_completion(self, row: Mapping[str, Any], prompt: Sequence[int]) -> list[int]:
         """Return the teacher's ids of what is trained of a tokenised row with a view; none without a completion.
@@ -131,18 +138,18 @@ class OtherTokenizer:
             "teacher_completion_mask": _stacked(([1] * len(row["ids"]) for row in rows), longest),
             "teacher_chunk": _stacked((row["teacher_chunk"] for row in rows), longest),
         }
-        for name in ("token_chunk", "token_shared", "token_comparable", "token_cut"):
+        for name in ("token_chunk", "token_shared", "token_comparable", "token_single", "token_cut"):
             entries[name] = _stacked((row[name] for row in rows), width)
         device = batch["input_ids"].device
         return {**batch, **{name: entry.to(device) for name, entry in entries.items()}}
 
     def _aligned(self, own: list[int], theirs: Sequence[int], start: int, *, has_prompt: bool) -> dict[str, list[int]]:
         """The entries of one row, those of the student's tokens from the row's beginning on."""
-        chunks, shared, comparable = [0] * len(own), [0] * len(own), [0] * len(own)
+        chunks, shared, comparable, single = ([0] * len(own) for _ in range(4))
         their_chunks = [0] * len(theirs)
         # Nothing predicts the first token of a row: chunks of it have no likelihood.
         first, their_first = int(start == 0), int(not has_prompt)
-        found = align(own, theirs, self.student, self.teacher)
+        found = align(own, theirs, self.student.tokens, self.teacher.tokens)
         ends, their_ends = found.student_ends.tolist(), found.teacher_ends.tolist()
         borders = zip([0, *ends], ends, [0, *their_ends], their_ends, strict=False)
         number = 0  # of chunks with tokens of both
@@ -154,8 +161,9 @@ class OtherTokenizer:
             chunks[begin:end] = [number] * (end - begin)
             their_chunks[their_begin:their_end] = [number] * (their_end - their_begin)
             comparable[begin:end] = [int(found.comparable[place])] * (end - begin)
+            single[begin] = int(end - begin == their_end - their_begin == 1)
         before = [0] * start
-        names = {"token_chunk": chunks, "token_shared": shared, "token_comparable": comparable}
+        names = {"token_chunk": chunks, "token_shared": shared, "token_comparable": comparable, "token_single": single}
         return {"ids": list(theirs), "teacher_chunk": their_chunks} | {k: before + v for k, v in names.items()}
 
 

@@ -340,12 +340,13 @@ class PairCollator(DistillCollator):
 
 def rejected_row(pair: Mapping[str, Any]) -> dict[str, Any]:
     """Return the prompt of a tokenised pair with its rejected response, as a tokenised row."""
-    start = pair["prompt_length"]
+    start, view = pair["prompt_length"], view_of(pair)
+    view.pop(OWN_COMPLETION, None)  # of the chosen side
     return {
         "input_ids": [*pair["input_ids"][:start], *pair["rejected_ids"]],
         "labels": [*pair["labels"][:start], *pair["rejected_labels"]],
         "prompt_length": start,
-        **view_of(pair),
+        **view,
         **({OWN_COMPLETION: pair[_REJECTED]} if _REJECTED in pair else {}),
     }
 

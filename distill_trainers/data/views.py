@@ -30,7 +30,7 @@ OWN_COMPLETION = "teacher_completion_ids"
 # Of batches whose teacher has a tokenizer of its own; they belong to the very completions that a batch holds.
 ALIGNED_ENTRIES = (
     *(OWN_COMPLETION, "teacher_completion_mask", "teacher_chunk"),
-    *("token_chunk", "token_shared", "token_comparable", "token_cut"),
+    *("token_chunk", "token_shared", "token_comparable", "token_single", "token_cut"),
 )
 
 
@@ -199,7 +199,9 @@ def _own_inputs(batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Tens
     # A row without any token would have nothing to attend to, not even itself.
     places = torch.arange(max(1, int(lengths.max())), device=joined.device)[None]
     real, of_prompt = places < lengths, places < prompt_lengths
-    ids = torch.nn.functional.pad(joined, (0, 1)).gather(1, (places + width - prompt_lengths).clamp(max=joined.shape[1]))
+    ids = torch.nn.functional.pad(joined, (0, 1)).gather(
+        1, (places + width - prompt_lengths).clamp(max=joined.shape[1])
+    )
     predicted = (real & ~of_prompt)[:, 1:]
     mask = real.long()
     mask[:, 0] = 1

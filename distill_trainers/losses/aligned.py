@@ -84,6 +84,19 @@ def _changes(values: Tensor) -> Tensor:
     return values != pad(values[1:], (0, 1), value=-1)
 
 
+def by_chunk(logps: Tensor, chunks: Tensor, *, at_all: bool) -> Tensor:
+    """Sum values `[B, T]` by the chunk `[B, T]` of their token; those of tokens in no chunk (0) stay as they are.
+
+    Args:
+        at_all: put a chunk's sum at all of its tokens, in place of its last one alone.
+    """
+    numbers = chunks.long()
+    sums = logps.new_zeros(len(logps), logps.shape[1] + 1).scatter_add(1, numbers, logps).gather(1, numbers)
+    is_last = numbers != pad(numbers[:, 1:], (0, 1), value=-1)
+    summed = sums if at_all else torch.where(is_last, sums, 0)
+    return torch.where(numbers > 0, summed, logps)
+
+
 @torch.no_grad()
 def chunk_entries(
     chunks: Chunks, logps: Tensor, teacher_logps: Tensor, comparable: Tensor, temperature: float
@@ -154,15 +167,17 @@ class AlignedLoss:
             # Zero but for its gradient.
             terms["alm"] = tokens[_VALUE] + tokens[_SLOPE] * (logps - logps.detach())
         others = [name for name in self.weights if name != "alm"]
-        if others:
-            terms |= {name: torch.where(begins, value, 0) for name, value in self._of_bytes(student, teacher, divergence, others).items()}
+        for name, values in self._of_distributions(student, teacher, divergence, others).items() if others else ():
+            # A token of both means the same event only where both take it by itself.
+            where = begins & (tokens["token_single"] > 0) if name == "exact_overlap" else begins
+            terms[name] = torch.where(where, values, 0)
         values = next(iter(terms.values()))
         return terms | {
             "shared_borders": begins.to(values.dtype),
             "comparable": (tokens["token_comparable"] > 0).to(values.dtype),
         }
 
-    def _of_bytes(
+    def _of_distributions(
         self, student: TokenLogits, teacher: TokenSignal | None, divergence: Divergence, names: list[str]
     ) -> dict[str, Tensor]:
         """The terms of whole distributions, at every token."""
@@ -171,19 +186,24 @@ class AlignedLoss:
                 f"Got a teacher's {type(teacher).__name__} for {', '.join(names)}; expected its whole distribution. Set "
                 "`cross_tokenizer: {alm: 1.0}`, which takes log-probabilities of tokens alone, or the kind `hidden`."
             )
-        tau, terms = self.temperature, {}
-        both = (student.logits / tau, teacher.logits / tau) if tau != 1 else (student.logits, teacher.logits)
+        tau, terms = self.temperature, dict[str, Tensor]()
+        both = [side.logits if tau == 1 else side.logits / tau for side in (student, teacher)]
         if "next_byte" in names:
-            buckets = [_of_device(ids, logits) for ids, logits in zip((self.student_bytes, self.teacher_bytes), both, strict=True)]
-            terms["next_byte"] = divergence(*(bucket_logps(logits, ids) for logits, ids in zip(both, buckets, strict=True)))
-        if "exact_overlap" in names:
-            ids = [part.to(logits.device) for part, logits in zip((self.student_ids, self.teacher_ids), both, strict=True)]
-            terms["exact_overlap"] = exact_overlap(divergence, *(logits.log_softmax(-1) for logits in both), *ids)
-        if "uld" in names:
-            terms["uld"] = uld(*(logits.log_softmax(-1) for logits in both))
+            buckets = (self.student_bytes, self.teacher_bytes)
+            sides = (bucket_logps(x, _of_device(ids, x)) for x, ids in zip(both, buckets, strict=True))
+            terms["next_byte"] = divergence(*sides)
+        if {"exact_overlap", "uld"} & set(names):
+            logps = [logits.log_softmax(-1) for logits in both]
+            if "exact_overlap" in names:
+                ids = (part.to(logps[0].device) for part in (self.student_ids, self.teacher_ids))
+                terms["exact_overlap"] = exact_overlap(divergence, *logps, *ids)
+            if "uld" in names:
+                terms["uld"] = uld(*logps)
         return terms
 
 
 def _of_device(buckets: Tensor, logits: Tensor) -> Tensor:
     """The bucket of each id that has logits: ids beyond the tokenizer's are special."""
-    return pad(buckets, (0, max(0, logits.shape[-1] - len(buckets))), value=NUM_BUCKETS - 1)[: logits.shape[-1]].to(logits.device)
+    return pad(buckets, (0, max(0, logits.shape[-1] - len(buckets))), value=NUM_BUCKETS - 1)[: logits.shape[-1]].to(
+        logits.device
+    )

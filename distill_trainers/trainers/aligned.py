@@ -14,12 +14,12 @@ from ..losses.cross_tokenizer import common_buckets
 
 def aligned_loss(args: Any, other: OtherTokenizer) -> AlignedLoss:
     """Build the loss of a config with `aligned_terms`."""
-    weights = args.aligned_terms
+    weights, student, teacher = args.aligned_terms, other.student.tokens, other.teacher.tokens
     nothing = torch.zeros(0, dtype=torch.int64)
     return AlignedLoss(
         weights,
         args.alm_temperature,
         args.kd_temperature,
-        *common_buckets(other.student.first_bytes(), other.teacher.first_bytes()),
-        *(shared_ids(other.student, other.teacher) if "exact_overlap" in weights else (nothing, nothing)),
+        *common_buckets(student.first_bytes(), teacher.first_bytes()),
+        *(shared_ids(student, teacher) if "exact_overlap" in weights else (nothing, nothing)),
     )

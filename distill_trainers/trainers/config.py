@@ -437,11 +437,17 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         for name, off in (("cross_tokenizer", None), ("alm_temperature", 1.0)):
             beside = "`teacher_tokenizer: own` beside it, for a teacher with another tokenizer than the student's"
             self._require(name, self.has_own_tokenizer or getattr(self, name) == off, beside)
-        numbers = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < math.inf for w in (terms or {}).values())
+        numbers = all(
+            isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < math.inf for w in (terms or {}).values()
+        )
         expected = f"weights above 0 of any of {', '.join(TERMS)}, such as {DEFAULT_TERMS}"
-        self._require("cross_tokenizer", terms is None or (bool(terms) and terms.keys() <= set(TERMS) and numbers), expected)
+        self._require(
+            "cross_tokenizer", terms is None or (bool(terms) and terms.keys() <= set(TERMS) and numbers), expected
+        )
         if self.has_own_tokenizer and self.packing:
-            self._require("packing", False, "false with `teacher_tokenizer`: packed rows have no prompt for the teacher")
+            self._require(
+                "packing", False, "false with `teacher_tokenizer`: packed rows have no prompt for the teacher"
+            )
 
     def _check_accelerator(self) -> None:
         """Refuse ways to share batches that rows of different lengths, or counted steps, do not allow."""

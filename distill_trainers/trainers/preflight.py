@@ -292,7 +292,10 @@ def _check_tokenizers(args: DistillConfig, teacher: Any, wants: Requirements) ->
     if kind.is_nobody:
         why, remedy = "there is no teacher", "Name one"
     elif isinstance(teacher, Mapping):
-        why, remedy = "the answers of several teachers are joined id by id", "Name one teacher, or one run after another"
+        why, remedy = (
+            "the answers of several teachers are joined id by id",
+            "Name one teacher, or one run after another",
+        )
     elif kind.is_the_student:
         why, remedy = "the student is its own teacher and reads its own ids", "Leave the setting out"
     if why:
