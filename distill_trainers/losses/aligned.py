@@ -5,8 +5,8 @@ a value at some of the student's N tokens: `alm` at the last of each chunk, the 
 the teacher's does. All are summed over the tokens and divided by their number in the step, as any other loss.
 
 A chunk's likelihood is a sum over tokens, whose gradient at one of them depends on the others. So the log-probabilities
-of all tokens are had once ahead of the loss, and with them the slope s_k of each chunk's value; the gradient is then that
-of s_k * log q(y_t) at each of its tokens, exactly.
+of all tokens are had once ahead of the loss, and with them the slope s_k of each chunk's value; the gradient is then
+that of s_k * log q(y_t) at each of its tokens, exactly.
 
 Shapes: N trained tokens of the student, M of the teacher, n tokens of one part of the fused head.
 """

@@ -206,8 +206,8 @@ def _own_tokenizer(teacher: Any, options: TeacherOptions) -> PreTrainedTokenizer
                 "id of the teacher's tokenizer as `teacher_tokenizer`, or pass it as `teacher_processing_class`."
             ) from error
     raise ConfigurationError(
-        f"Got {setting}, but nothing says what the tokenizer of the teacher {named(teacher)} is; expected one beside it. "
-        "Name its folder or Hub id as `teacher_tokenizer`, or pass it as `teacher_processing_class`."
+        f"Got {setting}, but nothing says what the tokenizer of the teacher {named(teacher)} is; expected one beside "
+        "it. Name its folder or Hub id as `teacher_tokenizer`, or pass it as `teacher_processing_class`."
     )
 
 
