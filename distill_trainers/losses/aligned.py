@@ -177,14 +177,21 @@ class AlignedLoss:
             "comparable": (tokens["token_comparable"] > 0).to(values.dtype),
         }
 
+    def value(
+        self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor], divergence: Divergence
+    ) -> Tensor:
+        """Sum the terms `[n]` by their weights."""
+        terms = self.terms(student, teacher, tokens, divergence)
+        return torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum(0)
+
     def _of_distributions(
         self, student: TokenLogits, teacher: TokenSignal | None, divergence: Divergence, names: list[str]
     ) -> dict[str, Tensor]:
         """The terms of whole distributions, at every token."""
         if not isinstance(teacher, TokenLogits):
             raise ConfigurationError(
-                f"Got a teacher's {type(teacher).__name__} for {', '.join(names)}; expected its whole distribution. Set "
-                "`cross_tokenizer: {alm: 1.0}`, which takes log-probabilities of tokens alone, or the kind `hidden`."
+                f"Got a teacher's {type(teacher).__name__} for {', '.join(names)}; expected its whole distribution. "
+                "Set `cross_tokenizer: {alm: 1.0}`, for which log-probabilities of tokens do, or the kind `hidden`."
             )
         tau, terms = self.temperature, dict[str, Tensor]()
         both = [side.logits if tau == 1 else side.logits / tau for side in (student, teacher)]

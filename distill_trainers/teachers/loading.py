@@ -192,7 +192,8 @@ def teacher_tokenizer(teacher: Any, tokenizer: PreTrainedTokenizerBase, options:
 
 def _own_tokenizer(teacher: Any, options: TeacherOptions) -> PreTrainedTokenizerBase:
     """The tokenizer of `teacher_tokenizer`: the one it names, or the one beside the teacher."""
-    name, setting = options.teacher_tokenizer, f"`teacher_tokenizer: {options.teacher_tokenizer}`"
+    name: str | None = options.teacher_tokenizer
+    setting = f"`teacher_tokenizer: {name}`"
     if name == OWN:
         model = model_of(teacher)
         known = teacher if isinstance(teacher, str) and has_files(teacher, options) else None
