@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from distill_trainers.data.other_tokenizer import OtherTokenizer
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.losses.reduction import trained_mask
 from distill_trainers.toy import tiny_llama
@@ -431,3 +432,26 @@ def test_a_tokenizer_that_loses_text_is_refused(make_trainer, tokenizer, digits)
     lossy = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
     with pytest.raises(ConfigurationError, match="The tokenizer of the teacher loses upper case"):
         make_trainer(teacher=tiny_llama(lossy, 48, 2), teacher_processing_class=lossy, **OWN)
+
+
+def test_the_space_that_a_template_writes_before_answers_is_the_teachers(make_tokenizer):
+    """As Llama 2 has it; a template that writes none, and plain text, get none."""
+    symbols = ["▁", *"ab[]IUNST/\n"]
+    backend = Tokenizer(
+        models.BPE({s: i for i, s in enumerate([*symbols, "<unk>", "▁b"])}, [("▁", "b")], unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    teacher = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+    student = make_tokenizer()
+    for space in (" ", ""):
+        teacher.chat_template = (
+            "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
+            f"{{% else %}}{space}{{{{ m['content'] }}}}</s>{{% endif %}}{{% endfor %}}"
+        )
+        other = OtherTokenizer.of(student, teacher)
+        prompt = teacher("[INST]a[/INST]", add_special_tokens=False)["input_ids"]
+        ids = other.completion(student("b", add_special_tokens=False)["input_ids"], prompt)
+        assert teacher.convert_ids_to_tokens(ids) == (["▁b"] if space else ["b"])
+        plain = other.completion(student("b", add_special_tokens=False)["input_ids"], prompt[:3])
+        assert teacher.convert_ids_to_tokens(plain) == ["b"]
