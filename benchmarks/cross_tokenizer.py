@@ -4,11 +4,11 @@
     python benchmarks/cross_tokenizer.py --quick            # the same code on a toy, for the tests
 
 The student is the teacher's body under another vocabulary: a byte-level BPE trained on text that every Python installs
-(`pydoc_data`), on the prompts and on the teacher's answers to them. Each of its embedding rows begins as the mean of the
-teacher's rows for the same bytes. All contenders train on the same answers of the teacher, with the same batch size and
-learning rate, which falls to 0 as their equal CPU time runs out. They are judged by one code, on the teacher's answers
-to held-out prompts: in bits per byte, and by how often both find the same next byte likeliest. Each contender and seed
-is a process of its own, whose result is kept in the work folder: a run goes on from there.
+(`pydoc_data`), on the prompts and on the teacher's answers to them. Each of its embedding rows begins as the mean of
+the teacher's rows for the same bytes. All contenders train on the same answers of the teacher, with the same batch size
+and learning rate, which falls to 0 as their equal CPU time runs out. They are judged by one code, on the teacher's
+answers to held-out prompts: in bits per byte, and by how often both find the same next byte likeliest. Each contender
+and seed is a process of its own, whose result is kept in the work folder: a run goes on from there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TERMS: dict[str, dict[str, float]] = {
     "next_byte": {"next_byte": 1.0},
     "with_text": {"alm": 1.0, "next_byte": 1.0},
 }
-SHORT = " Answer in one or two short sentences."
+SHORT = " Answer in one short sentence."
 _T_2 = 4.303  # Student's t at 97.5 % with 2 degrees of freedom
 
 
@@ -56,16 +56,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180, help="of a processor, for each")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--new-tokens", type=int, default=96, help="of an answer; longer ones are left out")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of an answer; longer ones are left out")
     parser.add_argument("--vocabulary", type=int, default=8192, help="of the student")
-    parser.add_argument("--rows", type=int, default=48, help="held out")
+    parser.add_argument("--train-rows", type=int, default=282, help="prompts to train on")
+    parser.add_argument("--rows", type=int, default=48, help="prompts held out")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--quick", action="store_true", help="a toy model and a second")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.rows, options.new_tokens, options.batch_size, options.vocabulary, options.seconds = 4, 8, 2, 300, 1
+        options.train_rows, options.rows, options.new_tokens, options.batch_size = 8, 4, 8, 2
+        options.vocabulary, options.seconds = 300, 1
         options.teacher = str(options.work / "toy")
     if options.only:
         run(options.only[0], int(options.only[1]), options)
@@ -76,14 +78,13 @@ def main() -> None:
         f"{options.learning_rate:g} falling to 0, {options.rows} answers held out"
     )
     print(f"{described}\n", flush=True)
-    for name in ("answers", "prepare", "start"):
-        run_alone(name, 0, options)
-    results: dict[str, list[dict[str, float]]] = {"start": [run_alone("start", 0, options)]}
+    _, teacher, start = (run_alone(name, 0, options) for name in ("answers", "prepare", "start"))
+    results = {"start": [start]}
     for seed in options.seeds:  # all contenders of a seed before the next one
         for name in options.contenders:
             results.setdefault(name, []).append(run_alone(name, seed, options))
-    print(table(results))
-    write_results(options.json, described, results)
+    print(table(results, teacher))
+    write_results(options.json, described, {"teacher": [teacher], **results})
 
 
 def run_alone(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
@@ -159,7 +160,7 @@ def answer(options: argparse.Namespace) -> dict[str, float]:
     if options.quick:
         toy(options)
     started = time.process_time()
-    for part, most in (("train", 8 if options.quick else None), ("heldout", options.rows)):
+    for part, most in (("train", options.train_rows), ("heldout", options.rows)):
         lines = (PROMPTS / f"prompts_{part}.jsonl").read_text(encoding="utf-8").splitlines()[:most]
         rows = [
             {"prompt": [{"role": "user", "content": json.loads(line)["prompt"][0]["content"] + SHORT}]}
@@ -173,7 +174,7 @@ def answer(options: argparse.Namespace) -> dict[str, float]:
             disable_tqdm=True,
             max_length=512,
             max_new_tokens=options.new_tokens,
-            rollout_batch_size=48,
+            rollout_batch_size=32,
             temperature=1.0,
         )
         trainer = GKDTrainer(
@@ -381,10 +382,26 @@ def judge(student: Any, options: argparse.Namespace) -> dict[str, float]:
     return {**of_text(told), "next_byte_agreement": agreed / places}
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def table(results: dict[str, list[dict[str, float]]], teacher: dict[str, float]) -> str:
     start = results["start"][0]
     lines = ["| | steps | bits per byte | of the gap | next byte alike | of the gap | CPU seconds |", "|" + "---|" * 7]
+    alone = f"{start['bits_per_byte']:.3f} | | {start['next_byte_agreement']:.3f} | | |"
+    lines += [f"| the teacher | | {teacher['bits_per_byte']:.3f} | | 1 | | |", f"| the student before | | {alone}"]
+    goals = {"bits_per_byte": teacher["bits_per_byte"], "next_byte_agreement": 1.0}
+    for name in [name for name in results if name != "start"]:
+        runs, cells = results[name], [_spread([run["steps"] for run in results[name]], 0)]
+        for score, goal in goals.items():
+            closed = [100 * (run[score] - start[score]) / (goal - start[score]) for run in runs]
+            cells += [_spread([run[score] for run in runs], 3), f"{_spread(closed, 1)} %"]
+        cells.append(_spread([run["cpu_seconds"] for run in runs], 0))
+        lines.append(f"| {({**CONTENDERS, **MORE})[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    """Mean over seeds, with the half width of a 95 % interval where there are three."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {_T_2 * statistics.stdev(values) / 3**0.5:.{digits}f}" if len(values) == 3 else mean
 
 
 if __name__ == "__main__":
