@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +196,7 @@ def preflight(given: Given) -> Ready:
     _check_packing(args, wants)
     _check_view(args, loading.kind_of(teacher, args))
     _check_teachers(args, wants)
+    _check_tokenizers(args, teacher, wants)
     _check_models(given)
     config = student_config(student, args)
     _check_files(pair, config, args)
@@ -216,6 +218,7 @@ def preflight(given: Given) -> Ready:
     pair = dataclasses.replace(pair, tokenizer=tokenizer, teacher_tokenizer=other)
     renders, why_no_chat = loading.rendering_tokenizer(pair, args)
     wants = dataclasses.replace(wants, teacher_tokenizer=renders, why_no_chat=why_no_chat)
+    wants = dataclasses.replace(wants, other=loading.other_tokenizer(pair, args))
     loading.compare_vocabularies(pair, args)
     return Ready(given, pair, wants, config)
 
@@ -277,6 +280,28 @@ def _check_teachers(args: DistillConfig, wants: Requirements) -> None:
         raise ConfigurationError(
             f"Got several teachers ({', '.join(wants.teachers)}) with {wants.trainer}, where {args.why_one_teacher}; "
             "expected one for all rows. Leave that setting out, compose them (`teacher_mix`), or name one."
+        )
+
+
+def _check_tokenizers(args: DistillConfig, teacher: Any, wants: Requirements) -> None:
+    """Refuse a teacher with a tokenizer of its own where nothing could be made of what it says."""
+    if not args.has_own_tokenizer:
+        return
+    kind = loading.kind_of(teacher, args)
+    why, remedy = args.why_shared_tokenizer, "Leave that out"
+    if kind.is_nobody:
+        why, remedy = "there is no teacher", "Name one"
+    elif isinstance(teacher, Mapping):
+        why, remedy = (
+            "the answers of several teachers are joined id by id",
+            "Name one teacher, or one run after another",
+        )
+    elif kind.is_the_student:
+        why, remedy = "the student is its own teacher and reads its own ids", "Leave the setting out"
+    if why:
+        raise ConfigurationError(
+            f"Got `teacher_tokenizer: {shown(args.teacher_tokenizer)}` with {wants.trainer}, where {why}; expected a "
+            f"teacher that shares the student's tokenizer there. {remedy}, or set `teacher_tokenizer: shared`."
         )
 
 

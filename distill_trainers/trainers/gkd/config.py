@@ -116,8 +116,17 @@ class GKDConfig(DistillConfig):
         return replays if self.replay_buffer_size else super().why_one_teacher
 
     @property
+    def why_shared_tokenizer(self) -> str:
+        if self.feedback is not None:
+            return "feedback (`feedback`) is written for the teacher while it trains"
+        if self.divergence == "logit_mse" and self.compares_distributions:
+            return "logits are compared id by id (`divergence: logit_mse`)"
+        weighted = f"weights of sampled tokens (`sampler_correction: {self.sampler_correction}`) are of one token each"
+        return weighted if self.sampler_correction != "none" else ""
+
+    @property
     def loss_terms(self) -> frozenset[str]:
-        return frozenset({"divergence"} | ({"lm_loss"} if self.lm_loss_weight else set()))
+        return frozenset(set(self.aligned_terms or {"divergence"}) | ({"lm_loss"} if self.lm_loss_weight else set()))
 
     @property
     def samples_completions(self) -> bool:
