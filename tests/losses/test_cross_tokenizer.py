@@ -120,7 +120,7 @@ def test_many_rows_are_taken_block_by_block():
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_next_bytes_are_no_further_apart_than_tokens(name):
-    """Data processing; and two equal models are at 0, value and gradient. (TAID's target is no distribution's image.)"""
+    """Data processing; and two equal models are at 0, value and gradient."""
     scores, others, buckets = logits(30, 40).requires_grad_(), logits(30, 40, seed=1), some_buckets(40, 9)
     divergence = resolve_divergence(name)
     value = next_byte(name, bucket_logps(scores, buckets), bucket_logps(others, buckets))
