@@ -221,7 +221,8 @@ def prepare(options: argparse.Namespace) -> dict[str, float]:
         for token in new.convert_ids_to_tokens(range(len(new)))
     ]
     embeddings = teacher.get_input_embeddings().weight.detach()
-    means = torch.stack([embeddings[ids].mean(0) for ids in rows])
+    anything = embeddings.mean(0)  # for bytes that the teacher's vocabulary lacks
+    means = torch.stack([embeddings[ids].mean(0) if ids else anything for ids in rows])
     teacher.resize_token_embeddings(len(new), mean_resizing=False)
     teacher.get_input_embeddings().weight.data.copy_(means)
     for holder in (teacher.config, teacher.generation_config):
