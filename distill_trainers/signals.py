@@ -296,7 +296,7 @@ class Aligned:
                 f"Got {type(told).__name__} of teachers with tokenizers of their own; expected one teacher."
             )
         values = {f.name: getattr(told, f.name) for f in fields(told) if f.name != "head"}
-        return replace(told, **{name: value[self.places] for name, value in values.items()})  # type: ignore[arg-type]
+        return replace(told, **{name: value[self.places] for name, value in values.items()})
 
     def chunk(self, rows: slice) -> TokenSignal:
         told: TokenSignal = self.at_places().chunk(rows)

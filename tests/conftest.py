@@ -104,6 +104,23 @@ def tokenizer():
     return character_tokenizer()
 
 
+def digits_tokenizer():
+    """Two digits are one token; no id but by accident stands for what it does to the character tokenizer."""
+    characters = ["=", "+", *"9876543210"]
+    pairs = [(a, b) for a in "0123456789" for b in "0123456789"]
+    vocab = {token: i for i, token in enumerate([*characters, *(a + b for a, b in pairs), "<pad>"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, unk_token="<pad>"))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<pad>", "<end>")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """A tokenizer of the same characters, with a token for each two digits."""
+    return digits_tokenizer()
+
+
 @pytest.fixture(scope="session")
 def make_student(tokenizer):
     """Factory of a student of random weights: `make_student(seed=…, **llama_config)`."""

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from distill_trainers.data.alignment import TokenBytes, align, retokenised
 from distill_trainers.data.chat import turn_end_id
@@ -81,16 +80,22 @@ class OtherTokenizer:
         """
         return cls(Side.of(student, "the student"), Side.of(teacher, "the teacher"))
 
-    def completion(self, ids: Sequence[int], prompt: Sequence[int]) -> tuple[list[int], int]:
-        """Return the teacher's ids of a completion, and the bytes of a last character that the student has cut.
+    def completion(self, ids: Sequence[int], prompt: Sequence[int]) -> list[int]:
+        """Return the teacher's ids of a completion; of a last character that the student has cut there are none.
 
         Args:
             ids: the student's.
             prompt: what the teacher reads before it: whether it is a conversation tells how the completion ends.
         """
         end = self.teacher.end_behind(prompt)
-        written = retokenised(ids, self.student.tokens, self.teacher.tokens, end=end)
-        return written.ids, written.cut_bytes
+        return retokenised(ids, self.student.tokens, self.teacher.tokens, end=end).ids
+
+    def is_cut(self, ids: Sequence[int]) -> bool:
+        """Tell whether the student's text ends within a character."""
+        (last,) = self.student.tokens.tokens(ids[-1:]) or [None]
+        if not last or last[-1] < 0x80:
+            return False
+        return retokenised(ids[-8:], self.student.tokens, self.teacher.tokens, end=None).cut_bytes > 0
 
     def answer(self, ids: Sequence[int], prompt: Sequence[int]) -> list[int]:
         """Return the student's ids of what the teacher has written, behind a prompt in the student's ids."""
@@ -108,7 +113,7 @@ class OtherTokenizer:
             DatasetError: what is trained is not one stretch.
         """
         start, stop = trained_stretch(row["labels"], row["view_start"])
-        return self.completion(row["input_ids"][start:stop], prompt)[0] if stop > start else []
+        return self.completion(row["input_ids"][start:stop], prompt) if stop > start else []
 
     def added_to(
         self, batch: Mapping[str, Tensor], completions: Sequence[Sequence[int]] | None = None
@@ -129,9 +134,9 @@ class OtherTokenizer:
         for number, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             start, stop = trained_stretch(labels[number], start)
             own = ids[number][start:stop]
-            theirs, lost = (completions[number], 0) if completions is not None else self.completion(own, prompt)
+            theirs = self.completion(own, prompt) if completions is None else completions[number]
             row = self._aligned(own, theirs, start, has_prompt=bool(prompt))
-            rows.append({**row, "token_cut": [0] * (stop - 1) + [int(lost > 0)]})
+            rows.append({**row, "token_cut": [0] * (stop - 1) + [int(self.is_cut(own))]})
         width, longest = batch["input_ids"].shape[1], max([1, *(len(row["ids"]) for row in rows)])
         entries = {
             "teacher_completion_ids": _stacked((row["ids"] for row in rows), longest),

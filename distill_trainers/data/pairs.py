@@ -331,7 +331,7 @@ class PairCollator(DistillCollator):
         if "rejected_ids" not in rows[0]:
             return super().__call__(rows)
         sides = rows, [rejected_row(row) for row in rows]
-        batch = join_pairs(*map(self.collated, sides), self.pad_token_id)
+        batch = join_pairs(self.collated(sides[0]), self.collated(sides[1]), self.pad_token_id)
         if self.other is None or not has_view(batch):
             return batch
         known = all(OWN_COMPLETION in row for row in sides[1])

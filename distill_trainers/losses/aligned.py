@@ -5,8 +5,8 @@ a value at some of the student's N tokens: `alm` at the last of each chunk, the 
 the teacher's does. All are summed over the tokens and divided by their number in the step, as any other loss.
 
 A chunk's likelihood is a sum over tokens, whose gradient at one of them depends on the others. So the log-probabilities
-of all tokens are had once ahead of the loss, and with them the slope s_k of each chunk's value; the gradient is then that
-of s_k * log q(y_t) at each of its tokens, exactly.
+of all tokens are had once ahead of the loss, and with them the slope s_k of each chunk's value; the gradient is then
+that of s_k * log q(y_t) at each of its tokens, exactly.
 
 Shapes: N trained tokens of the student, M of the teacher, n tokens of one part of the fused head.
 """
@@ -177,14 +177,21 @@ class AlignedLoss:
             "comparable": (tokens["token_comparable"] > 0).to(values.dtype),
         }
 
+    def value(
+        self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor], divergence: Divergence
+    ) -> Tensor:
+        """Sum the terms `[n]` by their weights."""
+        terms = self.terms(student, teacher, tokens, divergence)
+        return torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum(0)
+
     def _of_distributions(
         self, student: TokenLogits, teacher: TokenSignal | None, divergence: Divergence, names: list[str]
     ) -> dict[str, Tensor]:
         """The terms of whole distributions, at every token."""
         if not isinstance(teacher, TokenLogits):
             raise ConfigurationError(
-                f"Got a teacher's {type(teacher).__name__} for {', '.join(names)}; expected its whole distribution. Set "
-                "`cross_tokenizer: {alm: 1.0}`, which takes log-probabilities of tokens alone, or the kind `hidden`."
+                f"Got a teacher's {type(teacher).__name__} for {', '.join(names)}; expected its whole distribution. "
+                "Set `cross_tokenizer: {alm: 1.0}`, for which log-probabilities of tokens do, or the kind `hidden`."
             )
         tau, terms = self.temperature, dict[str, Tensor]()
         both = [side.logits if tau == 1 else side.logits / tau for side in (student, teacher)]

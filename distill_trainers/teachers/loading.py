@@ -192,7 +192,8 @@ def teacher_tokenizer(teacher: Any, tokenizer: PreTrainedTokenizerBase, options:
 
 def _own_tokenizer(teacher: Any, options: TeacherOptions) -> PreTrainedTokenizerBase:
     """The tokenizer of `teacher_tokenizer`: the one it names, or the one beside the teacher."""
-    name, setting = options.teacher_tokenizer, f"`teacher_tokenizer: {options.teacher_tokenizer}`"
+    name: str | None = options.teacher_tokenizer
+    setting = f"`teacher_tokenizer: {name}`"
     if name == OWN:
         model = model_of(teacher)
         known = teacher if isinstance(teacher, str) and has_files(teacher, options) else None
@@ -206,8 +207,8 @@ def _own_tokenizer(teacher: Any, options: TeacherOptions) -> PreTrainedTokenizer
                 "id of the teacher's tokenizer as `teacher_tokenizer`, or pass it as `teacher_processing_class`."
             ) from error
     raise ConfigurationError(
-        f"Got {setting}, but nothing says what the tokenizer of the teacher {named(teacher)} is; expected one beside it. "
-        "Name its folder or Hub id as `teacher_tokenizer`, or pass it as `teacher_processing_class`."
+        f"Got {setting}, but nothing says what the tokenizer of the teacher {named(teacher)} is; expected one beside "
+        "it. Name its folder or Hub id as `teacher_tokenizer`, or pass it as `teacher_processing_class`."
     )
 
 

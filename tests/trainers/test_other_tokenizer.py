@@ -10,26 +10,14 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.losses.reduction import trained_mask
-from distill_trainers.toy import addition_dataset, tiny_llama
-from distill_trainers.trainers import METHODS
+from distill_trainers.toy import tiny_llama
 
 OWN = {"teacher_tokenizer": "own", "lmbda": 0.0, "divergence": "forward_kl"}
-
-
-def digits_tokenizer():
-    """Two digits are one token; no id but by accident stands for what it does to the character tokenizer."""
-    characters = ["=", "+", *"9876543210"]
-    pairs = [(a, b) for a in "0123456789" for b in "0123456789"]
-    vocab = {token: i for i, token in enumerate([*characters, *(a + b for a, b in pairs), "<pad>"])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, unk_token="<pad>"))
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<pad>", "<end>")])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
 
 
 def numbers(count=12, seed=0):
@@ -39,18 +27,13 @@ def numbers(count=12, seed=0):
     return Dataset.from_list([{"prompt": f"{draw(1 + i % 4)}+", "completion": draw(1 + i % 5)} for i in range(count)])
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return digits_tokenizer()
-
-
 @pytest.fixture
 def own(make_trainer, make_student, digits):
     """A trainer of float64 models with a teacher that reads two digits at once."""
 
-    def make(student=None, teacher=None, train="default", **settings):
+    def make(student=None, teacher="default", train="default", **settings):
         student = make_student(initializer_range=0.2).double() if student is None else student
-        if teacher is None:
+        if isinstance(teacher, str) and teacher == "default":
             teacher = tiny_llama(digits, 48, 2, seed=7, initializer_range=0.25).double()
         train = numbers() if isinstance(train, str) else train
         settings = {"teacher_processing_class": digits, **OWN, **settings}
@@ -110,7 +93,9 @@ def naive(student, teacher, tokenizer, digits, rows, tau=1.0, weights=(1.0, 1.0)
         safe = {0, text_end, text_end + 1}  # everywhere else a token of two digits may cross
         for begin, end in zip(shared, shared[1:], strict=False):
             if {begin, end} <= safe:
-                a = sum(value for (s, e), value in zip(theirs, p_given, strict=True) if begin <= s and e <= end).detach()
+                a = sum(
+                    value for (s, e), value in zip(theirs, p_given, strict=True) if begin <= s and e <= end
+                ).detach()
                 b = sum(value for (s, e), value in zip(ours, q_given, strict=True) if begin <= s and e <= end)
                 pt, qt = (a / tau).exp(), (b / tau).exp()
                 event = pt * (pt / qt).log() + (1 - pt) * ((1 - pt) / (1 - qt)).log()
@@ -262,3 +247,187 @@ def test_the_teacher_reads_the_students_text_in_its_own_tokens(own, digits, toke
     extra = settings.get("teacher_prompt", "")[8:]
     prompts = {row["prompt"] + extra for row in numbers()}
     assert all(read.removesuffix(answer) in prompts for read, answer in asked.questions)
+
+
+def test_rewards_of_sequences_are_those_of_whole_chunks(own, batch_of):
+    """Whatever the chunks, what follows them adds up to log p(y) - log q(y), and a token's return is its chunk's on."""
+    settings = {"estimator": "sampled", "teacher_mix_alpha": 0.0, "length_normalization": False}
+    trainer = own(method="minillm", max_steps=1, **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    (batch,) = trainer.score(trainer.sample([batch]))
+    teacher, _ = trainer.two_models.frozen_logps(trainer.teacher, batch)
+    predicts = trained_mask(batch["labels"])
+    rows, chunks = predicts.nonzero()[:, 0], batch["token_chunk"][:, 1:][predicts]
+    student = batch["token_logps"][:, 1:][predicts]
+    returns = (batch["token_long"] + batch["token_single"])[:, 1:][predicts]
+    for row in range(len(predicts)):
+        of_row = rows == row
+        gap = (teacher - student)[of_row].sum()
+        numbers, found = chunks[of_row], returns[of_row]
+        assert found[0].item() == pytest.approx(gap.item(), rel=1e-5)
+        inside = (numbers[1:] == numbers[:-1]) & (numbers[1:] > 0)
+        torch.testing.assert_close(found[1:][inside], found[:-1][inside], rtol=1e-5, atol=1e-6)
+
+
+# ---- Caches, servers, checkpoints, adapters --------------------------------------------------------------------------
+
+
+def losses(trainer, by_step):
+    trainer.train()
+    return by_step(trainer)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, digits):
+    """Folders of a teacher with its tokenizer, and of the tokenizer alone."""
+    root = tmp_path_factory.mktemp("digits")
+    tiny_llama(digits, 48, 2, seed=7, initializer_range=0.25).save_pretrained(root / "teacher")
+    digits.save_pretrained(root / "teacher")
+    digits.save_pretrained(root / "tokenizer")
+    return root
+
+
+RUN = {"max_steps": 4, "gradient_accumulation_steps": 2, "teacher_processing_class": None}
+
+
+@pytest.mark.parametrize(("method", "settings"), [("gkd", {}), ("gkd", {"lmbda": 0.5, "teacher_prompt": "1+{prompt}"}),
+                                                  ("dpkd", {"train": pairs(16)})])  # fmt: skip
+def test_a_cached_teacher_is_the_live_one(own, by_step, kept, make_student, tmp_path, method, settings):
+    run = {**RUN, "method": method, "teacher": str(kept / "teacher"), **settings}
+    live = losses(own(make_student(), **run), by_step)
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    filled = own(make_student(), **run, **cache)
+    assert losses(filled, by_step) == pytest.approx(live, rel=1e-6)
+    if not settings.get("lmbda"):
+        alone = {**run, "teacher": None, **cache, "teacher_placement": "cached"}
+        read = own(make_student(), **{**alone, "teacher_tokenizer": str(kept / "tokenizer")})
+        assert losses(read, by_step) == pytest.approx(live, rel=1e-6) and not read.teacher.is_live
+        with pytest.raises(ConfigurationError, match=r"made with another tokenizer than the teacher's"):
+            own(make_student(), **{**alone, "teacher_processing_class": filled.processing_class})
+
+
+def test_a_killed_run_resumes_exactly(own, by_step, make_student, die_at, tmp_path):
+    run = {"max_steps": 6, "lmbda": 0.5, "seed": 1, "save_strategy": "steps", "save_steps": 2}
+    whole = losses(own(make_student(), **run, output_dir=str(tmp_path / "whole")), by_step)
+    folder = str(tmp_path / "killed")
+    with pytest.raises(die_at.error):
+        own(make_student(), **run, output_dir=folder, callbacks=[die_at(5)]).train()
+    resumed = own(make_student(), **run, output_dir=folder)
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+    assert by_step(resumed) == whole
+
+
+def test_an_adapter_trains(own, by_step, make_student):
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], r=4)
+    trainer = own(make_student(tie_word_embeddings=False), peft_config=config, max_steps=12, learning_rate=3e-2)
+    found = list(losses(trainer, by_step).values())
+    assert found[-1] < found[0]
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_reads_a_conversation_in_its_own_form(make_tokenizer, make_trainer):
+    """Prompt, completion and end of turn: each by its own template; nothing of the student's markers is text."""
+    student, teacher = make_tokenizer(), make_tokenizer(
+        bos=True,
+        template="{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end_of_turn>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+    )  # fmt: skip
+    rows = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "Hé\n\n"}, {"role": "assistant", "content": "Ja é"}]}] * 4
+    )
+    trainer = make_trainer(
+        tiny_llama(student, 32, 2), tiny_llama(teacher, 32, 2), rows, tok=student, max_length=60,
+        teacher_tokenizer="own", teacher_processing_class=teacher, lmbda=0.0,
+    )  # fmt: skip
+    row = trainer.train_dataset[0]
+    assert teacher.decode(row["teacher_prompt_ids"]) == "<bos>[user]Hé\n\n<end_of_turn>[assistant]"
+    assert teacher.decode(row["teacher_completion_ids"]) == "Ja é<end_of_turn>"
+    batch = trainer.data_collator([row])
+    assert batch["token_chunk"][0, row["view_start"] :].tolist() == [1, 2, 3, 4, 5, 6]
+    trainer.train()
+
+
+def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_trainer, batch_of):
+    tokenizer = make_tokenizer()
+    rows = Dataset.from_list([{"prompt": "a", "completion": "bé"}] * 4)  # of two bytes, two tokens here
+    run = {"tok": tokenizer, "teacher_tokenizer": "own", "teacher_processing_class": make_tokenizer(), "lmbda": 0.0}
+    for length, cut, text in ((4, 0, "bé"), (3, 1, "b")):
+        trainer = make_trainer(
+            tiny_llama(tokenizer, 32, 2), tiny_llama(tokenizer, 32, 2), rows, **run, max_length=length
+        )
+        batch = batch_of(trainer, [0])
+        assert batch["token_cut"].sum() == cut
+        assert tokenizer.decode(batch["teacher_completion_ids"][0]) == text
+        # The text may go on: what it ends with has no likelihood of its own.
+        assert batch["token_comparable"][0, -1] == 0
+        trainer.train()
+
+
+# ---- What is refused, before anything is loaded ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"teacher_processing_class": None}, "nothing says what the tokenizer .* Name its folder"),
+        (
+            {"teacher_tokenizer": "no/such", "teacher_processing_class": None},
+            "no tokenizer could be read from 'no/such'|is no folder",
+        ),
+        ({"cross_tokenizer": {"alm": 0.0}}, "cross_tokenizer.*expected weights above 0 of any of alm"),
+        ({"cross_tokenizer": {"kl": 1.0}}, "cross_tokenizer.*expected weights above 0 of any of alm"),
+        ({"teacher_tokenizer": "shared", "cross_tokenizer": {"alm": 1.0}}, "expected `teacher_tokenizer: own` beside"),
+        ({"teacher_tokenizer": "shared", "alm_temperature": 2.0}, "expected `teacher_tokenizer: own` beside"),
+        ({"packing": True}, "packed rows have no prompt"),
+        ({"divergence": "logit_mse"}, "logits are compared id by id"),
+        ({"lmbda": 1.0, "sampler_correction": "mask"}, "are of one token each"),
+        ({"lmbda": 1.0, "feedback": "default"}, "feedback .* is written for the teacher"),
+        ({"teacher": None}, "there is no teacher"),
+        ({"teacher": None, "self_teacher": "initial"}, "the student is its own teacher"),
+        ({"teacher": {"a": "x", "b": "y"}}, "the answers of several teachers"),
+        ({"method": "minillm"}, "sample one text together"),
+        ({"method": "minillm", "teacher_mix_alpha": 0.0}, "Single is a sum over one vocabulary"),
+        ({"method": "dpkd", "loss_type": "contrastive_skew"}, "distributions of tokens are compared"),
+        ({"method": "dpkd", "reference_logps_dir": "kept"}, "kept by the student's tokens"),
+        ({"eval_measures": ["agreement"], "eval_dataset": numbers(4)}, "compares both models id by id"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(own, monkeypatch, settings, says):
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("distill_trainers.teachers.loading.load_teacher", load)
+    with pytest.raises((ConfigurationError, DatasetError), match=says):
+        own(**settings)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"input_ids": [1, 2, 3]}, "of token ids for a teacher"),
+        ({"messages": "chat"}, "expected one completion"),
+        ({"messages": "without a template"}, "its tokenizer has no chat template; expected one"),
+    ],
+)
+def test_rows_that_cannot_be_read_otherwise_are_refused(make_tokenizer, make_trainer, row, says):
+    tokenizer = make_tokenizer()
+    said = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b")) * 2]
+    template, history = ({} if row.get("messages") == "chat" else {"template": None}), row.get("messages") == "chat"
+    row = {"messages": said} if "messages" in row else row
+    with pytest.raises((ConfigurationError, DatasetError), match=says):
+        make_trainer(
+            tiny_llama(tokenizer, 32, 2), tiny_llama(tokenizer, 32, 2), Dataset.from_list([row] * 2), tok=tokenizer,
+            max_length=90, teacher_tokenizer="own", teacher_processing_class=make_tokenizer(**template), lmbda=0.0,
+            assistant_only_loss=history,
+        )  # fmt: skip
+
+
+def test_a_tokenizer_that_loses_text_is_refused(make_trainer, tokenizer, digits):
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "ab": 2, "<unk>": 3}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens(["<end>", "<pad>"])
+    lossy = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
+    with pytest.raises(ConfigurationError, match="The tokenizer of the teacher loses upper case"):
+        make_trainer(teacher=tiny_llama(lossy, 48, 2), teacher_processing_class=lossy, **OWN)

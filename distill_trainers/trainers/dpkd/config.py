@@ -116,7 +116,7 @@ class DPKDConfig(DistillConfig):
     compares_distributions = False  # log-probabilities of responses are all that is compared
 
     @property
-    def why_shared_tokenizer(self) -> str:  # type: ignore[override]
+    def why_shared_tokenizer(self) -> str:
         if self.loss_type == CONTRASTIVE:
             return f"distributions of tokens are compared (`loss_type: {CONTRASTIVE}`)"
         kept = self.reference == "teacher" and self.reference_logps_dir is not None

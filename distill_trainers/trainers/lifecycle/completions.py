@@ -120,7 +120,7 @@ def with_completions(
         own: dict[str, Any] = {}
         if other is not None:
             completion = other.answer(completion, prompt)[: max_length and max(1, max_length - len(prompt))]
-            own[OWN_COMPLETION] = other.completion(completion, row["teacher_prompt_ids"])[0]
+            own[OWN_COMPLETION] = other.completion(completion, row["teacher_prompt_ids"])
             own["teacher_length"] = len(row["teacher_prompt_ids"]) + len(own[OWN_COMPLETION])
         ids, labels = prompt + completion, completion_labels(prompt, completion)
         return {**row, "input_ids": ids, "labels": labels, "length": len(ids), **own}
@@ -145,16 +145,20 @@ def fill_with_teacher_completions(run: Run, dataset: Any, *, replace: bool) -> A
     return dataset
 
 
+def teachers_tokenizer(run: Run) -> Any:
+    """Return the tokenizer in whose ids the teacher writes."""
+    return run.processing_class if run.requirements.other is None else run.requirements.teacher_tokenizer
+
+
 def _written_by(teacher: Teacher, prompts: Prompts, run: Run) -> Mapping[str, list[int]]:
     accelerator, args = run.accelerator, run.args
     if not teacher.can_generate:
         teacher.live()  # it says why
-    own = run.requirements.teacher_tokenizer if run.requirements.other is not None else None
-    tokenizer = own or run.processing_class
+    tokenizer = teachers_tokenizer(run)
     sampling = sampling_settings(args, run.model, run.processing_class, run.vocab_size)
     sampling = dataclasses.replace(sampling, eos_token_ids=teacher.eos_ids(tokenizer))
-    if own is not None:
-        sampling = dataclasses.replace(sampling, pad_token_id=own.pad_token_id or 0)
+    if tokenizer is not run.processing_class:
+        sampling = dataclasses.replace(sampling, pad_token_id=tokenizer.pad_token_id or 0)
     settings = completion_settings(args, sampling, tokenizer, teachers_text(args))
     store = completion_store(args, settings, accelerator.process_index, teacher=teacher.fingerprint())
     return complete_prompts(prompts, teacher.generating(accelerator), accelerator, settings, store)

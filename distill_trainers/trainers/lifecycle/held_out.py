@@ -39,7 +39,7 @@ from ...rollouts.store import prompt_key
 from ...storage import content_key, write_file
 from ...teachers import Teacher
 from ..protocol import Run
-from .completions import completion_store
+from .completions import completion_store, teachers_tokenizer
 from .side_by_side import SideBySide, log_side_by_side
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,12 @@ def check(args: Any, eval_dataset: Any, teacher: type[Teacher], wants: Requireme
             "`eval_accuracy` scores such students."
         )
     lost = sorted(set(names) & NEED_A_TEACHER)
+    if lost and args.has_own_tokenizer:
+        raise ConfigurationError(
+            f"Got `eval_measures: {names}` with `teacher_tokenizer: {args.teacher_tokenizer}`, of which "
+            f"{' and '.join(lost)} compares both models id by id. Leave it out: the terms of `cross_tokenizer` are "
+            "measured at each evaluation."
+        )
     if lost and not teacher.can_read_rollouts:
         raise ConfigurationError(
             f"Got `eval_measures: {names}`, but the teacher is a {teacher.__name__}, which "
@@ -241,15 +247,17 @@ class HeldOutMeasures(TrainerCallback):
             return
         teacher, run = self.run.teacher, self.run
         assert self.examples is not None
-        collected = Collected(end_ids=teacher.eos_ids(run.processing_class))
+        ends = teacher.eos_ids(teachers_tokenizer(run))
+        # Texts in ids of the teacher's own have become the student's by then.
+        collected = Collected(end_ids=ends if run.requirements.other is None else list(run.sampling.eos_token_ids))
 
         def generating() -> Any:
             return teacher.generating(run.accelerator)
 
-        collected.samples = self._sample(generating, collected.end_ids, teacher.fingerprint())
+        collected.samples = self._sample(generating, ends, teacher.fingerprint())
         if "accuracy" in self.metrics:
             collected.greedy = self._complete(
-                self.examples.questions, generating(), collected.end_ids, greedy=True, fingerprint=teacher.fingerprint()
+                self.examples.questions, generating(), ends, greedy=True, fingerprint=teacher.fingerprint()
             )
         self._answer(collected)
         self._teacher = collected
@@ -364,8 +372,13 @@ class HeldOutMeasures(TrainerCallback):
     ) -> list[list[int]]:
         """Completions by all processes together; kept on disk where the model has a `fingerprint`, as a teacher has."""
         run, accelerator = self.run, self.run.accelerator
+        other = None if fingerprint is None else run.requirements.other
         tokenizer, rank = run.processing_class, accelerator.process_index
-        sampling = self.settings.sampling(end_ids, run.sampling.pad_token_id, run.vocab_size, greedy=greedy)
+        padding = run.sampling.pad_token_id
+        if other is not None:
+            tokenizer = teachers_tokenizer(run)
+            padding = tokenizer.pad_token_id or 0
+        sampling = self.settings.sampling(end_ids, padding, run.vocab_size, greedy=greedy)
         engine = local_engine(run.args.rollout_engine, tokenizer)
         stream = self.settings.stream(seed, Role.STUDENT if fingerprint is None else Role.TEACHER)
         settings = CompletionSettings(sampling, stream, self.settings.batch_size, engine)
@@ -373,7 +386,10 @@ class HeldOutMeasures(TrainerCallback):
         asked = [example.prompt_of(teacher=fingerprint is not None) for example in examples]
         prompts = {prompt_key(ids): ids for ids in asked}
         written = complete_prompts(prompts, generating, accelerator, settings, store, progress=False)
-        return [written[prompt_key(ids)] for ids in asked]
+        texts = [written[prompt_key(ids)] for ids in asked]
+        if other is None:
+            return texts
+        return [other.answer(ids, example.prompt_ids) for ids, example in zip(texts, examples, strict=True)]
 
     @torch.no_grad()
     def _read(self, model: nn.Module, texts: list[Text]) -> list[TokenValues]:

@@ -226,8 +226,8 @@ class MiniLLMTrainer(OnPolicyTrainer):
         if self.aligned_loss is None:
             return policy_gradient.sequence_rewards(student, teacher, mask, **settings)
         chunks, at_all = batch["token_chunk"], self.args.objective == "token"
-        sides = (by_chunk(torch.where(mask, side, 0), chunks, at_all=at_all) for side in (student, teacher))
-        return policy_gradient.sequence_rewards(*sides, mask, **settings)
+        own, theirs = (by_chunk(torch.where(mask, side, 0), chunks, at_all=at_all) for side in (student, teacher))
+        return policy_gradient.sequence_rewards(own, theirs, mask, **settings)
 
     def _importance_weights(self, student: Tensor, sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Weights, of what tokens before and what tokens through t decide, by the one ratio that there is."""
