@@ -208,7 +208,8 @@ def test_chunks_hold_all_tokens_between_boundaries_that_both_share(pair, text, e
     if not ends and len(found):
         assert not found.comparable[-1], "a text without its end may go on"
     if set(pair) <= set(EVERY_BYTE) and "\u2581" not in text:
-        assert found.differing_bytes == 0 and found.bytes == len(text.encode())
+        spaces = one.adds_space and other.adds_space  # where both write one, nothing tells that it is not of the text
+        assert found.differing_bytes == 0 and 0 <= found.bytes - len(text.encode()) <= spaces
         shared = set(range(1, found.bytes + 1))
         for side, its in zip((one, other), ids, strict=True):
             places = list(itertools.accumulate(len(token or b"") for token in side.tokens(its)))
