@@ -83,8 +83,11 @@ class _Side:
 
     def begins_with_added_space(self, other: _Side) -> bool:
         """Whether the first space is only this tokenizer's way to begin a text, which the other does not spell."""
-        text, others = self.text, other.text
-        return self.tokenizer.adds_space and text[:1] == b" " and text[1:3] == others[:2] and text[:2] != others[:2]
+        if not self.tokenizer.adds_space or self.text[:1] != b" ":
+            return False
+        without, text = self.text[1:], other.text
+        before = (_common_prefix(self.text, text), self.text == text)
+        return (_common_prefix(without, text), without == text) > before
 
     def without_first_space(self) -> None:
         self.text, self.ends = self.text[1:], self.ends - 1

@@ -80,6 +80,14 @@ class TokenBytes:
             _CACHE[tokenizer] = known
         return known[1]
 
+    @classmethod
+    def of_readable(cls, tokenizer: Any) -> TokenBytes | None:
+        """Read a tokenizer whose tokens spell the text; None for one that loses some of it, or that cannot be read."""
+        try:
+            return cls.of(tokenizer)
+        except ConfigurationError:
+            return None
+
     def __len__(self) -> int:
         return len(self.spelled)
 

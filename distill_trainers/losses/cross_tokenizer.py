@@ -19,7 +19,7 @@ from .workspace import row_blocks
 
 NUM_BUCKETS = 258  # the 256 first bytes, the end of a text, all other special tokens
 
-# The least 1 - P and the least P of a bucket that counts: beyond them float32 has no digits, or no numbers.
+# The least -log P and the least mass of a bucket that count: below them float32 has no digits, or no numbers.
 _LEAST_REST = 2.0**-24
 _LEAST_MASS = 2.0**-100
 
@@ -59,17 +59,15 @@ def alm(student_logps: Tensor, teacher_logps: Tensor, temperature: float = 1.0) 
     Returns:
         values `[K]` in nats, 0 where both agree.
     """
-    a, b = -teacher_logps.detach(), -student_logps
+    a, b = (_at_least(-logps, _LEAST_REST) for logps in (teacher_logps.detach(), student_logps))
     if math.isinf(temperature):
-        a, b = _at_least(a, _LEAST_REST), _at_least(b, _LEAST_REST)
         ratio = (b - a) / a
-        return _without_negative_rounding(a * (ratio - torch.log1p(ratio)))
-    sides = [
-        torch.stack([-x, torch.log(-torch.expm1(-x))], -1)
-        for x in (b / temperature, a / temperature)
-        for x in [_at_least(x, _LEAST_REST)]
-    ]
-    return temperature * forward_kl(*sides)
+        # Near 1 log(b / a) keeps its digits as log1p; far from it, where b / a - 1 rounds to -1, as a difference.
+        near = torch.log1p(ratio.clamp(min=-0.5))
+        log_ratio = torch.where(ratio < -0.5, b.log() - a.log(), near)
+        return _without_negative_rounding(a * (ratio - log_ratio))
+    events = [torch.stack([-x / temperature, torch.log(-torch.expm1(-x / temperature))], -1) for x in (b, a)]
+    return temperature * forward_kl(*events)
 
 
 def _at_least(values: Tensor, least: float) -> Tensor:
