@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -487,4 +488,5 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         if "loss" in logs and self.metrics:
             rollouts = {"rollouts": 0.0} if self.requirements.samples_completions else {}
             logs = {**logs, **rollouts, **self.metrics.read(self.accelerator)}
-        super().log(logs, start_time)
+        # The log keeps them all: one name each.
+        super().log({sys.intern(name): value for name, value in logs.items()}, start_time)
