@@ -464,6 +464,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             self.sentinel.look(inputs)
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])
+            if "token_cut" in inputs:
+                self.metrics.add_sums(cut_characters=inputs["token_cut"].sum())
             self.metrics.add_terms(self.teacher.names, inputs, terms, self.loss_divisors | self.logged_divisors)
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
 

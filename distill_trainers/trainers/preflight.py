@@ -298,6 +298,12 @@ def _check_tokenizers(args: DistillConfig, teacher: Any, wants: Requirements) ->
         )
     elif kind.is_the_student:
         why, remedy = "the student is its own teacher and reads its own ids", "Leave the setting out"
+    if not why and args.teacher_max_length is not None and wants.samples_completions:
+        raise ConfigurationError(
+            f"Got `teacher_max_length: {args.teacher_max_length}` with `teacher_tokenizer: "
+            f"{shown(args.teacher_tokenizer)}` and completions of the student's, whose number of the teacher's tokens "
+            "is known once they are written; expected none. Leave it out: `max_new_tokens` bounds them."
+        )
     if why:
         raise ConfigurationError(
             f"Got `teacher_tokenizer: {shown(args.teacher_tokenizer)}` with {wants.trainer}, where {why}; expected a "

@@ -350,7 +350,7 @@ def test_each_reads_a_conversation_in_its_own_form(make_tokenizer, make_trainer)
     trainer.train()
 
 
-def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_trainer, batch_of):
+def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_trainer, batch_of, by_step):
     tokenizer = make_tokenizer()
     rows = Dataset.from_list([{"prompt": "a", "completion": "bé"}] * 4)  # of two bytes, two tokens here
     run = {"tok": tokenizer, "teacher_tokenizer": "own", "teacher_processing_class": make_tokenizer(), "lmbda": 0.0}
@@ -364,6 +364,18 @@ def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_tra
         # The text may go on: what it ends with has no likelihood of its own.
         assert batch["token_comparable"][0, -1] == 0
         trainer.train()
+        assert set(by_step(trainer, "cut_characters").values()) == {4.0 * cut}
+
+
+def test_bytes_that_are_no_text_are_read_all_the_same(make_tokenizer, make_trainer, by_step):
+    """A student of random weights writes bytes at random, which the teacher reads as characters that stand for none."""
+    tokenizer = make_tokenizer()
+    models = (tiny_llama(tokenizer, 32, 2, seed=seed, initializer_range=0.02) for seed in (1, 2))
+    run = {"tok": tokenizer, "teacher_tokenizer": "own", "teacher_processing_class": make_tokenizer(), "lmbda": 1.0}
+    trainer = make_trainer(*models, Dataset.from_list([{"prompt": "a"}] * 8), **run, max_new_tokens=12)
+    trainer.train()
+    shares = by_step(trainer, "shared_borders").values()
+    assert all(torch.tensor(list(by_step(trainer).values())).isfinite()) and all(0 < share < 1 for share in shares)
 
 
 # ---- What is refused, before anything is loaded ----------------------------------------------------------------------
@@ -385,6 +397,7 @@ def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_tra
         ({"divergence": "logit_mse"}, "logits are compared id by id"),
         ({"lmbda": 1.0, "sampler_correction": "mask"}, "are of one token each"),
         ({"lmbda": 1.0, "feedback": "default"}, "feedback .* is written for the teacher"),
+        ({"lmbda": 1.0, "teacher_max_length": 9}, "is known once they are written"),
         ({"teacher": None}, "there is no teacher"),
         ({"teacher": None, "self_teacher": "initial"}, "the student is its own teacher"),
         ({"teacher": {"a": "x", "b": "y"}}, "the answers of several teachers"),
