@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -136,14 +135,14 @@ def test_padding_order_and_accumulation_change_nothing(own, batch_of):
     assert loss_and_gradient(trainer, batch)[0] == pytest.approx(loss, rel=1e-12)
 
 
-@pytest.mark.parametrize("terms", [{"alm": 1.0}, {"next_byte": 1.0}, {"exact_overlap": 1.0}, {"uld": 1.0}])
-def test_equal_models_of_one_tokenizer_teach_nothing(own, batch_of, tokenizer, make_student, terms):
-    for tau in (1.0, float("inf")):
-        student = make_student(initializer_range=0.2).double()
-        settings = {"teacher_processing_class": tokenizer, "cross_tokenizer": terms, "alm_temperature": tau}
-        trainer = own(student, copy.deepcopy(student), **settings)
-        loss, gradient = loss_and_gradient(trainer, batch_of(trainer))
-        assert max(abs(loss), gradient.abs().max().item()) < 1e-9
+@pytest.mark.parametrize("tau", [1.0, float("inf")])
+def test_equal_models_of_one_tokenizer_teach_nothing(own, batch_of, tokenizer, make_student, tau):
+    student = make_student(initializer_range=0.2).double()
+    terms = dict.fromkeys(("alm", "next_byte", "exact_overlap", "uld"), 1.0)
+    settings = {"teacher_processing_class": tokenizer, "cross_tokenizer": terms, "alm_temperature": tau}
+    trainer = own(student, copy.deepcopy(student), **settings)
+    loss, gradient = loss_and_gradient(trainer, batch_of(trainer))
+    assert max(abs(loss), gradient.abs().max().item()) < 1e-9
 
 
 def test_with_one_tokenizer_terms_are_at_most_the_divergence_of_tokens(own, make_trainer, batch_of, tokenizer):
@@ -274,7 +273,7 @@ def test_rewards_of_sequences_are_those_of_whole_chunks(own, batch_of):
         torch.testing.assert_close(found[1:][inside], found[:-1][inside], rtol=1e-5, atol=1e-6)
 
 
-# ---- Caches, servers, checkpoints, adapters --------------------------------------------------------------------------
+# ---- Caches ------------------------------------------------------------------------------------------------------
 
 
 def losses(trainer, by_step):
@@ -315,13 +314,6 @@ def test_a_cached_teacher_is_the_live_one(own, by_step, kept, make_student, tmp_
         assert losses(read, by_step) == pytest.approx(live, rel=1e-6) and not read.teacher.is_live
         with pytest.raises(ConfigurationError, match=r"made with another tokenizer than the teacher's"):
             own(make_student(), **{**alone, "teacher_processing_class": filled.processing_class})
-
-
-def test_an_adapter_trains(own, by_step, make_student):
-    config = LoraConfig(target_modules=["q_proj", "lm_head"], r=4)
-    trainer = own(make_student(tie_word_embeddings=False), peft_config=config, max_steps=12, learning_rate=3e-2)
-    found = list(losses(trainer, by_step).values())
-    assert found[-1] < found[0]
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
