@@ -29,7 +29,7 @@ _DATA = (
 )
 _SETTINGS = (
     *("max_new_tokens", "stop_strings", "answer_formats", "answer_kind", "chat_template_kwargs"),
-    *("teacher_system_prompt", "teacher_prompt"),
+    *("teacher_system_prompt", "teacher_prompt", "teacher_tokenizer"),
 )
 
 
