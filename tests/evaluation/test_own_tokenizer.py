@@ -73,8 +73,8 @@ def read(folder, tokenizer, row):
     for place in logps.exp():
         mass: dict[str, float] = {}
         for i, p in enumerate(place.tolist()):
-            first = "end" if i == tokenizer.eos_token_id else (tokenizer.decode([i]) or "?")[:1]
-            first = "special" if tokenizer.convert_ids_to_tokens(i) == "<pad>" else first
+            token = tokenizer.convert_ids_to_tokens(i)
+            first = "end" if i == tokenizer.eos_token_id else "special" if token == "<pad>" else token[0]
             mass[first] = mass.get(first, 0.0) + p
         likeliest.append(max(mass, key=mass.get))
     return bits, likeliest, [tokenizer.decode([token]) for token in completion[:-1]]
