@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from distill_trainers.data.alignment import TokenBytes, align, retokenised
-from distill_trainers.data.chat import turn_end_id
+from distill_trainers.data.chat import Chat, turn_end_id
 from distill_trainers.data.labels import IGNORED
 from distill_trainers.data.views import ALIGNED_ENTRIES, unpadded_prompts_of
 from distill_trainers.exceptions import DatasetError
@@ -43,12 +43,14 @@ class Side:
         end: id behind text that is no conversation; None: it has none.
         turn_end: id behind an assistant's turn; None: it knows no conversations.
         markers: ids by which a prompt is known to be a conversation.
+        spaced_behind: text of a prompt behind which the chat template writes a space before an answer; empty: none.
     """
 
     tokens: TokenBytes
     end: int | None = None
     turn_end: int | None = None
     markers: frozenset[int] = field(default=frozenset(), repr=False)
+    spaced_behind: bytes = b""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, name: str) -> Side:
@@ -56,7 +58,12 @@ class Side:
         turn_end = turn_end_id(tokenizer)
         tokens = TokenBytes.of(tokenizer, name, end_ids=[] if turn_end is None else [turn_end])
         named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        return cls(tokens, tokenizer.eos_token_id, turn_end, frozenset(tokenizer.added_tokens_decoder.keys() - named))
+        markers = frozenset(tokenizer.added_tokens_decoder.keys() - named)
+        return cls(tokens, tokenizer.eos_token_id, turn_end, markers, _spaced_behind(tokenizer, tokens))
+
+    def starts_with_space(self, prompt: Sequence[int]) -> bool:
+        """Tell whether the chat template writes a space between this prompt and the answer."""
+        return bool(self.spaced_behind) and self.tokens.text(prompt).endswith(self.spaced_behind)
 
     def end_behind(self, prompt: Sequence[int]) -> int | None:
         """Return the id that ends a text behind a prompt in this tokenizer's ids."""
@@ -87,8 +94,8 @@ class OtherTokenizer:
             ids: the student's.
             prompt: what the teacher reads before it: whether it is a conversation tells how the completion ends.
         """
-        end = self.teacher.end_behind(prompt)
-        return retokenised(ids, self.student.tokens, self.teacher.tokens, end=end).ids
+        end, space = self.teacher.end_behind(prompt), self.teacher.starts_with_space(prompt)
+        return retokenised(ids, self.student.tokens, self.teacher.tokens, end=end, starts_text=space).ids
 
     def is_cut(self, ids: Sequence[int]) -> bool:
         """Tell whether the student's text ends within a character."""
@@ -170,6 +177,20 @@ class OtherTokenizer:
         before = [0] * start
         names = {"token_chunk": chunks, "token_shared": shared, "token_comparable": comparable, "token_single": single}
         return {"ids": list(theirs), "teacher_chunk": their_chunks} | {k: before + v for k, v in names.items()}
+
+
+def _spaced_behind(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> bytes:
+    """The text of a prompt behind its question where the template writes a space before the answer, as Llama 2's."""
+    if not (tokens.adds_space and getattr(tokenizer, "chat_template", None)):
+        return b""
+    chat, question = Chat(tokenizer), [{"role": "user", "content": "a"}]
+    try:
+        prompt = chat.prompt(question)
+        text = chat.conversation([*question, {"role": "assistant", "content": "b"}])
+    except DatasetError:  # a template that wants more than messages
+        return b""
+    behind = tokens.text(chat.ids(prompt)).rpartition(b"a")[2]
+    return behind if text.startswith(f"{prompt} ") else b""
 
 
 def trained_stretch(labels: Sequence[int], start: int) -> tuple[int, int]:

@@ -91,6 +91,10 @@ class TokenBytes:
     def __len__(self) -> int:
         return len(self.spelled)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what follows from the rest: `datasets` knows work that is done by the bytes of its arguments."""
+        return {name: getattr(self, name) for name in ("spelled", "ends", "adds_space", "backend")}
+
     def tokens(self, ids: Iterable[int]) -> list[bytes | None]:
         """Return the bytes of each token; None for special ones and for ids that the tokenizer does not define."""
         count = len(self.spelled)

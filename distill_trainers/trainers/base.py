@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -463,6 +464,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             self.sentinel.look(inputs)
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])
+            if "token_cut" in inputs:
+                self.metrics.add_sums(cut_characters=inputs["token_cut"].sum())
             self.metrics.add_terms(self.teacher.names, inputs, terms, self.loss_divisors | self.logged_divisors)
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
 
@@ -487,4 +490,5 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         if "loss" in logs and self.metrics:
             rollouts = {"rollouts": 0.0} if self.requirements.samples_completions else {}
             logs = {**logs, **rollouts, **self.metrics.read(self.accelerator)}
-        super().log(logs, start_time)
+        # The log keeps them all: one name each.
+        super().log({sys.intern(name): value for name, value in logs.items()}, start_time)

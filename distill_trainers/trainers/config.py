@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -25,7 +24,8 @@ from ..requirements import Requirements
 from ..rollouts import ENGINES
 from ..settings import documented, require, setting
 from ..teachers.options import TeacherOptions
-from ..value_types import check_mappings, check_settings, parse_mapping
+from ..value_types import check_mappings, check_settings
+from .aligned import check_terms
 from .given.carrying import carried
 from .given.correction import check_correction
 from .given.fields import ARGUMENTS, also_taken, check_arguments, refusals_of_transformers
@@ -425,29 +425,9 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         """Refuse what cannot work; subclasses extend it."""
         self._require("rollout_engine", self.rollout_engine in ENGINES, f"one of {', '.join(ENGINES)}")
         check_correction(self)
-        self._check_tokenizers()
+        check_terms(self)
         self._check_eval_measures()
         self.check_teacher_options()
-
-    def _check_tokenizers(self) -> None:
-        """Refuse terms that are none, and settings of a teacher with a tokenizer of its own without one."""
-        if isinstance(self.cross_tokenizer, str):
-            self.cross_tokenizer = parse_mapping(self.cross_tokenizer)
-        terms: Any = self.cross_tokenizer
-        for name, off in (("cross_tokenizer", None), ("alm_temperature", 1.0)):
-            beside = "`teacher_tokenizer: own` beside it, for a teacher with another tokenizer than the student's"
-            self._require(name, self.has_own_tokenizer or getattr(self, name) == off, beside)
-        numbers = all(
-            isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < math.inf for w in (terms or {}).values()
-        )
-        expected = f"weights above 0 of any of {', '.join(TERMS)}, such as {DEFAULT_TERMS}"
-        self._require(
-            "cross_tokenizer", terms is None or (bool(terms) and terms.keys() <= set(TERMS) and numbers), expected
-        )
-        if self.has_own_tokenizer and self.packing:
-            self._require(
-                "packing", False, "false with `teacher_tokenizer`: packed rows have no prompt for the teacher"
-            )
 
     def _check_accelerator(self) -> None:
         """Refuse ways to share batches that rows of different lengths, or counted steps, do not allow."""

@@ -25,6 +25,7 @@ from ..teachers import loading
 from ..teachers.base import Pair, Teacher
 from ..teachers.members import names_of, read_members
 from ..teachers.rows import dataset_rows
+from .aligned import refuse_own_tokenizer
 from .config import DistillConfig
 from .given.best_metric import check_best_metric, check_best_teacher
 from .given.lengths import check_positions
@@ -196,7 +197,7 @@ def preflight(given: Given) -> Ready:
     _check_packing(args, wants)
     _check_view(args, loading.kind_of(teacher, args))
     _check_teachers(args, wants)
-    _check_tokenizers(args, teacher, wants)
+    refuse_own_tokenizer(args, loading.kind_of(teacher, args), wants, several=isinstance(teacher, Mapping))
     _check_models(given)
     config = student_config(student, args)
     _check_files(pair, config, args)
@@ -280,28 +281,6 @@ def _check_teachers(args: DistillConfig, wants: Requirements) -> None:
         raise ConfigurationError(
             f"Got several teachers ({', '.join(wants.teachers)}) with {wants.trainer}, where {args.why_one_teacher}; "
             "expected one for all rows. Leave that setting out, compose them (`teacher_mix`), or name one."
-        )
-
-
-def _check_tokenizers(args: DistillConfig, teacher: Any, wants: Requirements) -> None:
-    """Refuse a teacher with a tokenizer of its own where nothing could be made of what it says."""
-    if not args.has_own_tokenizer:
-        return
-    kind = loading.kind_of(teacher, args)
-    why, remedy = args.why_shared_tokenizer, "Leave that out"
-    if kind.is_nobody:
-        why, remedy = "there is no teacher", "Name one"
-    elif isinstance(teacher, Mapping):
-        why, remedy = (
-            "the answers of several teachers are joined id by id",
-            "Name one teacher, or one run after another",
-        )
-    elif kind.is_the_student:
-        why, remedy = "the student is its own teacher and reads its own ids", "Leave the setting out"
-    if why:
-        raise ConfigurationError(
-            f"Got `teacher_tokenizer: {shown(args.teacher_tokenizer)}` with {wants.trainer}, where {why}; expected a "
-            f"teacher that shares the student's tokenizer there. {remedy}, or set `teacher_tokenizer: shared`."
         )
 
 

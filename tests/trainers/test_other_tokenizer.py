@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from distill_trainers.data.other_tokenizer import OtherTokenizer
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.losses.reduction import trained_mask
 from distill_trainers.toy import tiny_llama
@@ -349,7 +350,7 @@ def test_each_reads_a_conversation_in_its_own_form(make_tokenizer, make_trainer)
     trainer.train()
 
 
-def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_trainer, batch_of):
+def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_trainer, batch_of, by_step):
     tokenizer = make_tokenizer()
     rows = Dataset.from_list([{"prompt": "a", "completion": "bé"}] * 4)  # of two bytes, two tokens here
     run = {"tok": tokenizer, "teacher_tokenizer": "own", "teacher_processing_class": make_tokenizer(), "lmbda": 0.0}
@@ -363,6 +364,18 @@ def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_tra
         # The text may go on: what it ends with has no likelihood of its own.
         assert batch["token_comparable"][0, -1] == 0
         trainer.train()
+        assert set(by_step(trainer, "cut_characters").values()) == {4.0 * cut}
+
+
+def test_bytes_that_are_no_text_are_read_all_the_same(make_tokenizer, make_trainer, by_step):
+    """A student of random weights writes bytes at random, which the teacher reads as characters that stand for none."""
+    tokenizer = make_tokenizer()
+    models = (tiny_llama(tokenizer, 32, 2, seed=seed, initializer_range=0.02) for seed in (1, 2))
+    run = {"tok": tokenizer, "teacher_tokenizer": "own", "teacher_processing_class": make_tokenizer(), "lmbda": 1.0}
+    trainer = make_trainer(*models, Dataset.from_list([{"prompt": "a"}] * 8), **run, max_new_tokens=12)
+    trainer.train()
+    shares = by_step(trainer, "shared_borders").values()
+    assert all(torch.tensor(list(by_step(trainer).values())).isfinite()) and all(0 < share < 1 for share in shares)
 
 
 # ---- What is refused, before anything is loaded ----------------------------------------------------------------------
@@ -384,6 +397,7 @@ def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_tra
         ({"divergence": "logit_mse"}, "logits are compared id by id"),
         ({"lmbda": 1.0, "sampler_correction": "mask"}, "are of one token each"),
         ({"lmbda": 1.0, "feedback": "default"}, "feedback .* is written for the teacher"),
+        ({"lmbda": 1.0, "teacher_max_length": 9}, "is known once they are written"),
         ({"teacher": None}, "there is no teacher"),
         ({"teacher": None, "self_teacher": "initial"}, "the student is its own teacher"),
         ({"teacher": {"a": "x", "b": "y"}}, "the answers of several teachers"),
@@ -431,3 +445,26 @@ def test_a_tokenizer_that_loses_text_is_refused(make_trainer, tokenizer, digits)
     lossy = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
     with pytest.raises(ConfigurationError, match="The tokenizer of the teacher loses upper case"):
         make_trainer(teacher=tiny_llama(lossy, 48, 2), teacher_processing_class=lossy, **OWN)
+
+
+def test_the_space_that_a_template_writes_before_answers_is_the_teachers(make_tokenizer):
+    """As Llama 2 has it; a template that writes none, and plain text, get none."""
+    symbols = ["▁", *"ab[]IUNST/\n"]
+    backend = Tokenizer(
+        models.BPE({s: i for i, s in enumerate([*symbols, "<unk>", "▁b"])}, [("▁", "b")], unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    teacher = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+    student = make_tokenizer()
+    for space in (" ", ""):
+        teacher.chat_template = (
+            "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
+            f"{{% else %}}{space}{{{{ m['content'] }}}}</s>{{% endif %}}{{% endfor %}}"
+        )
+        other = OtherTokenizer.of(student, teacher)
+        prompt = teacher("[INST]a[/INST]", add_special_tokens=False)["input_ids"]
+        ids = other.completion(student("b", add_special_tokens=False)["input_ids"], prompt)
+        assert teacher.convert_ids_to_tokens(ids) == (["▁b"] if space else ["b"])
+        plain = other.completion(student("b", add_special_tokens=False)["input_ids"], prompt[:3])
+        assert teacher.convert_ids_to_tokens(plain) == ["b"]

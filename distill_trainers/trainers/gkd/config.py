@@ -85,6 +85,11 @@ class GKDConfig(DistillConfig):
         The latter's temperature is that of the loss, too.
         """
         names = {theirs.__name__ for theirs in type(args).__mro__}
+        uld = changed.pop("use_uld_loss", False)
+        name = changed.pop("teacher_tokenizer_name_or_path", None)
+        if uld or name is not None:  # GOLD
+            terms: dict[str, Any] = {"cross_tokenizer": {"uld": 1.0}} if uld else {}
+            return {"teacher_tokenizer": name or "own", **terms}
         if "SFTConfig" in names and not names & cls.stands_for:  # TRL's GKD and GOLD derive theirs from it
             return {"lmbda": 0.0}
         if "DistillationConfig" in names:

@@ -39,12 +39,12 @@ from ...teachers import Teacher
 from ...teachers.local import base_fingerprint
 from . import outage
 from .callbacks import InterruptCallback
+from .thrift import RunState, collecting_what_is_new, give_back_free_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-
 _ROWS_LOOKED_AT = 32
 METHOD_STATE_NAME = "distill_state.json"
 METHOD_TENSORS_NAME = "distill_state.safetensors"
@@ -52,7 +52,7 @@ TEACHER_NAME = "teacher_state{}.safetensors"
 
 
 def remove_torn(output_dir: str | Path) -> None:
-    """Remove what killed writers left half written: rotation would count it, and might keep it for a good one."""
+    """Remove what killed writers left half written: rotation would count it."""
     for folder in Path(output_dir).glob("checkpoint-*"):
         if folder.name.rsplit("-", 1)[1].isdigit() and not is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -243,7 +243,8 @@ class Resuming(Trainer):
             self.teacher.load_state(_tensors_in(self._teacher_file(resume_from_checkpoint)))
             self._compare_settings(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with collecting_what_is_new():
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, InterruptCallback):  # a run that fails tells its callbacks nothing
@@ -287,11 +288,11 @@ class Resuming(Trainer):
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        self.state = RunState.of(self.state)
         if resume_from_checkpoint is None:
             return position
-        planned = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))[
-            "max_steps"
-        ]
+        state = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        planned = state["max_steps"]
         if planned != max_steps and "constant" not in str(getattr(self.args.lr_scheduler_type, "value", "")):
             logger.warning(
                 "The run of %s was to take %d optimiser steps, and now %d: from here on its learning rate is another, "
@@ -391,6 +392,9 @@ class Resuming(Trainer):
             self._method_state_aside = None
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        has_much_to_do = self.control.should_save or self.control.should_evaluate
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if has_much_to_do:
+            give_back_free_memory()
         if self.teacher.may_be_away:
             self.last_step = outage.last_step(self.method_state(), self.args.device)
