@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,8 @@ MORE = {
     "alm": "ours: alm alone",
     "next_byte": "ours: next_byte alone",
     "with_text": "ours: alm + next_byte, and the text",
+    "limit": "ours: alm at its limit + next_byte",
+    "alm_limit": "ours: alm at its limit alone",
 }
 TERMS: dict[str, dict[str, float]] = {
     "ours": {"alm": 1.0, "next_byte": 1.0},
@@ -42,7 +45,10 @@ TERMS: dict[str, dict[str, float]] = {
     "alm": {"alm": 1.0},
     "next_byte": {"next_byte": 1.0},
     "with_text": {"alm": 1.0, "next_byte": 1.0},
+    "limit": {"alm": 1.0, "next_byte": 1.0},
+    "alm_limit": {"alm": 1.0},
 }
+AT_THE_LIMIT = ("limit", "alm_limit")  # of alm_temperature
 SHORT = " Answer in one short sentence."
 _T_2 = 4.303  # Student's t at 97.5 % with 2 degrees of freedom
 
@@ -332,6 +338,7 @@ def build(name: str, seed: int, options: argparse.Namespace) -> Any:
         divergence="forward_kl",
         teacher_tokenizer="own",
         cross_tokenizer=TERMS[name],
+        alm_temperature=math.inf if name in AT_THE_LIMIT else 1.0,
         lm_loss_weight=1.0 if name == "with_text" else 0.0,
     )
     return GKDTrainer(**given, teacher_model=options.teacher, args=args, train_dataset=Dataset.from_list(rows))

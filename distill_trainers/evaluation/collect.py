@@ -77,6 +77,7 @@ class Workshop:
     Args:
         cache: folder of everything that is kept; None keeps nothing.
         vocab_size: ids in the softmax of all models, or None for all rows.
+        own: whether the teacher has a tokenizer of its own, so that each model reads the references alone.
     """
 
     settings: EvaluationSettings
@@ -86,6 +87,7 @@ class Workshop:
     cache: Path | None = None
     chunk_bytes: int | None = None
     progress: bool = True
+    own: bool = False
 
     # ---- Text -------------------------------------------------------------------------------------------------------
 
@@ -180,7 +182,7 @@ class Workshop:
         if "accuracy" in wanted:
             collected.greedy = self.greedy(subject, examples.questions)
         collected.read_answers(examples, self.metrics, self.settings, self.tokenizer)
-        if wanted & {"perplexity", "calibration"} or (teacher and "agreement" in wanted):
+        if wanted & {"perplexity", "calibration"} or ("agreement" in wanted and (teacher or self.own)):
             alone = subject.role == "teacher"
             texts = [example.behind(example.completion_ids, teacher=alone) for example in examples.with_text]
             collected.reference = self.read(subject, teacher, texts, "references")

