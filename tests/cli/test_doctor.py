@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -268,6 +269,20 @@ def test_another_vocabulary_is_shown_token_by_token(recipe, pair, tmp_path, toke
     status, report = diagnose(recipe(**changed))
     (found,) = [f for f in serious(report) if "different tokenizers" in f["what"]]
     assert status == 2 and "'3' / '4'" in found["what"]
+
+
+def test_two_tokenizers_are_laid_beside_each_other(recipe, pair, tmp_path, diagnose, digits):
+    """How both split the data, in numbers and in the first row; little that is shared is a warning."""
+    from distill_trainers.toy import tiny_llama
+
+    changed = {**pair(), "teacher_tokenizer": "own", "lmbda": 0.0}
+    tiny_llama(digits, 48, 2).save_pretrained(tmp_path / "teacher")
+    digits.save_pretrained(tmp_path / "teacher")
+    status, report = diagnose(recipe(**changed))
+    told = [f["what"] for f in report["findings"] if "share" in f["what"]]
+    assert status == 0 and len(told) == 1
+    assert re.search(r"tokens of the student \(0\.\d bytes each\) and [\d,]+ of the teacher \(1\.\d\)", told[0])
+    assert re.search(r"The first begins \d\|.* and \d\d", told[0])
 
 
 def test_a_teacher_that_splits_text_differently_is_shown_at_the_first_token(recipe, pair, tmp_path, diagnose):

@@ -13,10 +13,12 @@ RUN = {"max_steps": 4, "gradient_accumulation_steps": 2, "teacher_tokenizer": "o
 @pytest.mark.parametrize(
     ("method", "settings", "kind"),
     [
-        ("gkd", {"lmbda": 0.5}, "hidden"),
+        pytest.param("gkd", {"lmbda": 0.5}, "hidden", marks=pytest.mark.slow),
         ("gkd", {"lmbda": 0.5, "cross_tokenizer": {"alm": 1.0}}, "token_logprobs"),
-        ("minillm", {"estimator": "sampled", "teacher_mix_alpha": 0.0}, "token_logprobs"),
-        ("dpkd", {"chosen": "dataset"}, "token_logprobs"),
+        pytest.param(
+            "minillm", {"estimator": "sampled", "teacher_mix_alpha": 0.0}, "token_logprobs", marks=pytest.mark.slow
+        ),
+        pytest.param("dpkd", {"chosen": "dataset"}, "token_logprobs", marks=pytest.mark.slow),
     ],
 )
 def test_a_served_teacher_is_the_local_one(make_trainer, by_step, serve, digits, make_student, method, settings, kind):
