@@ -132,14 +132,12 @@ class AlignedLoss:
 
     Args:
         weights: of the terms, by name.
-        alm_temperature: τ of `alm`; infinity is its limit.
         temperature: divides both models' logits in all terms but `alm`.
         student_bytes, teacher_bytes: `[V]` and `[V']`, the bucket of each id by its first byte.
         student_ids, teacher_ids: `[S]`, ids that stand for the same bytes.
     """
 
     weights: Mapping[str, float]
-    alm_temperature: float
     temperature: float
     student_bytes: Tensor
     teacher_bytes: Tensor

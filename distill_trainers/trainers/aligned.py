@@ -25,7 +25,7 @@ def check_terms(args: Any) -> None:
     terms, own = args.cross_tokenizer, args.has_own_tokenizer
     beside = "`teacher_tokenizer: own` beside it, for a teacher with another tokenizer than the student's"
     require(own or terms is None, "cross_tokenizer", terms, beside)
-    require(own or args.alm_temperature == 1.0, "alm_temperature", args.alm_temperature, beside)
+    require(own or args.alm_temperature is None, "alm_temperature", args.alm_temperature, beside)
     fits = terms is None or (bool(terms) and terms.keys() <= set(TERMS) and all(map(_is_weight, terms.values())))
     require(fits, "cross_tokenizer", terms, f"weights above 0 of any of {', '.join(TERMS)}, such as {DEFAULT_TERMS}")
     packed = "false with `teacher_tokenizer`: packed rows have no prompt for the teacher"
@@ -75,7 +75,6 @@ def aligned_loss(args: Any, other: OtherTokenizer) -> AlignedLoss:
     nothing = torch.zeros(0, dtype=torch.int64)
     return AlignedLoss(
         weights,
-        args.alm_temperature,
         args.kd_temperature,
         *common_buckets(student.first_bytes(), teacher.first_bytes()),
         *(shared_ids(student, teacher) if "exact_overlap" in weights else (nothing, nothing)),

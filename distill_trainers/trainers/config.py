@@ -86,8 +86,10 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         f"With teacher_tokenizer: terms of the loss and their weights, of {', '.join(TERMS)}; by default "
         f"{DEFAULT_TERMS} (JSON).",
     )
-    alm_temperature: float = setting(
-        1.0, "With teacher_tokenizer: τ of alm, which divides log-probabilities of chunks; .inf is its limit.", above=0
+    alm_temperature: float | None = setting(
+        None,
+        "With teacher_tokenizer: τ of alm, which divides log-probabilities of chunks; by default its limit, τ → ∞.",
+        above=0,
     )
     loss_chunk_mib: float | None = setting(
         None, "Budget for one chunk of logits in the fused head, in MiB per buffer (32 on CPU, else 1024).", above=0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -43,7 +44,7 @@ class TwoModels:
         autocast: makes the context of the run's mixed precision.
         extras: entries of a batch that go to both models beside ids and mask (`models.extra_inputs` of the student).
         other: writes what the teacher reads, if it has a tokenizer of its own.
-        alm_temperature: with `other`: see `chunk_entries`.
+        alm_temperature: with `other`: see `chunk_entries`; None is the limit.
 
     Attributes:
         sampler_ratio: weighs tokens that another sampler drew; None weighs none.
@@ -58,7 +59,7 @@ class TwoModels:
         autocast: Callable[[], contextlib.AbstractContextManager[Any]],
         extras: frozenset[str] = frozenset(),
         other: OtherTokenizer | None = None,
-        alm_temperature: float = 1.0,
+        alm_temperature: float | None = None,
     ):
         self.teacher = teacher
         self.vocab_size = vocab_size
@@ -66,7 +67,7 @@ class TwoModels:
         self.autocast = autocast
         self.extras = extras
         self.other = other
-        self.alm_temperature = alm_temperature
+        self.alm_temperature = math.inf if alm_temperature is None else alm_temperature
         self.sampler_ratio: SamplerRatio | None = None
         self.head_is_fused: bool | None = None
         self._rows_stay_apart = False
