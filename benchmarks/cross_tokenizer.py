@@ -48,7 +48,7 @@ TERMS: dict[str, dict[str, float]] = {
     "limit": {"alm": 1.0, "next_byte": 1.0},
     "alm_limit": {"alm": 1.0},
 }
-AT_THE_LIMIT = ("limit", "alm_limit")  # of alm_temperature
+AT_THE_LIMIT = ("limit", "alm_limit", "with_text")  # of alm_temperature
 SHORT = " Answer in one short sentence."
 _T_2 = 4.303  # Student's t at 97.5 % with 2 degrees of freedom
 
