@@ -26,6 +26,7 @@ class Requirements:
         kd_temperature: likewise.
         teacher_tokenizer: the teacher's, where it is not the student's: its chat template renders what it is asked.
         why_no_chat: what keeps a conversation from being rendered for the teacher, as the end of a sentence.
+        other: an `OtherTokenizer` where the teacher reads its own ids of the student's text; None: it reads the same.
         teachers: names of the teachers that a row may belong to; none where there is one for all rows.
     """
 
@@ -44,4 +45,5 @@ class Requirements:
     kd_temperature: float = 1.0
     teacher_tokenizer: Any = field(default=None, compare=False, repr=False)
     why_no_chat: str = ""
+    other: Any = field(default=None, compare=False, repr=False)
     teachers: tuple[str, ...] = ()

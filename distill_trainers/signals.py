@@ -260,6 +260,49 @@ class TokenLogprobs(_OfTokens):
         return TokenLogprobs(_wide(self.values[rows]))
 
 
+# ---- What a teacher with a tokenizer of its own says -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What a teacher says of its own M tokens of a text, to be read at the student's N tokens of the same text.
+
+    Args:
+        told: of the M tokens, about the teacher's own ids.
+        ids: `[M]`, these tokens.
+        rows, chunks: `[M]`, the row of each in its batch, and the chunk of bytes that it is part of; 0 is none.
+        places: `[N]`, which of the M begins where a token of the student does; any number where none does.
+    """
+
+    told: TeacherSignal
+    ids: Tensor
+    rows: Tensor
+    chunks: Tensor
+    places: Tensor
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def width(self) -> int:
+        """Numbers that a chunk holds of each token."""
+        return self.told.width
+
+    def at_places(self) -> Any:
+        """Return what is said, token by token of the student; of those without a place it is of no use."""
+        told = self.told if len(self.told) else padded(self.told, 1)
+        if isinstance(told, Routed | Composed | Aligned):
+            raise ConfigurationError(
+                f"Got {type(told).__name__} of teachers with tokenizers of their own; expected one teacher."
+            )
+        values = {f.name: getattr(told, f.name) for f in fields(told) if f.name != "head"}
+        return replace(told, **{name: value[self.places] for name, value in values.items()})
+
+    def chunk(self, rows: slice) -> TokenSignal:
+        told: TokenSignal = self.at_places().chunk(rows)
+        return told
+
+
 # ---- What several teachers say ---------------------------------------------------------------------------------------
 
 Reader = Callable[[slice], "TokenSignal"]  # what one of them says about some of its tokens
@@ -379,6 +422,8 @@ def _scattered(pieces: Sequence[Any], places: Sequence[Tensor], workspace: Works
 def padded(signal: TeacherSignal, count: int) -> TeacherSignal:
     """Append zeros to the signal for tokens of which the teacher says nothing, to `count` tokens in all."""
     more = count - len(signal)
+    if isinstance(signal, Aligned):
+        return replace(signal, places=F.pad(signal.places, (0, more)))
     if isinstance(signal, Composed):
         return replace(signal, parts=tuple(padded(part, count) for part in signal.parts))
     if isinstance(signal, Routed):  # one that was asked speaks of them, too
@@ -399,4 +444,4 @@ def _require_positive(name: str, value: int) -> None:
 
 
 TokenSignal = TokenLogits | TokenTopK | TokenSampled | TokenLogprobs
-TeacherSignal = HiddenStates | Logits | TopK | Sampled | TokenLogprobs | Routed | Composed
+TeacherSignal = HiddenStates | Logits | TopK | Sampled | TokenLogprobs | Routed | Composed | Aligned

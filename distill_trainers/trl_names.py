@@ -19,6 +19,7 @@ KEYS = {
     "torch_dtype": "dtype",
     "student_model_name_or_path": "model_name_or_path",
     "teacher_model": "teacher_model_name_or_path",
+    "teacher_tokenizer_name_or_path": "teacher_tokenizer",
     "model": "model_name_or_path",
 }
 
@@ -36,7 +37,10 @@ def other_names(known: Collection[str]) -> dict[str, str]:
 
 _TOKENIZER = "set it on the tokenizer that you pass as `processing_class`, or save it with the model's tokenizer"
 _CORRECTION = "set `sampler_correction` (truncate or mask, of single tokens), `sampler_ratio_min` and `_max`"
-_ULD = "student and teacher must share a tokenizer here; leave it out"
+_ULD = (
+    "set `teacher_tokenizer: own` (or the name of the teacher's), and `cross_tokenizer`, whose default compares chunks "
+    "of text and next bytes; {uld: 1.0} is ULD"
+)
 
 # Settings that would change what is trained; each with what to do instead.
 REFUSED = {
@@ -71,8 +75,18 @@ REFUSED = {
     "discopop_tau": "leave it out",
     "sync_ref_model": "the reference stays as it is; leave it out",
     "num_generations": "one completion is sampled for each prompt; with `feedback`, set `feedback_samples`",
-    "teacher_tokenizer_name_or_path": _ULD,
     "use_uld_loss": _ULD,
+    "use_extended_uld": "chunks are those that both tokenisations share; leave it out",
+    "uld_token_merge_strategy": "chunks are those that both tokenisations share; leave it out",
+    "uld_use_hybrid_loss": "set `cross_tokenizer: {exact_overlap: 1.0, uld: 1.0}`, with weights of your own",
+    "uld_hybrid_matched_weight": "set the weight of `exact_overlap` in `cross_tokenizer`",
+    "uld_hybrid_unmatched_weight": "set the weight of `uld` in `cross_tokenizer`",
+    "uld_crossentropy_weight": "set `lm_loss_weight`",
+    "uld_distillation_weight": "set the weights in `cross_tokenizer`",
+    "uld_student_temperature": "set `kd_temperature`, which divides the logits of both",
+    "uld_teacher_temperature": "set `kd_temperature`, which divides the logits of both",
+    "uld_skip_student_eos": "the ends of both texts are compared with each other; leave it out",
+    "uld_skip_teacher_eos": "the ends of both texts are compared with each other; leave it out",
     "callbacks": "pass callbacks to the trainer",
     "precompute_ref_log_probs": "set `reference_logps_dir`",
     "ref_model_init_kwargs": "the reference is the teacher; set `teacher_model_init_kwargs`",

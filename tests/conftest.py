@@ -104,6 +104,23 @@ def tokenizer():
     return character_tokenizer()
 
 
+def digits_tokenizer():
+    """Two digits are one token; no id but by accident stands for what it does to the character tokenizer."""
+    characters = ["=", "+", *"9876543210"]
+    pairs = [(a, b) for a in "0123456789" for b in "0123456789"]
+    vocab = {token: i for i, token in enumerate([*characters, *(a + b for a, b in pairs), "<pad>"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, unk_token="<pad>"))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<pad>", "<end>")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """A tokenizer of the same characters, with a token for each two digits."""
+    return digits_tokenizer()
+
+
 @pytest.fixture(scope="session")
 def make_student(tokenizer):
     """Factory of a student of random weights: `make_student(seed=…, **llama_config)`."""
@@ -125,8 +142,11 @@ def make_teacher(tokenizer):
 
 
 @pytest.fixture
-def make_trainer(tmp_path, tokenizer, make_student, make_teacher):
-    """Factory of a trainer on CPU: constructor arguments by name, everything else goes into its config."""
+def make_trainer(tmp_path, tokenizer, make_student, make_teacher, digits):
+    """Factory of a trainer on CPU: constructor arguments by name, everything else goes into its config.
+
+    With `teacher_tokenizer: own` the default teacher is one that reads two digits as one token.
+    """
     constructor = {
         "data_collator",
         "callbacks",
@@ -165,7 +185,11 @@ def make_trainer(tmp_path, tokenizer, make_student, make_teacher):
         if isinstance(teacher, str) and teacher in ("default", "double"):
             # A method that needs no teacher gets none.
             dtype = torch.float64 if teacher == "double" else torch.float32
-            teacher = make_teacher().to(dtype) if config_class(**{**defaults, **settings}).needs else None
+            own = settings.get("teacher_tokenizer") == "own"
+            if own:
+                kwargs.setdefault("teacher_processing_class", digits)
+            model = tiny_llama(digits, 48, 2, seed=7, initializer_range=0.25) if own else make_teacher()
+            teacher = model.to(dtype) if config_class(**{**defaults, **settings}).needs else None
         if not {"max_steps", "num_train_epochs"} & settings.keys():
             defaults["max_steps"] = 3
         trainer = trainer_class(

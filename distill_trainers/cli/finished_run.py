@@ -16,6 +16,7 @@ from ..redaction import hidden, holds_secret
 from ..run_files import STUDENT_INIT_NAME
 from ..storage import write_file
 from ..teachers.loading import has_files, is_initial_student, placement_of
+from ..teachers.options import OWN, SHARED
 from ..teachers.placement import PLACEMENTS
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _DATA = (
 )
 _SETTINGS = (
     *("max_new_tokens", "stop_strings", "answer_formats", "answer_kind", "chat_template_kwargs"),
-    *("teacher_system_prompt", "teacher_prompt"),
+    *("teacher_system_prompt", "teacher_prompt", "teacher_tokenizer"),
 )
 
 
@@ -43,6 +44,8 @@ def remember(recipe: Recipe, tokenizer: Any, evaluation: Any) -> None:
     settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name, None) is not None}
     left_out = sorted(name for name, value in settings.items() if holds_secret(value, name))
     settings = {name: value for name, value in settings.items() if name not in left_out}
+    if settings.pop("teacher_tokenizer", SHARED) != SHARED:
+        settings["teacher_tokenizer"] = OWN  # the one beside the teacher
     if "teacher_prompt" in settings:  # evaluation reads rows whose columns are renamed already
         mapping: Any = args.column_mapping or {}
         settings["teacher_prompt"] = renamed(settings["teacher_prompt"], mapping)

@@ -224,6 +224,12 @@ def _refuse_views(checked: Any, args: Any) -> None:
     """Refuse a teacher with prompts of its own: pairs are written down with one prompt, which both models answer."""
     from ..data.formats import apply_column_mapping, detect_dataset_type, first_row
 
+    if args.has_own_tokenizer:
+        raise ConfigurationError(
+            f"Got `teacher_tokenizer: {args.teacher_tokenizer}` for `pairs`, which writes both responses in one "
+            "tokenizer; expected a teacher that shares the student's. Have each model answer by itself, and give the "
+            "texts as `chosen` and `rejected`: DPKD trains on them with that setting."
+        )
     row = first_row(apply_column_mapping(checked.ready.given.train, args.column_mapping, name="train"))
     why = "pairs are written for one prompt, which both models answer"
     own = replace(args.teacher_prompts(checked.ready.wants), why_not=why)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from distill_trainers.data.feedback import FEEDBACK
 from distill_trainers.data.labels import IGNORED, completion_labels
 from distill_trainers.data.packing import positions_of, restarts
 from distill_trainers.data.routing import TEACHER_INDEX
-from distill_trainers.data.views import has_view
+from distill_trainers.data.views import ALIGNED_ENTRIES, OWN_COMPLETION, has_view
 from distill_trainers.exceptions import ConfigurationError, DatasetError
+
+if TYPE_CHECKING:
+    from distill_trainers.data.other_tokenizer import OtherTokenizer
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class DistillCollator:
         pad_to_multiple_of: rounds T and P up, for kernels that like it.
         with_prompts: add the prompts that rollouts start from.
         known_ids: ids from here on are unknown to a model, and refused; None looks at none.
+        other: adds what a teacher with a tokenizer of its own reads of completions (see `other_tokenizer.py`).
 
     Raises:
         ConfigurationError: there is no padding token.
@@ -49,6 +53,7 @@ class DistillCollator:
     pad_to_multiple_of: int | None = None
     with_prompts: bool = False
     known_ids: int | None = None
+    other: OtherTokenizer | None = None
 
     def __post_init__(self) -> None:
         if self.pad_token_id is None:
@@ -58,6 +63,14 @@ class DistillCollator:
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = self.collated(rows)
+        if self.other is None or not has_view(batch):
+            return batch
+        known = all(OWN_COMPLETION in row for row in rows)
+        return self.other.added_to(batch, [row[OWN_COMPLETION] for row in rows] if known else None)
+
+    def collated(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch without what only a teacher with a tokenizer of its own reads."""
         ids = [row["input_ids"] for row in rows]
         labels = [row["labels"] for row in rows]
         check_ids(ids, self.known_ids)
@@ -150,6 +163,7 @@ def replace_completions(
     labels = [completion_labels(*row) for row in zip(prompts, completion_ids, strict=True)]
     rebuilt = _training_tensors(ids, labels, pad_token_id, pad_to_multiple_of)
     device = batch["prompt_ids"].device
+    batch = {name: entry for name, entry in batch.items() if name not in ALIGNED_ENTRIES}  # of the completions before
     return {**batch, **{key: value.to(device) for key, value in rebuilt.items()}}
 
 

@@ -21,7 +21,7 @@ from distill_trainers.data.collator import DistillCollator, check_ids, pad_rows,
 from distill_trainers.data.labels import IGNORED
 from distill_trainers.data.packing import restarts
 from distill_trainers.data.routing import TEACHER_INDEX
-from distill_trainers.data.views import has_view
+from distill_trainers.data.views import OWN_COMPLETION, has_view
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,12 @@ logger = logging.getLogger(__name__)
 _REDUNDANT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "special_tokens_mask")
 _USED = {"input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "examples", TEACHER_INDEX}
 _REMEDY = "Leave `data_collator` out to use DistillCollator, or mend it"
-_VIEWS = ("teacher_prompt_ids", "view_start", "teacher_length")  # which a collator cannot pad: batches get them here
+_VIEWS = (
+    "teacher_prompt_ids",
+    "view_start",
+    "teacher_length",
+    OWN_COMPLETION,
+)  # which a collator cannot pad: batches get them here
 Span = tuple[int, int, int]  # row of the batch, where a text begins in it, where it ends
 
 
@@ -321,9 +326,9 @@ class ForeignCollator:
         return DatasetError(f"The data collator {self.name} {got}; expected {expected}. {_REMEDY}.")
 
 
-def with_ids(own: Any, pad_token_id: int, known_ids: int | None) -> Any:
-    """Tell a collator of this package, if it cares, what to pad with and which ids both models know."""
-    known = {"pad_token_id": pad_token_id, "known_ids": known_ids}
+def with_ids(own: Any, pad_token_id: int, known_ids: int | None, other: Any = None) -> Any:
+    """Tell a collator of this package, if it cares, what to pad with, which ids both models know, and `other`."""
+    known = {"pad_token_id": pad_token_id, "known_ids": known_ids, "other": other}
     names = {f.name for f in fields(own)} if is_dataclass(own) else set()
     return replace(own, **{name: value for name, value in known.items() if name in names})
 
@@ -337,7 +342,7 @@ def fitted(given: Any, own: Any, *, method: str, packing: bool = False, takes: C
     if given is None:
         return own
     if type(given) is DistillCollator and type(own) is DistillCollator:
-        return with_ids(given, own.pad_token_id, own.known_ids)
+        return with_ids(given, own.pad_token_id, own.known_ids, own.other)
     if type(own) is not DistillCollator and isinstance(given, type(own)):
         return given
     if type(own) is not DistillCollator or packing:

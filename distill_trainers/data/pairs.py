@@ -25,7 +25,7 @@ from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.rows import tokenize_row
 from distill_trainers.data.teacher_prompts import TeacherPrompts
 from distill_trainers.data.texts import tell_straddled
-from distill_trainers.data.views import joined_views, view_features, view_of
+from distill_trainers.data.views import ALIGNED_ENTRIES, OWN_COMPLETION, has_view, joined_views, view_features, view_of
 from distill_trainers.exceptions import DatasetError, NoUsableRowsError
 from distill_trainers.losses.reduction import first_trained
 
@@ -116,7 +116,8 @@ def prepare_pairs(
         name=name,
         teacher_prompts=teacher_prompts,
     )
-    features = _features(views=teacher_prompts is not None)
+    own = teacher_prompts is not None and teacher_prompts.other is not None
+    features = _features(views=teacher_prompts is not None, own_tokenizer=own)
     map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=features)
     if isinstance(dataset, Dataset):
         # Not from the cache of `datasets`, which does not see changes of the code that tokenises.
@@ -141,7 +142,8 @@ def _prepare_row(
 ) -> dict[str, Any]:
     from datasets import Json
 
-    empty = _EMPTY if teacher_prompts is None else {**_EMPTY, **_NO_VIEW}
+    other = None if teacher_prompts is None else teacher_prompts.other
+    empty = _EMPTY if teacher_prompts is None else {**_EMPTY, **_NO_VIEW, **({} if other is None else _NO_OWN)}
 
     try:
         row = without_filling(row, features)
@@ -166,9 +168,14 @@ def _prepare_row(
         first = min(sides, key=lambda side: side["prompt_length"])
         longest = {**cut, **view_of(first), "input_ids": first["input_ids"][: first["prompt_length"]]}
         view, too_long = teacher_prompts.finished(first, longest, cut["length"] - cut["prompt_length"])
+        pair = {**cut, **{key: view[key] for key in _NO_VIEW}}
+        if other is not None:
+            written = [other.row_completion(row, view["teacher_prompt_ids"]) for row in rows_of_pair(pair)]
+            pair |= dict(zip(_NO_OWN, written, strict=True))
+            pair["teacher_length"] = len(view["teacher_prompt_ids"]) + max(map(len, written))
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
-    return {**cut, **{key: view[key] for key in _NO_VIEW}, "bad": _LONG_VIEW if too_long else ""}
+    return {**pair, "bad": _LONG_VIEW if too_long else ""}
 
 
 def split_pair(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -268,14 +275,17 @@ _EMPTY: dict[str, Any] = {
 
 
 _NO_VIEW: dict[str, Any] = {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0}
+_REJECTED = "rejected_teacher_ids"  # of the rejected side, of a teacher with a tokenizer of its own
+_NO_OWN: dict[str, Any] = {OWN_COMPLETION: [], _REJECTED: []}
 
 
-def _features(*, views: bool = False) -> Features:
+def _features(*, views: bool = False, own_tokenizer: bool = False) -> Features:
     from datasets import Features, List, Value
 
     ids, number = List(Value("int32")), Value("int32")
     kinds = (ids, ids, number, number, ids, ids, Value("string"), Value("bool"), number)
-    return Features(dict(zip(_EMPTY, kinds, strict=True)) | (view_features() if views else {}))
+    columns = dict(zip(_EMPTY, kinds, strict=True)) | (view_features(own_tokenizer=own_tokenizer) if views else {})
+    return Features(columns | ({_REJECTED: ids} if own_tokenizer else {}))
 
 
 def _without_bad(dataset: Dataset, *, drop_bad: bool, max_length: int, name: str) -> Dataset:
@@ -318,21 +328,26 @@ class PairCollator(DistillCollator):
     """Tokenised pairs to batches `[2B, T]` (see `join_pairs`); rows without a rejected response to ordinary ones."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        chosen = super().__call__(rows)
         if "rejected_ids" not in rows[0]:
-            return chosen
-        rejected = super().__call__([rejected_row(row) for row in rows])
-        return join_pairs(chosen, rejected, self.pad_token_id)
+            return super().__call__(rows)
+        sides = rows, [rejected_row(row) for row in rows]
+        batch = join_pairs(self.collated(sides[0]), self.collated(sides[1]), self.pad_token_id)
+        if self.other is None or not has_view(batch):
+            return batch
+        known = all(OWN_COMPLETION in row for row in sides[1])
+        return self.other.added_to(batch, [row[OWN_COMPLETION] for side in sides for row in side] if known else None)
 
 
 def rejected_row(pair: Mapping[str, Any]) -> dict[str, Any]:
     """Return the prompt of a tokenised pair with its rejected response, as a tokenised row."""
-    start = pair["prompt_length"]
+    start, view = pair["prompt_length"], view_of(pair)
+    view.pop(OWN_COMPLETION, None)  # of the chosen side
     return {
         "input_ids": [*pair["input_ids"][:start], *pair["rejected_ids"]],
         "labels": [*pair["labels"][:start], *pair["rejected_labels"]],
         "prompt_length": start,
-        **view_of(pair),
+        **view,
+        **({OWN_COMPLETION: pair[_REJECTED]} if _REJECTED in pair else {}),
     }
 
 
@@ -368,6 +383,7 @@ def join_pairs(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor], pad
         "token_rejected": trained & ~is_chosen,
         "token_pair": first_trained(joined["labels"]) & is_chosen,
     }
+    chosen = {name: entry for name, entry in chosen.items() if name not in ALIGNED_ENTRIES}  # of one side alone
     joined |= joined_views(chosen, chosen)
     pairs = torch.arange(len(chosen["input_ids"]), device=trained.device).repeat(2)
     return {**chosen, **joined, **{name: entry.float() for name, entry in entries.items()}, "examples": pairs}

@@ -34,11 +34,21 @@ from .rows import truncate
 from .teacher_prompts import TeacherPrompts
 from .texts import encoder_and_decoder_ids, split_text, tell_straddled
 from .tokenization import code_fingerprint, is_kept
-from .views import BATCH_ENTRIES, has_view, joined_views, view_of, with_teacher_prompt
+from .views import (
+    ALIGNED_ENTRIES,
+    BATCH_ENTRIES,
+    OWN_COMPLETION,
+    has_view,
+    joined_views,
+    view_of,
+    with_teacher_prompt,
+)
 
 if TYPE_CHECKING:
     from datasets import Features
     from transformers import PreTrainedTokenizerBase
+
+    from .other_tokenizer import OtherTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +235,8 @@ def prepare_rationales(
         )
     if work.teacher_prompts is not None:
         work = replace(work, teacher_prompts=work.teacher_prompts.reading(row, "rationale", column_mapping, name))
-    features = _features(views=work.teacher_prompts is not None)
+    prompts = work.teacher_prompts
+    features = _features(views=prompts is not None, own_tokenizer=prompts is not None and prompts.other is not None)
     run = partial(_prepare_example, work=work, needs=needs, with_others=with_others, name=name, code=code_fingerprint())
     map_rows: Any = partial(dataset.map, run, with_indices=True, remove_columns=list(row), features=features)
     told = [name for name in ("dropped", "straddled", "lacks") if name in features]
@@ -258,7 +269,8 @@ def _prepare_example(
     views: dict[str, Any] = {}
     too_long = first.pop("too_long", "") or other.pop("too_long", "")
     if has_view(first):
-        other = other if has_view(other) else {**other, "teacher_prompt_ids": [], "view_start": 0}
+        own: dict[str, Any] = {OWN_COMPLETION: []} if OWN_COMPLETION in first else {}
+        other = other if has_view(other) else {**other, "teacher_prompt_ids": [], "view_start": 0, **own}
         length = max(first.pop("teacher_length"), other.pop("teacher_length", 0))
         views = {"teacher_length": length, "lacks": first.pop("lacks")}
         other.pop("lacks", None)
@@ -287,13 +299,14 @@ def _reason_to_drop(first: TokenizedRow, other: TokenizedRow, needs: str, object
     return "without answer" if objective == "step_by_step" else "without rationale"
 
 
-def _features(*, views: bool = False) -> Features:
+def _features(*, views: bool = False, own_tokenizer: bool = False) -> Features:
     from datasets import Features, List, Value
 
     ids, flags, number, text = List(Value("int32")), List(Value("int8")), Value("int32"), Value("string")
     sequence = {"input_ids": ids, "labels": ids, "marks": flags, "prompt_length": number}
     if views:
         sequence |= {"teacher_prompt_ids": ids, "view_start": number}
+        sequence |= {OWN_COMPLETION: ids} if own_tokenizer else {}
     others = {f"other_{name}": kind for name, kind in sequence.items()}
     rest = {
         "length": number,
@@ -341,6 +354,7 @@ class RationaleCollator:
         with_prompts: add `prompt_ids`, `prompt_mask` `[B, P]`, and `references`, for rollouts.
         decoder_start: first token of an encoder-decoder's decoder, which makes `encoder_ids` and `encoder_mask` of
             the prompts; None for a causal LM.
+        other: as of `DistillCollator`.
     """
 
     pad_token_id: int
@@ -349,14 +363,16 @@ class RationaleCollator:
     with_prompts: bool = False
     pad_to_multiple_of: int | None = None
     decoder_start: int | None = None
+    other: OtherTokenizer | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         names = [*_SEQUENCE, *view_of(rows[0])]
         firsts = [{name: row[name] for name in names} for row in rows]
         others = [{name: row[f"other_{name}"] for name in names} for row in rows] if self.with_others else []
-        nothing = self._nothing() | (
-            {"teacher_prompt_ids": [self.pad_token_id], "view_start": 1} if has_view(rows[0]) else {}
-        )
+        nothing = self._nothing()
+        if has_view(rows[0]):
+            nothing |= {"teacher_prompt_ids": [self.pad_token_id], "view_start": 1}
+            nothing |= {OWN_COMPLETION: []} if OWN_COMPLETION in rows[0] else {}
         sequences = firsts + [other if other["input_ids"] else nothing for other in others]
         split = self.decoder_start is not None
         batch: dict[str, Any] = self._plain()([self._decoder_side(row) for row in sequences] if split else sequences)
@@ -373,7 +389,7 @@ class RationaleCollator:
         return batch
 
     def _plain(self) -> DistillCollator:
-        return DistillCollator(self.pad_token_id, self.pad_to_multiple_of)
+        return DistillCollator(self.pad_token_id, self.pad_to_multiple_of, other=self.other)
 
     def _nothing(self) -> TokenizedRow:
         return {"input_ids": [self.pad_token_id], "labels": [IGNORED], "marks": [0], "prompt_length": 1}
@@ -417,7 +433,8 @@ def with_innovations(
     Args:
         rows: ids of prompt and completion, the length of the prompt, and the teacher's own prompt if there is one.
     """
-    old = {name: value for name, value in batch.items() if name not in ("prompt_ids", "prompt_mask", "references")}
+    gone = {"prompt_ids", "prompt_mask", "references", *ALIGNED_ENTRIES}  # the last are of the rows before alone
+    old = {name: value for name, value in batch.items() if name not in gone}
     if not rows:
         return old
     sequences = [with_teacher_prompt(row_of(ids[:n], ids[n:]), *(view or [None])) for ids, n, *view in rows]

@@ -16,11 +16,13 @@ from distill_trainers.data.formats import DatasetType, as_text, is_conversation,
 from distill_trainers.data.labels import TokenizedRow
 from distill_trainers.data.messages import Message, is_trained
 from distill_trainers.data.texts import num_ids, text_ids
-from distill_trainers.data.views import has_view, start_of_view
+from distill_trainers.data.views import OWN_COMPLETION, has_view, start_of_view
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from distill_trainers.data.other_tokenizer import OtherTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class TeacherPrompts:
         tokenizer: the teacher's, if it has a chat template of its own; None takes the student's.
         why_no_chat: what keeps conversations from being rendered, as the end of a sentence; empty: nothing.
         columns: other names of columns, as they were before `column_mapping`.
+        other: the teacher has a tokenizer of its own, so that all rows are views: what writes its completions.
     """
 
     system: str | None = None
@@ -55,6 +58,7 @@ class TeacherPrompts:
     tokenizer: PreTrainedTokenizerBase | None = None
     why_no_chat: str = ""
     columns: tuple[tuple[str, str], ...] = ()
+    other: OtherTokenizer | None = None
 
     def reading(
         self, columns: Iterable[str], dataset_type: DatasetType, mapping: Mapping[str, str] | None, name: str
@@ -74,7 +78,11 @@ class TeacherPrompts:
                 name,
                 CONTEXT,
             )
+        if self.other is not None:
+            self._refuse_ids(dataset_type, name)
         if prompt is None and self.system is None:
+            if self.other is not None:
+                return self
             self._refuse_idle_length(name)
             return None
         is_template = "{" in (prompt or "{")
@@ -101,6 +109,13 @@ class TeacherPrompts:
                 "student reads, whose length `max_length` bounds; expected a prompt of its own. Set "
                 f"`teacher_system_prompt` or `teacher_prompt`, add the column {CONTEXT!r} (null where there is "
                 "none), or leave it out."
+            )
+
+    def _refuse_ids(self, dataset_type: DatasetType, name: str) -> None:
+        if dataset_type == "tokenized":
+            raise ConfigurationError(
+                f"Got dataset {name!r} of token ids for a teacher with a tokenizer of its own (`teacher_tokenizer`); "
+                "expected text or messages, which each tokenizer writes in its own ids. Give the text."
             )
 
     def _refuse_layout(self, dataset_type: DatasetType, prompt: str | None, name: str) -> None:
@@ -146,14 +161,14 @@ class TeacherPrompts:
         ids: list[int] | None
         if asked is None:
             ids = said
-        elif said is None and self.system is None:
+        elif said is None and self.system is None and self.other is None:
             ids = None
         elif isinstance(asked, str) and not isinstance(said, list):
             ids = self._of_text(asked if said is None else said, asked, tokens, tokenizer)
         else:
             settings = template_settings(row, chat_template_kwargs)
             ids = self._of_messages(said, asked, tokens, tokenizer, settings)
-        if ids == []:
+        if ids == [] and (self.other is None or shown):
             raise DatasetError("The teacher's prompt is empty. Expected text before the completion: mend its column.")
         view = {"teacher_prompt_ids": shown if ids is None else ids, "view_start": start}
         return {**tokens, **view, "lacks": self._lacking(row)}
@@ -169,13 +184,17 @@ class TeacherPrompts:
         Raises:
             DatasetError: the teacher's row is longer than `max_length`, and such rows are not to be dropped.
         """
+        own: dict[str, Any] = {} if self.other is None else {OWN_COMPLETION: []}
         if not has_view(whole):  # an empty row
-            return {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0, "lacks": ""}, ""
+            return {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0, "lacks": "", **own}, ""
         ids, start = cut["teacher_prompt_ids"], cut["view_start"]
-        if whole["teacher_prompt_ids"] == whole["input_ids"][: whole["view_start"]]:
+        if self.other is None and whole["teacher_prompt_ids"] == whole["input_ids"][: whole["view_start"]]:
             ids = cut["input_ids"][:start]  # the student's prompt, as the student sees it
         behind = max(len(cut["input_ids"]), cut["prompt_length"] + reserve) - start
-        view = {"teacher_prompt_ids": ids, "view_start": start, "teacher_length": len(ids) + behind}
+        if self.other is not None:
+            own[OWN_COMPLETION] = self.other.row_completion(cut, ids)
+            behind = max(len(own[OWN_COMPLETION]), reserve)
+        view = {"teacher_prompt_ids": ids, "view_start": start, "teacher_length": len(ids) + behind, **own}
         view["lacks"] = whole["lacks"]
         if self.max_length is None or view["teacher_length"] <= self.max_length:
             return view, ""
@@ -246,8 +265,11 @@ class TeacherPrompts:
         """A text before a completion that is text: the system prompt is its first paragraph."""
         own = self.tokenizer or tokenizer
         whole = text if self.system is None else f"{self.system}\n\n{text}"
-        ids = text_ids(whole, own)
         lost = tokens.get("straddled", 0)  # tokens at the prompt's end that the completion's first one has taken in
+        if self.other is not None:
+            end = self.other.text_of(text_ids(asked, tokenizer)[-lost:]) if lost else ""
+            return text_ids(whole.removesuffix(end), own)
+        ids = text_ids(whole, own)
         return ids[: len(ids) - lost] if lost and text_ids(asked, own)[-lost:] == ids[-lost:] else ids
 
     def _of_messages(
@@ -259,7 +281,8 @@ class TeacherPrompts:
         settings: dict[str, Any],
     ) -> list[int]:
         if self.why_no_chat:
-            raise ConfigurationError(f"Got a conversation with a prompt of the teacher's own, but {self.why_no_chat}")
+            what = "a prompt of the teacher's own" if self.other is None else "a teacher with a tokenizer of its own"
+            raise ConfigurationError(f"Got a conversation with {what}, but {self.why_no_chat}")
         # A prompt alone may end in the assistant's own beginning.
         begun = start_of_view(tokens) == len(tokens["input_ids"])
         header, chat = "", Chat(self.tokenizer or tokenizer, settings=settings)

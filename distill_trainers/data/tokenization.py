@@ -41,7 +41,7 @@ Needs = Literal["completion", "prompt", "either", "both"]
 _CODE = (
     *("formats.py", "arrow.py", "messages.py", "rendering.py", "chat.py", "turns.py", "conversations.py"),
     *("rows.py", "texts.py", "labels.py", "routing.py", "tokenization.py", "rationales.py"),
-    *("teacher_prompts.py", "feedback.py", "views.py"),
+    *("teacher_prompts.py", "feedback.py", "views.py", "other_tokenizer.py", "alignment.py"),
     "../answers/edit_distance.py",
 )
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
@@ -124,7 +124,7 @@ def prepare_dataset(
         teacher_column=teacher_column,
         feedback=feedback,
     )
-    features = _features(views=teacher_prompts is not None, routed=bool(teachers), feedback=feedback is not None)
+    features = _features(teacher_prompts, routed=bool(teachers), feedback=feedback is not None)
     map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=features)
     if isinstance(dataset, Dataset):
         with reading(f"Dataset {name!r} cannot be read"):
@@ -236,7 +236,7 @@ def _drop(dataset: Dataset, max_length: int | None, name: str, prompts: TeacherP
 _TOLD = ("dropped", "goes_on", "prompt_cut", "completion_cut", "straddled", "lacks")
 
 
-def _features(*, views: bool = False, routed: bool = False, feedback: bool = False) -> Features:
+def _features(prompts: TeacherPrompts | None, *, routed: bool = False, feedback: bool = False) -> Features:
     from datasets import Features, List, Value
 
     flag, number = Value("bool"), Value("int32")
@@ -253,7 +253,9 @@ def _features(*, views: bool = False, routed: bool = False, feedback: bool = Fal
     }
     columns |= {TEACHER_INDEX: number} if routed else {}
     columns |= feedback_features() if feedback else {}
-    return Features(columns | view_features() | {"lacks": Value("string")} if views else columns)
+    if prompts is not None:
+        columns |= view_features(own_tokenizer=prompts.other is not None) | {"lacks": Value("string")}
+    return Features(columns)
 
 
 def _check_lengths(max_length: int | None, max_new_tokens: int | None) -> None:

@@ -4,6 +4,9 @@ A tokenised row with a view has `teacher_prompt_ids` and `view_start`: the teach
 behind them, `input_ids[view_start:]`. A batch with views has `teacher_prompt_ids` and `teacher_prompt_mask` `[B, P']`,
 padded on the left, and `view_start` `[B]`. Whatever becomes of completions, this is the one place that joins both.
 
+A teacher with a tokenizer of its own reads other ids of the completion, too (see `other_tokenizer.py`): those of
+`teacher_completion_ids` stand behind its prompt then, in rows and in batches.
+
 Shapes: B rows, T positions of the student's longest row, T' of the teacher's, P' tokens of its longest prompt.
 """
 
@@ -23,6 +26,12 @@ if TYPE_CHECKING:
     from datasets import Features
 
 BATCH_ENTRIES = ("teacher_prompt_ids", "teacher_prompt_mask", "view_start")
+OWN_COMPLETION = "teacher_completion_ids"
+# Of batches whose teacher has a tokenizer of its own; they belong to the very completions that a batch holds.
+ALIGNED_ENTRIES = (
+    *(OWN_COMPLETION, "teacher_completion_mask", "teacher_chunk"),
+    *("token_chunk", "token_shared", "token_comparable", "token_single", "token_cut"),
+)
 
 
 # ---- Rows -----------------------------------------------------------------------------------------------------------
@@ -35,15 +44,16 @@ def has_view(row: Mapping[str, Any]) -> bool:
 
 def view_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a row, or a batch, has of a view."""
-    return {name: row[name] for name in BATCH_ENTRIES if name in row}
+    return {name: row[name] for name in (*BATCH_ENTRIES, *ALIGNED_ENTRIES) if name in row}
 
 
-def view_features() -> Features:
+def view_features(*, own_tokenizer: bool = False) -> Features:
     """Return the columns of views in a dataset; `teacher_length` is what the teacher's row may come to."""
     from datasets import Features, List, Value
 
     number = Value("int32")
-    return Features({"teacher_prompt_ids": List(number), "view_start": number, "teacher_length": number})
+    columns = {"teacher_prompt_ids": List(number), "view_start": number, "teacher_length": number}
+    return Features(columns | ({OWN_COMPLETION: List(number)} if own_tokenizer else {}))
 
 
 def start_of_view(row: Mapping[str, Any]) -> int:
@@ -76,12 +86,23 @@ def viewed_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if not has_view(row):
         return row
     prompt, start = list(row["teacher_prompt_ids"]), row["view_start"]
+    if OWN_COMPLETION in row:
+        return _row_of_own(row, prompt)
     labels = [IGNORED, *row["labels"][1:]]  # nothing predicts a row's first token, which may be another one here
     ids = [*prompt, *row["input_ids"][start:]]
     viewed: dict[str, Any] = {"input_ids": ids, "labels": [IGNORED] * len(prompt) + labels[start:]}
     viewed["prompt_length"] = len(prompt) + row.get("prompt_length", start) - start
     viewed |= {TEACHER_INDEX: row[TEACHER_INDEX]} if TEACHER_INDEX in row else {}
     return viewed | {"teacher_length": row.get("teacher_length", len(ids))}
+
+
+def _row_of_own(row: Mapping[str, Any], prompt: list[int]) -> dict[str, Any]:
+    """A row as a teacher reads it whose ids of the completion are its own; nothing predicts a row's first token."""
+    completion = list(row[OWN_COMPLETION])
+    ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
+    labels[:1] = [IGNORED][: len(ids)]
+    length = max(row.get("teacher_length", 0), len(ids))
+    return {"input_ids": ids, "labels": labels, "prompt_length": len(prompt), "teacher_length": length}
 
 
 def teacher_prompt(row: Mapping[str, Any]) -> list[int]:
@@ -100,6 +121,12 @@ def with_teacher_prompt(row: Mapping[str, Any], prompt: Sequence[int] | None) ->
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 
+def unpadded_prompts_of(batch: Mapping[str, Tensor]) -> list[list[int]]:
+    """Return the teacher's prompts of a batch with views, without padding."""
+    both = zip(batch["teacher_prompt_ids"].tolist(), batch["teacher_prompt_mask"].tolist(), strict=True)
+    return [[token for token, real in zip(*row, strict=True) if real] for row in both]
+
+
 def teacher_prompts(batch: Mapping[str, Tensor], prompts: Sequence[Sequence[int]]) -> list[list[int]] | None:
     """Return what the teacher reads before each completion of a batch; None if it has no views.
 
@@ -108,11 +135,8 @@ def teacher_prompts(batch: Mapping[str, Tensor], prompts: Sequence[Sequence[int]
     """
     if not has_view(batch):
         return None
-    own = zip(*(batch[name].tolist() for name in BATCH_ENTRIES), prompts, strict=True)
-    return [
-        [token for token, real in zip(ids, mask, strict=True) if real] + list(prompt[start:])
-        for ids, mask, start, prompt in own
-    ]
+    own = zip(unpadded_prompts_of(batch), batch["view_start"].tolist(), prompts, strict=True)
+    return [ids + list(prompt[start:]) for ids, start, prompt in own]
 
 
 def joined_views(*parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,6 +167,8 @@ def teacher_inputs(batch: Mapping[str, Tensor], predicts: Tensor) -> tuple[Mappi
     """
     if not has_view(batch):
         return batch, predicts
+    if OWN_COMPLETION in batch:
+        return _own_inputs(batch)
     ids, prompt_ids, start = batch["input_ids"], batch["teacher_prompt_ids"], batch["view_start"][:, None]
     prompt_lengths = batch["teacher_prompt_mask"].sum(1, keepdim=True)
     lengths = prompt_lengths + batch["attention_mask"].sum(1, keepdim=True) - start
@@ -161,3 +187,22 @@ def teacher_inputs(batch: Mapping[str, Tensor], predicts: Tensor) -> tuple[Mappi
             "the rows with `prepare_dataset`, and the batches with DistillCollator."
         )
     return {"input_ids": joined.masked_fill(~real, 0), "attention_mask": real.long()}, predicted[:, 1:]
+
+
+def _own_inputs(batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Tensor]:
+    """`teacher_inputs` of a teacher with its own ids of the completions: it predicts all of them but a row's first."""
+    prompt_ids, completion_ids = batch["teacher_prompt_ids"], batch[OWN_COMPLETION]
+    prompt_lengths = batch["teacher_prompt_mask"].sum(1, keepdim=True)
+    lengths = prompt_lengths + batch["teacher_completion_mask"].sum(1, keepdim=True)
+    joined = torch.cat([prompt_ids, completion_ids], dim=1)
+    width = prompt_ids.shape[1]
+    # A row without any token would have nothing to attend to, not even itself.
+    places = torch.arange(max(1, int(lengths.max())), device=joined.device)[None]
+    real, of_prompt = places < lengths, places < prompt_lengths
+    ids = torch.nn.functional.pad(joined, (0, 1)).gather(
+        1, (places + width - prompt_lengths).clamp(max=joined.shape[1])
+    )
+    predicted = (real & ~of_prompt)[:, 1:]
+    mask = real.long()
+    mask[:, 0] = 1
+    return {"input_ids": ids.masked_fill(~real, 0), "attention_mask": mask}, predicted

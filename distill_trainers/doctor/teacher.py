@@ -90,13 +90,14 @@ def check_answers(case: Case, other: Teacher | None = None) -> Iterator[Finding]
 def disagreement(case: Case, one: Teacher, other: Teacher, rows: Sequence[Any]) -> float:
     """Average Σ p |log p − log p'| over trained tokens and the ids that both tell, in nats; p of the first."""
     assert case.tokenizer is not None
-    fields = ("input_ids", "labels", "prompt_length")
-    batch = DistillCollator(case.tokenizer.pad_token_id)([{k: row[k] for k in fields} for row in rows])
+    fields, own = ("input_ids", "labels", "prompt_length"), case.args.has_own_tokenizer
+    padding = 0 if own else case.tokenizer.pad_token_id
+    batch = DistillCollator(padding)([{k: row[k] for k in fields} for row in rows])
     inputs = {name: ids.to(case.args.device) for name, ids in models.forward_inputs(batch).items()}
     predicts = trained_mask(batch["labels"]).to(case.args.device)
     labels = batch["labels"].to(case.args.device)[:, 1:][predicts]
     vocabulary = None
-    if case.student_config is not None and case.teacher_config is not None:
+    if case.student_config is not None and case.teacher_config is not None and not own:
         rows_of = [c.get_text_config().vocab_size for c in (case.student_config, case.teacher_config)]
         vocabulary = shared_vocabulary(case.tokenizer, case.teacher_tokenizer, *rows_of)
     narrow = torch.bfloat16 if case.args.bf16 else torch.float16 if case.args.fp16 else None

@@ -14,6 +14,7 @@ from ..exceptions import DatasetError, VocabularyError
 from ..servers.openai import PROBE
 from ..teachers.loading import has_files
 from ..teachers.vocabulary import shared_vocabulary
+from .alignment import check_alignment
 from .case import Case
 from .findings import Finding, Severity, error, note, warning
 
@@ -29,6 +30,10 @@ _CONVERSATION = (
 def check_tokens(case: Case) -> Iterator[Finding]:
     """Compare vocabularies, text, chat templates and special tokens of a pair."""
     if case.tokenizer is None:
+        return
+    if case.args.has_own_tokenizer:
+        yield from _stops(case)
+        yield from check_alignment(case)
         return
     yield from _special_tokens(case)
     vocabulary = list(_vocabulary(case))

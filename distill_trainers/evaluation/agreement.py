@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..losses import token_divergence, token_logps
+from ..losses.cross_tokenizer import bucket_logps
 from ..losses.divergences import forward_kl, jsd, reverse_kl
 from ..signals import TokenLogits, TokenLogprobs, TokenSampled, TokenSignal
 
-AGREEMENT_TERMS = ("nll", "teacher_nll", "kl", "top1_agreement")
+AGREEMENT_TERMS = ("nll", "teacher_nll", "kl", "top1_agreement", "bytes")
 
 
 def agreement_terms(
@@ -20,16 +21,20 @@ def agreement_terms(
 ) -> dict[str, Tensor]:
     """Measure every token `[n]` at temperature 1; without a teacher, `nll` alone.
 
+    Args:
+        tokens: `labels`; with `token_bytes`, bytes of text of each, these are told as `bytes`.
+
     Returns:
         nll, teacher_nll: −log q(y) and −log p(y) of the given tokens, in nats; the latter not from a sparse teacher.
             From a teacher that gives only log-probabilities of these tokens, nothing else.
         kl: forward KL(p‖q) in nats; from a top k its lower bound, from draws its unbiased estimate.
         top1_agreement: 1 where both models would take the same token; from draws, the likeliest that was drawn.
     """
+    known = {"bytes": tokens["token_bytes"].float()} if "token_bytes" in tokens else {}
     if isinstance(teacher, TokenLogprobs):
-        return {"nll": -token_logps(student, tokens["labels"]), "teacher_nll": -teacher.values}
+        return {"nll": -token_logps(student, tokens["labels"]), "teacher_nll": -teacher.values, **known}
     if teacher is None:
-        return {"nll": -token_logps(student, tokens["labels"])}
+        return {"nll": -token_logps(student, tokens["labels"]), **known}
     if not isinstance(teacher, TokenLogits):
         logps = teacher.logps
         if isinstance(teacher, TokenSampled):
@@ -39,6 +44,7 @@ def agreement_terms(
             "nll": -token_logps(student, tokens["labels"]),
             "kl": token_divergence(forward_kl, student, teacher),
             "top1_agreement": (student.logits.argmax(-1) == best).to(student.logits.dtype),
+            **known,
         }
     student_logps, teacher_logps = student.logps(), teacher.logps()
     labels = tokens["labels"].unsqueeze(-1)
@@ -48,18 +54,27 @@ def agreement_terms(
         "teacher_nll": -teacher_logps.gather(-1, labels).squeeze(-1),
         "kl": forward_kl(student_logps, teacher_logps),
         "top1_agreement": same.to(student_logps.dtype),
+        **known,
     }
 
 
 @torch.no_grad()
 def comparison_terms(
-    student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
+    student: TokenLogits,
+    teacher: TokenSignal | None,
+    tokens: Mapping[str, Tensor],
+    first_bytes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Measure every token `[n]` for a report, at temperature 1; what the teacher cannot tell is left out.
+
+    Args:
+        first_bytes: `[V]`, the byte that each id begins with (`TokenBytes.first_bytes`); None leaves next bytes out.
 
     Returns:
         nll, confidence (the student's probability of its likeliest token), correct (1 where that is the given one);
             with a teacher also kl, reverse_kl, jsd (β = ½) in nats and top1_agreement.
+            next_byte, the student's likeliest next byte (256: the end of the text), and next_byte_agreement, 1 where it
+            is the teacher's.
     """
     logps = student.logps()
     best = logps.max(-1)
@@ -68,6 +83,12 @@ def comparison_terms(
         "confidence": best.values.exp(),
         "correct": (best.indices == tokens["labels"]).to(logps.dtype),
     }
+    if first_bytes is not None:
+        first_bytes = first_bytes.to(student.logits.device)
+        terms["next_byte"] = bucket_logps(student.logits, first_bytes).argmax(-1).to(logps.dtype)
+        if isinstance(teacher, TokenLogits):
+            other = bucket_logps(teacher.logits, first_bytes).argmax(-1)
+            terms["next_byte_agreement"] = (terms["next_byte"] == other).to(logps.dtype)
     if teacher is None or isinstance(teacher, TokenLogprobs):
         return terms
     if isinstance(teacher, TokenLogits):
@@ -83,11 +104,21 @@ def comparison_terms(
 
 
 def agreement_metrics(means: Mapping[str, float]) -> dict[str, float]:
-    """Turn token means into metrics: perplexities, KL (nats/token) and top-1 agreement (share of tokens)."""
+    """Turn token means into metrics: perplexities, bits per byte, KL (nats/token) and top-1 agreement (a share).
+
+    Bits per byte, −log₂ q(y) / bytes of y, compare models of different tokenizers; the end of the text counts in q(y).
+    """
     metrics = {"perplexity": _exp(means["nll"])}
+    if means.get("bytes"):
+        metrics["bits_per_byte"] = bits_per_byte(means["nll"], means["bytes"])
     if "teacher_nll" in means:
         metrics["teacher_perplexity"] = _exp(means["teacher_nll"])
     return metrics | {name: means[name] for name in ("kl", "top1_agreement") if name in means}
+
+
+def bits_per_byte(nll: float, size: float) -> float:
+    """Turn nats over a text into bits for each of its bytes."""
+    return nll / (math.log(2) * size)
 
 
 def _exp(nll: float) -> float:

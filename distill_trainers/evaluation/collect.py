@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import models
+from ..data.token_bytes import TokenBytes
 from ..randomness import Role
 from ..rollouts import Alone, CompletionSettings, CompletionStore, DecodeEngine, SamplingSettings, complete_prompts
 from ..rollouts.store import prompt_key
@@ -40,6 +41,7 @@ class Collected:
         sampled_answers: by question, the answers of all seeds.
         reference: measures of the reference texts.
         own_text, teacher_text: measures of the first seed's completions, by the model itself and by the teacher.
+        knows_bytes: whether the tokenizer tells what its tokens spell.
     """
 
     end_ids: list[int] = field(default_factory=list)
@@ -51,6 +53,7 @@ class Collected:
     own_text: list[TokenValues] = field(default_factory=list)
     teacher_text: list[TokenValues] = field(default_factory=list)
     cost: Cost | None = None
+    knows_bytes: bool = False
 
     def of_owner(self, examples: ExampleSet, owner: int) -> Collected:
         """Return what belongs to `examples.of_owner(owner)`, of what belongs to `examples`."""
@@ -92,6 +95,7 @@ class Workshop:
     Args:
         cache: folder of everything that is kept; None keeps nothing.
         vocab_size: ids in the softmax of all models, or None for all rows.
+        own: whether the teacher has a tokenizer of its own, so that each model reads the references alone.
     """
 
     settings: EvaluationSettings
@@ -101,6 +105,7 @@ class Workshop:
     cache: Path | None = None
     chunk_bytes: int | None = None
     progress: bool = True
+    own: bool = False
 
     # ---- Text -------------------------------------------------------------------------------------------------------
 
@@ -154,12 +159,16 @@ class Workshop:
 
     def read(self, subject: Subject, teacher: Subject | None, texts: Sequence[Text], what: str) -> list[TokenValues]:
         """Measure every token of the completions under a model and, if there is one, its teacher."""
+        spelled = TokenBytes.of_readable(self.tokenizer)
         identity = [subject.facts.fingerprint, teacher.facts.fingerprint if teacher else None, self.vocab_size]
+        identity += [] if spelled is None else ["next_byte"]
         store = self._store("tokens", identity, "measures of tokens")
 
         def run(batch: Any) -> Any:  # the models are loaded when a batch comes, and not before
             local = None if teacher is None else teacher.model
-            return pair_runner(subject.model, local, self.vocab_size, self.chunk_bytes)(batch)
+            rows = self.vocab_size or subject.rows
+            first_bytes = None if spelled is None else spelled.first_bytes(rows)
+            return pair_runner(subject.model, local, self.vocab_size, self.chunk_bytes, first_bytes=first_bytes)(batch)
 
         return force(
             texts,
@@ -185,12 +194,13 @@ class Workshop:
             given: the teacher's own, whose text is read too; a model's `samples` may be there already.
         """
         wanted, collected = set(self.metrics), Collected(end_ids=subject.end_ids(self.tokenizer))
+        collected.knows_bytes = TokenBytes.of_readable(self.tokenizer) is not None
         collected.samples = self.samples(subject, examples)
         prompts = [example.prompt_ids for example in examples.prompted]
         if "accuracy" in wanted:
             collected.greedy = self.greedy(subject, examples.questions)
         collected.read_answers(examples, self.metrics, self.settings, self.tokenizer)
-        if wanted & {"perplexity", "calibration"} or (teacher and "agreement" in wanted):
+        if wanted & {"perplexity", "calibration"} or ("agreement" in wanted and (teacher or self.own)):
             alone = subject.role == "teacher"
             texts = [example.behind(example.completion_ids, teacher=alone) for example in examples.with_text]
             collected.reference = self.read(subject, teacher, texts, "references")

@@ -44,10 +44,12 @@ _OVER = {
 
 _TABLE = (
     Measure("perplexity", "Perplexity on the reference text", "perplexity", "", False),
+    Measure("bits_per_byte", "Bits per byte of the reference text", "perplexity", "bits/byte", False),
     Measure("kl", "Forward KL to the teacher", "agreement", "nats/token", False, "1503.02531"),
     Measure("reverse_kl", "Reverse KL to the teacher", "agreement", "nats/token", False, "2306.08543"),
     Measure("jsd", "Jensen-Shannon divergence from the teacher", "agreement", "nats/token", False, "2306.13649"),
     Measure("top1_agreement", "Top-1 agreement with the teacher", "agreement", "share", True),
+    Measure("next_byte_agreement", "Likeliest next byte as the teacher's", "agreement", "share", True),
     Measure("student_text_kl", "Forward KL on the model's own text", "agreement", "nats/token", False),
     Measure("student_text_reverse_kl", "Reverse KL on the model's own text", "agreement", "nats/token", False),
     Measure("student_text_jsd", "Jensen-Shannon divergence on the model's own text", "agreement", "nats/token", False),
@@ -75,7 +77,7 @@ NEED_SAMPLES = frozenset({"agreement", "rouge_l", "diversity", "consistency", "e
 # Terms of agreement, each both on reference text and, behind `student_text_`, on the model's own.
 AGREEMENT = ("kl", "reverse_kl", "jsd", "top1_agreement")
 
-_SMALLER_IS_BETTER = ("loss", "nll", "perplexity", "kl", "divergence")
+_SMALLER_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "kl", "divergence")
 
 
 def higher_is_better(metric: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,14 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..exceptions import ConfigurationError, DatasetError
 from .calibration import calibration_bins
+from .choosing import choose_metrics, make_subjects
 from .collect import Collected, Workshop
 from .examples import ExampleSet, read_examples
 from .exposure import by_position, covered_length, exposure_curve
 from .harness import Harness
 from .intervals import Array, Sums, bootstrap_counts, difference, gap_closed, ratio, score
-from .measures import AGREEMENT, MEASURES, METRICS, NEED_A_TEACHER, NEED_SAMPLES
+from .measures import AGREEMENT, MEASURES
+from .own_tokenizer import IN_TOKENS, OwnReading, choose_without_shared
 from .results import (
     EvaluationResults,
     Histogram,
@@ -39,7 +39,6 @@ from .subjects import KnownModels, Subject, one_process_only, reference_tokenize
 from .teacher_forced import TokenValues
 
 BOOTSTRAP_SEED = 0
-_LIBRARIES = {"rouge_l": "rouge_score", "diversity": "sacrebleu"}
 
 
 def evaluate_models(
@@ -116,79 +115,20 @@ def prepare(
     shared["baseline_kwargs"] = {**(model_init_kwargs or {}), **(baseline_model_init_kwargs or {})}
     subjects = make_subjects(students, teacher, baseline, model_init_kwargs, teacher_model_init_kwargs, **shared)
     is_given = tokenizer is not None
-    tokenizer, vocab_size = reference_tokenizer(subjects, tokenizer)
-    reads, of_teacher = rendering_tokenizers(subjects, tokenizer, is_given=is_given)
-    examples = ExampleSet(read_examples(dataset, reads, settings, name=data_name, teacher_tokenizer=of_teacher))
+    own = settings.teacher_tokenizer == "own"
+    compared = [subject for subject in subjects if not own or subject.role != "teacher"]
+    tokenizer, vocab_size = reference_tokenizer(compared, tokenizer)
+    reads, of_teacher = rendering_tokenizers(compared, tokenizer, is_given=is_given)
+    rows = list(dataset) if own and not hasattr(dataset, "with_format") else dataset  # read twice
+    examples = ExampleSet(read_examples(rows, reads, settings, name=data_name, teacher_tokenizer=of_teacher))
     metrics, notes = choose_metrics(settings, examples, has_teacher=teacher is not None)
-    workshop = Workshop(settings, metrics, tokenizer, vocab_size, cache, progress=progress)
-    return Evaluation(workshop, subjects, examples, Harness(settings), notes, data_name)
-
-
-def make_subjects(
-    students: Mapping[str, str | nn.Module],
-    teacher: str | nn.Module | None,
-    baseline: str | nn.Module | None,
-    kwargs: Mapping[str, Any] | None,
-    teacher_kwargs: Mapping[str, Any] | None,
-    *,
-    baseline_kwargs: Mapping[str, Any] | None = None,
-    **shared: Any,
-) -> list[Subject]:
-    """Return teacher, baseline, students, in this order, each with what they share; nothing is loaded.
-
-    Raises:
-        ConfigurationError: no model at all, a name that is taken, or a model that is not there.
-    """
-    taken = [name for name in students if name in ("teacher", "baseline") or not str(name).strip()]
-    if taken:
-        raise ConfigurationError(f"A student is called {taken[0]!r}; expected another name than teacher and baseline.")
-    sources: list[tuple[str, str, str | nn.Module | None, Mapping[str, Any] | None]] = [
-        ("teacher", "teacher", teacher, kwargs if teacher_kwargs is None else teacher_kwargs),
-        ("baseline", "baseline", baseline, kwargs if baseline_kwargs is None else baseline_kwargs),
-        *((str(name), "student", source, kwargs) for name, source in students.items()),
-    ]
-    named = [(name, role, source, loading) for name, role, source, loading in sources if source is not None]
-    subjects = [Subject(name, role, source, init_kwargs=loading, **shared) for name, role, source, loading in named]
-    if not subjects:
-        raise ConfigurationError("Got no model to evaluate; expected `students`, a `teacher` or a `baseline`.")
-    return subjects
-
-
-def choose_metrics(
-    settings: EvaluationSettings, examples: ExampleSet, *, has_teacher: bool
-) -> tuple[list[str], list[str]]:
-    """Choose the metrics that models and data allow; say why others are left out.
-
-    Raises:
-        ConfigurationError, DatasetError: a metric that was asked for by name cannot be measured.
-    """
-    reasons: dict[str, str] = {}
-    has_text = bool(examples.subsets["texts"]) or (has_teacher and bool(examples.subsets["prompts"]))
-    for metric in METRICS:
-        if metric in NEED_A_TEACHER and not has_teacher:
-            reasons[metric] = "there is no teacher"
-        elif metric in (NEED_SAMPLES - {"agreement"}) | {"accuracy", "speed"} and not examples.subsets["prompts"]:
-            reasons[metric] = "the data has no prompts"
-        elif metric in _LIBRARIES and importlib.util.find_spec(_LIBRARIES[metric]) is None:
-            reasons[metric] = "its library is not installed (`pip install 'distill-trainers[evaluation]'`)"
-        elif metric == "rouge_l" and not examples.subsets["references"]:
-            reasons[metric] = "the data has no references (a completion, or a column `references`)"
-        elif metric in ("accuracy", "consistency") and not examples.subsets["questions"]:
-            reasons[metric] = (
-                "no row has an answer (a column `answer`, or one that answer_formats find in its reference)"
-            )
-        elif metric == "consistency" and len(settings.sampled_seeds) < 2:
-            reasons[metric] = "it compares samples of several seeds at a temperature above 0"
-        elif metric in ("perplexity", "calibration") and not has_text:
-            reasons[metric] = "the data has no completions, and there is no teacher to write them"
-    if settings.metrics is None:
-        chosen = [metric for metric in METRICS if metric not in reasons]
-        return chosen, [f"{metric} was left out: {reason}." for metric, reason in reasons.items()]
-    for metric in settings.metrics:
-        if metric in reasons:
-            error = ConfigurationError if metric in NEED_A_TEACHER and not has_teacher else DatasetError
-            raise error(f"Got the metric {metric}, but {reasons[metric]}. Leave it out, or give what it needs.")
-    return [metric for metric in METRICS if metric in settings.metrics], []
+    if own:
+        choose_without_shared(settings, metrics, notes)
+    workshop = Workshop(settings, metrics, tokenizer, vocab_size, cache, progress=progress, own=own)
+    evaluation = Evaluation(workshop, subjects, examples, Harness(settings), notes, data_name)
+    if own:
+        evaluation.own = OwnReading.of(evaluation.teacher, rows, examples, workshop, data_name)
+    return evaluation
 
 
 class Evaluation:
@@ -212,7 +152,14 @@ class Evaluation:
         self.workshop, self.subjects, self.examples, self.harness = workshop, subjects, examples, harness
         self.settings, self.notes, self.data_name = workshop.settings, notes, data_name
         self.teacher = next((subject for subject in subjects if subject.role == "teacher"), None)
+        self.own: OwnReading | None = None  # how a teacher with a tokenizer of its own reads
         self._counts: dict[int, Array] = {}
+
+    def _reads(self, subject: Subject) -> tuple[Workshop, ExampleSet]:
+        """What works on a model, and the examples in its tokens."""
+        if self.own is not None and subject is self.teacher:
+            return self.own.workshop, self.own.examples
+        return self.workshop, self.examples
 
     def run(self) -> EvaluationResults:
         """Return all results; models are loaded one beside the teacher, and only where something is missing."""
@@ -220,21 +167,25 @@ class Evaluation:
         tokens: list[TokenComparison] = []
         of_teacher = Collected()
         if self.teacher is not None and not self.examples.subsets["texts"]:
-            written = self.workshop.first_samples(self.teacher, self.examples)
-            self.examples = self.examples.with_texts_of(written)
+            workshop, examples = self._reads(self.teacher)
+            written = workshop.first_samples(self.teacher, examples)
+            change = self.examples.with_texts_of
+            self.examples = change(written) if self.own is None else self.own.with_texts_of(written, self.examples)
         for subject in self.subjects:
-            teacher = self.teacher if subject is not self.teacher else None
-            collected[subject.name] = self.workshop.collect(subject, teacher, self.examples, of_teacher)
+            teacher = self.teacher if subject is not self.teacher and self.own is None else None
+            workshop, examples = self._reads(subject)
+            collected[subject.name] = workshop.collect(subject, teacher, examples, of_teacher)
             if subject is self.teacher:
                 of_teacher = collected[subject.name]
-            elif self.teacher is not None and "agreement" in self.workshop.metrics:
+            elif teacher is not None and "agreement" in self.workshop.metrics:
                 tokens += self._compare_tokens(subject, collected[subject.name])
             if subject is not self.teacher:
                 subject.release()
         if self.teacher is not None:
             self.teacher.release()
         results = self._results(collected, tokens)
-        self.harness.add_scores(results, self.subjects, self.workshop.tokenizer, self.workshop.cache)
+        scored = [subject for subject in self.subjects if self.own is None or subject is not self.teacher]
+        self.harness.add_scores(results, scored, self.workshop.tokenizer, self.workshop.cache)
         return results
 
     # ---- Results ----------------------------------------------------------------------------------------------------
@@ -244,15 +195,18 @@ class Evaluation:
         sums: dict[str, dict[str, Sums]] = {}
         by_seed: dict[str, dict[str, list[Sums]]] = {}
         for subject in self.subjects:
+            workshop, examples = self._reads(subject)
             sums[subject.name], by_seed[subject.name] = scores_of(
                 collected[subject.name],
-                self.examples,
+                examples,
                 self.settings,
-                self.workshop.metrics,
-                self.workshop.tokenizer,
+                self.workshop.metrics if self.own is None else [m for m in self.workshop.metrics if m != "agreement"],
+                workshop.tokenizer,
                 is_teacher=subject is self.teacher,
                 exposure_length=length,
             )
+        if self.own is not None:
+            self._add_of_bytes(self.own, collected, sums)
         models = [self._model(s, collected[s.name], sums, by_seed[s.name]) for s in self.subjects]
         if self.teacher is not None and (base := models[0].cost) is not None:
             for model in models:
@@ -275,6 +229,17 @@ class Evaluation:
             environment=environment(self.subjects[0].device),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
+
+    def _add_of_bytes(self, own: OwnReading, collected: dict[str, Collected], sums: dict[str, dict[str, Sums]]) -> None:
+        """Add what two tokenizers can be compared in; take from the teacher what is counted in its own tokens."""
+        teacher = collected["teacher"]
+        for name, of_model in sums.items() if "agreement" in self.workshop.metrics and teacher.reference else ():
+            same = [1.0] * len(teacher.reference)
+            alone = Sums.of_means(same, same) if name == "teacher" else None
+            of_model["next_byte_agreement"] = alone or own.agreement(collected[name], teacher, self.examples)
+        sums["teacher"] = {name: value for name, value in sums["teacher"].items() if name not in IN_TOKENS}
+        for name, of_model in sums.items():
+            sums[name] = {measure: of_model[measure] for measure in MEASURES if measure in of_model}
 
     def _exposure_length(self, collected: dict[str, Collected]) -> int | None:
         """How far the completions of all models reach, so that their scores are at the same length."""
@@ -346,6 +311,7 @@ class Evaluation:
         return curves
 
     def _samples(self, collected: dict[str, Collected]) -> list[Sample]:
+        of = {s.name: self._reads(s)[0].tokenizer.decode for s in self.subjects}
         decode = self.workshop.tokenizer.decode
         examples, shown = self.examples, self.examples.subsets["prompts"][: self.settings.shown_samples]
         questions = {place: i for i, place in enumerate(examples.subsets["questions"])}
@@ -356,7 +322,7 @@ class Evaluation:
             sample = Sample(place, prompt, example.references, example.answer)
             for name, of_model in collected.items():
                 if of_model.samples:
-                    sample.completions[name] = decode(of_model.samples[0][i], skip_special_tokens=True)
+                    sample.completions[name] = of[name](of_model.samples[0][i], skip_special_tokens=True)
                 if of_model.answers and place in questions:
                     sample.greedy[name] = of_model.answers[questions[place]].text
                     sample.verdicts[name] = of_model.answers[questions[place]].reason

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..data.token_bytes import TokenBytes
 from .accuracy import accuracy_by_question
 from .calibration import calibration_sums
 from .collect import Collected
@@ -14,6 +16,7 @@ from .exposure import exposure_sums
 from .intervals import Sums, exp_ratio
 from .measures import AGREEMENT, MEASURES
 from .settings import EvaluationSettings
+from .teacher_forced import TokenValues
 from .text_scores import distinct_sums, ended_sums, length_sums, rouge_l, rouge_sums, self_bleu_sums
 
 
@@ -37,6 +40,9 @@ def scores_of(
     by_seed: dict[str, list[Sums]] = {}
     if data.reference and "perplexity" in metrics:
         sums["perplexity"] = perplexity_sums([row["nll"] for row in data.reference])
+        spelled = TokenBytes.of_readable(tokenizer)
+        if spelled is not None:
+            sums["bits_per_byte"] = bits_per_byte_sums(data.reference, _forced(examples), spelled)
     if "agreement" in metrics:
         sums |= _agreement(data, examples, is_teacher)
     if data.reference and "calibration" in metrics:
@@ -63,22 +69,32 @@ def scores_of(
 
 def _agreement(collected: Collected, examples: ExampleSet, is_teacher: bool) -> dict[str, Sums]:
     if is_teacher:
-        reference = [row.completion_ids if row.prompt_ids else row.completion_ids[1:] for row in examples.with_text]
-        texts = {"": reference, "student_text_": collected.samples[0] if collected.samples else []}
+        texts = {"": _forced(examples), "student_text_": collected.samples[0] if collected.samples else []}
         agreed = {name: 1.0 if name == "top1_agreement" else 0.0 for name in AGREEMENT}
-        return {
+        of_bytes = {"next_byte_agreement": _ones(texts[""])} if collected.knows_bytes else {}
+        return of_bytes | {
             f"{prefix}{name}": Sums.of_means([agreed[name] * len(ids) for ids in text], [len(ids) for ids in text])
             for prefix, text in texts.items()
             for name in AGREEMENT
             if text
         }
     read = {"": collected.reference, "student_text_": collected.own_text}
+    names = {"": (*AGREEMENT, "next_byte_agreement"), "student_text_": AGREEMENT}
     return {
         f"{prefix}{name}": Sums.of_means([sum(row[name]) for row in values], [len(row[name]) for row in values])
         for prefix, values in read.items()
-        for name in AGREEMENT
+        for name in names[prefix]
         if values and all(name in row for row in values)
     }
+
+
+def _forced(examples: ExampleSet) -> list[list[int]]:
+    """The tokens of the reference texts that something predicts."""
+    return [row.completion_ids if row.prompt_ids else row.completion_ids[1:] for row in examples.with_text]
+
+
+def _ones(texts: Sequence[Sequence[int]]) -> Sums:
+    return Sums.of_means([len(ids) for ids in texts], [len(ids) for ids in texts])
 
 
 def _rouge(collected: Collected, examples: ExampleSet, tokenizer: Any) -> tuple[Sums, list[Sums]]:
@@ -104,6 +120,12 @@ def _diversity(collected: Collected, tokenizer: Any) -> dict[str, Sums]:
         sums["self_bleu"] = self_bleu_sums(texts)
     sums["completion_tokens"] = length_sums(collected.samples)
     return sums | {"ended": ended_sums(collected.samples, collected.end_ids)}
+
+
+def bits_per_byte_sums(reference: Sequence[TokenValues], texts: Sequence[Sequence[int]], spelled: TokenBytes) -> Sums:
+    """Compute −log₂ q(y) / bytes of y over all texts: comparable between tokenizers. Ends of text count in q(y)."""
+    sizes = [sum(len(token or b"") for token in spelled.tokens(ids)) for ids in texts]
+    return Sums.of_means([sum(row["nll"]) / math.log(2) for row in reference], sizes)
 
 
 def perplexity_sums(nll: Sequence[Sequence[float]]) -> Sums:

@@ -53,6 +53,9 @@ class EvaluationSettings(Checked):
     teacher_prompt: str | None = setting(
         None, "What the teacher alone is asked: a template or a column, as in training."
     )
+    teacher_tokenizer: str = setting(
+        "shared", "shared, or own: the teacher has another tokenizer; both are compared in bytes, as in training."
+    )
     bootstrap_samples: int = setting(1000, "Resamples of the prompts for intervals.", least=1)
     confidence: float = setting(0.95, "Of the intervals.", above=0, below=1)
     calibration_bins: int = setting(10, "Bins of the calibration error.", least=1)
@@ -84,6 +87,8 @@ class EvaluationSettings(Checked):
             self.max_length > self.max_new_tokens,
             f"more than max_new_tokens ({self.max_new_tokens}), since it counts the prompt too",
         )
+        known = self.teacher_tokenizer in ("shared", "own")
+        require(known, "teacher_tokenizer", self.teacher_tokenizer, "shared or own")
         answer_parser(self.answer_formats or ())
         check_kind(self.answer_kind)
         if self.metrics and "rouge_l" in self.metrics:

@@ -5,6 +5,7 @@ N forced tokens of a batch. Logits of either model are never whole: `fused_linea
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -87,8 +88,15 @@ def pair_runner(
     vocab_size: int | None,
     chunk_bytes: int | None,
     terms: TermsFn = comparison_terms,
+    first_bytes: Tensor | None = None,
 ) -> RunBatch:
-    """Return what `force` runs for two models of this process; without a teacher, it measures what needs none."""
+    """Return what `force` runs for two models of this process; without a teacher, it measures what needs none.
+
+    Args:
+        first_bytes: see `comparison_terms`, which takes them.
+    """
+    if first_bytes is not None:
+        terms = functools.partial(comparison_terms, first_bytes=first_bytes)
 
     @torch.no_grad()
     def run(batch: Batch) -> Mapping[str, Tensor]:

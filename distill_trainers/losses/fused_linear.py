@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..exceptions import ConfigurationError, VocabularyError
-from ..signals import Composed, Head, HiddenStates, Routed, TeacherSignal, TokenLogits, TokenSignal
+from ..signals import Aligned, Composed, Head, HiddenStates, Routed, TeacherSignal, TokenLogits, TokenSignal
 from . import kernels
 from .divergences import resolve_divergence
 from .per_token import token_divergence
@@ -335,6 +335,8 @@ def teacher_chunks(teacher: TeacherSignal | None, workspace: Workspace) -> Calla
     if isinstance(teacher, HiddenStates):
         projection = _Projection.of(teacher.hidden, teacher.head)
         return torch.no_grad()(lambda rows: projection.token_logits(rows, workspace))
+    if isinstance(teacher, Aligned):
+        return teacher_chunks(teacher.at_places(), workspace)
     if isinstance(teacher, Routed | Composed):
         readers: list[Any] = [None if part is None else teacher_chunks(part, workspace) for part in teacher.parts]
         return torch.no_grad()(lambda rows: teacher.join(rows, readers, workspace))

@@ -68,11 +68,13 @@ def _ask_server(ready: Ready, student_config: Any) -> None:
     args, pair, rows = ready.given.args, ready.pair, student_config.get_text_config().vocab_size
     for name, member in each_teacher(pair.teacher, args):
         pair_of_it, options = pair_of(pair, name, member), member.options
+        pair_of_it = pair_of_it.of_ids() if options.has_own_tokenizer else pair_of_it
         kind = kind_of(member.given, options)
         teacher = None if options.teacher_cache else kind.opened(pair_of_it, options)
         if teacher is not None:
             with contextlib.closing(teacher):
-                teacher.shared_ids(pair.tokenizer, rows, pair_of_it.teacher_tokenizer)
+                if not options.has_own_tokenizer:
+                    teacher.shared_ids(pair.tokenizer, rows, pair_of_it.teacher_tokenizer)
 
 
 def student_and_teacher(recipe: Recipe) -> tuple[str, Any]:

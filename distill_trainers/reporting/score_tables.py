@@ -62,7 +62,7 @@ def glance(runs: Sequence[Run]) -> Html | None:
     return section("glance", "At a glance", el("ul", tiles, class_="tiles")) if tiles else None
 
 
-_GLANCE = ("kl", "accuracy", "rouge_l", "student_text_kl", "perplexity", "top1_agreement")
+_GLANCE = ("kl", "accuracy", "rouge_l", "student_text_kl", "perplexity", "bits_per_byte", "top1_agreement")
 _MOST_TILES = 4
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -42,6 +42,10 @@ class Pair:
     tokenizer: Any = None
     teacher_tokenizer: Any = None
     renewed: bool = False
+
+    def of_ids(self) -> Pair:
+        """Return it for a teacher with a tokenizer of its own: what it answers has to do with no student's ids."""
+        return replace(self, student=None, tokenizer=self.teacher_tokenizer)
 
 
 class Teacher(ABC):

@@ -11,16 +11,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import models
+from ..data.other_tokenizer import OtherTokenizer
 from ..exceptions import ConfigurationError
 from ..requirements import Requirements
-from .base import NoTeacher, Pair, Teacher, is_remote
+from ..settings import shown
+from .base import NoTeacher, Pair, Teacher, is_remote, named
 from .cache.kinds import told_kind
 from .cache.opening import source_of
 from .cache.teacher import CachedTeacher
 from .composed import ComposedTeacher, refuse_part
 from .local import LocalTeacher
 from .members import Member, Members, composed_of, names_of, naming, own_options
-from .options import TeacherOptions
+from .options import OWN, TeacherOptions
 from .remote.teacher import RemoteTeacher
 from .routed import RoutedTeacher, told_by_all
 from .self_teacher import AdapterOff, AveragedStudent, InitialStudent, LiveStudent
@@ -135,6 +137,7 @@ def open_teacher(pair: Pair, options: TeacherOptions) -> Any:
     """
     if isinstance(pair.teacher, Members):
         return _open_several(pair, pair.teacher, options)
+    pair = pair.of_ids() if options.has_own_tokenizer else pair
     kind = kind_of(pair.teacher, options)
     if options.teacher_cache is None or issubclass(kind, CachedTeacher):
         return kind.opened(pair, options) or pair.teacher
@@ -169,6 +172,8 @@ def teacher_tokenizer(teacher: Any, tokenizer: PreTrainedTokenizerBase, options:
 
     Of several teachers, by name.
     """
+    if options.has_own_tokenizer:
+        return _own_tokenizer(teacher, options)
     if isinstance(teacher, Several):  # made by hand
         return {name: teacher_tokenizer(leaf, tokenizer, options) for name, leaf in teacher.leaves.items()}
     if isinstance(teacher, Members):
@@ -200,6 +205,40 @@ def teacher_tokenizer(teacher: Any, tokenizer: PreTrainedTokenizerBase, options:
         return None
 
 
+def _own_tokenizer(teacher: Any, options: TeacherOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of `teacher_tokenizer`: the one it names, or the one beside the teacher."""
+    name: str | None = options.teacher_tokenizer
+    setting = f"`teacher_tokenizer: {name}`"
+    if name == OWN:
+        model = model_of(teacher)
+        known = teacher if isinstance(teacher, str) and has_files(teacher, options) else None
+        name = known if model is None else models.source_of(model)
+    if name:
+        try:
+            return models.load_tokenizer(name, **options.files_of("teacher"))
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"Got {setting}, but no tokenizer could be read from {name!r}: {shown(error)}. Name the folder or Hub "
+                "id of the teacher's tokenizer as `teacher_tokenizer`, or pass it as `teacher_processing_class`."
+            ) from error
+    raise ConfigurationError(
+        f"Got {setting}, but nothing says what the tokenizer of the teacher {named(teacher)} is; expected one beside "
+        "it. Name its folder or Hub id as `teacher_tokenizer`, or pass it as `teacher_processing_class`."
+    )
+
+
+def other_tokenizer(pair: Pair, options: TeacherOptions) -> OtherTokenizer | None:
+    """Return what writes the teacher's ids of the student's text, if it has a tokenizer of its own.
+
+    Args:
+        pair: with the tokenizers that were found.
+
+    Raises:
+        ConfigurationError: ids of one of them do not tell the bytes they stand for.
+    """
+    return OtherTokenizer.of(pair.tokenizer, pair.teacher_tokenizer) if options.has_own_tokenizer else None
+
+
 def rendering_tokenizer(pair: Pair, options: TeacherOptions) -> tuple[Any, str]:
     """Return the tokenizer whose chat template renders what the teacher is asked, and why there is none.
 
@@ -213,6 +252,12 @@ def rendering_tokenizer(pair: Pair, options: TeacherOptions) -> tuple[Any, str]:
         read one prompt, so they must have one template.
     """
     theirs = pair.teacher_tokenizer
+    if options.has_own_tokenizer:
+        lacks = (
+            "its tokenizer has no chat template; expected one, since each model reads a conversation in its own form. "
+            "Set `chat_template` of the teacher's tokenizer, or give prompts and completions as plain text."
+        )
+        return theirs, "" if getattr(theirs, "chat_template", None) else lacks
     if not isinstance(theirs, Mapping):
         return (theirs if getattr(theirs, "chat_template", None) else None), ""
     names = _used(pair.teacher, options) if isinstance(pair.teacher, Members) else list(theirs)
@@ -230,6 +275,8 @@ def rendering_tokenizer(pair: Pair, options: TeacherOptions) -> tuple[Any, str]:
 
 def compare_vocabularies(pair: Pair, options: TeacherOptions) -> None:
     """Compare vocabularies by configs alone, for models given by name: before weights are loaded."""
+    if options.has_own_tokenizer:
+        return
     if isinstance(pair.teacher, Members):
         for name, member in each_teacher(pair.teacher, options):
             with naming(name):

@@ -29,7 +29,7 @@ from .several import check_name
 INITIAL = "initial"  # the student before training, as a reference
 # Settings of all teachers together: rows are written once, before anybody asks whose they are.
 _VIEW = frozenset({"teacher_system_prompt", "teacher_prompt", "teacher_max_length", "teacher_too_long"})
-_ALL = frozenset({"teacher_column", "teacher_mix", "teacher_weights"}) | _VIEW
+_ALL = frozenset({"teacher_column", "teacher_mix", "teacher_weights", "teacher_tokenizer"}) | _VIEW
 _COMPOSING = ("teacher_mix", "teacher_weights", "extrapolate", "weak_to_strong")
 _SOURCES = ("teacher_model_name_or_path", "teacher_model")
 

@@ -41,6 +41,7 @@ _DECAY = 0.99  # an average over about 100 steps
 
 
 TOO_LONG = ("error", "drop")
+SHARED, OWN = "shared", "own"  # of `teacher_tokenizer`
 
 
 @dataclass
@@ -60,6 +61,13 @@ class TeacherOptions(Checked, _Config):
     )
     teacher_adapter: str | None = setting(
         None, "With adapter_off: the teacher is this adapter on the student's base (name, folder, Hub id)."
+    )
+
+    # A teacher with another tokenizer
+    teacher_tokenizer: str = setting(
+        SHARED,
+        "Whose ids the teacher reads: the student's (shared), or its own ones of the same text: own, or the folder or "
+        "Hub id of its tokenizer where none lies beside it (a server, a cache).",
     )
 
     # What the teacher reads in place of the student's prompt
@@ -150,6 +158,11 @@ class TeacherOptions(Checked, _Config):
     def defers_teacher(self) -> bool:
         """Whether a teacher given by name is loaded only when it is asked."""
         return False
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether the teacher reads its own ids of the student's text."""
+        return self.teacher_tokenizer != SHARED
 
     @property
     def composes_teachers(self) -> bool:

@@ -83,7 +83,7 @@ def examples_of(dataset: Any) -> Iterator[list[Mapping[str, Any]]]:
     They are one, the two of a pair, the two tasks of a rationale, or packed ones.
     """
     columns = ["input_ids", "labels"]
-    columns += [name for name in (*view_features(), TEACHER_INDEX) if name in dataset.column_names]
+    columns += [name for name in (*view_features(own_tokenizer=True), TEACHER_INDEX) if name in dataset.column_names]
     examples: Iterator[list[dict[str, Any]]]
     if is_packed_dataset(dataset):
         examples = map(rows_of_packed, dataset)

@@ -84,8 +84,9 @@ def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
         shown = ", ".join(f"{i}: {student_tokens[i]!r} / {teacher_tokens[i]!r}" for i in differing[:5])
         raise VocabularyError(
             f"Student and teacher use different tokenizers: {len(differing)} of {len(shared)} shared ids stand for "
-            f"different tokens (id: student / teacher: {shown}). A token-level divergence needs one vocabulary: "
-            "choose a teacher of the student's family, or train on the teacher's text instead."
+            f"different tokens (id: student / teacher: {shown}). A token-level divergence needs one vocabulary: set "
+            "`teacher_tokenizer: own`, with which each reads the text in its own tokens, or choose a teacher of the "
+            "student's family."
         )
     only = len(student_tokens.keys() ^ teacher_tokens.keys())
     if only:

@@ -34,14 +34,16 @@ from ..data import DistillCollator, replace_completions
 from ..data.foreign import fitted, with_ids
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
+from ..losses.aligned import TEACHER_LOGPS
 from ..losses.reduction import step_counts, step_weights, token_mean, window_mean
 from ..randomness import Purpose, Role, Stream
 from ..rollouts import build_engine
 from ..rollouts.sampling import join_prompts
-from ..signals import TeacherSignal, TokenLogits
+from ..signals import TeacherSignal, TokenLogits, TokenLogprobs
 from ..teachers import Teacher
 from ..teachers.base import Pair
 from ..teachers.loading import load_teacher
+from .aligned import aligned_loss
 from .config import DistillConfig, config_from_arguments
 from .dataloaders import Dataloaders
 from .evaluation_loop import TeacherForcedEvaluation
@@ -183,13 +185,16 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self.teacher = load_teacher(pair, args, lambda: self.model_wrapped)
         ready.tell(self.teacher, train_rows, eval_rows, loaded=True)
         rows = models.causal_lm_of(student).config.get_text_config().vocab_size
-        self.vocab_size = self.teacher.shared_ids(tokenizer, rows, pair.teacher_tokenizer)
+        # A teacher with a tokenizer of its own has no id in common with the student, whatever their numbers.
+        own = self.requirements.other is not None
+        self.vocab_size = None if own else self.teacher.shared_ids(tokenizer, rows, pair.teacher_tokenizer)
         return student, tokenizer, train_rows, eval_rows
 
     def _collator(self, given: Any, student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Make batches by the user's collator, or by the method's own."""
         known_ids = self.vocab_size or models.causal_lm_of(student).config.get_text_config().vocab_size
-        own = with_ids(self.build_collator(tokenizer), models.padding_id(tokenizer, known_ids), known_ids)
+        padding, other = models.padding_id(tokenizer, known_ids), self.requirements.other
+        own = with_ids(self.build_collator(tokenizer), padding, known_ids, other)
         takes = models.extra_inputs(student)
         return fitted(given, own, method=self.method_name, packing=self.args.packing, takes=takes)
 
@@ -260,7 +265,10 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         args, autocast = self.args, self.compute_loss_context_manager
         self.sampling = sampling_settings(args, self.model, self.processing_class, self.vocab_size)
         extras = models.extra_inputs(self.model)
-        self.two_models = TwoModels(self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast, extras)
+        other = self.requirements.other
+        known = self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast, extras, other, args.alm_temperature
+        self.two_models = TwoModels(*known)
+        self.aligned_loss = None if other is None else aligned_loss(args, other)
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self.metrics = RunningMetrics(args.device)
         self._eval_rows: list[Tensor] | None = None
@@ -324,6 +332,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
 
     def agreement_terms(self, student: Any, teacher: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute what evaluation measures beside the method's own terms, per token."""
+        if TEACHER_LOGPS in tokens:  # the teacher has ids of its own: what it says of theirs has no id of the student's
+            teacher = TokenLogprobs(tokens[TEACHER_LOGPS])
         return agreement_terms(student, teacher, tokens)
 
     def build_collator(self, tokenizer: PreTrainedTokenizerBase) -> DistillCollator:
@@ -377,7 +387,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
                 # batches would be added to the next epoch's first.
                 batches = []
             if batches:
-                batches = self.score(self.rollout(batches))
+                batches = self.score([self.two_models.completed(batch) for batch in self.rollout(batches)])
                 self.two_models.ask_ahead(batches, self.teacher_signal)
         counts = step_counts(batches, self.loss_divisors)
         return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
@@ -407,7 +417,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             rows = completions[start : start + len(batch["prompt_ids"])]
             start += len(rows)
             padding = {"pad_to_multiple_of": self.args.pad_to_multiple_of}
-            sampled.append(replace_completions(batch, rows, self.sampling.pad_token_id, **padding))
+            written = replace_completions(batch, rows, self.sampling.pad_token_id, **padding)
+            sampled.append(self.two_models.completed(written))
         return sampled
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -456,6 +467,8 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             self.sentinel.look(inputs)
             self.window_loss = self.window_loss + loss.detach()
             self.metrics.add_sums(trained_tokens=counts.flatten()[0])
+            if "token_cut" in inputs:
+                self.metrics.add_sums(cut_characters=inputs["token_cut"].sum())
             self.metrics.add_terms(self.teacher.names, inputs, terms, self.loss_divisors | self.logged_divisors)
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
 

@@ -16,6 +16,7 @@ from ..data.teacher_prompts import TeacherPrompts
 from ..data.tokenization import Needs
 from ..evaluation.measures import MEASURES, METRICS, higher_is_better
 from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..losses.aligned import DEFAULT_TERMS, TERMS
 from ..losses.sampler_ratio import CORRECTIONS
 from ..losses.workspace import chunk_bytes_of
 from ..redaction import hidden
@@ -24,6 +25,7 @@ from ..rollouts import ENGINES
 from ..settings import documented, require, setting
 from ..teachers.options import TeacherOptions
 from ..value_types import check_mappings, check_settings
+from .aligned import check_terms
 from .given.carrying import carried
 from .given.correction import check_correction
 from .given.fields import ARGUMENTS, also_taken, check_arguments, refusals_of_transformers
@@ -79,6 +81,16 @@ class DistillConfig(TeacherOptions, TrainingArguments):
 
     # Loss
     kd_temperature: float = setting(1.0, "Divides the logits of student and teacher inside the divergence.", above=0)
+    cross_tokenizer: dict[str, float] | str | None = setting(
+        None,
+        f"With teacher_tokenizer: terms of the loss and their weights, of {', '.join(TERMS)}; by default "
+        f"{DEFAULT_TERMS} (JSON).",
+    )
+    alm_temperature: float | None = setting(
+        None,
+        "With teacher_tokenizer: τ of alm, which divides log-probabilities of chunks; by default its limit, τ → ∞.",
+        above=0,
+    )
     loss_chunk_mib: float | None = setting(
         None, "Budget for one chunk of logits in the fused head, in MiB per buffer (32 on CPU, else 1024).", above=0
     )
@@ -163,6 +175,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         "extrapolate",
         "weak_to_strong",
         "column_mapping",
+        "cross_tokenizer",
         "chat_template_kwargs",
         "vllm_kwargs",
     ]
@@ -213,7 +226,9 @@ class DistillConfig(TeacherOptions, TrainingArguments):
 
     # ---- What a method asks of its rows and its teacher; its config overrides these ---------------------------------
 
-    may_be_infinite: ClassVar[frozenset[str]] = frozenset({"max_grad_norm", "teacher_server_patience"})
+    may_be_infinite: ClassVar[frozenset[str]] = frozenset(
+        {"max_grad_norm", "teacher_server_patience", "alm_temperature"}
+    )
     stands_for: ClassVar[frozenset[str]] = frozenset()  # names of configs whose own settings mean the same here
     accepts_sparse_teachers: ClassVar[bool] = False  # whether `distill_terms` reads a `TokenTopK` and a `TokenSampled`
     accepts_encoder_decoders: ClassVar[bool] = False  # whether students such as T5 train; batches have `encoder_ids`
@@ -235,6 +250,16 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     def why_one_teacher(self) -> str:
         """What keeps rows from having teachers of their own, as the end of a sentence; empty: nothing."""
         return "packed rows are read as one" if self.packing else ""
+
+    @property
+    def why_shared_tokenizer(self) -> str:
+        """What keeps the teacher from having a tokenizer of its own, as the end of a sentence; empty: nothing."""
+        return "the loss compares both models id by id"
+
+    @property
+    def aligned_terms(self) -> dict[str, float]:
+        """Weights of the terms against a teacher with a tokenizer of its own; none where it shares the student's."""
+        return dict(self.cross_tokenizer or DEFAULT_TERMS) if self.has_own_tokenizer else {}  # type: ignore[arg-type]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -288,16 +313,27 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         """
         return Requirements(
             trainer=type(self).__name__.removesuffix("Config") + "Trainer",
-            needs=self.needs,
+            needs=self._needs_of_ids(),
             samples_completions=self.samples_completions,
             needs_completions=self.needs_completions,
             replaces_completions=self.replaces_completions,
             reuses_rollouts=getattr(self, "reuses_rollouts", False),
-            accepts_sparse_teachers=self.accepts_sparse_teachers,
+            accepts_sparse_teachers=self.accepts_sparse_teachers and not self.has_own_tokenizer,
             accepts_encoder_decoders=self.accepts_encoder_decoders,
             divergence=getattr(self, "divergence", "forward_kl"),
             kd_temperature=self.kd_temperature,
         )
+
+    def _needs_of_ids(self) -> frozenset[str]:
+        """`needs`; of a teacher's own ids some losses take no more than log-probabilities of tokens."""
+        if not self.has_own_tokenizer or "distribution" not in self.needs or self.compares_distributions:
+            return self.needs
+        return self.needs - {"distribution"} | {"token_logprobs"}
+
+    @property
+    def compares_distributions(self) -> bool:
+        """With a teacher that has a tokenizer of its own: whether the loss reads more than likelihoods of its text."""
+        return bool(self.aligned_terms.keys() - {"alm"})
 
     def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
         """Refuse datasets that cannot go with these settings, before anything is loaded.
@@ -347,6 +383,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             why_not=self.why_no_views,
             tokenizer=wants.teacher_tokenizer,
             why_no_chat=wants.why_no_chat,
+            other=wants.other,
         )
 
     def answers_prompts(self, name: str, wants: Requirements) -> bool:
@@ -395,6 +432,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         """Refuse what cannot work; subclasses extend it."""
         self._require("rollout_engine", self.rollout_engine in ENGINES, f"one of {', '.join(ENGINES)}")
         check_correction(self)
+        check_terms(self)
         self._check_eval_measures()
         self.check_teacher_options()
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .. import models
 from ..data.packing import unpacked
 from ..data.routing import TEACHER_INDEX
+from ..data.token_bytes import TokenBytes
 from ..evaluation.agreement import AGREEMENT_TERMS, agreement_metrics
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.reduction import count_trained_tokens, means_of_sums, sum_per_example, token_mean, trained_mask
@@ -115,7 +116,7 @@ class TeacherForcedEvaluation(Trainer):
         def terms_fn(student: TokenLogits, teacher: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {**self.distill_terms(student, teacher, tokens), **self.agreement_terms(student, teacher, tokens)}
 
-        inputs = unpacked(self._prepare_inputs(inputs))  # an example is a row
+        inputs = self._with_bytes(unpacked(self._prepare_inputs(inputs)))  # an example is a row
         with self.compute_loss_context_manager():
             total, terms = self.token_terms(model, inputs, terms_fn, self.loss_weights)
         predicts = trained_mask(inputs["labels"])
@@ -130,6 +131,17 @@ class TeacherForcedEvaluation(Trainer):
             self._eval_owners.append(self.accelerator.gather_for_metrics(owners).cpu())
         loss = token_mean(total, count_trained_tokens([inputs]).to(total.device))
         return (loss, None, None) if prediction_loss_only else (loss, *self._logits(model, inputs))
+
+    def _with_bytes(self, inputs: Batch) -> Batch:
+        """Add how many bytes of text each label stands for, unless a batch tells it or `nll` is over a part of them."""
+        if "token_bytes" in inputs or "nll" in self.loss_divisors:
+            return inputs
+        spelled = TokenBytes.of_readable(self.processing_class)
+        if spelled is None:
+            return inputs
+        labels, sizes = inputs["labels"], spelled.num_bytes.to(inputs["labels"].device)
+        known = (labels >= 0) & (labels < len(sizes))
+        return {**inputs, "token_bytes": sizes[labels.where(known, 0)].where(known, 0)}
 
     def _logits(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
         """The student's logits and labels, of one row for each example."""

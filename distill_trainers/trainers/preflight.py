@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..teachers import loading
 from ..teachers.base import Pair, Teacher
 from ..teachers.members import names_of, read_members
 from ..teachers.rows import dataset_rows
+from .aligned import refuse_own_tokenizer
 from .config import DistillConfig
 from .given.best_metric import check_best_metric, check_best_teacher
 from .given.lengths import check_positions
@@ -198,6 +200,7 @@ def preflight(given: Given) -> Ready:
     _check_packing(args, wants)
     _check_view(args, loading.kind_of(teacher, args))
     _check_teachers(args, wants)
+    refuse_own_tokenizer(args, loading.kind_of(teacher, args), wants, several=isinstance(teacher, Mapping))
     _check_models(given)
     config = student_config(student, args)
     _check_files(pair, config, args)
@@ -219,6 +222,7 @@ def preflight(given: Given) -> Ready:
     pair = dataclasses.replace(pair, tokenizer=tokenizer, teacher_tokenizer=other)
     renders, why_no_chat = loading.rendering_tokenizer(pair, args)
     wants = dataclasses.replace(wants, teacher_tokenizer=renders, why_no_chat=why_no_chat)
+    wants = dataclasses.replace(wants, other=loading.other_tokenizer(pair, args))
     loading.compare_vocabularies(pair, args)
     return Ready(given, pair, wants, config)
 

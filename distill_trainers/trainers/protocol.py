@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from ..requirements import Requirements
 from ..rollouts import SamplingSettings
 from ..signals import TeacherSignal
 from ..teachers import Teacher
@@ -40,6 +41,7 @@ class Run(Protocol):
     model: nn.Module
     model_wrapped: Any
     teacher: Teacher
+    requirements: Requirements
     two_models: TwoModels
     vocab_size: int | None
     sampling: SamplingSettings

@@ -8,20 +8,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import models
+from ..data.other_tokenizer import OtherTokenizer, TeacherTokens
 from ..data.views import has_view, teacher_inputs
 from ..exceptions import ConfigurationError
+from ..losses.aligned import TEACHER_LOGPS, Chunks, chunk_entries
 from ..losses.fused_linear import TermsFn, fused_linear_terms
 from ..losses.fused_logps import fused_row_terms, row_terms_of_logits, signal_token_logps
 from ..losses.reduction import trained_mask, weighted_total
 from ..losses.sampler_ratio import SamplerRatio
-from ..signals import TeacherSignal, TokenLogits
+from ..losses.sparse import token_logps
+from ..signals import Aligned, TeacherSignal, TokenLogits, TokenLogprobs
 from ..teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -38,6 +43,8 @@ class TwoModels:
         chunk_bytes: size of one chunk of logits, see `fused_linear_terms`.
         autocast: makes the context of the run's mixed precision.
         extras: entries of a batch that go to both models beside ids and mask (`models.extra_inputs` of the student).
+        other: writes what the teacher reads, if it has a tokenizer of its own.
+        alm_temperature: with `other`: see `chunk_entries`; None is the limit.
 
     Attributes:
         sampler_ratio: weighs tokens that another sampler drew; None weighs none.
@@ -51,19 +58,49 @@ class TwoModels:
         chunk_bytes: int,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]],
         extras: frozenset[str] = frozenset(),
+        other: OtherTokenizer | None = None,
+        alm_temperature: float | None = None,
     ):
         self.teacher = teacher
         self.vocab_size = vocab_size
         self.chunk_bytes = chunk_bytes
         self.autocast = autocast
         self.extras = extras
+        self.other = other
+        self.alm_temperature = math.inf if alm_temperature is None else alm_temperature
         self.sampler_ratio: SamplerRatio | None = None
         self.head_is_fused: bool | None = None
         self._rows_stay_apart = False
 
     def signal(self, inputs: Mapping[str, Any], predicts: Tensor) -> TeacherSignal:
         """Ask the teacher about the tokens that `predicts` `[B, T-1]` marks (`Teacher.signal`), on its own view."""
-        return self.teacher.signal(*self.read_by(self.teacher, inputs, predicts), self.vocab_size)
+        return self._asked(self.teacher, self.completed(inputs), predicts)
+
+    def completed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch with what a teacher with a tokenizer of its own reads; any other one as it is."""
+        return dict(inputs) if self.other is None or not has_view(inputs) else self.other.added_to(inputs)
+
+    def _asked(self, frozen: Teacher, inputs: Mapping[str, Any], predicts: Tensor) -> TeacherSignal:
+        """What a frozen model says of the student's tokens, or of its own ones where these are others."""
+        told = frozen.signal(*self.read_by(frozen, inputs, predicts), self.vocab_size)
+        if told is None or frozen is not self.teacher or self.other is None:
+            return told
+        theirs = TeacherTokens.of(inputs)
+        begins = inputs["token_shared"][:, 1:][predicts] - 1
+        places = theirs.places[predicts.nonzero()[:, 0], begins.clamp(min=0)].clamp(min=0)
+        return Aligned(told, theirs.ids, theirs.rows, theirs.chunks, places)
+
+    @contextlib.contextmanager
+    def _whole(self, frozen: Teacher, signal: TeacherSignal | None) -> Iterator[TeacherSignal | None]:
+        """The signal with its head whole: under ZeRO-3 and FSDP2 a process holds a share of it."""
+        if signal is None:
+            yield None
+        elif isinstance(signal, Aligned):
+            with frozen.whole_head(signal.told) as told:
+                yield replace(signal, told=told)
+        else:
+            with frozen.whole_head(signal) as whole:
+                yield whole
 
     def read_by(self, frozen: Teacher, inputs: Mapping[str, Any], predicts: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return what of a batch a frozen model reads, and which of its positions predict the trained tokens.
@@ -118,11 +155,13 @@ class TwoModels:
             weights: of the terms that make up the total.
             row_terms: see `DistillTrainer.row_terms`.
         """
+        inputs = self.completed(inputs)
         labels, predicts = inputs["labels"], trained_mask(inputs["labels"])
         tokens = {"labels": labels[:, 1:][predicts]}
         tokens |= {k: v[:, 1:][predicts] for k, v in inputs.items() if k.startswith("token_")}
-        if row_terms is not None:
+        if row_terms is not None or self.other is not None:
             tokens["row"] = predicts.nonzero()[:, 0]
+        if row_terms is not None:
             row_terms = functools.partial(row_terms, num_rows=len(labels))
         forward_inputs = models.forward_inputs(inputs, self.extras)
         trains = student.training and torch.is_grad_enabled()
@@ -150,13 +189,13 @@ class TwoModels:
             def terms_of(terms: TermsFn) -> Mapping[str, Tensor]:
                 return fused_linear_terms(hidden_ND, head, None, terms, tokens, {}, chunk_bytes=self.chunk_bytes)[1]
 
-            operands, known = (hidden_ND, head, whole_signal, terms_fn), self._weighed(tokens, predicts, terms_of)
+            known = self._known(tokens, predicts, whole_signal, terms_of)
+            operands = hidden_ND, head, _read_at_tokens(whole_signal, row_terms, known), terms_fn
             if row_terms is None:
                 return fused_linear_terms(*operands, known, weights, chunk_bytes=self.chunk_bytes)
             return fused_row_terms(*operands, row_terms, known, weights, chunk_bytes=self.chunk_bytes)
 
-        # Under ZeRO-3 and FSDP2 a process holds a share of the teacher's head, and its logits need all of it.
-        with contextlib.nullcontext() if signal is None else self.teacher.whole_head(signal) as whole_signal:
+        with self._whole(self.teacher, signal) as whole_signal:
             if self.head_is_fused:
                 # The student's head is whole inside its own forward alone, where the wrappers see the loss as well.
                 result = student(**forward_inputs, on_hidden=on_hidden, **({"with_balance": True} if balanced else {}))
@@ -165,10 +204,29 @@ class TwoModels:
                 asked = {"output_router_logits": True} if balanced else {}
                 output = models.output_of(student, forward_inputs, **asked)
                 logits_NV = output.logits[:, :-1][predicts][:, : self.vocab_size].float()
-                known = self._weighed(tokens, predicts, lambda terms: terms(TokenLogits(logits_NV), None, tokens))
-                total, terms = _terms_of_logits(logits_NV, whole_signal, terms_fn, row_terms, known, weights)
+                of_logits = lambda terms: terms(TokenLogits(logits_NV), None, tokens)  # noqa: E731
+                known = self._known(tokens, predicts, whole_signal, of_logits)
+                told = _read_at_tokens(whole_signal, row_terms, known)
+                total, terms = _terms_of_logits(logits_NV, told, terms_fn, row_terms, known, weights)
                 balance = getattr(output, models.AUX_LOSS, None) if balanced else None
         return total, terms if balance is None else {**terms, models.AUX_LOSS: balance}
+
+    def _known(
+        self,
+        tokens: dict[str, Tensor],
+        predicts: Tensor,
+        signal: TeacherSignal | None,
+        terms_of: Callable[[TermsFn], Mapping[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Add what goes by other tokens than one alone, so that all are seen once ahead of the loss."""
+        tokens = self._weighed(tokens, predicts, terms_of)
+        if not isinstance(signal, Aligned):
+            return tokens
+        with torch.no_grad(), torch.autocast(predicts.device.type, enabled=False):
+            logps = terms_of(lambda student, _, chunk: {"logps": token_logps(student, chunk["labels"])})["logps"]
+            theirs = signal_token_logps(signal.told, signal.ids, chunk_bytes=self.chunk_bytes)
+            chunks = _chunks(tokens["token_chunk"], signal, predicts)
+            return tokens | chunk_entries(chunks, logps, theirs, tokens["token_comparable"], self.alm_temperature)
 
     def _weighed(
         self, tokens: dict[str, Tensor], predicts: Tensor, terms_of: Callable[[TermsFn], Mapping[str, Tensor]]
@@ -182,12 +240,29 @@ class TwoModels:
     @torch.no_grad()
     def frozen_logps(self, frozen: Teacher, batch: Mapping[str, Tensor]) -> tuple[Tensor, TeacherSignal]:
         """Return a frozen model's log-probabilities `[N]` of a batch's trained tokens, and the signal behind them."""
-        predicts = trained_mask(batch["labels"])
+        predicts, batch = trained_mask(batch["labels"]), self.completed(batch)
         labels = batch["labels"][:, 1:][predicts]
         with self.autocast():
-            signal = frozen.signal(*self.read_by(frozen, batch, predicts), self.vocab_size)
-            with frozen.whole_head(signal) as whole_signal:
+            signal = self._asked(frozen, batch, predicts)
+            with self._whole(frozen, signal) as whole_signal:
+                assert whole_signal is not None
+                if isinstance(whole_signal, Aligned):
+                    theirs = signal_token_logps(whole_signal.told, whole_signal.ids, chunk_bytes=self.chunk_bytes)
+                    chunks = _chunks(batch["token_chunk"][:, 1:][predicts], whole_signal, predicts)
+                    return chunks.teacher_at_tokens(theirs), signal
                 return signal_token_logps(whole_signal, labels, chunk_bytes=self.chunk_bytes), signal
+
+
+def _chunks(numbers: Tensor, signal: Aligned, predicts: Tensor) -> Chunks:
+    """The chunks of a batch: a row has no more of them than tokens."""
+    return Chunks(predicts.nonzero()[:, 0], numbers, signal, (len(predicts), predicts.shape[1] + 2))
+
+
+def _read_at_tokens(signal: TeacherSignal | None, row_terms: Any, tokens: Mapping[str, Tensor]) -> TeacherSignal | None:
+    """What a loss of whole rows reads of a teacher with other tokens: where they stand in a row is of no matter."""
+    if row_terms is None or not isinstance(signal, Aligned):
+        return signal
+    return TokenLogprobs(tokens[TEACHER_LOGPS])
 
 
 def _with_entropy(terms_fn: TermsFn) -> TermsFn:

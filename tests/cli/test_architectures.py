@@ -34,6 +34,8 @@ PARAMETERS = {
     "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
     "Qwen/Qwen3-1.7B": 1_720_574_976,
     "Qwen/Qwen3-8B": 8_190_735_360,
+    "google/gemma-2-9b-it": 9_241_705_984,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
 }
 # Said to be tight in their own README: the student is gathered whole for its rollouts.
 TIGHT = {"llama-2-13b/gkd", "llama-2-13b/dpkd"}

@@ -270,6 +270,22 @@ def test_another_vocabulary_is_shown_token_by_token(recipe, pair, tmp_path, toke
     assert status == 2 and "'3' / '4'" in found["what"]
 
 
+def test_two_tokenizers_are_laid_beside_each_other(recipe, pair, tmp_path, diagnose, digits):
+    """How both split the data, in numbers and in the first row; little that is shared is a warning."""
+    from distill_trainers.toy import tiny_llama
+
+    rows = tmp_path / "long.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": f"{i}+", "completion": "1234"}) for i in range(24)))
+    changed = {**pair(), "teacher_tokenizer": "own", "lmbda": 0.0, "dataset": str(rows)}
+    tiny_llama(digits, 48, 2).save_pretrained(tmp_path / "teacher")
+    digits.save_pretrained(tmp_path / "teacher")
+    status, report = diagnose(recipe(**changed))
+    told = [f["what"] for f in report["findings"] if "share" in f["what"]]
+    assert status == 0 and len(told) == 1
+    assert "24 rows (96 bytes) are 120 tokens of the student (0.8 bytes each) and 72 of the teacher (1.3)" in told[0]
+    assert "The first begins 1|2|3|4|<> and 12|34|<>." in told[0]
+
+
 def test_a_teacher_that_splits_text_differently_is_shown_at_the_first_token(recipe, pair, tmp_path, diagnose):
     changed = pair()
     file = tmp_path / "teacher" / "tokenizer.json"

@@ -194,6 +194,12 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(builder, capsys, m
     assert named in capsys.readouterr().err
 
 
+def test_a_teacher_with_another_tokenizer_is_refused(builder, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load_causal_lm", lambda *a, **k: pytest.fail("weights were loaded"))
+    assert builder(method="dpkd", teacher_tokenizer="own") == 2
+    assert "which writes both responses in one tokenizer" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_pairs_can_be_trained_on(builder, make_trainer, saved, tmp_path):
     rows = [{"prompt": f"{a}+{b}="} for a in range(6) for b in range(4)]
     assert builder(rows=rows) == 0

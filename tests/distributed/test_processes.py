@@ -114,6 +114,7 @@ CASES = {
     "on-policy": {"args": {**SETTINGS, "lmbda": 1.0}},
     "feedback": {"args": {**SETTINGS, "lmbda": 1.0, **FEEDBACK}},
     "seq_kd": {"args": {**OFF_POLICY, "seq_kd": True}},
+    "other-tokenizer": {"digits": True, "args": {**SETTINGS, "lmbda": 0.5, "teacher_tokenizer": "own"}},
     "routed": {"several": True, "args": {**SETTINGS, "lmbda": 0.5}},
     "composed": {"several": True, "args": {**OFF_POLICY, "extrapolate": {"reference": "math", "scale": 1.25}}},
     "lora": {"lora": True, "args": OFF_POLICY},

@@ -127,6 +127,13 @@ def train(job):
     teacher = tiny_llama(tokenizer, 64, 2, seed=0, tie_word_embeddings=False, intermediate_size=width)
     teacher = job.get("teacher", teacher)  # the address of a server that has the same one
     train_rows, eval_rows = pairs(48) if job.get("pairs") else rows(48), rows(13, seed=7)
+    more = {}
+    if job.get("digits"):  # it reads two digits as one token
+        sys.path.insert(0, str(Path(__file__).parents[1]))  # before the conftest of this folder
+        from conftest import digits_tokenizer
+
+        more["teacher_processing_class"] = digits_tokenizer()
+        teacher = tiny_llama(more["teacher_processing_class"], 64, 2, seed=0, tie_word_embeddings=False)
     if job.get("several"):  # many a micro-batch of a process has no row of the second
         other = tiny_llama(tokenizer, 48, 2, seed=5, tie_word_embeddings=False)
         teacher = {"math": teacher, "code": other}
@@ -144,7 +151,6 @@ def train(job):
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    more = {}
     if job.get("text"):
         more["pretraining_dataset"] = Dataset.from_list([{"text": f"{n}+1={n + 1}"} for n in range(10, 21)])
     recorder = GradNorms()

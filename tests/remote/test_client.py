@@ -1,5 +1,6 @@
 """A trainer whose teacher is behind HTTP: who is refused, who is waited for, and what is left behind."""
 
+import copy
 import gc
 import json
 import math
@@ -22,7 +23,7 @@ from distill_trainers.signals import TokenLogits
 from distill_trainers.teachers import LocalTeacher, RemoteTeacher
 from distill_trainers.teachers.remote import RemoteSettings
 from distill_trainers.teachers.remote.wire import PROTOCOL
-from distill_trainers.toy import CHARACTERS
+from distill_trainers.toy import CHARACTERS, tiny_llama
 from distill_trainers.trainers import base
 from distill_trainers.trainers.lifecycle.callbacks import InterruptCallback
 
@@ -109,7 +110,7 @@ def test_a_vocabulary_that_ends_before_the_student_s(make_trainer, serve, make_s
 
 
 def tiny_vocabulary():
-    from distill_trainers.toy import character_tokenizer, tiny_llama
+    from distill_trainers.toy import character_tokenizer
 
     return tiny_llama(character_tokenizer(), 48, 2, vocab_size=10)
 
@@ -440,9 +441,10 @@ def test_redirects_do_not_carry_the_token_away(serve, fake):
 @pytest.fixture
 def vllm(fake, make_teacher, tokenizer):
     """`vllm(max_logprobs=…)`: a fake that answers as vLLM does, with the tiny teacher's log-probabilities."""
-    model = make_teacher()
 
-    def start(max_logprobs=20, told=True, tok=tokenizer, model_len=None, more=()):
+    def start(max_logprobs=20, told=True, tok=tokenizer, model_len=None, more=(), model=None):
+        model = make_teacher() if model is None else model
+
         @torch.no_grad()
         def complete(body):
             asked = json.loads(body)
@@ -494,6 +496,19 @@ def test_a_run_on_prompt_logprobs_is_that_of_the_local_teacher(
     remote = make_trainer(teacher=vllm().url + "/v1", **run, **told)
     remote.train()
     assert by_step(remote) == pytest.approx(by_step(local), rel=1e-5)
+
+
+def test_a_teacher_with_its_own_tokenizer_is_that_of_the_local_one(make_trainer, vllm, by_step, digits):
+    """Log-probabilities of the teacher's own tokens are all that `alm` takes."""
+    teacher = tiny_llama(digits, 48, 2, seed=7, initializer_range=0.25)
+    run = {"max_steps": 3, "lmbda": 0.5, "seed": 1, "cross_tokenizer": {"alm": 1.0}}
+    run |= {"teacher_tokenizer": "own", "teacher_processing_class": digits}
+    local = make_trainer(teacher=copy.deepcopy(teacher), **run)
+    local.train()
+    url = vllm(tok=digits, model=teacher).url + "/v1"
+    remote = make_trainer(teacher=url, **run, teacher_server_kind="token_logprobs")
+    remote.train()
+    assert by_step(remote) == pytest.approx(by_step(local), rel=1e-4)
 
 
 def test_few_ids_are_those_of_our_own_server(vllm, serve):

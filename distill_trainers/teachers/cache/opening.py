@@ -41,9 +41,10 @@ def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
     source = source_of(pair.teacher)
     kind, sampled = options.teacher_cache_kind, options.teacher_cache_kind == "sampled"
     teacher_rows = rows_of(source, options)
-    shared = shared_vocabulary(
-        pair.tokenizer, pair.teacher_tokenizer, rows_of(pair.student, options, "student"), teacher_rows
-    )
+    shared = None
+    if pair.student is not None:
+        student_rows = rows_of(pair.student, options, "student")
+        shared = shared_vocabulary(pair.tokenizer, pair.teacher_tokenizer, student_rows, teacher_rows)
     settings: Any = dict(options.teacher_model_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
     if options.teacher_placement.startswith("quantized"):  # it answers otherwise than the whole one
         settings["placement"] = options.teacher_placement
@@ -91,13 +92,16 @@ def record_identity(
     return recorded
 
 
-def check_vocabulary(identity: CacheIdentity, tokenizer: Any, student_rows: int) -> None:
-    """Refuse a cache whose ids are not the student's."""
+def check_vocabulary(identity: CacheIdentity, tokenizer: Any, student_rows: int | None) -> None:
+    """Refuse a cache whose ids are not those of `tokenizer`, the student's or, with None as its rows, the teacher's."""
     if identity.tokenizer != tokenizer_fingerprint(tokenizer):
+        whose = "the teacher's (`teacher_tokenizer`)" if student_rows is None else "the student's"
         raise ConfigurationError(
-            f"The teacher cache of {identity.teacher!r} was made with another tokenizer than the student's: the same "
+            f"The teacher cache of {identity.teacher!r} was made with another tokenizer than {whose}: the same "
             "ids stand for other tokens. Use the tokenizer it was made with, or make a new cache."
         )
+    if student_rows is None:
+        return
     shared = shared_vocabulary(tokenizer, tokenizer, student_rows, identity.teacher_rows)
     if identity.kind != "hidden" and (identity.teacher_rows if shared is None else shared) != identity.vocab_size:
         raise ConfigurationError(
@@ -116,7 +120,7 @@ def missing_from_cache(
     Raises:
         ConfigurationError: the cache was made under other conditions.
     """
-    identity, folder = identity_of(pair, options), options.teacher_cache
+    identity, folder = identity_of(pair.of_ids() if options.has_own_tokenizer else pair, options), options.teacher_cache
     assert folder is not None
     recorded = read_identity(folder)
     known: TeacherCache | set[bytes] = set()

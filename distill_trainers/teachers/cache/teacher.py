@@ -113,7 +113,8 @@ class CachedTeacher(Teacher):
             teacher = cls(str(options.teacher_cache))
             if pair.teacher is not None:
                 refuse_differences(teacher.cache.folder, teacher.identity, identity_of(pair, options))
-        check_vocabulary(teacher.identity, pair.tokenizer, rows_of(pair.student, options, "student"))
+        rows = None if pair.student is None else rows_of(pair.student, options, "student")
+        check_vocabulary(teacher.identity, pair.tokenizer, rows)
         return teacher
 
     @classmethod

@@ -114,7 +114,8 @@ class RemoteTeacher(Teacher):
             settings = {name: getattr(options, f"teacher_server_{name}") for name in names}
             token = token_from_environment(parse_servers(teacher))
             teacher = cls(teacher, RemoteSettings(**settings, seed=options.seed), token)
-        teacher.meet(pair.tokenizer, options.max_length)
+        # `max_length` counts the student's tokens; rows in the teacher's own are looked at one by one (`expects`).
+        teacher.meet(pair.tokenizer, None if options.has_own_tokenizer else options.max_length)
         if getattr(options, "seq_kd", False):
             teacher.live()  # it says why it cannot write
         return teacher

@@ -113,6 +113,15 @@ class DPKDConfig(DistillConfig):
         return _SCORES
 
     why_no_packing = "a loss of whole rows compares the two of each pair"
+    compares_distributions = False  # log-probabilities of responses are all that is compared
+
+    @property
+    def why_shared_tokenizer(self) -> str:
+        if self.loss_type == CONTRASTIVE:
+            return f"distributions of tokens are compared (`loss_type: {CONTRASTIVE}`)"
+        kept = self.reference == "teacher" and self.reference_logps_dir is not None
+        return "what is kept of the teacher is kept by the student's tokens (`reference_logps_dir`)" if kept else ""
+
     why_one_teacher = "the reference of its rewards is one model"
 
     @property

@@ -232,7 +232,8 @@ class DPKDTrainer(DistillTrainer):
         chosen = tokens["token_chosen"]
         measures = super().agreement_terms(student, teacher, tokens)
         terms = {name: values * chosen.to(values.dtype) for name, values in measures.items()}
-        return {**terms, "sequence_kl": terms["kl"], "tokens": chosen}
+        kl = {"sequence_kl": terms["kl"]} if "kl" in terms else {}  # none of a teacher with other ids
+        return {**terms, **kl, "tokens": chosen}
 
     def after_step(self, loss: float) -> None:
         if self.args.loss_type == CONTRASTIVE and self.args.contrastive_schedules:

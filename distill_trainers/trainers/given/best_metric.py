@@ -11,7 +11,7 @@ from ...evaluation.measures import MEASURES
 from ...exceptions import ConfigurationError
 from ..config import DistillConfig
 
-_ALWAYS = {"loss", "perplexity", "tokens", "runtime", "samples_per_second", "steps_per_second"}
+_ALWAYS = {"loss", "perplexity", "bits_per_byte", "tokens", "runtime", "samples_per_second", "steps_per_second"}
 _OF_THE_WHOLE = {"runtime", "samples_per_second", "steps_per_second"}
 _OF_A_TEACHER = {"teacher_perplexity", "kl", "top1_agreement"}
 

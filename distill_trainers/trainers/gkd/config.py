@@ -91,6 +91,11 @@ class GKDConfig(DistillConfig):
         The latter's temperature is that of the loss, too.
         """
         names = {theirs.__name__ for theirs in type(args).__mro__}
+        uld = changed.pop("use_uld_loss", False)
+        name = changed.pop("teacher_tokenizer_name_or_path", None)
+        if uld or name is not None:  # GOLD
+            terms: dict[str, Any] = {"cross_tokenizer": {"uld": 1.0}} if uld else {}
+            return {"teacher_tokenizer": name or "own", **terms}
         if "SFTConfig" in names and not names & cls.stands_for:  # TRL's GKD and GOLD derive theirs from it
             return {"lmbda": 0.0}
         if "DistillationConfig" in names:
@@ -122,8 +127,17 @@ class GKDConfig(DistillConfig):
         return replays if self.replay_buffer_size else super().why_one_teacher
 
     @property
+    def why_shared_tokenizer(self) -> str:
+        if self.feedback is not None:
+            return "feedback (`feedback`) is written for the teacher while it trains"
+        if self.divergence == "logit_mse" and self.compares_distributions:
+            return "logits are compared id by id (`divergence: logit_mse`)"
+        weighted = f"weights of sampled tokens (`sampler_correction: {self.sampler_correction}`) are of one token each"
+        return weighted if self.sampler_correction != "none" else ""
+
+    @property
     def loss_terms(self) -> frozenset[str]:
-        return frozenset({"divergence"} | ({"lm_loss"} if self.lm_loss_weight else set()))
+        return frozenset(set(self.aligned_terms or {"divergence"}) | ({"lm_loss"} if self.lm_loss_weight else set()))
 
     @property
     def follows_teacher_alone(self) -> bool:

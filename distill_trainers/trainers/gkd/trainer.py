@@ -84,6 +84,8 @@ class GKDTrainer(OnPolicyTrainer):
     def loss_weights(self) -> dict[str, float]:
         scale = self.args.kd_temperature**2 if self.args.tau_squared else 1.0
         weights = {"divergence": scale}
+        if self.aligned_loss is not None:  # likelihoods of text, which `alm` compares, are not softened
+            weights = {name: w * (1.0 if name == "alm" else scale) for name, w in self.aligned_loss.weights.items()}
         # On the student's own samples −log q has zero expected gradient: nothing but noise.
         if self.args.lm_loss_weight and not (self.on_policy_step and self.model.training):
             weights["lm_loss"] = self.args.lm_loss_weight
@@ -167,8 +169,11 @@ class GKDTrainer(OnPolicyTrainer):
         self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         assert teacher is not None
-        divergence = token_divergence(self.divergence_now(), student, teacher, self.args.kd_temperature)
-        terms = {"divergence": weighted(divergence, tokens[WEIGHT]) if WEIGHT in tokens else divergence}
+        if self.aligned_loss is not None:
+            terms = self.aligned_loss.terms(student, teacher, tokens, self.divergence_now())
+        else:
+            divergence = token_divergence(self.divergence_now(), student, teacher, self.args.kd_temperature)
+            terms = {"divergence": weighted(divergence, tokens[WEIGHT]) if WEIGHT in tokens else divergence}
         terms |= self.sampler_ratio.metrics(student, tokens)
         if "lm_loss" in self.loss_weights:
             terms["lm_loss"] = -token_logps(student, tokens["labels"])

@@ -9,8 +9,9 @@ from typing import Any
 
 from ... import models
 from ...data.labels import any_trained, completion_labels
+from ...data.other_tokenizer import OtherTokenizer
 from ...data.routing import TEACHER_INDEX
-from ...data.views import teacher_prompt
+from ...data.views import OWN_COMPLETION, teacher_prompt
 from ...randomness import Purpose, Role, Stream
 from ...rollouts import CompletionSettings, CompletionStore, SamplingSettings, complete_prompts, local_engine
 from ...rollouts.completing import Prompts
@@ -92,11 +93,21 @@ def prompts_to_complete(
     return prompts
 
 
-def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, replace: bool, owner: int = 0) -> Any:
+def with_completions(
+    dataset: Any,
+    completions: Mapping[str, list[int]],
+    *,
+    replace: bool,
+    owner: int = 0,
+    other: OtherTokenizer | None = None,
+    max_length: int | None = None,
+) -> Any:
     """Add the given completions to `dataset` where it has none, or everywhere with `replace`.
 
     Args:
         owner: as in `prompts_to_complete`.
+        other: the completions are in the ids of a teacher with a tokenizer of its own.
+        max_length: with `other`, tokens of a row, whose end is cut: nobody counted the student's while it was written.
     """
 
     def fill(row: dict[str, Any]) -> dict[str, Any]:
@@ -106,8 +117,13 @@ def with_completions(dataset: Any, completions: Mapping[str, list[int]], *, repl
         completion = completions.get(prompt_key(teacher_prompt(row)))
         if completion is None or (any_trained(row["labels"]) and not replace):
             return row
+        own: dict[str, Any] = {}
+        if other is not None:
+            completion = other.answer(completion, prompt)[: max_length and max(1, max_length - len(prompt))]
+            own[OWN_COMPLETION] = other.completion(completion, row["teacher_prompt_ids"])
+            own["teacher_length"] = len(row["teacher_prompt_ids"]) + len(own[OWN_COMPLETION])
         ids, labels = prompt + completion, completion_labels(prompt, completion)
-        return {**row, "input_ids": ids, "labels": labels, "length": len(ids)}
+        return {**row, "input_ids": ids, "labels": labels, "length": len(ids), **own}
 
     return dataset.map(fill, desc="Teacher completions", load_from_cache_file=False)
 
@@ -124,18 +140,25 @@ def fill_with_teacher_completions(run: Run, dataset: Any, *, replace: bool) -> A
         prompts = prompts_to_complete(dataset, replace=replace, owner=owner)
         if prompts:
             completions = _written_by(teacher, prompts, run)
-            dataset = with_completions(dataset, completions, replace=replace, owner=owner)
+            ids = {"other": run.requirements.other, "max_length": run.args.max_length}
+            dataset = with_completions(dataset, completions, replace=replace, owner=owner, **ids)
     return dataset
+
+
+def teachers_tokenizer(run: Run) -> Any:
+    """Return the tokenizer in whose ids the teacher writes."""
+    return run.processing_class if run.requirements.other is None else run.requirements.teacher_tokenizer
 
 
 def _written_by(teacher: Teacher, prompts: Prompts, run: Run) -> Mapping[str, list[int]]:
     accelerator, args = run.accelerator, run.args
     if not teacher.can_generate:
         teacher.live()  # it says why
-    sampling = dataclasses.replace(
-        sampling_settings(args, run.model, run.processing_class, run.vocab_size),
-        eos_token_ids=teacher.eos_ids(run.processing_class),
-    )
-    settings = completion_settings(args, sampling, run.processing_class, teachers_text(args))
+    tokenizer = teachers_tokenizer(run)
+    sampling = sampling_settings(args, run.model, run.processing_class, run.vocab_size)
+    sampling = dataclasses.replace(sampling, eos_token_ids=teacher.eos_ids(tokenizer))
+    if tokenizer is not run.processing_class:
+        sampling = dataclasses.replace(sampling, pad_token_id=tokenizer.pad_token_id or 0)
+    settings = completion_settings(args, sampling, tokenizer, teachers_text(args))
     store = completion_store(args, settings, accelerator.process_index, teacher=teacher.fingerprint())
     return complete_prompts(prompts, teacher.generating(accelerator), accelerator, settings, store)

@@ -38,7 +38,7 @@ from ...rollouts.store import prompt_key
 from ...storage import content_key, write_file
 from ...teachers import Teacher
 from ..protocol import Run
-from .completions import completion_store
+from .completions import completion_store, teachers_tokenizer
 from .held_out_checks import held_out_settings
 from .side_by_side import SideBySide, log_side_by_side
 
@@ -181,8 +181,10 @@ class HeldOutMeasures(TrainerCallback):
         samples: list[dict[int, list[int]]] = []
         greedy: dict[int, list[int]] = {}
         for owner, teacher in enumerate(run.teacher.writers):
-            own, ends = examples.of_owner(owner), teacher.eos_ids(run.processing_class)
-            collected.end_ids = sorted({*collected.end_ids, *ends})
+            own, ends = examples.of_owner(owner), teacher.eos_ids(teachers_tokenizer(run))
+            # Texts in ids of the teacher's own have become the student's by then.
+            theirs = ends if run.requirements.other is None else run.sampling.eos_token_ids
+            collected.end_ids = sorted({*collected.end_ids, *theirs})
             if not own.prompted:
                 continue
             fingerprint = teacher.fingerprint()
@@ -321,8 +323,13 @@ class HeldOutMeasures(TrainerCallback):
     ) -> list[list[int]]:
         """Completions by all processes together; kept on disk where the model has a `fingerprint`, as a teacher has."""
         run, accelerator = self.run, self.run.accelerator
+        other = None if fingerprint is None else run.requirements.other
         tokenizer, rank = run.processing_class, accelerator.process_index
-        sampling = self.settings.sampling(end_ids, run.sampling.pad_token_id, run.vocab_size, greedy=greedy)
+        padding = run.sampling.pad_token_id
+        if other is not None:
+            tokenizer = teachers_tokenizer(run)
+            padding = tokenizer.pad_token_id or 0
+        sampling = self.settings.sampling(end_ids, padding, run.vocab_size, greedy=greedy)
         engine = local_engine(run.args.rollout_engine, tokenizer)
         stream = self.settings.stream(seed, Role.STUDENT if fingerprint is None else Role.TEACHER)
         settings = CompletionSettings(sampling, stream, self.settings.batch_size, engine)
@@ -330,7 +337,10 @@ class HeldOutMeasures(TrainerCallback):
         asked = [example.prompt_of(teacher=fingerprint is not None) for example in examples]
         prompts = {prompt_key(ids): ids for ids in asked}
         written = complete_prompts(prompts, generating, accelerator, settings, store, progress=False)
-        return [written[prompt_key(ids)] for ids in asked]
+        texts = [written[prompt_key(ids)] for ids in asked]
+        if other is None:
+            return texts
+        return [other.answer(ids, example.prompt_ids) for ids, example in zip(texts, examples, strict=True)]
 
     def _read(self, model: nn.Module, examples: list[Example], completions: list[list[int]]) -> list[TokenValues]:
         """Per-token measures of the completions by student and teacher, inside the student's wrappers.

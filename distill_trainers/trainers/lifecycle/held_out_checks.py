@@ -65,6 +65,12 @@ def check(
             "`eval_accuracy` scores such students."
         )
     lost = sorted(set(names) & NEED_A_TEACHER)
+    if lost and args.has_own_tokenizer:
+        raise ConfigurationError(
+            f"Got `eval_measures: {names}` with `teacher_tokenizer: {args.teacher_tokenizer}`, of which "
+            f"{' and '.join(lost)} compares both models id by id. Leave it out: the terms of `cross_tokenizer` are "
+            "measured at each evaluation."
+        )
     shown = [getattr(kind, "__name__", type(kind).__name__) for kind in teachers]
     blind = [name for name, kind in zip(shown, teachers, strict=True) if not kind.can_read_rollouts]
     of = "the teacher" if len(teachers) == 1 else "one of the teachers"

@@ -103,13 +103,37 @@ class MiniLLMConfig(DistillConfig):
         return mixes if self.alpha else ""
 
     @property
+    def why_shared_tokenizer(self) -> str:
+        if self.alpha:
+            return f"student and teacher sample one text together, token by token (`teacher_mix_alpha: {self.alpha:g}`)"
+        if self.objective == "sequence" and self.estimator == "exact":
+            return (
+                "Single is a sum over one vocabulary (`objective: sequence`, `estimator: exact`; `estimator: sampled` "
+                "takes likelihoods of text alone, `objective: token` the terms of `cross_tokenizer`)"
+            )
+        kind = self.sampler_correction
+        return (
+            f"weights of sampled tokens (`sampler_correction: {kind}`) are of one token each" if kind != "none" else ""
+        )
+
+    @property
+    def compares_distributions(self) -> bool:
+        return self.estimator == "exact" and super().compares_distributions
+
+    @property
     def why_one_teacher(self) -> str:
         reused = "rollouts that are reused (`num_inner_epochs`, `num_minibatches`) do not keep whose rows they are"
         return reused if self.reuses_rollouts else super().why_one_teacher
 
     @property
     def loss_terms(self) -> frozenset[str]:
-        return frozenset({"single"} | ({"lm_loss"} if self.lm_loss_weight else set()))
+        single = set(self.single_terms)
+        return frozenset(single | ({"lm_loss"} if self.lm_loss_weight else set()))
+
+    @property
+    def single_terms(self) -> dict[str, float]:
+        """Names and weights of what stands for Single: it is itself, unless it is a sum over two vocabularies."""
+        return (self.aligned_terms if self.estimator == "exact" else {}) or {"single": 1.0}
 
     @property
     def follows_teacher_alone(self) -> bool:

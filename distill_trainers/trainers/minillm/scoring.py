@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...exceptions import ConfigurationError
 from ...losses import token_logps
+from ...losses.aligned import TEACHER_LOGPS
 from ...losses.reduction import trained_mask
 from ...losses.sampler_ratio import SAMPLED, SAMPLER_LOGPS
 from ...randomness import Purpose, Role, Stream
@@ -112,7 +113,10 @@ def _logps_of_both(run: Run, batch: Batch) -> Tensor:
         labels = tokens["labels"]
         student_logps = token_logps(student, labels)
         drawn = student_logps if temperature == 1.0 else token_logps(TokenLogits(student.logits / temperature), labels)
-        teacher_logps = token_logps(teacher, labels) if isinstance(teacher, TokenLogits) else teacher.values  # type: ignore
+        if TEACHER_LOGPS in tokens:  # it has ids of its own
+            teacher_logps = tokens[TEACHER_LOGPS]
+        else:
+            teacher_logps = token_logps(teacher, labels) if isinstance(teacher, TokenLogits) else teacher.values  # type: ignore
         return {"student": student_logps, "drawn": drawn, "teacher": teacher_logps}
 
     model: Any = run.model_wrapped

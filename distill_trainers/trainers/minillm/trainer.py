@@ -16,6 +16,8 @@ from torch import Tensor
 from ...data import DistillCollator
 from ...data.views import view_of
 from ...losses import policy_gradient, token_divergence, token_logps
+from ...losses.aligned import TEACHER_LOGPS, by_chunk
+from ...losses.divergences import reverse_kl
 from ...losses.reduction import IGNORE_INDEX, first_trained
 from ...losses.sampler_ratio import (
     SAMPLED,
@@ -73,7 +75,7 @@ class MiniLLMTrainer(OnPolicyTrainer):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        weights = {"single": 1.0}
+        weights = dict(self.args.single_terms)
         if self.args.lm_loss_weight and not (self.on_policy_step and self.model.training):
             weights["lm_loss"] = self.args.lm_loss_weight
         if self.model.training and self.args.objective == "sequence":
@@ -86,7 +88,7 @@ class MiniLLMTrainer(OnPolicyTrainer):
     def loss_divisors(self) -> dict[str, str]:
         if not self.has_entries:
             return {}
-        divisors = dict.fromkeys(("single", "long", "lm_loss"), "token_unit")
+        divisors = dict.fromkeys((*self.args.single_terms, "long", "lm_loss"), "token_unit")
         divisors |= dict.fromkeys(("ratio", "clipped"), "token_own")
         return divisors if self.text is None else {**divisors, "pretraining": "token_text"}
 
@@ -115,7 +117,9 @@ class MiniLLMTrainer(OnPolicyTrainer):
                 terms["lm_loss"] = -logps * own_mask
             if "token_text" in tokens:
                 terms["pretraining"] = -logps * tokens["token_text"]
-        if "single" not in terms:
+        if self.aligned_loss is not None and self.args.estimator == "exact":
+            terms |= self.aligned_loss.terms(student, teacher, tokens, reverse_kl)
+        elif "single" not in terms:
             terms["single"] = self._exact_single(student, teacher, tokens)
         return terms | self.sampler_ratio.metrics(student, tokens)
 
@@ -138,6 +142,8 @@ class MiniLLMTrainer(OnPolicyTrainer):
     def _exact_single(self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]) -> Tensor:
         """Reverse KL; log p − log q of given text where a teacher tells no more (evaluation alone comes to that)."""
         assert teacher is not None
+        if TEACHER_LOGPS in tokens:  # of its own tokens of the text
+            return tokens[TEACHER_LOGPS] - token_logps(student, tokens["labels"])
         if isinstance(teacher, TokenLogprobs):
             return teacher.values - token_logps(student, tokens["labels"])
         divergence = token_divergence("reverse_kl", student, teacher, self.args.kd_temperature)
@@ -199,7 +205,7 @@ class MiniLLMTrainer(OnPolicyTrainer):
             return {**batch, "token_single": own_mask}
         student, sampler, teacher, *told = batch.pop(LOGPS).unbind(-1)
         scale, clip = args.reward_scale, args.reward_clip
-        rewards = policy_gradient.sequence_rewards(student, teacher, mask, scale=scale, clip=clip)
+        rewards = self._rewards(batch, student, teacher, mask, scale=scale, clip=clip)
         before, through = self._importance_weights(student, sampler, mask)
         long = policy_gradient.sequence_advantages(
             rewards, through, mask, args.importance, gamma=args.gamma, normalise=args.length_normalization
@@ -210,6 +216,18 @@ class MiniLLMTrainer(OnPolicyTrainer):
             single = before if args.sampler_correction == "none" else own_mask
         entries = {SAMPLER_LOGPS: told[0] if told else sampler, SAMPLED: own_mask}
         return {**batch, **entries, "token_logps": student, "token_long": long, "token_single": single}
+
+    def _rewards(self, batch: Batch, student: Tensor, teacher: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+        """Rewards of tokens; of a teacher with other tokens, those of chunks that both read, known at their end.
+
+        So returns are those of whole chunks, and add up to log p(y) - log q(y). With objective token each token of a
+        chunk has its chunk's, which no single one could be given.
+        """
+        if self.aligned_loss is None:
+            return policy_gradient.sequence_rewards(student, teacher, mask, **settings)
+        chunks, at_all = batch["token_chunk"], self.args.objective == "token"
+        own, theirs = (by_chunk(torch.where(mask, side, 0), chunks, at_all=at_all) for side in (student, teacher))
+        return policy_gradient.sequence_rewards(own, theirs, mask, **settings)
 
     def _importance_weights(self, student: Tensor, sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Weights, of what tokens before and what tokens through t decide, by the one ratio that there is."""
@@ -245,7 +263,9 @@ class MiniLLMTrainer(OnPolicyTrainer):
         if signal is None:
             rollouts = {name: inputs[name][:rows, :width] for name in ("input_ids", "attention_mask")}
             rollouts |= {name: inputs[name][:rows] for name in self.teacher.reads & inputs.keys()}
-            signal = super().teacher_signal(rollouts | view_of(inputs), predicts[:rows, : width - 1])
+            view = view_of(inputs)
+            view |= {name: entry[:rows, :width] for name, entry in view.items() if name.startswith("token_")}
+            signal = super().teacher_signal(rollouts | view, predicts[:rows, : width - 1])
         return padded(signal, int(predicts.sum())) if signal is not None and SHAPE in inputs else signal
 
     # ---- Data and checkpoints ---------------------------------------------------------------------------------------

@@ -90,6 +90,13 @@ class RationaleConfig(DistillConfig):
     why_one_teacher = why_no_packing
 
     @property
+    def why_shared_tokenizer(self) -> str:
+        if self.objective == "edit":
+            return "single tokens of wrong chains are trained (`objective: edit`)"
+        by_id = self.divergence == "logit_mse" and self.compares_distributions
+        return "logits are compared id by id (`divergence: logit_mse`)" if by_id else ""
+
+    @property
     def loss_terms(self) -> frozenset[str]:
         always = {"right_steps", "wrong_steps", "imitation"} if self.objective == "edit" else set()
         return frozenset(always | {name for name, weight in self.uses.items() if weight})

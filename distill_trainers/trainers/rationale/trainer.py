@@ -87,7 +87,10 @@ class RationaleTrainer(DistillTrainer):
             parts = {"imitation": "rationale", "answer": "answer", "innovation": "innovation"}
             terms = {name: -logps * tokens[f"token_{entry}"] for name, entry in parts.items()}
         if self.args.distill_weight and teacher is not None:
-            divergence = token_divergence(self.divergence, student, teacher, self.args.kd_temperature)
+            if self.aligned_loss is not None:
+                divergence = self.aligned_loss.value(student, teacher, tokens, self.divergence)
+            else:
+                divergence = token_divergence(self.divergence, student, teacher, self.args.kd_temperature)
             terms["distillation"] = divergence * tokens["token_given"]
         # In evaluation a term without weight is a measure: edit's perplexity is that of right chains.
         unused = {name for name, weight in self.args.uses.items() if self.model.training and not weight}

@@ -1,0 +1,246 @@
+"""A teacher with a tokenizer of its own: its ids of the student's completions, and where both begin a token.
+
+A row of such a teacher is a view (see `views.py`) whose completion has other ids, too. A batch then has, beside the
+entries of views (B rows, T positions of the student, C tokens of the teacher's longest completion):
+
+    teacher_completion_ids, teacher_completion_mask  [B, C], padded on the right
+    teacher_chunk   [B, C]  1 + the chunk of bytes that a token is part of; 0: of none
+    token_chunk     [B, T]  the same of the student's tokens
+    token_shared    [B, T]  1 + the place of the teacher's token that begins where this one does; 0: none does
+    token_comparable [B, T] 1 on tokens of chunks whose likelihoods may be compared
+    token_single    [B, T]  1 on tokens that are a chunk by themselves, in both tokenisations
+    token_cut       [B, T]  1 on the last token of a completion that ends within a character, which has no teacher's ids
+
+They follow from the ids of the student and the teacher's prompt alone. So text that has just been sampled gets them as
+text of a dataset does, and what has become of a completion since is never forgotten: `replace_completions` drops them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from distill_trainers.data.alignment import TokenBytes, align, retokenised
+from distill_trainers.data.chat import Chat, turn_end_id
+from distill_trainers.data.labels import IGNORED
+from distill_trainers.data.views import ALIGNED_ENTRIES, unpadded_prompts_of
+from distill_trainers.exceptions import DatasetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two tokenizers, and how texts end in it.
+
+    Args:
+        tokens: which bytes its ids stand for.
+        end: id behind text that is no conversation; None: it has none.
+        turn_end: id behind an assistant's turn; None: it knows no conversations.
+        markers: ids by which a prompt is known to be a conversation.
+        spaced_behind: text of a prompt behind which the chat template writes a space before an answer; empty: none.
+    """
+
+    tokens: TokenBytes
+    end: int | None = None
+    turn_end: int | None = None
+    markers: frozenset[int] = field(default=frozenset(), repr=False)
+    spaced_behind: bytes = b""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, name: str) -> Side:
+        """Read a tokenizer; `name` says whose it is, for errors."""
+        turn_end = turn_end_id(tokenizer)
+        tokens = TokenBytes.of(tokenizer, name, end_ids=[] if turn_end is None else [turn_end])
+        named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        markers = frozenset(tokenizer.added_tokens_decoder.keys() - named)
+        return cls(tokens, tokenizer.eos_token_id, turn_end, markers, _spaced_behind(tokenizer, tokens))
+
+    def starts_with_space(self, prompt: Sequence[int]) -> bool:
+        """Tell whether the chat template writes a space between this prompt and the answer."""
+        return bool(self.spaced_behind) and self.tokens.text(prompt).endswith(self.spaced_behind)
+
+    def end_behind(self, prompt: Sequence[int]) -> int | None:
+        """Return the id that ends a text behind a prompt in this tokenizer's ids."""
+        is_chat = self.turn_end is not None and self.turn_end != self.end and not self.markers.isdisjoint(prompt)
+        return self.turn_end if is_chat else self.end
+
+
+@dataclass(frozen=True)
+class OtherTokenizer:
+    """Writes what a teacher reads in place of the student's completion, and the other way round."""
+
+    student: Side
+    teacher: Side
+
+    @classmethod
+    def of(cls, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> OtherTokenizer:
+        """Read both tokenizers.
+
+        Raises:
+            ConfigurationError: one of them loses text, so that nobody knows which bytes its ids stand for.
+        """
+        return cls(Side.of(student, "the student"), Side.of(teacher, "the teacher"))
+
+    def completion(self, ids: Sequence[int], prompt: Sequence[int]) -> list[int]:
+        """Return the teacher's ids of a completion; of a last character that the student has cut there are none.
+
+        Args:
+            ids: the student's.
+            prompt: what the teacher reads before it: whether it is a conversation tells how the completion ends.
+        """
+        end, space = self.teacher.end_behind(prompt), self.teacher.starts_with_space(prompt)
+        return retokenised(ids, self.student.tokens, self.teacher.tokens, end=end, starts_text=space).ids
+
+    def is_cut(self, ids: Sequence[int]) -> bool:
+        """Tell whether the student's text ends within a character."""
+        (last,) = self.student.tokens.tokens(ids[-1:]) or [None]
+        if not last or last[-1] < 0x80:
+            return False
+        return retokenised(ids[-8:], self.student.tokens, self.teacher.tokens, end=None).cut_bytes > 0
+
+    def answer(self, ids: Sequence[int], prompt: Sequence[int]) -> list[int]:
+        """Return the student's ids of what the teacher has written, behind a prompt in the student's ids."""
+        end = self.student.end_behind(prompt)
+        return retokenised(ids, self.teacher.tokens, self.student.tokens, end=end).ids
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of the student's ids, without special tokens."""
+        return self.student.tokens.text(ids).decode(errors="replace")
+
+    def row_completion(self, row: Mapping[str, Any], prompt: Sequence[int]) -> list[int]:
+        """Return the teacher's ids of what is trained of a tokenised row with a view; none without a completion.
+
+        Raises:
+            DatasetError: what is trained is not one stretch.
+        """
+        start, stop = trained_stretch(row["labels"], row["view_start"])
+        return self.completion(row["input_ids"][start:stop], prompt) if stop > start else []
+
+    def added_to(
+        self, batch: Mapping[str, Tensor], completions: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, Tensor]:
+        """Return a batch of rows with views together with the entries above, unless it has them.
+
+        Args:
+            completions: the teacher's ids of each row's completion, where they are known already.
+
+        Raises:
+            DatasetError: what is trained of a row is not one stretch.
+        """
+        if set(ALIGNED_ENTRIES) <= batch.keys():
+            return dict(batch)
+        ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+        prompts, starts = unpadded_prompts_of(batch), batch["view_start"].tolist()
+        rows = []
+        for number, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+            start, stop = trained_stretch(labels[number], start)
+            own = ids[number][start:stop]
+            theirs = self.completion(own, prompt) if completions is None else completions[number]
+            row = self._aligned(own, theirs, start, has_prompt=bool(prompt))
+            rows.append({**row, "token_cut": [0] * (stop - 1) + [int(self.is_cut(own))]})
+        width, longest = batch["input_ids"].shape[1], max([1, *(len(row["ids"]) for row in rows)])
+        entries = {
+            "teacher_completion_ids": _stacked((row["ids"] for row in rows), longest),
+            "teacher_completion_mask": _stacked(([1] * len(row["ids"]) for row in rows), longest),
+            "teacher_chunk": _stacked((row["teacher_chunk"] for row in rows), longest),
+        }
+        for name in ("token_chunk", "token_shared", "token_comparable", "token_single", "token_cut"):
+            entries[name] = _stacked((row[name] for row in rows), width)
+        device = batch["input_ids"].device
+        return {**batch, **{name: entry.to(device) for name, entry in entries.items()}}
+
+    def _aligned(self, own: list[int], theirs: Sequence[int], start: int, *, has_prompt: bool) -> dict[str, list[int]]:
+        """The entries of one row, those of the student's tokens from the row's beginning on."""
+        chunks, shared, comparable, single = ([0] * len(own) for _ in range(4))
+        their_chunks = [0] * len(theirs)
+        # Nothing predicts the first token of a row: chunks of it have no likelihood.
+        first, their_first = int(start == 0), int(not has_prompt)
+        found = align(own, theirs, self.student.tokens, self.teacher.tokens)
+        ends, their_ends = found.student_ends.tolist(), found.teacher_ends.tolist()
+        borders = zip([0, *ends], ends, [0, *their_ends], their_ends, strict=False)
+        number = 0  # of chunks with tokens of both
+        for place, (begin, end, their_begin, their_end) in enumerate(borders):
+            if begin < first or their_begin < their_first or begin == end or their_begin == their_end:
+                continue
+            number += 1
+            shared[begin] = 1 + their_begin if found.same_start[place] else 0
+            chunks[begin:end] = [number] * (end - begin)
+            their_chunks[their_begin:their_end] = [number] * (their_end - their_begin)
+            comparable[begin:end] = [int(found.comparable[place])] * (end - begin)
+            single[begin] = int(end - begin == their_end - their_begin == 1)
+        before = [0] * start
+        names = {"token_chunk": chunks, "token_shared": shared, "token_comparable": comparable, "token_single": single}
+        return {"ids": list(theirs), "teacher_chunk": their_chunks} | {k: before + v for k, v in names.items()}
+
+
+def _spaced_behind(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> bytes:
+    """The text of a prompt behind its question where the template writes a space before the answer, as Llama 2's."""
+    if not (tokens.adds_space and getattr(tokenizer, "chat_template", None)):
+        return b""
+    chat, question = Chat(tokenizer), [{"role": "user", "content": "a"}]
+    try:
+        prompt = chat.prompt(question)
+        text = chat.conversation([*question, {"role": "assistant", "content": "b"}])
+    except DatasetError:  # a template that wants more than messages
+        return b""
+    behind = tokens.text(chat.ids(prompt)).rpartition(b"a")[2]
+    return behind if text.startswith(f"{prompt} ") else b""
+
+
+def trained_stretch(labels: Sequence[int], start: int) -> tuple[int, int]:
+    """Return where the completion behind a view's prompt begins and ends: with the last trained token.
+
+    Raises:
+        DatasetError: there are tokens in it that are not trained.
+    """
+    stop = max((i + 1 for i in range(start, len(labels)) if labels[i] != IGNORED), default=start)
+    gap = next((i for i in range(max(start, 1), stop) if labels[i] == IGNORED), None)
+    if gap is not None:
+        raise DatasetError(
+            f"Token {gap} of a row is not trained, but tokens before and behind it are; expected one completion: a "
+            "teacher with a tokenizer of its own would render what stands between them otherwise. Set "
+            "`assistant_only_loss: false`, and give a conversation as one row for each answer."
+        )
+    return start, stop
+
+
+def _stacked(rows: Iterable[Sequence[int]], width: int) -> Tensor:
+    padded = [[*row, *[0] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64).reshape(len(padded), width)
+
+
+# ---- What a teacher is asked about a batch ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TeacherTokens:
+    """The M tokens of a batch that its teacher predicts, in its own ids.
+
+    Attributes:
+        ids: `[M]`.
+        rows: `[M]`, of the batch.
+        chunks: `[M]`, 0 for none.
+        places: `[B, C]`, of each token of a completion among the M; that of a token that nothing predicts is not
+            among them.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    chunks: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> TeacherTokens:
+        """Read a batch with the entries of `OtherTokenizer.added_to`."""
+        mask = batch["teacher_completion_mask"].bool()
+        predicted = mask.clone()
+        predicted[:, :1] &= batch["teacher_prompt_mask"].any(1, keepdim=True)
+        places = predicted.flatten().cumsum(0).reshape(mask.shape) - 1
+        rows = predicted.nonzero()[:, 0]
+        return cls(batch["teacher_completion_ids"][predicted], rows, batch["teacher_chunk"][predicted], places)

@@ -1,0 +1,462 @@
+"""A teacher with a tokenizer of its own, through every method and place of a teacher.
+
+The student reads one token a digit, the teacher two digits where it can: `123<eos>` is 1|2|3|<eos> and 12|3|<eos>.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from distill_trainers.data.other_tokenizer import OtherTokenizer
+from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.losses.reduction import trained_mask
+from distill_trainers.toy import tiny_llama
+
+OWN = {"teacher_tokenizer": "own", "lmbda": 0.0, "divergence": "forward_kl"}
+
+
+def numbers(count=12, seed=0):
+    """Prompts and completions of one to five digits."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda k: "".join(map(str, torch.randint(10, (k,), generator=generator).tolist()))  # noqa: E731
+    return Dataset.from_list([{"prompt": f"{draw(1 + i % 4)}+", "completion": draw(1 + i % 5)} for i in range(count)])
+
+
+@pytest.fixture
+def own(make_trainer, make_student, digits):
+    """A trainer of float64 models with a teacher that reads two digits at once."""
+
+    def make(student=None, teacher="default", train="default", **settings):
+        student = make_student(initializer_range=0.2).double() if student is None else student
+        if isinstance(teacher, str) and teacher == "default":
+            teacher = tiny_llama(digits, 48, 2, seed=7, initializer_range=0.25).double()
+        train = numbers() if isinstance(train, str) else train
+        settings = {"teacher_processing_class": digits, **OWN, **settings}
+        if settings.get("method", "gkd") != "gkd":
+            settings = {k: v for k, v in settings.items() if k not in ("lmbda", "divergence") or v != OWN[k]}
+        return make_trainer(student=student, teacher=teacher, train=train, **settings)
+
+    return make
+
+
+def loss_and_gradient(trainer, batch):
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+
+# ---- The loss, from texts --------------------------------------------------------------------------------------------
+
+
+def spans(tokens):
+    """Where each token begins and ends in the text, an end of text being one more character."""
+    ends = [0]
+    for token in tokens:
+        ends.append(ends[-1] + (1 if token.startswith("<") else len(token)))
+    return list(zip(ends, ends[1:], strict=False))
+
+
+def logps_of(model, prompt, completion):
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return F.log_softmax(logits, -1)
+
+
+def next_character(logps, tokenizer):
+    """Log-probabilities of the next character, of the end of the text and of padding: sums over tokens."""
+    tokens = tokenizer.convert_ids_to_tokens(range(logps.shape[-1]))
+    order = ["=", "+", *"0123456789", tokenizer.eos_token, tokenizer.pad_token]
+    groups = [[i for i, t in enumerate(tokens) if (t if t.startswith("<") else t[0]) == symbol] for symbol in order]
+    return torch.stack([logps[:, group].logsumexp(-1) for group in groups], -1)
+
+
+def naive(student, teacher, tokenizer, digits, rows, tau=1.0, weights=(1.0, 1.0)):
+    """`alm` and `next_byte` (forward KL) over the student's tokens, a row at a time, and their gradient."""
+    student = copy.deepcopy(student).train(False)
+    student.zero_grad()
+    total, count = 0.0, 0
+    for row in rows:
+        sides = []
+        for model, tok in ((student, tokenizer), (teacher, digits)):
+            prompt = tok(row["prompt"], add_special_tokens=False)["input_ids"]
+            ids = [*tok(row["completion"], add_special_tokens=False)["input_ids"], tok.eos_token_id]
+            logps = logps_of(model, prompt, ids)
+            sides.append((spans(tok.convert_ids_to_tokens(ids)), logps, logps[range(len(ids)), ids], tok))
+        (ours, q, q_given, _), (theirs, p, p_given, _) = sides
+        shared = sorted({0} | ({end for _, end in ours} & {end for _, end in theirs}))
+        text_end = len(row["completion"])
+        safe = {0, text_end, text_end + 1}  # everywhere else a token of two digits may cross
+        for begin, end in zip(shared, shared[1:], strict=False):
+            if {begin, end} <= safe:
+                a = sum(
+                    value for (s, e), value in zip(theirs, p_given, strict=True) if begin <= s and e <= end
+                ).detach()
+                b = sum(value for (s, e), value in zip(ours, q_given, strict=True) if begin <= s and e <= end)
+                pt, qt = (a / tau).exp(), (b / tau).exp()
+                event = pt * (pt / qt).log() + (1 - pt) * ((1 - pt) / (1 - qt)).log()
+                limit = a - b - a * (a / b).log()
+                total = total + weights[0] * (limit if tau == float("inf") else tau * event)
+            i, j = ([s for s, _ in side].index(begin) for side in (ours, theirs))
+            pc, qc = next_character(p[j : j + 1], digits).detach(), next_character(q[i : i + 1], tokenizer)
+            total = total + weights[1] * (pc.exp() * (pc - qc)).sum()
+        count += len(ours)
+    loss = total / count
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in student.parameters()])
+
+
+@pytest.mark.parametrize(("tau", "weights"), [(1.0, (1.0, 1.0)), (10.0, (0.5, 2.0)), (float("inf"), (1.0, 0.0))])
+def test_loss_and_gradient_are_those_of_the_definition(own, batch_of, tokenizer, digits, tau, weights):
+    terms = {name: weight for name, weight in zip(("alm", "next_byte"), weights, strict=True) if weight}
+    trainer = own(cross_tokenizer=terms, alm_temperature=None if tau == float("inf") else tau)
+    expected, gradient = naive(trainer.model, trainer.teacher.model, tokenizer, digits, numbers(), tau, weights)
+    loss, found = loss_and_gradient(trainer, batch_of(trainer))
+    assert loss == pytest.approx(expected, rel=1e-7) and abs(expected) > 1e-3
+    torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_padding_order_and_accumulation_change_nothing(own, batch_of):
+    trainer = own(pad_to_multiple_of=4)
+    loss, gradient = loss_and_gradient(trainer, batch_of(trainer))
+    parts = [[7, 2, 11], [0], [5, 3, 1, 4, 6, 8, 9, 10]]
+    counts = [int((batch_of(trainer, part)["labels"] != -100).sum()) for part in parts]
+    found = [loss_and_gradient(trainer, batch_of(trainer, part)) for part in parts]
+    shares = [count / sum(counts) for count in counts]
+    assert sum(share * part[0] for share, part in zip(shares, found, strict=True)) == pytest.approx(loss, rel=1e-9)
+    torch.testing.assert_close(sum(s * part[1] for s, part in zip(shares, found, strict=True)), gradient)
+    batch = batch_of(trainer)
+    for name, mask in (("input_ids", "attention_mask"), ("teacher_completion_ids", "teacher_completion_mask")):
+        batch[name][batch[mask] == 0] = 5
+    batch["teacher_prompt_ids"][batch["teacher_prompt_mask"] == 0] = 5
+    assert loss_and_gradient(trainer, batch)[0] == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("tau", [1.0, float("inf")])
+def test_equal_models_of_one_tokenizer_teach_nothing(own, batch_of, tokenizer, make_student, tau):
+    student = make_student(initializer_range=0.2).double()
+    terms = dict.fromkeys(("alm", "next_byte", "exact_overlap", "uld"), 1.0)
+    settings = {"teacher_processing_class": tokenizer, "cross_tokenizer": terms, "alm_temperature": tau}
+    trainer = own(student, copy.deepcopy(student), **settings)
+    loss, gradient = loss_and_gradient(trainer, batch_of(trainer))
+    assert max(abs(loss), gradient.abs().max().item()) < 1e-9
+
+
+def test_with_one_tokenizer_terms_are_at_most_the_divergence_of_tokens(own, make_trainer, batch_of, tokenizer):
+    teacher = tiny_llama(tokenizer, 48, 2, seed=7, initializer_range=0.25).double()
+    trainer = own(teacher=teacher, teacher_processing_class=tokenizer, alm_temperature=1.0)
+    shared = make_trainer(trainer.model, trainer.teacher.model, numbers(), lmbda=0.0, divergence="forward_kl")
+    found = {}
+    for run in (trainer, shared):
+        found |= run.compute_loss(run.model, batch_of(run), return_outputs=True)[1]
+    # One character a token: the next byte is the next token.
+    torch.testing.assert_close(found["next_byte"], found["divergence"])
+    assert (found["alm"] <= found["divergence"] + 1e-12).all() and found["alm"].max() > 0
+
+
+def test_rows_add_up_to_the_likelihood_of_both_texts(own, batch_of, tokenizer, digits):
+    trainer = own()
+    batch = batch_of(trainer)
+    logps, _ = trainer.two_models.frozen_logps(trainer.teacher, batch)
+    rows = trained_mask(batch["labels"]).nonzero()[:, 0]
+    sums = torch.zeros(12, dtype=logps.dtype).index_add(0, rows, logps)
+    for row, total in zip(numbers(), sums, strict=True):
+        prompt = digits(row["prompt"], add_special_tokens=False)["input_ids"]
+        ids = [*digits(row["completion"], add_special_tokens=False)["input_ids"], digits.eos_token_id]
+        given = logps_of(trainer.teacher.model, prompt, ids)[range(len(ids)), ids].sum()
+        assert total.item() == pytest.approx(given.item(), abs=1e-9)
+
+
+def test_a_head_that_cannot_be_fused_gives_the_same(own, batch_of, monkeypatch):
+    trainer = own()
+    expected = loss_and_gradient(trainer, batch_of(trainer))
+    trainer.two_models.head_is_fused = False
+    trainer.teacher._fused = False
+    found = loss_and_gradient(trainer, batch_of(trainer))
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)  # these logits are float32
+
+
+# ---- Every method ----------------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """Writes down what a teacher is asked, as text: what it reads, and what of it is predicted."""
+
+    def __init__(self, trainer, digits):
+        self.questions = []
+        ask = trainer.teacher.signal
+
+        def signal(inputs, predicts, vocab_size):
+            for ids, mask, trained in zip(inputs["input_ids"], inputs["attention_mask"].bool(), predicts, strict=True):
+                if trained.any():
+                    self.questions.append((digits.decode(ids[mask]), digits.decode(ids[1:][trained])))
+            return ask(inputs, predicts, vocab_size)
+
+        trainer.teacher.signal = signal
+
+
+def pairs(count=12):
+    return Dataset.from_list([
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["completion"] + "7"}
+        for row in numbers(count)
+    ])  # fmt: skip
+
+
+WAYS = {
+    "given": ("gkd", {}),
+    "sampled": ("gkd", {"lmbda": 1.0}),
+    "replayed": ("gkd", {"lmbda": 0.9, "replay_buffer_size": 8}),
+    "written by the teacher": ("gkd", {"seq_kd": True}),
+    "with a system prompt": ("gkd", {"teacher_prompt": "{prompt}+"}),
+    "minillm, tokens": ("minillm", {"objective": "token"}),
+    "minillm, sampled": ("minillm", {"estimator": "sampled", "teacher_mix_alpha": 0.0}),
+    "minillm, hf": ("minillm", {"estimator": "sampled", "teacher_mix_alpha": 0.0, "rollout_engine": "hf"}),
+    "minillm, cycles": (
+        "minillm",
+        {"estimator": "sampled", "objective": "token", "num_minibatches": 2, "num_inner_epochs": 2},
+    ),
+    "dpkd": ("dpkd", {}),
+    "dpkd, chosen": ("dpkd", {"chosen": "dataset", "refresh_steps": 2}),
+}
+
+
+# The others come in every run through the same places.
+OFTEN = {"given", "sampled", "written by the teacher", "minillm, sampled", "dpkd"}
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way in OFTEN else [pytest.mark.slow]) for way in WAYS])
+def test_the_teacher_reads_the_students_text_in_its_own_tokens(own, digits, tokenizer, way):
+    method, settings = WAYS[way]
+    trainer = own(method=method, train=numbers(), max_steps=2, seed=1, **settings)
+    asked = Asked(trainer, digits)
+    texts = []
+    compute = trainer.compute_loss
+
+    def listened(model, inputs, *args, **kwargs):
+        for ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True):
+            text = tokenizer.decode(ids[labels != -100]).replace("<eos>", "<end>")
+            texts.append(text)
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = listened
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert any(not torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+    predicted = [answer for _, answer in asked.questions]
+    assert set(predicted) == {text for text in texts if text.replace("<pad>", "")}
+    extra = settings.get("teacher_prompt", "")[8:]
+    prompts = {row["prompt"] + extra for row in numbers()}
+    assert all(read.removesuffix(answer) in prompts for read, answer in asked.questions)
+
+
+def test_rewards_of_sequences_are_those_of_whole_chunks(own, batch_of):
+    """Whatever the chunks, what follows them adds up to log p(y) - log q(y), and a token's return is its chunk's on."""
+    settings = {"estimator": "sampled", "teacher_mix_alpha": 0.0, "length_normalization": False}
+    trainer = own(method="minillm", max_steps=1, **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    (batch,) = trainer.score(trainer.sample([batch]))
+    teacher, _ = trainer.two_models.frozen_logps(trainer.teacher, batch)
+    predicts = trained_mask(batch["labels"])
+    rows, chunks = predicts.nonzero()[:, 0], batch["token_chunk"][:, 1:][predicts]
+    student = batch["token_logps"][:, 1:][predicts]
+    returns = (batch["token_long"] + batch["token_single"])[:, 1:][predicts]
+    for row in range(len(predicts)):
+        of_row = rows == row
+        gap = (teacher - student)[of_row].sum()
+        numbers, found = chunks[of_row], returns[of_row]
+        assert found[0].item() == pytest.approx(gap.item(), rel=1e-5)
+        inside = (numbers[1:] == numbers[:-1]) & (numbers[1:] > 0)
+        torch.testing.assert_close(found[1:][inside], found[:-1][inside], rtol=1e-5, atol=1e-6)
+
+
+# ---- Caches ------------------------------------------------------------------------------------------------------
+
+
+def losses(trainer, by_step):
+    trainer.train()
+    return by_step(trainer)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, digits):
+    """Folders of a teacher with its tokenizer, and of the tokenizer alone."""
+    root = tmp_path_factory.mktemp("digits")
+    tiny_llama(digits, 48, 2, seed=7, initializer_range=0.25).save_pretrained(root / "teacher")
+    digits.save_pretrained(root / "teacher")
+    digits.save_pretrained(root / "tokenizer")
+    return root
+
+
+RUN = {"max_steps": 4, "gradient_accumulation_steps": 2, "teacher_processing_class": None}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("gkd", {}),
+        pytest.param("gkd", {"lmbda": 0.5, "teacher_prompt": "1+{prompt}"}, marks=pytest.mark.slow),
+        pytest.param("dpkd", {"train": pairs(16)}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_cached_teacher_is_the_live_one(own, by_step, kept, make_student, tmp_path, method, settings):
+    run = {**RUN, "method": method, "teacher": str(kept / "teacher"), **settings}
+    live = losses(own(make_student(), **run), by_step)
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    filled = own(make_student(), **run, **cache)
+    assert losses(filled, by_step) == pytest.approx(live, rel=1e-6)
+    if not settings.get("lmbda"):
+        alone = {**run, "teacher": None, **cache, "teacher_placement": "cached"}
+        read = own(make_student(), **{**alone, "teacher_tokenizer": str(kept / "tokenizer")})
+        assert losses(read, by_step) == pytest.approx(live, rel=1e-6) and not read.teacher.is_live
+        with pytest.raises(ConfigurationError, match=r"made with another tokenizer than the teacher's"):
+            own(make_student(), **{**alone, "teacher_processing_class": filled.processing_class})
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_reads_a_conversation_in_its_own_form(make_tokenizer, make_trainer):
+    """Prompt, completion and end of turn: each by its own template; nothing of the student's markers is text."""
+    student, teacher = make_tokenizer(), make_tokenizer(
+        bos=True,
+        template="{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end_of_turn>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+    )  # fmt: skip
+    rows = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "Hé\n\n"}, {"role": "assistant", "content": "Ja é"}]}] * 4
+    )
+    trainer = make_trainer(
+        tiny_llama(student, 32, 2), tiny_llama(teacher, 32, 2), rows, tok=student, max_length=60,
+        teacher_tokenizer="own", teacher_processing_class=teacher, lmbda=0.0,
+    )  # fmt: skip
+    row = trainer.train_dataset[0]
+    assert teacher.decode(row["teacher_prompt_ids"]) == "<bos>[user]Hé\n\n<end_of_turn>[assistant]"
+    assert teacher.decode(row["teacher_completion_ids"]) == "Ja é<end_of_turn>"
+    batch = trainer.data_collator([row])
+    assert batch["token_chunk"][0, row["view_start"] :].tolist() == [1, 2, 3, 4, 5, 6]
+    trainer.train()
+
+
+def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_trainer, batch_of, by_step):
+    tokenizer = make_tokenizer()
+    rows = Dataset.from_list([{"prompt": "a", "completion": "bé"}] * 4)  # of two bytes, two tokens here
+    run = {"tok": tokenizer, "teacher_tokenizer": "own", "teacher_processing_class": make_tokenizer(), "lmbda": 0.0}
+    for length, cut, text in ((4, 0, "bé"), (3, 1, "b")):
+        trainer = make_trainer(
+            tiny_llama(tokenizer, 32, 2), tiny_llama(tokenizer, 32, 2), rows, **run, max_length=length
+        )
+        batch = batch_of(trainer, [0])
+        assert batch["token_cut"].sum() == cut
+        assert tokenizer.decode(batch["teacher_completion_ids"][0]) == text
+        # The text may go on: what it ends with has no likelihood of its own.
+        assert batch["token_comparable"][0, -1] == 0
+        trainer.train()
+        assert set(by_step(trainer, "cut_characters").values()) == {4.0 * cut}
+
+
+def test_bytes_that_are_no_text_are_read_all_the_same(make_tokenizer, make_trainer, by_step):
+    """A student of random weights writes bytes at random, which the teacher reads as characters that stand for none."""
+    tokenizer = make_tokenizer()
+    models = (tiny_llama(tokenizer, 32, 2, seed=seed, initializer_range=0.02) for seed in (1, 2))
+    run = {"tok": tokenizer, "teacher_tokenizer": "own", "teacher_processing_class": make_tokenizer(), "lmbda": 1.0}
+    trainer = make_trainer(*models, Dataset.from_list([{"prompt": "a"}] * 8), **run, max_new_tokens=12)
+    trainer.train()
+    shares = by_step(trainer, "shared_borders").values()
+    assert all(torch.tensor(list(by_step(trainer).values())).isfinite()) and all(0 < share < 1 for share in shares)
+
+
+# ---- What is refused, before anything is loaded ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"teacher_processing_class": None}, "nothing says what the tokenizer .* Name its folder"),
+        (
+            {"teacher_tokenizer": "no/such", "teacher_processing_class": None},
+            "no tokenizer could be read from 'no/such'|is no folder",
+        ),
+        ({"cross_tokenizer": {"alm": 0.0}}, "cross_tokenizer.*expected weights above 0 of any of alm"),
+        ({"cross_tokenizer": {"kl": 1.0}}, "cross_tokenizer.*expected weights above 0 of any of alm"),
+        ({"teacher_tokenizer": "shared", "cross_tokenizer": {"alm": 1.0}}, "expected `teacher_tokenizer: own` beside"),
+        ({"teacher_tokenizer": "shared", "alm_temperature": 2.0}, "expected `teacher_tokenizer: own` beside"),
+        ({"packing": True}, "packed rows have no prompt"),
+        ({"divergence": "logit_mse"}, "logits are compared id by id"),
+        ({"lmbda": 1.0, "sampler_correction": "mask"}, "are of one token each"),
+        ({"lmbda": 1.0, "feedback": "default"}, "feedback .* is written for the teacher"),
+        ({"lmbda": 1.0, "teacher_max_length": 9}, "is known once they are written"),
+        ({"teacher": None}, "there is no teacher"),
+        ({"teacher": None, "self_teacher": "initial"}, "the student is its own teacher"),
+        ({"teacher": {"a": "x", "b": "y"}}, "the answers of several teachers"),
+        ({"method": "minillm"}, "sample one text together"),
+        ({"method": "minillm", "teacher_mix_alpha": 0.0}, "Single is a sum over one vocabulary"),
+        ({"method": "dpkd", "loss_type": "contrastive_skew"}, "distributions of tokens are compared"),
+        ({"method": "dpkd", "reference_logps_dir": "kept"}, "kept by the student's tokens"),
+        ({"eval_measures": ["agreement"], "eval_dataset": numbers(4)}, "compares both models id by id"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(own, monkeypatch, settings, says):
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("distill_trainers.teachers.loading.load_teacher", load)
+    with pytest.raises((ConfigurationError, DatasetError), match=says):
+        own(**settings)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"input_ids": [1, 2, 3]}, "of token ids for a teacher"),
+        ({"messages": "chat"}, "expected one completion"),
+        ({"messages": "without a template"}, "its tokenizer has no chat template; expected one"),
+    ],
+)
+def test_rows_that_cannot_be_read_otherwise_are_refused(make_tokenizer, make_trainer, row, says):
+    tokenizer = make_tokenizer()
+    said = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b")) * 2]
+    template, history = ({} if row.get("messages") == "chat" else {"template": None}), row.get("messages") == "chat"
+    row = {"messages": said} if "messages" in row else row
+    with pytest.raises((ConfigurationError, DatasetError), match=says):
+        make_trainer(
+            tiny_llama(tokenizer, 32, 2), tiny_llama(tokenizer, 32, 2), Dataset.from_list([row] * 2), tok=tokenizer,
+            max_length=90, teacher_tokenizer="own", teacher_processing_class=make_tokenizer(**template), lmbda=0.0,
+            assistant_only_loss=history,
+        )  # fmt: skip
+
+
+def test_a_tokenizer_that_loses_text_is_refused(make_trainer, tokenizer, digits):
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "ab": 2, "<unk>": 3}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens(["<end>", "<pad>"])
+    lossy = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
+    with pytest.raises(ConfigurationError, match="The tokenizer of the teacher loses upper case"):
+        make_trainer(teacher=tiny_llama(lossy, 48, 2), teacher_processing_class=lossy, **OWN)
+
+
+def test_the_space_that_a_template_writes_before_answers_is_the_teachers(make_tokenizer):
+    """As Llama 2 has it; a template that writes none, and plain text, get none."""
+    symbols = ["▁", *"ab[]IUNST/\n"]
+    backend = Tokenizer(
+        models.BPE({s: i for i, s in enumerate([*symbols, "<unk>", "▁b"])}, [("▁", "b")], unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    teacher = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+    student = make_tokenizer()
+    for space in (" ", ""):
+        teacher.chat_template = (
+            "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
+            f"{{% else %}}{space}{{{{ m['content'] }}}}</s>{{% endif %}}{{% endfor %}}"
+        )
+        other = OtherTokenizer.of(student, teacher)
+        prompt = teacher("[INST]a[/INST]", add_special_tokens=False)["input_ids"]
+        ids = other.completion(student("b", add_special_tokens=False)["input_ids"], prompt)
+        assert teacher.convert_ids_to_tokens(ids) == (["▁b"] if space else ["b"])
+        plain = other.completion(student("b", add_special_tokens=False)["input_ids"], prompt[:3])
+        assert teacher.convert_ids_to_tokens(plain) == ["b"]
