@@ -76,7 +76,7 @@ def main() -> None:
     described = (
         f"{machine(options.threads)}\n\n{Path(options.teacher).name}: its body under {options.vocabulary} new tokens; "
         f"{options.seconds:.0f} CPU seconds each, batch {options.batch_size}, learning rate "
-        f"{options.learning_rate:g} falling to 0, {options.rows} answers held out"
+        f"{options.learning_rate:g} falling to 0, {options.train_rows} prompts, {options.rows} held out"
     )
     print(f"{described}\n", flush=True)
     _, teacher, start = (run_alone(name, 0, options) for name in ("answers", "prepare", "start"))
