@@ -269,7 +269,7 @@ def _prepare_example(
     views: dict[str, Any] = {}
     too_long = first.pop("too_long", "") or other.pop("too_long", "")
     if has_view(first):
-        own = {OWN_COMPLETION: []} if OWN_COMPLETION in first else {}
+        own: dict[str, Any] = {OWN_COMPLETION: []} if OWN_COMPLETION in first else {}
         other = other if has_view(other) else {**other, "teacher_prompt_ids": [], "view_start": 0, **own}
         length = max(first.pop("teacher_length"), other.pop("teacher_length", 0))
         views = {"teacher_length": length, "has_context": first.pop("has_context")}
