@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -27,28 +26,24 @@ from measuring import machine, write_results
 
 PROMPTS = Path(__file__).parents[1] / "recipes" / "smollm2-135m"
 CONTENDERS = {
-    "ours": "ours: alm + next_byte",
+    "ours": "ours: alm + next_byte, the default",
+    "with_text": "ours, and the text (`lm_loss_weight: 1`)",
     "uld": "ours with `uld` alone",
     "gold": "TRL's GOLDTrainer, hybrid loss",
     "sft": "SFT on the teacher's answers",
 }
 MORE = {
+    "at_one": "ours: alm at temperature 1 + next_byte",
     "alm": "ours: alm alone",
     "next_byte": "ours: next_byte alone",
-    "with_text": "ours: alm + next_byte, and the text",
-    "limit": "ours: alm at its limit + next_byte",
-    "alm_limit": "ours: alm at its limit alone",
+    "overlap": "ours: alm + exact_overlap",
 }
 TERMS: dict[str, dict[str, float]] = {
-    "ours": {"alm": 1.0, "next_byte": 1.0},
     "uld": {"uld": 1.0},
     "alm": {"alm": 1.0},
     "next_byte": {"next_byte": 1.0},
-    "with_text": {"alm": 1.0, "next_byte": 1.0},
-    "limit": {"alm": 1.0, "next_byte": 1.0},
-    "alm_limit": {"alm": 1.0},
+    "overlap": {"alm": 1.0, "exact_overlap": 1.0},
 }
-AT_THE_LIMIT = ("limit", "alm_limit", "with_text")  # of alm_temperature
 SHORT = " Answer in one short sentence."
 _T_2 = 4.303  # Student's t at 97.5 % with 2 degrees of freedom
 
@@ -81,7 +76,7 @@ def main() -> None:
     described = (
         f"{machine(options.threads)}\n\n{Path(options.teacher).name}: its body under {options.vocabulary} new tokens; "
         f"{options.seconds:.0f} CPU seconds each, batch {options.batch_size}, learning rate "
-        f"{options.learning_rate:g} falling to 0, {options.rows} answers held out"
+        f"{options.learning_rate:g} falling to 0, {options.train_rows} prompts, {options.rows} held out"
     )
     print(f"{described}\n", flush=True)
     _, teacher, start = (run_alone(name, 0, options) for name in ("answers", "prepare", "start"))
@@ -337,8 +332,8 @@ def build(name: str, seed: int, options: argparse.Namespace) -> Any:
         lmbda=0.0,
         divergence="forward_kl",
         teacher_tokenizer="own",
-        cross_tokenizer=TERMS[name],
-        alm_temperature=math.inf if name in AT_THE_LIMIT else 1.0,
+        cross_tokenizer=TERMS.get(name),
+        alm_temperature=1.0 if name == "at_one" else None,
         lm_loss_weight=1.0 if name == "with_text" else 0.0,
     )
     return GKDTrainer(**given, teacher_model=options.teacher, args=args, train_dataset=Dataset.from_list(rows))

@@ -76,6 +76,15 @@ def test_students_with_and_without_rationales_are_scored_alike(tmp_path):
 
 
 @pytest.mark.slow
+def test_students_with_a_tokenizer_of_their_own_are_judged_alike(tmp_path):
+    shown = _run("cross_tokenizer.py", "--work", str(tmp_path), "--seeds", "0", "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert set(results) == {"teacher", "start", "ours", "with_text", "uld", "gold", "sft"}
+    assert all(0 < run["bits_per_byte"] < 12 for runs in results.values() for run in runs)
+    assert shown.count("|") == 8 * 9, "teacher, start and five contenders below two lines of heading"
+
+
+@pytest.mark.slow
 def test_the_memory_formula_stands_beside_measured_peaks(tmp_path):
     """At toy size what the libraries take outweighs the models, so that only the order of things is looked at."""
     _run("memory.py", "--runs", "single", "ddp", "--json", str(tmp_path / "out.json"))
