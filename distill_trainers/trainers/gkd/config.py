@@ -15,12 +15,13 @@ from ...losses.divergences import DIVERGENCES, resolve_divergence
 from ...requirements import Requirements
 from ...settings import documented, setting
 from ..config import DistillConfig
+from ..reward_settings import RewardSettings
 from .feedback import WHEN_RIGHT
 
 
 @documented
 @dataclass
-class GKDConfig(DistillConfig):
+class GKDConfig(RewardSettings, DistillConfig):
     """Settings of `GKDTrainer`."""
 
     learning_rate: float = setting(2e-5, "That of TRL's GKD and SFT; adapters take about ten times as much.")
@@ -75,8 +76,12 @@ class GKDConfig(DistillConfig):
         return {name: value for name, value in settings.items() if value is not None}
 
     stands_for = frozenset({"GKDConfig", "GOLDConfig", "DistillationConfig"})
-    accepts_sparse_teachers = True
     weighs_samples = True
+
+    @property
+    def accepts_sparse_teachers(self) -> bool:  # type: ignore[override]
+        """Whatever reads log-probabilities of the very tokens that were sampled wants them all."""
+        return not self.future_kl and self.token_weighting == "none"
 
     @classmethod
     def taken_from(cls, args: TrainingArguments, changed: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +125,10 @@ class GKDConfig(DistillConfig):
         return frozenset({"divergence"} | ({"lm_loss"} if self.lm_loss_weight else set()))
 
     @property
+    def other_scores(self) -> frozenset[str]:
+        return self.reward_scores
+
+    @property
     def samples_completions(self) -> bool:
         """Any step may train on the student's own text."""
         return self.lmbda > 0 or self.adaptive_rollouts
@@ -133,6 +142,7 @@ class GKDConfig(DistillConfig):
         return self.seq_kd
 
     def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
+        self.check_reward_rows(train, wants)
         if self.adaptive_rollouts and isinstance(evaluation, dict):
             raise ConfigurationError(
                 f"Got `adaptive_rollouts` with {len(evaluation)} eval datasets; expected one, whose loss raises λ."
@@ -162,7 +172,18 @@ class GKDConfig(DistillConfig):
             "lmbda below 1: with lmbda = 1 every step trains on student rollouts and the teacher's text is never used",
         )
         self._check_feedback()
+        self.check_rewards()
         resolve_divergence(self.divergence, **self.divergence_params())
+
+    def check_rewarded(self) -> None:
+        for name in ("feedback", "replay_buffer_size"):
+            alone = "none with `reward_funcs`, which compare completions of the step that samples them"
+            self._require(name, not getattr(self, name), alone)
+        exact = "reverse_kl with `future_kl`, whose gradient is that of KL(q‖p) of whole completions"
+        self._require("divergence", not self.future_kl or self.divergence == "reverse_kl", exact)
+        one = "1 with `future_kl`, which holds log-probabilities of both models against each other"
+        for name in ("temperature", "kd_temperature"):
+            self._require(name, not self.future_kl or getattr(self, name) == 1, one)
 
     def _check_feedback(self) -> None:
         if self.feedback_template is None:
