@@ -7,25 +7,12 @@ lie in several micro-batches and processes; who needs it whole gathers it by wha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Sampler
 
 from ..exceptions import ConfigurationError, DatasetError
 from ..requirements import Requirements
-from ..settings import Checked, setting
-
-
-@dataclass
-class GroupSettings(Checked):
-    """The size of a group, by TRL's name."""
-
-    num_generations: int = setting(
-        1,
-        "Completions of each prompt in a step; the rows of a step, of all processes, must be a multiple of it.",
-        least=1,
-    )
 
 
 class GroupSampler(Sampler[int]):

@@ -9,8 +9,8 @@ from ..data.reward_rows import RewardRows
 from ..losses.rewards import ADVANTAGES, SCALES, WEIGHTINGS
 from ..requirements import Requirements
 from ..rewards.functions import check_names, needs_answers, reward_functions
-from ..settings import require, setting
-from .groups import GroupSettings, check_group_rows
+from ..settings import Checked, require, setting
+from .groups import check_group_rows
 
 SCHEDULES = ("after", "joint")
 GUARDS = ("warn", "stop", "off")
@@ -18,9 +18,14 @@ ANSWER_COLUMN = "reward_answer_column"
 
 
 @dataclass
-class RewardSettings(GroupSettings):
+class RewardSettings(Checked):
     """Rewards of the student's completions. A config adds them to those of a method that samples."""
 
+    num_generations: int = setting(
+        1,
+        "Completions of each prompt in a step; the rows of a step, of all processes, must be a multiple of it.",
+        least=1,
+    )
     reward_funcs: list[str] | str | None = setting(
         None,
         "What completions are rewarded by: final_number, choice, math, exact, json, length:<tokens>, format:<pattern>, "
