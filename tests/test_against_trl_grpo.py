@@ -74,14 +74,18 @@ def test_same_loss_and_gradient_on_the_same_samples(both, tokenizer, scale):
     rows = [row for row in [dict(ours_row) for ours_row in theirs.train_dataset.select(range(2))] for _ in range(4)]
     inputs = theirs._prepare_inputs(rows)
     loss = theirs.compute_loss(theirs.model, inputs)
-    texts = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]
+    texts = [
+        ids[mask.bool()].tolist() for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)
+    ]
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
 
     collated = ours.data_collator([ours.train_dataset[i] for i in (0, 1) for _ in range(4)])
     answers = {}
     for prompt, text in zip(prompts, texts, strict=True):
         answers.setdefault(tuple(prompt), []).append(text)
-    own_prompts = [ids[mask.bool()].tolist() for ids, mask in zip(collated["prompt_ids"], collated["prompt_mask"], strict=True)]
+    own_prompts = [
+        ids[mask.bool()].tolist() for ids, mask in zip(collated["prompt_ids"], collated["prompt_mask"], strict=True)
+    ]
     given = [answers[tuple(prompt)].pop(0) for prompt in own_prompts]
     ours.engine.generate = lambda model, ids, mask, sampling, streams: given
     ours.model.train()

@@ -1,4 +1,4 @@
-"""What reward functions read of a row: its prompt as it was given, and its columns, kept as JSON until it was answered."""
+"""What reward functions read of a row: its prompt as it was given, and its columns, as JSON until it was answered."""
 
 from __future__ import annotations
 

@@ -247,9 +247,7 @@ def _drop(dataset: Dataset, max_length: int | None, name: str) -> Dataset:
 _TOLD = ("dropped", "goes_on", "prompt_cut", "completion_cut", "straddled", "has_context")
 
 
-def _features(
-    *, views: bool = False, routed: bool = False, feedback: bool = False, rewarded: bool = False
-) -> Features:
+def _features(*, views: bool = False, routed: bool = False, feedback: bool = False, rewarded: bool = False) -> Features:
     from datasets import Features, List, Value
 
     flag, number = Value("bool"), Value("int32")

@@ -86,7 +86,7 @@ def importance_weights(
 
 
 def row_weights(through: Tensor, mask: Tensor) -> Tensor:
-    """Return the weight of what depends on a whole row, on all its sampled tokens: the last of its products "prefix"."""
+    """Return the weight of what depends on a whole row, on all its tokens: the last of its products "prefix"."""
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     return torch.where(mask, masked_sum(through, last, 1)[:, None], 0)
 

@@ -4,9 +4,9 @@ max E_q[R] - beta KL(q || p) has its optimum at q* proportional to p e^(R / beta
 
     E_q sum_t (A - beta sum_{i>t} r_i) grad log q(y_t)  -  beta grad KL_t(q || p),      r = log q - log p, a constant,
 
-where KL_t is the sum over the vocabulary, and A is R less a baseline that does not depend on the sample. Without the sum
-over later tokens it is GKD's gradient, which takes the text as given: what a token does to the divergence of the tokens
-behind it is left out.
+where KL_t is the sum over the vocabulary, and A is R less a baseline that does not depend on the sample. Without the
+sum over later tokens it is GKD's gradient, which takes the text as given: what a token does to the divergence of the
+tokens behind it is left out.
 
 Shapes: R completions of a step, B rows, T positions, N trained tokens, n of a chunk.
 """
@@ -83,7 +83,11 @@ def _from_group_mean(values: Tensor, groups: Tensor, known: Tensor) -> tuple[Ten
 
 
 def policy_term(
-    logps: Tensor, advantages: Tensor, weights: Tensor | None = None, ratio: Tensor | None = None, clip_range: float | None = None
+    logps: Tensor,
+    advantages: Tensor,
+    weights: Tensor | None = None,
+    ratio: Tensor | None = None,
+    clip_range: float | None = None,
 ) -> Tensor:
     """Compute the term `[n]` whose gradient is -w A grad log q(y_t): the policy gradient, to minimise.
 
@@ -108,8 +112,8 @@ def policy_term(
 def rlsd_advantages(advantages: Tensor, log_ratios: Tensor, share: float, clip: float) -> Tensor:
     """Weigh advantages `[n]` by tokens on which the teacher agrees with them (RLSD, arXiv 2604.03128).
 
-    A' = A [(1 - share) + share * clip(e^(sign(A) delta), 1 - clip, 1 + clip)], delta = log p - log q of the token: where
-    the teacher would have said more of it, what was right is pushed more, what was wrong less. The sign stays.
+    A' = A [(1 - share) + share * clip(e^(sign(A) delta), 1 - clip, 1 + clip)], delta = log p - log q of the token:
+    where the teacher would have said more of it, what was right is pushed more, what was wrong less. The sign stays.
 
     Args:
         log_ratios: delta, constants.

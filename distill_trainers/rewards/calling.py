@@ -113,9 +113,7 @@ def _kind(value: Any) -> str:
     return "nothing (None)" if value is None else f"a {type(value).__name__}"
 
 
-def totals(
-    values: Sequence[Sequence[float | None]], weights: Sequence[float]
-) -> list[float | None]:
+def totals(values: Sequence[Sequence[float | None]], weights: Sequence[float]) -> list[float | None]:
     """Sum up each sample's values `[functions][samples]` by weight, None where no function applies."""
     sums: list[float | None] = []
     for of_sample in zip(*values, strict=True):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..answers.checkers import NAMES, PLAIN, WITH_SETTING, Check, Sample, checker, reads_answer
+from ..answers.checkers import NAMES, PLAIN, WITH_SETTING, Check, checker, reads_answer
 from ..exceptions import ConfigurationError
 from ..settings import shown
 
@@ -21,8 +22,6 @@ from ..settings import shown
 REWARDS: dict[str, Callable[..., Any]] = {}
 
 _IN_MODULE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-# What is told beside the columns of the rows.
-TOLD = frozenset({"prompts", "completions", "completion_ids", "trainer_state"})
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,11 @@ def reward_functions(names: Sequence[str]) -> list[RewardFunction]:
     Raises:
         ConfigurationError: a module or a function that is not there, or that cannot be called.
     """
-    return [_function(name) for name in names]
+    functions: list[RewardFunction] = []
+    for name in names:
+        function = _function(name)
+        functions.append(replace(function, name=_untaken(function.name, {other.name for other in functions})))
+    return functions
 
 
 def named(given: Any) -> list[str]:
@@ -98,15 +101,16 @@ def named(given: Any) -> list[str]:
                 f"Got a {type(one).__name__} among `reward_funcs`; expected functions of prompts and completions, or "
                 f"names ({', '.join(NAMES)}). Wrap a reward model in a function that asks it."
             )
-        name = base = getattr(one, "__name__", type(one).__name__)
-        taken = {*PLAIN, *WITH_SETTING, *names}
-        number = 1
-        while name in taken:
-            number += 1
-            name = f"{base}_{number}"
+        name = _untaken(getattr(one, "__name__", type(one).__name__), {*PLAIN, *WITH_SETTING, *names})
         REWARDS[name] = one
         names.append(name)
     return names
+
+
+def _untaken(name: str, taken: Collection[str]) -> str:
+    """Return the name, with a number where it is taken."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def _function(name: str) -> RewardFunction:
@@ -151,6 +155,3 @@ def _over(check: Check) -> Callable[..., list[float | None]]:
 def needs_answers(names: Sequence[str]) -> bool:
     """Tell whether any of these compares with the right answer, which rows must bring."""
     return any(name not in REWARDS and reads_answer(name) for name in names)
-
-
-__all__ = ["REWARDS", "RewardFunction", "Sample", "check_names", "named", "needs_answers", "reward_functions"]

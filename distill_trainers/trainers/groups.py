@@ -1,7 +1,7 @@
-"""Several completions of one prompt: each row comes to a step as often as `num_generations` says, one right behind another.
+"""Several completions of one prompt: each row comes to a step as often as `num_generations` says, in a row.
 
-Nothing else of the path knows of it. Copies are rows like others, each sampled by random numbers of its own. A group may
-lie in several micro-batches and processes; who needs it whole gathers it by what the rows hold.
+Nothing else of the path knows of it. Copies are rows like others, each sampled by random numbers of its own. A group
+may lie in several micro-batches and processes; who needs it whole gathers it by what the rows hold.
 """
 
 from __future__ import annotations

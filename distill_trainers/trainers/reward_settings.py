@@ -34,7 +34,9 @@ class RewardSettings(Checked):
     reward_weights: list[float] | None = setting(None, "Weight of each of reward_funcs; 1 for all if not set.")
     reward_answer_column: str = setting("answer", "Column of right answers that the built-in rewards compare with.")
     reward_timeout: float | None = setting(
-        600.0, "Seconds that a reward function may take for a step's completions; null: any, in the main thread.", above=0
+        600.0,
+        "Seconds that a reward function may take for a step's completions; null: any, in the main thread.",
+        above=0,
     )
     advantage: str = setting(
         "leave_one_out",
@@ -49,7 +51,8 @@ class RewardSettings(Checked):
         0.1, "β: weight of the divergence in steps with rewards; 0 learns from rewards alone.", least=0
     )
     reward_schedule: str = setting(
-        "after", "after: the divergence alone until reward_start, then rewards with it as their anchor; joint: from the start."
+        "after",
+        "after: the divergence alone until reward_start, then rewards with it as their anchor; joint: from the start.",
     )
     reward_start: float = setting(
         0.5, "With reward_schedule after: steps of the divergence alone (below 1: a share of all).", least=0
@@ -64,9 +67,7 @@ class RewardSettings(Checked):
         "rlsd: weigh advantages by tokens on which the teacher agrees; iw_opd: weigh the divergence by how little has "
         "gone wrong before a token.",
     )
-    token_weighting_strength: float = setting(
-        0.5, "λ of rlsd (at most 1), γ of iw_opd: 0 weighs nothing.", least=0
-    )
+    token_weighting_strength: float = setting(0.5, "λ of rlsd (at most 1), γ of iw_opd: 0 weighs nothing.", least=0)
     token_weighting_clip: float = setting(0.2, "ε of rlsd: how far a weight may leave 1.", least=0, below=1)
     clip_range: float | None = setting(
         0.2,
@@ -153,7 +154,9 @@ class RewardSettings(Checked):
         self._require("num_generations", size > 1 or not compares, grouped.format(self.advantage))
         sampled = "above 0 with `reward_funcs`, which reward what the student samples"
         require(self.samples_completions, "lmbda", getattr(self, "lmbda", None), sampled)
-        self._require("temperature", self.temperature > 0, "a positive number with `reward_funcs`: greedy text is no sample")
+        self._require(
+            "temperature", self.temperature > 0, "a positive number with `reward_funcs`: greedy text is no sample"
+        )
         for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0)):
             biased = f"{off} with `reward_funcs`: tokens that are never drawn bias the policy gradient"
             self._require(name, getattr(self, name) == off, biased)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from ..losses.reduction import IGNORE_INDEX
 from ..losses.rewards import group_advantages, spread_of_groups
 from ..rewards.calling import reward_values, totals
 from ..rewards.functions import RewardFunction, reward_functions
+from .lifecycle.outage import keep_finished_step
 from .protocol import Batch, Run
 from .reward_settings import RewardSettings
 
@@ -104,9 +104,7 @@ class Rewards:
             "completion_ids": [list(ids) for ids in completions],
             "trainer_state": self.run.state,
         }
-        samples = [
-            self._sample(text, ids, row) for text, ids, (_, row) in zip(texts, completions, rows, strict=True)
-        ]
+        samples = [self._sample(text, ids, row) for text, ids, (_, row) in zip(texts, completions, rows, strict=True)]
         checked = {"samples": samples}
         count, seconds = len(rows), self.args.reward_timeout
         return [reward_values(f, checked if f.is_checker else told, count, seconds) for f in functions]
@@ -118,15 +116,8 @@ class Rewards:
 
     def _refuse_failures(self, failures: Sequence[str]) -> None:
         failed = [failure for failure in failures if failure]
-        if not failed:
-            return
-        run, step = self.run, self.run.state.global_step
-        kept = [path for path in run.run_checkpoints if Path(path).name == f"checkpoint-{step}"]
-        if step > 0 and not kept:
-            run.save_aside()
-            kept = run.run_checkpoints[-1:]
-        where = f"The last finished step is kept in {kept[-1]}." if kept else "This run had not finished a step."
-        raise RewardError(f"{failed[0]} {where}")
+        if failed:
+            raise RewardError(f"{failed[0]} {keep_finished_step(self.run)}")
 
     def _log(self, values: Sequence[Sequence[float | None]], rewards: Tensor, spread: Tensor) -> None:
         known = ~rewards.isnan()

@@ -25,7 +25,9 @@ from distill_trainers.losses.sampler_ratio import sampler_weights
 
 V, LENGTH, BETA = 3, 3, 0.3
 TEXTS = torch.tensor(list(itertools.product(range(V), repeat=LENGTH)))
-PREFIXES = {prefix: k for k, prefix in enumerate(p for n in range(LENGTH) for p in itertools.product(range(V), repeat=n))}
+PREFIXES = {
+    prefix: k for k, prefix in enumerate(p for n in range(LENGTH) for p in itertools.product(range(V), repeat=n))
+}
 PLACES = torch.tensor([[PREFIXES[tuple(text[:t])] for t in range(LENGTH)] for text in TEXTS.tolist()])
 MASK = torch.ones(len(TEXTS), LENGTH, dtype=torch.bool)
 
@@ -59,7 +61,7 @@ def objective(student, teacher, rewards, beta):
 
 
 def pairs(kind, rewards, scale="none"):
-    """The expected advantage of each text when its group has one other sample, drawn from q: E[A | text] by counting."""
+    """The advantage of each text (rows) in a group with each other one (columns)."""
     count = len(TEXTS)
     first, second = torch.meshgrid(torch.arange(count), torch.arange(count), indexing="ij")
     both = torch.stack([rewards[first.flatten()], rewards[second.flatten()]], 1).flatten()
@@ -85,8 +87,8 @@ def expected_gradient(student, teacher, advantages, beta, *, future=True):
 def test_unbiased_advantages_give_the_gradient_of_the_objective(toy, kind):
     student, teacher, rewards = toy
     chances = token_logps(student)[0].sum(1).exp().detach()
-    advantages = pairs(kind, rewards) @ chances if kind != "none" else group_advantages(
-        rewards, torch.arange(len(TEXTS)), kind
+    advantages = (
+        pairs(kind, rewards) @ chances if kind != "none" else group_advantages(rewards, torch.arange(len(TEXTS)), kind)
     )
     exact = gradient(objective(student, teacher, rewards, BETA), student)
     assert (expected_gradient(student, teacher, advantages, BETA) - exact).abs().max() < 1e-9

@@ -62,11 +62,14 @@ def test_names_of_functions():
     names = named([exact, "exact", lambda completions: [], lambda completions: []])
     assert names == ["exact_2", "exact", "<lambda>", "<lambda>_2"]
     check_names(names, trusts_code=False)
-    assert [f.name for f in reward_functions([*names, "length:5"])] == [*names, "length"]
+    with_settings = ["length:5", "length:6"]
+    assert [f.name for f in reward_functions([*names, *with_settings])] == [*names, "length", "length_2"]
 
 
 def test_functions_of_a_module(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text("def shout(completions, **kw):\n    return [float(c.isupper()) for c in completions]\n")
+    (tmp_path / "my_rewards.py").write_text(
+        "def shout(completions, **kw):\n    return [float(c.isupper()) for c in completions]\n"
+    )
     with pytest.raises(ConfigurationError, match="my_rewards:shout.*trust_remote_code: true"):
         check_names(["my_rewards:shout"], trusts_code=False)
     check_names(["my_rewards:shout"], trusts_code=True)
@@ -136,7 +139,8 @@ def test_a_function_that_hangs_does_not_keep_the_program():
     code = (
         "import time\nfrom distill_trainers.rewards import *\n"
         "(f,) = reward_functions(named(lambda completions: time.sleep(600)))\n"
-        "try:\n    reward_values(f, {'completions': []}, 0, 0.05)\nexcept Exception as error:\n    print(type(error).__name__)"
+        "try:\n    reward_values(f, {'completions': []}, 0, 0.05)\n"
+        "except Exception as error:\n    print(type(error).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "RewardError", done.stderr[-500:]

@@ -1,4 +1,4 @@
-"""GKD and MiniLLM with rewards: the loss against its formula, and what a run does with functions, groups and failures."""
+"""GKD and MiniLLM with rewards: the loss against its formula; what a run does with functions, groups and failures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ def test_loss_is_the_formula(make_trainer, make_student, dense, tokenizer):
         for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
     ]
     for row in rows:
-        texts.append(tokenizer.decode([i for i, t in zip(row["input_ids"], row["labels"], strict=True) if t != -100], skip_special_tokens=True))
+        texts.append(
+            tokenizer.decode(
+                [i for i, t in zip(row["input_ids"], row["labels"], strict=True) if t != -100], skip_special_tokens=True
+            )
+        )
     rewards = digits(texts)
     assert len(set(rewards)) > 2
     advantages = [rewards[i] - rewards[i ^ 1] for i in range(4)]  # the other one of each pair
@@ -103,7 +107,14 @@ def test_gkd_with_the_future_is_minillm(make_trainer, make_student):
 
 
 def test_rewards_come_after_the_divergence(make_trainer, by_step):
-    trainer = make_trainer(reward_funcs="exact", reward_answer_column="completion", num_generations=2, max_steps=4, lmbda=0.1, eval_pass_rows=0)
+    trainer = make_trainer(
+        reward_funcs="exact",
+        reward_answer_column="completion",
+        num_generations=2,
+        max_steps=4,
+        lmbda=0.1,
+        eval_pass_rows=0,
+    )
     trainer.train()
     assert by_step(trainer, "reward_mean").keys() == {3, 4}  # reward_start: 0.5
     assert by_step(trainer, "divergence").keys() == {1, 2, 3, 4}
@@ -139,8 +150,13 @@ def test_conversations_are_given_as_messages(make_trainer, make_tokenizer, make_
     prompt = [{"role": "user", "content": "1+1"}]
     rows = [{"prompt": prompt, "answer": "2"}] * 4
     trainer = make_trainer(
-        tiny_llama(tok, 32, 1, seed=1, max_position_embeddings=96), tiny_llama(tok, 32, 1, seed=2, max_position_embeddings=96),
-        train=Dataset.from_list(rows), tok=tok, reward_funcs=look, max_length=96, **JOINT,
+        tiny_llama(tok, 32, 1, seed=1, max_position_embeddings=96),
+        tiny_llama(tok, 32, 1, seed=2, max_position_embeddings=96),
+        train=Dataset.from_list(rows),
+        tok=tok,
+        reward_funcs=look,
+        max_length=96,
+        **JOINT,
     )
     one_step(trainer, [0, 0, 1, 1])
     assert seen["prompts"] == [prompt] * 4 and seen["answer"] == ["2"] * 4
@@ -183,7 +199,10 @@ def test_a_function_that_fails_loses_nothing(make_trainer, by_step, tmp_path):
         ({"reward_funcs": ["json"], **JOINT, "replay_buffer_size": 8}, "replay_buffer_size.*none"),
         ({"reward_funcs": ["no_such"], **JOINT}, "no_such.*module:function"),
         ({"reward_weight": 2.0}, "reward_weight: 2.0.*`reward_funcs` beside it"),
-        ({"method": "minillm", "objective": "token", "reward_funcs": ["json"], "num_generations": 2}, "objective: token.*gkd"),
+        (
+            {"method": "minillm", "objective": "token", "reward_funcs": ["json"], "num_generations": 2},
+            "objective: token.*gkd",
+        ),
         ({"method": "dpkd", "reward_funcs": digits}, "reward_funcs.*argument of GKDTrainer and MiniLLMTrainer"),
     ],
 )

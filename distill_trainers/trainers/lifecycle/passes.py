@@ -20,6 +20,7 @@ from ...rollouts.store import prompt_key
 from ..protocol import Run
 from ..reward_settings import RewardSettings
 from .completions import student_prompt
+from .outage import keep_finished_step
 from .side_by_side import SideBySide, log_side_by_side
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,9 @@ _SHOWN = 400  # characters of a text that the log shows
 
 
 def pass_at(right: int, samples: int, k: int) -> float:
-    """Estimate without bias how likely k samples hold a right one, from `samples` of which `right` are (arXiv 2107.03374).
+    """Estimate without bias how likely k samples hold a right one, from samples so many of which are right.
+
+    The estimate of arXiv 2107.03374, eq. 1:
 
     1 - C(samples - right, k) / C(samples, k)
     """
@@ -134,7 +137,8 @@ class HeldOutPasses:
                 told = [], str(error)
         values, failure = gather_object([told])[0]
         if failure:
-            raise RewardError(f"While held-out prompts were scored: {failure}")
+            kept = keep_finished_step(self.run) if self.run.is_in_train else ""
+            raise RewardError(f"While held-out prompts were scored: {failure} {kept}".rstrip())
         return values
 
     def _show(self, rows: Sequence[Any], prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> None:
