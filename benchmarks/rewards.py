@@ -81,7 +81,7 @@ def distilled(options: Any, tokenizer: Any, teacher: Any, seed: int) -> dict[str
         seq_kd=True,
         divergence="forward_kl",
         max_steps=options.distil_steps,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=256,
         rollout_batch_size=500,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
@@ -100,9 +100,9 @@ def continued(options: Any, tokenizer: Any, teacher: Any, seed: int, name: str) 
         seed,
         lmbda=1.0,
         divergence="reverse_kl",
-        num_generations=8,
+        num_generations=4,
         max_steps=options.steps,
-        per_device_train_batch_size=128,
+        per_device_train_batch_size=512,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=10,
@@ -147,11 +147,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/rewards"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teacher-steps", type=int, default=700)
-    parser.add_argument("--distil-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=300, help="optimiser steps on the student's own text")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--distil-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps on the student's own text")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--anchor", type=float, default=0.05, help="β, weight of the divergence beside rewards")
     parser.add_argument("--only-base", action="store_true", help="make teacher, student and data, and end")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="of the contenders")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", PROMPTS), ("test", HELD_OUT)):
@@ -164,7 +165,7 @@ def main() -> None:
     print(json.dumps({"part": "teacher", "accuracy": right}), flush=True)
     scores: dict[str, list[float]] = {}
     for seed in options.seeds:
-        for part in ("distilled", *(() if options.only_base else CONTENDERS)):
+        for part in ("distilled", *(() if options.only_base else options.only)):
             file = options.out / f"{part}-{seed}.json"
             if part == "distilled":
                 result = kept(file, lambda s=seed: distilled(options, tokenizer, teacher, s))
