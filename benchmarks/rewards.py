@@ -102,13 +102,14 @@ def continued(options: Any, tokenizer: Any, teacher: Any, seed: int, name: str) 
         divergence="reverse_kl",
         num_generations=4,
         max_steps=options.steps,
-        per_device_train_batch_size=512,
+        per_device_train_batch_size=options.rows,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=10,
         **own,
     )
-    student = AutoModelForCausalLM.from_pretrained(options.out / f"distilled-{seed}" / "student", dtype=torch.float32)
+    folder = options.out / ("teacher" if options.start == "teacher" else f"distilled-{seed}/student")
+    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return trained(options, name, args, student, teacher, tokenizer, seed)
 
 
@@ -149,6 +150,10 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int, default=700)
     parser.add_argument("--distil-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps on the student's own text")
+    parser.add_argument("--rows", type=int, default=512, help="completions in such a step, 4 of each prompt")
+    parser.add_argument(
+        "--start", choices=("distilled", "teacher"), default="distilled", help="teacher: from a copy of its weights"
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--anchor", type=float, default=0.05, help="β, weight of the divergence beside rewards")
     parser.add_argument("--only-base", action="store_true", help="make teacher, student and data, and end")
@@ -165,7 +170,8 @@ def main() -> None:
     print(json.dumps({"part": "teacher", "accuracy": right}), flush=True)
     scores: dict[str, list[float]] = {}
     for seed in options.seeds:
-        for part in ("distilled", *(() if options.only_base else options.only)):
+        base = ("distilled",) if options.start == "distilled" else ()
+        for part in (*base, *(() if options.only_base else options.only)):
             file = options.out / f"{part}-{seed}.json"
             if part == "distilled":
                 result = kept(file, lambda s=seed: distilled(options, tokenizer, teacher, s))

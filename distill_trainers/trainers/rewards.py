@@ -13,7 +13,7 @@ from torch import Tensor
 from ..answers.checkers import Sample
 from ..data.collator import DistillCollator, unpadded_prompts
 from ..data.reward_rows import REWARD_ROW, read_row
-from ..exceptions import BAD_INPUT, ConfigurationError, RewardError
+from ..exceptions import BAD_INPUT, ConfigurationError, DatasetError, RewardError
 from ..losses.reduction import IGNORE_INDEX
 from ..losses.rewards import group_advantages, spread_of_groups
 from ..rewards.calling import reward_values, totals
@@ -52,6 +52,11 @@ class Rewards:
         Raises:
             RewardError: on all of them, if a function failed on any; the last finished step is saved before.
         """
+        if not all(REWARD_ROW in batch for batch in batches):
+            raise DatasetError(
+                "Got training rows that are tokenised already, without the columns that reward functions read; "
+                "expected raw rows. Pass the dataset as it was before."
+            )
         known = [row for batch in batches for row in batch[REWARD_ROW]]
         prompts = [ids for batch in batches for ids in unpadded_prompts(batch)]
         completions = [ids for batch in batches for ids in completions_of(batch)]
