@@ -6,28 +6,10 @@ may lie in several micro-batches and processes; who needs it whole gathers it by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
-
-from torch.utils.data import Sampler
 
 from ..exceptions import ConfigurationError, DatasetError
 from ..requirements import Requirements
-
-
-class GroupSampler(Sampler[int]):
-    """Another sampler's rows, each `size` times in a row."""
-
-    def __init__(self, order: Any, size: int):
-        self.order = order
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.order) * self.size
-
-    def __iter__(self) -> Iterator[int]:
-        for row in self.order:
-            yield from [row] * self.size
 
 
 def check_groups(args: Any, num_processes: int) -> None:

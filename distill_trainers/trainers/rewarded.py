@@ -16,7 +16,8 @@ from ..losses.sampler_ratio import LOG_RATIO, ROW_WEIGHT
 from ..rewards.functions import named
 from ..signals import TokenLogits, TokenLogprobs, TokenSignal
 from .base import Batch
-from .groups import GroupSampler, check_groups
+from .groups import check_groups
+from .lifecycle.order import RepeatedSampler
 from .lifecycle.passes import HeldOutPasses
 from .logps import logps_of_both
 from .on_policy import OnPolicyTrainer
@@ -137,7 +138,7 @@ class RewardedTrainer(OnPolicyTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         order, size = super()._get_train_sampler(train_dataset), self.reward_args.num_generations
-        return order if size == 1 else GroupSampler(order, size)
+        return order if size == 1 else RepeatedSampler(order, size)
 
     def evaluation_loop(
         self,

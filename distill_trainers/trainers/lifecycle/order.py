@@ -59,6 +59,19 @@ class EpochSampler(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
 
 
+class RepeatedSampler(Sampler[int]):
+    """Each row of another sampler so many times, one after the other: a group whose members a step samples apart."""
+
+    def __init__(self, sampler: Sampler[int], times: int):
+        self.sampler, self.times = sampler, times
+
+    def __len__(self) -> int:
+        return len(self.sampler) * self.times  # type: ignore[arg-type]  # those of rows that can be counted
+
+    def __iter__(self) -> Iterator[int]:
+        return (row for row in self.sampler for _ in range(self.times))
+
+
 def train_sampler(dataset: Any, args: DistillConfig, epoch: Callable[[], float]) -> EpochSampler | None:
     """Make the sampler of `train_sampling_strategy`, where it is one that draws; else None."""
     if not hasattr(dataset, "__len__") or args.train_sampling_strategy not in ("random", "group_by_length"):
