@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument(
         "--start", choices=("distilled", "teacher"), default="distilled", help="teacher: from a copy of its weights"
     )
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--anchor", type=float, default=0.05, help="β, weight of the divergence beside rewards")
     parser.add_argument("--only-base", action="store_true", help="make teacher, student and data, and end")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="of the contenders")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill_trainers.trainers import METHODS
 
 # Rewards of short texts, which hold the student back no more than the divergence draws it on.
-REWARDED = {"reward_funcs": ["exact", "length:1"], "reward_answer_column": "completion", "num_generations": 2}
+REWARDED = {"reward_funcs": "length:1", "num_generations": 2}
 REWARDED |= {"reward_weight": 0.1, "anchor_weight": 1.0, "reward_schedule": "joint", "eval_pass_rows": 2}
 
 # A method's name to the settings with which it is tried, one entry for each way in which it trains.

@@ -97,6 +97,12 @@ class RewardSettings(Checked):
         return [self.reward_funcs] if isinstance(self.reward_funcs, str) else list(self.reward_funcs or ())
 
     @property
+    def chosen_rewards(self) -> list[str]:
+        """Names of the settings of rewards that a card tells: those that are not at their defaults."""
+        names = [field.name for field in fields(RewardSettings) if getattr(self, field.name) != field.default]
+        return [name for name in names if self.reward_names and name not in type(self).__annotations__]
+
+    @property
     def pass_name(self) -> str:
         """The name of what says whether a completion passes."""
         return self.eval_pass_func or self.reward_names[0]
