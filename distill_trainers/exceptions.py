@@ -65,13 +65,17 @@ class CacheError(_Told, OSError):
     """A teacher cache could not be written or read; what was written earlier is left as it was."""
 
 
+class RewardError(_Told, RuntimeError):
+    """A reward function raised, did not end, or gave back something else than a number for each completion."""
+
+
 class HubError(_Told, OSError):
     """The Hub could not be reached or refused; what lies on this machine is left as it was."""
 
 
 # What the user mends before anything has run, and what ends a run that has.
 BAD_INPUT = (ConfigurationError, DatasetError, VocabularyError)
-FAILURES = (CacheError, CheckpointError, HubError, ServerError, TrainingDivergedError, UnlikeModelError)
+FAILURES = (CacheError, CheckpointError, HubError, RewardError, ServerError, TrainingDivergedError, UnlikeModelError)
 
 
 _SHOWN = 40  # so many known keys are a list that one can read

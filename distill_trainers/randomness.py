@@ -41,6 +41,7 @@ class Purpose(StrEnum):
     COMPLETION = "text of the teacher where rows have none, or instead of theirs"
     REJECTED = "rejected responses to evaluation prompts"
     SCORED = "text that is scored"
+    PASSED = "completions of held-out prompts that pass or do not"
     PAIR = "responses of a file of preference pairs"
     RATIONALE = "chains of thought"
     CACHE = "ids of a sampled cache"

@@ -159,6 +159,7 @@ def make_trainer(tmp_path, tokenizer, make_student, make_teacher, digits):
         "compute_metrics",
         "preprocess_logits_for_metrics",
         "optimizer_cls_and_kwargs",
+        "reward_funcs",
     }
 
     def make(

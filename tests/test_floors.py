@@ -33,6 +33,7 @@ FLOORS = {
     "data": 1,
     "toy": 1,
     "rationales": 2,
+    "rewards": 2,
     "gguf": 2,
     "run_files": 2,
     "students": 2,

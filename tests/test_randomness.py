@@ -31,6 +31,7 @@ USES = {
     Purpose.COMPLETION: "trainers/lifecycle/completions.py",
     Purpose.REJECTED: "trainers/dpkd/responses.py",
     Purpose.SCORED: "evaluation/settings.py",
+    Purpose.PASSED: "trainers/lifecycle/passes.py",
     Purpose.PAIR: "cli/pairs.py",
     Purpose.RATIONALE: "cli/rationales.py",
     Purpose.CACHE: "teachers/cache/kinds.py",

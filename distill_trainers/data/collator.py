@@ -15,6 +15,7 @@ from torch import Tensor
 from distill_trainers.data.feedback import FEEDBACK
 from distill_trainers.data.labels import IGNORED, completion_labels
 from distill_trainers.data.packing import positions_of, restarts
+from distill_trainers.data.reward_rows import REWARD_ROW
 from distill_trainers.data.routing import TEACHER_INDEX
 from distill_trainers.data.views import ALIGNED_ENTRIES, OWN_COMPLETION, has_view
 from distill_trainers.exceptions import ConfigurationError, DatasetError
@@ -35,7 +36,8 @@ class DistillCollator:
 
     Packed rows (with `seq_lengths`, see `packing.py`) get `position_ids` `[B, T]` in place of a mask. Rows with a view
     of the teacher's get the entries that `views.py` names. Where rows have a `teacher_index` (see `routing.py`), so has
-    the batch, `[B]`. Where they have what feedback is made of (see `feedback.py`), the batch has a list of it.
+    the batch, `[B]`. Where they have what feedback or rewards are made of (see `feedback.py`,
+    `reward_rows.py`), the batch has a list of it.
 
     Args:
         pad_token_id: fills the padding; any id of the vocabulary will do.
@@ -83,8 +85,8 @@ class DistillCollator:
             prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
             batch["prompt_ids"] = pad_rows(prompts, self.pad_token_id, self.pad_to_multiple_of, left=True)
             batch["prompt_mask"] = _lengths_mask(prompts, self.pad_to_multiple_of, left=True)
-            if FEEDBACK in rows[0]:
-                batch[FEEDBACK] = [row[FEEDBACK] for row in rows]  # texts, until rollouts have made views of them
+            for texts in {FEEDBACK, REWARD_ROW} & rows[0].keys():  # until views or rewards are made of them
+                batch[texts] = [row[texts] for row in rows]
         return batch | view_entries(rows, self.pad_token_id, self.pad_to_multiple_of)
 
     def _packed(self, batch: dict[str, Tensor], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

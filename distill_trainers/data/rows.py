@@ -15,6 +15,7 @@ from distill_trainers.data.feedback import FeedbackRows
 from distill_trainers.data.formats import DatasetType, as_text, check_columns, is_conversation
 from distill_trainers.data.labels import IGNORED, TokenizedRow, row_of
 from distill_trainers.data.messages import Message
+from distill_trainers.data.reward_rows import REWARD_ROW, RewardRows
 from distill_trainers.data.teacher_prompts import TeacherPrompts
 from distill_trainers.data.texts import ended, num_ids, split_text, text_ids
 from distill_trainers.data.views import kept_view
@@ -35,6 +36,7 @@ def tokenize_row(
     features: Mapping[str, Any] | None = None,
     teacher_prompts: TeacherPrompts | None = None,
     feedback: FeedbackRows | None = None,
+    rewards: RewardRows | None = None,
     reserve: int = 0,
 ) -> TokenizedRow:
     """Tokenise one row as `{"input_ids", "labels", "prompt_length"}`.
@@ -53,6 +55,7 @@ def tokenize_row(
         features: of the dataset, to tell keys that it added to messages and tools from the user's own nulls.
         teacher_prompts: write the prompt that the teacher reads; the row then has a view (see `views.py`).
         feedback: add what the teacher's prompt is made of once the student has answered (see `feedback.py`).
+        rewards: add what reward functions read of the row (see `reward_rows.py`).
         reserve: tokens that the student may write.
 
     Raises:
@@ -67,7 +70,8 @@ def tokenize_row(
         asked = as_text(row.get("prompt"), column="prompt")
         tokens = _from_text(row, dataset_type, tokenizer)
     else:
-        asked = turns_of(row, dataset_type, answer_last=answer_last)[0] if teacher_prompts or feedback else []
+        asks = teacher_prompts or feedback or rewards
+        asked = turns_of(row, dataset_type, answer_last=answer_last)[0] if asks else []
         tokens = tokenize_conversation(
             row,
             tokenizer,
@@ -78,6 +82,9 @@ def tokenize_row(
         )
     if not tokens["input_ids"]:
         return tokens
+    if rewards is not None:
+        rewarded: Any = {REWARD_ROW: rewards.written(row, asked)}
+        tokens = tokens | rewarded
     if feedback is not None and asked is not None and tokens["prompt_length"]:
         more: Any = feedback.added_to(tokens, row, asked, tokenizer, chat_template_kwargs, reserve)
         return tokens | more

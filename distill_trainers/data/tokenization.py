@@ -21,6 +21,7 @@ from distill_trainers.data.formats import (
 )
 from distill_trainers.data.labels import any_trained
 from distill_trainers.data.plain import plain_dataset
+from distill_trainers.data.reward_rows import REWARD_ROW, RewardRows
 from distill_trainers.data.routing import TEACHER_INDEX, teacher_index
 from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
 from distill_trainers.data.teacher_prompts import TeacherPrompts
@@ -41,7 +42,7 @@ Needs = Literal["completion", "prompt", "either", "both"]
 _CODE = (
     *("formats.py", "arrow.py", "messages.py", "rendering.py", "chat.py", "turns.py", "conversations.py"),
     *("rows.py", "texts.py", "labels.py", "routing.py", "tokenization.py", "rationales.py"),
-    *("teacher_prompts.py", "feedback.py", "views.py", "other_tokenizer.py", "alignment.py"),
+    *("teacher_prompts.py", "feedback.py", "reward_rows.py", "views.py", "other_tokenizer.py", "alignment.py"),
     "../answers/edit_distance.py",
 )
 _EMPTY_ROW = "empty row, or conversation that an assistant opens"
@@ -67,6 +68,7 @@ def prepare_dataset(
     teachers: Sequence[str] = (),
     teacher_column: str = "teacher",
     feedback: FeedbackRows | None = None,
+    rewards: RewardRows | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenise a dataset of any layout, with the `length` of each row for batches of like-sized rows.
 
@@ -87,6 +89,7 @@ def prepare_dataset(
         teacher_column: names the teacher of each row.
         feedback: rows get `feedback`, what the teacher is told of an attempt is made of (see `feedback.py`), and the
             `teacher_length` that they may come to.
+        rewards: rows get `reward_row`, what reward functions read of them (see `reward_rows.py`).
 
     Raises:
         DatasetError: no rows, an unknown layout, rows that cannot be tokenised, or none left to train on.
@@ -103,6 +106,7 @@ def prepare_dataset(
         teacher_prompts = teacher_prompts.reading(row, dataset_type, column_mapping, name)
     if feedback is not None:
         feedback = feedback.reading(row, dataset_type, column_mapping, name)
+    rewards = None if rewards is None else rewards.reading(row, column_mapping, name)
     if tokenizer.eos_token_id is None:
         logger.warning("The tokenizer has no EOS token: a student trained on %r may not learn to stop.", name)
     work = partial(
@@ -123,8 +127,14 @@ def prepare_dataset(
         teachers=list(teachers),
         teacher_column=teacher_column,
         feedback=feedback,
+        rewards=rewards,
     )
-    features = _features(teacher_prompts, routed=bool(teachers), feedback=feedback is not None)
+    features = _features(
+        teacher_prompts,
+        routed=bool(teachers),
+        feedback=feedback is not None,
+        rewarded=rewards is not None,
+    )
     map_rows: Any = partial(dataset.map, work, with_indices=True, remove_columns=list(row), features=features)
     if isinstance(dataset, Dataset):
         with reading(f"Dataset {name!r} cannot be read"):
@@ -150,15 +160,15 @@ def _prepare_row(
     teachers: Sequence[str] = (),
     teacher_column: str = "teacher",
     feedback: FeedbackRows | None = None,
+    rewards: RewardRows | None = None,
     **settings: Any,  # of `tokenize_row`
 ) -> dict[str, Any]:
     views: dict[str, Any] = {}
     too_long = ""
     try:
         routed = {TEACHER_INDEX: teacher_index(row, teachers, teacher_column)} if teachers else {}
-        whole = tokenize_row(
-            row, tokenizer, teacher_prompts=teacher_prompts, feedback=feedback, reserve=reserve, **settings
-        )
+        more = {"teacher_prompts": teacher_prompts, "feedback": feedback, "rewards": rewards, "reserve": reserve}
+        whole: Any = tokenize_row(row, tokenizer, **more, **settings)
         cut = truncate(whole, max_length, reserve, bos_token_id=tokenizer.bos_token_id)
         if teacher_prompts is not None:
             views, too_long = teacher_prompts.finished(whole, cut, reserve)
@@ -172,6 +182,7 @@ def _prepare_row(
         **cut,
         **views,
         **({} if feedback is None else {name: whole.get(name) for name in COLUMNS}),
+        **({} if rewards is None else {REWARD_ROW: whole.get(REWARD_ROW)}),
         "length": len(cut["input_ids"]),
         "dropped": dropped,
         "goes_on": settings["dataset_type"] == "messages" and not settings["answer_last"] and goes_on(row),
@@ -236,7 +247,9 @@ def _drop(dataset: Dataset, max_length: int | None, name: str, prompts: TeacherP
 _TOLD = ("dropped", "goes_on", "prompt_cut", "completion_cut", "straddled", "lacks")
 
 
-def _features(prompts: TeacherPrompts | None, *, routed: bool = False, feedback: bool = False) -> Features:
+def _features(
+    prompts: TeacherPrompts | None, *, routed: bool = False, feedback: bool = False, rewarded: bool = False
+) -> Features:
     from datasets import Features, List, Value
 
     flag, number = Value("bool"), Value("int32")
@@ -253,6 +266,7 @@ def _features(prompts: TeacherPrompts | None, *, routed: bool = False, feedback:
     }
     columns |= {TEACHER_INDEX: number} if routed else {}
     columns |= feedback_features() if feedback else {}
+    columns |= {REWARD_ROW: Value("string")} if rewarded else {}
     if prompts is not None:
         columns |= view_features(own_tokenizer=prompts.other is not None) | {"lacks": Value("string")}
     return Features(columns)

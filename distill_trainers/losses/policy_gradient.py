@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..exceptions import ConfigurationError
+from .reduction import masked_sum
 
 IMPORTANCE = ("token", "prefix")
 # Log-ratios are bounded by this before they are exponentiated: e^60 is far from anything of use, and its products with
@@ -82,6 +83,12 @@ def importance_weights(
         return weights, weights
     through = ratios.cumsum(1)
     return torch.where(mask, _exp(through - ratios), 0), torch.where(mask, _exp(through), 0)
+
+
+def row_weights(through: Tensor, mask: Tensor) -> Tensor:
+    """Return the weight of what depends on a whole row, on all its tokens: the last of its products "prefix"."""
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return torch.where(mask, masked_sum(through, last, 1)[:, None], 0)
 
 
 def sequence_advantages(

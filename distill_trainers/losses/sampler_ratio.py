@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..signals import TokenLogits, TokenSignal
+from .reduction import masked_sum
 from .sparse import token_logps
 
 CORRECTIONS = ("none", "truncate", "mask", "prefix")
 # Batch entries [B, T]: log mu of each sampled token, and 1 on those of which it is known; both are 0 elsewhere.
 SAMPLER_LOGPS, SAMPLED = "token_sampler_logps", "token_sampled"
 # What `SamplerRatio.weights` adds to the tokens.
-WEIGHT, LOG_RATIO = "token_sampler_weight", "token_sampler_log_ratio"
+WEIGHT, LOG_RATIO, ROW_WEIGHT = "token_sampler_weight", "token_sampler_log_ratio", "token_sampler_row_weight"
 # The metrics of `SamplerRatio.metrics`.
 RATIO, OUTSIDE = "sampler_ratio", "sampler_outside"
 _LOG_BOUND = 60.0  # e^60 is far from anything of use, and products with it are still finite in float32
@@ -115,7 +116,10 @@ class SamplerRatio:
         return {LOG_RATIO: self.log_ratio(student, tokens)}
 
     def weights(self, terms: Mapping[str, Tensor], tokens: Mapping[str, Tensor], predicts: Tensor) -> dict[str, Tensor]:
-        """Return the entries `WEIGHT` and `LOG_RATIO` `[N]`; the weight is 1 where no sampler is known.
+        """Return the entries `WEIGHT`, `ROW_WEIGHT` and `LOG_RATIO` `[N]`; weights are 1 where no sampler is known.
+
+        `WEIGHT` is of what depends on the tokens before, `ROW_WEIGHT` of what depends on the whole row, as a reward
+        does: with "prefix" the product of all its ratios, else the bounded ratio of the token.
 
         Args:
             terms: of `terms`, for all N tokens.
@@ -125,8 +129,11 @@ class SamplerRatio:
         sampled = tokens[SAMPLED] > 0
         rows = logs.new_zeros(predicts.shape).masked_scatter(predicts, logs)
         mask = torch.zeros_like(predicts).masked_scatter(predicts, sampled)
-        before, _ = sampler_weights(rows, mask, self.kind, self.least, self.most)
-        return {WEIGHT: torch.where(sampled, before[predicts], 1.0), LOG_RATIO: logs}
+        before, through = sampler_weights(rows, mask, self.kind, self.least, self.most)
+        if self.kind == "prefix":
+            through = torch.where(mask, masked_sum(rows, mask, 1).clamp(max=_LOG_BOUND).exp()[:, None], 0)
+        weights = {WEIGHT: before, ROW_WEIGHT: through}
+        return {name: torch.where(sampled, of[predicts], 1.0) for name, of in weights.items()} | {LOG_RATIO: logs}
 
     def metrics(self, student: TokenLogits, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a chunk's ratios and which lie outside the bounds, `[n]`, 0 where unknown; none without a sampler."""

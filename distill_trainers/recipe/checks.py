@@ -212,7 +212,7 @@ def optimiser_steps(args: Any, rows: int | None, processes: int | None = None) -
     world = processes or args.world_size
     if args.max_steps > 0 or rows is None:
         return max(0, args.max_steps)
-    rows *= getattr(args, "feedback_samples", 1)
+    rows *= getattr(args, "num_generations", 1)
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     batches = math.ceil(rows / (args.per_device_train_batch_size * world))
     per_epoch = math.ceil(batches / args.gradient_accumulation_steps)

@@ -127,7 +127,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         **unknown: Any,
     ):
-        self.args = config_from_arguments(self.config_class, args)
+        self.args = self.configured(config_from_arguments(self.config_class, args))
         self.adapter, self.quantization = peft_config, quantization_config
         self.formatting_func, self.model_init = formatting_func, model_init  # type: ignore[assignment]  # or a name
         self.compute_metrics = compute_metrics
@@ -286,6 +286,10 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         super().create_accelerator_and_postprocess()
 
     # ---- What a method overrides ------------------------------------------------------------------------------------
+
+    def configured(self, args: Any) -> Any:
+        """Take up in the config what the constructor was given in the place of settings."""
+        return args
 
     @property
     def loss_weights(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ..data import prepare_dataset
 from ..data.feedback import FeedbackRows
+from ..data.reward_rows import RewardRows
 from ..data.teacher_prompts import TeacherPrompts
 from ..data.tokenization import Needs
 from ..evaluation.measures import MEASURES, METRICS, higher_is_better
@@ -366,7 +367,12 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             teacher_column=self.teacher_column,
             teacher_prompts=self.teacher_prompts(wants),
             feedback=self.feedback_rows(wants) if training else None,
+            rewards=self.reward_rows(training) if name != "pretraining" else None,
         )
+
+    def reward_rows(self, training: bool) -> RewardRows | None:
+        """Say what rows must bring for rewards of the student's text; None: there are none."""
+        return None
 
     def feedback_rows(self, wants: Requirements) -> FeedbackRows | None:
         """Say what training rows must bring for feedback on the student's attempts; None: there is none."""

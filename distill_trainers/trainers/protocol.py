@@ -50,6 +50,7 @@ class Run(Protocol):
     state: TrainerState
     metrics: RunningMetrics
     callback_handler: Any
+    control: Any
     is_in_train: bool
     train_dataset: Any
     eval_dataset: Any

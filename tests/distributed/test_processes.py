@@ -102,6 +102,8 @@ MEASURES = {
 # Right samples are looked for in both processes; long rows are left out, so that often one of them trains nothing.
 FEEDBACK = {"feedback": "{attempt}{prompt}\n\n{right}", "feedback_answer_column": "completion"}
 FEEDBACK |= {"teacher_max_length": 13, "teacher_too_long": "drop"}
+# Nearly greedy copies of one prompt are alike, so that rewards themselves are the advantages.
+REWARDS = {"reward_funcs": ["length:2"], "advantage": "none", "num_generations": 2, "reward_schedule": "joint"}
 
 
 def pairs(**settings):
@@ -131,6 +133,10 @@ CASES = {
         "text": True,
         "args": {**SETTINGS, **MINILLM, "max_steps": 8, "learning_rate": 0.05},
     },
+    "minillm-rewards": {
+        "method": "minillm",
+        "args": {**SETTINGS, **MINILLM, **REWARDS, "learning_rate": 0.05},
+    },
     "step_by_step": {"method": "rationale", "args": {**RATIONALES, "objective": "step_by_step"}},
     "edit": {"method": "rationale", "args": {**RATIONALES, "objective": "edit", "wrong_weight": 0.5}},
     "dual_chain": {"method": "rationale", "args": {**RATIONALES, "objective": "dual_chain", "innovation_samples": 1}},
@@ -138,6 +144,7 @@ CASES = {
 # What is logged beside the loss and must not depend on processes either.
 LOGGED = {
     "pairs": {"reward_margin", "nll_chosen", "nll_rejected"},
+    "minillm-rewards": {"reward", "reward_mean", "reward_flat_groups", "advantage", "rewards/length"},
     "minillm": {"reward", "sequence_kl", "advantage", "ratio", "clipped", "pretraining"},
     "rationale": {"label", "rationale", "right_steps", "wrong_steps", "imitation", "answer"},
 }
@@ -154,11 +161,15 @@ SAMPLED = {
 }
 SAMPLED["gradient_accumulation_steps"] = 1
 REPLAY = {"refresh_steps": 2, "replay_buffer_size": 8, "max_steps": 4, "max_new_tokens": 4, "max_length": 32}
+# Each process has one of the two completions of a prompt.
+IN_GROUPS = {"lmbda": 1.0, "reward_funcs": ["length:8"], "num_generations": 2, "per_device_train_batch_size": 1}
+IN_GROUPS |= {"reward_schedule": "joint", "reward_guard": "stop"}
 ON_THEIR_OWN = {
     "waits": {"args": {**SAMPLED, "lmbda": 1.0}},
     "waits-replay": {"args": {**SAMPLED, "lmbda": 1.0, "replay_buffer_size": 8}},
     "waits-mixture": {"method": "minillm", "args": {**SAMPLED, "num_inner_epochs": 2}},
     "pairs-replay": {"method": "dpkd", "args": {**SAMPLED, **REPLAY}},
+    "groups": {"args": {**SAMPLED, **IN_GROUPS}},
     "merged": {"lora": True, "args": {**OFF_POLICY, "merge_adapter": True}},
     "wide": {"teacher_mlp": 2048, "args": {**OFF_POLICY, "max_steps": 1}},  # too large for ZeRO-3 to keep it whole
 }
@@ -208,7 +219,7 @@ def test_what_two_processes_train_is_what_one_trains(finished, config, case):
     assert two["student_is_sharded"] == ("fsdp2" in config)  # accelerate alone would make DDP of it on a CPU
     assert_same_run(one, two, alone, together, CASES[case].get("lora", False))
     method = "pairs" if CASES[case].get("pairs") else CASES[case].get("method")
-    for name in LOGGED.get(method, ()):
+    for name in LOGGED.get(method, set()) | LOGGED.get(case, set()):
         first, second = ([log[name] for log in run["logs"] if name in log and "loss" in log] for run in (one, two))
         assert second == pytest.approx(first, rel=2e-3, abs=2e-4), name
     assert two["eval"].get("eval_reward_margin", 0) == pytest.approx(
@@ -248,6 +259,18 @@ def test_processes_whose_completions_end_at_different_steps_wait_for_each_other(
     losses = [log["loss"] for log in report["logs"] if "loss" in log]
     assert len(losses) == 6 and all(0 < loss < 10 for loss in losses)
     assert set(rollouts_of(report)) == ({4.0} if case == "waits" else {0.0, 4.0}), "of both processes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", LAUNCHES)
+def test_groups_that_lie_on_two_processes_are_compared(finished, config):
+    """Else each completion would be alone in its group, and have no advantage."""
+    report, _ = finished("groups", config)
+    steps = [log for log in report["logs"] if "loss" in log]
+    assert len(steps) == 6 and any(log["reward_std"] > 0 for log in steps)
+    assert all((log["policy"] != 0) == (log["reward_std"] > 0) for log in steps)
+    assert all(log["reward_flat_groups"] in (0.0, 1.0) for log in steps)
+    assert 0 <= report["eval"]["eval_pass@1"] <= report["eval"]["eval_pass@4"] <= 1
 
 
 @pytest.mark.slow

@@ -124,7 +124,7 @@ def test_a_right_sample_of_another_process_serves(attempted, tokenizer, monkeypa
 @pytest.mark.parametrize("order", ["random", "sequential", "group_by_length"])
 def test_a_step_samples_each_of_its_prompts_so_often(make_trainer, tokenizer, order):
     settings = {"train": rows([f"{a}+1=" for a in range(1, 7)]), "feedback": "{right}={prompt}", "lmbda": 1.0}
-    settings |= {"feedback_samples": 2, "train_sampling_strategy": order, "max_steps": -1, "num_train_epochs": 2}
+    settings |= {"num_generations": 2, "train_sampling_strategy": order, "max_steps": -1, "num_train_epochs": 2}
     trainer = make_trainer(**settings, per_device_train_batch_size=4)
     told, sampled = [], trainer.sample_completions
 
@@ -217,7 +217,7 @@ def test_a_conversation_is_what_the_chat_template_would_have_rendered(make_token
 def test_a_run_goes_on_exactly(make_trainer, die_at, by_step):
     run = {"train": rows(PROMPTS * 3), "lmbda": 1.0, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     run |= {"feedback": "{right}{attempt}={prompt}\n\n{answer}", "self_teacher": "ema", "teacher": None}
-    run |= {"feedback_samples": 2}
+    run |= {"num_generations": 2}
     whole = make_trainer(**run)
     whole.train()
     killed = make_trainer(**run, output_dir=f"{whole.args.output_dir}-killed", callbacks=[die_at(3)])
@@ -275,9 +275,8 @@ def test_responses_are_judged_by_what_they_state(text, answer, settings, reason)
         ({"feedback_right": "both"}, "one of drop, keep"),
         ({"feedback_kind": "digits"}, "one of auto, number"),
         ({"feedback_formats": ["digits"]}, "Got the answer format 'digits'"),
-        ({"feedback": None, "feedback_samples": 2}, "`feedback` beside it"),
-        ({"feedback_samples": 3}, "feedback_samples: 3` with [48] rows a step; expected a divisor"),
-        ({"feedback_samples": 2, "train": rows().to_iterable_dataset(), "max_steps": 1}, "with a stream"),
+        ({"num_generations": 3}, "num_generations: 3` with [48] rows in a step"),
+        ({"num_generations": 2, "train": rows().to_iterable_dataset(), "max_steps": 1}, "stream with `num_gen"),
         ({"replay_buffer_size": 8}, "none with `replay_buffer_size`"),
         ({"teacher_system_prompt": "1"}, "which writes the teacher's prompt itself"),
         ({"teacher_prompt": "{prompt}1"}, "which writes the teacher's prompt itself"),

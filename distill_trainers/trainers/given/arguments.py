@@ -21,7 +21,7 @@ from ...data.plain import plain_dataset
 from ...exceptions import ConfigurationError
 from ...teachers import Teacher
 
-_REWARD = "the reward is the teacher's log-probability; MiniLLMTrainer learns from it"
+_REWARD = "write `reward_funcs=`, with a function that asks yours (GKDTrainer, MiniLLMTrainer)"
 _NO_TOOLS = "completions are sampled without tools or an environment; give rows that have the tool calls"
 # Arguments of other trainers, of `transformers` and of TRL, that are none here: what to write instead.
 ELSEWHERE = {
@@ -41,7 +41,7 @@ ELSEWHERE = {
     "max_seq_length": "set `max_length` in the config",
     "max_prompt_length": "set `max_length` in the config; a prompt loses its beginning where both do not fit",
     "dataset_text_field": "set `column_mapping={'your column': 'text'}` in the config",
-    "reward_funcs": _REWARD,
+    "reward_funcs": "it is an argument of GKDTrainer and MiniLLMTrainer",
     "reward_processing_classes": _REWARD,
     "reward_model": _REWARD,
     "value_model": _REWARD,

@@ -15,12 +15,13 @@ from ...losses.divergences import DIVERGENCES, resolve_divergence
 from ...requirements import Requirements
 from ...settings import documented, setting
 from ..config import DistillConfig
+from ..reward_settings import RewardSettings
 from .feedback import WHEN_RIGHT
 
 
 @documented
 @dataclass
-class GKDConfig(DistillConfig):
+class GKDConfig(RewardSettings, DistillConfig):
     """Settings of `GKDTrainer`."""
 
     learning_rate: float = setting(2e-5, "That of TRL's GKD and SFT; adapters take about ten times as much.")
@@ -56,12 +57,6 @@ class GKDConfig(DistillConfig):
         "What the teacher is asked about a completion of the student's that is wrong: a template over {prompt}, "
         "{attempt}, {answer} and {right} (a right sample of the same prompt in the step), or `default`.",
     )
-    feedback_samples: int = setting(
-        1,
-        "With feedback: completions that a step samples of each of its prompts, among which a right one ({right}) may "
-        "be; a divisor of the rows of a step.",
-        least=1,
-    )
     feedback_answer_column: str = setting("answer", "With feedback: the column of right answers.")
     feedback_kind: str = setting("auto", f"With feedback: how answers are compared: {', '.join(ANSWER_KINDS)}.")
     feedback_formats: list[str] | None = setting(
@@ -81,8 +76,12 @@ class GKDConfig(DistillConfig):
         return {name: value for name, value in settings.items() if value is not None}
 
     stands_for = frozenset({"GKDConfig", "GOLDConfig", "DistillationConfig"})
-    accepts_sparse_teachers = True
     weighs_samples = True
+
+    @property
+    def accepts_sparse_teachers(self) -> bool:  # type: ignore[override]
+        """Whatever reads log-probabilities of the very tokens that were sampled wants them all."""
+        return not self.future_kl and self.token_weighting == "none"
 
     @classmethod
     def taken_from(cls, args: TrainingArguments, changed: dict[str, Any]) -> dict[str, Any]:
@@ -128,6 +127,10 @@ class GKDConfig(DistillConfig):
 
     @property
     def why_shared_tokenizer(self) -> str:
+        if self.reward_names:
+            return "rewards (`reward_funcs`) are weighed against the divergence of each sampled token"
+        if self.reward_names:
+            return "rewards (`reward_funcs`) are weighed against the divergence of each sampled token"
         if self.feedback is not None:
             return "feedback (`feedback`) is written for the teacher while it trains"
         if self.divergence == "logit_mse" and self.compares_distributions:
@@ -141,7 +144,11 @@ class GKDConfig(DistillConfig):
 
     @property
     def follows_teacher_alone(self) -> bool:
-        return not self.lm_loss_weight or self.lmbda == 1
+        return not self.reward_names and (not self.lm_loss_weight or self.lmbda == 1)
+
+    @property
+    def other_scores(self) -> frozenset[str]:
+        return self.reward_scores
 
     @property
     def samples_completions(self) -> bool:
@@ -157,18 +164,7 @@ class GKDConfig(DistillConfig):
         return self.seq_kd
 
     def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
-        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        if rows % self.feedback_samples:
-            raise ConfigurationError(
-                f"Got `feedback_samples: {self.feedback_samples}` with {rows} rows a step; expected a divisor of them, "
-                "since all samples of a prompt belong to one step (per_device_train_batch_size × "
-                "gradient_accumulation_steps × processes)."
-            )
-        if self.feedback_samples > 1 and wants.streams_rows:
-            raise ConfigurationError(
-                f"Got `feedback_samples: {self.feedback_samples}` with a stream; expected a `datasets.Dataset`, whose "
-                "rows can be sampled several times in a step. Leave `feedback_samples` out, or load all rows."
-            )
+        self.check_reward_rows(train, wants)
         if self.adaptive_rollouts and isinstance(evaluation, dict):
             raise ConfigurationError(
                 f"Got `adaptive_rollouts` with {len(evaluation)} eval datasets; expected one, whose loss raises λ."
@@ -198,7 +194,18 @@ class GKDConfig(DistillConfig):
             "lmbda below 1: with lmbda = 1 every step trains on student rollouts and the teacher's text is never used",
         )
         self._check_feedback()
+        self.check_rewards()
         resolve_divergence(self.divergence, **self.divergence_params())
+
+    def check_rewarded(self) -> None:
+        for name in ("feedback", "replay_buffer_size"):
+            alone = "none with `reward_funcs`, which compare completions of the step that samples them"
+            self._require(name, not getattr(self, name), alone)
+        exact = "reverse_kl with `future_kl`, whose gradient is that of KL(q‖p) of whole completions"
+        self._require("divergence", not self.future_kl or self.divergence == "reverse_kl", exact)
+        one = "1 with `future_kl`, which holds log-probabilities of both models against each other"
+        for name in ("temperature", "kd_temperature"):
+            self._require(name, not self.future_kl or getattr(self, name) == 1, one)
 
     def _check_feedback(self) -> None:
         if self.feedback_template is None:

@@ -22,13 +22,13 @@ from ...rollouts import AdaptiveProbability, ReplayBuffer, draws_on_policy
 from ...rollouts.replay import parts_of, scored_rows, with_rows
 from ...signals import TokenLogits, TokenSignal
 from ..base import Batch
-from ..lifecycle.order import RepeatedSampler
-from ..on_policy import OnPolicyTrainer
+from ..rewarded import OPD_WEIGHT, POLICY, RewardedTrainer
+from ..rewards import ADVANTAGE
 from .config import GKDConfig
 from .feedback import AttemptFeedback, refuse_collator, without_feedback
 
 
-class GKDTrainer(OnPolicyTrainer):
+class GKDTrainer(RewardedTrainer):
     """Matches the teacher's next-token distributions on dataset tokens, on the student's own, or on both.
 
     Eq. 3 of arXiv 2306.13649, with one draw of λ per optimiser step, the same on every process.
@@ -76,16 +76,14 @@ class GKDTrainer(OnPolicyTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler, times = super()._get_train_sampler(train_dataset), self.args.feedback_samples
-        return sampler if sampler is None or times == 1 else RepeatedSampler(sampler, times)
-
     @property
     def loss_weights(self) -> dict[str, float]:
         scale = self.args.kd_temperature**2 if self.args.tau_squared else 1.0
         weights = {"divergence": scale}
         if self.aligned_loss is not None:  # likelihoods of text, which `alm` compares, are not softened
             weights = {name: w * (1.0 if name == "alm" else scale) for name, w in self.aligned_loss.weights.items()}
+        if self.is_rewarded:
+            weights = {"divergence": scale * self.args.anchor_weight, POLICY: 1.0}
         # On the student's own samples −log q has zero expected gradient: nothing but noise.
         if self.args.lm_loss_weight and not (self.on_policy_step and self.model.training):
             weights["lm_loss"] = self.args.lm_loss_weight
@@ -97,7 +95,7 @@ class GKDTrainer(OnPolicyTrainer):
         One draw serves all of it, as in DistiLLM's own code: u < λ(1−t/T) samples, u < λ replays.
         """
         seed, step, rank = self.args.seed, self.state.global_step, self.accelerator.process_index
-        self.on_policy_step = draws_on_policy(self.lmbda.value, seed, step)
+        self.on_policy_step = self.must_sample or draws_on_policy(self.lmbda.value, seed, step)
         if self.feedback is not None:
             return self._attempted(self.feedback, batches)
         if not self.on_policy_step:
@@ -144,9 +142,10 @@ class GKDTrainer(OnPolicyTrainer):
         return {name: part for name, part in parts.items() if part is not None}
 
     def method_state(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._remembered().items()}
+        return super().method_state() | {name: part.state_dict() for name, part in self._remembered().items()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
+        super().load_method_state(state)
         for name, part in self._remembered().items():
             if name in state:
                 part.load_state_dict(state[name])
@@ -175,6 +174,10 @@ class GKDTrainer(OnPolicyTrainer):
             divergence = token_divergence(self.divergence_now(), student, teacher, self.args.kd_temperature)
             terms = {"divergence": weighted(divergence, tokens[WEIGHT]) if WEIGHT in tokens else divergence}
         terms |= self.sampler_ratio.metrics(student, tokens)
+        if OPD_WEIGHT in tokens:
+            terms["divergence"] = tokens[OPD_WEIGHT] * terms["divergence"]
+        if ADVANTAGE in tokens:
+            terms |= self.policy_terms(student, teacher, tokens)
         if "lm_loss" in self.loss_weights:
             terms["lm_loss"] = -token_logps(student, tokens["labels"])
         return terms

@@ -35,6 +35,19 @@ def last_step(method_state: dict[str, Any], device: torch.device) -> LastStep:
     return LastStep(copy.deepcopy(method_state), draws)
 
 
+def keep_finished_step(run: Run) -> str:
+    """Write a checkpoint of the step that is over, unless it is there; what to tell of it. All processes must ask.
+
+    For failures between steps, when nothing of the next one has changed anything yet.
+    """
+    step = run.state.global_step
+    kept = [path for path in run.run_checkpoints if Path(path).name == f"checkpoint-{step}"]
+    if step > 0 and not kept:
+        run.save_aside()
+        kept = run.run_checkpoints[-1:]
+    return f"The last finished step is kept in {kept[-1]}." if kept else "This run had not finished a step."
+
+
 def end_together(run: Run, last: LastStep | None) -> None:
     """Save the last finished step and end, if any process's teacher has failed; all processes must ask.
 

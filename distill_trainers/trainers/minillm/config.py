@@ -11,11 +11,12 @@ from ...losses import policy_gradient
 from ...requirements import Requirements
 from ...settings import documented, require, setting
 from ..config import DistillConfig
+from ..reward_settings import RewardSettings
 
 
 @documented
 @dataclass
-class MiniLLMConfig(DistillConfig):
+class MiniLLMConfig(RewardSettings, DistillConfig):
     """Settings of `MiniLLMTrainer`."""
 
     learning_rate: float = setting(5e-6, "That of the paper's code; adapters take about ten times as much.")
@@ -104,6 +105,8 @@ class MiniLLMConfig(DistillConfig):
 
     @property
     def why_shared_tokenizer(self) -> str:
+        if self.reward_names:
+            return "rewards (`reward_funcs`) are weighed against the divergence of each sampled token"
         if self.alpha:
             return f"student and teacher sample one text together, token by token (`teacher_mix_alpha: {self.alpha:g}`)"
         if self.objective == "sequence" and self.estimator == "exact":
@@ -137,7 +140,11 @@ class MiniLLMConfig(DistillConfig):
 
     @property
     def follows_teacher_alone(self) -> bool:
-        return not self.lm_loss_weight and not self.pretraining_weight
+        return not self.reward_names and not self.lm_loss_weight and not self.pretraining_weight
+
+    @property
+    def other_scores(self) -> frozenset[str]:
+        return self.reward_scores
 
     @property
     def samples_completions(self) -> bool:
@@ -148,6 +155,7 @@ class MiniLLMConfig(DistillConfig):
         return self.lmbda < 1
 
     def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
+        self.check_reward_rows(train, wants)
         if self.reuses_rollouts and train is not None and wants.streams_rows:
             raise DatasetError(
                 f"Got a stream with `num_minibatches: {self.num_minibatches}` and `num_inner_epochs: "
@@ -169,6 +177,13 @@ class MiniLLMConfig(DistillConfig):
         super().__post_init__()
         split = self.accelerator_config.split_batches  # type: ignore[union-attr]  # parsed by now
         require(not self.reuses_rollouts or not split, "accelerator_config.split_batches", split, COUNTED)
+
+    def check_rewarded(self) -> None:
+        whole = "sequence with `reward_funcs`, which reward whole completions; for single tokens take the method gkd"
+        self._require("objective", self.objective == "sequence", whole)
+        always = "false: MiniLLM counts what a token does to later ones by itself (Long)"
+        self._require("future_kl", not self.future_kl, always)
+        self._require("token_weighting", self.token_weighting == "none", "none, or the method gkd")
 
     def _check(self) -> None:
         super()._check()
@@ -192,6 +207,7 @@ class MiniLLMConfig(DistillConfig):
             kind = self.sampler_correction
             products = "prefix with `sampler_correction: prefix`, and token with truncate and mask, which bound ratios"
             self._require("importance", kind == "none" or (kind == "prefix") == (self.importance == "prefix"), products)
+        self.check_rewards()
         reused = "1 with objective token and estimator exact, which has no ratio that tells how old a rollout is"
         for name in ("num_minibatches", "num_inner_epochs"):
             self._require(name, scored or getattr(self, name) == 1, reused)

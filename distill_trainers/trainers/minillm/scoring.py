@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ...exceptions import ConfigurationError
-from ...losses import token_logps
-from ...losses.aligned import TEACHER_LOGPS
 from ...losses.reduction import trained_mask
 from ...losses.sampler_ratio import SAMPLED, SAMPLER_LOGPS
 from ...randomness import Purpose, Role, Stream
 from ...rollouts import Mixture, Scored, decode_scored, why_not_scored
-from ...signals import HiddenStates, TokenLogits, TokenSignal
+from ...signals import HiddenStates
 from ...teachers import Teacher
+from ..logps import logps_of_both
 from ..protocol import Batch, Run
 from .cycles import with_logps
 
@@ -95,36 +94,10 @@ def _scored_afterwards(run: Run, batch: Batch) -> Batch:
     """Score what an engine has sampled that knows its own log-probabilities at most."""
     batch = dict(batch)
     told, _ = batch.pop(SAMPLER_LOGPS, None), batch.pop(SAMPLED, None)
-    logps = _logps_of_both(run, batch)
+    logps = logps_of_both(run, batch)
     if told is None:
         return with_logps(batch, logps)
     own = told[:, 1:][trained_mask(batch["labels"])].to(logps)
     if run.args.sampler_correction == "none":
         return with_logps(batch, torch.cat([logps, own[:, None]], dim=1))
     return with_logps(batch, torch.stack([logps[:, 0], own, logps[:, 2]], dim=1))
-
-
-@torch.no_grad()
-def _logps_of_both(run: Run, batch: Batch) -> Tensor:
-    """`[N, 3]` for the completions of an engine: one forward of each model over the given tokens."""
-    temperature = run.sampling.temperature
-
-    def terms(student: TokenLogits, teacher: TokenSignal | None, tokens: Any) -> dict[str, Tensor]:
-        labels = tokens["labels"]
-        student_logps = token_logps(student, labels)
-        drawn = student_logps if temperature == 1.0 else token_logps(TokenLogits(student.logits / temperature), labels)
-        if TEACHER_LOGPS in tokens:  # it has ids of its own
-            teacher_logps = tokens[TEACHER_LOGPS]
-        else:
-            teacher_logps = token_logps(teacher, labels) if isinstance(teacher, TokenLogits) else teacher.values  # type: ignore
-        return {"student": student_logps, "drawn": drawn, "teacher": teacher_logps}
-
-    model: Any = run.model_wrapped
-    was_training = model.training
-    model.eval()
-    try:
-        with run.two_models.autocast():
-            _, logps = run.two_models.terms(model, batch, run.teacher_signal, terms, {})
-    finally:
-        model.train(was_training)
-    return torch.stack([logps[name] for name in ("student", "drawn", "teacher")], dim=1)

@@ -30,14 +30,15 @@ from ...losses.sampler_ratio import (
 from ...rollouts import draws_on_policy
 from ...signals import TeacherSignal, TokenLogits, TokenLogprobs, TokenSignal, padded
 from ..base import Batch
-from ..on_policy import OnPolicyTrainer
+from ..rewarded import RewardedTrainer
+from ..rewards import ADVANTAGE, without_reward_rows
 from .config import MiniLLMConfig
 from .cycles import LOGPS, RolloutCycles
 from .plain_text import SHAPE, PlainText
 from .scoring import SIGNAL, check_mixture, sample_scored
 
 
-class MiniLLMTrainer(OnPolicyTrainer):
+class MiniLLMTrainer(RewardedTrainer):
     """Minimises the reverse KL of the student's own sequences to the teacher's (arXiv 2306.08543, algorithm 1).
 
     Args:
@@ -75,7 +76,8 @@ class MiniLLMTrainer(OnPolicyTrainer):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        weights = dict(self.args.single_terms)
+        anchor = self.anchor if self.model.training and self.args.estimator == "exact" else 1.0
+        weights = {name: anchor * weight for name, weight in self.args.single_terms.items()}
         if self.args.lm_loss_weight and not (self.on_policy_step and self.model.training):
             weights["lm_loss"] = self.args.lm_loss_weight
         if self.model.training and self.args.objective == "sequence":
@@ -155,6 +157,15 @@ class MiniLLMTrainer(OnPolicyTrainer):
 
     on_policy_step = True
 
+    @property
+    def sampled_step(self) -> int:
+        return self.cycles.start if self.args.reuses_rollouts else super().sampled_step
+
+    @property
+    def anchor(self) -> float:
+        """Weight of the reverse KL in the coming step."""
+        return self.args.anchor_weight if self.rewards_have_begun else 1.0
+
     def next_batches(self, epoch_iterator: Iterator, num_batches: int) -> list[Batch]:
         if not self.args.reuses_rollouts:
             return super().next_batches(epoch_iterator, num_batches)
@@ -171,6 +182,7 @@ class MiniLLMTrainer(OnPolicyTrainer):
         """Return scored rollouts for these batches; log what they tell about the student."""
         args, exact = self.args, self.args.estimator == "exact"
         batches = sample_scored(self, batches, args.alpha, keep_signal=exact and not args.reuses_rollouts)
+        batches = self._rewarded(batches)
         for batch in batches:
             mask = batch["labels"] != IGNORE_INDEX
             student, sampler, teacher, *_ = batch[LOGPS].unbind(-1)
@@ -184,8 +196,22 @@ class MiniLLMTrainer(OnPolicyTrainer):
             self.metrics.add_means({"sequence_kl": -(weights * rewards).sum()}, len(mask))
         return batches
 
+    def _rewarded(self, batches: list[Batch]) -> list[Batch]:
+        """Add the rewards' advantages behind the log-probabilities of sampled tokens, with which they travel."""
+        if self.rewards is None:
+            return batches
+        begin = self.args.begins_at(self.state.max_steps)
+        if self.state.global_step >= begin:
+            batches = self.rewards.added_to(batches)
+        entries = [batch.get(ADVANTAGE, torch.zeros_like(batch[LOGPS][..., 0])) for batch in batches]
+        return [
+            {**batch, LOGPS: torch.cat([batch[LOGPS], entry.to(batch[LOGPS])[..., None]], dim=-1)}
+            for batch, entry in zip(batches, entries, strict=True)
+        ]
+
     def score(self, batches: list[Batch]) -> list[Batch]:
         """Add advantages and weights of the sampled tokens, and text below them."""
+        batches = [without_reward_rows(batch) for batch in batches]
         if self.has_entries:
             batches = [self._scored(batch) for batch in batches]
         if self.args.objective == "sequence":
@@ -204,14 +230,19 @@ class MiniLLMTrainer(OnPolicyTrainer):
         if not args.scores_rollouts:
             return {**batch, "token_single": own_mask}
         student, sampler, teacher, *told = batch.pop(LOGPS).unbind(-1)
+        advantage = told.pop() if self.rewards is not None else None
+        batch.pop(ADVANTAGE, None)
         scale, clip = args.reward_scale, args.reward_clip
         rewards = self._rewards(batch, student, teacher, mask, scale=scale, clip=clip)
         before, through = self._importance_weights(student, sampler, mask)
         long = policy_gradient.sequence_advantages(
             rewards, through, mask, args.importance, gamma=args.gamma, normalise=args.length_normalization
         )
+        if advantage is not None:
+            whole = policy_gradient.row_weights(through, mask) if self.weighs_prefixes else through
+            long = self.anchor * long + args.reward_weight * whole * advantage
         if args.estimator == "sampled":
-            single = through * rewards
+            single = self.anchor * through * rewards
         else:  # with a correction it is weighted in the loss, by the student as it is then
             single = before if args.sampler_correction == "none" else own_mask
         entries = {SAMPLER_LOGPS: told[0] if told else sampler, SAMPLED: own_mask}
@@ -228,6 +259,11 @@ class MiniLLMTrainer(OnPolicyTrainer):
         chunks, at_all = batch["token_chunk"], self.args.objective == "token"
         own, theirs = (by_chunk(torch.where(mask, side, 0), chunks, at_all=at_all) for side in (student, teacher))
         return policy_gradient.sequence_rewards(own, theirs, mask, **settings)
+
+    @property
+    def weighs_prefixes(self) -> bool:
+        """Whether weights are products along the row."""
+        return "prefix" in (self.args.importance, self.args.sampler_correction)
 
     def _importance_weights(self, student: Tensor, sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Weights, of what tokens before and what tokens through t decide, by the one ratio that there is."""
@@ -275,7 +311,9 @@ class MiniLLMTrainer(OnPolicyTrainer):
         return self.cycles.sampler(order) if self.args.reuses_rollouts else order
 
     def method_state(self) -> dict[str, Any]:
-        return {"cycle": self.cycles.state_dict()} if self.args.reuses_rollouts else {}
+        cycle = {"cycle": self.cycles.state_dict()} if self.args.reuses_rollouts else {}
+        return super().method_state() | cycle
 
     def load_method_state(self, state: dict[str, Any]) -> None:
+        super().load_method_state(state)
         self.cycles.load_state_dict(state.get("cycle", {}))
