@@ -251,6 +251,7 @@ ALLOWED = {
     ("cards/dataset_card.py", "TemporaryDirectory"): "of the system, uploaded and gone",
     ("cli/last_net.py", "mkstemp"): "a traceback; what went wrong may be the storage",
     ("cli/last_net.py", "open"): "likewise",
+    ("trainers/lifecycle/thrift.py", "open"): "into a checkpoint, whose manifest comes last",
     ("rollouts/vllm.py", "mkdtemp"): "the folder by which weights go to vLLM: made anew for each sync, read once",
     ("rollouts/vllm.py", "save_file"): "into that folder",
     ("rollouts/vllm.py", "save_pretrained"): "into that folder",
