@@ -20,8 +20,8 @@ _EXPORTS = {
     "DPKDTrainer": "trainers.dpkd",
     "RationaleConfig": "trainers.rationale",
     "RationaleTrainer": "trainers.rationale",
-    "RewardSettings": "trainers.reward_settings",
-    "RewardedTrainer": "trainers.rewarded",
+    "RewardSettings": "trainers.rewarded.settings",
+    "RewardedTrainer": "trainers.rewarded.trainer",
     "DistillConfig": "trainers.config",
     "DistillTrainer": "trainers.base",
     "CachedTeacher": "teachers",
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from .trainers.gkd import GKDConfig, GKDTrainer
     from .trainers.minillm import MiniLLMConfig, MiniLLMTrainer
     from .trainers.rationale import RationaleConfig, RationaleTrainer
-    from .trainers.reward_settings import RewardSettings
-    from .trainers.rewarded import RewardedTrainer
+    from .trainers.rewarded.settings import RewardSettings
+    from .trainers.rewarded.trainer import RewardedTrainer
 
 
 def __getattr__(name: str) -> Any:

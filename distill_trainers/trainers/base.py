@@ -30,15 +30,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from .. import hub, models
-from ..data import DistillCollator, replace_completions
+from ..data import DistillCollator
 from ..data.foreign import fitted, with_ids
 from ..evaluation.agreement import agreement_terms
 from ..exceptions import ConfigurationError, DatasetError
 from ..losses.aligned import TEACHER_LOGPS
 from ..losses.reduction import step_counts, step_weights, token_mean, window_mean
-from ..randomness import Purpose, Role, Stream
 from ..rollouts import build_engine
-from ..rollouts.sampling import join_prompts
 from ..signals import TeacherSignal, TokenLogits, TokenLogprobs
 from ..teachers import Teacher
 from ..teachers.base import Pair
@@ -62,11 +60,12 @@ from .lifecycle.recording import RunRecorder
 from .lifecycle.sentinel import Sentinel
 from .preflight import Given, preflight
 from .protocol import Batch
+from .sampling import Sampling
 from .step import TwoModels
 from .student import load_student
 
 
-class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders, TeacherForcedEvaluation):
+class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders, Sampling, TeacherForcedEvaluation):
     """Base of all distillation trainers; use a method's own trainer.
 
     Args:
@@ -395,35 +394,6 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
                 self.two_models.ask_ahead(batches, self.teacher_signal)
         counts = step_counts(batches, self.loss_divisors)
         return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
-
-    def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
-        """Sample for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
-        if not all("prompt_ids" in batch for batch in batches):
-            raise DatasetError(
-                "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
-                f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
-            )
-        prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
-        place = {"step": self.state.global_step, "rank": self.accelerator.process_index}
-        stream = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(**place)
-        streams = [stream.at(row=row) for row in range(len(prompts[0]))]
-        ready = (
-            models.generating(self.model_wrapped, self.accelerator)
-            if self.engine.runs_the_model
-            else contextlib.nullcontext(self.model_wrapped)
-        )
-        with ready as model:
-            completions = (generate or self.engine.generate)(model, *prompts, self.sampling, streams)
-        self.metrics.add_sums(rollouts=len(completions))
-        self.metrics.add_means({"completion_length": sum(map(len, completions))}, len(completions))
-        sampled, start = [], 0
-        for batch in batches:
-            rows = completions[start : start + len(batch["prompt_ids"])]
-            start += len(rows)
-            padding = {"pad_to_multiple_of": self.args.pad_to_multiple_of}
-            written = replace_completions(batch, rows, self.sampling.pad_token_id, **padding)
-            sampled.append(self.two_models.completed(written))
-        return sampled
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from distill_trainers.exceptions import ConfigurationError, DatasetError, RewardError
 from distill_trainers.toy import addition_rows
 from distill_trainers.trainers.lifecycle.passes import Watch, pass_at
-from distill_trainers.trainers.rewards import ADVANTAGE
+from distill_trainers.trainers.rewarded.scoring import ADVANTAGE
 
 JOINT = {"lmbda": 1.0, "reward_schedule": "joint", "num_generations": 2, "eval_pass_rows": 0}
 

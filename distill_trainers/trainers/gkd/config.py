@@ -15,7 +15,7 @@ from ...losses.divergences import DIVERGENCES, resolve_divergence
 from ...requirements import Requirements
 from ...settings import documented, setting
 from ..config import DistillConfig
-from ..reward_settings import RewardSettings
+from ..rewarded.settings import RewardSettings
 from .feedback import WHEN_RIGHT
 
 

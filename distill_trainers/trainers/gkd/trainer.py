@@ -22,8 +22,8 @@ from ...rollouts import AdaptiveProbability, ReplayBuffer, draws_on_policy
 from ...rollouts.replay import parts_of, scored_rows, with_rows
 from ...signals import TokenLogits, TokenSignal
 from ..base import Batch
-from ..rewarded import OPD_WEIGHT, POLICY, RewardedTrainer
-from ..rewards import ADVANTAGE
+from ..rewarded.scoring import ADVANTAGE
+from ..rewarded.trainer import OPD_WEIGHT, POLICY, RewardedTrainer
 from .config import GKDConfig
 from .feedback import AttemptFeedback, refuse_collator, without_feedback
 

@@ -18,7 +18,7 @@ from ...rewards.functions import reward_functions
 from ...rollouts import CompletionSettings, complete_prompts, local_engine
 from ...rollouts.store import prompt_key
 from ..protocol import Run
-from ..reward_settings import RewardSettings
+from ..rewarded.settings import RewardSettings
 from .completions import student_prompt
 from .outage import keep_finished_step
 from .side_by_side import SideBySide, log_side_by_side
@@ -67,7 +67,7 @@ class HeldOutPasses:
 
     Args:
         run: its config has `RewardSettings`.
-        rewards: calls functions (`trainers.rewards.Rewards`).
+        rewards: calls functions (`trainers.rewarded.scoring.Rewards`).
     """
 
     def __init__(self, run: Run, rewards: Any):

@@ -11,7 +11,7 @@ from ...losses import policy_gradient
 from ...requirements import Requirements
 from ...settings import documented, require, setting
 from ..config import DistillConfig
-from ..reward_settings import RewardSettings
+from ..rewarded.settings import RewardSettings
 
 
 @documented

@@ -30,8 +30,8 @@ from ...losses.sampler_ratio import (
 from ...rollouts import draws_on_policy
 from ...signals import TeacherSignal, TokenLogits, TokenLogprobs, TokenSignal, padded
 from ..base import Batch
-from ..rewarded import RewardedTrainer
-from ..rewards import ADVANTAGE, without_reward_rows
+from ..rewarded.scoring import ADVANTAGE, without_reward_rows
+from ..rewarded.trainer import RewardedTrainer
 from .config import MiniLLMConfig
 from .cycles import LOGPS, RolloutCycles
 from .plain_text import SHAPE, PlainText

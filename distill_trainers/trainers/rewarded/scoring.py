@@ -10,17 +10,17 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..answers.checkers import Sample
-from ..data.collator import DistillCollator, unpadded_prompts
-from ..data.reward_rows import REWARD_ROW, read_row
-from ..exceptions import BAD_INPUT, ConfigurationError, DatasetError, RewardError
-from ..losses.reduction import IGNORE_INDEX
-from ..losses.rewards import group_advantages, spread_of_groups
-from ..rewards.calling import reward_values, totals
-from ..rewards.functions import RewardFunction, reward_functions
-from .lifecycle.outage import keep_finished_step
-from .protocol import Batch, Run
-from .reward_settings import RewardSettings
+from ...answers.checkers import Sample
+from ...data.collator import DistillCollator, unpadded_prompts
+from ...data.reward_rows import REWARD_ROW, read_row
+from ...exceptions import BAD_INPUT, ConfigurationError, DatasetError, RewardError
+from ...losses.reduction import IGNORE_INDEX
+from ...losses.rewards import group_advantages, spread_of_groups
+from ...rewards.calling import reward_values, totals
+from ...rewards.functions import RewardFunction, reward_functions
+from ..lifecycle.outage import keep_finished_step
+from ..protocol import Batch, Run
+from .settings import RewardSettings
 
 ADVANTAGE = "token_advantage"  # the batch entry [B, T]: that of the row, on its sampled tokens
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from ..data.reward_rows import RewardRows
-from ..losses.rewards import ADVANTAGES, SCALES, WEIGHTINGS
-from ..requirements import Requirements
-from ..rewards.functions import check_names, needs_answers, reward_functions
-from ..settings import Checked, require, setting
+from ...data.reward_rows import RewardRows
+from ...losses.rewards import ADVANTAGES, SCALES, WEIGHTINGS
+from ...requirements import Requirements
+from ...rewards.functions import check_names, needs_answers, reward_functions
+from ...settings import Checked, require, setting
 from .groups import check_group_rows, check_groups
 
 SCHEDULES = ("after", "joint")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..exceptions import ConfigurationError, DatasetError
-from ..requirements import Requirements
+from ...exceptions import ConfigurationError, DatasetError
+from ...requirements import Requirements
 
 
 def check_groups(args: Any, num_processes: int) -> None:

@@ -8,20 +8,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..losses import token_logps
-from ..losses.policy_gradient import returns_after, sequence_rewards
-from ..losses.reduction import IGNORE_INDEX
-from ..losses.rewards import iw_opd_weights, policy_term, rlsd_advantages
-from ..losses.sampler_ratio import LOG_RATIO, ROW_WEIGHT
-from ..rewards.functions import named
-from ..signals import TokenLogits, TokenLogprobs, TokenSignal
-from .base import Batch
-from .lifecycle.order import RepeatedSampler
-from .lifecycle.passes import HeldOutPasses
-from .logps import logps_of_both
-from .on_policy import OnPolicyTrainer
-from .reward_settings import RewardSettings
-from .rewards import ADVANTAGE, Rewards, without_reward_rows
+from ...losses import token_logps
+from ...losses.policy_gradient import returns_after, sequence_rewards
+from ...losses.reduction import IGNORE_INDEX
+from ...losses.rewards import iw_opd_weights, policy_term, rlsd_advantages
+from ...losses.sampler_ratio import LOG_RATIO, ROW_WEIGHT
+from ...rewards.functions import named
+from ...signals import TokenLogits, TokenLogprobs, TokenSignal
+from ..base import Batch
+from ..lifecycle.order import RepeatedSampler
+from ..lifecycle.passes import HeldOutPasses
+from ..logps import logps_of_both
+from ..on_policy import OnPolicyTrainer
+from .scoring import ADVANTAGE, Rewards, without_reward_rows
+from .settings import RewardSettings
 
 FUTURE, OPD_WEIGHT = "token_future", "token_opd_weight"  # batch entries [B, T]
 POLICY = "policy"  # the term of rewards

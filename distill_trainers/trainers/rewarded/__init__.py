@@ -1,0 +1,1 @@
+"""Rewards of what a student samples, beside its divergence: for every method that samples."""

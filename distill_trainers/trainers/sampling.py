@@ -1,0 +1,55 @@
+"""Completions of a step's prompts, sampled by the student through its engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+
+from .. import models
+from ..data import replace_completions
+from ..exceptions import DatasetError
+from ..randomness import Purpose, Role, Stream
+from ..rollouts.sampling import join_prompts
+from .protocol import Batch
+
+
+class Sampling(Trainer):
+    """The part of a trainer that samples."""
+
+    if TYPE_CHECKING:
+        engine: Any
+        metrics: Any
+        sampling: Any
+        two_models: Any
+
+    def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
+        """Sample for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
+        if not all("prompt_ids" in batch for batch in batches):
+            raise DatasetError(
+                "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
+                f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
+            )
+        prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
+        place = {"step": self.state.global_step, "rank": self.accelerator.process_index}
+        stream = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(**place)
+        streams = [stream.at(row=row) for row in range(len(prompts[0]))]
+        ready = (
+            models.generating(self.model_wrapped, self.accelerator)
+            if self.engine.runs_the_model
+            else contextlib.nullcontext(self.model_wrapped)
+        )
+        with ready as model:
+            completions = (generate or self.engine.generate)(model, *prompts, self.sampling, streams)
+        self.metrics.add_sums(rollouts=len(completions))
+        self.metrics.add_means({"completion_length": sum(map(len, completions))}, len(completions))
+        sampled, start = [], 0
+        for batch in batches:
+            rows = completions[start : start + len(batch["prompt_ids"])]
+            start += len(rows)
+            padding = {"pad_to_multiple_of": self.args.pad_to_multiple_of}
+            written = replace_completions(batch, rows, self.sampling.pad_token_id, **padding)
+            sampled.append(self.two_models.completed(written))
+        return sampled
