@@ -49,7 +49,8 @@ class RewardedTrainer(OnPolicyTrainer):
     def configured(self, args: Any) -> Any:
         if self._given_rewards is not None:
             args._require("reward_funcs", args.reward_funcs is None, "none where the trainer is given functions, too")
-            args.reward_funcs = named(self._given_rewards)
+            given = self._given_rewards
+            args.reward_funcs = given if isinstance(given, str) else named(given)
             args.check_rewards()
         return args
 
