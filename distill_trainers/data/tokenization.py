@@ -167,8 +167,8 @@ def _prepare_row(
     too_long = ""
     try:
         routed = {TEACHER_INDEX: teacher_index(row, teachers, teacher_column)} if teachers else {}
-        more = {"teacher_prompts": teacher_prompts, "feedback": feedback, "rewards": rewards, "reserve": reserve}
-        whole: Any = tokenize_row(row, tokenizer, **more, **settings)
+        settings |= {"teacher_prompts": teacher_prompts, "feedback": feedback, "rewards": rewards}
+        whole: Any = tokenize_row(row, tokenizer, reserve=reserve, **settings)
         cut = truncate(whole, max_length, reserve, bos_token_id=tokenizer.bos_token_id)
         if teacher_prompts is not None:
             views, too_long = teacher_prompts.finished(whole, cut, reserve)

@@ -60,7 +60,7 @@ def cut_widths(model: PreTrainedModel, kept: Kept, shape: Shape, *, copy: bool =
     student.tie_weights()
     devices = {parameter.device for parameter in student.parameters()}
     if len(devices) == 1:  # parts of a model on several devices stay there; a run loads the student anew
-        student.to(devices.pop())  # its buffers
+        student.to(devices.pop())  # type: ignore[arg-type]  # its buffers
     student.generation_config = deepcopy(model.generation_config)
     return student.train(model.training)
 
@@ -97,8 +97,9 @@ class _Indices:
             return None
         if axis in (UNITS, GATED_UNITS):
             units = _tensor(kept.units and kept.units[layer])
-            both = axis == GATED_UNITS and units is not None
-            return torch.cat([units, units + whole.intermediate_size]) if both else units  # type: ignore[list-item]
+            if units is None or axis == UNITS:
+                return units
+            return torch.cat([units, units + whole.intermediate_size])
         if axis == EXPERTS:
             return _tensor(kept.experts and kept.experts[layer])
         groups = _tensor(kept.groups and kept.groups[layer])

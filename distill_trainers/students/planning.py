@@ -210,13 +210,13 @@ def masked(model: PreTrainedModel, kept: Kept) -> Iterator[None]:
 def _passing(layer: nn.Module) -> Iterator[None]:
     """A layer that hands on what it gets."""
     before = layer.__dict__.get("forward")  # offloading hooks put a forward of theirs there
-    layer.forward = lambda *args, **kwargs: args[0] if args else kwargs["hidden_states"]  # type: ignore[method-assign]
+    layer.forward = lambda *args, **kwargs: args[0] if args else kwargs["hidden_states"]
     try:
         yield
     finally:
         layer.__dict__.pop("forward", None)
         if before is not None:
-            layer.forward = before  # type: ignore[method-assign]
+            layer.forward = before
 
 
 def _mask(number: int, kept: Sequence[int]) -> Tensor:

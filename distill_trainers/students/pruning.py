@@ -89,7 +89,7 @@ class Choice:
 
     def to_json(self) -> str:
         """Write all of it as JSON, measured numbers to six digits."""
-        told = {"shape": self.shape and asdict(self.shape), "kept": asdict(self.kept)}
+        told: dict[str, Any] = {"shape": self.shape and asdict(self.shape), "kept": asdict(self.kept)}
         told["candidates"] = [asdict(candidate) for candidate in self.candidates]
         told["importance"] = self.importance and self.importance.rounded()
         return json.dumps(told)

@@ -20,6 +20,7 @@ class Sampling(Trainer):
     """The part of a trainer that samples."""
 
     if TYPE_CHECKING:
+        args: Any
         engine: Any
         metrics: Any
         sampling: Any

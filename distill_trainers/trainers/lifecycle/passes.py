@@ -99,7 +99,7 @@ class HeldOutPasses:
             )
         prompts = [student_prompt(row) for row in rows]
         known = [row[REWARD_ROW] for row in rows]
-        rights, texts = [0] * len(rows), []
+        rights, texts = [0] * len(rows), list[Any]()
         for sample in range(samples):
             completions = self._completed(prompts, sample)
             for place, value in enumerate(self._values(known, prompts, completions)):
@@ -142,7 +142,8 @@ class HeldOutPasses:
         return values
 
     def _show(self, rows: Sequence[Any], prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> None:
-        run, decode = self.run, self.run.processing_class.decode
+        run: Any = self.run
+        decode = run.processing_class.decode
         if not run.accelerator.is_main_process or run.args.eval_measures:  # which show both models'
             return
         shown = [

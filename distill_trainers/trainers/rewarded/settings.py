@@ -87,11 +87,15 @@ class RewardSettings(Checked):
     )
 
     if TYPE_CHECKING:
-        trust_remote_code: bool
-        world_size: int
-        temperature: float
-        sampler_correction: str
-        samples_completions: bool
+        trust_remote_code: bool = False
+        temperature: float = 1.0
+        sampler_correction: str = "none"
+
+        @property
+        def world_size(self) -> int: ...
+
+        @property
+        def samples_completions(self) -> bool: ...
 
     @property
     def reward_names(self) -> list[str]:

@@ -153,7 +153,7 @@ class RewardedTrainer(OnPolicyTrainer):
             return output
         scores = {f"{metric_key_prefix}_{k}": value for k, value in self.passes.take(dataloader.dataset).items()}
         self.last_eval_metrics.update(scores)
-        return output._replace(metrics={**output.metrics, **scores})
+        return output._replace(metrics={**(output.metrics or {}), **scores})
 
     def method_state(self) -> dict[str, Any]:
         return {} if self.passes is None else {"passes": self.passes.state_dict()}
