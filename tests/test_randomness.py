@@ -23,7 +23,7 @@ HELPER = "randomness.py"
 # Where each purpose is used: one place each, so that no two share a stream.
 USES = {
     Purpose.ON_POLICY: "rollouts/draws.py",
-    Purpose.ROLLOUT: "trainers/base.py",
+    Purpose.ROLLOUT: "trainers/sampling.py",
     Purpose.MIXTURE: "trainers/minillm/scoring.py",
     Purpose.REPLAY: "rollouts/replay.py",
     Purpose.INNER_EPOCH: "trainers/minillm/cycles.py",

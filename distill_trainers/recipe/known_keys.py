@@ -26,6 +26,7 @@ def known_keys(method: str, *others: type) -> set[str] | None:
         return None  # they are imported already, or it is a method of somebody else
     files = [_file("transformers", "training_args.py"), _file("trl", "trainer/model_config.py"), own]
     files += [_OURS / "trainers/config.py", _OURS / "teachers/options.py"]
+    files += [_OURS / "trainers/rewarded/settings.py"] * ("RewardSettings" in own.read_text(encoding="utf-8"))
     names = set().union(*map(_settings_in, files)) if all(file.is_file() for file in files) else None
     return names and names | {f.name for cls in others for f in fields(cls)}
 

@@ -64,7 +64,7 @@ def test_a_table_and_its_files(config, tmp_path, capsys):
     assert "Gap to the teacher" in text and str(tmp_path) not in text
     assert (tmp_path / "out" / "cache" / "completions").is_dir()
     assert main(["evaluate", "--config", config(), "--metrics", "perplexity", "--seeds", "1", "2"]) == 0
-    assert EvaluationResults.load(tmp_path / "out").measures.keys() == {"perplexity"}
+    assert EvaluationResults.load(tmp_path / "out").measures.keys() == {"perplexity", "bits_per_byte"}
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_a_full_disk_under_the_student_leaves_the_one_before(make_trainer, tmp_p
 
     for step in (trainer.save_model, trainer.save_state):
         if step == trainer.save_state:
-            monkeypatch.setattr("transformers.trainer_callback.TrainerState.save_to_json", full)
+            monkeypatch.setattr("distill_trainers.trainers.lifecycle.thrift.RunState.save_to_json", full)
         else:
             monkeypatch.setattr(type(trainer.processing_class), "save_pretrained", full)
         with pytest.raises(CheckpointError, match="No space left.* MiB are free there"):
