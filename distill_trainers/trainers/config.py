@@ -235,6 +235,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     accepts_encoder_decoders: ClassVar[bool] = False  # whether students such as T5 train; batches have `encoder_ids`
     reads_first_row: ClassVar[bool] = False  # whether `requirements` depend on the layout of the data
     weighs_samples: ClassVar[bool] = False  # whether the loss is an expectation over the student's own text
+    scores_all_text: ClassVar[bool] = True  # whether evaluation's likelihood is that of all trained text
     has_plain_text_loss: ClassVar[bool] = False  # whether the trainer takes a `pretraining_dataset`
 
     @property

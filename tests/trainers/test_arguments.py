@@ -179,10 +179,14 @@ def test_arguments_of_the_wrong_kind_are_refused_before_anything_loads(argument,
 
 
 def test_each_argument_has_a_kind():
-    """So that a new one cannot be forgotten; datasets have refusals of their own."""
+    """So that a new one cannot be forgotten; datasets and rewards have refusals of their own."""
     from distill_trainers.trainers.given.arguments import KINDS
 
-    assert {p.name for p in _parameters(GKDTrainer)} - KINDS.keys() == {"train_dataset", "eval_dataset"}
+    assert {p.name for p in _parameters(GKDTrainer)} - KINDS.keys() == {
+        "train_dataset",
+        "eval_dataset",
+        "reward_funcs",
+    }
 
 
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])

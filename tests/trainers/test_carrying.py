@@ -44,6 +44,8 @@ HERE = {
     "precompute_ref_log_probs": ("reference_logps_dir", "out/reference_logps"),
     "shuffle_dataset": ("train_sampling_strategy", "sequential"),
     "loss_type": ("loss_type", "hinge"),
+    "teacher_tokenizer_name_or_path": ("teacher_tokenizer", None),
+    "use_uld_loss": ("teacher_tokenizer", "own"),
 }
 # Changed, they ask for what happens in any case.
 NOTHING_TO_DO = {"completion_only_loss", "shuffle_dataset", "teacher_model_name_or_path"}

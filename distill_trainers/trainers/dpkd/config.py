@@ -113,6 +113,7 @@ class DPKDConfig(DistillConfig):
         return _SCORES
 
     why_no_packing = "a loss of whole rows compares the two of each pair"
+    scores_all_text = False
     compares_distributions = False  # log-probabilities of responses are all that is compared
 
     @property

@@ -11,7 +11,7 @@ from ...evaluation.measures import MEASURES
 from ...exceptions import ConfigurationError
 from ..config import DistillConfig
 
-_ALWAYS = {"loss", "perplexity", "bits_per_byte", "tokens", "runtime", "samples_per_second", "steps_per_second"}
+_ALWAYS = {"loss", "perplexity", "tokens", "runtime", "samples_per_second", "steps_per_second"}
 _OF_THE_WHOLE = {"runtime", "samples_per_second", "steps_per_second"}
 _OF_A_TEACHER = {"teacher_perplexity", "kl", "top1_agreement"}
 
@@ -20,7 +20,8 @@ def scores_of(args: DistillConfig) -> set[str] | None:
     """Name the scores of an evaluation, without `eval_` and its set's name; None where the method does not tell."""
     if args.loss_terms is None:
         return None
-    return _ALWAYS | (_OF_A_TEACHER if args.needs else set()) | args.loss_terms | args.other_scores
+    bytewise = {"bits_per_byte"} if args.scores_all_text else set()
+    return _ALWAYS | bytewise | (_OF_A_TEACHER if args.needs else set()) | args.loss_terms | args.other_scores
 
 
 def scores_of_each(args: DistillConfig) -> set[str]:
