@@ -98,13 +98,17 @@ def _checked(name: str, values: Any, count: int) -> list[float | None]:
 
 
 def _number(name: str, value: Any, place: int) -> float | None:
-    value = value.item() if hasattr(value, "item") and getattr(value, "size", None) != 0 else value
-    if value is None:
-        return None
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
+    found = value
+    try:
+        found = value.item() if hasattr(value, "item") else value
+        if found is None:
+            return None
+        if isinstance(found, numbers.Real) and math.isfinite(found):
+            return float(found)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass  # an array of several, or an integer that no float holds
     raise RewardError(
-        f"The reward function {name!r} gave {shown(value, 40)!r} ({type(value).__name__}) for completion {place + 1}; "
+        f"The reward function {name!r} gave {shown(found, 40)!r} ({type(found).__name__}) for completion {place + 1}; "
         "expected a finite number, or None where it does not apply."
     )
 

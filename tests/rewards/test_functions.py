@@ -12,6 +12,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch
 
 from distill_trainers.exceptions import ConfigurationError, RewardError
 from distill_trainers.rewards import REWARDS, check_names, named, reward_functions, reward_values
@@ -119,6 +120,8 @@ def raises(completions, **kwargs):
         (lambda completions: 1.0, "a float"),
         (lambda completions: [1.0], "1 values for 2 completions"),
         (lambda completions: [[1.0], [2.0]], "'\\[1.0\\]'"),
+        (lambda completions: [torch.ones(2), torch.ones(2)], "Tensor\\) for completion 1"),
+        (lambda completions: [1.0, 10**400], "\\(int\\) for completion 2"),
         (lambda completions, difficulty: [1.0, 2.0], "'difficulty'.*completion_ids, completions, level, prompts"),
     ],
 )
@@ -176,6 +179,11 @@ def test_rows_that_json_cannot_hold_are_named():
         "q",
         {"completion": "a", "answer": "a"},
     )
+    with pytest.raises(DatasetError, match="no answer in the column 'answer'"):
+        mapped.written({"prompt": "q", "completion": None}, "q")
+    asked = RewardRows(taken=(("level", "by_level"), ("hint", "by_hint")))
+    with pytest.raises(ConfigurationError, match="'by_hint' takes 'hint'.*'train'.*\\['difficulty'\\]"):
+        asked.reading(["prompt", "difficulty"], {"level": "difficulty"}, "train")
     with pytest.raises(DatasetError, match="'when'.*not JSON serializable"):
         mapped.written({"completion": "a", "when": date(2020, 1, 1)}, None)
     assert json.loads(mapped.written({"completion": "é"}, None)) == {
