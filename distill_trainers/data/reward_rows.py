@@ -65,8 +65,8 @@ class RewardRows:
         for column, _ in self.needed:
             if not str("" if columns.get(column) is None else columns[column]).strip():
                 raise DatasetError(
-                    f"There is no answer in the column {column!r}, which rewards compare completions with. Give the row "
-                    "one, or take it out."
+                    f"There is no answer in the column {column!r}, which rewards compare completions with. Give the "
+                    "row one, or take it out."
                 )
         for column, value in columns.items():
             try:

@@ -12,7 +12,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-import torch
 
 from distill_trainers.exceptions import ConfigurationError, RewardError
 from distill_trainers.rewards import REWARDS, check_names, named, reward_functions, reward_values
