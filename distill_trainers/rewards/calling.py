@@ -10,6 +10,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ..exceptions import RewardError
 from ..settings import shown
 from .functions import RewardFunction
@@ -61,8 +63,15 @@ async def _awaited(value: Any) -> Any:
 
 def _run_within(function: RewardFunction, given: Mapping[str, Any], seconds: float) -> Any:
     outcome: list[Any] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def work() -> None:
+        if device is not None:  # threads begin on the first GPU, whichever this process has
+            torch.cuda.set_device(device)
+        outcome.append(_run(function, given))
+
     # A daemon: Python does not wait for it at its end, as it would for the threads of an executor.
-    thread = threading.Thread(target=lambda: outcome.append(_run(function, given)), daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
     if outcome:

@@ -148,6 +148,15 @@ def test_a_function_that_hangs_does_not_keep_the_program():
     assert done.stdout.strip() == "RewardError", done.stderr[-500:]
 
 
+def test_a_function_stays_on_the_gpu_of_its_process(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append((device, threading.current_thread())))
+    assert values(lambda completions: [1.0, 2.0], 5.0) == [1.0, 2.0]
+    assert [device for device, _ in found] == [3] and found[0][1] is not threading.current_thread()
+
+
 def test_one_that_wants_the_main_thread_is_told_how():
     import signal
 

@@ -219,6 +219,7 @@ def test_a_function_that_fails_loses_nothing(make_trainer, by_step, tmp_path):
         ({"reward_funcs": ["json"], **JOINT, "reward_start": 3.0}, "reward_start: 3.0.*reward_schedule: after"),
         ({"reward_funcs": ["json"], **JOINT, "token_weighting_clip": 0.1}, "token_weighting_clip.*rlsd"),
         ({"reward_funcs": ["json"], **JOINT, "eval_pass_samples": 8}, "eval_pass_samples: 8.*eval_pass_rows"),
+        ({"reward_funcs": ["json"], **JOINT, "reward_guard": "stop"}, "reward_guard: stop.*eval_pass_rows"),
         ({"reward_weight": 2.0}, "reward_weight: 2.0.*`reward_funcs` beside it"),
         (
             {"method": "minillm", "objective": "token", "reward_funcs": ["json"], "num_generations": 2},

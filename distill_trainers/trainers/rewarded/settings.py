@@ -190,6 +190,8 @@ class RewardSettings(Checked):
             "token_weighting_strength": (self.token_weighting == "none", "`token_weighting` beside it"),
             "token_weighting_clip": (self.token_weighting != "rlsd", "`token_weighting: rlsd` beside it"),
         }
+        stops = self.reward_guard == "stop" and not self.eval_pass_rows
+        self._require("reward_guard", not stops, "`eval_pass_rows` above 0 beside it, which it watches")
         passes = dict.fromkeys(("eval_pass_samples", "eval_pass_func"), (not self.eval_pass_rows, "`eval_pass_rows`"))
         defaults = {field.name: field.default for field in fields(RewardSettings)}
         for name, (is_idle, expected) in {**idle, **passes}.items():
