@@ -115,12 +115,17 @@ def _json(keys: str) -> Check:
         text = sample.text.strip()
         fenced = _FENCED.fullmatch(text)
         try:
-            value: Any = json.loads(fenced[1] if fenced else text)
+            value: Any = json.loads(fenced[1] if fenced else text, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             return 0.0
         return float(not wanted or (isinstance(value, dict) and wanted <= value.keys()))
 
     return check
+
+
+def _no_constant(name: str) -> Any:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(name)
 
 
 def _length(limit: str) -> Check:

@@ -21,9 +21,9 @@ _USAGE = """usage: distill-trainers prune --config RECIPE [--parameters 3e9] [--
        distill-trainers prune --config RECIPE --dry_run true
 
 The first form measures on the recipe's training data what matters in its teacher, and leaves the student in
-OUTPUT_DIR/student_init: an ordinary model folder, with what was measured and kept in pruning.json. A run of the same
-recipe starts from it. Sizes given here take the place of those in the recipe's `student_init`. The second form loads no
-weights, and prints the plan."""
+OUTPUT_DIR/student_init: an ordinary model folder, with what was measured and kept in pruning.json. A run of a recipe
+with the same `student_init` starts from it. Sizes given here take the place of those in the recipe. The second form
+loads no weights, and prints the plan."""
 
 
 @dataclass

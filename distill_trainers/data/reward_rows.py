@@ -20,11 +20,13 @@ class RewardRows:
     """Writes what reward functions will be given.
 
     Args:
-        needed: columns that there must be, each with what names it, such as `reward_answer_column`.
+        needed: columns of right answers, each with the setting that names it; rows without one are refused.
+        taken: columns that there must be, each with the function that takes it.
         aliases: columns as they are called now, by what they were called before `column_mapping`: both names are kept.
     """
 
     needed: tuple[tuple[str, str], ...] = ()
+    taken: tuple[tuple[str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
 
     def reading(self, columns: Iterable[str], mapping: Mapping[str, str] | None, name: str) -> RewardRows:
@@ -40,6 +42,13 @@ class RewardRows:
                     f"Got `{setting}: {column}`, but dataset {name!r} has the columns {sorted(columns)}; expected that "
                     "one, which reward functions compare completions with. Name yours."
                 )
+        for column, function in self.taken:
+            if column == PROMPT or aliases.get(column, column) not in columns:
+                raise ConfigurationError(
+                    f"The reward function {function!r} takes {column!r}, but of dataset {name!r} it is given the "
+                    f"columns {sorted(columns - _OWN)}; expected that one. Add the column, rename yours, or give it a "
+                    "default."
+                )
         return replace(self, aliases=tuple(aliases.items()))
 
     def written(self, row: Mapping[str, Any], asked: str | Sequence[Any] | None) -> str:
@@ -49,10 +58,16 @@ class RewardRows:
             asked: the prompt as text or messages; None where there are only ids.
 
         Raises:
-            DatasetError: a value that JSON cannot hold, such as a date or an image.
+            DatasetError: no right answer, or a value that JSON cannot hold, such as a date or an image.
         """
         columns = {column: value for column, value in row.items() if column not in _OWN}
         columns |= {old: row[new] for old, new in self.aliases if new in row and old not in row}
+        for column, _ in self.needed:
+            if not str("" if columns.get(column) is None else columns[column]).strip():
+                raise DatasetError(
+                    f"There is no answer in the column {column!r}, which rewards compare completions with. Give the "
+                    "row one, or take it out."
+                )
         for column, value in columns.items():
             try:
                 json.dumps(value)

@@ -184,8 +184,15 @@ def made_config(config: Any, recipe: Recipe) -> tuple[Any, list[Any]]:
 
 
 def student_identity(recipe: Recipe) -> dict[str, Any]:
-    """What a student that is made from its teacher depends on."""
-    return {"teacher": recipe.run.teacher_model_name_or_path, **recipe.run.student_init}  # type: ignore[dict-item]
+    """What a student that is made from its teacher depends on: among others, the teacher's revision and dtype."""
+    from ..models import settled_kwargs
+
+    name = "teacher_model_init_kwargs"
+    kwargs = settled_kwargs(getattr(recipe.args, name), name)
+    # No others: a token among them is nothing to be written down.
+    weights = {key: str(kwargs[key]) for key in ("revision", "subfolder", "variant", "dtype") if key in kwargs}
+    how = {name: weights} if weights else {}
+    return {"teacher": recipe.run.teacher_model_name_or_path, **how, **recipe.run.student_init}  # type: ignore[dict-item]
 
 
 def without_weights(config: Any, recipe: Recipe, *, adapted: bool = False) -> Any:

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ..exceptions import RewardError
 from ..settings import shown
 from .functions import RewardFunction
@@ -61,8 +63,15 @@ async def _awaited(value: Any) -> Any:
 
 def _run_within(function: RewardFunction, given: Mapping[str, Any], seconds: float) -> Any:
     outcome: list[Any] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def work() -> None:
+        if device is not None:  # threads begin on the first GPU, whichever this process has
+            torch.cuda.set_device(device)
+        outcome.append(_run(function, given))
+
     # A daemon: Python does not wait for it at its end, as it would for the threads of an executor.
-    thread = threading.Thread(target=lambda: outcome.append(_run(function, given)), daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
     if outcome:
@@ -98,13 +107,17 @@ def _checked(name: str, values: Any, count: int) -> list[float | None]:
 
 
 def _number(name: str, value: Any, place: int) -> float | None:
-    value = value.item() if hasattr(value, "item") and getattr(value, "size", None) != 0 else value
-    if value is None:
-        return None
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
+    found = value
+    try:
+        found = value.item() if hasattr(value, "item") else value
+        if found is None:
+            return None
+        if isinstance(found, numbers.Real) and math.isfinite(found):
+            return float(found)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass  # an array of several, or an integer that no float holds
     raise RewardError(
-        f"The reward function {name!r} gave {shown(value, 40)!r} ({type(value).__name__}) for completion {place + 1}; "
+        f"The reward function {name!r} gave {shown(found, 40)!r} ({type(found).__name__}) for completion {place + 1}; "
         "expected a finite number, or None where it does not apply."
     )
 

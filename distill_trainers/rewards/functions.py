@@ -21,6 +21,9 @@ from ..settings import shown
 # Functions by the name that settings give them. A program adds rows of its own; trainers add what they are given.
 REWARDS: dict[str, Callable[..., Any]] = {}
 
+# What functions get besides the columns of rows.
+GIVEN = frozenset({"prompts", "completions", "completion_ids", "trainer_state"})
+
 _IN_MODULE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_trainers.cli import main
+from distill_trainers.recipe.checks import student_identity
 from distill_trainers.recipe.parse import parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,21 @@ def test_student_made_from_the_teacher_is_made_once(recipe, tmp_path):
     assert made.stat().st_mtime_ns == first
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
+
+
+def test_a_student_of_another_revision_is_another(recipe):
+    """The folder of one is no student of the other, and is made anew."""
+    changes = {"model_name_or_path": None, "student_init": {"from_teacher": True, "keep_layers": 1}}
+    told = {}
+    for name, kwargs in {
+        "plain": {},
+        "revision": {"teacher_model_init_kwargs": {"revision": "v2"}},
+        "dtype": {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
+        "token": {"teacher_model_init_kwargs": {"token": "hf_secret"}},
+        "old spelling": {"teacher_model_init_kwargs": {"torch_dtype": "bfloat16"}},
+    }.items():
+        told[name] = json.dumps(student_identity(parse_recipe(["--config", recipe(**changes, **kwargs)])))
+    assert told["token"] == told["plain"] and told["dtype"] == told["old spelling"] and len(set(told.values())) == 3
 
 
 def test_resume_from_the_command_line(recipe):

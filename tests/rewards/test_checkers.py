@@ -31,6 +31,7 @@ RIGHT, WRONG = 1.0, 0.0
         ("json", "[" * 100_000, None, WRONG),
         ("json:a,b", '{"a": 1, "b": null, "c": 2}', None, RIGHT),
         ("json:a,b", '{"a": 1}', None, WRONG),
+        ("json", '{"a": NaN}', None, WRONG),
         ("json:a", '["a"]', None, WRONG),
         ("format:^<think>.*</think>\\s*\\d+$", "<think>well\nwell</think>\n42", None, RIGHT),
         ("format:^<think>.*</think>\\s*\\d+$", "42", None, WRONG),

@@ -119,6 +119,8 @@ def raises(completions, **kwargs):
         (lambda completions: 1.0, "a float"),
         (lambda completions: [1.0], "1 values for 2 completions"),
         (lambda completions: [[1.0], [2.0]], "'\\[1.0\\]'"),
+        (lambda completions: [torch.ones(2), torch.ones(2)], "Tensor\\) for completion 1"),
+        (lambda completions: [1.0, 10**400], "\\(int\\) for completion 2"),
         (lambda completions, difficulty: [1.0, 2.0], "'difficulty'.*completion_ids, completions, level, prompts"),
     ],
 )
@@ -144,6 +146,15 @@ def test_a_function_that_hangs_does_not_keep_the_program():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "RewardError", done.stderr[-500:]
+
+
+def test_a_function_stays_on_the_gpu_of_its_process(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append((device, threading.current_thread())))
+    assert values(lambda completions: [1.0, 2.0], 5.0) == [1.0, 2.0]
+    assert [device for device, _ in found] == [3] and found[0][1] is not threading.current_thread()
 
 
 def test_one_that_wants_the_main_thread_is_told_how():
@@ -176,6 +187,11 @@ def test_rows_that_json_cannot_hold_are_named():
         "q",
         {"completion": "a", "answer": "a"},
     )
+    with pytest.raises(DatasetError, match="no answer in the column 'answer'"):
+        mapped.written({"prompt": "q", "completion": None}, "q")
+    asked = RewardRows(taken=(("level", "by_level"), ("hint", "by_hint")))
+    with pytest.raises(ConfigurationError, match="'by_hint' takes 'hint'.*'train'.*\\['difficulty'\\]"):
+        asked.reading(["prompt", "difficulty"], {"level": "difficulty"}, "train")
     with pytest.raises(DatasetError, match="'when'.*not JSON serializable"):
         mapped.written({"completion": "a", "when": date(2020, 1, 1)}, None)
     assert json.loads(mapped.written({"completion": "é"}, None)) == {

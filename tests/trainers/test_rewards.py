@@ -121,6 +121,23 @@ def test_rewards_come_after_the_divergence(make_trainer, by_step):
     assert by_step(trainer, "rollouts")[3] == by_step(trainer, "rollouts")[4] == 4  # whatever λ says
 
 
+def test_rewards_that_never_begin_are_told(make_trainer, caplog):
+    settings = {**JOINT, "reward_schedule": "after", "reward_start": 2.0}
+    make_trainer(reward_funcs=["json"], max_steps=2, **settings).train()
+    assert "reward_start: 2` with 2 steps: the run ends before its rewards begin" in caplog.text
+
+
+def test_settings_serve_another_trainer(make_trainer, make_student):
+    """Those of a notebook's cell that is run again."""
+    trainer = make_trainer(reward_funcs=digits, **JOINT)
+    args = type(trainer.args)(output_dir=trainer.args.output_dir, use_cpu=True, **JOINT)
+    for _ in range(2):
+        again = type(trainer)(
+            make_student(), make_student(), args, addition_rows(8), None, trainer.processing_class, reward_funcs=digits
+        )
+        assert again.args.reward_names == ["digits"] and args.reward_funcs is None
+
+
 def test_functions_see_what_trl_would_give_them(make_trainer):
     seen = {}
 
@@ -198,6 +215,11 @@ def test_a_function_that_fails_loses_nothing(make_trainer, by_step, tmp_path):
         ({"reward_funcs": ["json"], **JOINT, "future_kl": True}, "divergence: jsd.*reverse_kl"),
         ({"reward_funcs": ["json"], **JOINT, "replay_buffer_size": 8}, "replay_buffer_size.*none"),
         ({"reward_funcs": ["no_such"], **JOINT}, "no_such.*module:function"),
+        ({"reward_funcs": lambda completions, hint: [0.0], **JOINT}, "takes 'hint'.*Add the column"),
+        ({"reward_funcs": ["json"], **JOINT, "reward_start": 3.0}, "reward_start: 3.0.*reward_schedule: after"),
+        ({"reward_funcs": ["json"], **JOINT, "token_weighting_clip": 0.1}, "token_weighting_clip.*rlsd"),
+        ({"reward_funcs": ["json"], **JOINT, "eval_pass_samples": 8}, "eval_pass_samples: 8.*eval_pass_rows"),
+        ({"reward_funcs": ["json"], **JOINT, "reward_guard": "stop"}, "reward_guard: stop.*eval_pass_rows"),
         ({"reward_weight": 2.0}, "reward_weight: 2.0.*`reward_funcs` beside it"),
         (
             {"method": "minillm", "objective": "token", "reward_funcs": ["json"], "num_generations": 2},

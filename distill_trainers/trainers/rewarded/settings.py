@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...data.reward_rows import RewardRows
 from ...losses.rewards import ADVANTAGES, SCALES, WEIGHTINGS
 from ...requirements import Requirements
-from ...rewards.functions import check_names, needs_answers, reward_functions
+from ...rewards.functions import GIVEN, check_names, needs_answers, reward_functions
 from ...settings import Checked, require, setting
 from .groups import check_group_rows, check_groups
 
@@ -129,8 +129,11 @@ class RewardSettings(Checked):
         """Say what rows must bring for rewards; None: there are none."""
         if not self.reward_names or not (training or self.eval_pass_rows):
             return None
-        asked = needs_answers([*self.reward_names] if training else [self.pass_name])
-        return RewardRows(((self.reward_answer_column, ANSWER_COLUMN),) if asked else ())
+        names = self.reward_names if training else [self.pass_name]
+        needed = ((self.reward_answer_column, ANSWER_COLUMN),) if needs_answers(names) else ()
+        functions = reward_functions(names)
+        taken = ((column, function.name) for function in functions for column in sorted(function.requires - GIVEN))
+        return RewardRows(needed, tuple(taken))
 
     def check_reward_rows(self, train: Any, wants: Requirements) -> None:
         """Refuse rows that cannot be repeated, and functions that are not there; their modules are imported now."""
@@ -174,10 +177,25 @@ class RewardSettings(Checked):
             biased = f"{off} with `reward_funcs`: tokens that are never drawn bias the policy gradient"
             self._require(name, getattr(self, name) == off, biased)
         self.check_rewarded()
+        self._check_idle()
         strength = "at most 1 with `token_weighting: rlsd`"
         self._require(
             "token_weighting_strength", self.token_weighting != "rlsd" or self.token_weighting_strength <= 1, strength
         )
+
+    def _check_idle(self) -> None:
+        """Refuse settings that act beside another one alone."""
+        idle = {
+            "reward_start": (self.reward_schedule == "joint", "`reward_schedule: after` beside it"),
+            "token_weighting_strength": (self.token_weighting == "none", "`token_weighting` beside it"),
+            "token_weighting_clip": (self.token_weighting != "rlsd", "`token_weighting: rlsd` beside it"),
+        }
+        stops = self.reward_guard == "stop" and not self.eval_pass_rows
+        self._require("reward_guard", not stops, "`eval_pass_rows` above 0 beside it, which it watches")
+        passes = dict.fromkeys(("eval_pass_samples", "eval_pass_func"), (not self.eval_pass_rows, "`eval_pass_rows`"))
+        defaults = {field.name: field.default for field in fields(RewardSettings)}
+        for name, (is_idle, expected) in {**idle, **passes}.items():
+            self._require(name, not is_idle or getattr(self, name) == defaults[name], f"{expected}, or its default")
 
 
 CHOICES = {

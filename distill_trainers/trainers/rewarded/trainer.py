@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from ...losses import token_logps
 from ...losses.policy_gradient import returns_after, sequence_rewards
@@ -25,6 +28,21 @@ from .settings import RewardSettings
 
 FUTURE, OPD_WEIGHT = "token_future", "token_opd_weight"  # batch entries [B, T]
 POLICY = "policy"  # the term of rewards
+logger = logging.getLogger(__name__)
+
+
+class RewardStart(TrainerCallback):
+    """Warns of a run that ends before its rewards begin."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        begin, steps = args.begins_at(state.max_steps), state.max_steps
+        if args.reward_names and begin >= steps:
+            logger.warning(
+                "Got `reward_start: %g` with %d steps: the run ends before its rewards begin, so they teach nothing. "
+                "Lower it (below 1 it is a share of all steps), or set `reward_schedule: joint`.",
+                args.reward_start,
+                steps,
+            )
 
 
 class RewardedTrainer(OnPolicyTrainer):
@@ -45,11 +63,13 @@ class RewardedTrainer(OnPolicyTrainer):
     def __init__(self, *args: Any, reward_funcs: Any = None, **kwargs: Any):
         self._given_rewards = reward_funcs
         super().__init__(*args, **kwargs)
+        self.add_callback(RewardStart)
 
     def configured(self, args: Any) -> Any:
         if self._given_rewards is not None:
             args._require("reward_funcs", args.reward_funcs is None, "none where the trainer is given functions, too")
             given = self._given_rewards
+            args = copy.copy(args)  # the user's own may be given to another trainer, with functions again
             args.reward_funcs = given if isinstance(given, str) else named(given)
             args.check_rewards()
         return args
