@@ -129,8 +129,6 @@ class GKDConfig(RewardSettings, DistillConfig):
     def why_shared_tokenizer(self) -> str:
         if self.reward_names:
             return "rewards (`reward_funcs`) are weighed against the divergence of each sampled token"
-        if self.reward_names:
-            return "rewards (`reward_funcs`) are weighed against the divergence of each sampled token"
         if self.feedback is not None:
             return "feedback (`feedback`) is written for the teacher while it trains"
         if self.divergence == "logit_mse" and self.compares_distributions:
