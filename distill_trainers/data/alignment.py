@@ -203,6 +203,7 @@ def retokenised(
     *,
     end: int | None = None,
     starts_text: bool = False,
+    goes_on: bool = False,
 ) -> Retokenised:
     """Write the student's completion in the teacher's tokens.
 
@@ -213,9 +214,10 @@ def retokenised(
         end: the teacher's id for an end of text at the end of the completion; None adds none.
         starts_text: whether a teacher that puts a space before a text does so here; False where the completion goes on
             a text that the teacher has begun to read.
+        goes_on: whether the student's ids go on a text: see `TokenBytes.text`.
     """
     has_end = bool(len(student_ids)) and student_ids[-1] in student.ends
-    text = student.text(student_ids)
+    text = student.text(student_ids, goes_on=goes_on)
     whole = text if has_end else _whole_characters(text)
     characters, sizes = characters_of(whole)
     ids = _encoded(characters, teacher, starts_text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import pickle
 from typing import Any
 
 import numpy as np
@@ -309,6 +310,8 @@ def test_names_of_special_tokens_in_a_text_stay_text():
     one, other = spelled("gpt2"), spelled("qwen")
     found = retokenised(encoded("gpt2", "so <eos> is"), one, other, end=5)
     assert None not in other.tokens(found.ids) and other.text(found.ids) == b"so <eos> is"
+    sent = pickle.loads(pickle.dumps(other))  # as to processes that tokenise
+    assert retokenised(encoded("gpt2", "so <eos> is"), one, sent, end=5) == found and sent.ends == other.ends
 
 
 def test_a_space_before_the_text_is_the_tokenizers_not_the_texts():
@@ -325,8 +328,9 @@ def test_a_space_before_the_text_is_the_tokenizers_not_the_texts():
 
 
 def test_first_bytes_are_buckets_and_ends_one_of_their_own():
-    tokenizer = KINDS["unigram"]()
-    found = TokenBytes.of(tokenizer, end_ids=[tokenizer.convert_tokens_to_ids("<tool>")])
+    tokenizer = unigram()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<tool>{% endfor %}"
+    found = TokenBytes.of(tokenizer)
     first = found.first_bytes(len(tokenizer) + 3)
     assert first.dtype == torch.int64 and len(first) == len(tokenizer) + 3
     buckets = dict(zip(tokenizer.convert_ids_to_tokens(range(len(tokenizer))), first.tolist(), strict=False))
@@ -334,7 +338,7 @@ def test_first_bytes_are_buckets_and_ends_one_of_their_own():
     assert buckets["<eos>"] == buckets["<tool>"] == END and buckets["<unk>"] == SPECIAL
     assert first[-3:].tolist() == [SPECIAL] * 3
     assert int(found.num_bytes[tokenizer.convert_tokens_to_ids("日本")]) == 6
-    assert TokenBytes.of(tokenizer, end_ids=[tokenizer.convert_tokens_to_ids("<tool>")]) is found
+    assert TokenBytes.of(tokenizer) is found
 
 
 def test_shared_ids_are_the_same_bytes_and_each_id_is_there_once():
