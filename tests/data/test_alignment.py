@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distill_trainers.data.alignment import END, SPECIAL, TokenBytes, align, retokenised, shared_ids
+from distill_trainers.data.alignment import (
+    END,
+    SPECIAL,
+    TokenBytes,
+    _equal_blocks,
+    align,
+    retokenised,
+    shared_ids,
+)
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.toy import character_tokenizer
 
@@ -304,6 +312,28 @@ def test_half_a_character_is_counted_and_bytes_that_are_none_are_replaced():
     assert (found.cut_bytes, found.replaced_bytes) == (0, 2) and other.text(found.ids) == "a\ufffd\ufffdb".encode()
     chunks = align(ids, found.ids, one, other)
     assert chunks.differing_bytes == 2 and chunks.student_ends[-1] == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(one=st.text("ab ", max_size=60), other=st.text("abc ", max_size=60), times=st.integers(1, 4))
+def test_stretches_in_which_texts_agree_are_equal_and_in_order(one, other, times):
+    texts = one.encode() * times, other.encode() * times
+    ends = (0, 0)
+    for i, j, size in _equal_blocks(*texts):
+        assert texts[0][i : i + size] == texts[1][j : j + size] and i >= ends[0] and j >= ends[1]
+        ends = i + size, j + size
+
+
+def test_long_texts_that_go_round_in_circles_are_laid_side_by_side():
+    """Bytes that are no text, and few others between them: there is next to nothing to look for."""
+    one, other = spelled("gpt2"), spelled("llama2")
+    letters = {token: i for i, token in enumerate(one.spelled) if token and len(token) == 1}
+    ids = [letters[bytes([byte])] for byte in b"so a\xff" + b"a\xff" * 1200 + b" it is"]
+    found = retokenised(ids, one, other, end=0)
+    chunks = align(ids, found.ids, one, other)
+    assert found.replaced_bytes == 1201 and chunks.student_ends[-1] == len(ids)
+    ends = chunks.student_ends.tolist()
+    assert ends[ends.index(4) + 1] == len(ids) - 6 and not chunks.comparable[ends.index(4) + 1]
 
 
 def test_names_of_special_tokens_in_a_text_stay_text():
