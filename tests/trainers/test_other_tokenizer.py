@@ -275,6 +275,17 @@ def test_rewards_of_sequences_are_those_of_whole_chunks(own, batch_of):
         torch.testing.assert_close(found[1:][inside], found[:-1][inside], rtol=1e-5, atol=1e-6)
 
 
+def test_pairs_are_as_long_as_they_are_in_the_teachers_tokens(own):
+    trainer = own(method="dpkd", train=pairs(), teacher_max_length=7)
+    rows = trainer.train_dataset
+    assert max(rows["teacher_length"]) == 7 < max(rows["length"])
+    for row in rows:
+        longer = max(len(row["teacher_completion_ids"]), len(row["rejected_teacher_ids"]))
+        assert row["teacher_length"] == len(row["teacher_prompt_ids"]) + longer
+    with pytest.raises(DatasetError, match=r"would read 7 tokens .* at most teacher_max_length=6"):
+        own(method="dpkd", train=pairs(), teacher_max_length=6)
+
+
 def test_what_a_method_adds_to_batches_leaves_the_alignment_as_it_is(own, batch_of):
     """MiniLLM has weights of its own for single tokens: `exact_overlap` is still on one token of both alone."""
     settings = {"objective": "token", "loss_reduction": "sequence", "cross_tokenizer": {"exact_overlap": 1.0}}
