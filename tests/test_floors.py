@@ -49,7 +49,11 @@ FLOORS = {
 }
 # Packages of one floor may use each other, but for these pairs.
 STRANGERS = [{"teachers", "rollouts"}]
-METHODS = {folder.name for folder in (ROOT / "trainers").iterdir() if folder.is_dir()} - {"given", "lifecycle", "rewarded"}
+METHODS = {folder.name for folder in (ROOT / "trainers").iterdir() if folder.is_dir()} - {
+    "given",
+    "lifecycle",
+    "rewarded",
+}
 FILES = sorted(ROOT.rglob("*.py"))
 by_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 
