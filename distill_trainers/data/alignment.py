@@ -10,6 +10,7 @@ two bytes beside it. Only chunks between borders that are safe for both are comp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -23,6 +24,7 @@ __all__ = ["END", "SPECIAL", "Alignment", "Retokenised", "TokenBytes", "align", 
 
 _STUDENT_SPECIAL, _TEACHER_SPECIAL = b"\xfe", b"\xff"  # as END_BYTE; these two meet nothing
 _BLOCK, _LONGEST = 4, 4096  # bytes that agree by no accident; bytes among which differences are looked for
+_MOST_PAIRS = 10**6  # of equal stretches, about half a second
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,26 @@ def _equal_blocks(one: bytes, other: bytes) -> list[tuple[int, int, int]]:
     inner = one[front : len(one) - back], other[front : len(other) - back]
     blocks = [(0, 0, front)] if front else []
     if max(map(len, inner)) <= _LONGEST:
-        matches = SequenceMatcher(None, *inner, autojunk=False).get_matching_blocks()
-        blocks += [(front + m.a, front + m.b, m.size) for m in matches if m.size >= _BLOCK]
+        blocks += [(front + i, front + j, size) for i, j, size in _blocks_between(*inner)]
     return [*blocks, (len(one) - back, len(other) - back, back)]
+
+
+def _blocks_between(one: bytes, other: bytes) -> list[tuple[int, int, int]]:
+    """The same of two texts with different bytes in many places, by stretches of `_BLOCK` bytes."""
+    stretches = [[text[i : i + _BLOCK] for i in range(len(text) - _BLOCK + 1)] for text in (one, other)]
+    counts = [Counter(side) for side in stretches]
+    pairs = sum(count * counts[1][stretch] for stretch, count in counts[0].items())
+    # All pairs of equal stretches are looked at: where text goes round in circles, only those that are rare in it.
+    ours, theirs = stretches
+    matches = SequenceMatcher(None, ours, theirs, autojunk=pairs > _MOST_PAIRS).get_matching_blocks()
+    blocks, ends = [], (0, 0)
+    for m in matches:
+        seen = max(0, ends[0] - m.a, ends[1] - m.b)  # stretches overlap
+        size = m.size + _BLOCK - 1 - seen
+        if m.size and size >= _BLOCK:
+            blocks.append((m.a + seen, m.b + seen, size))
+            ends = m.a + seen + size, m.b + seen + size
+    return blocks
 
 
 def _common_prefix(one: bytes, other: bytes) -> int:
@@ -203,6 +222,7 @@ def retokenised(
     *,
     end: int | None = None,
     starts_text: bool = False,
+    goes_on: bool = False,
 ) -> Retokenised:
     """Write the student's completion in the teacher's tokens.
 
@@ -213,9 +233,10 @@ def retokenised(
         end: the teacher's id for an end of text at the end of the completion; None adds none.
         starts_text: whether a teacher that puts a space before a text does so here; False where the completion goes on
             a text that the teacher has begun to read.
+        goes_on: whether the student's ids go on a text: see `TokenBytes.text`.
     """
     has_end = bool(len(student_ids)) and student_ids[-1] in student.ends
-    text = student.text(student_ids)
+    text = student.text(student_ids, goes_on=goes_on)
     whole = text if has_end else _whole_characters(text)
     characters, sizes = characters_of(whole)
     ids = _encoded(characters, teacher, starts_text)

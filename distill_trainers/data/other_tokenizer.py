@@ -8,7 +8,7 @@ entries of views (B rows, T positions of the student, C tokens of the teacher's 
     token_chunk     [B, T]  the same of the student's tokens
     token_shared    [B, T]  1 + the place of the teacher's token that begins where this one does; 0: none does
     token_comparable [B, T] 1 on tokens of chunks whose likelihoods may be compared
-    token_single    [B, T]  1 on tokens that are a chunk by themselves, in both tokenisations
+    token_alone     [B, T]  1 on tokens that are a chunk by themselves, in both tokenisations
     token_cut       [B, T]  1 on the last token of a completion that ends within a character, which has no teacher's ids
 
 They follow from the ids of the student and the teacher's prompt alone. So text that has just been sampled gets them as
@@ -55,15 +55,21 @@ class Side:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, name: str) -> Side:
         """Read a tokenizer; `name` says whose it is, for errors."""
-        turn_end = turn_end_id(tokenizer)
-        tokens = TokenBytes.of(tokenizer, name, end_ids=[] if turn_end is None else [turn_end])
+        tokens = TokenBytes.of(tokenizer, name)
         named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         markers = frozenset(tokenizer.added_tokens_decoder.keys() - named)
-        return cls(tokens, tokenizer.eos_token_id, turn_end, markers, _spaced_behind(tokenizer, tokens))
+        return cls(tokens, tokenizer.eos_token_id, turn_end_id(tokenizer), markers, _spaced_behind(tokenizer, tokens))
 
     def starts_with_space(self, prompt: Sequence[int]) -> bool:
         """Tell whether the chat template writes a space between this prompt and the answer."""
         return bool(self.spaced_behind) and self.tokens.text(prompt).endswith(self.spaced_behind)
+
+    def goes_on(self, prompt: Sequence[int]) -> bool:
+        """Tell whether an answer goes on the text of a prompt: a space with which its tokens begin is one of the text.
+
+        Behind nothing, or behind a special token, it is the tokenizer's; where the chat template writes one, its.
+        """
+        return self.tokens.tokens(prompt[-1:]) not in ([], [None]) and not self.starts_with_space(prompt)
 
     def end_behind(self, prompt: Sequence[int]) -> int | None:
         """Return the id that ends a text behind a prompt in this tokenizer's ids."""
@@ -87,15 +93,15 @@ class OtherTokenizer:
         """
         return cls(Side.of(student, "the student"), Side.of(teacher, "the teacher"))
 
-    def completion(self, ids: Sequence[int], prompt: Sequence[int]) -> list[int]:
+    def completion(self, ids: Sequence[int], prompt: Sequence[int], own_prompt: Sequence[int] = ()) -> list[int]:
         """Return the teacher's ids of a completion; of a last character that the student has cut there are none.
 
         Args:
             ids: the student's.
             prompt: what the teacher reads before it: whether it is a conversation tells how the completion ends.
+            own_prompt: what the student reads before it.
         """
-        end, space = self.teacher.end_behind(prompt), self.teacher.starts_with_space(prompt)
-        return retokenised(ids, self.student.tokens, self.teacher.tokens, end=end, starts_text=space).ids
+        return _rewritten(ids, self.student, self.teacher, own_prompt, prompt)
 
     def is_cut(self, ids: Sequence[int]) -> bool:
         """Tell whether the student's text ends within a character."""
@@ -104,14 +110,13 @@ class OtherTokenizer:
             return False
         return retokenised(ids[-8:], self.student.tokens, self.teacher.tokens, end=None).cut_bytes > 0
 
-    def answer(self, ids: Sequence[int], prompt: Sequence[int]) -> list[int]:
-        """Return the student's ids of what the teacher has written, behind a prompt in the student's ids."""
-        end = self.student.end_behind(prompt)
-        return retokenised(ids, self.teacher.tokens, self.student.tokens, end=end).ids
+    def answer(self, ids: Sequence[int], prompt: Sequence[int], teacher_prompt: Sequence[int] = ()) -> list[int]:
+        """Return the student's ids of what the teacher has written, behind prompts in the ids of either."""
+        return _rewritten(ids, self.teacher, self.student, teacher_prompt, prompt)
 
-    def text_of(self, ids: Sequence[int]) -> str:
-        """Return the text of the student's ids, without special tokens."""
-        return self.student.tokens.text(ids).decode(errors="replace")
+    def text_of(self, ids: Sequence[int], prompt: Sequence[int]) -> str:
+        """Return the text of the student's ids behind a prompt, without special tokens."""
+        return self.student.tokens.text(ids, goes_on=self.student.goes_on(prompt)).decode(errors="replace")
 
     def row_completion(self, row: Mapping[str, Any], prompt: Sequence[int]) -> list[int]:
         """Return the teacher's ids of what is trained of a tokenised row with a view; none without a completion.
@@ -120,7 +125,8 @@ class OtherTokenizer:
             DatasetError: what is trained is not one stretch.
         """
         start, stop = trained_stretch(row["labels"], row["view_start"])
-        return self.completion(row["input_ids"][start:stop], prompt) if stop > start else []
+        ids = row["input_ids"]
+        return self.completion(ids[start:stop], prompt, ids[:start]) if stop > start else []
 
     def added_to(
         self, batch: Mapping[str, Tensor], completions: Sequence[Sequence[int]] | None = None
@@ -141,7 +147,7 @@ class OtherTokenizer:
         for number, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             start, stop = trained_stretch(labels[number], start)
             own = ids[number][start:stop]
-            theirs = self.completion(own, prompt) if completions is None else completions[number]
+            theirs = self.completion(own, prompt, ids[number][:start]) if completions is None else completions[number]
             row = self._aligned(own, theirs, start, has_prompt=bool(prompt))
             rows.append({**row, "token_cut": [0] * (stop - 1) + [int(self.is_cut(own))]})
         width, longest = batch["input_ids"].shape[1], max([1, *(len(row["ids"]) for row in rows)])
@@ -150,14 +156,14 @@ class OtherTokenizer:
             "teacher_completion_mask": _stacked(([1] * len(row["ids"]) for row in rows), longest),
             "teacher_chunk": _stacked((row["teacher_chunk"] for row in rows), longest),
         }
-        for name in ("token_chunk", "token_shared", "token_comparable", "token_single", "token_cut"):
+        for name in ("token_chunk", "token_shared", "token_comparable", "token_alone", "token_cut"):
             entries[name] = _stacked((row[name] for row in rows), width)
         device = batch["input_ids"].device
         return {**batch, **{name: entry.to(device) for name, entry in entries.items()}}
 
     def _aligned(self, own: list[int], theirs: Sequence[int], start: int, *, has_prompt: bool) -> dict[str, list[int]]:
         """The entries of one row, those of the student's tokens from the row's beginning on."""
-        chunks, shared, comparable, single = ([0] * len(own) for _ in range(4))
+        chunks, shared, comparable, alone = ([0] * len(own) for _ in range(4))
         their_chunks = [0] * len(theirs)
         # Nothing predicts the first token of a row: chunks of it have no likelihood.
         first, their_first = int(start == 0), int(not has_prompt)
@@ -173,10 +179,19 @@ class OtherTokenizer:
             chunks[begin:end] = [number] * (end - begin)
             their_chunks[their_begin:their_end] = [number] * (their_end - their_begin)
             comparable[begin:end] = [int(found.comparable[place])] * (end - begin)
-            single[begin] = int(end - begin == their_end - their_begin == 1)
+            alone[begin] = int(end - begin == their_end - their_begin == 1)
         before = [0] * start
-        names = {"token_chunk": chunks, "token_shared": shared, "token_comparable": comparable, "token_single": single}
+        names = {"token_chunk": chunks, "token_shared": shared, "token_comparable": comparable, "token_alone": alone}
         return {"ids": list(theirs), "teacher_chunk": their_chunks} | {k: before + v for k, v in names.items()}
+
+
+def _rewritten(
+    ids: Sequence[int], writer: Side, reader: Side, written_behind: Sequence[int], read_behind: Sequence[int]
+) -> list[int]:
+    """The reader's ids of what the writer has written, each behind a prompt in its own."""
+    end, space = reader.end_behind(read_behind), reader.starts_with_space(read_behind)
+    goes_on = writer.goes_on(written_behind)
+    return retokenised(ids, writer.tokens, reader.tokens, end=end, starts_text=space, goes_on=goes_on).ids
 
 
 def _spaced_behind(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> bytes:

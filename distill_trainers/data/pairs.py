@@ -167,12 +167,13 @@ def _prepare_row(
             return cut
         first = min(sides, key=lambda side: side["prompt_length"])
         longest = {**cut, **view_of(first), "input_ids": first["input_ids"][: first["prompt_length"]]}
-        view, too_long = teacher_prompts.finished(first, longest, cut["length"] - cut["prompt_length"])
-        pair = {**cut, **{key: view[key] for key in _NO_VIEW}}
+        longer, written = cut["length"] - cut["prompt_length"], {}
         if other is not None:
-            written = [other.row_completion(row, view["teacher_prompt_ids"]) for row in rows_of_pair(pair)]
-            pair |= dict(zip(_NO_OWN, written, strict=True))
-            pair["teacher_length"] = len(view["teacher_prompt_ids"]) + max(map(len, written))
+            asked = first["teacher_prompt_ids"]
+            texts = [other.row_completion(row, asked) for row in rows_of_pair({**cut, **view_of(first)})]
+            longer, written = max(map(len, texts)), dict(zip(_NO_OWN, texts, strict=True))
+        view, too_long = teacher_prompts.finished(first, longest, longer)
+        pair = {**cut, **{key: view[key] for key in _NO_VIEW}, **written}
     except DatasetError as error:
         raise DatasetError(f"Row {index} of dataset {name!r}: {error}") from error
     return {**pair, "bad": _LONG_VIEW if too_long else ""}

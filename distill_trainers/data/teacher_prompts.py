@@ -267,7 +267,8 @@ class TeacherPrompts:
         whole = text if self.system is None else f"{self.system}\n\n{text}"
         lost = tokens.get("straddled", 0)  # tokens at the prompt's end that the completion's first one has taken in
         if self.other is not None:
-            end = self.other.text_of(text_ids(asked, tokenizer)[-lost:]) if lost else ""
+            known = text_ids(asked, tokenizer) if lost else []
+            end = self.other.text_of(known[-lost:], known[:-lost]) if lost else ""
             return text_ids(whole.removesuffix(end), own)
         ids = text_ids(whole, own)
         return ids[: len(ids) - lost] if lost and text_ids(asked, own)[-lost:] == ids[-lost:] else ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..exceptions import ConfigurationError
+from .chat import turn_end_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ class TokenBytes:
     Attributes:
         spelled: by id, the bytes of a token within a text; None for special and unknown tokens, and for ids without a
             token.
-        ends: ids that end a text.
+        ends: ids that end a text: EOS, and what ends a turn of the chat template.
         adds_space: whether the tokenizer puts a space before a text, which decoding takes away.
         backend: a `tokenizers.Tokenizer` that cuts and pads nothing, and takes names of special tokens for text.
     """
@@ -53,14 +54,11 @@ class TokenBytes:
     backend: Any = field(repr=False)
 
     @classmethod
-    def of(
-        cls, tokenizer: PreTrainedTokenizerBase, name: str = "the tokenizer", end_ids: Collection[int] = ()
-    ) -> TokenBytes:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, name: str = "the tokenizer") -> TokenBytes:
         """Read a tokenizer; the same one is read once.
 
         Args:
             name: whose it is, for errors.
-            end_ids: further ids that end a text, beside the tokenizer's EOS (those of the model's generation config).
 
         Raises:
             ConfigurationError: what the tokenizer loses of a text, or that nothing tells what its tokens spell.
@@ -71,11 +69,10 @@ class TokenBytes:
                 f"Got a {type(tokenizer).__name__} for {name}; expected a tokenizer with a tokenizer.json, which tells "
                 "the bytes of its tokens. Load it with `use_fast=True`, or train on the teacher's text (`seq_kd`)."
             )
-        eos = tokenizer.eos_token_id
-        state = (len(tokenizer), eos, frozenset(tokenizer.all_special_ids), frozenset(end_ids))
+        ends = frozenset({tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None})
+        state = (len(tokenizer), ends, frozenset(tokenizer.all_special_ids))
         known = _CACHE.get(tokenizer)
         if known is None or known[0] != state:
-            ends = frozenset([*end_ids, *([] if eos is None else [eos])])
             known = (state, _read(backend, ends, state[2], name))
             _CACHE[tokenizer] = known
         return known[1]
@@ -95,15 +92,23 @@ class TokenBytes:
         """Leave out what follows from the rest: `datasets` knows work that is done by the bytes of its arguments."""
         return {name: getattr(self, name) for name in ("spelled", "ends", "adds_space", "backend")}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.backend.encode_special_tokens = True  # no part of what `tokenizers` writes of one
+
     def tokens(self, ids: Iterable[int]) -> list[bytes | None]:
         """Return the bytes of each token; None for special ones and for ids that the tokenizer does not define."""
         count = len(self.spelled)
         return [self.spelled[i] if 0 <= i < count else None for i in ids]
 
-    def text(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of the text that the ids spell; special tokens spell nothing."""
+    def text(self, ids: Iterable[int], *, goes_on: bool = False) -> bytes:
+        """Return the bytes of the text that the ids spell; special tokens spell nothing.
+
+        Args:
+            goes_on: the ids go on a text, so that their first space is part of it, and not the tokenizer's.
+        """
         text = b"".join(token or b"" for token in self.tokens(ids))
-        return text[1:] if self.adds_space and text[:1] == b" " else text
+        return text[1:] if self.adds_space and not goes_on and text[:1] == b" " else text
 
     @functools.cached_property
     def num_bytes(self) -> Tensor:

@@ -30,7 +30,7 @@ OWN_COMPLETION = "teacher_completion_ids"
 # Of batches whose teacher has a tokenizer of its own; they belong to the very completions that a batch holds.
 ALIGNED_ENTRIES = (
     *(OWN_COMPLETION, "teacher_completion_mask", "teacher_chunk"),
-    *("token_chunk", "token_shared", "token_comparable", "token_single", "token_cut"),
+    *("token_chunk", "token_shared", "token_comparable", "token_alone", "token_cut"),
 )
 
 

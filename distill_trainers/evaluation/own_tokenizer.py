@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..data.alignment import TokenBytes, align, retokenised
+from ..data.alignment import align
+from ..data.other_tokenizer import OtherTokenizer
 from ..exceptions import ConfigurationError
 from .collect import Collected, Workshop
 from .examples import ExampleSet, read_examples
@@ -45,13 +46,12 @@ class OwnReading:
 
     Args:
         workshop, examples: in the teacher's tokens.
-        student, teacher: what the tokens of both spell.
+        other: both tokenizers.
     """
 
     workshop: Workshop
     examples: ExampleSet
-    student: TokenBytes
-    teacher: TokenBytes
+    other: OtherTokenizer
 
     @classmethod
     def of(cls, subject: Subject | None, rows: Any, ours: ExampleSet, workshop: Workshop, data_name: str) -> OwnReading:
@@ -68,7 +68,7 @@ class OwnReading:
         if subject is None:
             raise ConfigurationError("Got `teacher_tokenizer: own` without a teacher; expected one. Leave it out.")
         tokenizer, _ = reference_tokenizer([subject])
-        spelled = TokenBytes.of(workshop.tokenizer, "the student"), TokenBytes.of(tokenizer, "the teacher")
+        other = OtherTokenizer.of(workshop.tokenizer, tokenizer)
         settings = workshop.settings
         examples = ExampleSet(read_examples(rows, tokenizer, settings, name=data_name))
         if examples.subsets != ours.subsets:
@@ -78,7 +78,7 @@ class OwnReading:
                 "max_length."
             )
         own = replace(workshop, tokenizer=tokenizer, vocab_size=None)
-        return cls(own, examples, *spelled)
+        return cls(own, examples, other)
 
     def with_texts_of(self, written: Sequence[list[int]], ours: ExampleSet) -> ExampleSet:
         """Put the teacher's completions in place of the references that the data lacks; return the students' examples.
@@ -87,16 +87,18 @@ class OwnReading:
             written: the teacher's completions of all prompts, in its own tokens.
         """
         self.examples = self.examples.with_texts_of(written)
-        end = min(self.student.ends, default=None)
-        return ours.with_texts_of([retokenised(ids, self.teacher, self.student, end=end).ids for ids in written])
+        asked = [example.prompt_of(teacher=True) for example in self.examples.prompted]
+        answered = zip(written, ours.prompted, asked, strict=True)
+        return ours.with_texts_of([self.other.answer(ids, own.prompt_ids, theirs) for ids, own, theirs in answered])
 
     def agreement(self, student: Collected, teacher: Collected, ours: ExampleSet) -> Sums:
         """Count by example at how many shared boundaries both find the same next byte likeliest."""
         agreed, places = [], []
         texts = zip(ours.with_text, self.examples.with_text, strict=True)
+        spelled = self.other.student.tokens, self.other.teacher.tokens
         told = zip(student.reference, teacher.reference, strict=True)
         for (our, their), (one, other) in zip(texts, told, strict=True):
-            chunks = align(our.completion_ids, their.completion_ids, self.student, self.teacher)
+            chunks = align(our.completion_ids, their.completion_ids, *spelled)
             # Without a prompt nothing predicts the first token.
             skipped = [int(not example.prompt_ids) for example in (our, their)]
             starts = zip(

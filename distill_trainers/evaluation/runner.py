@@ -208,7 +208,8 @@ class Evaluation:
         if self.own is not None:
             self._add_of_bytes(self.own, collected, sums)
         models = [self._model(s, collected[s.name], sums, by_seed[s.name]) for s in self.subjects]
-        if self.teacher is not None and (base := models[0].cost) is not None:
+        # Tokens of two tokenizers are of different lengths: so are their seconds.
+        if self.teacher is not None and self.own is None and (base := models[0].cost) is not None:
             for model in models:
                 if model.cost is not None:
                     model.cost.speedup = model.cost.tokens_per_second / base.tokens_per_second

@@ -167,7 +167,7 @@ class AlignedLoss:
         others = [name for name in self.weights if name != "alm"]
         for name, values in self._of_distributions(student, teacher, divergence, others).items() if others else ():
             # A token of both means the same event only where both take it by itself.
-            where = begins & (tokens["token_single"] > 0) if name == "exact_overlap" else begins
+            where = begins & (tokens["token_alone"] > 0) if name == "exact_overlap" else begins
             terms[name] = torch.where(where, values, 0)
         values = next(iter(terms.values()))
         return terms | {

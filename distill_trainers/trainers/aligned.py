@@ -28,6 +28,13 @@ def check_terms(args: Any) -> None:
     require(own or args.alm_temperature is None, "alm_temperature", args.alm_temperature, beside)
     fits = terms is None or (bool(terms) and terms.keys() <= set(TERMS) and all(map(_is_weight, terms.values())))
     require(fits, "cross_tokenizer", terms, f"weights above 0 of any of {', '.join(TERMS)}, such as {DEFAULT_TERMS}")
+    reads = "none, where likelihoods of whole texts are all that is compared"
+    require(terms is None or args.compares_chunks, "cross_tokenizer", terms, reads)
+    tau, names = args.alm_temperature, (args.aligned_terms if args.compares_chunks else {})
+    require(tau is None or "alm" in names, "alm_temperature", tau, "none without the term alm of `cross_tokenizer`")
+    softened = "1: likelihoods of text, which are all that is compared, have no temperature but `alm_temperature`"
+    softens = args.kd_temperature == 1 or bool(names.keys() - {"alm"})
+    require(not own or softens, "kd_temperature", args.kd_temperature, softened)
     packed = "false with `teacher_tokenizer`: packed rows have no prompt for the teacher"
     require(not (own and args.packing), "packing", args.packing, packed)
 

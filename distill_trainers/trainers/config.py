@@ -333,9 +333,14 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         return self.needs - {"distribution"} | {"token_logprobs"}
 
     @property
+    def compares_chunks(self) -> bool:
+        """With a teacher that has a tokenizer of its own: whether the loss is made of `aligned_terms`."""
+        return True
+
+    @property
     def compares_distributions(self) -> bool:
         """With a teacher that has a tokenizer of its own: whether the loss reads more than likelihoods of its text."""
-        return bool(self.aligned_terms.keys() - {"alm"})
+        return self.compares_chunks and bool(self.aligned_terms.keys() - {"alm"})
 
     def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
         """Refuse datasets that cannot go with these settings, before anything is loaded.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import pickle
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,15 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distill_trainers.data.alignment import END, SPECIAL, TokenBytes, align, retokenised, shared_ids
+from distill_trainers.data.alignment import (
+    END,
+    SPECIAL,
+    TokenBytes,
+    _equal_blocks,
+    align,
+    retokenised,
+    shared_ids,
+)
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.toy import character_tokenizer
 
@@ -305,10 +314,34 @@ def test_half_a_character_is_counted_and_bytes_that_are_none_are_replaced():
     assert chunks.differing_bytes == 2 and chunks.student_ends[-1] == 4
 
 
+@settings(max_examples=60, deadline=None)
+@given(one=st.text("ab ", max_size=60), other=st.text("abc ", max_size=60), times=st.integers(1, 4))
+def test_stretches_in_which_texts_agree_are_equal_and_in_order(one, other, times):
+    texts = one.encode() * times, other.encode() * times
+    ends = (0, 0)
+    for i, j, size in _equal_blocks(*texts):
+        assert texts[0][i : i + size] == texts[1][j : j + size] and i >= ends[0] and j >= ends[1]
+        ends = i + size, j + size
+
+
+def test_long_texts_that_go_round_in_circles_are_laid_side_by_side():
+    """Bytes that are no text, and few others between them: there is next to nothing to look for."""
+    one, other = spelled("gpt2"), spelled("llama2")
+    letters = {token: i for i, token in enumerate(one.spelled) if token and len(token) == 1}
+    ids = [letters[bytes([byte])] for byte in b"so a\xff" + b"a\xff" * 1200 + b" it is"]
+    found = retokenised(ids, one, other, end=0)
+    chunks = align(ids, found.ids, one, other)
+    assert found.replaced_bytes == 1201 and chunks.student_ends[-1] == len(ids)
+    ends = chunks.student_ends.tolist()
+    assert ends[ends.index(4) + 1] == len(ids) - 6 and not chunks.comparable[ends.index(4) + 1]
+
+
 def test_names_of_special_tokens_in_a_text_stay_text():
     one, other = spelled("gpt2"), spelled("qwen")
     found = retokenised(encoded("gpt2", "so <eos> is"), one, other, end=5)
     assert None not in other.tokens(found.ids) and other.text(found.ids) == b"so <eos> is"
+    sent = pickle.loads(pickle.dumps(other))  # as to processes that tokenise
+    assert retokenised(encoded("gpt2", "so <eos> is"), one, sent, end=5) == found and sent.ends == other.ends
 
 
 def test_a_space_before_the_text_is_the_tokenizers_not_the_texts():
@@ -325,8 +358,9 @@ def test_a_space_before_the_text_is_the_tokenizers_not_the_texts():
 
 
 def test_first_bytes_are_buckets_and_ends_one_of_their_own():
-    tokenizer = KINDS["unigram"]()
-    found = TokenBytes.of(tokenizer, end_ids=[tokenizer.convert_tokens_to_ids("<tool>")])
+    tokenizer = unigram()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<tool>{% endfor %}"
+    found = TokenBytes.of(tokenizer)
     first = found.first_bytes(len(tokenizer) + 3)
     assert first.dtype == torch.int64 and len(first) == len(tokenizer) + 3
     buckets = dict(zip(tokenizer.convert_ids_to_tokens(range(len(tokenizer))), first.tolist(), strict=False))
@@ -334,7 +368,7 @@ def test_first_bytes_are_buckets_and_ends_one_of_their_own():
     assert buckets["<eos>"] == buckets["<tool>"] == END and buckets["<unk>"] == SPECIAL
     assert first[-3:].tolist() == [SPECIAL] * 3
     assert int(found.num_bytes[tokenizer.convert_tokens_to_ids("日本")]) == 6
-    assert TokenBytes.of(tokenizer, end_ids=[tokenizer.convert_tokens_to_ids("<tool>")]) is found
+    assert TokenBytes.of(tokenizer) is found
 
 
 def test_shared_ids_are_the_same_bytes_and_each_id_is_there_once():

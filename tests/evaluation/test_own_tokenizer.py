@@ -108,6 +108,8 @@ def test_gaps_are_closed_in_bytes_and_not_in_tokens(folders):
     assert "perplexity" not in teacher and mine["perplexity"].gap_closed is None and "kl" not in mine
     assert any("exposure_bias was left out" in note for note in results.notes)
     assert len(results.samples[0].completions) == 3
+    costs = [results.model(name).cost for name in ("teacher", "mine")]
+    assert all(cost.tokens_per_second > 0 and cost.speedup is None for cost in costs)
 
 
 def test_prompts_alone_are_read_behind_the_teachers_own_text(folders):

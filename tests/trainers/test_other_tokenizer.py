@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distill_trainers.data.other_tokenizer import OtherTokenizer
+from distill_trainers.data.views import ALIGNED_ENTRIES
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.losses.reduction import trained_mask
 from distill_trainers.toy import tiny_llama
@@ -274,6 +275,29 @@ def test_rewards_of_sequences_are_those_of_whole_chunks(own, batch_of):
         torch.testing.assert_close(found[1:][inside], found[:-1][inside], rtol=1e-5, atol=1e-6)
 
 
+def test_pairs_are_as_long_as_they_are_in_the_teachers_tokens(own):
+    trainer = own(method="dpkd", train=pairs(), teacher_max_length=7)
+    rows = trainer.train_dataset
+    assert max(rows["teacher_length"]) == 7 < max(rows["length"])
+    for row in rows:
+        longer = max(len(row["teacher_completion_ids"]), len(row["rejected_teacher_ids"]))
+        assert row["teacher_length"] == len(row["teacher_prompt_ids"]) + longer
+    with pytest.raises(DatasetError, match=r"would read 7 tokens .* at most teacher_max_length=6"):
+        own(method="dpkd", train=pairs(), teacher_max_length=6)
+
+
+def test_what_a_method_adds_to_batches_leaves_the_alignment_as_it_is(own, batch_of):
+    """MiniLLM has weights of its own for single tokens: `exact_overlap` is still on one token of both alone."""
+    settings = {"objective": "token", "loss_reduction": "sequence", "cross_tokenizer": {"exact_overlap": 1.0}}
+    trainer = own(method="minillm", **settings)
+    batch = batch_of(trainer)
+    (scored,) = trainer.score([batch])
+    assert scored.keys() > batch.keys() and all(torch.equal(scored[name], batch[name]) for name in ALIGNED_ENTRIES)
+    found = trainer.compute_loss(trainer.model, scored, return_outputs=True)[1]["exact_overlap"]
+    alone = batch["token_alone"][:, 1:][trained_mask(batch["labels"])] > 0
+    assert found[alone].abs().min() > 0 and not found[~alone].any() and 0 < alone.sum() < len(alone)
+
+
 # ---- Caches ------------------------------------------------------------------------------------------------------
 
 
@@ -385,6 +409,16 @@ def test_bytes_that_are_no_text_are_read_all_the_same(make_tokenizer, make_train
         ({"cross_tokenizer": {"kl": 1.0}}, "cross_tokenizer.*expected weights above 0 of any of alm"),
         ({"teacher_tokenizer": "shared", "cross_tokenizer": {"alm": 1.0}}, "expected `teacher_tokenizer: own` beside"),
         ({"teacher_tokenizer": "shared", "alm_temperature": 2.0}, "expected `teacher_tokenizer: own` beside"),
+        ({"cross_tokenizer": {"uld": 1.0}, "alm_temperature": 2.0}, "alm_temperature.*none without the term alm"),
+        (
+            {"cross_tokenizer": {"alm": 1.0}, "kd_temperature": 2.0},
+            "kd_temperature.*no temperature but `alm_temperature`",
+        ),
+        ({"method": "dpkd", "cross_tokenizer": {"uld": 1.0}}, "cross_tokenizer.*likelihoods of whole texts"),
+        (
+            {"method": "minillm", "estimator": "sampled", "teacher_mix_alpha": 0.0, "cross_tokenizer": {"alm": 1.0}},
+            "cross_tokenizer.*likelihoods of whole texts",
+        ),
         ({"packing": True}, "packed rows have no prompt"),
         ({"divergence": "logit_mse"}, "logits are compared id by id"),
         ({"lmbda": 1.0, "sampler_correction": "mask"}, "are of one token each"),
@@ -439,24 +473,48 @@ def test_a_tokenizer_that_loses_text_is_refused(make_trainer, tokenizer, digits)
         make_trainer(teacher=tiny_llama(lossy, 48, 2), teacher_processing_class=lossy, **OWN)
 
 
-def test_the_space_that_a_template_writes_before_answers_is_the_teachers(make_tokenizer):
-    """As Llama 2 has it; a template that writes none, and plain text, get none."""
+@pytest.fixture
+def spaced():
+    """SentencePiece's way to begin a text with a space, in a few letters."""
     symbols = ["▁", *"ab[]IUNST/\n"]
     backend = Tokenizer(
         models.BPE({s: i for i, s in enumerate([*symbols, "<unk>", "▁b"])}, [("▁", "b")], unk_token="<unk>")
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
-    teacher = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
-    student = make_tokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+
+
+def inst_template(space):
+    return (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
+        f"{{% else %}}{space}{{{{ m['content'] }}}}</s>{{% endif %}}{{% endfor %}}"
+    )
+
+
+def test_the_space_that_a_template_writes_before_answers_is_the_teachers(make_tokenizer, spaced):
+    """As Llama 2 has it; a template that writes none, and plain text, get none."""
+    teacher, student = spaced, make_tokenizer()
     for space in (" ", ""):
-        teacher.chat_template = (
-            "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
-            f"{{% else %}}{space}{{{{ m['content'] }}}}</s>{{% endif %}}{{% endfor %}}"
-        )
+        teacher.chat_template = inst_template(space)
         other = OtherTokenizer.of(student, teacher)
         prompt = teacher("[INST]a[/INST]", add_special_tokens=False)["input_ids"]
         ids = other.completion(student("b", add_special_tokens=False)["input_ids"], prompt)
         assert teacher.convert_ids_to_tokens(ids) == (["▁b"] if space else ["b"])
         plain = other.completion(student("b", add_special_tokens=False)["input_ids"], prompt[:3])
         assert teacher.convert_ids_to_tokens(plain) == ["b"]
+
+
+def test_a_space_behind_text_is_text_and_one_that_the_template_writes_is_not(make_tokenizer, spaced):
+    """A SentencePiece student that goes on `a` with ` b` has written a space, which the teacher must read."""
+    bytewise = make_tokenizer()
+    ids = lambda text: spaced(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    answer = spaced.convert_tokens_to_ids(["▁b"])
+    for space, read in ((" ", "b"), ("", " b")):
+        spaced.chat_template = inst_template(space)
+        as_student, as_teacher = OtherTokenizer.of(spaced, bytewise), OtherTokenizer.of(bytewise, spaced)
+        for prompt, expected in (("", "b"), ("a", " b"), ("a</s>", "b"), ("[INST]a[/INST]", read)):
+            assert bytewise.decode(as_student.completion(answer, [], ids(prompt))) == expected, prompt
+            assert bytewise.decode(as_teacher.answer(answer, [], ids(prompt))) == expected, prompt
+        back = as_student.answer(bytewise("b", add_special_tokens=False)["input_ids"], ids("[INST]a[/INST]"))
+        assert spaced.convert_ids_to_tokens(back) == (["▁b"] if space else ["b"])

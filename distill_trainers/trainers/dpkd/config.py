@@ -114,7 +114,7 @@ class DPKDConfig(DistillConfig):
 
     why_no_packing = "a loss of whole rows compares the two of each pair"
     scores_all_text = False
-    compares_distributions = False  # log-probabilities of responses are all that is compared
+    compares_chunks = False  # log-probabilities of responses are all that is compared
 
     @property
     def why_shared_tokenizer(self) -> str:

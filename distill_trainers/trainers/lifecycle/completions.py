@@ -119,9 +119,10 @@ def with_completions(
             return row
         own: dict[str, Any] = {}
         if other is not None:
-            completion = other.answer(completion, prompt)[: max_length and max(1, max_length - len(prompt))]
-            own[OWN_COMPLETION] = other.completion(completion, row["teacher_prompt_ids"])
-            own["teacher_length"] = len(row["teacher_prompt_ids"]) + len(own[OWN_COMPLETION])
+            asked = row["teacher_prompt_ids"]
+            completion = other.answer(completion, prompt, asked)[: max_length and max(1, max_length - len(prompt))]
+            own[OWN_COMPLETION] = other.completion(completion, asked, prompt)
+            own["teacher_length"] = len(asked) + len(own[OWN_COMPLETION])
         ids, labels = prompt + completion, completion_labels(prompt, completion)
         return {**row, "input_ids": ids, "labels": labels, "length": len(ids), **own}
 

@@ -340,7 +340,8 @@ class HeldOutMeasures(TrainerCallback):
         texts = [written[prompt_key(ids)] for ids in asked]
         if other is None:
             return texts
-        return [other.answer(ids, example.prompt_ids) for ids, example in zip(texts, examples, strict=True)]
+        both = zip(texts, examples, asked, strict=True)
+        return [other.answer(ids, example.prompt_ids, prompt) for ids, example, prompt in both]
 
     def _read(self, model: nn.Module, examples: list[Example], completions: list[list[int]]) -> list[TokenValues]:
         """Per-token measures of the completions by student and teacher, inside the student's wrappers.

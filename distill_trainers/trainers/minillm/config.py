@@ -120,8 +120,8 @@ class MiniLLMConfig(RewardSettings, DistillConfig):
         )
 
     @property
-    def compares_distributions(self) -> bool:
-        return self.estimator == "exact" and super().compares_distributions
+    def compares_chunks(self) -> bool:
+        return self.estimator == "exact"
 
     @property
     def why_one_teacher(self) -> str:
