@@ -1,4 +1,4 @@
-"""What keeps a long run's memory level: how its state is written, what is given back, what is looked at for garbage."""
+"""What a long run does for its memory: how its state is written, what is given back, what is looked at for garbage."""
 
 from __future__ import annotations
 
