@@ -46,31 +46,44 @@ class RewardFunction:
     is_checker: bool = False
 
 
-def check_names(names: Sequence[str], trusts_code: bool) -> None:
+def check_names(names: Sequence[str], trusts_code: bool, setting: str = "reward_funcs") -> None:
     """Refuse names that stand for nothing, before anything is imported.
+
+    Args:
+        names: what the setting holds.
+        trusts_code: whether code of others may run.
+        setting: the setting that errors name.
 
     Raises:
         ConfigurationError: an unknown name, or one of a module where no code of others may run.
     """
     if not names:
-        raise ConfigurationError("Got `reward_funcs: []`; expected at least one, or leave it out.")
+        raise ConfigurationError(f"Got `{setting}: []`; expected at least one, or leave it out.")
     doubled = sorted({name for name in names if list(names).count(name) > 1})
     if doubled:
-        raise ConfigurationError(f"Got `reward_funcs` with {doubled[0]!r} more than once; expected different ones.")
+        raise ConfigurationError(f"Got `{setting}` with {doubled[0]!r} more than once; expected different ones.")
     for name in names:
-        if name in REWARDS or name.partition(":")[0] in {*PLAIN, *WITH_SETTING}:
-            if name not in REWARDS:
-                checker(name)
-        elif not _IN_MODULE.fullmatch(name):
-            raise ConfigurationError(
-                f"Got the reward {shown(name, 80)!r}; expected one of {', '.join(NAMES)}, or `module:function`. Reward "
-                "models are not loaded by name: write a function that asks yours."
-            )
-        elif not trusts_code:
-            raise ConfigurationError(
-                f"Got the reward {shown(name, 80)!r}, which runs code of that module; expected `trust_remote_code: "
-                "true` beside it. Set it if you trust the recipe and the module."
-            )
+        try:
+            _check_name(name, trusts_code)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"`{setting}`: {error}") from error
+
+
+def _check_name(name: str, trusts_code: bool) -> None:
+    if name in REWARDS:
+        return
+    if name.partition(":")[0] in {*PLAIN, *WITH_SETTING}:
+        checker(name)
+    elif not _IN_MODULE.fullmatch(name):
+        raise ConfigurationError(
+            f"Got the reward {shown(name, 80)!r}; expected one of {', '.join(NAMES)}, or `module:function`. Reward "
+            "models are not loaded by name: write a function that asks yours."
+        )
+    elif not trusts_code:
+        raise ConfigurationError(
+            f"Got the reward {shown(name, 80)!r}, which runs code of that module; expected `trust_remote_code: "
+            "true` beside it. Set it if you trust the recipe and the module."
+        )
 
 
 def reward_functions(names: Sequence[str]) -> list[RewardFunction]:

@@ -414,5 +414,5 @@ def test_a_model_is_pruned_in_little_more_memory_than_itself(tmp_path):
     command = [sys.executable, "-c", _IN_ITS_OWN_PROCESS, str(tmp_path / "teacher"), str(tmp_path / "student")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
-    size, loaded, peak = map(float, done.stdout.split())
+    size, loaded, peak = map(float, done.stdout.splitlines()[-1].split())  # DeepSpeed writes to stdout, too
     assert size > 400 and peak - loaded < 0.15 * size, done.stdout

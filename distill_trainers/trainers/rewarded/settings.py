@@ -159,7 +159,7 @@ class RewardSettings(Checked):
         if self.reward_funcs is None:
             return  # a trainer may be given them yet
         check_names(names, self.trust_remote_code)
-        check_names([self.pass_name], self.trust_remote_code)
+        check_names([self.pass_name], self.trust_remote_code, "eval_pass_func")
         for name, choices in CHOICES.items():
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         weights, size = self.reward_weights, self.num_generations
