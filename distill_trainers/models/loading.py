@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,15 +28,6 @@ def looks_like_path(name: str) -> bool:
     """Tell whether `name` means a local folder: it or its parent exists, or it could not be a Hub id."""
     inside = "/" in name and Path(name).parent.is_dir()
     return Path(name).exists() or inside or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def emulates_bfloat16() -> bool:
-    """Tell whether this processor multiplies far slower in bfloat16 than in float32: x86 without AVX-512.
-
-    Measured on one (AVX2, one thread): 9 against 62 GFLOP/s.
-    """
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
 
 
 def check_model_source(name: str, role: str) -> None:

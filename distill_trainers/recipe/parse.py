@@ -24,6 +24,7 @@ from ..value_types import (
 )
 from .environment import set_environment
 from .known_keys import known_keys, options_with_our_names, with_our_names
+from .precision import settle_precision
 from .reading import read_settings
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def parse_recipe(
     known = known_keys(_method_named(given, argv), *more)
     if known is not None:
         refuse_unknown(given, options, known, "the recipe")
-    recipe = Recipe(*parse_settings(argv, classes, what="the recipe", renamed=True))
+    recipe = Recipe(*parse_settings(argv, classes, what="the recipe", for_training=True))
     if "dataset_test_split" in {*given, *options} and recipe.run.eval_fraction is None:
         recipe.run.eval_dataset = recipe.run.eval_dataset or recipe.run.dataset  # TRL's is a split of the same data
     if complete is not None:
@@ -125,7 +126,7 @@ def parse_settings(
     *,
     what: str,
     command: str = "train",
-    renamed: bool = False,
+    for_training: bool = False,
 ) -> list[Any]:
     """Fill dataclasses from `--config FILE` and from options of the command line, which come first.
 
@@ -133,7 +134,7 @@ def parse_settings(
         classes: gives them for what the file says and for the command line.
         what: the file is called in errors.
         command: whose `--help` lists the settings.
-        renamed: take TRL's names of settings for ours.
+        for_training: take TRL's names of settings for ours, and settle `bf16: auto`.
 
     Raises:
         ConfigurationError: no such file, not a mapping, unknown keys, values of the wrong type.
@@ -143,9 +144,10 @@ def parse_settings(
     chosen = classes(given, argv)
     known = {f.name for cls in chosen for f in fields(cls) if f.init}
     refuse_unknown(given, option_names(argv), known, what)
-    if renamed:
+    if for_training:
         names = other_names(known)
         given, argv = with_our_names(given, names), options_with_our_names(argv, names)
+        given, argv = settle_precision(given, argv)
     for cls in chosen:
         check_value_types(given, cls, text_is_parsed=True)
     set_environment(given.pop("env", {}))

@@ -12,6 +12,7 @@ from distill_trainers.cli import main
 from distill_trainers.doctor import Launch, precision, room, teacher
 from distill_trainers.doctor.printing import print_first_row
 from distill_trainers.doctor.reading import case_of
+from distill_trainers.models.precision import Products
 from distill_trainers.recipe.parse import parse_recipe
 from distill_trainers.teachers import LocalTeacher
 
@@ -397,12 +398,25 @@ def test_a_launch_in_another_precision_is_remarked_upon(recipe, pair, diagnose):
     assert any("mixed precision 'no'" in f["what"] and "bf16" in f["what"] for f in serious(report))
 
 
-@pytest.mark.parametrize("emulated", [True, False])
-def test_emulated_bfloat16_is_remarked_upon(recipe, pair, diagnose, monkeypatch, emulated):
-    monkeypatch.setattr(precision, "emulates_bfloat16", lambda: emulated)
-    _, report = diagnose(recipe(**pair(), bf16=True))
-    remedies = [f["remedy"] for f in serious(report) if "AVX-512" in f["what"]]
-    assert remedies == (["Set `bf16: false`."] if emulated else [])
+@pytest.mark.parametrize(
+    ("products", "bf16", "remedy"),
+    [
+        (Products(62, 9), True, "Set `bf16: false`, or `bf16: auto`."),
+        (Products(150, 83), True, "Set `bf16: false`, or `bf16: auto`."),
+        (Products(100, 300), True, None),
+        (Products(100, 110), True, None),
+        (Products(100, 110), False, None),
+        (Products(62, 9), False, None),
+        (Products(100, 300), False, "Set `bf16: true`, or `bf16: auto`."),
+    ],
+)
+def test_the_slower_precision_of_a_processor_is_remarked_upon(
+    recipe, pair, diagnose, monkeypatch, products, bf16, remedy
+):
+    monkeypatch.setattr(precision, "products_of", lambda config: products)
+    _, report = diagnose(recipe(**pair(), bf16=bf16))
+    remedies = [f["remedy"] for f in report["findings"] if "multiplies" in f["what"]]
+    assert len(remedies) == (remedy is not None) and all(text.startswith(remedy) for text in remedies)
 
 
 # ---- Before a run ---------------------------------------------------------------------------------------------------

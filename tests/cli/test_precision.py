@@ -1,0 +1,95 @@
+"""`bf16: auto` in recipes."""
+
+import json
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from distill_trainers.exceptions import ConfigurationError
+from distill_trainers.manifest import write_manifest
+from distill_trainers.models import precision
+from distill_trainers.models.precision import Products, measure_products, products_of
+from distill_trainers.recipe.parse import parse_recipe
+
+SLOW, FAST = Products(62, 9), Products(100, 300)
+
+
+@pytest.fixture
+def parsed(tmp_path, monkeypatch):
+    def parse(products, *options, **settings):
+        asked = []
+
+        def measured(config):
+            asked.append(config)
+            return products
+
+        monkeypatch.setattr(precision, "products_of", measured)
+        values = {
+            "model_name_or_path": str(tmp_path / "student"),
+            "teacher_model_name_or_path": str(tmp_path / "teacher"),
+        }
+        values |= {
+            "dataset": "rows.jsonl",
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "bf16": "auto",
+        } | settings
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(values))
+        recipe = parse_recipe(["--config", str(file), *options])
+        return recipe.args.bf16, recipe.args.teacher_model_init_kwargs, asked
+
+    return parse
+
+
+def test_products_are_measured_in_both_dtypes():
+    products = measure_products(48, 64)
+    assert products.float32 > 0 and products.bfloat16 > 0
+    assert measure_products(48, 64) is products  # once
+
+
+@pytest.mark.parametrize(("narrow", "pays"), [(83, False), (150, False), (160, False), (170, True)])
+def test_bfloat16_has_to_be_clearly_faster(narrow, pays):
+    assert Products(150, narrow).narrow is pays
+
+
+def test_widths_are_those_of_the_model(monkeypatch):
+    monkeypatch.setattr(precision, "measure_products", lambda *widths: widths)
+    assert products_of(LlamaConfig(hidden_size=64, intermediate_size=80)) == (64, 80)
+    assert products_of(None) == precision.TYPICAL
+
+
+def test_what_is_faster_is_taken(parsed):
+    assert parsed(FAST)[:2] == (True, None)
+    assert parsed(SLOW)[:2] == (False, {"dtype": "float32"})  # a teacher saved in bfloat16 would be as slow
+
+
+def test_a_dtype_that_is_given_stays(parsed):
+    assert parsed(SLOW, teacher_model_init_kwargs={"dtype": "bfloat16"})[:2] == (False, {"dtype": "bfloat16"})
+    assert parsed(SLOW, teacher_model_init_kwargs={"revision": "x"})[1] == {"revision": "x", "dtype": "float32"}
+    assert parsed(SLOW, "--teacher_model_init_kwargs", '{"revision": "y"}')[1] == {"revision": "y"}
+    assert parsed(SLOW, teacher_model_name_or_path="http://127.0.0.1:1")[1] is None
+
+
+@pytest.mark.parametrize("option", [["--bf16", "true"], ["--bf16=true"]])
+def test_the_command_line_comes_first(parsed, option):
+    narrow, _, asked = parsed(SLOW, *option)
+    assert narrow is True and not asked
+    assert parsed(FAST, "--bf16=auto", bf16=False)[0] is True
+
+
+def test_a_run_that_goes_on_keeps_its_precision(parsed, tmp_path):
+    folder = tmp_path / "run/checkpoint-3"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    write_manifest(folder, {"bf16": False, "teacher_model_init_kwargs": {"dtype": "float32"}})
+    for resumed in (True, str(folder)):
+        assert parsed(FAST, resume_from_checkpoint=resumed) == (False, {"dtype": "float32"}, [])
+    assert parsed(FAST, overwrite_output_dir=True)[0] is True
+
+
+def test_several_processes_on_cpus_are_told_to_decide(parsed, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match=r"`bf16: auto`.*expected true or false"):
+        parsed(FAST)
