@@ -6,6 +6,7 @@ tests and the three-minute proof of the command line.
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,14 @@ def tiny_llama(
 
 def addition_rows(count: int | None = None, seed: int = 0) -> list[dict[str, str]]:
     """Make `count` different problems (all 10 000 by default) with right answers, in an order fixed by `seed`."""
+    return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in _shuffled_pairs(seed)[:count]]
+
+
+@functools.cache
+def _shuffled_pairs(seed: int) -> list[tuple[int, int]]:
     pairs = [(a, b) for a in range(100) for b in range(100)]
     random.Random(seed).shuffle(pairs)
-    return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs[:count]]
+    return pairs
 
 
 # How questions with written-out steps are put to a model that knows no letters.

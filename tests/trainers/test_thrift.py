@@ -1,12 +1,11 @@
 """The state of a long run: the text that transformers writes, without a copy of all logs."""
 
-import gc
 import tracemalloc
 
 import pytest
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 
-from distill_trainers.trainers.lifecycle.thrift import RunState, collecting_what_is_new, give_back_free_memory
+from distill_trainers.trainers.lifecycle.thrift import RunState, give_back_free_memory
 
 
 @pytest.fixture
@@ -48,30 +47,3 @@ def test_a_run_has_that_state(make_trainer):
     trainer = make_trainer(max_steps=1)
     trainer.train()
     assert isinstance(trainer.state, RunState)
-
-
-@pytest.fixture
-def unfrozen():
-    """The suite itself freezes what it has imported."""
-    gc.unfreeze()
-    yield
-    gc.freeze()
-
-
-def test_while_it_trains_the_collector_looks_at_what_is_new(make_trainer, unfrozen):
-    frozen = []
-
-    class Counts(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            frozen.append(gc.get_freeze_count())
-
-    make_trainer(max_steps=1, callbacks=[Counts()]).train()
-    assert frozen[0] > 10_000 and gc.get_freeze_count() == 0
-
-
-def test_what_the_user_froze_stays_frozen(unfrozen):
-    gc.freeze()
-    before = gc.get_freeze_count()
-    with collecting_what_is_new():
-        assert gc.get_freeze_count() == before
-    assert gc.get_freeze_count() == before

@@ -39,7 +39,7 @@ from ...teachers import Teacher
 from ...teachers.local import base_fingerprint
 from . import outage
 from .callbacks import InterruptCallback
-from .thrift import RunState, collecting_what_is_new, give_back_free_memory
+from .thrift import RunState, give_back_free_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -243,8 +243,7 @@ class Resuming(Trainer):
             self.teacher.load_state(_tensors_in(self._teacher_file(resume_from_checkpoint)))
             self._compare_settings(resume_from_checkpoint)
         try:
-            with collecting_what_is_new():
-                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, InterruptCallback):  # a run that fails tells its callbacks nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -154,6 +155,7 @@ def _number(value: torch.Tensor) -> float | None:
     return float(value) if torch.isfinite(value) else None
 
 
+@functools.cache  # each is read from a folder of the environment
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in ("distill-trainers", "torch", "transformers", "trl", "peft", "accelerate", "datasets"):

@@ -1,13 +1,11 @@
-"""What a long run does for its memory: how its state is written, what is given back, what is looked at for garbage."""
+"""What a long run does for its memory: how its state is written, and what is given back."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import dataclasses
-import gc
 import json
-from collections.abc import Iterator
 
 from transformers import TrainerState
 
@@ -36,21 +34,3 @@ def give_back_free_memory() -> None:
     """Return memory that malloc holds free to the system: glibc keeps it, and each large task leaves other holes."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, which has no such call
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextlib.contextmanager
-def collecting_what_is_new() -> Iterator[None]:
-    """Let Python's collector look at nothing that was there before.
-
-    It waits with a full look until a quarter of all objects are new. Half a million come with the imports, so what
-    refers to itself would be kept for thousands of steps.
-    """
-    if gc.get_freeze_count():  # the user has done so, and says when it ends
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
