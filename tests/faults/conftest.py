@@ -22,6 +22,7 @@ import pytest
 
 OUTCOMES = ("survived", "refused", "held", "silent")
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
+SHARE = 0.2
 HERE = Path(__file__).parent
 COUNTS = pytest.StashKey[Counter]()
 
@@ -33,8 +34,8 @@ def pytest_addoption(parser):
     group = parser.getgroup("faults")
     group.addoption("--faults-report", metavar="FILE", help="write what came of all faults as JSON, and beside as .md")
     group.addoption("--faults-seed", type=int, default=SEED, help="of the random moments, bytes and places")
-    share = "the share of damaged files to try; less takes less time (%(default)s)"
-    group.addoption("--faults-share", type=float, default=0.25, help=share)
+    share = "the share of kills, full disks and damaged files to try; less takes less time (%(default)s)"
+    group.addoption("--faults-share", type=float, default=SHARE, help=share)
 
 
 def pytest_configure(config):
@@ -93,6 +94,12 @@ def chance(request):
     seed = f"{request.config.getoption('faults_seed', SEED)} {request.node.name}"
     print(f"faults: random.Random({seed!r}); FAULTS_SEED or --faults-seed gives others")
     return random.Random(seed)
+
+
+@pytest.fixture
+def share(request):
+    """The share of all faults that this run tries, 0 to 1."""
+    return request.config.getoption("faults_share", SHARE)
 
 
 # ---- Commands -------------------------------------------------------------------------------------------------------

@@ -44,10 +44,8 @@ def outcome(lab, name, work, done, file):
 
 
 @pytest.fixture
-def damage_in(ledger, chance, request):
+def damage_in(ledger, chance, share):
     """`damage_in(lab, kind, name, start, files, ways, again)`: harm each file in each way, start the job, and count."""
-
-    share = request.config.getoption("faults_share", 0.25)
 
     def run(lab, kind, name, start, files, ways=WAYS, again=None, takes=share):
         lab.reference(name)

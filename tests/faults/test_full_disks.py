@@ -78,5 +78,7 @@ def test_a_taste_of_full_disks(quick_lab, ledger, chance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
-def test_a_full_disk(lab, ledger, chance, name):
-    fill_and_go_on(lab, ledger, chance, name, WAYS)
+def test_a_full_disk(lab, ledger, chance, share, name):
+    """Each way at a share of a half and more."""
+    ways = chance.sample(WAYS, min(len(WAYS), max(2, round(2 * len(WAYS) * share))))
+    fill_and_go_on(lab, ledger, chance, name, ways)

@@ -18,7 +18,7 @@ JOBS = (
     "pairs",
 )
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-KILLS = 5
+KILLS = 10
 
 
 def moment(chance, events, seconds, number):
@@ -51,7 +51,7 @@ def test_a_taste_of_kills(quick_lab, ledger, chance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
-def test_a_killed_command_goes_on_as_if_nothing_had_been(lab, ledger, chance, name):
+def test_a_killed_command_goes_on_as_if_nothing_had_been(lab, ledger, chance, share, name):
     _, events, seconds = lab.reference(name)
-    for number in range(KILLS):
+    for number in range(max(2, round(KILLS * share))):
         kill_and_go_on(lab, ledger, name, moment(chance, events, seconds, number))
