@@ -22,14 +22,12 @@ def _run(script: str, *options: str) -> str:
 
 @pytest.mark.slow
 def test_trainers_beside_trl_are_given_the_same_batches():
-    modes = ["off-policy", "off-policy, teacher three times as deep, LoRA student"]
-    shown = _run("compare_trl.py", "--modes", *modes)
+    shown = _run("compare_trl.py", "--modes", "off-policy, teacher three times as deep, LoRA student")
     lines = [line for line in shown.splitlines() if "Trainer" in line and line.startswith("|")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert len(rows) == 2 + 3 and all(len(row) == 8 and float(row[3]) > 0 for row in rows)
-    for mode in (rows[0:2], rows[2:5]):  # from the live teacher, and from its cache
-        losses = [float(row[-1]) for row in mode]
-        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
+    assert len(rows) == 3 and all(len(row) == 8 and float(row[3]) > 0 for row in rows)
+    losses = [float(row[-1]) for row in rows]  # ours from the live teacher and from its cache, and theirs
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -77,19 +75,20 @@ def test_students_with_and_without_rationales_are_scored_alike(tmp_path):
 
 @pytest.mark.slow
 def test_students_with_a_tokenizer_of_their_own_are_judged_alike(tmp_path):
-    shown = _run("cross_tokenizer.py", "--work", str(tmp_path), "--seeds", "0", "--json", str(tmp_path / "out.json"))
+    options = ["--contenders", "ours", "gold", "--seeds", "0", "--json", str(tmp_path / "out.json")]
+    shown = _run("cross_tokenizer.py", "--work", str(tmp_path), *options)
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert set(results) == {"teacher", "start", "ours", "with_text", "uld", "gold", "sft"}
+    assert set(results) == {"teacher", "start", "ours", "gold"}
     assert all(0 < run["bits_per_byte"] < 12 for runs in results.values() for run in runs)
-    assert shown.count("|") == 8 * 9, "teacher, start and five contenders below two lines of heading"
+    assert shown.count("|") == 8 * 6, "teacher, start and two contenders below two lines of heading"
 
 
 @pytest.mark.slow
 def test_the_memory_formula_stands_beside_measured_peaks(tmp_path):
     """At toy size what the libraries take outweighs the models, so that only the order of things is looked at."""
-    _run("memory.py", "--runs", "single", "ddp", "--json", str(tmp_path / "out.json"))
+    _run("memory.py", "--runs", "single", "--json", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert set(results) == {"single", "ddp"}
+    assert set(results) == {"single"}
     assert all(0 < run["predicted_mib"] < run["measured_mib"] for runs in results.values() for run in runs)
 
 
@@ -139,12 +138,12 @@ def test_every_method_is_judged_by_one_evaluation(tmp_path, make_tokenizer):
     pytest.importorskip("rouge_score", reason="rouge-score is not installed")
     teacher = _toy_teacher(tmp_path / "teacher", make_tokenizer())
     options = ["--teacher", teacher, "--work", str(tmp_path / "work"), "--keep-layers", "2"]
-    options += ["--contenders", "sft", "gkd_minillm", "dpkd", "rationale"]  # a process of its own each
+    options += ["--contenders", "gkd_minillm", "rationale"]  # a process of its own each
     table = _run("methods.py", *options, "--seconds", "1", "--seeds", "0", "--json", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert len(results) == 6 and table.count("\n|") == 8  # start, teacher and four trainings, below two lines
+    assert len(results) == 4 and table.count("\n|") == 6  # start, teacher and two trainings, below two lines
     trained = [row for row in results.values() if "steps" in row]
-    assert len(trained) == 4 and all(row["steps"] >= 1 and row["scores"]["kl"]["value"] > 0 for row in trained)
+    assert len(trained) == 2 and all(row["steps"] >= 1 and row["scores"]["kl"]["value"] > 0 for row in trained)
     assert results["the teacher"]["scores"]["perplexity"]["value"] > 1
 
 
