@@ -129,11 +129,14 @@ def test_a_shell_completes(tmp_path, capsys):
     assert proposed("train", "--config", "READ") == ["README.md"]
 
 
-def test_recipes_are_copied_and_never_replaced(tmp_path, capsys):
+def test_recipes_are_copied_and_never_replaced(tmp_path, monkeypatch, capsys):
     assert main(["recipes", str(tmp_path / "work")]) == 0
     for name in FOLDERS:
         copied = sorted(file.relative_to(tmp_path / "work") for file in (tmp_path / "work" / name).rglob("*"))
         assert copied == sorted(file.relative_to(ROOT) for file in (ROOT / name).rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--config", "recipes/gpt2/minillm_120M.yaml"]) == 2
+    assert "`distill-trainers recipes` copies ours into this folder." in capsys.readouterr().err
     changed = tmp_path / "work/recipes/smollm2-135m/gkd.yaml"
     changed.write_text("mine", encoding="utf-8")
     assert main(["recipes", str(tmp_path / "work")]) == 2

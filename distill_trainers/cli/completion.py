@@ -88,7 +88,7 @@ def _classes(command: str) -> list[type]:
         return [PipelineArguments]
     if command == "evaluate":
         return [EvaluateArguments, EvaluationSettings]
-    own = {"doctor": [DoctorArguments], "pairs": [PairArguments], "prune": [PruneArguments]}
+    own: dict[str, list[type]] = {"doctor": [DoctorArguments], "pairs": [PairArguments], "prune": [PruneArguments]}
     return [*own.get(command, []), RecipeArguments, *(config for config, _ in METHODS.values()), ModelConfig]
 
 
