@@ -1,11 +1,11 @@
-"""TRL's names of settings: what they are called here, and what to do where there is no counterpart.
+"""TRL's names of settings and metrics: what they are called here, and what to do where there is no counterpart.
 
 Read for recipes, and for configs of TRL that are passed as `args`. It imports nothing: a recipe is checked at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 # Other names of keys that a recipe takes: those of TRL's commands, and shorter ones.
 KEYS = {
@@ -29,10 +29,29 @@ NEWER = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 
+# Metrics that are the same quantity in TRL, by our names; trackers are given both.
+METRICS = {
+    "completion_length": "completions/mean_length",
+    "reward_mean": "reward",
+    "reward_flat_groups": "frac_reward_zero_std",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+    "reward_margin": "rewards/margins",
+    "reward_accuracy": "rewards/accuracies",
+}
+
 
 def other_names(known: Collection[str]) -> dict[str, str]:
     """Return other names of settings, and ours, where the settings are these."""
     return KEYS | {new: old for new, old in NEWER.items() if new not in known}
+
+
+def with_trl_metrics(logs: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics with TRL's names of the same quantities beside ours; a name that is there already stays."""
+    theirs = {f"{name}/mean": value for name, value in logs.items() if name.startswith("rewards/")}
+    for prefix in ("", "eval_"):
+        theirs |= {prefix + their: logs[prefix + our] for our, their in METRICS.items() if prefix + our in logs}
+    return {**theirs, **logs}
 
 
 _TOKENIZER = "set it on the tokenizer that you pass as `processing_class`, or save it with the model's tokenizer"

@@ -16,7 +16,7 @@ from reference import reference_pages
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-COPIED = ("README.md", "docs", "recipes", "accelerate_configs", "benchmarks")
+COPIED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs", "recipes", "accelerate_configs", "benchmarks")
 CONTENTS = """
 ```{toctree}
 :hidden:
@@ -68,7 +68,9 @@ def contents(source: Path) -> dict[str, list[str]]:
     named = [f"docs/{page}" for page in dict.fromkeys(re.findall(r"^\| \[[^]]*\]\(([^)]+)\.md\)", index, re.MULTILINE))]
     others = {str(path.relative_to(source).with_suffix("")) for path in source.rglob("*.md")} - {"README", *named}
     api = sorted(page for page in others if page.startswith("docs/api/"))
-    return {"Documentation": ["docs/README", *named], "API": api, "Recipes": sorted(others - {*api, "docs/README"})}
+    project = sorted(page for page in others if "/" not in page)
+    recipes = sorted(others - {*api, *project, "docs/README"})
+    return {"Documentation": ["docs/README", *named], "API": api, "Recipes": recipes, "Project": project}
 
 
 if __name__ == "__main__":

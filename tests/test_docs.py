@@ -22,6 +22,7 @@ from distill_trainers.cli import COMMANDS
 from distill_trainers.cli.doctor import DoctorArguments
 from distill_trainers.cli.evaluate import EvaluateArguments
 from distill_trainers.cli.evaluate import parse_arguments as parse_evaluation
+from distill_trainers.cli.examples import EXAMPLES
 from distill_trainers.cli.pairs import PairArguments
 from distill_trainers.cli.prune import PruneArguments
 from distill_trainers.cli.rationales import STAGES, PipelineArguments, parse_arguments
@@ -38,7 +39,8 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = {"pairs": PairArguments, "doctor": DoctorArguments, "prune": PruneArguments}
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-OTHERS = [ROOT / "accelerate_configs/README.md", ROOT / "benchmarks/README.md", *ROOT.glob("recipes/*/README.md")]
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+OTHERS += [ROOT / "accelerate_configs/README.md", ROOT / "benchmarks/README.md", *ROOT.glob("recipes/*/README.md")]
 every_page = pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -87,13 +89,18 @@ def test_the_index_names_every_page():
 
 
 def _commands():
-    """Every line of every shell block, as its words; comments and line breaks are taken out."""
-    for page in [*PAGES, *sorted(OTHERS)]:
-        for kind in ("bash", "sh", "console"):
-            for block in _blocks(page, kind):
-                for line in block.replace("\\\n", " ").splitlines():
-                    if words := shlex.split(line, comments=True):
-                        yield pytest.param(words, id=f"{page.parent.name}/{page.name}: {' '.join(words)[:60]}")
+    """Every line of every shell block and example of `--help`, as its words; comments and line breaks are taken out."""
+    kinds = ("bash", "sh", "console")
+    blocks = [
+        (f"{page.parent.name}/{page.name}", block)
+        for page in [*PAGES, *sorted(OTHERS)]
+        for kind in kinds
+        for block in _blocks(page, kind)
+    ]
+    for where, block in [*blocks, *((f"{name} --help", lines) for name, lines in EXAMPLES.items())]:
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line.partition(" > ")[0], comments=True):
+                yield pytest.param(words, id=f"{where}: {' '.join(words)[:60]}")
 
 
 def _check_make(words):
@@ -145,14 +152,15 @@ class Parsed(Exception):
 
 def _check_options(name, options):
     """The options of a command whose parser is inside of its `main`, which is left once it has read them."""
-    parse = argparse.ArgumentParser.parse_args
+    parse = argparse.ArgumentParser.parse_known_args
 
-    def parse_and_leave(self, args):
-        parse(self, args)
+    def parse_and_leave(self, args, namespace=None):
+        _, others = parse(self, args, namespace)
+        assert name == "demo" or not others  # it hands them on to the recipe
         raise Parsed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_leave)
         importlib.import_module(f"distill_trainers.cli.{COMMANDS[name][0]}").main(options)
 
 

@@ -255,6 +255,7 @@ ALLOWED = {
     ("rollouts/vllm.py", "mkdtemp"): "the folder by which weights go to vLLM: made anew for each sync, read once",
     ("rollouts/vllm.py", "save_file"): "into that folder",
     ("rollouts/vllm.py", "save_pretrained"): "into that folder",
+    ("cli/recipes.py", "copytree"): "into a folder of `writing_folder`",
     ("cli/proof.py", "TemporaryDirectory"): "of the system, gone with the command",
 }
 WRITERS = {"write_text", "write_bytes", "savefig", "save_pretrained", "save_to_disk", "save_to_json", "to_parquet"}

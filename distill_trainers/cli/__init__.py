@@ -13,6 +13,7 @@ COMMANDS = {
         "train",
         "train a student from a recipe (start it with `accelerate launch -m distill_trainers.cli.train`)",
     ),
+    "recipes": ("recipes", "put the recipes and launch settings of the documentation into a folder"),
     "doctor": ("doctor", "look at a recipe before it runs: tokenizers, templates, memory, disk, time"),
     "prune": ("prune", "make a recipe's student out of its teacher: fewer layers, narrower ones, or both"),
     "cache-teacher": ("cache_teacher", "keep a teacher's answers to a recipe's rows on disk; --inspect looks at them"),
@@ -25,6 +26,7 @@ COMMANDS = {
     "import-gguf": ("import_gguf", "turn a GGUF checkpoint into an ordinary Hugging Face folder"),
     "demo": ("demo", "distil a real 135M teacher into a smaller student, and show how much nearer it came"),
     "proof": ("proof", "a three-minute proof: every method on a tiny task learnt from scratch"),
+    "completion": ("completion", "print what completes commands and options in bash, zsh or tcsh"),
 }
 
 
@@ -35,13 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: distill-trainers COMMAND [options]\n")
         for name, (_, text) in COMMANDS.items():
             print(f"  {name:<14} {text}")
-        print("\n`distill-trainers COMMAND --help` lists the options of one; --traceback shows where an error arose.")
+        print("\n`distill-trainers COMMAND --help` lists the options of one, with examples;")
+        print("--traceback shows where an error arose.")
         return 0
     if args[0] not in COMMANDS:
         print(f"error: unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     module = f".{COMMANDS[args[0]][0]}"
-    return report_errors(lambda argv: importlib.import_module(module, __name__).main(argv), args[1:])
+    try:
+        return report_errors(lambda argv: importlib.import_module(module, __name__).main(argv), args[1:])
+    finally:
+        if {"-h", "--help"} & set(args[1:]):
+            from .examples import examples_of
+
+            print(f"\n{examples_of(args[0])}")
 
 
 def shows_usage(argv: Sequence[str], usage: str) -> bool:

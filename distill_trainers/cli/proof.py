@@ -29,14 +29,20 @@ PROOFS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-def main(argv: Sequence[str]) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """Define the options."""
     parser = argparse.ArgumentParser(prog="distill-trainers proof", description=__doc__)
     parser.add_argument(
         "--output-dir", default=None, help="keep teacher and students here (a temporary folder by default)"
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps of each student")
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="optimiser steps of the teacher")
-    options = parser.parse_args(list(argv))
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train all models, and print how they score."""
+    options = make_parser().parse_args(list(argv))
     _quieten()
     with tempfile.TemporaryDirectory() as scratch:
         results = prove(Path(options.output_dir or scratch), options.steps, options.teacher_steps)

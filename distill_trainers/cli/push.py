@@ -15,8 +15,8 @@ from ..locks import holding
 from . import report_errors, say
 
 
-def main(argv: Sequence[str]) -> int:
-    """Upload; a run's card gets the scores of an evaluation first, if there are some."""
+def make_parser() -> argparse.ArgumentParser:
+    """Define the options."""
     parser = argparse.ArgumentParser(
         prog="distill-trainers push",
         description="Upload a finished student with its card, or a JSONL file of pairs or rationales as a dataset. "
@@ -28,7 +28,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--revision", help="a branch other than main")
     parser.add_argument("--evaluation", help="evaluation.json with scores for the card (by default that of the run)")
     parser.add_argument("--data", help="of a file: where its prompts or questions come from, for the licence")
-    options = parser.parse_args(list(argv))
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Upload; a run's card gets the scores of an evaluation first, if there are some."""
+    options = make_parser().parse_args(list(argv))
     source = Path(options.source).expanduser()
     if source.is_dir():
         address = push_run(source, options)

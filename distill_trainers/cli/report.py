@@ -13,14 +13,8 @@ from pathlib import Path
 from . import report_errors, say
 
 
-def main(argv: Sequence[str]) -> int:
-    """Read the runs, write the page, and the plots beside it."""
-    from ..exceptions import ConfigurationError
-    from ..locks import holding
-    from ..reporting.page import FILE_NAME, write_report
-    from ..reporting.plots import plot_runs
-    from ..reporting.runs import read_runs
-
+def make_parser() -> argparse.ArgumentParser:
+    """Define the options."""
     parser = argparse.ArgumentParser(
         prog="distill-trainers report",
         description="Write what runs did into one HTML file that needs no network, and plots for papers beside it.",
@@ -29,8 +23,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", help="the file to write; by default report.html in the first run's folder")
     parser.add_argument("--evaluation", help="an evaluation to show with the first run, in place of its own")
     parser.add_argument("--no-plots", action="store_true", help="write no PNG and SVG files")
-    options = parser.parse_args(list(argv))
+    return parser
 
+
+def main(argv: Sequence[str]) -> int:
+    """Read the runs, write the page, and the plots beside it."""
+    from ..exceptions import ConfigurationError
+    from ..locks import holding
+    from ..reporting.page import FILE_NAME, write_report
+    from ..reporting.plots import plot_runs
+    from ..reporting.runs import read_runs
+
+    options = make_parser().parse_args(list(argv))
     runs = read_runs(options.runs, options.evaluation)
     first = Path(options.runs[0])
     file = Path(options.output) if options.output else (first if first.is_dir() else first.parent) / FILE_NAME

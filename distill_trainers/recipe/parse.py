@@ -238,7 +238,11 @@ def read_yaml(argv: list[str]) -> dict[str, Any]:
     if "\0" in argv[position] or not os.path.lexists(path):
         parent = path.parent if "\0" not in argv[position] and path.parent.is_dir() else None
         near = sorted(p.name for p in parent.glob("*.y*ml")) if parent else []
-        raise ConfigurationError(f"There is no recipe {shown(path)!r}. Recipes in that folder: {near or 'none'}.")
+        ours = path.parts[:1] == ("recipes",) and not Path("recipes").exists()
+        remedy = " `distill-trainers recipes` copies ours into this folder." if ours else ""
+        raise ConfigurationError(
+            f"There is no recipe {shown(path)!r}. Recipes in that folder: {near or 'none'}.{remedy}"
+        )
     return read_settings(path, "The recipe")
 
 

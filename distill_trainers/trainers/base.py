@@ -48,7 +48,7 @@ from .evaluation_loop import TeacherForcedEvaluation
 from .given import arguments
 from .given.own_teacher import warn_of_nothing_new
 from .lifecycle import outage, publishing
-from .lifecycle.callbacks import StepLoss, TeacherKeeper
+from .lifecycle.callbacks import StepLoss, TeacherKeeper, TrlNames
 from .lifecycle.checkpoints import Resuming
 from .lifecycle.completions import sampling_settings
 from .lifecycle.fresh import FreshStudents
@@ -248,6 +248,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             )
             if self.engine.runs_the_model:
                 models.check_can_generate(self.model)
+        self.callback_handler.callbacks.insert(0, TrlNames())
         self.add_callback(StepLoss(self))
         self.set_up_method()
         if args.eval_measures:

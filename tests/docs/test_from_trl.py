@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from distill_trainers import DPKDConfig, GKDConfig, GKDTrainer
 from distill_trainers.recipe.parse import RecipeArguments
 from distill_trainers.toy import addition_dataset
 from distill_trainers.trainers.given.fields import ARGUMENTS
+from distill_trainers.trl_names import METRICS, with_trl_metrics
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import trl
     from trl.experimental import gkd as trl_gkd
 
+PACKAGE = Path(__file__).parents[2] / "distill_trainers"
 PAGE = (Path(__file__).parents[2] / "docs/from_trl.md").read_text(encoding="utf-8")
 THEIRS = {
     "GKD": trl_gkd.GKDConfig,
@@ -116,6 +119,44 @@ def test_the_table_of_arguments_names_what_does_not_act():
     told = {name.strip("`"): does for name, does, _ in _between("arguments")}
     assert told["label_smoothing_factor"] == "refused" and told["use_cache"] == "ignored"
     assert all(told.get(name) == a.does for name, a in ARGUMENTS.items() if a.does != "acts")
+
+
+def test_metrics_are_logged_on_both_sides():
+    theirs = {"SFT": trl.SFTTrainer, "DPO": trl.DPOTrainer, "GRPO": trl.GRPOTrainer}
+    theirs["Distillation"] = trl.DistillationTrainer
+    sources = {name: inspect.getsource(sys.modules[cls.__module__]) for name, cls in theirs.items()}
+    ours = "".join(file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
+    both = {}
+    for names, trainers, here, remark in _rows("## Metrics"):
+        names, found = re.findall(r"`([\w/]+)`", names), re.findall(r"`([\w/]+)`", here)
+        for name in names:
+            quoted = re.compile(rf'f?"{name.replace("NAME", r"[{][a-z_]+[}]")}"')
+            assert all(quoted.search(sources[trainer]) for trainer in trainers.split(", ")), name
+        for name in found:
+            assert f'"{name.removeprefix("eval_")}"' in ours or f"{name}=" in ours or "NAME" in name, name
+        if remark.startswith("both"):
+            both |= dict(zip(found, names, strict=True))
+    assert both.pop("rewards/NAME") == "rewards/NAME/mean" and both == METRICS
+
+
+def test_trackers_get_both_names_and_the_log_one(make_trainer):
+    given = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            given.append(dict(logs))
+
+    trainer = make_trainer(lmbda=1.0, max_steps=1, logging_steps=1, callbacks=[Tracker()])
+    trainer.train()
+    log = next(logs for logs in trainer.state.log_history if "completion_length" in logs)
+    assert given[0]["completions/mean_length"] == given[0]["completion_length"] == log["completion_length"]
+    assert "completions/mean_length" not in log
+
+
+def test_a_metric_that_has_the_name_keeps_it():
+    logs = {"reward": -1.0, "reward_mean": 0.5, "rewards/exact": 0.25, "eval_reward_margin": 2.0}
+    theirs = {"rewards/exact/mean": 0.25, "eval_rewards/margins": 2.0}
+    assert with_trl_metrics(logs) == logs | theirs
 
 
 def test_what_has_no_counterpart_is_there():

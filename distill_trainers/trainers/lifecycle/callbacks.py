@@ -16,10 +16,19 @@ from ... import models
 from ...exceptions import TrainingDivergedError
 from ...run_files import is_complete
 from ...teachers import Teacher
+from ...trl_names import with_trl_metrics
 from ..protocol import Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+class TrlNames(TrainerCallback):
+    """Gives trackers TRL's names of metrics beside ours. It comes before them; the run's own log keeps ours alone."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is not None:
+            logs.update(with_trl_metrics(logs))
 
 
 class StepLoss(TrainerCallback):
