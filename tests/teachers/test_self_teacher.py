@@ -397,7 +397,9 @@ METHODS = {
 
 
 @pytest.mark.parametrize("kind", ["ema", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("initial", "live"))])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("gkd off-policy", "dpkd contrastive"))) for n in METHODS]
+)
 def test_every_method_learns_from_its_own_student(make_trainer, student_of, by_step, name, kind):
     trainer = make_trainer(student_of("lora"), None, **METHODS[name], **KINDS[kind], temperature=1.0)
     trainer.train()
