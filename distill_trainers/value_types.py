@@ -198,6 +198,7 @@ def _hints(settings: Any) -> dict[str, Any]:
     return get_type_hints(settings)
 
 
+@functools.cache  # each config of a run has two hundred settings, and is checked several times
 def _parts(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 

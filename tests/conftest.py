@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
+import functools
 import gc
 import importlib.util
 import sys
@@ -27,6 +28,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import imports as accelerate_imports
 from datasets import disable_progress_bars
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -49,9 +51,26 @@ transformers_logging.disable_progress_bar()
 # Rows that a method reads, where they are not prompts with completions, and what it takes to read them.
 METHOD_DATA = {"rationale": addition_rationales}
 METHOD_SETTINGS = {"rationale": {**RATIONALE_PROMPTS, "max_length": 40, "max_new_tokens": 20}}
-# The trainer collects garbage at every start; without this it would walk through all that torch imports, each time.
-gc.collect()
-gc.freeze()
+# Without such a device torch keeps each seed for the day it comes, with the stack of the call: a tenth of a trainer.
+for device in (torch.cuda, torch.xpu):
+    if not device.is_available():
+        device.manual_seed_all = lambda seed: None
+# It reads the metadata of installed packages anew whenever a model is unwrapped.
+accelerate_imports._is_package_available = functools.cache(accelerate_imports._is_package_available)
+
+
+def _freeze() -> None:
+    """Leave what is there out of later walks of the garbage collector, which the trainer calls at every start.
+
+    All tests and all that they import are 320,000 objects: a walk takes as long as three steps of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
+    _freeze.modules = len(sys.modules)
+
+
+def pytest_collection_finish():
+    _freeze()
 
 
 CHATML = (
@@ -126,7 +145,7 @@ def make_student(tokenizer):
     """Factory of a student of random weights: `make_student(seed=…, **llama_config)`."""
 
     def make(seed=1, **config):
-        return tiny_llama(tokenizer, 32, 2, seed=seed, **config)
+        return _tiny(tokenizer, 32, **{"seed": seed, **config})
 
     return make
 
@@ -136,9 +155,25 @@ def make_teacher(tokenizer):
     """Factory of a teacher whose random weights are large enough for sharp, position-dependent distributions."""
 
     def make(seed=7, **config):
-        return tiny_llama(tokenizer, 48, 2, seed=seed, **{"initializer_range": 0.25, **config})
+        return _tiny(tokenizer, 48, **{"seed": seed, "initializer_range": 0.25, **config})
 
     return make
+
+
+_MADE = {}
+
+
+def _tiny(tok, width, **config):
+    """`tiny_llama` of two layers, as a copy of the first of its kind: a third of the time."""
+    key = repr((len(tok), tok.pad_token_id, tok.eos_token_id, width, sorted(config.items())))
+    if key not in _MADE:
+        _MADE[key] = tiny_llama(tok, width, 2, **config)
+    return copy.deepcopy(_MADE[key])
+
+
+@functools.cache
+def _rows(method):
+    return METHOD_DATA.get(method, addition_dataset)(24)
 
 
 @pytest.fixture
@@ -183,21 +218,24 @@ def make_trainer(tmp_path, tokenizer, make_student, make_teacher, digits):
             "disable_tqdm": True,
             **METHOD_SETTINGS.get(method, {}),
         }
+        if not {"max_steps", "num_train_epochs"} & settings.keys():
+            defaults["max_steps"] = 3
+        args = config_class(**{**defaults, **settings})
         if isinstance(teacher, str) and teacher in ("default", "double"):
             # A method that needs no teacher gets none.
             dtype = torch.float64 if teacher == "double" else torch.float32
             own = settings.get("teacher_tokenizer") == "own"
             if own:
                 kwargs.setdefault("teacher_processing_class", digits)
-            model = tiny_llama(digits, 48, 2, seed=7, initializer_range=0.25) if own else make_teacher()
-            teacher = model.to(dtype) if config_class(**{**defaults, **settings}).needs else None
-        if not {"max_steps", "num_train_epochs"} & settings.keys():
-            defaults["max_steps"] = 3
+            teacher = None
+            if args.needs:
+                model = _tiny(digits, 48, seed=7, initializer_range=0.25) if own else make_teacher()
+                teacher = model.to(dtype)
         trainer = trainer_class(
             student if student is not None or "model_init" in kwargs else make_student(),
             teacher,
-            config_class(**{**defaults, **settings}),
-            METHOD_DATA.get(method, addition_dataset)(24) if isinstance(train, str) else train,
+            args,
+            _rows(method) if isinstance(train, str) else train,
             eval_dataset,
             processing_class=tok,
             **kwargs,
@@ -319,6 +357,13 @@ def settings_of_both(tmp_path):
 def seeded():
     """Libraries draw from torch's own numbers (PEFT its adapters): they are the same whatever test ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def few_to_walk():
+    """Libraries that were first needed by a test before are frozen too."""
+    if len(sys.modules) > _freeze.modules + 100:
+        _freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

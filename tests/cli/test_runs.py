@@ -185,6 +185,7 @@ OWN_SETTINGS |= {"refresh_steps", "objective", "rationale_weight"}
 
 # The same methods for other models, full and LoRA: parsed and planned in every run, trained in the slow one.
 ALIKE = {"llama-2-3b", "llama-2-13b", "llama-3.1-8b", "llama-3.2-1b", "open-llama-3b", "qwen2.5-7b", "smollm2-1.7b"}
+ALIKE |= {"llama-7b", "qwen3-1.7b", "minillm_340M", "minillm_760M", "gkd_pruned"}  # folders, and names of recipes
 ELSEWHERE = {"two_experts.yaml"}  # needs adapters: tests/cli/test_several_teachers.py makes them
 
 
@@ -192,7 +193,7 @@ def _shipped():
     for path in sorted(ROOT.glob("recipes/*/*.yaml")):
         if path.name in ELSEWHERE:
             continue
-        alike = path.parent.name in ALIKE or path.stem == "gkd_pruned"
+        alike = bool({path.parent.name, path.stem} & ALIKE)
         marks = [pytest.mark.slow] if alike else []
         yield pytest.param(path, marks=marks, id=f"{path.parent.name}/{path.name}")
 
@@ -206,15 +207,16 @@ def test_every_recipe_trains_tiny_models_and_goes_on(path, tmp_path, tokenizer, 
     teacher = make_teacher(num_hidden_layers=layers)
     teacher.save_pretrained(tmp_path / "large")
     tokenizer.save_pretrained(tmp_path / "large")
-    rows = list(rows_for(settings["method"])(48))
+    rows = list(rows_for(settings["method"])(48))  # enough for one step of each
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     own = {layout: column for column, layout in settings.get("column_mapping", {}).items()}
     rows = [{own.get(name, name): value for name, value in row.items()} for row in rows]
     if "privileged_context" in own:
         rows = [{own["prompt"]: row[own["prompt"]], own["privileged_context"]: row["completion"]} for row in rows]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, rows[:8])))
     names = {"dataset": "rows.jsonl", "output_dir": "out"}
-    names |= {} if "eval_fraction" in settings else {"eval_dataset": "rows.jsonl"}
+    names |= {} if "eval_fraction" in settings else {"eval_dataset": "few.jsonl"}
     names |= {"pretraining_dataset": "text.jsonl"} if "pretraining_dataset" in settings else {}
     has_teacher = bool(settings.keys() & {"teacher_model_name_or_path", "self_teacher"})
     names |= {n: "large" for n in ("teacher_model_name_or_path", "model_name_or_path") if n in settings}

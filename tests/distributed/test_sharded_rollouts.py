@@ -58,6 +58,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_a_process_whose_rows_have_ended_keeps_step_with_the_others(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)

@@ -57,6 +57,7 @@ def test_the_reference_has_every_public_name(script):
     assert not [name for name, page in pages.items() if "<function" in page or " at 0x" in page]
 
 
+@pytest.mark.slow
 def test_html_is_built_without_warnings(script, tmp_path, capfd):
     """Links, anchors, contents and blocks of every page, as Sphinx reads them."""
     pytest.importorskip("sphinx", reason="needs the extra `docs`")

@@ -221,7 +221,8 @@ def test_a_run_whose_server_stays_away_goes_on_from_its_last_step(
     make_trainer, make_student, serve, by_step, tmp_path, settings
 ):
     """Not from its last checkpoint: there is none. Dropout draws numbers in the step that is given up, too."""
-    settings = {**RUN, "max_steps": 9, "disable_dropout": False, "teacher_server_patience": 0.3, **settings}
+    settings = {**RUN, "max_steps": 6, "disable_dropout": False, "teacher_server_patience": 0.3, **settings}
+    settings["verify_saved"] = False
     served = serve(batch_tokens=1)
 
     def make(**more):
@@ -233,7 +234,7 @@ def test_a_run_whose_server_stays_away_goes_on_from_its_last_step(
     with pytest.raises(TeacherServerError, match=r"with `--resume_from_checkpoint true`.* last step is kept in .*-\d"):
         away.train()
     (kept,) = (tmp_path / "out").glob("checkpoint-*")
-    assert kept.name == f"checkpoint-{away.state.global_step}" and 3 <= away.state.global_step < 9
+    assert kept.name == f"checkpoint-{away.state.global_step}" and 3 <= away.state.global_step < 6
     served = serve(port=served.port, batch_tokens=1)
     resumed = make()
     resumed.train(resume_from_checkpoint=True)

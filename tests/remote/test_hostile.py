@@ -446,25 +446,17 @@ def test_an_answer_before_its_request_s_body_ends_the_connection(serve):
         connection.close()
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("127.0.0.1:80", 200),
-        ("localhost", 200),
-        ("[::1]:8123", 200),
-        ("evil.example", 421),
-        ("127.0.0.1.evil.example:80", 421),
-        ("localhost@evil.example", 421),
-        ("[localhost", 421),
-        ("", 421),
-    ],
-)
+HOSTS = {"127.0.0.1:80": 200, "localhost": 200, "[::1]:8123": 200, "evil.example": 421, "": 421, "[localhost": 421}
+HOSTS |= {"127.0.0.1.evil.example:80": 421, "localhost@evil.example": 421}
+
+
 @pytest.mark.parametrize("path", ["/health", "/v1/info", "/v1/head"])
-def test_a_name_of_somebody_else_s_does_not_lead_here(serve, host, status, path):
+def test_a_name_of_somebody_else_s_does_not_lead_here(serve, path):
     served = serve()
-    connection = talk(served, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-    assert int(connection.makefile("rb").readline().split()[1]) == status
-    connection.close()
+    for host, status in HOSTS.items():
+        connection = talk(served, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        assert int(connection.makefile("rb").readline().split()[1]) == status, host
+        connection.close()
 
 
 def test_with_a_token_any_name_will_do(serve):

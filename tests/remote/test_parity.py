@@ -12,7 +12,7 @@ from distill_trainers.teachers import LocalTeacher, RemoteTeacher
 from distill_trainers.teachers.remote import RemoteSettings
 from distill_trainers.toy import addition_dataset
 
-RUN = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+RUN = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
 
 def losses_and_norms(trainer, by_step):
@@ -22,7 +22,7 @@ def losses_and_norms(trainer, by_step):
 
 def assert_same(found, expected, rel):
     for ours, theirs in zip(found, expected, strict=True):
-        assert len(ours) == len(theirs) >= 4 and ours == pytest.approx(theirs, rel=rel)
+        assert len(ours) == len(theirs) >= 3 and ours == pytest.approx(theirs, rel=rel)
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,7 @@ def assert_same(found, expected, rel):
         ("gkd", {"lmbda": 0.0, "packing": True}, {}),
         ("gkd", {"lmbda": 0.5, "teacher_prompt": "9+{prompt}"}, {}),
         ("gkd", {"lmbda": 0.0, "data_collator": DataCollatorWithFlattening()}, {}),
-        ("gkd", {"lmbda": 1.0, "divergence": "reverse_kl"}, {}),
         ("gkd", {"lmbda": 0.5, "divergence": "forward_kl", "kd_temperature": 2.0}, {}),
-        ("gkd", {"lmbda": 0.0}, {"teacher_server_kind": "topk", "teacher_server_top_k": 14}),
         ("gkd", {"lmbda": 1.0}, {"teacher_server_kind": "topk", "teacher_server_top_k": 99}),
         (
             "minillm",
@@ -64,8 +62,8 @@ def test_padded_vocabularies_and_heads_with_more_to_them(make_trainer, serve, by
     """Ids that no tokenizer defines leave the softmax on the server; bias and scale of the head come along."""
     for config in ({"vocab_size": 20}, {"vocab_size": 20, "tie_word_embeddings": False}):
         for told in ({}, {"teacher_server_kind": "topk", "teacher_server_top_k": 14}):
-            local = make_trainer(teacher=make_teacher(**config), lmbda=0.0, max_steps=4, **padded())
-            remote = make_trainer(teacher=serve(make_teacher(**config)).url, lmbda=0.0, max_steps=4, **told)
+            local = make_trainer(teacher=make_teacher(**config), lmbda=0.0, **padded())
+            remote = make_trainer(teacher=serve(make_teacher(**config)).url, lmbda=0.0, **told)
             assert remote.vocab_size == local.vocab_size == 14
             assert_same(losses_and_norms(remote, by_step), losses_and_norms(local, by_step), 1e-4)
 

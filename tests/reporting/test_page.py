@@ -355,6 +355,7 @@ def test_print_and_dark_and_phone_have_their_rules():
     assert css.count("{") == css.count("}")
 
 
+@pytest.mark.slow
 def test_a_large_report_stays_small(page, made_up, run_folder):
     folder = run_folder(results=made_up(samples=200, tokens=200, length=128))
     html = report_page(read_runs([folder]))

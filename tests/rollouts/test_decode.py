@@ -35,8 +35,7 @@ def _same_text(model, ids, mask, sampling, **how):
 # ---- Greedy: token for token ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pad_id", [3, 1], ids=["pad", "pad is EOS"])
-@pytest.mark.parametrize("kind", DECODABLE)
+@pytest.mark.parametrize("kind, pad_id", [*((kind, 3) for kind in DECODABLE), ("llama", 1)])  # 1 is EOS too
 def test_greedy_equals_generate(make_model, pad_left, prompts, kind, pad_id):
     model = make_model(kind)
     sampling = SamplingSettings(30, temperature=0.0, eos_token_ids=EOS, pad_token_id=pad_id)
@@ -93,7 +92,7 @@ def _likeliest(model, prompt, sampling):
 )
 def test_padding_is_no_text_to_what_reads_the_text(make_model, pad_left, prompts, complete, settings):
     """Its id stands in other prompts, and every first token could be taken for it."""
-    model, prompts = make_model(), [[5], [5, 5], [3], *prompts[:9]]
+    model, prompts = make_model(), [[5], [5, 5], [3], *prompts[:5]]
     sampling = SamplingSettings(**{"max_new_tokens": 8, "temperature": 0.0, "pad_token_id": 3, **settings})
     expected = [_likeliest(model, prompt, sampling) for prompt in prompts]
     for size in (None, 4):
@@ -254,7 +253,7 @@ def _text_law(model, prompt, length, sampling):
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
 def test_samples_follow_the_enumerated_law_whatever_their_batch_mates(make_model, pad_left, settings, streams):
     """Chi-square over all texts of two tokens; prompts of different lengths share the batch, and rows end early."""
-    model, count = make_model(), 6000
+    model, count = make_model(), 3000
     sampling = SamplingSettings(2, eos_token_ids=[2, 5], **settings)
     mixed = [[4, 8, 15, 16], [23], [4, 8]]
     texts = decode_completions(model, *pad_left(mixed * count), sampling, streams=streams(3 * count, step=3))
@@ -310,7 +309,7 @@ def test_a_generate_that_draws_by_itself_is_refused(make_model, pad_left, stream
 @pytest.mark.parametrize("complete", [decode_completions, generate_completions])
 def test_filtered_samples_have_the_probabilities_counted_by_hand(make_model, pad_left, complete, settings, streams):
     """Of the first token, behind padding: each within 5 standard errors."""
-    model, prompt, count = make_model(), [4, 8, 4], 4000
+    model, prompt, count = make_model(), [4, 8, 4], 1500
     sampling = SamplingSettings(1, pad_token_id=3, **settings)
     logits = (model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / sampling.temperature).tolist()
     for token in set(prompt):

@@ -14,6 +14,7 @@ from distill_trainers.toy import addition_dataset
 from distill_trainers.trainers.given.fields import ARGUMENTS
 
 PLAIN = {"output_dir": "out", "use_cpu": True, "report_to": "none"}
+DEFAULT = []  # the trainer that has trained without any change
 EVALUATES = {"eval_dataset": addition_dataset(8, seed=9), "eval_strategy": "steps", "eval_steps": 2}
 
 
@@ -72,18 +73,16 @@ def losses(trainer, name="loss"):
 
 
 @pytest.fixture
-def against_default(make_trainer, tmp_path):
-    """`against_default(**changes)`: a trained trainer with the changes, and one without."""
+def against_default(make_trainer):
+    """`against_default(**changes)`: a trained trainer without the changes, the same for all tests, and one with."""
 
     def run(**changes):
-        shared = {"max_steps": 4, "lmbda": 0.0, **EVALUATES}
-        pair = [
-            make_trainer(**{**shared, "output_dir": str(tmp_path / f"{i}"), **own})
-            for i, own in enumerate(({}, changes))
-        ]
-        for trainer in pair:
+        for own in ([] if DEFAULT else [{}]) + [changes]:
+            trainer = make_trainer(**{"max_steps": 4, "lmbda": 0.0, **EVALUATES, **own})
             trainer.train()
-        return pair
+            if not own:
+                DEFAULT.append(trainer)
+        return DEFAULT[0], trainer
 
     return run
 

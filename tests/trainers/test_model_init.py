@@ -139,6 +139,7 @@ def _search(trainer, space, **kwargs):
     return trainer.hyperparameter_search(space, backend="optuna", compute_objective=lambda m: m["eval_loss"], **kwargs)
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_best_of_its_trials(make_trainer, make_student, tmp_path):
     """Each trial's objective is what a trainer made with its settings evaluates to."""
     import optuna

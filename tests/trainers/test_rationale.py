@@ -243,10 +243,10 @@ def test_the_wrong_term_cannot_run_away(kind, lowest):
 
 def test_training_against_wrong_steps_alone_stays_bounded(make_trainer, by_step):
     settings = {"right_weight": 0.0, "wrong_weight": 1.0, "wrong_floor": -4.0, "learning_rate": 0.05}
-    trainer = rationale_trainer(make_trainer, objective="edit", max_steps=40, **settings)
+    trainer = rationale_trainer(make_trainer, objective="edit", max_steps=20, **settings)
     trainer.train()
     losses, logps = by_step(trainer), by_step(trainer, "wrong_logp")
-    assert min(losses.values()) >= -4.0 and logps[40] < logps[1]
+    assert min(losses.values()) >= -4.0 and logps[20] < logps[1]
 
 
 def test_identical_chains_have_no_loss(make_trainer, batch_of):
@@ -357,13 +357,12 @@ def test_no_innovation_is_no_term(make_trainer, tokenizer, by_step):
 @pytest.mark.parametrize("objective", ["step_by_step", "edit", "dual_chain"])
 def test_evaluation_does_not_depend_on_batches(make_trainer, objective):
     scores = []
-    for size in (5, 2, 1):
+    for size in (5, 2):
         evaluation = addition_rationales(5, seed=9)
         how = {"objective": objective, "per_device_eval_batch_size": size, "eval_dataset": evaluation}
         scores.append(rationale_trainer(make_trainer, **how).evaluate())
     for name in ("eval_loss", "eval_perplexity", "eval_tokens", "eval_accuracy", "eval_tokens_per_answer"):
         assert scores[1][name] == pytest.approx(scores[0][name], rel=1e-5), name
-        assert scores[2][name] == pytest.approx(scores[0][name], rel=1e-5), name
 
 
 def test_perplexity_of_edit_is_that_of_right_chains(make_trainer):
@@ -538,7 +537,7 @@ def test_settings_that_cannot_work(settings, message):
 )
 def test_a_teacher_cache_holds_the_rows_of_all_tasks(make_trainer, saved, tmp_path, by_step, settings, rows):
     """Filled ahead, alone, over two epochs: the losses of the live teacher."""
-    settings = {"distill_weight": 0.7, "max_steps": 6, **settings}
+    settings = {"distill_weight": 0.7, "max_steps": 4, "per_device_train_batch_size": 12, **settings}
     live = rationale_trainer(make_trainer, student=saved.student, teacher=saved.teacher, **settings)
     live.train()
     cache = {"teacher_cache": str(tmp_path / "cache")}
