@@ -162,13 +162,15 @@ class Workshop:
         spelled = TokenBytes.of_readable(self.tokenizer)
         identity = [subject.facts.fingerprint, teacher.facts.fingerprint if teacher else None, self.vocab_size]
         identity += [] if spelled is None else ["next_byte"]
+        identity += ["acceptance", self.settings.temperature]
         store = self._store("tokens", identity, "measures of tokens")
 
         def run(batch: Any) -> Any:  # the models are loaded when a batch comes, and not before
             local = None if teacher is None else teacher.model
             rows = self.vocab_size or subject.rows
             first_bytes = None if spelled is None else spelled.first_bytes(rows)
-            return pair_runner(subject.model, local, self.vocab_size, self.chunk_bytes, first_bytes=first_bytes)(batch)
+            how = {"first_bytes": first_bytes, "temperature": self.settings.temperature}
+            return pair_runner(subject.model, local, self.vocab_size, self.chunk_bytes, **how)(batch)
 
         return force(
             texts,

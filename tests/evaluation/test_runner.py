@@ -115,6 +115,7 @@ def test_forced_scores_equal_a_dense_reference_at_any_batch_size(run, models, de
         "reverse_kl": (q.exp() * (q - p)).sum(-1).mean(),
         "jsd": ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)).mean() / 2,
         "top1_agreement": (p.argmax(-1) == best).double().mean(),
+        "acceptance": torch.minimum(p.exp(), q.exp()).sum(-1).mean(),
     }
     scores = results.model("mine").scores
     for name, value in expected.items():
@@ -132,7 +133,8 @@ def test_a_copy_of_the_teacher_has_closed_all_of_every_gap(all_results):
     assert same.fingerprint == teacher.fingerprint
     for name in ("kl", "reverse_kl", "jsd", "student_text_kl", "student_text_reverse_kl", "student_text_jsd"):
         assert same.scores[name].value == teacher.scores[name].value == 0.0
-    assert same.scores["top1_agreement"].value == same.scores["student_text_top1_agreement"].value == 1.0
+    for name in ("top1_agreement", "acceptance"):
+        assert same.scores[name].value == same.scores[f"student_text_{name}"].value == 1.0
     assert same.scores["exposure_error"].value == 0.0
     assert same.scores.keys() == teacher.scores.keys()
     # Text that is sampled anew: the copy draws by a student's random numbers, not by its teacher's.

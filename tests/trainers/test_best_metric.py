@@ -94,6 +94,7 @@ def test_a_metric_is_not_asked_for_where_nothing_is_evaluated(make_trainer):
         ("eval_easy_reverse_kl", False),
         ("eval_easy_ece", False),
         ("eval_easy_top1_agreement", True),
+        ("eval_easy_acceptance", True),
         ("eval_hard_self_bleu", False),
         ("eval_hard_rouge_l", True),
         ("eval_gap_closed_kl", True),

@@ -13,7 +13,7 @@ from ..config import DistillConfig
 
 _ALWAYS = {"loss", "perplexity", "tokens", "runtime", "samples_per_second", "steps_per_second"}
 _OF_THE_WHOLE = {"runtime", "samples_per_second", "steps_per_second"}
-_OF_A_TEACHER = {"teacher_perplexity", "kl", "top1_agreement"}
+_OF_A_TEACHER = {"teacher_perplexity", "kl", "top1_agreement", "acceptance"}
 
 
 def scores_of(args: DistillConfig) -> set[str] | None:
