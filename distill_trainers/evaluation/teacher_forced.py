@@ -107,7 +107,8 @@ def pair_runner(
         signal = student.signal(inputs, predicts, vocab_size)
         target = None if teacher is None else teacher.signal(models.forward_inputs(viewed), own, vocab_size)
         if isinstance(signal, HiddenStates):
-            return fused_linear_terms(signal.hidden, signal.head, target, measured, tokens, {}, chunk_bytes=chunk_bytes)[1]
+            operands = (signal.hidden, signal.head, target, measured, tokens)
+            return fused_linear_terms(*operands, {}, chunk_bytes=chunk_bytes)[1]
         everything = slice(None)
         logits = signal.chunk(everything)
         assert isinstance(logits, TokenLogits)  # a model of this process gives nothing else

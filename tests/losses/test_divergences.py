@@ -234,7 +234,8 @@ def test_total_variation_near_equality():
     student, teacher = z_q.float(), (z_q + 1e-3 * noise / 3).float()
     exact = (teacher.double().softmax(-1) - student.double().softmax(-1)).abs().sum(-1) / 2
     torch.testing.assert_close(at_logits(total_variation, student, teacher).double(), exact, rtol=2e-4, atol=0)
-    kl = torch.stack([kl_of_rows(p, q) for p, q in zip(*(z.double().softmax(-1) for z in (teacher, student)))])
+    pairs = zip(teacher.double().softmax(-1), student.double().softmax(-1), strict=True)
+    kl = torch.stack([kl_of_rows(p, q) for p, q in pairs])
     found = at_logits(lk, student, teacher, kl_weight=0.3).double()
     torch.testing.assert_close(found, 0.3 * kl + 0.7 * exact, rtol=2e-4, atol=0)
 
