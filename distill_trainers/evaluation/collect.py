@@ -169,8 +169,8 @@ class Workshop:
             local = None if teacher is None else teacher.model
             rows = self.vocab_size or subject.rows
             first_bytes = None if spelled is None else spelled.first_bytes(rows)
-            how = {"first_bytes": first_bytes, "temperature": self.settings.temperature}
-            return pair_runner(subject.model, local, self.vocab_size, self.chunk_bytes, **how)(batch)
+            pair = (subject.model, local, self.vocab_size, self.chunk_bytes)
+            return pair_runner(*pair, first_bytes=first_bytes, temperature=self.settings.temperature)(batch)
 
         return force(
             texts,
