@@ -187,6 +187,7 @@ def build(draft: Path, divergence: dict[str, Any], seed: int, options: argparse.
         max_grad_norm=1.0,
         weight_decay=0.0,
         use_cpu=True,
+        bf16=False,
         logging_steps=5,
         save_strategy="no",
         report_to=[],
