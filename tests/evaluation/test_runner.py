@@ -93,18 +93,21 @@ def test_a_teacher_that_sees_more_is_evaluated_on_its_own_view(run, models, dens
     assert plain.model("mine").scores["rouge_l"].value == results.model("mine").scores["rouge_l"].value
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_forced_scores_equal_a_dense_reference_at_any_batch_size(run, models, dense, tokenizer, batch_size):
-    results = run(metrics=["perplexity", "agreement", "calibration"], batch_size=batch_size)
-    examples = read_examples(ROWS, tokenizer, SETTINGS)
-    rows = [
+def forced(tokenizer):
+    """The rows as `dense` takes them."""
+    return [
         {
             "input_ids": [*each.prompt_ids, *each.completion_ids],
             "labels": [-100] * len(each.prompt_ids) + each.completion_ids,
         }
-        for each in examples
+        for each in read_examples(ROWS, tokenizer, SETTINGS)
     ]
-    found = dense(models["student"], models["teacher"], rows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_forced_scores_equal_a_dense_reference_at_any_batch_size(run, models, dense, tokenizer, batch_size):
+    results = run(metrics=["perplexity", "agreement", "calibration"], batch_size=batch_size)
+    found = dense(models["student"], models["teacher"], forced(tokenizer))
     assert len(found.labels) == sum(len(row["completion"]) + 1 for row in ROWS), "EOS counts, padding does not"
     q, p = found.q, found.p
     m = ((q.exp() + p.exp()) / 2).log()
@@ -126,6 +129,14 @@ def test_forced_scores_equal_a_dense_reference_at_any_batch_size(run, models, de
     assert scores["ece"].value == pytest.approx(ece.item(), rel=1e-3)
     teacher_nll = -p.gather(1, found.labels[:, None]).mean()
     assert results.model("teacher").scores["perplexity"].value == pytest.approx(teacher_nll.exp().item(), rel=1e-4)
+
+
+def test_acceptance_is_at_the_sampling_temperature_and_so_is_its_cache(run, models, dense, tokenizer, tmp_path):
+    for temperature in (1.0, 0.5):
+        scores = run(metrics=["agreement"], temperature=temperature, cache_dir=tmp_path).model("mine").scores
+        found = dense(models["student"], models["teacher"], forced(tokenizer), temperature=temperature)
+        expected = torch.minimum(found.p.exp(), found.q.exp()).sum(-1).mean().item()
+        assert scores["acceptance"].value == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_copy_of_the_teacher_has_closed_all_of_every_gap(all_results):
