@@ -160,9 +160,9 @@ class Workshop:
     def read(self, subject: Subject, teacher: Subject | None, texts: Sequence[Text], what: str) -> list[TokenValues]:
         """Measure every token of the completions under a model and, if there is one, its teacher."""
         spelled = TokenBytes.of_readable(self.tokenizer)
-        identity = [subject.facts.fingerprint, teacher.facts.fingerprint if teacher else None, self.vocab_size]
+        identity: list[Any] = [subject.facts.fingerprint, teacher.facts.fingerprint if teacher else None]
+        identity += [self.vocab_size, "acceptance", self.settings.temperature]
         identity += [] if spelled is None else ["next_byte"]
-        identity += ["acceptance", self.settings.temperature]
         store = self._store("tokens", identity, "measures of tokens")
 
         def run(batch: Any) -> Any:  # the models are loaded when a batch comes, and not before
