@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -123,9 +124,9 @@ def test_a_part_that_takes_too_long_is_written_down(monkeypatch):
     assert gpu.tried("a", lambda: 1 // 0)["failed"].startswith("ZeroDivisionError")
 
 
-def _toy_teacher(folder, tokenizer):
+def _toy_teacher(folder, tokenizer, **more):
     shape = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
-    shape |= {"vocab_size": len(tokenizer), "hidden_size": 16}
+    shape |= {"vocab_size": len(tokenizer), "hidden_size": 16, **more}
     config = LlamaConfig(max_position_embeddings=1024, tie_word_embeddings=True, **shape)
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -167,6 +168,35 @@ def test_one_student_of_two_experts_stands_beside_one_of_each(tmp_path):
     for name in ("addition", "subtraction"):
         own, common = results[name][0], results["both"][0]
         assert own[f"before/{name}"] == pytest.approx(common[f"before/{name}"], rel=1e-5) and own[f"before/{name}"] > 0
+
+
+@pytest.mark.slow
+def test_drafts_are_accepted_as_often_as_the_distributions_say(tmp_path, make_tokenizer, monkeypatch):
+    """By transformers' own speculation on tiny random models, beside Σ min(p, q) of the text that it wrote."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    draft = importlib.import_module("draft")
+    teacher = _toy_teacher(tmp_path / "teacher", make_tokenizer(), initializer_range=0.3)
+    options = [
+        "--quick",
+        "--teacher",
+        teacher,
+        "--work",
+        str(tmp_path / "work"),
+        "--keep-layers",
+        "1",
+        "--seconds",
+        "1",
+    ]
+    options = draft.arguments().parse_args([*options, "--seeds", "0", "--contenders", "lk", "--new-tokens", "200"])
+    for name, seed in draft.runs(options):
+        draft.work(name, str(seed), options)
+    results = draft.summary(options)
+    assert set(results) == {"before", "lk"} and draft.table(results).count("\n|") == 3
+    for (found,) in results.values():
+        assert found["tried"] > 400 and 0.1 < found["expected"] < 0.95
+        assert abs(found["accepted"] - found["expected"]) < 1.5 * found["half_interval"] < 0.08
+        assert found["tokens"] > found["rounds"] * (1 + 0.5 * found["expected"])
+    assert results["lk"][0]["steps"] >= 1 and results["lk"][0]["kl"] != results["before"][0]["kl"]
 
 
 @pytest.mark.bench

@@ -51,7 +51,7 @@ class ProgressReport(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         evaluated = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
-        names = ("loss", "perplexity", "kl", "top1_agreement", *_MEASURED) if evaluated else _SHOWN
+        names = ("loss", "perplexity", "kl", "top1_agreement", "acceptance", *_MEASURED) if evaluated else _SHOWN
         values = evaluated or logs
         shown = [f"{name} {_short(values[name])}" for name in names if name in values]
         if not shown:

@@ -10,31 +10,59 @@ from torch import Tensor
 
 from ..losses import token_divergence, token_logps
 from ..losses.cross_tokenizer import bucket_logps
-from ..losses.divergences import forward_kl, jsd, reverse_kl
+from ..losses.divergences import forward_kl, jsd, reverse_kl, total_variation
 from ..signals import TokenLogits, TokenLogprobs, TokenSampled, TokenSignal
 
-AGREEMENT_TERMS = ("nll", "teacher_nll", "kl", "top1_agreement", "bytes")
+AGREEMENT_TERMS = ("nll", "teacher_nll", "kl", "top1_agreement", "acceptance", "bytes")
+
+
+@torch.no_grad()
+def acceptance(student: TokenLogits, teacher: TokenSignal, temperature: float = 1.0) -> Tensor | None:
+    """Compute Σ min(p, q) `[n]`: the share of the student's drafts that speculative sampling takes (arXiv 2211.17192).
+
+    A draft v ~ q is taken with probability min(1, p(v) / q(v)), so that Σ q min(1, p / q) = 1 − TV(p, q) are.
+
+    Args:
+        temperature: of sampling, for both models; 0 is greedy, where a draft is taken if it is the teacher's choice.
+
+    Returns:
+        values `[n]`; from a top k an upper bound, since ids put together never look further apart; from draws the
+            unbiased estimate, the mean of min(1, q / p). None where the signal does not tell it: at temperatures
+            other than 1 a sparse one, and log-probabilities of given tokens at any.
+    """
+    if isinstance(teacher, TokenLogprobs) or not (isinstance(teacher, TokenLogits) or temperature == 1):
+        return None
+    if isinstance(teacher, TokenLogits) and temperature == 0:
+        return (student.logits.argmax(-1) == teacher.logits.argmax(-1)).to(student.logits.dtype)
+    if isinstance(teacher, TokenSampled):
+        ratio = (token_logps(student, teacher.ids) - teacher.logps).masked_fill(teacher.weights == 0, 0.0)
+        return (teacher.weights * ratio.clamp(max=0).exp()).sum(-1)
+    return 1 - token_divergence(total_variation, student, teacher, temperature).clamp(max=1)
 
 
 def agreement_terms(
-    student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
+    student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor], temperature: float = 1.0
 ) -> dict[str, Tensor]:
     """Measure every token `[n]` at temperature 1; without a teacher, `nll` alone.
 
     Args:
         tokens: `labels`; with `token_bytes`, bytes of text of each, these are told as `bytes`.
+        temperature: of `acceptance`.
 
     Returns:
         nll, teacher_nll: −log q(y) and −log p(y) of the given tokens, in nats; the latter not from a sparse teacher.
             From a teacher that gives only log-probabilities of these tokens, nothing else.
         kl: forward KL(p‖q) in nats; from a top k its lower bound, from draws its unbiased estimate.
         top1_agreement: 1 where both models would take the same token; from draws, the likeliest that was drawn.
+        acceptance: see there; left out where it is None.
     """
     known = {"bytes": tokens["token_bytes"].float()} if "token_bytes" in tokens else {}
     if isinstance(teacher, TokenLogprobs):
         return {"nll": -token_logps(student, tokens["labels"]), "teacher_nll": -teacher.values, **known}
     if teacher is None:
         return {"nll": -token_logps(student, tokens["labels"]), **known}
+    taken = acceptance(student, teacher, temperature)
+    known |= {} if taken is None else {"acceptance": taken}
     if not isinstance(teacher, TokenLogits):
         logps = teacher.logps
         if isinstance(teacher, TokenSampled):
@@ -64,15 +92,17 @@ def comparison_terms(
     teacher: TokenSignal | None,
     tokens: Mapping[str, Tensor],
     first_bytes: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """Measure every token `[n]` for a report, at temperature 1; what the teacher cannot tell is left out.
 
     Args:
+        temperature: of `acceptance`.
         first_bytes: `[V]`, the byte that each id begins with (`TokenBytes.first_bytes`); None leaves next bytes out.
 
     Returns:
         nll, confidence (the student's probability of its likeliest token), correct (1 where that is the given one);
-            with a teacher also kl, reverse_kl, jsd (β = ½) in nats and top1_agreement.
+            with a teacher also kl, reverse_kl, jsd (β = ½) in nats, top1_agreement and `acceptance`.
             next_byte, the student's likeliest next byte (256: the end of the text), and next_byte_agreement, 1 where it
             is the teacher's.
     """
@@ -95,16 +125,18 @@ def comparison_terms(
         teacher_logps = teacher.logps()
         terms |= {"kl": forward_kl(logps, teacher_logps), "reverse_kl": reverse_kl(logps, teacher_logps)}
         terms |= {"jsd": jsd(logps, teacher_logps)}
-        return terms | {"top1_agreement": (best.indices == teacher_logps.argmax(-1)).to(logps.dtype)}
+        terms |= {"top1_agreement": (best.indices == teacher_logps.argmax(-1)).to(logps.dtype)}
+        taken = acceptance(student, teacher, temperature)
+        return terms if taken is None else terms | {"acceptance": taken}
     if not isinstance(teacher, TokenSampled):
         terms |= {"reverse_kl": token_divergence("reverse_kl", student, teacher)}
         terms |= {"jsd": token_divergence("jsd", student, teacher)}
-    known = agreement_terms(student, teacher, tokens)
-    return terms | {name: known[name] for name in ("kl", "top1_agreement")}
+    known = agreement_terms(student, teacher, tokens, temperature)
+    return terms | {name: known[name] for name in ("kl", "top1_agreement", "acceptance") if name in known}
 
 
 def agreement_metrics(means: Mapping[str, float]) -> dict[str, float]:
-    """Turn token means into metrics: perplexities, bits per byte, KL (nats/token) and top-1 agreement (a share).
+    """Turn token means into metrics: perplexities, bits per byte, KL (nats/token), top-1 agreement and acceptance.
 
     Bits per byte, −log₂ q(y) / bytes of y, compare models of different tokenizers; the end of the text counts in q(y).
     """
@@ -113,7 +145,7 @@ def agreement_metrics(means: Mapping[str, float]) -> dict[str, float]:
         metrics["bits_per_byte"] = bits_per_byte(means["nll"], means["bytes"])
     if "teacher_nll" in means:
         metrics["teacher_perplexity"] = _exp(means["teacher_nll"])
-    return metrics | {name: means[name] for name in ("kl", "top1_agreement") if name in means}
+    return metrics | {name: means[name] for name in ("kl", "top1_agreement", "acceptance") if name in means}
 
 
 def bits_per_byte(nll: float, size: float) -> float:

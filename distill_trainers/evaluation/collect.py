@@ -160,7 +160,8 @@ class Workshop:
     def read(self, subject: Subject, teacher: Subject | None, texts: Sequence[Text], what: str) -> list[TokenValues]:
         """Measure every token of the completions under a model and, if there is one, its teacher."""
         spelled = TokenBytes.of_readable(self.tokenizer)
-        identity = [subject.facts.fingerprint, teacher.facts.fingerprint if teacher else None, self.vocab_size]
+        identity: list[Any] = [subject.facts.fingerprint, teacher.facts.fingerprint if teacher else None]
+        identity += [self.vocab_size, "acceptance", self.settings.temperature]
         identity += [] if spelled is None else ["next_byte"]
         store = self._store("tokens", identity, "measures of tokens")
 
@@ -168,7 +169,8 @@ class Workshop:
             local = None if teacher is None else teacher.model
             rows = self.vocab_size or subject.rows
             first_bytes = None if spelled is None else spelled.first_bytes(rows)
-            return pair_runner(subject.model, local, self.vocab_size, self.chunk_bytes, first_bytes=first_bytes)(batch)
+            pair = (subject.model, local, self.vocab_size, self.chunk_bytes)
+            return pair_runner(*pair, first_bytes=first_bytes, temperature=self.settings.temperature)(batch)
 
         return force(
             texts,

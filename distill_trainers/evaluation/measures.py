@@ -49,11 +49,13 @@ _TABLE = (
     Measure("reverse_kl", "Reverse KL to the teacher", "agreement", "nats/token", False, "2306.08543"),
     Measure("jsd", "Jensen-Shannon divergence from the teacher", "agreement", "nats/token", False, "2306.13649"),
     Measure("top1_agreement", "Top-1 agreement with the teacher", "agreement", "share", True),
+    Measure("acceptance", "Acceptance in speculative sampling", "agreement", "share", True, "2211.17192"),
     Measure("next_byte_agreement", "Likeliest next byte as the teacher's", "agreement", "share", True),
     Measure("student_text_kl", "Forward KL on the model's own text", "agreement", "nats/token", False),
     Measure("student_text_reverse_kl", "Reverse KL on the model's own text", "agreement", "nats/token", False),
     Measure("student_text_jsd", "Jensen-Shannon divergence on the model's own text", "agreement", "nats/token", False),
     Measure("student_text_top1_agreement", "Top-1 agreement on the model's own text", "agreement", "share", True),
+    Measure("student_text_acceptance", "Acceptance on the model's own text", "agreement", "share", True),
     Measure("rouge_l", "Rouge-L", "rouge_l", "F x 100", True, "W04-1013"),
     Measure("accuracy", "Accuracy, greedy answers", "accuracy", "share", True),
     Measure("answered", "Questions with an answer", "accuracy", "share", True),
@@ -75,7 +77,7 @@ METRICS = tuple(dict.fromkeys(measure.metric for measure in _TABLE)) + ("speed",
 NEED_A_TEACHER = frozenset({"agreement", "exposure_bias"})
 NEED_SAMPLES = frozenset({"agreement", "rouge_l", "diversity", "consistency", "exposure_bias"})
 # Terms of agreement, each both on reference text and, behind `student_text_`, on the model's own.
-AGREEMENT = ("kl", "reverse_kl", "jsd", "top1_agreement")
+AGREEMENT = ("kl", "reverse_kl", "jsd", "top1_agreement", "acceptance")
 
 _SMALLER_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "kl", "divergence")
 

@@ -74,7 +74,7 @@ class PositionCurve:
     """A divergence by position in the completion: entry t is the mean over all completions with more than t tokens.
 
     Attributes:
-        measure: `kl`, `reverse_kl`, `jsd` or `top1_agreement`.
+        measure: one of `AGREEMENT`.
         text: `reference`, or `student`: sampled by the model itself.
         count: completions that are that long.
     """

@@ -70,7 +70,7 @@ def scores_of(
 def _agreement(collected: Collected, examples: ExampleSet, is_teacher: bool) -> dict[str, Sums]:
     if is_teacher:
         texts = {"": _forced(examples), "student_text_": collected.samples[0] if collected.samples else []}
-        agreed = {name: 1.0 if name == "top1_agreement" else 0.0 for name in AGREEMENT}
+        agreed = {name: 1.0 if MEASURES[name].higher_is_better else 0.0 for name in AGREEMENT}
         of_bytes = {"next_byte_agreement": _ones(texts[""])} if collected.knows_bytes else {}
         return of_bytes | {
             f"{prefix}{name}": Sums.of_means([agreed[name] * len(ids) for ids in text], [len(ids) for ids in text])

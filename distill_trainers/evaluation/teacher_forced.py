@@ -87,16 +87,16 @@ def pair_runner(
     teacher: LocalTeacher | None,
     vocab_size: int | None,
     chunk_bytes: int | None,
-    terms: TermsFn = comparison_terms,
+    terms: TermsFn | None = None,
     first_bytes: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> RunBatch:
     """Return what `force` runs for two models of this process; without a teacher, it measures what needs none.
 
     Args:
-        first_bytes: see `comparison_terms`, which takes them.
+        terms: None are `comparison_terms`, which take `first_bytes` and `temperature`.
     """
-    if first_bytes is not None:
-        terms = functools.partial(comparison_terms, first_bytes=first_bytes)
+    measured = terms or functools.partial(comparison_terms, first_bytes=first_bytes, temperature=temperature)
 
     @torch.no_grad()
     def run(batch: Batch) -> Mapping[str, Tensor]:
@@ -107,10 +107,11 @@ def pair_runner(
         signal = student.signal(inputs, predicts, vocab_size)
         target = None if teacher is None else teacher.signal(models.forward_inputs(viewed), own, vocab_size)
         if isinstance(signal, HiddenStates):
-            return fused_linear_terms(signal.hidden, signal.head, target, terms, tokens, {}, chunk_bytes=chunk_bytes)[1]
+            operands = (signal.hidden, signal.head, target, measured, tokens)
+            return fused_linear_terms(*operands, {}, chunk_bytes=chunk_bytes)[1]
         everything = slice(None)
         logits = signal.chunk(everything)
         assert isinstance(logits, TokenLogits)  # a model of this process gives nothing else
-        return terms(logits, None if target is None else target.chunk(everything), tokens)
+        return measured(logits, None if target is None else target.chunk(everything), tokens)
 
     return run

@@ -143,6 +143,22 @@ def _total_variation(student: Tensor, teacher: Tensor, gradient: Into, scratch: 
     return 0.5 * difference.abs_().sum(-1)
 
 
+def _lk(student: Tensor, teacher: Tensor, gradient: Into, scratch: Scratch, kl_weight: float) -> Tensor:
+    if kl_weight == 1:
+        return _forward_kl(student, teacher, gradient, scratch)
+    if kl_weight == 0:
+        return _total_variation(student, teacher, gradient, scratch)
+    a, b, c, d = scratch
+    student_logps, teacher_logps = _logps(student, a), _logps(teacher, b)
+    q, p = torch.exp(student_logps, out=c), torch.exp(teacher_logps, out=d)
+    kl = _kl(student_logps.sub_(teacher_logps), p, q, b)
+    difference = torch.sub(q, p, out=a)
+    if gradient is not None:
+        _centred(torch.sign(difference, out=b).mul_(q), q, 0.5 * (1 - kl_weight), out=gradient)
+        gradient.add_(difference, alpha=kl_weight)
+    return kl_weight * kl + 0.5 * (1 - kl_weight) * difference.abs_().sum(-1)
+
+
 def _taid(student: Tensor, teacher: Tensor, gradient: Into, scratch: Scratch, t: float) -> Tensor:
     a, b, c, d = scratch
     # Finite, so that 0 times them is 0; a softmax takes logits as well as log-probabilities.
@@ -170,6 +186,7 @@ _RULES: dict[Any, Rule] = {
     divergences.skew_forward_kl: _skew_forward_kl,
     divergences.skew_reverse_kl: _skew_reverse_kl,
     divergences.total_variation: _total_variation,
+    divergences.lk: _lk,
     divergences.taid: _taid,
     divergences.logit_mse: _logit_mse,
 }

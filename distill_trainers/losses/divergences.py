@@ -1,10 +1,10 @@
 """Divergences between two next-token distributions, per token.
 
 Every function takes `student_logps` and `teacher_logps`, log-probabilities `[..., V]` of the same ids at the same
-temperature, and returns values `[...]`. With p the teacher and q the student, all but `logit_mse` (squared logits) and
-`total_variation` (a probability) are in nats; all are zero at p = q and never negative. The teacher is a constant:
-gradients reach `student_logps` only. Ids to which the teacher gives probability exactly 0 (log-probability -inf) are
-fine wherever the divergence is finite.
+temperature, and returns values `[...]`. With p the teacher and q the student, all but `logit_mse` (squared logits),
+`total_variation` (a probability) and `lk` (a mixture) are in nats; all are zero at p = q and never negative. The
+teacher is a constant: gradients reach `student_logps` only. Ids to which the teacher gives probability exactly 0
+(log-probability -inf) are fine wherever the divergence is finite.
 
 Every KL is a sum of terms that are not negative (`_kl`), so equality gives exactly 0 and small values keep their
 digits; what rounding leaves below 0 is removed from the value without touching the gradient.
@@ -145,6 +145,20 @@ def total_variation(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     return 0.5 * (teacher_logps.detach().exp() - student_logps.exp()).abs().sum(-1)
 
 
+def lk(student_logps: Tensor, teacher_logps: Tensor, *, kl_weight: float = 0.5) -> Tensor:
+    """Compute kl_weight KL(p || q) + (1 - kl_weight) TV, the hybrid loss of drafts (LK losses, arXiv 2602.23881).
+
+    TV is what speculative decoding rejects, but its gradient is small far from the teacher, where the KL leads. At its
+    ends it is `total_variation` (0) and `forward_kl` (1). The weight is fixed; the paper's falls as acceptance rises.
+    """
+    if kl_weight == 1:
+        return forward_kl(student_logps, teacher_logps)
+    if kl_weight == 0:
+        return total_variation(student_logps, teacher_logps)
+    kl, distance = (f(student_logps, teacher_logps) for f in (forward_kl, total_variation))
+    return kl_weight * kl + (1 - kl_weight) * distance
+
+
 def taid(student_logps: Tensor, teacher_logps: Tensor, *, t: float = 0.4) -> Tensor:
     """Compute KL(p_t || q), p_t = softmax((1 - t) sg(log q) + t log p) constant (TAID, arXiv 2501.16937, eq. 3-4).
 
@@ -181,6 +195,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
         skew_reverse_kl,
         adaptive_kl,
         total_variation,
+        lk,
         taid,
         logit_mse,
     )
@@ -195,6 +210,7 @@ _LEGAL: dict[str, tuple[str, Callable[[float], bool]]] = {
         lambda value: value in (0, 1) or _SMALLEST_SKEW <= value <= 1 - _SMALLEST_SKEW,
     ),
     "alpha": (f"0, or from {_SMALLEST_SKEW} to below 1", lambda value: value == 0 or _SMALLEST_SKEW <= value < 1),
+    "kl_weight": ("from 0 to 1", lambda value: 0 <= value <= 1),
     "mu": ("from 0 to 1", lambda value: 0 <= value <= 1),
     "t": ("from 0 to 1", lambda value: 0 <= value <= 1),
 }

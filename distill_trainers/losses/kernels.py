@@ -126,6 +126,8 @@ def _form(rule: Any) -> Form | None:
     if name in ("jsd", "skew_forward_kl", "skew_reverse_kl") and weight in (0, 1):  # as in `closed_form.py`
         forward = name == "skew_forward_kl" or (name == "jsd" and weight == 0)
         name, weight = ("forward_kl" if forward else "reverse_kl"), 0.0
+    if name == "lk" and weight in (0, 1):
+        name, weight = ("forward_kl" if weight else "total_variation"), 0.0
     kind = _module().KINDS.get(name)
     return None if kind is None else _module().Form(kind, float(weight))
 

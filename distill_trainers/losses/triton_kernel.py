@@ -33,6 +33,7 @@ KINDS = {  # by the names of `DIVERGENCES`
     "total_variation": 5,
     "taid": 6,
     "logit_mse": 7,
+    "lk": 8,
 }
 _FORWARD_KL: tl.constexpr = tl.constexpr(KINDS["forward_kl"])
 _REVERSE_KL: tl.constexpr = tl.constexpr(KINDS["reverse_kl"])
@@ -41,6 +42,7 @@ _SKEW_FORWARD_KL: tl.constexpr = tl.constexpr(KINDS["skew_forward_kl"])
 _TOTAL_VARIATION: tl.constexpr = tl.constexpr(KINDS["total_variation"])
 _TAID: tl.constexpr = tl.constexpr(KINDS["taid"])
 _LOGIT_MSE: tl.constexpr = tl.constexpr(KINDS["logit_mse"])
+_LK: tl.constexpr = tl.constexpr(KINDS["lk"])
 _LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 _TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -133,6 +135,11 @@ def _element(z, y, first, second, weight, KIND: tl.constexpr):
     if KIND == _TOTAL_VARIATION:
         sign = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
         return 0.5 * tl.abs(q - p), q * sign, q
+    if KIND == _LK:  # of the KL the slopes add up to 0, so that the sum centres those of the distance
+        half = 0.5 * (1 - weight)
+        sign = tl.where(q > p, half, tl.where(q < p, -half, 0.0))
+        value = weight * _kl_term(p, q, log_q - log_p) + half * tl.abs(q - p)
+        return value, weight * (q - p) + q * sign, q
     q, p = q + _TINY, p + _TINY  # so that they divide: it moves only what is 0
     difference = p - q
     if KIND == _JSD:

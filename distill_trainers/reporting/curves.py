@@ -94,7 +94,7 @@ def _without_teacher(name: str) -> str | None:
 def _unit(name: str) -> str:
     stem = name.removeprefix("eval_")
     unit = MEASURES[stem].unit if stem in MEASURES else ""
-    if unit == "share" or stem.startswith("gap_closed_") or stem.endswith(("top1_agreement", "accuracy")):
+    if unit == "share" or stem.startswith("gap_closed_") or stem.endswith(("top1_agreement", "acceptance", "accuracy")):
         return "%"
     if unit:
         return unit

@@ -17,6 +17,7 @@ _DIRECTIONS = {True: "higher is better", False: "lower is better", None: ""}
 _LOGGED: dict[str, float | str] = {
     "eval_kl": 0.0,
     "eval_top1_agreement": 1.0,
+    "eval_acceptance": 1.0,
     "eval_perplexity": "eval_teacher_perplexity",
 }
 _DEMO = {"kl": "nats/token", "top1_agreement": "share"}

@@ -338,7 +338,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         """Compute what evaluation measures beside the method's own terms, per token."""
         if TEACHER_LOGPS in tokens:  # the teacher has ids of its own: what it says of theirs has no id of the student's
             teacher = TokenLogprobs(tokens[TEACHER_LOGPS])
-        return agreement_terms(student, teacher, tokens)
+        return agreement_terms(student, teacher, tokens, self.args.temperature)
 
     def build_collator(self, tokenizer: PreTrainedTokenizerBase) -> DistillCollator:
         """Build what makes batches of rows."""

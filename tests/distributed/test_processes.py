@@ -73,7 +73,8 @@ def assert_same_run(one, two, folder_one, folder_two, lora=False, norms=True):
         if norms:
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3)
     names = {"eval_kl/math", "eval_kl/code", "eval_tokens/code"}
-    names |= {"eval_loss", "eval_kl", "eval_perplexity", "eval_top1_agreement", "eval_tokens", "eval_accuracy"}
+    names |= {"eval_loss", "eval_kl", "eval_perplexity", "eval_top1_agreement", "eval_acceptance", "eval_tokens"}
+    names |= {"eval_accuracy"}
     assert one["eval"].keys() & names == two["eval"].keys() & names and "eval_loss" in one["eval"]
     for name in sorted(names & one["eval"].keys()):
         assert two["eval"][name] == pytest.approx(one["eval"][name], rel=1e-3), name

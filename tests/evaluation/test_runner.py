@@ -93,18 +93,21 @@ def test_a_teacher_that_sees_more_is_evaluated_on_its_own_view(run, models, dens
     assert plain.model("mine").scores["rouge_l"].value == results.model("mine").scores["rouge_l"].value
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_forced_scores_equal_a_dense_reference_at_any_batch_size(run, models, dense, tokenizer, batch_size):
-    results = run(metrics=["perplexity", "agreement", "calibration"], batch_size=batch_size)
-    examples = read_examples(ROWS, tokenizer, SETTINGS)
-    rows = [
+def forced(tokenizer):
+    """The rows as `dense` takes them."""
+    return [
         {
             "input_ids": [*each.prompt_ids, *each.completion_ids],
             "labels": [-100] * len(each.prompt_ids) + each.completion_ids,
         }
-        for each in examples
+        for each in read_examples(ROWS, tokenizer, SETTINGS)
     ]
-    found = dense(models["student"], models["teacher"], rows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_forced_scores_equal_a_dense_reference_at_any_batch_size(run, models, dense, tokenizer, batch_size):
+    results = run(metrics=["perplexity", "agreement", "calibration"], batch_size=batch_size)
+    found = dense(models["student"], models["teacher"], forced(tokenizer))
     assert len(found.labels) == sum(len(row["completion"]) + 1 for row in ROWS), "EOS counts, padding does not"
     q, p = found.q, found.p
     m = ((q.exp() + p.exp()) / 2).log()
@@ -115,6 +118,7 @@ def test_forced_scores_equal_a_dense_reference_at_any_batch_size(run, models, de
         "reverse_kl": (q.exp() * (q - p)).sum(-1).mean(),
         "jsd": ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)).mean() / 2,
         "top1_agreement": (p.argmax(-1) == best).double().mean(),
+        "acceptance": torch.minimum(p.exp(), q.exp()).sum(-1).mean(),
     }
     scores = results.model("mine").scores
     for name, value in expected.items():
@@ -127,12 +131,21 @@ def test_forced_scores_equal_a_dense_reference_at_any_batch_size(run, models, de
     assert results.model("teacher").scores["perplexity"].value == pytest.approx(teacher_nll.exp().item(), rel=1e-4)
 
 
+def test_acceptance_is_at_the_sampling_temperature_and_so_is_its_cache(run, models, dense, tokenizer, tmp_path):
+    for temperature in (1.0, 0.5):
+        scores = run(metrics=["agreement"], temperature=temperature, cache_dir=tmp_path).model("mine").scores
+        found = dense(models["student"], models["teacher"], forced(tokenizer), temperature=temperature)
+        expected = torch.minimum(found.p.exp(), found.q.exp()).sum(-1).mean().item()
+        assert scores["acceptance"].value == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_copy_of_the_teacher_has_closed_all_of_every_gap(all_results):
     teacher, same = all_results.model("teacher"), all_results.model("copy of the teacher")
     assert same.fingerprint == teacher.fingerprint
     for name in ("kl", "reverse_kl", "jsd", "student_text_kl", "student_text_reverse_kl", "student_text_jsd"):
         assert same.scores[name].value == teacher.scores[name].value == 0.0
-    assert same.scores["top1_agreement"].value == same.scores["student_text_top1_agreement"].value == 1.0
+    for name in ("top1_agreement", "acceptance"):
+        assert same.scores[name].value == same.scores[f"student_text_{name}"].value == 1.0
     assert same.scores["exposure_error"].value == 0.0
     assert same.scores.keys() == teacher.scores.keys()
     # Text that is sampled anew: the copy draws by a student's random numbers, not by its teacher's.

@@ -21,6 +21,7 @@ CLOSED = [name for name in DIVERGENCES if name not in WITHOUT_CLOSED_FORM]
 CASES = [(name, {}) for name in CLOSED] + [
     *(("jsd", {"beta": beta}) for beta in (0, 0.01, 0.3, 0.99, 1)),
     *((name, {"alpha": alpha}) for name in ("skew_forward_kl", "skew_reverse_kl") for alpha in (0, 0.01, 0.5, 0.95)),
+    *(("lk", {"kl_weight": weight}) for weight in (0, 0.1, 1)),
     *(("taid", {"t": t}) for t in (0.0, 0.7, 1.0)),
 ]
 

@@ -36,6 +36,7 @@ def test_resolve_names_the_legal_parameters_and_defaults():
     [
         *(("jsd", {"beta": beta}) for beta in (-0.1, 1.1, math.nan, "0.5", None, True, 1e-9, 1 - 1e-9)),
         *(("skew_forward_kl", {"alpha": alpha}) for alpha in (-0.1, 1, 1e-9)),
+        *(("lk", {"kl_weight": weight}) for weight in (-0.1, 1.1, math.nan, "0.5")),
         ("adaptive_kl", {"mu": 1.5}),
         ("taid", {"t": -0.1}),
     ],

@@ -14,6 +14,7 @@ from distill_trainers.losses import (
     adaptive_kl,
     forward_kl,
     jsd,
+    lk,
     logit_mse,
     resolve_divergence,
     reverse_kl,
@@ -82,6 +83,15 @@ def taid_by_hand(z_q: Tensor, z_p: Tensor, t: float = 0.4) -> Tensor:
     return kl_by_hand(torch.softmax((1 - t) * z_q.detach() + t * z_p, 0), torch.softmax(z_q, 0))
 
 
+def total_variation_by_hand(z_q: Tensor, z_p: Tensor) -> Tensor:
+    return F.l1_loss(torch.softmax(z_q, 0), torch.softmax(z_p, 0), reduction="sum") / 2
+
+
+def lk_by_hand(z_q: Tensor, z_p: Tensor, kl_weight: float = 0.5) -> Tensor:
+    kl = kl_by_hand(torch.softmax(z_p, 0), torch.softmax(z_q, 0))
+    return kl_weight * kl + (1 - kl_weight) * total_variation_by_hand(z_q, z_p)
+
+
 def mse_by_hand(z_q: Tensor, z_p: Tensor) -> Tensor:
     return F.mse_loss(z_q - z_q.mean(), z_p - z_p.mean())
 
@@ -93,7 +103,8 @@ REFERENCES = {
     "skew_forward_kl": skew_forward_by_hand,
     "skew_reverse_kl": skew_reverse_by_hand,
     "adaptive_kl": adaptive_by_hand,
-    "total_variation": lambda z_q, z_p: F.l1_loss(torch.softmax(z_q, 0), torch.softmax(z_p, 0), reduction="sum") / 2,
+    "total_variation": total_variation_by_hand,
+    "lk": lk_by_hand,
     "taid": taid_by_hand,
     "logit_mse": mse_by_hand,
 }
@@ -135,6 +146,7 @@ CASES = [(name, {}) for name in ALL] + [
     *(("jsd", {"beta": beta}) for beta in (0.01, 0.1, 0.9, 0.99)),
     *(("skew_forward_kl", {"alpha": alpha}) for alpha in (0, 0.01, 0.5, 0.95)),
     *(("skew_reverse_kl", {"alpha": alpha}) for alpha in (0, 0.01, 0.5, 0.95)),
+    *(("lk", {"kl_weight": weight}) for weight in (0, 0.1, 0.9, 1)),
     *(("adaptive_kl", {"mu": mu}) for mu in (0.05, 0.3, 0.9)),
     *(("taid", {"t": t}) for t in (0.0, 0.7, 1.0)),
 ]
@@ -191,7 +203,7 @@ def test_removing_negative_rounding_leaves_the_gradient():
 NEAR = [
     (name, params)
     for name, params in [*CASES, ("skew_forward_kl", {"alpha": 0.9}), ("skew_reverse_kl", {"alpha": 0.9})]
-    if params != {"t": 0.0} and name != "total_variation"
+    if params != {"t": 0.0} and name not in ("total_variation", "lk")  # whose gradient has a sign in it
 ]
 
 
@@ -222,6 +234,10 @@ def test_total_variation_near_equality():
     student, teacher = z_q.float(), (z_q + 1e-3 * noise / 3).float()
     exact = (teacher.double().softmax(-1) - student.double().softmax(-1)).abs().sum(-1) / 2
     torch.testing.assert_close(at_logits(total_variation, student, teacher).double(), exact, rtol=2e-4, atol=0)
+    pairs = zip(teacher.double().softmax(-1), student.double().softmax(-1), strict=True)
+    kl = torch.stack([kl_of_rows(p, q) for p, q in pairs])
+    found = at_logits(lk, student, teacher, kl_weight=0.3).double()
+    torch.testing.assert_close(found, 0.3 * kl + 0.7 * exact, rtol=2e-4, atol=0)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -397,6 +413,24 @@ def test_total_variation_lies_between_zero_and_one():
     assert (at_logits(total_variation, z_q, z_p) <= 1 + 1e-12).all()
     apart = 1e3 * torch.eye(2)
     assert at_logits(total_variation, apart, apart.flip(0)).tolist() == [1.0, 1.0]
+
+
+def test_total_variation_is_what_speculative_decoding_rejects():
+    """A draft v ~ q is accepted with probability min(1, p / q): in all with Σ q min(1, p / q) = Σ min(p, q)."""
+    z_q, z_p = logits_pair(tokens=20)
+    q, p = z_q.softmax(-1), z_p.softmax(-1)
+    rejected = at_logits(total_variation, z_q, z_p)
+    torch.testing.assert_close(rejected + torch.minimum(p, q).sum(-1), torch.ones(20, dtype=torch.float64))
+    torch.testing.assert_close((q * (p / q).clamp(max=1)).sum(-1), 1 - rejected)
+
+
+@pytest.mark.parametrize(("weight", "end"), [(1, forward_kl), (0, total_variation)])
+def test_lk_ends_at_the_kl_and_at_the_total_variation(weight, end):
+    z_q, z_p = logits_pair()
+    for near, rtol in ((weight, 0), (abs(weight - 1e-7), 1e-5)):
+        torch.testing.assert_close(at_logits(lk, z_q, z_p, kl_weight=near), at_logits(end, z_q, z_p), rtol=rtol, atol=0)
+        gradients = logits_gradient(lk, z_q, z_p, kl_weight=near), logits_gradient(end, z_q, z_p)
+        torch.testing.assert_close(*gradients, rtol=rtol, atol=1e-6 * (near != weight))
 
 
 def test_taid_ends():

@@ -24,6 +24,8 @@ FORMS = [
     *(("jsd", {"beta": beta}) for beta in (0, 0.1, 1)),
     ("skew_forward_kl", {"alpha": 0.9}),
     ("skew_reverse_kl", {"alpha": 0}),
+    ("lk", {"kl_weight": 0}),
+    ("lk", {"kl_weight": 0.9}),
     ("taid", {"t": 0.8}),
 ]
 AGREES = kernels._agrees

@@ -54,7 +54,7 @@ def test_evaluation_is_that_of_the_local_teacher(make_trainer, serve, make_teach
     rows = addition_dataset(10, seed=5)
     local = make_trainer(teacher=make_teacher(), eval_dataset=rows, lmbda=0.0).evaluate()
     remote = make_trainer(teacher=serve().url, eval_dataset=rows, lmbda=0.0).evaluate()
-    for name in ("eval_loss", "eval_kl", "eval_teacher_perplexity", "eval_top1_agreement"):
+    for name in ("eval_loss", "eval_kl", "eval_teacher_perplexity", "eval_top1_agreement", "eval_acceptance"):
         assert remote[name] == pytest.approx(local[name], rel=1e-5)
 
 

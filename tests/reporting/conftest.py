@@ -34,6 +34,8 @@ _LEVELS = {
     "perplexity": (38.4, 12.9, 9.7),
     "top1_agreement": (0.41, 0.74, 1.0),
     "student_text_top1_agreement": (0.38, 0.77, 1.0),
+    "acceptance": (0.36, 0.71, 1.0),
+    "student_text_acceptance": (0.33, 0.69, 1.0),
     "rouge_l": (14.2, 24.8, 27.5),
     "accuracy": (0.08, 0.31, 0.42),
     "answered": (0.55, 0.97, 0.99),
@@ -163,9 +165,9 @@ def _model(rng: random.Random, name: str, role: str) -> ModelResults:
 
 
 def _curve(rng: random.Random, measure: str, text: str, sharp: float) -> PositionCurve:
-    size, scale = 128, {"top1_agreement": 0.3, "jsd": 0.2}.get(measure, 1.0)
+    size, scale = 128, {"top1_agreement": 0.3, "acceptance": 0.3, "jsd": 0.2}.get(measure, 1.0)
     mean = [scale * sharp * (1 + 0.4 * math.log1p(t) / 5 + rng.gauss(0, 0.08)) for t in range(size)]
-    mean = [1 - value for value in mean] if measure == "top1_agreement" else mean
+    mean = [1 - value for value in mean] if MEASURES[measure].higher_is_better else mean
     count = [max(200 - 2 * t, 1) for t in range(size)]
     wide = [0.05 * scale * (1 + t / 40) for t in range(size)]
     low, high = ([m + sign * w for m, w in zip(mean, wide, strict=True)] for sign in (-1, 1))

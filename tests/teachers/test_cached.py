@@ -104,8 +104,11 @@ def test_top_k_of_the_whole_vocabulary_equals_the_live_teacher(make, make_traine
     assert_same_losses(whole, live, by_step)
 
 
+K4 = {"teacher_cache_kind": "topk", "teacher_cache_top_k": 4}
+
+
 def test_fewer_ids_give_a_lower_bound_that_rises_with_k(make, tmp_path):
-    values = []
+    values, taken = [], []
     for k in (1, 2, 4, 14):
         trainer = make(
             eval_dataset=addition_dataset(12, seed=9),
@@ -116,7 +119,11 @@ def test_fewer_ids_give_a_lower_bound_that_rises_with_k(make, tmp_path):
         scores = trainer.evaluate()
         assert scores["eval_loss"] == pytest.approx(scores["eval_kl"], rel=1e-5)
         values.append(scores["eval_kl"])
+        taken.append(scores["eval_acceptance"])
     assert 0 < values[0] < values[1] < values[2] < values[3]
+    assert 1 > taken[0] > taken[1] > taken[2] > taken[3] > 0  # and an upper bound of what is accepted
+    softer = make(eval_dataset=addition_dataset(12, seed=9), teacher_cache=str(tmp_path / "k4"), temperature=0.5, **K4)
+    assert "eval_acceptance" not in softer.evaluate()  # what a top k cannot tell
 
 
 def test_draws_estimate_the_divergence(make, make_trainer, tmp_path):
@@ -124,6 +131,7 @@ def test_draws_estimate_the_divergence(make, make_trainer, tmp_path):
     exact = make_trainer(eval_dataset=rows, **RUN).evaluate()
     found = make(eval_dataset=rows, teacher_cache_kind="sampled", teacher_cache_draws=20_000).evaluate()
     assert found["eval_kl"] == pytest.approx(exact["eval_kl"], rel=0.03)
+    assert found["eval_acceptance"] == pytest.approx(exact["eval_acceptance"], rel=0.01)
     assert found["eval_perplexity"] == pytest.approx(exact["eval_perplexity"], rel=1e-4)
     assert found["eval_top1_agreement"] == pytest.approx(exact["eval_top1_agreement"], abs=1e-6)
 

@@ -128,7 +128,7 @@ def test_scores_and_metrics_of_each_teacher_are_those_of_its_rows(make_trainer, 
     scores = several.evaluate()
     for name, teacher in (("math", math), ("code", code)):
         alone = make_trainer(copy.deepcopy(student), teacher, eval_dataset=of(name, held_out), **settings).evaluate()
-        for score in ("loss", "kl", "perplexity", "teacher_perplexity", "top1_agreement", "tokens"):
+        for score in ("loss", "kl", "perplexity", "teacher_perplexity", "top1_agreement", "acceptance", "tokens"):
             assert scores[f"eval_{score}/{name}"] == pytest.approx(alone[f"eval_{score}"], rel=1e-6), score
     tokens = [scores[f"eval_tokens/{name}"] for name in NAMES]
     assert sum(tokens) == scores["eval_tokens"]

@@ -67,6 +67,20 @@ def test_names_that_no_evaluation_gives(refused, evaluation, metric, told):
     assert f"`metric_for_best_model: {metric}`" in said and told in said
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"teacher_tokenizer": "own"},
+        {"temperature": 0.5, "teacher_cache": "cache", "teacher_cache_kind": "topk", "divergence": "forward_kl"},
+    ],
+    ids=["a draft with another tokenizer", "a top k at another temperature"],
+)
+def test_acceptance_where_nothing_tells_it(refused, tmp_path, settings):
+    settings = {name: str(tmp_path / value) if value == "cache" else value for name, value in settings.items()}
+    said = refused(TWO["easy"], metric_for_best_model="eval_acceptance", lmbda=0.0, **settings)
+    assert "`metric_for_best_model: eval_acceptance`" in said and "expected a score that evaluation gives" in said
+
+
 def test_early_stopping_needs_a_score_that_comes(refused):
     """transformers switches it off with a warning after the first evaluation, where no best model is kept."""
     said = refused(TWO["easy"], load_best_model_at_end=False, metric_for_best_model="eval_top1_agreemnt")
@@ -94,6 +108,7 @@ def test_a_metric_is_not_asked_for_where_nothing_is_evaluated(make_trainer):
         ("eval_easy_reverse_kl", False),
         ("eval_easy_ece", False),
         ("eval_easy_top1_agreement", True),
+        ("eval_easy_acceptance", True),
         ("eval_hard_self_bleu", False),
         ("eval_hard_rouge_l", True),
         ("eval_gap_closed_kl", True),

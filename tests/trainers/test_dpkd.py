@@ -338,6 +338,7 @@ def test_evaluation_keeps_its_pairs(make_trainer, tmp_path):
     assert after["eval_nll_rejected"] != before["eval_nll_rejected"]
     expected = {"reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected", "nll_chosen", "nll_rejected"}
     expected |= {"sequence_kl", "chosen_length", "rejected_length", "kl", "top1_agreement", "preference", "lm_loss"}
+    expected |= {"acceptance"}
     assert {f"eval_{name}" for name in expected} <= after.keys()
     resumed = make_trainer(eval_dataset=addition_dataset(6, seed=9), **settings)
     resumed.written_by = "another"

@@ -29,6 +29,15 @@ def test_evaluation_equals_a_dense_reference_at_any_batch_size(make_trainer, den
     assert metrics["eval_top1_agreement"] == pytest.approx(agreement, abs=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+def test_acceptance_is_that_of_drafts_at_the_sampling_temperature(make_trainer, dense, temperature):
+    trainer = make_trainer(eval_dataset=addition_dataset(6, seed=5), lmbda=0.0, temperature=temperature)
+    models = trainer.model, trainer.teacher.model
+    found = dense(*models, trainer.eval_dataset, temperature=temperature or 1e-4)  # the limit of 0 is greedy
+    expected = torch.minimum(found.p.exp(), found.q.exp()).sum(-1).mean().item()
+    assert trainer.evaluate()["eval_acceptance"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_evaluation_samples_nothing_and_repeats_exactly(make_trainer):
     trainer = make_trainer(eval_dataset=addition_dataset(8, seed=5), lmbda=1.0)
 

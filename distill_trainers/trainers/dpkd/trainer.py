@@ -44,7 +44,7 @@ _ON_PAIRS: tuple[str, ...] = (
     "reward_accuracy",
 )
 _ON_PAIRS += ("chosen_length", "rejected_length", "gap_chosen", "gap_rejected", "sequence_kl")
-_ON_CHOSEN = ("lm_loss", "nll_chosen", "skew_chosen", "nll", "teacher_nll", "kl", "top1_agreement")
+_ON_CHOSEN = ("lm_loss", "nll_chosen", "skew_chosen", "nll", "teacher_nll", "kl", "top1_agreement", "acceptance")
 _ON_REJECTED = ("nll_rejected", "skew_rejected")
 _DIVISORS = {
     **dict.fromkeys(_ON_PAIRS, "token_pair"),

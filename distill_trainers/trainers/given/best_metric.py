@@ -13,7 +13,8 @@ from ..config import DistillConfig
 
 _ALWAYS = {"loss", "perplexity", "tokens", "runtime", "samples_per_second", "steps_per_second"}
 _OF_THE_WHOLE = {"runtime", "samples_per_second", "steps_per_second"}
-_OF_A_TEACHER = {"teacher_perplexity", "kl", "top1_agreement"}
+_OF_DISTRIBUTIONS = {"kl", "top1_agreement", "acceptance"}
+_SPARSE = {"topk", "sampled"}
 
 
 def scores_of(args: DistillConfig) -> set[str] | None:
@@ -21,7 +22,17 @@ def scores_of(args: DistillConfig) -> set[str] | None:
     if args.loss_terms is None:
         return None
     bytewise = {"bits_per_byte"} if args.scores_all_text else set()
-    return _ALWAYS | bytewise | (_OF_A_TEACHER if args.needs else set()) | args.loss_terms | args.other_scores
+    return _ALWAYS | bytewise | _of_a_teacher(args) | args.loss_terms | args.other_scores
+
+
+def _of_a_teacher(args: DistillConfig) -> set[str]:
+    if not args.needs:
+        return set()
+    if args.has_own_tokenizer:  # no id is the same in both
+        return {"teacher_perplexity"}
+    kinds = {args.teacher_server_kind, args.teacher_cache_kind if args.teacher_cache else ""}
+    unknown = {"acceptance"} if args.temperature != 1 and kinds & _SPARSE else set()
+    return ({"teacher_perplexity"} | _OF_DISTRIBUTIONS) - unknown
 
 
 def scores_of_each(args: DistillConfig) -> set[str]:

@@ -31,6 +31,9 @@ class GKDConfig(RewardSettings, DistillConfig):
     divergence: str = setting("jsd", f"Per-token divergence: one of {', '.join(DIVERGENCES)}.")
     beta: float | None = setting(None, "β of jsd: weight of the teacher in the mixture; 0.5 if not set.")
     alpha: float | None = setting(None, "α of the skew divergences; 0.1 if not set.")
+    kl_weight: float | None = setting(
+        None, "λ of lk: weight of KL(p‖q) beside 1 − λ of the total variation; 0.5 if not set."
+    )
     mu: float | None = setting(None, "μ of adaptive_kl: mass of the teacher's head; 0.5 if not set.")
     t: float | None = setting(
         None, "t of taid: fixed share of the teacher in the target; by default it rises from 0.4 to 1."
@@ -72,7 +75,8 @@ class GKDConfig(RewardSettings, DistillConfig):
 
     def divergence_params(self) -> dict[str, float]:
         """Return the parameters of the divergence that were set."""
-        settings = {"beta": self.beta, "alpha": self.alpha, "mu": self.mu, "t": self.t}
+        names = ("beta", "alpha", "kl_weight", "mu", "t")
+        settings = {name: getattr(self, name) for name in names}
         return {name: value for name, value in settings.items() if value is not None}
 
     stands_for = frozenset({"GKDConfig", "GOLDConfig", "DistillationConfig"})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,7 @@ class HeldOutMeasures(TrainerCallback):
         run, both = self.run, self.run.two_models
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
         asks = bool(set(self.metrics) & NEED_A_TEACHER)
+        terms = partial(comparison_terms, temperature=run.args.temperature)
 
         def read(batch: dict[str, Any]) -> dict[str, Tensor]:
             """Plain rows, whatever the method's own batches are made of: its hooks have no say here."""
@@ -367,7 +369,7 @@ class HeldOutMeasures(TrainerCallback):
             if run.teacher.names:
                 batch = {**batch, TEACHER_INDEX: torch.full_like(batch["labels"][:, 0], owner)}
             with both.autocast():
-                return both.terms(model, batch, both.signal if asks else None, comparison_terms, {})[1]
+                return both.terms(model, batch, both.signal if asks else None, terms, {})[1]
 
         part_of_rank = force(
             texts,

@@ -12,7 +12,9 @@ from ...requirements import Requirements
 from ...teachers import Teacher
 
 # What an evaluation tells without them.
-ALWAYS_THERE = frozenset({"perplexity", "kl", "top1_agreement", "accuracy", "answered", "tokens_per_answer"})
+ALWAYS_THERE = frozenset(
+    {"perplexity", "kl", "top1_agreement", "acceptance", "accuracy", "answered", "tokens_per_answer"}
+)
 
 
 def check(
