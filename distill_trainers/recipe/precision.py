@@ -68,7 +68,7 @@ def _config(told: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(told.get("model_name_or_path") or told.get("teacher_model_name_or_path"))
+        return AutoConfig.from_pretrained(str(told.get("model_name_or_path") or told.get("teacher_model_name_or_path")))
     except Exception:  # a bad name is refused later, by its own words
         return None
 
