@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 JOBS ?= 2
-EXTRAS ?= dev,completion,gguf,plots,deepspeed,rationales,remote,serve,evaluation,docs
+EXTRAS ?= dev,completion,gguf,plots,quantize,deepspeed,rationales,remote,serve,evaluation,docs
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -108,6 +108,19 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     teacher = load_causal_lm(options.teacher, dtype="float32").eval()
+    counts = write_answers(teacher, tokenizer, options)
+    started = time.process_time()
+    if not (options.work / "importance.json").is_file():
+        importance = width_importance(teacher, batches(tokenizer, options))
+        importance.layers = layer_importance(teacher, batches(tokenizer, options))
+        counts["importance_seconds"] = time.process_time() - started
+        (options.work / "importance.json").write_text(json.dumps(importance.rounded()))
+    fill_cache(build(teacher, 0, options))
+    return counts
+
+
+def write_answers(teacher: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The teacher's answers to the prompts of the recipe, which are `train.jsonl` and `heldout.jsonl`."""
     counts: dict[str, Any] = {}
     for part, limit in (("train", 16), ("heldout", 4)):
         if (options.work / f"{part}.jsonl").is_file():
@@ -119,13 +132,6 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         made = [{"question": q, "answer": a} for q, a in zip(prompts, answers, strict=True) if a]
         (options.work / f"{part}.jsonl").write_text("\n".join(map(json.dumps, made)) + "\n", encoding="utf-8")
         counts[f"{part}_rows"] = len(made)
-    started = time.process_time()
-    if not (options.work / "importance.json").is_file():
-        importance = width_importance(teacher, batches(tokenizer, options))
-        importance.layers = layer_importance(teacher, batches(tokenizer, options))
-        counts["importance_seconds"] = time.process_time() - started
-        (options.work / "importance.json").write_text(json.dumps(importance.rounded()))
-    fill_cache(build(teacher, 0, options))
     return counts
 
 
@@ -182,8 +188,15 @@ def make(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    from transformers import AutoModelForCausalLM
+
+    folder = options.work / "students" / name.replace(" ", "-")
+    return train_and_judge(build(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), seed, options), options)
+
+
+def train_and_judge(trainer: Any, options: argparse.Namespace) -> dict[str, float]:
     """Train until the CPU time is over, and judge."""
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import TrainerCallback
 
     class Budget(TrainerCallback):
         """Ends training when its CPU time is over; until then the learning rate falls with it."""
@@ -203,8 +216,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = self.spent + 0.5 * self.spent / state.global_step > options.seconds
 
-    folder = options.work / "students" / name.replace(" ", "-")
-    trainer, budget = build(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), seed, options), Budget()
+    budget = Budget()
     trainer.add_callback(budget)
     trainer.get_train_dataloader()  # what it prepares of its rows is not counted
     trainer.train()
@@ -215,7 +227,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]
     return {"steps": trainer.state.global_step, "cpu_seconds": spent, **scores}
 
 
-def build(student: Any, seed: int, options: argparse.Namespace) -> Any:
+def build(student: Any, seed: int, options: argparse.Namespace, **settings: Any) -> Any:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -244,6 +256,7 @@ def build(student: Any, seed: int, options: argparse.Namespace) -> Any:
         report_to=[],
         disable_tqdm=True,
         seed=seed,
+        **settings,
     )
     return GKDTrainer(
         student,

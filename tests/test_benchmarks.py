@@ -210,3 +210,16 @@ def test_students_of_every_shape_are_pruned_trained_and_judged(tmp_path, make_to
     assert all(row["kl"] > 0 and row["after"] > 0 and row["runs"][0]["steps"] >= 1 for row in results.values())
     assert results["1 planned"]["candidates"] and not results["1 width"]["candidates"]
     _run("pruning.py", *options)  # all of it is there
+
+
+@pytest.mark.slow
+def test_rounding_and_training(tmp_path, make_tokenizer):
+    pytest.importorskip("torchao")
+    teacher = _toy_teacher(tmp_path / "teacher", make_tokenizer())
+    options = ["--teacher", teacher, "--work", str(tmp_path / "work"), "--seconds", "1", "--seeds", "0", "--quick"]
+    options += ["--group-size", "16", "--json", str(tmp_path / "out.json")]
+    table = _run("quantized.py", *options)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results["unquantised"]["kl"] < 1e-6 < results["ptq"]["kl"] and table.count("\n|") == 6
+    (run,) = results["qad"]
+    assert run["steps"] >= 1 and run["off"] == 0

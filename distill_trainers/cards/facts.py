@@ -113,6 +113,7 @@ def shown_settings(args: Any) -> dict[str, Any]:
     corrected = args.sampler_correction != "none"
     names += ["sampler_correction", "sampler_ratio_min", "sampler_ratio_max"] if corrected else []
     names += [name for name in ("self_teacher", "self_teacher_decay") if getattr(args, name)]
+    names += [name for name in ("quantize_student", "quantize_group_size") if getattr(args, name)]
     names += ["teacher_tokenizer", "cross_tokenizer", "alm_temperature"] if args.has_own_tokenizer else []
     names += ["teacher_placement"] if args.teacher_placement != "auto" else []
     chosen = {name: getattr(args, name) for name in names}

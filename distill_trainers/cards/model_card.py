@@ -173,6 +173,7 @@ def _usage(facts: CardFacts, name: str) -> list[str]:
     else:
         prompt = '[{"role": "user", "content": "…"}]' if facts.chats else '"…"'
         loads = ["from transformers import pipeline", ""]
+        loads = ["# integers: pip install torchao", *loads] if facts.settings.get("quantize_student") else loads
         lines = [f'generate = pipeline("text-generation", model={json.dumps(name)})']
         lines += [f'print(generate({prompt}, max_new_tokens=128)[0]["generated_text"])']
     return fence("\n".join([*loads, *lines]), "python")

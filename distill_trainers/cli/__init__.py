@@ -67,6 +67,7 @@ def start_log(level: int = logging.WARNING) -> None:
     from ..redaction import Redacting
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for GPUs wherever there is none
     libraries = [logging.getLogger(name) for name in ("", "transformers", "datasets", "huggingface_hub")]
     for handler in {handler for logger in libraries for handler in logger.handlers}:
         if not any(isinstance(known, Redacting) for known in handler.filters):

@@ -39,6 +39,7 @@ class Plan:
     disk_free_mib: float = 0.0
     teacher_cache: str = ""
     tried: list[str] = field(default_factory=list)
+    quantized: str = ""
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -90,6 +91,7 @@ def make_plan(recipe: Recipe) -> Plan:
         disk_free_mib=shutil.disk_usage(existing).free / 2**20,
         teacher_cache=cache,
         tried=[str(candidate) for candidate in checked.candidates],
+        quantized=_quantized(student, args),
     )
 
 
@@ -102,6 +104,8 @@ def print_plan(plan: Plan) -> None:
     table = Table("", "plan", title=terminal(title, "italic"), show_header=False)
     unknown = "unknown (stream)"
     table.add_row("Student", f"{plan.student_parameters:,} parameters, {plan.trainable_parameters:,} trained")
+    if plan.quantized:
+        table.add_row("Student, quantised", plan.quantized)
     for number, shape in enumerate(plan.tried, 1):
         table.add_row(f"Shape {number} of {len(plan.tried)} to be tried", shape)
     frozen = plan.teacher_parameters
@@ -162,6 +166,22 @@ def _memory(recipe: Recipe, checked: CheckedRecipe, *, cached: bool) -> dict[str
         return {}
     parts = {**need.held, **{f"{name} ({need.highest})": size for name, size in need.moments[need.highest].items()}}
     return {name: size / 2**20 for name, size in parts.items()}
+
+
+def _quantized(student: Any, args: Any) -> str:
+    """What of a student becomes integers, and how large its folder is before and after."""
+    from ..models import quantized_sizes
+    from ..trainers.given.quantized import group_size_of
+
+    if args.quantize_student is None:
+        return ""
+    group_size = group_size_of(args)
+    sizes = quantized_sizes(student, group_size)
+    return (
+        f"{args.quantize_student} in groups of {group_size}: {sizes['parameters']:,} parameters of "
+        f"{sizes['layers']} linear layers; {sizes['float32']:,} bytes in float32, {sizes['integers']:,} as integers "
+        f"({'one to a byte' if args.quantize_student == 'int4' else 'with their scales'})"
+    )
 
 
 def _student_name(recipe: Recipe) -> str:

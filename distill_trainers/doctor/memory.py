@@ -31,8 +31,9 @@ each layer.
 
 Without checkpointing that is all, times the layers. With it, each layer keeps its input (4 D, or 2 D in pure 16 bits),
 and one layer at a time is computed again. Under autocast the 16-bit copies of the weights are kept as well, 2 P; with
-checkpointing those of the trained ones, 2 P_t. Beside what is saved, a layer at work holds about 2 D + 3 f numbers per
-token.
+checkpointing those of the trained ones, 2 P_t. `quantize_student` keeps the rounded weights of all linear layers in
+float32, with checkpointing those of one layer, and of all while it samples. Beside what is saved, a layer at work holds
+about 2 D + 3 f numbers per token.
 
 **Head and loss** (`losses/fused_linear.py`): at most three chunks of logits, min(4 n V, `loss_chunk_mib`) each: the
 student's, the teacher's, the gradient; both models' last hidden states; in float32 the gradients of the student's,
@@ -94,6 +95,7 @@ class Workload:
         teacher_sparse: whether a cached or remote teacher answers without its head.
         padded: whether rows have different lengths, so that attention needs a mask.
         teacher_more: tokens that a row has for the teacher beyond the student's, where it has a prompt of its own.
+        rounded: whether the student computes with rounded weights (`quantize_student`).
     """
 
     rows: int
@@ -113,6 +115,7 @@ class Workload:
     teacher_sparse: bool = False
     padded: bool = True
     teacher_more: int = 0
+    rounded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -301,6 +304,7 @@ class _Student:
         busy = at_work(shape, work.tokens, self.width)
         copied = shape.trainable if work.checkpointing else shape.parameters
         copies = 2 * copied if self.compute == "autocast" else 0
+        copies += 4 * min(shape.linear, shape.layer if work.checkpointing else shape.linear) * work.rounded
         if not work.checkpointing:
             return shape.layers * layer + busy + copies
         stream = 2 if self.compute == "16 bits" else 4
@@ -328,7 +332,7 @@ class _Student:
 
     def rollouts(self) -> Parts:
         work, shape = self.work, self.shape
-        parts = _decoding(shape, work, self.width)
+        parts = _decoding(shape, work, self.width) | {"rounded weights": 4.0 * shape.linear * work.rounded}
         if self.launch.strategy in SHARDED:
             parts["student, whole"] = self.weights() * (self.width / self.bytes)
         return parts

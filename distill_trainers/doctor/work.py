@@ -56,6 +56,7 @@ def workload(
         new_tokens=args.max_new_tokens if samples else 0,
         teacher_samples=method == "minillm" and args.alpha > 0,
         teacher_more=teacher_more,
+        rounded=args.quantize_student is not None,
         teacher_sparse=args.teacher_cache is not None and args.teacher_cache_kind != "hidden",
     )
 

@@ -12,6 +12,7 @@ from .adapters import (
     is_peft,
     keep_4bit_trainable,
     load_adapter,
+    naming_base,
     unwrapped,
     with_frozen_adapters,
 )
@@ -59,6 +60,17 @@ from .merging import (
 )
 from .positions import beyond_positions, check_files, looks_positions_up, positions_of, without_weights
 from .probing import check_answers, logits_of, probe
+from .quantizing import (
+    BITS,
+    body_linears,
+    fake_quantize,
+    integer_copy,
+    is_fake_quantized,
+    quantized_sizes,
+    rounding_once,
+    unquantized,
+    without_rounding,
+)
 from .sharding import (
     checkpoint_tensors,
     forget_dataloader,

@@ -169,6 +169,20 @@ def answering_with(model: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
+@contextlib.contextmanager
+def naming_base(model: nn.Module, base: str) -> Iterator[None]:
+    """Let adapters that are saved within it name another base, by folder or Hub id."""
+    configs: Any = list(unwrapped(model).peft_config.values())  # type: ignore[operator]
+    before = [config.base_model_name_or_path for config in configs]
+    try:
+        for config in configs:
+            config.base_model_name_or_path = base
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config.base_model_name_or_path = name
+
+
 def load_adapter(model: nn.Module, source: str) -> str:
     """Name a frozen adapter of a PEFT model: one it has by that name, or one loaded from a folder or the Hub.
 

@@ -14,6 +14,7 @@ from .adapters import causal_lm_of
 from .compiling import uncompiled
 from .experts import without_router_logits
 from .probing import check_answers
+from .quantizing import rounding_once
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,7 +47,7 @@ def generating(
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
         # Compiled layers would be compiled anew for every kind of cache, and for the growing one of each layer.
-        with uncompiled(), without_router_logits(model), torch.no_grad():
+        with uncompiled(), without_router_logits(model), torch.no_grad(), rounding_once(model):
             with unwrap_model_for_generation(model, accelerator, gather) as unwrapped:
                 yield unwrapped
     finally:

@@ -157,10 +157,13 @@ def load_causal_lm(
     if quantization_config is not None:
         refuse_two_quantizations(kwargs, setting)
         kwargs["quantization_config"] = quantization_config
-    kind = kind or model_class(load_config(name, role, **which_files(kwargs)))
-    what = f"The {role} model {name!r}"
+    config = load_config(name, role, **which_files(kwargs))
+    kind, what = kind or model_class(config), f"The {role} model {name!r}"
+    # Loaded in another dtype, torchao's integers would keep scales of their own, and no product would fit.
+    later = kwargs.pop("dtype", None) if _holds_integers(config) else None
     try:
-        return load_whole(kind, name, what, **kwargs)
+        model = load_whole(kind, name, what, **kwargs)
+        return model.to(later) if isinstance(later, torch.dtype) else model
     except (torch.OutOfMemoryError, ConfigurationError):
         raise
     except Exception as error:  # each library has its own, and damaged files have more
@@ -181,6 +184,11 @@ def load_causal_lm(
             f"{what} cannot be loaded: {first_words(error)}. Expected a whole model that takes what "
             f"`from_pretrained` was given ({given}); look at its folder or Hub id, and at `{setting}`."
         ) from error
+
+
+def _holds_integers(config: Any) -> bool:
+    told = getattr(config, "quantization_config", None) or {}
+    return "torchao" in str(told.get("quant_method") if isinstance(told, Mapping) else told.quant_method).lower()
 
 
 def refuse_two_quantizations(init_kwargs: Mapping[str, Any], setting: str) -> None:

@@ -39,6 +39,7 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     from ..run_files import STUDENT_INIT_NAME
     from ..teachers.base import Pair
     from ..teachers.loading import has_files
+    from ..trainers.given.quantized import check_quantized
     from ..trainers.preflight import Given, preflight
 
     settings, args = recipe.run, recipe.args
@@ -49,6 +50,8 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     student_config, tried = made_config(student_config, recipe)
     if recipe.model.use_peft:
         without_weights(student_config, recipe, adapted=True)  # it must find the modules that it is for
+    if settings.student_init:
+        check_quantized(student, student_config, args)
     text = None
     if settings.pretraining_dataset:
         text = load_split(settings.pretraining_dataset, split=settings.pretraining_split)
@@ -201,9 +204,11 @@ def without_weights(config: Any, recipe: Recipe, *, adapted: bool = False) -> An
     from trl import get_peft_config
 
     from .. import models
+    from ..trainers.given.quantized import check_adapter
 
     model = models.without_weights(config, trust_remote_code=recipe.args.trust_remote_code)
     adapter = get_peft_config(recipe.model) if adapted else None
+    check_adapter(recipe.args, adapter)
     if adapter is None:
         return model
     with torch.device("meta"), models.whole_loading():

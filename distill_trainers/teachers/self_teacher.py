@@ -87,7 +87,8 @@ class StudentItself(LocalTeacher):
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        with models.evaluating(self.model), self.in_its_state():
+        # What teaches is the student unrounded: with `quantize_student`, its original where it was not trained yet.
+        with models.evaluating(self.model), models.without_rounding(self.model), self.in_its_state():
             yield
 
     @contextlib.contextmanager
@@ -330,7 +331,7 @@ class InitialStudent(LocalTeacher):
                 "Got `self_teacher: initial` with a student whose weights ZeRO-3 has partitioned already, so they "
                 "cannot be copied. Pass the student by name, or train an adapter (`peft_config`)."
             )
-        frozen = copy.deepcopy(whole)
+        frozen = models.unquantized(copy.deepcopy(whole))
         if given.get("dtype", "auto") != "auto":
             frozen.to(models.dtype_of(given["dtype"], None))
         return cls(frozen, name, placement)

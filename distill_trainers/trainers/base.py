@@ -47,6 +47,7 @@ from .dataloaders import Dataloaders
 from .evaluation_loop import TeacherForcedEvaluation
 from .given import arguments
 from .given.own_teacher import warn_of_nothing_new
+from .given.quantized import check_adapter, group_size_of, refuse_sharded
 from .lifecycle import outage, publishing
 from .lifecycle.callbacks import StepLoss, TeacherKeeper, TrlNames
 from .lifecycle.checkpoints import Resuming
@@ -200,8 +201,13 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
     def make_student(self, source: Any, trains: bool = True) -> nn.Module:
         """Load the student from a name, or take the model, with its adapter, ready for the loss in its head."""
         self.student_source = source
+        check_adapter(self.args, self.adapter)
         set_seed(self.args.seed)  # adapters start at random
-        return models.install_token_forward(load_student(source, self.args, self.adapter, self.quantization, trains))
+        student = load_student(source, self.args, self.adapter, self.quantization, trains)
+        models.unquantized(student)  # by an earlier trainer
+        if self.args.quantize_student is not None:
+            models.fake_quantize(student, self.args.quantize_student, group_size_of(self.args))
+        return models.install_token_forward(student)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -231,6 +237,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
                 "Got `packing: true` with `output_router_logits: true` in the student's config: the loss that balances "
                 "its experts would count padding, for which packed batches have no mask. Set one of them to false."
             )
+        refuse_sharded(self.args, self.accelerator)
         publishing.check_merger(self.args, self.model, self.accelerator)
 
     def _start(self) -> None:

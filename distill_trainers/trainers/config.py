@@ -32,6 +32,7 @@ from .given.correction import check_correction
 from .given.fields import ARGUMENTS, also_taken, check_arguments, refusals_of_transformers
 from .given.optimizer import check_optimizer, check_schedule
 from .given.packages import check_before_devices
+from .given.quantized import check_quantization
 
 
 @documented
@@ -63,6 +64,13 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     trust_remote_code: bool = setting(False, "Allow models and tokenizers with code of their own.")
     disable_dropout: bool = setting(
         True, "Set the student's dropout to 0: its noise would be matched against the teacher."
+    )
+
+    quantize_student: str | None = setting(
+        None, "Train with the linear layers' weights rounded to int8 or int4, and save these integers (torchao)."
+    )
+    quantize_group_size: int | None = setting(
+        None, "With quantize_student: neighbouring weights that share a scale (32 by default).", least=2
     )
 
     # Data
@@ -445,6 +453,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         self._require("rollout_engine", self.rollout_engine in ENGINES, f"one of {', '.join(ENGINES)}")
         check_correction(self)
         check_terms(self)
+        check_quantization(self)
         self._check_eval_measures()
         self.check_teacher_options()
 

@@ -61,7 +61,9 @@ class TeacherForcedEvaluation(Trainer):
         A measure that `compute_metrics` returns takes the place of one of that name; but the loss stays the method's.
         """
         self._eval_rows, self._eval_owners = [], []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with models.rounding_once(self.model):  # type: ignore[arg-type]  # there is one
+            told = description, prediction_loss_only, ignore_keys, metric_key_prefix
+            output = super().evaluation_loop(dataloader, *told)
         if not self._eval_rows:
             raise DatasetError(f"The {description.lower()} set has no batches; got an empty dataset.")
         rows, owners = torch.cat(self._eval_rows).double(), torch.cat(self._eval_owners)

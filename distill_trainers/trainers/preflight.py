@@ -31,6 +31,7 @@ from .given.best_metric import check_best_metric, check_best_teacher
 from .given.lengths import check_positions
 from .given.own_teacher import warn_of_nothing_new
 from .given.packages import check_packages
+from .given.quantized import check_quantized
 from .lifecycle import held_out_checks, publishing
 from .student import student_config, student_tokenizer
 
@@ -213,6 +214,8 @@ def preflight(given: Given) -> Ready:
         _refuse_weights_without_values(loading.model_of(member.given), "teacher")
     _check_datasets(given, wants)
     quantized = given.quantized or "quantization_config" in (args.model_init_kwargs or {})
+    if given.base in (None, student):  # the shape of one that is made of its teacher is known to the recipe
+        check_quantized(student, config, args, quantized)
     publishing.check(args, given.base or student, adapted, quantized)
     if wants.samples_completions:
         check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now

@@ -325,6 +325,37 @@ def test_two_processes_balance_experts_as_one_does_that_accumulates_twice_as_muc
 
 
 @pytest.mark.slow
+def test_two_processes_train_the_integers_that_one_trains(tmp_path):
+    pytest.importorskip("torchao")
+    settings = {**OFF_POLICY, "quantize_student": "int8", "learning_rate": 0.1}
+    one = launch(tmp_path / "one", None, {**settings, "per_device_train_batch_size": 4})
+    two = launch(tmp_path / "two", "cpu_ddp.yaml", {**settings, "per_device_train_batch_size": 2})
+    first, second = ([log["loss"] for log in run["logs"] if "loss" in log] for run in (one, two))
+    assert second == pytest.approx(first, rel=1e-3) and len(first) == 4
+    assert two["eval"]["eval_kl"] == pytest.approx(one["eval"]["eval_kl"], rel=2e-3)
+    left, right = weights(tmp_path / "one"), weights(tmp_path / "two")
+    layer = "model.layers.0.mlp.up_proj.weight"
+    off = (left[layer].qdata.int() - right[layer].qdata.int()).abs()
+    assert off.max() <= 1 and off.float().mean() < 0.01, "sums in another order round another way, seldom"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_zero2", "cpu_fsdp2"])
+def test_shards_are_no_integers(tmp_path, config):
+    pytest.importorskip("torchao")
+    jobs = [
+        {
+            "output": str(tmp_path / name),
+            "args": {**OFF_POLICY, "quantize_student": "int4", "per_device_train_batch_size": 2},
+        }
+        for name in ("first", "again")  # of a single one, the error would end the processes
+    ]
+    launch_all(tmp_path, f"{config}.yaml", jobs, timeout=300)
+    told = json.loads((tmp_path / "first" / "report.json").read_text())["error"]
+    assert told.startswith("ConfigurationError: Got `quantize_student: int4` under ")
+
+
+@pytest.mark.slow
 def test_zero3_teacher_is_sharded(finished):
     """Left out of the engine, its weights would stay whole on every process."""
     assert finished("wide", "cpu_ddp")[0]["teacher_mlp_kept_whole"] > 0

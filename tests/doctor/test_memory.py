@@ -159,6 +159,14 @@ def test_rollouts_take_keys_and_values(shapes):
     assert sharded["student, whole"] == 4 * shapes[0].parameters
 
 
+def test_rounded_weights_are_held_from_forward_to_backward_and_while_it_samples(shapes):
+    work = Workload(2, 64, rollout_rows=8, prompt=48, new_tokens=16)
+    plain, rounded = (estimate(*shapes, replace(work, rounded=on), Launch(), "replicate") for on in (False, True))
+    for moment in ("end of forward", "rollouts"):
+        more = sum(rounded.moments[moment].values()) - sum(plain.moments[moment].values())
+        assert more == 4 * shapes[0].linear
+
+
 def test_several_teachers_hold_their_sum_and_answer_one_after_the_other():
     student = shape_of(AutoModelForCausalLM.from_config(CONFIGS["llama"](2)))
     large = shape_of(AutoModelForCausalLM.from_config(CONFIGS["llama"](6)))

@@ -211,7 +211,7 @@ def initial_student(run: Run, source: Any, quantization_config: Any) -> Callable
             "Got `reference: student` with a student whose weights ZeRO-3 has partitioned already, so they cannot be "
             "copied. Pass the student by name, or train a new adapter (`peft_config`)."
         )
-    frozen = LocalTeacher(copy.deepcopy(student), name="the student before training")
+    frozen = LocalTeacher(models.unquantized(copy.deepcopy(student)), name="the student before training")
     frozen.prepare(run.accelerator)
     return lambda: frozen
 

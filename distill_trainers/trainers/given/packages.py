@@ -54,6 +54,8 @@ def check_packages(args: Any) -> None:
         _refuse("optim", optimizer, module, package, "take another optimiser, such as `adamw_torch`")
     if args.use_liger_kernel and not _is_there("liger_kernel"):
         _refuse("use_liger_kernel", True, "liger_kernel", "liger-kernel", "leave it out")
+    if args.quantize_student and not _is_there("torchao"):
+        _refuse("quantize_student", args.quantize_student, "torchao", "distill-trainers[quantize]", "leave it out")
 
 
 def check_before_devices(args: Any) -> None:

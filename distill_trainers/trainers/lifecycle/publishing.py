@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MERGED_NAME = "merged"
+INTEGERS_NAME = "quantized_base"  # below an adapter
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")  # one whole model, in one file or in parts
 
 
@@ -60,6 +61,12 @@ def check(args: DistillConfig, student: Any, adapted: bool, quantized: bool = Fa
         )
     if not args.push_to_hub:
         return
+    if adapted and args.quantize_student is not None:
+        raise ConfigurationError(
+            f"Got `push_to_hub: true` with an adapter and `quantize_student: {args.quantize_student}`: the adapter is "
+            f"one of the integers in `{INTEGERS_NAME}`, which nobody else has. Upload that folder first, and then the "
+            "adapter with its name as the base; or train without an adapter."
+        )
     base = student if isinstance(student, str) else models.source_of(student)
     if adapted and not args.merge_adapter and (not base or models.looks_like_path(base)):
         raise ConfigurationError(
@@ -134,6 +141,7 @@ class Publishing(Trainer):
 
     _wishes = CardWishes()  # of whoever called `create_model_card`
     _told_of_base = False
+    _is_for_others = False  # what is saved: a checkpoint has weights to train in the place of integers
 
     if TYPE_CHECKING:
         args: Any
@@ -157,7 +165,11 @@ class Publishing(Trainer):
             if is_run_folder:
                 self._finish_current_push()  # which reads the files that are written now
             make_generable(self.model, self.processing_class)
-            super().save_model(output_dir, _internal_call=True)  # else it uploads before `merged` is there
+            self._is_for_others = is_run_folder or not _internal_call
+            try:
+                super().save_model(output_dir, _internal_call=True)  # else it uploads before `merged` is there
+            finally:
+                self._is_for_others = False
             if is_run_folder and self.args.merge_adapter:
                 self._save_merged()
         if is_run_folder or not _internal_call:  # checkpoints are read again by those who go on from them
@@ -167,7 +179,8 @@ class Publishing(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        with self._args_without_secrets():
+        with self._args_without_secrets(), self._quantized_for(folder) as changed:
+            state_dict = None if changed else state_dict
             if folder != Path(self.args.output_dir) or not self.args.should_save:  # a checkpoint is new or put away
                 return super()._save(output_dir, state_dict)
             remedy = "Checkpoints and what was there before are as they were: free some space and go on with "
@@ -181,6 +194,29 @@ class Publishing(Trainer):
             folder, remedy = Path(self.args.output_dir), "The student beside it is saved: free some space."
             with writing_into(folder, "the state of the run", remedy) as filled:
                 self.state.save_to_json(str(filled / TRAINER_STATE_NAME))
+
+    @contextlib.contextmanager
+    def _quantized_for(self, folder: Path) -> Iterator[bool]:
+        """Let what is saved for others be integers: the student, or a base of its own for the adapter."""
+        trained: Any = self.model
+        if self.args.quantize_student is None or not self._is_for_others:
+            yield False
+            return
+        integers = models.integer_copy(trained)
+        if models.is_peft(trained):
+            base, remedy = folder / INTEGERS_NAME, "Checkpoints are as they were: free some space."
+            with writing_folder(base, "the quantised base of the adapter", remedy) as whole:
+                integers.save_pretrained(whole)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(whole)
+            with models.naming_base(trained, str(base)):
+                yield False
+            return
+        self.model = integers
+        try:
+            yield True
+        finally:
+            self.model = trained
 
     @contextlib.contextmanager
     def _args_without_secrets(self) -> Iterator[None]:
