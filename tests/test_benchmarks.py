@@ -212,11 +212,11 @@ def test_students_of_every_shape_are_pruned_trained_and_judged(tmp_path, make_to
     _run("pruning.py", *options)  # all of it is there
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_rounding_and_training(tmp_path, make_tokenizer):
     pytest.importorskip("torchao")
     teacher = _toy_teacher(tmp_path / "teacher", make_tokenizer())
-    options = ["--teacher", teacher, "--work", str(tmp_path / "work"), "--seconds", "1", "--seeds", "0", "--quick"]
+    options = ["--teacher", teacher, "--work", str(tmp_path / "work"), "--seconds", "1", "--seeds", "0"]
     options += ["--group-size", "16", "--json", str(tmp_path / "out.json")]
     table = _run("quantized.py", *options)
     results = json.loads((tmp_path / "out.json").read_text())["results"]
