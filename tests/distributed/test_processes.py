@@ -214,6 +214,7 @@ def finished(tmp_path_factory, saved):
     return find
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     one = launch(tmp_path / "one", None, {**OFF_POLICY, "per_device_train_batch_size": 4})
     two = launch(tmp_path / "two", "cpu_ddp.yaml", {**OFF_POLICY, "per_device_train_batch_size": 2})

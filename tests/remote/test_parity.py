@@ -158,5 +158,5 @@ def test_micro_batches_of_a_window_are_asked_for_together(make_trainer, serve, b
 
     trainer.teacher.signal = signal
     trainer.train()
-    assert most == [2, 1] * 4  # before each of the two micro-batches of four steps
-    assert not trainer.teacher._ahead and served.service.counted["questions"] == 8
+    assert most == [2, 1] * 3  # before each of the two micro-batches of three steps
+    assert not trainer.teacher._ahead and served.service.counted["questions"] == 6
