@@ -93,9 +93,10 @@ def _then(told: dict[str, Any]) -> dict[str, Any]:
     from ..teachers.cache.identity import read_identity
 
     asked = str(told.get("resume_from_checkpoint") or "false")
-    output, folder = told.get("output_dir"), None
-    if asked.lower() != "false":
-        folder = asked if asked.lower() != "true" else output and find_last_complete_checkpoint(str(output))
+    output = told.get("output_dir")
+    folder: str | None = None if asked.lower() in ("true", "false") else asked
+    if asked.lower() == "true" and output:
+        folder = find_last_complete_checkpoint(str(output))
     settings = sealed_settings(folder) if folder and Path(folder).is_dir() else {}
     cache = told.get("teacher_cache")
     identity = read_identity(str(cache)) if cache and "bf16" not in settings else None
