@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, write_results
+from measuring import keep_settings, machine, write_results
 
 PROMPTS = Path(__file__).parents[1] / "recipes" / "smollm2-135m"
 CONTENDERS = {
@@ -73,6 +73,7 @@ def main() -> None:
     if options.only:
         run(options.only[0], int(options.only[1]), options)
         return
+    keep_settings(options)
     described = (
         f"{machine(options.threads)}\n\n{Path(options.teacher).name}: its body under {options.vocabulary} new tokens; "
         f"{options.seconds:.0f} CPU seconds each, batch {options.batch_size}, learning rate "

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from measuring import machine, write_results
+from measuring import keep_settings, machine, write_results
 from methods import RECIPES, SHORT, conversations, rows_of, sampled, user
 
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -62,6 +62,7 @@ def main() -> None:
     if options.only:
         work(*options.only, options)
         return
+    keep_settings(options)
     for name, seed in runs(options):
         if not all(done_file(step, name, seed, options).is_file() for step in steps_of(name)):
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name, str(seed)]

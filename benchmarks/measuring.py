@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -49,6 +50,19 @@ def medians(results: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
     return {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
     }
+
+
+def keep_settings(options: argparse.Namespace) -> None:
+    """Record what a `--work` is made with; more seeds and contenders may come, anything else needs another folder."""
+    free = {"work", "json", "only", "seeds", "contenders"}
+    told = {name: value for name, value in sorted(vars(options).items()) if name not in free}
+    now, file = json.loads(json.dumps(told, default=str)), options.work / "settings.json"
+    then = json.loads(file.read_text()) if file.is_file() else now
+    changed = [f"{name} was {then[name]}, is {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
+    if changed:
+        raise SystemExit(f"{options.work} holds results of other settings: {', '.join(changed)}. Name another --work.")
+    options.work.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(then, indent=2) + "\n")
 
 
 def write_results(path: Path | None, described: str, results: Mapping[str, object]) -> None:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, write_results
+from measuring import keep_settings, machine, write_results
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "smollm2-135m"
@@ -74,6 +74,7 @@ def main() -> None:
     if options.only:
         work(*options.only, options)
         return
+    keep_settings(options)
     alone("prepare", 0, options)
     for seed in options.seeds:
         for name in options.contenders:

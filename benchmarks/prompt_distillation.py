@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, write_results
+from measuring import keep_settings, machine, write_results
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "recipes" / "smollm2-135m"
@@ -103,6 +103,7 @@ def main() -> None:
     if options.only:
         run(options.only[0], int(options.only[1]), options)
         return
+    keep_settings(options)
     settings = f"{options.steps} steps of {options.batch_size}, learning rate {options.learning_rate}, LoRA r 16"
     rows = f"{options.prompts} prompts, {options.rows} held out, {options.new_tokens} new tokens"
     described = f"{machine(options.threads)}\n\n{settings}, {rows}"

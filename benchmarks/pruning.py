@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, write_results
+from measuring import keep_settings, machine, write_results
 from methods import RECIPES, SHORT, conversations, rows_of, sampled, user
 
 # By size in millions: of SmolLM2-135M's 30 layers with 1,536 units; what is asked of the planner is a number alone.
@@ -54,6 +54,7 @@ def main() -> None:
     if options.only:
         work(*options.only, options)
         return
+    keep_settings(options)
     names = options.contenders or list(options.students)
     for name in ("prepare", *(f"prune {name}" for name in names)):
         alone(name, 0, options)

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, write_results
+from measuring import keep_settings, machine, write_results
 from pruning import build, train_and_judge, write_answers
 
 
@@ -40,6 +40,7 @@ def main() -> None:
     if options.only:
         work(options.only[0], int(options.only[1]), options)
         return
+    keep_settings(options)
     for name, seed in [("start", 0), *(("qad", seed) for seed in options.seeds)]:
         if not done_file(name, seed, options).is_file():
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name, str(seed)]

@@ -29,7 +29,8 @@ NEWER = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 
-# Metrics that are the same quantity in TRL, by our names; trackers are given both.
+# Metrics that are the same quantity in TRL, by our names; trackers are given both. Rewards of DPKD are so without
+# `length_normalized`.
 METRICS = {
     "completion_length": "completions/mean_length",
     "reward_mean": "reward",

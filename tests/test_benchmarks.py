@@ -170,6 +170,16 @@ def test_one_student_of_two_experts_stands_beside_one_of_each(tmp_path):
         assert own[f"before/{name}"] == pytest.approx(common[f"before/{name}"], rel=1e-5) and own[f"before/{name}"] > 0
 
 
+def test_results_of_other_settings_are_not_gone_on_from(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measuring, draft = importlib.import_module("measuring"), importlib.import_module("draft")
+    given = ["--teacher", "a", "--work", str(tmp_path / "work")]
+    for more in (["--quick"], ["--quick", "--seconds", "150", "--seeds", "7", "--contenders", "lk"]):
+        measuring.keep_settings(draft.arguments().parse_args([*given, *more]))
+    with pytest.raises(SystemExit, match="quick was True, is False, seconds was 150, is 9.0. Name another --work"):
+        measuring.keep_settings(draft.arguments().parse_args([*given, "--seconds", "9"]))
+
+
 @pytest.mark.slow
 def test_drafts_are_accepted_as_often_as_the_distributions_say(tmp_path, make_tokenizer, monkeypatch):
     """By transformers' own speculation on tiny random models, beside Σ min(p, q) of the text that it wrote."""

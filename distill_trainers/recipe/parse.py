@@ -147,10 +147,11 @@ def parse_settings(
     if for_training:
         names = other_names(known)
         given, argv = with_our_names(given, names), options_with_our_names(argv, names)
+    set_environment(given.pop("env", {}))  # before anything asks for GPUs
+    if for_training:
         given, argv = settle_precision(given, argv)
     for cls in chosen:
         check_value_types(given, cls, text_is_parsed=True)
-    set_environment(given.pop("env", {}))
     if "--config" in argv:
         argv = [*argv[: (place := argv.index("--config"))], *argv[place + 2 :]]
     try:

@@ -17,7 +17,8 @@ def settle_precision(given: dict[str, Any], argv: Sequence[str]) -> tuple[dict[s
     """Put true or false for `auto`; where it is false, a teacher's weights are loaded in float32, too.
 
     On a CPU, products of the student's widths are timed in both dtypes (`models.precision`). On a GPU, bfloat16 is
-    taken where it is in the hardware. A run that goes on takes what its checkpoint was written with.
+    taken where it is in the hardware. A run that goes on takes what its checkpoint was written with, and one with a
+    `teacher_cache` what that was begun with: answers in another precision would be refused.
 
     Args:
         given: what the file says.
@@ -34,6 +35,8 @@ def settle_precision(given: dict[str, Any], argv: Sequence[str]) -> tuple[dict[s
     then = _then(told)
     narrow = then["bf16"] if "bf16" in then else _measured(told)
     given = {**given, "bf16": narrow}
+    if narrow and "use_cpu" not in told and not _has_accelerator():
+        given["use_cpu"] = True  # transformers refuses bf16 on a CPU that is not asked for
     name, teacher = "teacher_model_init_kwargs", told.get("teacher_model_name_or_path")
     if narrow or teacher is None or str(teacher).startswith(("http://", "https://")) or name in options:
         return given, argv
@@ -41,6 +44,12 @@ def settle_precision(given: dict[str, Any], argv: Sequence[str]) -> tuple[dict[s
     if isinstance(kwargs, dict) and not {"dtype", "torch_dtype"} & kwargs.keys():
         given[name] = then.get(name) or {**kwargs, "dtype": "float32"}
     return given, argv
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def _measured(told: dict[str, Any]) -> bool:
@@ -64,26 +73,34 @@ def _measured(told: dict[str, Any]) -> bool:
 
 
 def _config(told: dict[str, Any]) -> Any:
-    """Return the config of the student, or of the teacher that it is made from; None where it cannot be read yet."""
-    from transformers import AutoConfig
+    """Return the config of the student, or of the teacher that it is made from; None where it cannot be read yet.
 
+    Code of the model's own is not run for that, and nobody is asked whether it may.
+    """
+    from ..models import load_config
+
+    name = told.get("model_name_or_path") or told.get("teacher_model_name_or_path")
     try:
-        return AutoConfig.from_pretrained(str(told.get("model_name_or_path") or told.get("teacher_model_name_or_path")))
-    except Exception:  # a bad name is refused later, by its own words
+        return load_config(str(name), "student") if name else None
+    except ConfigurationError:  # a bad name is refused later, by its own words
         return None
 
 
 def _then(told: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the checkpoint that the run goes on from; empty where it starts."""
+    """Return the settings of the checkpoint that the run goes on from, or of its cache; empty where both are new."""
     from ..manifest import sealed_settings
     from ..run_files import find_last_complete_checkpoint
+    from ..teachers.cache.identity import read_identity
 
     asked = str(told.get("resume_from_checkpoint") or "false")
-    if asked.lower() == "false":
-        return {}
     output = told.get("output_dir")
-    folder = asked if asked.lower() != "true" else output and find_last_complete_checkpoint(str(output))
-    return sealed_settings(folder) if folder and Path(folder).is_dir() else {}
+    folder: str | None = None if asked.lower() in ("true", "false") else asked
+    if asked.lower() == "true" and output:
+        folder = find_last_complete_checkpoint(str(output))
+    settings = sealed_settings(folder) if folder and Path(folder).is_dir() else {}
+    cache = told.get("teacher_cache")
+    identity = read_identity(str(cache)) if cache and "bf16" not in settings else None
+    return settings if identity is None else {"bf16": identity.autocast == "bf16"}
 
 
 def _options(argv: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """`bf16: auto` in recipes."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -11,6 +12,8 @@ from distill_trainers.manifest import write_manifest
 from distill_trainers.models import precision
 from distill_trainers.models.precision import Products, measure_products, products_of
 from distill_trainers.recipe.parse import parse_recipe
+from distill_trainers.recipe.precision import settle_precision
+from distill_trainers.teachers.cache.identity import CacheIdentity, write_identity
 
 SLOW, FAST = Products(62, 9), Products(100, 300)
 
@@ -87,6 +90,50 @@ def test_a_run_that_goes_on_keeps_its_precision(parsed, tmp_path):
     for resumed in (True, str(folder)):
         assert parsed(FAST, resume_from_checkpoint=resumed) == (False, {"dtype": "float32"}, [])
     assert parsed(FAST, overwrite_output_dir=True)[0] is True
+
+
+def test_a_run_with_a_cache_keeps_the_precision_of_its_answers(parsed, tmp_path):
+    """Timings that are close may turn between two commands, and the cache would be refused."""
+    for autocast, narrow in (("bf16", True), ("no", False)):
+        identity = CacheIdentity("hidden", vocab_size=9, tokenizer="t", autocast=autocast, teacher_rows=9)
+        (tmp_path / autocast).mkdir()
+        write_identity(tmp_path / autocast, identity)
+        found = parsed(SLOW if narrow else FAST, teacher_cache=str(tmp_path / autocast))
+        assert found == (narrow, None if narrow else {"dtype": "float32"}, [])
+    assert parsed(FAST, teacher_cache=str(tmp_path / "new"))[0] is True
+
+
+def test_widths_are_read_without_code_of_the_model(parsed, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    (tmp_path / "student").mkdir()
+    config = {"model_type": "its_own", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "student/config.json").write_text(json.dumps(config))
+    (tmp_path / "student/code.py").write_text("raise SystemExit('it ran')")
+    assert parsed(FAST)[2] == [None]
+
+
+def test_the_environment_of_a_recipe_is_set_before_gpus_are_asked_for(parsed, monkeypatch):
+    seen = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+    def asked():
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        raise ConfigurationError("enough")
+
+    monkeypatch.setattr("torch.cuda.is_available", asked)
+    with pytest.raises(ConfigurationError, match="enough"):
+        parsed(FAST, use_cpu=False, env={"CUDA_VISIBLE_DEVICES": "7"})
+    assert seen == ["7"]
+
+
+def test_a_machine_without_gpus_need_not_be_told_so(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr(precision, "products_of", lambda config: FAST)
+    assert settle_precision({"bf16": "auto"}, [])[0] == {"bf16": True, "use_cpu": True}
+    assert settle_precision({"bf16": "auto", "use_cpu": False}, [])[0] == {"bf16": True, "use_cpu": False}
+    monkeypatch.setattr(precision, "products_of", lambda config: SLOW)
+    assert settle_precision({"bf16": "auto"}, [])[0] == {"bf16": False}
 
 
 def test_several_processes_on_cpus_are_told_to_decide(parsed, monkeypatch):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
+from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.losses.reduction import trained_mask
 from distill_trainers.signals import HiddenStates, TokenLogprobs, TopK
 from distill_trainers.teachers import LocalTeacher, RemoteTeacher
 from distill_trainers.teachers.remote import RemoteSettings
 from distill_trainers.toy import addition_dataset
+from distill_trainers.trainers.given.best_metric import scores_of
 
 RUN = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
@@ -56,6 +58,16 @@ def test_evaluation_is_that_of_the_local_teacher(make_trainer, serve, make_teach
     remote = make_trainer(teacher=serve().url, eval_dataset=rows, lmbda=0.0).evaluate()
     for name in ("eval_loss", "eval_kl", "eval_teacher_perplexity", "eval_top1_agreement", "eval_acceptance"):
         assert remote[name] == pytest.approx(local[name], rel=1e-5)
+
+
+def test_a_server_that_tells_given_tokens_alone_has_no_divergence_to_choose_the_best_by(make_trainer, serve):
+    rows, sampled = addition_dataset(4, seed=5), {"method": "minillm", "objective": "token", "estimator": "sampled"}
+    sampled |= {"teacher": serve().url, "teacher_server_kind": "token_logprobs", "eval_dataset": rows}
+    trainer = make_trainer(**sampled)
+    found = {name.removeprefix("eval_") for name in trainer.evaluate()}
+    assert found - {"epoch", "model_preparation_time"} == scores_of(trainer.args)
+    with pytest.raises(ConfigurationError, match="metric_for_best_model: eval_kl"):
+        make_trainer(**sampled, eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_kl")
 
 
 def test_padded_vocabularies_and_heads_with_more_to_them(make_trainer, serve, by_step, make_teacher):
