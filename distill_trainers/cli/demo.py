@@ -31,7 +31,6 @@ def main(argv: Sequence[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     from ..locks import holding
-    from ..models.precision import TYPICAL, measure_products
     from ..recipe.parse import parse_recipe
 
     transformers_logging.disable_progress_bar()
@@ -40,8 +39,7 @@ def main(argv: Sequence[str]) -> int:
     output = Path(options.output_dir)
     paths = ["--teacher_model_name_or_path", str(output / "teacher"), "--output_dir", str(output)]
     recipe = parse_recipe(["--config", options.config, *paths, *overrides])
-    dtype = "bfloat16" if recipe.args.bf16 else "float32"
-    print(f"Computing in {dtype}: this processor does {measure_products(*TYPICAL)}.")
+    print(f"Computing in {'bfloat16' if recipe.args.bf16 else 'float32'}.")
     with holding(output, "--output-dir"):
         return _run(options, recipe, output, started)
 
