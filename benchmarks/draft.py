@@ -28,6 +28,7 @@ from unittest import mock
 
 from measuring import keep_settings, machine, write_results
 from methods import RECIPES, SHORT, conversations, rows_of, sampled, user
+from pruning import train_for
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "forward_kl": {"divergence": "forward_kl"},
@@ -134,31 +135,8 @@ def draft_of(name: str, seed: int, options: argparse.Namespace) -> Path:
 
 def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Train until the CPU time is over, and save the draft."""
-    from transformers import TrainerCallback
-
-    class Budget(TrainerCallback):
-        """Ends training when its CPU time is over; until then the learning rate falls with it."""
-
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.begun = time.process_time()
-
-        @property
-        def spent(self) -> float:
-            return time.process_time() - self.begun
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-            warm = min(1.0, (state.global_step + 1) / 3)
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * warm * max(0.0, 1 - self.spent / options.seconds)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = self.spent + 0.5 * self.spent / state.global_step > options.seconds
-
-    trainer, budget = build(draft_of(BEFORE, 0, options), CONTENDERS[name], seed, options), Budget()
-    trainer.add_callback(budget)
-    trainer.get_train_dataloader()  # what it prepares of its rows is not counted
-    trainer.train()
-    spent = budget.spent
+    trainer = build(draft_of(BEFORE, 0, options), CONTENDERS[name], seed, options)
+    spent = train_for(trainer, options)
     trainer.model.save_pretrained(draft_of(name, seed, options))
     return {"steps": trainer.state.global_step, "cpu_seconds": spent}
 

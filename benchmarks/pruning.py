@@ -195,8 +195,8 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]
     return train_and_judge(build(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), seed, options), options)
 
 
-def train_and_judge(trainer: Any, options: argparse.Namespace) -> dict[str, float]:
-    """Train until the CPU time is over, and judge."""
+def train_for(trainer: Any, options: argparse.Namespace) -> float:
+    """Train until the CPU time is over; return what was spent."""
     from transformers import TrainerCallback
 
     class Budget(TrainerCallback):
@@ -221,7 +221,12 @@ def train_and_judge(trainer: Any, options: argparse.Namespace) -> dict[str, floa
     trainer.add_callback(budget)
     trainer.get_train_dataloader()  # what it prepares of its rows is not counted
     trainer.train()
-    spent = budget.spent
+    return budget.spent
+
+
+def train_and_judge(trainer: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Train until the CPU time is over, and judge."""
+    spent = train_for(trainer, options)
     found = trainer.evaluate()
     names = ("eval_kl", "eval_top1_agreement", "eval_perplexity")
     scores = {key.removeprefix("eval_"): found[key] for key in names}
