@@ -72,8 +72,11 @@ def _check_generation_config(file: Path, role: str) -> None:
         )
 
 
-def load_config(name: str, role: str, **kwargs: Any) -> Any:
+def load_config(name: str, role: str, *, kind: Any = None, **kwargs: Any) -> Any:
     """Load the configuration of a model given by folder or Hub id.
+
+    Args:
+        kind: the model's class, where it is one of the user's own: transformers need not know its configuration.
 
     Raises:
         ConfigurationError: it is not there, cannot be fetched, or is of a kind that transformers does not know.
@@ -82,6 +85,8 @@ def load_config(name: str, role: str, **kwargs: Any) -> Any:
 
     check_model_source(name, role)
     try:
+        if kind is not None:
+            return kind.config_class.from_pretrained(name, **kwargs)
         return AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except Exception as error:  # a damaged file fails in as many ways as there are values
         raise ConfigurationError(
@@ -157,7 +162,7 @@ def load_causal_lm(
     if quantization_config is not None:
         refuse_two_quantizations(kwargs, setting)
         kwargs["quantization_config"] = quantization_config
-    config = load_config(name, role, **which_files(kwargs))
+    config = load_config(name, role, kind=kind, **which_files(kwargs))
     kind, what = kind or model_class(config), f"The {role} model {name!r}"
     # Loaded in another dtype, torchao's integers would keep scales of their own, and no product would fit.
     later = kwargs.pop("dtype", None) if _holds_integers(config) else None
