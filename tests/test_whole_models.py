@@ -420,7 +420,7 @@ def test_a_damaged_tokenizer_is_refused_by_name(file, text, folder, tokenizer):
             door()
 
 
-LOADERS = {"AutoConfig", "AutoTokenizer", "GenerationConfig", "PeftConfig"}
+LOADERS = {"AutoConfig", "config_class", "AutoTokenizer", "GenerationConfig", "PeftConfig"}
 
 
 def test_one_place_loads_models():

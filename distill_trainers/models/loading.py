@@ -85,9 +85,8 @@ def load_config(name: str, role: str, *, kind: Any = None, **kwargs: Any) -> Any
 
     check_model_source(name, role)
     try:
-        if kind is not None:
-            return kind.config_class.from_pretrained(name, **kwargs)
-        return AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
+        config_class = getattr(kind, "config_class", None) or AutoConfig
+        return config_class.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except Exception as error:  # a damaged file fails in as many ways as there are values
         raise ConfigurationError(
             f"The configuration of the {role} model {name!r} cannot be read: {first_words(error)}. Check the path or "
