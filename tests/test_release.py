@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -141,6 +143,22 @@ def test_recipes_are_copied_and_never_replaced(tmp_path, monkeypatch, capsys):
     changed.write_text("mine", encoding="utf-8")
     assert main(["recipes", str(tmp_path / "work")]) == 2
     assert "nothing is replaced" in capsys.readouterr().err and changed.read_text(encoding="utf-8") == "mine"
+
+
+def test_both_folders_are_copied_or_none(tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree
+
+    def full(source, *args, **options):
+        if source.name == FOLDERS[1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copy(source, *args, **options)
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    assert main(["recipes", str(tmp_path / "work")]) == 2
+    assert "Free some space" in capsys.readouterr().err
+    assert not any((tmp_path / "work" / name).exists() for name in FOLDERS)
+    monkeypatch.undo()
+    assert main(["recipes", str(tmp_path / "work")]) == 0
 
 
 # ---- Wheel and sdist ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..exceptions import ConfigurationError
@@ -33,9 +34,10 @@ def main(argv: Sequence[str]) -> int:
             f"Got a folder with {' and '.join(there)}; expected one without, since nothing is replaced. Name another "
             "folder, or rename what is there."
         )
-    for name in FOLDERS:
-        with writing_folder(folder / name, f"the {name}", "Free some space, or name another folder.") as copy:
-            shutil.copytree(source_of(name), copy, dirs_exist_ok=True)
+    with ExitStack() as both:  # or none: where the second cannot be written, the first goes again
+        for name in FOLDERS:
+            writing = writing_folder(folder / name, f"the {name}", "Free some space, or name another folder.")
+            shutil.copytree(source_of(name), both.enter_context(writing), dirs_exist_ok=True)
     say(f"Copied {' and '.join(FOLDERS)} to {folder}. Start from there: recipes name their data as recipes/….")
     return 0
 
