@@ -154,7 +154,7 @@ def test_both_folders_are_copied_or_none(tmp_path, monkeypatch, capsys):
         return copy(source, *args, **options)
 
     monkeypatch.setattr(shutil, "copytree", full)
-    assert main(["recipes", str(tmp_path / "work")]) == 2
+    assert main(["recipes", str(tmp_path / "work")]) == 1
     assert "Free some space" in capsys.readouterr().err
     assert not any((tmp_path / "work" / name).exists() for name in FOLDERS)
     monkeypatch.undo()
