@@ -389,6 +389,26 @@ def test_prompts_are_read_with_little_padding(make_model, pad_left, prompts):
         assert sum(read) <= sum(seen) / 0.75 if apart else sum(read) == len(prompts) * max(map(len, prompts))
 
 
+@pytest.mark.parametrize("kind", ["llama", "sliding mistral"])
+def test_a_prompt_of_several_rows_is_read_once(make_model, pad_left, prompts, streams, kind):
+    """As a group's completions, or a pair's, have one: the rows write what they write after reading it each."""
+    model, grouped, read = make_model(kind), [prompt for prompt in prompts[:6] for _ in range(4)], []
+
+    def spy(module, args, kwargs):
+        if not kwargs["past_key_values"].get_seq_length():
+            read.append(len(kwargs["input_ids"]))
+
+    sampling, rows = SamplingSettings(12, temperature=1.0, eos_token_ids=EOS), streams(24)
+    alone = [
+        decode_completions(model, *pad_left([p]), sampling, streams=[s]) for p, s in zip(grouped, rows, strict=True)
+    ]
+    model.model.register_forward_pre_hook(spy, with_kwargs=True)
+    together = decode_completions(model, *pad_left(grouped), sampling, streams=rows)
+    assert sum(read) == len({tuple(prompt) for prompt in grouped}) < 24
+    assert together == [text for one in alone for text in one]
+    assert len(set(map(tuple, together))) > 12
+
+
 def test_nothing_runs_after_the_last_row_has_ended(make_model, pad_left):
     model, calls = make_model(), []
     model.model.register_forward_pre_hook(lambda *a: calls.append(1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import models
 from ...signals import Head
-from .kv_cache import can_join, droppable_cache, join
+from .kv_cache import can_join, droppable_cache, join, keep_rows
 from .thin_products import linear
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ def parameters_of(causal_lm: Any) -> set[str]:
 
 
 def read_prompts(model: Any, rows: Rows, run: Run, whole: bool = False) -> tuple[Tensor, Any]:
-    """Return what `run` gives after each prompt, `[n, …]`, and the cache of all; `whole`: by one forward."""
+    """Return what `run` gives after each prompt, `[n, …]`, and the cache of all; `whole`: by one forward.
+
+    A prompt that several rows share, as those of a group do, is read once.
+    """
 
     def empty() -> Any:
         return droppable_cache(models.causal_lm_of(model).config.get_text_config(decoder=True))
@@ -34,11 +37,24 @@ def read_prompts(model: Any, rows: Rows, run: Run, whole: bool = False) -> tuple
     parts = rows.alike() if can_join(empty()) and not whole else [(slice(None), slice(None))]
     outputs, caches = [], []
     for alike, positions in parts:
-        mask = None if rows.mask is None else rows.mask[alike, positions]
+        first, of_each = _once(rows.ids[alike, positions])
+        mask = None if rows.mask is None else rows.mask[alike, positions][first]
         mask = None if mask is None or bool(mask.all()) else mask
         caches.append(empty())
-        outputs.append(run(rows.inputs[alike, positions], mask, rows.positions[alike, positions], caches[-1]))
+        inputs, at = rows.inputs[alike, positions][first], rows.positions[alike, positions][first]
+        output = run(inputs, mask, at, caches[-1])
+        if len(first) < len(of_each):
+            keep_rows(caches[-1], of_each)
+            output = output[of_each]
+        outputs.append(output)
     return torch.cat(outputs), caches[0] if len(caches) == 1 else join(caches)
+
+
+def _once(ids: Tensor) -> tuple[list[int], list[int]]:
+    """The rows of `[n, P]` without repetitions, and for each row its place among them."""
+    places: dict[tuple[int, ...], int] = {}
+    of_each = [places.setdefault(tuple(row), len(places)) for row in ids.tolist()]
+    return [of_each.index(place) for place in places.values()], of_each
 
 
 def runner(model: Any, exact: bool = False) -> Run:
