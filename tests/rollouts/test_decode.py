@@ -409,6 +409,29 @@ def test_a_prompt_of_several_rows_is_read_once(make_model, pad_left, prompts, st
     assert len(set(map(tuple, together))) > 12
 
 
+@pytest.mark.parametrize("kind", DECODABLE)
+def test_what_all_prompts_begin_with_is_read_once(make_model, pad_left, prompts, kind):
+    """As a system prompt: but where layers keep a window of the past, which has no room for padding in the middle."""
+    system = [5, 11, 4, 8, 21, 6, 13, 12, 10, 17]
+    model, chats, read = make_model(kind), [system + prompt for prompt in [*prompts, prompts[0]]], []
+
+    def spy(module, args, kwargs):
+        ids, past = args[0] if args else kwargs["input_ids"], kwargs["past_key_values"].get_seq_length()
+        if past <= len(system):
+            read.append((len(ids), past, ids.shape[1]))
+
+    sampling = SamplingSettings(30, temperature=0.0, eos_token_ids=EOS, pad_token_id=3)
+    theirs = generate_completions(model, *pad_left(chats), sampling)
+    model.base_model.register_forward_pre_hook(spy, with_kwargs=True)
+    assert decode_completions(model, *pad_left(chats), sampling) == theirs
+    assert len(set(map(len, theirs))) > 2
+    if kind in ("llama", "qwen3", "gpt2"):
+        assert read[0] == (1, 0, len(system)) and all(past == len(system) for _, past, _ in read[1:])
+        assert sum(rows for rows, _, _ in read[1:]) == len({tuple(prompt) for prompt in chats}) < len(chats)
+    else:
+        assert [past for _, past, _ in read] == [0]
+
+
 def test_nothing_runs_after_the_last_row_has_ended(make_model, pad_left):
     model, calls = make_model(), []
     model.model.register_forward_pre_hook(lambda *a: calls.append(1))

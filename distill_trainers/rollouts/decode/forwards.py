@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ... import models
 from ...signals import Head
-from .kv_cache import can_join, droppable_cache, join, keep_rows
+from .kv_cache import can_join, close_gaps, droppable_cache, join, keep_rows
 from .thin_products import linear
 
 if TYPE_CHECKING:
@@ -28,26 +29,49 @@ def parameters_of(causal_lm: Any) -> set[str]:
 def read_prompts(model: Any, rows: Rows, run: Run, whole: bool = False) -> tuple[Tensor, Any]:
     """Return what `run` gives after each prompt, `[n, …]`, and the cache of all; `whole`: by one forward.
 
-    A prompt that several rows share, as those of a group do, is read once.
+    What all prompts begin with, such as a system prompt, is read once, and so is a prompt that several rows share, as
+    those of a group do.
     """
 
     def empty() -> Any:
-        return droppable_cache(models.causal_lm_of(model).config.get_text_config(decoder=True))
+        return droppable_cache(causal_lm.config.get_text_config(decoder=True))
 
-    parts = rows.alike() if can_join(empty()) and not whole else [(slice(None), slice(None))]
+    causal_lm = models.causal_lm_of(model)
+    apart = can_join(empty()) and not whole
+    common = rows.common if apart and _may_be_split(causal_lm) else 0
+    start = empty()
+    if common:
+        head = rows.inputs[:1, rows.prompt_width - rows.lengths[0] :][:, :common]  # the longest row is the first
+        run(head, None, torch.arange(common, device=head.device)[None], start)
     outputs, caches = [], []
-    for alike, positions in parts:
-        first, of_each = _once(rows.ids[alike, positions])
-        mask = None if rows.mask is None else rows.mask[alike, positions][first]
-        mask = None if mask is None or bool(mask.all()) else mask
-        caches.append(empty())
-        inputs, at = rows.inputs[alike, positions][first], rows.positions[alike, positions][first]
-        output = run(inputs, mask, at, caches[-1])
+    for alike, width in rows.alike() if apart else [(slice(None), rows.prompt_width)]:
+        columns = slice(rows.prompt_width - width + common, None)
+        first, of_each = _once(rows.ids[alike])
+        inputs, positions = rows.inputs[alike, columns][first], rows.positions[alike, columns][first]
+        mask = None if rows.mask is None else rows.mask[alike, columns][first]
+        cache = deepcopy(start)
+        if common:
+            keep_rows(cache, [0] * len(first))
+            # In front of what is left of a shorter prompt are the last tokens of its beginning, which are read already.
+            mask = torch.ones_like(inputs) if mask is None else mask * (positions >= common)
+            mask = torch.cat([mask.new_ones(len(mask), common), mask], dim=1)
+        missing = None if mask is None or bool(mask.all()) else width - mask.sum(dim=1)
+        outputs.append(run(inputs, None if missing is None else mask, positions, cache)[of_each])
+        if common and missing is not None:
+            close_gaps(cache, common, missing)
         if len(first) < len(of_each):
-            keep_rows(caches[-1], of_each)
-            output = output[of_each]
-        outputs.append(output)
+            keep_rows(cache, of_each)
+        caches.append(cache)
     return torch.cat(outputs), caches[0] if len(caches) == 1 else join(caches)
+
+
+def _may_be_split(causal_lm: Any) -> bool:
+    """Whether a prompt may be read in two parts with padding between them, which only positions tell apart.
+
+    Not where a layer looks back over a number of places, whatever is in them (GPT-Neo).
+    """
+    local = getattr(causal_lm.config, "attention_layers", None)
+    return "position_ids" in parameters_of(causal_lm) and not local
 
 
 def _once(ids: Tensor) -> tuple[list[int], list[int]]:

@@ -99,3 +99,13 @@ def _stack(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
 def keep_rows(cache: DynamicCache, rows: list[int]) -> None:
     """Drop all other rows of the batch."""
     cache.batch_select_indices(torch.tensor(rows))  # on the host: layers may be on several devices
+
+
+def close_gaps(cache: DynamicCache, common: int, gaps: Tensor) -> None:
+    """Move the first `common` tokens of each row by its gap `[n]` to the right, where the others are."""
+    for layer in cache.layers:
+        assert isinstance(layer, GrowingLayer) and layer.keys is not None and layer._key_room is not None
+        places, gap = torch.arange(layer.keys.shape[-2], device=layer.keys.device), gaps[:, None].to(layer.keys.device)
+        sources = torch.where(places < gap + common, (places - gap).clamp(min=0), places)[:, None, :, None]  # [n,1,T,1]
+        for states in (layer.keys, layer.values):
+            states.copy_(states.gather(2, sources.expand_as(states)))

@@ -11,6 +11,8 @@ from ..sampling import PADDING, Stops
 
 # Prompts are read together down to this share of the longest one's length.
 _ALIKE = 3 / 4
+# A beginning of fewer tokens is not worth a forward of its own.
+_WORTH_SHARING = 8
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,28 @@ class Rows:
         self.uniforms = uniforms
         self.ends = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)  # 0: not yet
         self.logps: Tensor | None = None  # [n, T − P, K]
+        self.lengths: list[int] = mask.sum(dim=1).tolist()  # of the prompts
         self._forget_full_mask()
 
-    def alike(self) -> list[tuple[slice, slice]]:
-        """Return rows and positions of prompts that are of similar length."""
-        if self.mask is None:
-            return [(slice(None), slice(None))]
-        lengths = self.mask.sum(dim=1).tolist()
-        starts = [0]
+    @property
+    def common(self) -> int:
+        """How many tokens all prompts begin with, at least one less than the shortest has; 0 where few are saved."""
+        prompts = [
+            row[self.prompt_width - length :] for row, length in zip(self.ids.tolist(), self.lengths, strict=True)
+        ]
+        least, most = min(prompts), max(prompts)  # in the order of lists, all others lie between them
+        shared = next((at for at, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
+        shared = min(shared, min(self.lengths) - 1)
+        return shared if shared >= _WORTH_SHARING and least != most else 0
+
+    def alike(self) -> list[tuple[slice, int]]:
+        """Return rows of prompts that are of similar length, and the longest one's."""
+        lengths, starts = self.lengths, [0]
         for row, length in enumerate(lengths):
             if length < _ALIKE * lengths[starts[-1]]:
                 starts.append(row)
         ends = [*starts[1:], len(lengths)]
-        return [(slice(s, e), slice(self.prompt_width - lengths[s], None)) for s, e in zip(starts, ends, strict=True)]
+        return [(slice(start, end), lengths[start]) for start, end in zip(starts, ends, strict=True)]
 
     @property
     def new_ids(self) -> Tensor:
