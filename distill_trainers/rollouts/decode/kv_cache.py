@@ -104,8 +104,8 @@ def keep_rows(cache: DynamicCache, rows: list[int]) -> None:
 def close_gaps(cache: DynamicCache, common: int, gaps: Tensor) -> None:
     """Move the first `common` tokens of each row by its gap `[n]` to the right, where the others are."""
     for layer in cache.layers:
-        assert isinstance(layer, GrowingLayer) and layer.keys is not None and layer._key_room is not None
-        places, gap = torch.arange(layer.keys.shape[-2], device=layer.keys.device), gaps[:, None].to(layer.keys.device)
-        sources = torch.where(places < gap + common, (places - gap).clamp(min=0), places)[:, None, :, None]  # [n,1,T,1]
         for states in (layer.keys, layer.values):
-            states.copy_(states.gather(2, sources.expand_as(states)))
+            assert states is not None  # all are `GrowingLayer` with something in them
+            places, gap = torch.arange(states.shape[-2], device=states.device), gaps[:, None].to(states.device)
+            sources = torch.where(places < gap + common, (places - gap).clamp(min=0), places)  # [n, T]
+            states.copy_(states.gather(2, sources[:, None, :, None].expand_as(states)))
