@@ -103,9 +103,9 @@ def keep_rows(cache: DynamicCache, rows: list[int]) -> None:
 
 def close_gaps(cache: DynamicCache, common: int, gaps: Tensor) -> None:
     """Move the first `common` tokens of each row by its gap `[n]` to the right, where the others are."""
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers  # all `GrowingLayer`
+    for layer in layers:
         for states in (layer.keys, layer.values):
-            assert states is not None  # all are `GrowingLayer` with something in them
             places, gap = torch.arange(states.shape[-2], device=states.device), gaps[:, None].to(states.device)
             sources = torch.where(places < gap + common, (places - gap).clamp(min=0), places)  # [n, T]
             states.copy_(states.gather(2, sources[:, None, :, None].expand_as(states)))
