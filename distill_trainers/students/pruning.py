@@ -144,6 +144,8 @@ def choose(
         layers = layers_of(importance, keep_layers)  # type: ignore[arg-type]  # a number
     layers = list(range(total)) if layers is None else layers
     kept = Kept(layers)
+    if shape is not None:
+        shape = replace(shape, num_hidden_layers=len(layers))
     if cuts:
         assert importance is not None and shape is not None
         kept = kept_of(importance, shape_of(model.config), shape, layers)

@@ -278,6 +278,7 @@ def test_what_was_measured_is_told(tmp_path):
 
     model = build("llama")
     choice = choose(model, keep_layers=3, sizes={"intermediate_size": 24}, batches=TEXT)
+    assert choice.shape == shape_of(take(model, choice).config)
     told = json.loads(choice.to_json())
     assert told["kept"]["layers"] == choice.kept.layers and len(told["kept"]["units"]) == 3
     assert told["importance"]["layers"] == pytest.approx(choice.importance.layers, rel=1e-5)
