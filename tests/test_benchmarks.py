@@ -170,6 +170,20 @@ def test_one_student_of_two_experts_stands_beside_one_of_each(tmp_path):
         assert own[f"before/{name}"] == pytest.approx(common[f"before/{name}"], rel=1e-5) and own[f"before/{name}"] > 0
 
 
+@pytest.mark.bench
+def test_a_profile_of_a_step_says_where_its_time_goes(tmp_path, make_tokenizer):
+    teacher = _toy_teacher(tmp_path / "teacher", make_tokenizer())
+    out = tmp_path / "out.json"
+    _run("step.py", "--teacher", teacher, "--steps", "2", "--new-tokens", "4", "--json", str(out))
+    results = json.loads(out.read_text())["results"]
+    for name in ("off", "on"):
+        shares, got = results[name]["shares"], results[name]
+        assert sum(sum(kinds.values()) for kinds in shares.values()) == pytest.approx(1)
+        assert got["cpu_seconds"] > got["floor_seconds"] > 0 and got["trained_tokens"] > 0
+        assert all(shares[part].get("products", 0) > 0 for part in ("teacher", "forward and loss", "backward"))
+        assert (shares["rollout"].get("products", 0) > 0) == (name == "on")
+
+
 def test_results_of_other_settings_are_not_gone_on_from(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     measuring, draft = importlib.import_module("measuring"), importlib.import_module("draft")
