@@ -54,7 +54,7 @@ def medians(results: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
 
 def keep_settings(options: argparse.Namespace) -> None:
     """Record what a `--work` is made with; more seeds and contenders may come, anything else needs another folder."""
-    free = {"work", "json", "only", "seeds", "contenders"}
+    free = {"work", "json", "plot", "only", "seeds", "contenders"}
     told = {name: value for name, value in sorted(vars(options).items()) if name not in free}
     now, file = json.loads(json.dumps(told, default=str)), options.work / "settings.json"
     then = json.loads(file.read_text()) if file.is_file() else now

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", help="by name, such as '99 depth'; by default all")
     parser.add_argument("--quick", action="store_true", help="a toy teacher, few prompts: only shows that it runs")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--plot", type=Path, help="write the curve here: size against KL (needs matplotlib)")
     parser.add_argument("--only", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.students = QUICK if options.quick else STUDENTS
@@ -65,6 +66,8 @@ def main() -> None:
     results = summary(names, options)
     print(f"{described}\n\n{table(results)}")
     write_results(options.json, described, results)
+    if options.plot:
+        plot(results, options)
 
 
 def alone(name: str, seed: int, options: argparse.Namespace) -> None:
@@ -297,6 +300,30 @@ def table(results: dict[str, Any]) -> str:
             f"| {got['after']:.3f} | {steps:.0f} |"
         )
     return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Size against KL before and after training, a line for each way of pruning."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from distill_trainers.cards.plots import save_figure
+
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    ways = dict.fromkeys(name.split(maxsplit=1)[1] for name in results)
+    for color, way in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], ways, strict=False):
+        points = sorted((got["parameters"] / 1e6, got) for name, got in results.items() if name.endswith(f" {way}"))
+        sizes = [size for size, _ in points]
+        axis.plot(sizes, [got["kl"] for _, got in points], "o--", color=color, alpha=0.5, label=f"{way}: pruned")
+        axis.plot(sizes, [got["after"] for _, got in points], "o-", color=color, label=f"{way}: trained")
+        for size, got in points:
+            axis.plot([size] * len(got["runs"]), [run["kl"] for run in got["runs"]], ".", color=color)
+    axis.set(xlabel="million parameters", ylabel="held-out KL to the teacher, nats per token", ylim=(0, None))
+    axis.set_title(f"{options.seconds:.0f} s of CPU time each", fontsize=10)
+    axis.legend(fontsize=8)
+    save_figure(figure, options.plot, metadata={"Date": None} if options.plot.suffix == ".svg" else None)
 
 
 def settings_line(options: argparse.Namespace) -> str:

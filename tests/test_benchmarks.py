@@ -233,7 +233,9 @@ def test_students_of_every_shape_are_pruned_trained_and_judged(tmp_path, make_to
     assert set(results) == {"1 width", "1 planned"} and table.count("\n|") == 4
     assert all(row["kl"] > 0 and row["after"] > 0 and row["runs"][0]["steps"] >= 1 for row in results.values())
     assert results["1 planned"]["candidates"] and not results["1 width"]["candidates"]
-    _run("pruning.py", *options)  # all of it is there
+    curve = tmp_path / "curve.svg"
+    _run("pruning.py", *options, "--plot", str(curve))  # all of it is there
+    assert "</svg>" in curve.read_text(encoding="utf-8")
 
 
 @pytest.mark.bench
