@@ -224,8 +224,8 @@ def interval_chart(
 def share_bar(share: float) -> Html:
     """Draw how much of a whole is done, 0 to 1, for a cell that says it in words."""
     done = min(max(share, 0.0), 1.0) * 60
-    parts = [el("rect", width="60", height="6", class_="all"), el("rect", width=f"{done:g}", height="6", class_="bar s2")]
-    return el("svg", parts, viewBox="0 0 60 6", class_="share", aria_hidden="true")
+    bars = [el("rect", width=f"{wide:g}", height="6", class_=kind) for wide, kind in ((60, "all"), (done, "bar s2"))]
+    return el("svg", bars, viewBox="0 0 60 6", class_="share", aria_hidden="true")
 
 
 def histogram_chart(

@@ -121,13 +121,13 @@ def _chart(name: str, runs: Sequence[Run], same: Sequence[str]) -> Html | None:
         title,
         drawing,
         legend=legend(signs),
-        note=join([el("code", name), _gap(name, runs), *(["the same to the eye: ", *map(_code, same)] if same else [])]),
+        note=join([el("code", name), _gap(name, runs), _twins(same)]),
         numbers=_numbers(f"{title} (%)" if unit == "%" else title, series),
     )
 
 
-def _code(name: str) -> Html:
-    return el("code", name)
+def _twins(same: Sequence[str]) -> Html | None:
+    return join(["the same to the eye: ", *(el("code", name) for name in same)]) if same else None
 
 
 def _gap(name: str, runs: Sequence[Run]) -> Html | None:
@@ -143,9 +143,10 @@ def _without_teacher(name: str) -> str | None:
 
 
 def _unit(name: str) -> str:
-    stem = name.removeprefix("eval_")
+    stem = name.removeprefix("eval_").partition("/")[0]
     unit = MEASURES[stem].unit if stem in MEASURES else ""
-    if unit == "share" or stem.startswith("gap_closed_") or stem.endswith(("top1_agreement", "acceptance", "accuracy")):
+    shares = stem.startswith(("gap_closed_", "pass@")) or stem.endswith(("top1_agreement", "acceptance", "accuracy"))
+    if unit == "share" or shares:
         return "%"
     if unit:
         return unit

@@ -24,7 +24,8 @@ def subtitle(run: Run) -> str:
     record = run.record
     models = f"{record['teacher']} → {record['student']}" if record.get("teacher") and record.get("student") else None
     steps = f"{run.steps:,} optimiser steps" if run.steps else None
-    return " · ".join(str(part) for part in (run.name, record.get("method"), models, steps, duration(_seconds(run))) if part)
+    parts = (run.name, record.get("method"), models, steps, duration(_seconds(run)))
+    return " · ".join(str(part) for part in parts if part)
 
 
 def what_was_run(runs: Sequence[Run]) -> Html:
@@ -282,8 +283,10 @@ BOOKKEEPING = ("_runtime", "_per_second", "_tokens", "_time")
 
 
 def titled(name: str) -> str:
-    """Write a logged name as a title: that of its measure, where it is one."""
-    stem = name.removeprefix("eval_")
+    """Write a logged name as a title: that of its measure, where it is one; and whose, of several teachers."""
+    stem, _, teacher = name.removeprefix("eval_").partition("/")
+    if teacher:
+        return f"{titled(stem)}, {teacher}"
     if stem in MEASURES:
         return MEASURES[stem].title
     for prefix, words in (("gap_closed_", "Gap closed"), ("teacher_", "Teacher")):
@@ -294,7 +297,7 @@ def titled(name: str) -> str:
 
 def logged_number(name: str, value: float | None) -> str:
     """Write a logged value as the evaluation's tables do: shares as per cent."""
-    stem = name.removeprefix("eval_")
+    stem = name.removeprefix("eval_").partition("/")[0]
     measure = MEASURES.get(stem) or MEASURES.get(stem.removeprefix("teacher_"))
     if stem.startswith("gap_closed_"):
         return number(value, "share")

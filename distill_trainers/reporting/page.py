@@ -42,6 +42,7 @@ def report_page(runs: Sequence[Run]) -> str:
     body = [(name, title, content) for name, title, content in built if content is not None]
     names = ", ".join(run.name for run in runs)
     title = f"Distillation report: {names}"
+    what = names if len(runs) > 1 else subtitle(runs[0])
     style, script = _asset("report.css"), _asset("report.js")
     # Whatever text the page shows, no other script than its own can run, and nothing can be fetched.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -61,7 +62,7 @@ def report_page(runs: Sequence[Run]) -> str:
     page = el(
         "body",
         el("a", "To the content", href="#content", class_="skip"),
-        el("header", el("h1", "Distillation report"), el("p", names if len(runs) > 1 else subtitle(runs[0])), class_="top"),
+        el("header", el("h1", "Distillation report"), el("p", what), class_="top"),
         el("nav", links, aria_label="Sections"),
         el("main", [content for _, _, content in body], id="content"),
         el("footer", el("p", f"Written by distill-trainers, {now}.")),

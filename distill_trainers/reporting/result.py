@@ -1,4 +1,4 @@
-"""What came of it, first: how much of the gap to the teacher was closed; before, after and the teacher; size and speed."""
+"""What came of it, first: how much of the gap to the teacher was closed; before, after, teacher; size and speed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from ..evaluation.tables import number, share_of_gap
 from .charts import share_bar
 from .markup import Html, el, join, missing, section, stacked, table
 from .overview import titled, unlike
-from .runs import Run
+from .runs import Run, is_number
 from .score_tables import how_to_evaluate
 
-# In this order, after what the run itself was chosen by; and which says the same as another that is there.
+# In this order, after what the run itself was chosen by.
 FIRST = ("kl", "accuracy", "pass@1", "top1_agreement", "next_byte_agreement", "bits_per_byte", "rouge_l",
           "student_text_kl", "perplexity")  # fmt: skip
-_SAME = {"next_byte_agreement": "top1_agreement", "perplexity": "bits_per_byte"}
 _ANSWERS = ("accuracy", "pass@1")  # what rewards and rationales are for
 _MOST = 5
 # What the teacher has of itself; the log and the demo do not say.
-_OF_THE_TEACHER = {name: float(name in ("top1_agreement", "acceptance", "next_byte_agreement"))
-                   for name in ("kl", "reverse_kl", "jsd", "top1_agreement", "acceptance", "next_byte_agreement")}  # fmt: skip
+_OF_THE_TEACHER = dict.fromkeys(("kl", "reverse_kl", "jsd"), 0.0)
+_OF_THE_TEACHER |= dict.fromkeys(("top1_agreement", "acceptance", "next_byte_agreement"), 1.0)
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,13 @@ class Outcome:
     Attributes:
         student: its name among those of the page.
         where: what it was measured on.
+        in_log: whether it was the training itself that measured, without intervals.
         sizes: rows of the table below the scores: title, before, after, teacher, beside the teacher.
     """
 
     student: str
     where: str
+    in_log: bool = False
     lines: list[Line] = field(default_factory=list)
     sizes: list[list[Any]] = field(default_factory=list)
 
@@ -93,7 +94,7 @@ def outcomes_of(run: Run) -> list[Outcome]:
     """Return the students of its evaluation; else the one that the demo measured, or that its log tells of."""
     if run.evaluation is not None:
         students = run.evaluation.of_role("student")
-        return [_of_evaluation(run, run.evaluation, model, alone=len(students) == 1) for model in students]
+        return [_of_evaluation(run, run.evaluation, model, students) for model in students]
     if isinstance(run.metrics.get("scores"), dict):
         return [_of_demo(run, run.metrics["scores"])]
     return [_of_log(run)]
@@ -108,13 +109,19 @@ def _wanted(run: Run, known: Iterable[str]) -> list[str]:
     names = list(known)
     order = dict.fromkeys([own, *(_ANSWERS if for_answers else ()), *FIRST])
     chosen = [name for stem in order for name in names if name == stem or name.startswith(f"{stem}/")]
-    chosen = [name for name in chosen if name == own or _SAME.get(name) not in names]
+    # Two that say the same: the log has the teacher's perplexity, an evaluation its bits per byte too.
+    of_tokens = "teacher_perplexity" in names and "shared_borders" not in names
+    same = {"next_byte_agreement": "top1_agreement"}
+    same |= {"bits_per_byte": "perplexity"} if of_tokens else {"perplexity": "bits_per_byte"}
+    chosen = [name for name in chosen if name == own or same.get(name.partition("/")[0]) not in names]
     return chosen[:_MOST]
 
 
-def _of_evaluation(run: Run, results: EvaluationResults, model: ModelResults, *, alone: bool) -> Outcome:
+def _of_evaluation(
+    run: Run, results: EvaluationResults, model: ModelResults, students: Sequence[ModelResults]
+) -> Outcome:
     before, teacher = (next(iter(results.of_role(role)), None) for role in ("baseline", "teacher"))
-    name = run.name if alone else f"{run.name}: {model.name}"
+    name = run.name if len(students) == 1 else f"{run.name}: {model.name}"
     outcome = Outcome(name, f"{results.data.get('rows', 0):,} rows ({results.data.get('name', 'the data')})")
 
     def value(of: ModelResults | None, measure: str) -> float | None:
@@ -153,11 +160,15 @@ def _beside(value: str, whose: str) -> Html:
 
 def _of_demo(run: Run, scores: dict[str, Any]) -> Outcome:
     """`scores` of metrics.json, measures by model: the `teacher`, the student before and, last, after."""
-    models = {name: values for name, values in scores.items() if isinstance(values, dict)}
+    models = {
+        name: {measure: value for measure, value in values.items() if is_number(value)}
+        for name, values in scores.items()
+        if isinstance(values, dict)
+    }
     teacher = models.pop("teacher", {})
     students = list(models.values()) or [{}]
     known = [students[0] if len(students) > 1 else {}, students[-1], teacher]
-    outcome = Outcome(run.name, "the demo's held-out prompts; no intervals")
+    outcome = Outcome(run.name, "the demo's held-out prompts; no intervals", in_log=True)
     for measure in _wanted(run, students[-1]):
         outcome.lines.append(_plain_line(measure, *(model.get(measure) for model in known)))
     for title, name, tell in (
@@ -172,17 +183,19 @@ def _of_demo(run: Run, scores: dict[str, Any]) -> Outcome:
 
 def _of_log(run: Run) -> Outcome:
     """What the run's own evaluations said before its first step and at its end."""
-    outcome = Outcome(run.name, "rows held out, from the log of the training; no intervals")
+    outcome = Outcome(run.name, "held-out rows, by the log of the training; no intervals", in_log=True)
     logged = {name.removeprefix("eval_"): run.curve(name) for name in run.logged() if name.startswith("eval_")}
-    sets = [name.removesuffix("_loss") for name in logged if f"{name.removesuffix('_loss')}_tokens" in logged] or [""]
-    for each in sets:  # of evaluation data, by name; "" where there is one
-        of_set = {name.removeprefix(f"{each}_"): curve for name, curve in logged.items() if name.startswith(each)}
+    named = [name.removesuffix("_tokens") for name in logged if name.endswith("_tokens")]
+    sets = [f"{name}_" for name in named if f"{name}_loss" in logged] or [""]
+    for each in sets:  # of evaluation data, if there are several
+        of_set = {name.removeprefix(each): curve for name, curve in logged.items() if name.startswith(each)}
         for name in _wanted(run, of_set)[: max(1, _MOST // len(sets))]:
             curve, of_teacher = of_set[name], of_set.get(f"teacher_{name}")
             before = curve[0][1] if curve[0][0] == 0 else None
             reached = of_teacher[-1][1] if of_teacher else None
-            line = _plain_line(name, before, curve[-1][1], reached, each)
-            if closed := of_set.get(f"gap_closed_{name}"):  # the run knows what it began with, where the log does not
+            line = _plain_line(name, before, curve[-1][1], reached, each.removesuffix("_"))
+            closed = of_set.get(f"gap_closed_{name}")
+            if closed and line.gap is None:  # the run knows what it began with, where the log does not
                 line = replace(line, gap=GapClosed(closed[-1][1], decided=True))
             outcome.lines.append(line)
     parameters = run.record.get("student_parameters")
@@ -191,9 +204,7 @@ def _of_log(run: Run) -> Outcome:
     return outcome
 
 
-def _plain_line(
-    name: str, before: float | None, after: float | None, teacher: float | None, dataset: str = ""
-) -> Line:
+def _plain_line(name: str, before: float | None, after: float | None, teacher: float | None, dataset: str = "") -> Line:
     """Make a line of values that came without intervals; of one of several evaluation sets or teachers, named."""
     stem, _, expert = name.partition("/")
     measure = MEASURES.get(stem)
@@ -234,7 +245,8 @@ def _verdict(gap: GapClosed | None) -> str:
         return f"The student moved away from its teacher ({share} of the gap)."
     if low > 1:
         return f"The student passed its teacher ({share} of the gap)."
-    return f"{share} of the gap to the teacher is closed."
+    about = "About " if gap.low is None else ""
+    return f"{about}{share} of the gap to the teacher is closed."
 
 
 _HEADS = ("", "before", "after", "teacher", "gap closed")
@@ -272,16 +284,18 @@ def _side_by_side(outcomes: Sequence[Outcome]) -> list[Any]:
 
 def _nearest(known: Sequence[tuple[Outcome, Line]]) -> Html:
     """Name the student that closed most of its gap, and whether the next is clearly behind."""
-    closed = [(outcome, line.gap) for outcome, line in known if line.gap and line.gap.decided and line.gap.value]
+    closed = [(outcome, line.gap) for outcome, line in known if line.gap and line.gap.decided]
     closed.sort(key=lambda pair: -(pair[1].value or 0.0))
     if len(closed) < 2:
         return join([f"{len(known)} students by {known[0][1].title}; how much of the gap each closed is not known."])
     (best, gap), (second, other) = closed[:2]
     shares = [share_of_gap(each).replace(" %", "\u00a0%") for each in (gap, other)]
-    clear = gap.low is not None and other.high is not None and gap.low > other.high
-    end = "." if clear else ": their intervals overlap." if gap.low is not None else "."
-    return join([el("b", f"{best.student} closed most of its gap to the teacher: {shares[0]}."),
-                 f" The next is {second.student} with {shares[1]}{end}"])  # fmt: skip
+    if gap.low is None or other.high is None:
+        surely = "whether by more than noise is not known"
+    else:
+        surely = "their intervals overlap" if gap.low <= other.high else "their intervals do not overlap"
+    return join([el("b", f"{best.student} closed the most of its gap to the teacher: {shares[0]}."),
+                 f" Next comes {second.student} with {shares[1]}; {surely}."])  # fmt: skip
 
 
 # ---- What is missing ------------------------------------------------------------------------------------------------
@@ -295,18 +309,19 @@ def _what_is_missing(runs: Sequence[Run], measured: Sequence[Outcome]) -> list[H
         who = "" if len(runs) == 1 else f" of {', '.join(run.name for run in bare)}"
         nothing = [run for run in bare if not any(outcome.lines for outcome in outcomes_of(run))]
         if nothing:
-            notes.append(missing(f"Nothing was measured against the teacher{who if len(nothing) == len(bare) else ''}."))
+            whose = f" of {', '.join(run.name for run in nothing)}" if len(runs) > 1 else ""
+            notes.append(missing(f"Nothing was measured against the teacher{whose}."))
         notes.append(missing(f"There is no evaluation{who} yet. ", how_to_evaluate(), " Then intervals, texts token by "
                              "token, samples, distributions, size and speed are here too."))  # fmt: skip
     for outcome in measured:
         line = outcome.lines[0]
-        lacks = [name for name, value in (("teacher", line.teacher), ("baseline", line.before)) if value is None]
         if line.gap is not None:
             continue
-        if lacks and outcome.where.endswith("no intervals"):
-            notes.append(missing(f"How much of the gap {outcome.student} closed is not known. The log has no score "
-                                 "from before training; with ", el("code", "eval_on_start: true"), " it has."))  # fmt: skip
-        elif lacks:
-            notes.append(missing("How much of the gap was closed is told where the evaluation has both ", el("code", "teacher"),
-                                 " and ", el("code", "baseline"), ", the student before training."))  # fmt: skip
+        if not outcome.in_log:
+            notes.append(missing("How much of the gap was closed is told where the evaluation has both ",
+                                 el("code", "teacher"), " and ", el("code", "baseline"),
+                                 ", the student before training."))  # fmt: skip
+        elif line.before is None:
+            notes.append(missing(f"How {outcome.student} scored before training is not in its log; with ",
+                                 el("code", "eval_on_start: true"), " it is."))  # fmt: skip
     return list(dict.fromkeys(notes))

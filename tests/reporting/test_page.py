@@ -219,8 +219,8 @@ def test_what_the_script_shows_of_a_token(run_folder, made_up):
 
 def test_missing_parts_say_how_to_get_them(run_folder):
     shown = Page(report_page(read_runs([run_folder()])))
-    assert "67 % of the gap to the teacher is closed. Forward KL to the teacher went from 1.800 to 0.600" in shown.text
-    assert "from the log of the training; no intervals" in shown.text
+    assert "About 67 % of the gap to the teacher is closed. Forward KL to the teacher went from 1.800 to" in shown.text
+    assert "by the log of the training; no intervals" in shown.text
     assert "Forward KL to the teacher nats/token, lower is better 1.800 0.600 0 67 %" in shown.text
     assert "Top-1 agreement with the teacher higher is better 30.0 % 30.0 % 100.0 % 0 %" in shown.text
     assert "Perplexity on the reference text lower is better 9.000 5.000 4.000 80 %" in shown.text
@@ -269,7 +269,7 @@ def test_metrics_of_a_demo():
     run = Run("demo", metrics={"scores": scores}, samples=[{"prompt": "Why?", "teacher": "Because.", "student": "So."}])
     shown = Page(report_page([run]))
     assert "80 % of the gap to the teacher is closed" in shown.text
-    assert "before after teacher gap closed Forward KL to the teacher nats/token, lower is better 2.500 0.500 0" in shown.text
+    assert "Forward KL to the teacher nats/token, lower is better 2.500 0.500 0" in shown.text
     assert "135 M" in shown.text and "Because." in shown.text and "Why?" in shown.text
 
 
@@ -281,7 +281,7 @@ def test_the_teacher_stands_beside_the_student_in_the_curves():
     shown = Page(report_page([Run("r", history=history)]))
     assert "Rouge-L eval_rouge_l" in shown.text and "r, its teacher" in shown.text
     assert "Gap closed at the end: 50 %" in shown.text and "Teacher: Rouge-L" not in shown.text
-    assert shown.text.startswith("Distillation report: r") and "50 % of the gap to the teacher is closed. Rouge-L is" in shown.text
+    assert "50 % of the gap to the teacher is closed. Rouge-L is" in shown.text
     assert "eval_gap_closed_rouge_l" not in shown.text  # the same curve on another scale
     assert "r, its teacher: from 30 at optimiser step 1 to 30 at 2" in shown.text
 
@@ -307,7 +307,7 @@ def test_runs_are_compared(page, made_up):
     told = [f"{v.value:.3f} [{v.low:.3f}, {v.high:.3f}] {100 * v.gap_closed.value:.0f} % of the gap" for v in values]
     assert f"Forward KL to the teacher {' '.join(told)}" in shown.text
     best = max(range(2), key=lambda i: values[i].gap_closed.value)
-    assert f"run-{best} closed most of its gap to the teacher" in shown.text and "their intervals overlap" in shown.text
+    assert f"run-{best} closed the most of its gap" in shown.text and "their intervals overlap" in shown.text
     two.data["name"], two.settings["temperature"] = "other.jsonl", 0.5
     assert "These evaluations differ in data and settings" in page_of(two, one).text
 

@@ -50,7 +50,9 @@ def test_a_gap_that_is_noise_is_not_told_first(made_up):
 
 
 def test_what_the_run_is_for_comes_first(made_up):
-    first = lambda record: outcomes_of(Run("r", evaluation=made_up(), record=record))[0].lines[0].name
+    def first(record):
+        return outcomes_of(Run("r", evaluation=made_up(), record=record))[0].lines[0].name
+
     assert first({}) == first({"recipe": "damaged"}) == "kl"
     assert first({"method": "Rationale"}) == first({"recipe": {"reward_funcs": ["exact"]}}) == "accuracy"
     assert first({"recipe": {"metric_for_best_model": "eval_acceptance", "reward_funcs": ["exact"]}}) == "acceptance"
@@ -66,19 +68,20 @@ def test_a_log_of_rewards_of_several_teachers_and_of_several_sets():
     def log(**end):
         return [{"step": 0, **dict.fromkeys(end, 0.25)}, {"step": 9, **end}]
 
-    rewarded = Run("r", history=log(**{"eval_kl": 0.5, "eval_pass@1": 0.75}), record={"recipe": {"reward_funcs": ["exact"]}})
+    rewards = {"recipe": {"reward_funcs": ["exact"]}}
+    rewarded = Run("r", history=log(**{"eval_kl": 0.5, "eval_pass@1": 0.75}), record=rewards)
     assert "Result Pass@1 went from 25.0 % to 75.0 % (higher is better)." in _text(result([rewarded]))
     experts = Run("r", history=log(**{"eval_kl/math": 0.2, "eval_kl/code": 0.1}))
     told = _text(result([experts]))
     assert "Forward KL to the teacher, math" in told and "Forward KL to the teacher, code" in told
     sets = {f"eval_{name}_{score}": 0.1 for name in ("chat", "code") for score in ("loss", "tokens", "kl")}
     told = _text(result([Run("r", history=log(**sets, eval_sequence_kl=0.1))]))
-    assert "Forward KL to the teacher, chat" in told and "Forward KL to the teacher, code" in told and "sequence" not in told
+    assert all(f"Forward KL to the teacher, {name}" in told for name in ("chat", "code")) and "sequence" not in told
 
 
 def test_what_was_not_measured_is_said_with_how_to_have_it(made_up):
     late = Run("r", history=[{"step": 5, "eval_kl": 0.5}])
-    assert "is not known. The log has no score from before training; with eval_on_start: true it has" in _text(result([late]))
+    assert "How r scored before training is not in its log; with eval_on_start: true it is." in _text(result([late]))
     both = _text(result([late, Run("evaluated", evaluation=made_up())]))
     assert "There is no evaluation of r yet" in both and "2 students by Forward KL to the teacher" in both
     assert "Nothing was measured" not in both
@@ -88,10 +91,8 @@ def test_what_was_not_measured_is_said_with_how_to_have_it(made_up):
 def test_no_curve_is_drawn_twice(scale):
     """A forward KL is also the loss and its divergence; on another scale it is another curve."""
     losses = [3.0, 2.0, 1.0]
-    history = [
-        {"step": i, "loss": x, "divergence": scale * x, "eval_loss": x, "eval_divergence": scale * x, "eval_kl": scale * x}
-        for i, x in enumerate(losses)
-    ]
+    scaled = ("divergence", "eval_divergence", "eval_kl")
+    history = [{"step": i, "loss": x, "eval_loss": x, **dict.fromkeys(scaled, scale * x)} for i, x in enumerate(losses)]
     page = report_page([Run("r", history=history)])
     lines = Counter(re.findall(r'<polyline points="([^"]*)"', page))
     titles = re.findall(r"<figcaption><b>([^<]*)</b>", page)
@@ -103,9 +104,9 @@ def test_no_curve_is_drawn_twice(scale):
 
 
 def test_it_is_whole_on_a_phone(made_up, run_folder):
-    """Without a browser: tables scroll in boxes of their own, drawings scale, and the window is as wide as the screen."""
+    """Without a browser: tables scroll in their own boxes, drawings scale, and the window is as wide as the screen."""
     page = report_page(read_runs([run_folder("a", made_up(students=3)), run_folder("b")]))
-    assert page.count("<table") == page.count('class="scroll"') == len(re.findall(r'<div class="scroll"[^>]*><table', page))
+    assert page.count("<table") == len(re.findall(r'<div class="scroll"[^>]*><table', page)) > 0
     drawings = re.findall(r"<svg[^>]*>", page)
     assert drawings and not [drawing for drawing in drawings if re.search(r'\b(width|height)="', drawing)]
     assert 'content="width=device-width, initial-scale=1"' in page
