@@ -134,13 +134,15 @@ def _of_evaluation(
         outcome.lines.append(Line(measure, info.title, info.unit, info.higher_is_better, *values, gap))
     # What tells nothing of the gap comes after what does, whatever it is.
     outcome.lines.sort(key=lambda line: not (line.gap and line.gap.decided))
-    costs = [of.cost if of is not None else None for of in (before, model, teacher)]
-    if costs[1] is not None:
-        sizes, speeds = ([getattr(cost, name, None) for cost in costs] for name in ("parameters", "tokens_per_second"))
-        smaller = _beside(f"{100 * sizes[1] / sizes[2]:.3g}\u00a0%", "of the teacher's") if sizes[2] else ""
-        outcome.sizes.append(["Parameters", *map(_size, sizes), smaller])
-        faster = _beside(f"{costs[1].speedup:.2f}\u00a0x", "the teacher's") if costs[1].speedup else ""
-        outcome.sizes.append(["Decoding (tokens/s)", *(number(v, "tokens") for v in speeds), faster])
+    if model.cost is not None:
+        costs = [of.cost if of is not None else None for of in (before, model, teacher)]
+        sizes = [_size(cost.parameters if cost else None) for cost in costs]
+        speeds = [number(cost.tokens_per_second if cost else None, "tokens") for cost in costs]
+        smaller: Any = ""
+        if costs[2] is not None and costs[2].parameters:
+            smaller = _beside(f"{100 * model.cost.parameters / costs[2].parameters:.3g}\u00a0%", "of the teacher's")
+        faster = _beside(f"{model.cost.speedup:.2f}\u00a0x", "the teacher's") if model.cost.speedup else ""
+        outcome.sizes += [["Parameters", *sizes, smaller], ["Decoding (tokens/s)", *speeds, faster]]
     return outcome
 
 
@@ -170,7 +172,8 @@ def _of_demo(run: Run, scores: dict[str, Any]) -> Outcome:
     known = [students[0] if len(students) > 1 else {}, students[-1], teacher]
     outcome = Outcome(run.name, "the demo's held-out prompts; no intervals", in_log=True)
     for measure in _wanted(run, students[-1]):
-        outcome.lines.append(_plain_line(measure, *(model.get(measure) for model in known)))
+        before, after, reached = (model.get(measure) for model in known)
+        outcome.lines.append(_plain_line(measure, before, after, reached))
     for title, name, tell in (
         ("Parameters", "parameters", _size),
         ("Decoding (tokens/s)", "tokens_per_second", lambda value: number(value, "tokens")),
