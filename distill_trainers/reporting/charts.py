@@ -221,6 +221,13 @@ def interval_chart(
     return _drawing(title, f"{words}.", height, parts)
 
 
+def share_bar(share: float) -> Html:
+    """Draw how much of a whole is done, 0 to 1, for a cell that says it in words."""
+    done = min(max(share, 0.0), 1.0) * 60
+    bars = [el("rect", width=f"{wide:g}", height="6", class_=kind) for wide, kind in ((60, "all"), (done, "bar s2"))]
+    return el("svg", bars, viewBox="0 0 60 6", class_="share", aria_hidden="true")
+
+
 def histogram_chart(
     edges: Sequence[float], counts: Sequence[int], *, title: str, x_label: str, style: int, most: float | None = None
 ) -> Html:

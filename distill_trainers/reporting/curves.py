@@ -7,19 +7,24 @@ from typing import Any
 
 from ..evaluation.measures import MEASURES
 from .charts import Series, legend, line_chart, short
-from .markup import Html, el, figure, missing, section, table
+from .markup import Html, el, figure, join, missing, section, table
 from .overview import BOOKKEEPING, titled
+from .result import FIRST
 from .runs import Run
 
 # Of every entry of the log; or of the last one, which sums up the run.
 _SILENT = {"epoch", "step", "total_flos", "train_loss", "train_runtime", "trained_tokens", "num_input_tokens_seen"}
 _PROGRESS = {"learning_rate", "grad_norm", "rollouts", "completion_length"}
 _TEACHER = "eval_teacher_"  # its own score on the same data, beside the student's
+_GAP = "eval_gap_closed_"
+_ALIKE = 0.01
 _SHOWN_NUMBERS = 60
 
 
-def curves(runs: Sequence[Run]) -> Html:
-    """Draw a chart for each name in the logs, with a line for each run."""
+def curves(runs: Sequence[Run]) -> Html | None:
+    """Draw a chart for each name in the logs, with a line for each run; None where there are evaluations alone."""
+    if not any(run.was_trained for run in runs):
+        return None
     logged = [run for run in runs if run.history]
     if not logged:
         advice = "No log of a training was found. It is in trainer_state.json, which "
@@ -28,17 +33,19 @@ def curves(runs: Sequence[Run]) -> Html:
     names = [name for name in dict.fromkeys(n for run in logged for n in run.logged()) if name not in _SILENT]
     names = [name for name in names if not name.endswith(BOOKKEEPING) and not name.startswith("train_")]
     names = [name for name in names if _without_teacher(name) is None or _without_teacher(name) not in names]
+    names = [name for name in names if f"eval_{name.removeprefix(_GAP)}" not in names or not name.startswith(_GAP)]
+    names, same = _each_once(names, logged)
     evaluated = [name for name in names if name.startswith("eval_")]
     progress = [name for name in names if name in _PROGRESS]
     terms = [name for name in names if name not in evaluated and name not in progress]
     groups = (
         ("Loss and its terms", sorted(terms, key=lambda name: name != "loss")),
-        ("Held-out data", evaluated),
+        ("Held-out data", sorted(evaluated, key=_place)),
         ("Progress", progress),
     )
     parts: list[Any] = [legend([(run.name, i) for i, run in enumerate(logged)])]
     for title, chosen in groups:
-        drawn = [_chart(name, logged) for name in chosen]
+        drawn = [_chart(name, logged, same[name]) for name in chosen]
         if drawn:
             parts += [el("h3", title), el("div", drawn, class_="charts")]
     skipped = {name: sum(_is_broken(entry.get(name)) for run in logged for entry in run.history) for name in names}
@@ -60,11 +67,44 @@ def curves(runs: Sequence[Run]) -> Html:
     return section("curves", "Training", parts)
 
 
+def _place(name: str) -> int:
+    """Where a score stands among those of the result."""
+    stem = name.removeprefix("eval_").partition("/")[0]
+    return FIRST.index(stem) if stem in FIRST else len(FIRST)
+
+
+def _each_once(names: Sequence[str], runs: Sequence[Run]) -> tuple[list[str], dict[str, list[str]]]:
+    """Leave out names whose curves are those of another one, and tell by the other's name which they are.
+
+    A forward KL in training is also the loss, and its divergence: that would be the same chart three times.
+    """
+    kept: list[str] = []
+    same: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: (name == "eval_loss", name.endswith("divergence"))):
+        twin = next((other for other in kept if _are_alike(name, other, runs)), None)
+        if twin is None:
+            kept.append(name)
+        same.setdefault(twin or name, []).extend([name] if twin else [])
+    return [name for name in names if name in kept], same
+
+
+def _are_alike(one: str, other: str, runs: Sequence[Run]) -> bool:
+    """Whether the drawings of two names would be the same: of no run do they part by more than 1 % of the range."""
+    if one.startswith("eval_") != other.startswith("eval_") or _unit(one) != _unit(other):
+        return False
+    curves = [(run.curve(one), run.curve(other)) for run in runs]
+    values = [value for curve, _ in curves for _, value in curve]
+    if not values or any([x for x, _ in a] != [x for x, _ in b] for a, b in curves):
+        return False
+    near = _ALIKE * (max(values) - min(values)) + 1e-9
+    return all(abs(y - v) <= near for a, b in curves for (_, y), (_, v) in zip(a, b, strict=True))
+
+
 def _is_broken(value: Any) -> bool:
     return isinstance(value, float) and (value != value or value in (float("inf"), float("-inf")))
 
 
-def _chart(name: str, runs: Sequence[Run]) -> Html | None:
+def _chart(name: str, runs: Sequence[Run], same: Sequence[str]) -> Html | None:
     series = [Series(run.name, run.curve(name), style) for style, run in enumerate(runs)]
     teacher = _TEACHER + name.removeprefix("eval_")
     if name.startswith("eval_"):
@@ -81,9 +121,20 @@ def _chart(name: str, runs: Sequence[Run]) -> Html | None:
         title,
         drawing,
         legend=legend(signs),
-        note=Html(el("code", name)),
+        note=join([el("code", name), _gap(name, runs), _twins(same)]),
         numbers=_numbers(f"{title} (%)" if unit == "%" else title, series),
     )
+
+
+def _twins(same: Sequence[str]) -> Html | None:
+    return join(["the same to the eye: ", *(el("code", name) for name in same)]) if same else None
+
+
+def _gap(name: str, runs: Sequence[Run]) -> Html | None:
+    """How much of the gap was closed at the end, where the log has it: the score's own curve has its course."""
+    ends = [(run, run.curve(_GAP + name.removeprefix("eval_"))) for run in runs]
+    told = [(f"{run.name}: " if len(runs) > 1 else "") + f"{100 * curve[-1][1]:.0f} %" for run, curve in ends if curve]
+    return el("span", f"Gap closed at the end: {', '.join(told)}") if told and name.startswith("eval_") else None
 
 
 def _without_teacher(name: str) -> str | None:
@@ -92,9 +143,10 @@ def _without_teacher(name: str) -> str | None:
 
 
 def _unit(name: str) -> str:
-    stem = name.removeprefix("eval_")
+    stem = name.removeprefix("eval_").partition("/")[0]
     unit = MEASURES[stem].unit if stem in MEASURES else ""
-    if unit == "share" or stem.startswith("gap_closed_") or stem.endswith(("top1_agreement", "acceptance", "accuracy")):
+    shares = stem.startswith(("gap_closed_", "pass@")) or stem.endswith(("top1_agreement", "acceptance", "accuracy"))
+    if unit == "share" or shares:
         return "%"
     if unit:
         return unit

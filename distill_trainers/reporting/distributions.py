@@ -12,7 +12,7 @@ from ..evaluation.results import EvaluationResults, ModelResults, PositionCurve
 from .charts import Series, histogram_chart, legend, line_chart, nice_ticks, short
 from .markup import Html, el, figure, missing, section, table
 from .runs import Run
-from .score_tables import heading, how_to_evaluate, in_order, style_of
+from .score_tables import heading, in_order, style_of
 
 TEXTS = {"reference": "reference text", "student": "the model's own text"}
 _FEWEST = 3  # completions behind a mean by position
@@ -20,23 +20,20 @@ _SHOWN_NUMBERS = 40
 _DIVERSITY = ("distinct_4", "self_bleu")
 
 
-def distributions(runs: Sequence[Run]) -> Html:
-    """Draw all of it for each run with an evaluation."""
+def distributions(runs: Sequence[Run]) -> Html | None:
+    """Draw all of it for each run with an evaluation; None where there is none."""
     parts: list[Any] = []
     for run in runs:
         if len(runs) > 1 and run.evaluation is not None:
             parts.append(el("h3", run.name))
         if run.evaluation is not None:
             parts += _of_evaluation(run.evaluation, f"h{3 if len(runs) == 1 else 4}")
-    if not parts:
-        parts = [missing("Divergence by position, lengths, diversity and calibration need an evaluation. ",
-                         how_to_evaluate())]  # fmt: skip
-    return section("distributions", "Where they part, and how they write", parts)
+    return section("distributions", "Where they part, and how they write", parts) if parts else None
 
 
 def _of_evaluation(results: EvaluationResults, tag: str) -> list[Any]:
     groups = (
-        ("Divergence by position", [_positions(results)], "agreement"),
+        ("Divergence by position", [_positions(results, ("kl",)), _other_positions(results)], "agreement"),
         ("Tokens per completion", [_lengths(results)], "diversity"),
         ("Diversity by prompt", [_diversity(results, name) for name in _DIVERSITY], "diversity"),
         ("Calibration of next tokens", [_calibration(results)], "calibration"),
@@ -47,7 +44,8 @@ def _of_evaluation(results: EvaluationResults, tag: str) -> list[Any]:
     for title, sets, metric in groups:
         parts.append(el(tag, title))
         if any(sets):
-            parts += [el("div", drawn, class_="charts") for drawn in sets if drawn]  # a measure's models side by side
+            # A measure's models side by side.
+            parts += [d if isinstance(d, Html) else el("div", d, class_="charts") for d in sets if d]
         else:
             parts.append(
                 missing(
@@ -61,10 +59,17 @@ def _of_evaluation(results: EvaluationResults, tag: str) -> list[Any]:
     return parts
 
 
-def _positions(results: EvaluationResults) -> list[Html]:
+def _other_positions(results: EvaluationResults) -> Html | None:
+    """Fold what is not the forward KL."""
+    drawn = _positions(results, [measure for measure in AGREEMENT if measure != "kl"])
+    title = "Other measures by position"
+    return el("details", el("summary", title), el("div", drawn, class_="charts")) if drawn else None
+
+
+def _positions(results: EvaluationResults, measures: Sequence[str]) -> list[Html]:
     drawn = []
     for text, where in TEXTS.items():
-        for measure in AGREEMENT:
+        for measure in measures:
             curves = [
                 (model, curve)
                 for model in in_order(results)

@@ -59,17 +59,17 @@ def join(children: Iterable[Any]) -> Html:
 
 
 def table(
-    caption: Any, headings: Sequence[Any], rows: Iterable[Sequence[Any]], *, numbers: bool = True, narrow: bool = False
+    caption: Any, headings: Sequence[Any], rows: Iterable[Sequence[Any]], *, numbers: bool = True, kind: str = ""
 ) -> Html:
     """Make a table whose first column names its rows; a narrow screen scrolls it, by keyboard too.
 
     Args:
         numbers: cells but the first are aligned to the right.
-        narrow: columns are as narrow as their words, so that all of them fit on a phone.
+        kind: of which all columns fit on a phone: `narrow`, as its words are; `result`, with names above their values.
     """
     head = el("tr", [el("th", title, scope="col") for title in headings])
     body = [el("tr", el("th", row[0], scope="row"), [el("td", cell) for cell in row[1:]]) for row in rows]
-    kind = " ".join(name for name, is_on in (("numbers", numbers), ("narrow", narrow)) if is_on)
+    kind = " ".join(filter(None, ["numbers" if numbers else "", kind]))
     # The span keeps the title in sight where the table scrolls below it.
     title = el("caption", el("span", caption))
     inner = el("table", title, el("thead", head), el("tbody", body), class_=kind or None)

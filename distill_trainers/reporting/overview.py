@@ -13,10 +13,19 @@ from ..evaluation.results import EvaluationResults, MeasureScore, Score
 from ..evaluation.tables import number, share_of_gap, tables_of, with_interval
 from ..redaction import hidden
 from .charts import short
-from .markup import Html, el, missing, section, stacked, table
+from .markup import Html, el, join, missing, section, stacked, table
 from .runs import Run
 
 Fact = tuple[str, Callable[[Run], Any]]
+
+
+def subtitle(run: Run) -> str:
+    """Say in one line what run this is: method, teacher and student, steps, time."""
+    record = run.record
+    models = f"{record['teacher']} → {record['student']}" if record.get("teacher") and record.get("student") else None
+    steps = f"{run.steps:,} optimiser steps" if run.steps else None
+    parts = (run.name, record.get("method"), models, steps, duration(_seconds(run)))
+    return " · ".join(str(part) for part in parts if part)
 
 
 def what_was_run(runs: Sequence[Run]) -> Html:
@@ -45,7 +54,7 @@ def what_was_run(runs: Sequence[Run]) -> Html:
         if run.evaluation is not None:
             parts.append(_evaluated(run, run.evaluation, alone=len(runs) == 1))
         parts += [missing(f"{run.name}: {note}") for note in run.notes]
-    return section("runs", "What was run", parts)
+    return section("runs", "How: models, data, settings", parts)
 
 
 def _or_dash(value: Any) -> Any:
@@ -116,7 +125,7 @@ def _evaluated(run: Run, results: EvaluationResults, *, alone: bool) -> Html:
         "div",
         table("Models that were evaluated" + ("" if alone else f" for {run.name}"), ["", "role", "from"], models,
               numbers=False),
-        el("p", f"Evaluated on {data.get('rows', 0):,} rows of {data.get('name', 'the data')}; the text that models "
+        el("p", f"Evaluated on {data.get('rows', 0):,} rows ({data.get('name', 'the data')}); the text that models "
                 f"are made to read is that of {data.get('reference_text', 'the data')}. {moment(results.created)}. "
                 f"{versions}."),
         el("ul", notes) if notes else None,
@@ -126,7 +135,7 @@ def _evaluated(run: Run, results: EvaluationResults, *, alone: bool) -> Html:
 # ---- Cost -----------------------------------------------------------------------------------------------------------
 
 
-def cost(runs: Sequence[Run]) -> Html:
+def cost(runs: Sequence[Run]) -> Html | None:
     """Show time, tokens, memory and energy of training; size and speed of the models."""
     parts: list[Any] = []
     trained = [run for run in runs if run.history or run.sessions]
@@ -136,20 +145,15 @@ def cost(runs: Sequence[Run]) -> Html:
         if rows:
             parts.append(table("Training", ["", *(run.name for run in trained)], rows))
     if any(run.sessions for run in trained) and not any(_total(run, "energy_joules") for run in trained):
-        parts.append(
-            missing(
-                "Energy is not known. Drivers of NVIDIA GPUs count it from Volta on, and it is recorded in training "
-                "where ",
-                el("code", "pip install nvidia-ml-py"),
-                " was run before.",
-            )  # fmt: skip
-        )
+        advice = "Energy was not counted: that takes an NVIDIA GPU (Volta or later) and "
+        parts.append(el("p", advice, el("code", "pip install nvidia-ml-py"), ".", class_="note"))
     for run in runs:
         # The table of costs is the last that `tables_of` gives, where there is one.
         costs = [grid for grid in tables_of(run.evaluation) if grid.title.startswith("Cost")] if run.evaluation else []
         for grid in costs:
             parts.append(table(grid.title if len(runs) == 1 else f"{run.name}. {grid.title}", grid.headings, grid.rows))
-    if not any(model.cost for run in runs if run.evaluation for model in run.evaluation.models):
+    evaluations = [run.evaluation for run in runs if run.evaluation is not None]
+    if evaluations and not any(model.cost for results in evaluations for model in results.models):
         parts.append(
             missing(
                 "How fast the models decode is told by ",
@@ -159,7 +163,7 @@ def cost(runs: Sequence[Run]) -> Html:
                 ".",
             )  # fmt: skip
         )
-    return section("cost", "Cost", parts)
+    return section("cost", "Cost", parts) if parts else None
 
 
 def _total(run: Run, name: str) -> float | None:
@@ -225,14 +229,9 @@ _COSTS: tuple[Fact, ...] = (
 # ---- Several runs ---------------------------------------------------------------------------------------------------
 
 
-def comparison(runs: Sequence[Run]) -> Html:
+def comparison(runs: Sequence[Run]) -> Html | None:
     """Compare runs and the students of their evaluations, one column each."""
     parts: list[Any] = []
-    logged = {run.name: _last_scores(run) for run in runs}
-    names = list(dict.fromkeys(name for scores in logged.values() for name in scores))
-    if names:
-        rows = [[titled(name), *(logged_number(name, logged[run.name].get(name)) for run in runs)] for name in names]
-        parts.append(table("End of training: last evaluation of each run", ["", *(run.name for run in runs)], rows))
     settings = {run.name: run.record.get("recipe") or {} for run in runs}
     keys = list(dict.fromkeys(key for recipe in settings.values() for key in recipe))
     differing = [key for key in keys if len({str(recipe.get(key)) for recipe in settings.values()}) > 1]
@@ -251,28 +250,22 @@ def comparison(runs: Sequence[Run]) -> Html:
         scores = [
             [info.title, *(_cell(m.scores.get(name), info.unit) for _, _, m in columns)] for name, info in infos.items()
         ]
-        parts.append(table("Scores of the students, with intervals", heads, scores))
-        gaps = [
-            [
-                info.title,
-                *(stacked(share_of_gap(s.gap_closed if (s := m.scores.get(name)) else None)) for _, _, m in columns),
-            ]
-            for name, info in infos.items()
-        ]
-        gaps = [row for row in gaps if any(cell != "–" for cell in row[1:])]
-        if gaps:
-            parts.append(table("Gap to the teacher that was closed (in brackets: within noise)", heads, gaps))
-    unlike = _unlike([results for _, results in evaluated])
-    if unlike:
-        parts.append(missing(f"These evaluations differ in {unlike}: compare their scores with care, or evaluate "
-                             "all students together with ", el("code", "students"), "."))  # fmt: skip
-    if len(evaluated) < len(runs) and not columns:
-        parts.append(missing("Scores with intervals need an evaluation of each run; see Scores."))
-    return section("comparison", "Runs compared", parts)
+        caption = "Scores of the students, with intervals, and the gap that each closed (in brackets: within noise)"
+        parts.append(table(caption, heads, scores))
+    logged = {run.name: _last_scores(run) for run in runs}
+    names = list(dict.fromkeys(name for scores in logged.values() for name in scores))
+    if names and len(evaluated) < len(runs):
+        rows = [[titled(name), *(logged_number(name, logged[run.name].get(name)) for run in runs)] for name in names]
+        parts.append(table("End of training: last evaluation of each run", ["", *(run.name for run in runs)], rows))
+    return section("comparison", "Runs compared", parts) if parts else None
 
 
 def _cell(score: MeasureScore | None, unit: str) -> Html:
-    return stacked("–" if score is None else with_interval(Score(score.value, score.low, score.high), unit))
+    if score is None:
+        return Html("–")
+    gap = share_of_gap(score.gap_closed).partition(" [")[0]
+    closed = el("small", f"{gap} of the gap", class_="interval") if gap != "–" else None
+    return join([stacked(with_interval(Score(score.value, score.low, score.high), unit)), closed])
 
 
 def _setting(value: Any, name: str) -> Any:
@@ -290,8 +283,10 @@ BOOKKEEPING = ("_runtime", "_per_second", "_tokens", "_time")
 
 
 def titled(name: str) -> str:
-    """Write a logged name as a title: that of its measure, where it is one."""
-    stem = name.removeprefix("eval_")
+    """Write a logged name as a title: that of its measure, where it is one; and whose, of several teachers."""
+    stem, _, teacher = name.removeprefix("eval_").partition("/")
+    if teacher:
+        return f"{titled(stem)}, {teacher}"
     if stem in MEASURES:
         return MEASURES[stem].title
     for prefix, words in (("gap_closed_", "Gap closed"), ("teacher_", "Teacher")):
@@ -302,7 +297,7 @@ def titled(name: str) -> str:
 
 def logged_number(name: str, value: float | None) -> str:
     """Write a logged value as the evaluation's tables do: shares as per cent."""
-    stem = name.removeprefix("eval_")
+    stem = name.removeprefix("eval_").partition("/")[0]
     measure = MEASURES.get(stem) or MEASURES.get(stem.removeprefix("teacher_"))
     if stem.startswith("gap_closed_"):
         return number(value, "share")
@@ -320,7 +315,7 @@ _TITLES = {
 }
 
 
-def _unlike(evaluations: Sequence[EvaluationResults]) -> str:
+def unlike(evaluations: Sequence[EvaluationResults]) -> str:
     """In what evaluations differ that makes their scores hard to compare."""
     differences = []
     for title, tell in (

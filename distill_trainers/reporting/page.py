@@ -13,31 +13,36 @@ from ..storage import write_file
 from .curves import curves
 from .distributions import distributions
 from .markup import Html, el
-from .overview import comparison, cost, what_was_run
+from .overview import comparison, cost, subtitle, what_was_run
+from .result import result
 from .runs import Run
 from .samples import samples
-from .score_tables import glance, scores
+from .score_tables import scores
 from .tokens import tokens
 
 FILE_NAME = "report.html"
-SECTIONS: dict[str, tuple[str, Callable[[Sequence[Run]], Html]]] = {
-    "runs": ("Runs", what_was_run),
+# In the order of a reader's questions: what came of it, why, at what cost, how. A section without content is left out.
+SECTIONS: dict[str, tuple[str, Callable[[Sequence[Run]], Html | None]]] = {
+    "result": ("Result", result),
     "comparison": ("Comparison", comparison),
-    "scores": ("Scores", scores),
     "curves": ("Training", curves),
+    "samples": ("Samples", samples),
+    "scores": ("All scores", scores),
     "tokens": ("Tokens", tokens),
     "distributions": ("Distributions", distributions),
-    "samples": ("Samples", samples),
     "cost": ("Cost", cost),
+    "runs": ("Settings", what_was_run),
 }
 
 
 def report_page(runs: Sequence[Run]) -> str:
     """Write the whole page as HTML."""
     shown = {name: builder for name, builder in SECTIONS.items() if name != "comparison" or len(runs) > 1}
-    body = [(name, title, build(runs)) for name, (title, build) in shown.items()]
+    built = [(name, title, build(runs)) for name, (title, build) in shown.items()]
+    body = [(name, title, content) for name, title, content in built if content is not None]
     names = ", ".join(run.name for run in runs)
     title = f"Distillation report: {names}"
+    what = names if len(runs) > 1 else subtitle(runs[0])
     style, script = _asset("report.css"), _asset("report.js")
     # Whatever text the page shows, no other script than its own can run, and nothing can be fetched.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -57,9 +62,9 @@ def report_page(runs: Sequence[Run]) -> str:
     page = el(
         "body",
         el("a", "To the content", href="#content", class_="skip"),
-        el("header", el("h1", "Distillation report"), el("p", names), class_="top"),
+        el("header", el("h1", "Distillation report"), el("p", what), class_="top"),
         el("nav", links, aria_label="Sections"),
-        el("main", glance(runs), [content for _, _, content in body], id="content"),
+        el("main", [content for _, _, content in body], id="content"),
         el("footer", el("p", f"Written by distill-trainers, {now}.")),
         el("script", Html(script)),
     )

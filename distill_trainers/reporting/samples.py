@@ -8,7 +8,7 @@ from typing import Any
 from ..evaluation.results import EvaluationResults, Sample
 from .markup import Html, el, missing, section, shortened
 from .runs import Run
-from .score_tables import heading, how_to_evaluate, in_order
+from .score_tables import heading, in_order
 
 _LONGEST = 4000  # characters of a text
 _SHORT = 70  # characters of a prompt in the title of a card
@@ -16,8 +16,10 @@ _OPEN = 5  # cards that are unfolded from the start
 _SIGNS = {"right": "✓", "wrong": "✗"}
 
 
-def samples(runs: Sequence[Run]) -> Html:
-    """Show a card for each prompt."""
+def samples(runs: Sequence[Run]) -> Html | None:
+    """Show a card for each prompt; None where no run has an evaluation or left samples."""
+    if not any(run.evaluation is not None or run.samples for run in runs):
+        return None
     cards: list[Any] = []
     tag = "h3" if len(runs) == 1 else "h4"
     for run in runs:
@@ -30,7 +32,7 @@ def samples(runs: Sequence[Run]) -> Html:
         cards += [el("h3", run.name) if len(runs) > 1 else None, *shown]
     if not cards:
         return section("samples", "Samples", missing("Samples need an evaluation with prompts, and ",
-                       el("code", "shown_samples"), " above 0. ", how_to_evaluate()))  # fmt: skip
+                       el("code", "shown_samples"), " above 0."))  # fmt: skip
     return section("samples", "Samples", _filter(), el("div", cards, class_="cards", id="cards"))
 
 

@@ -13,7 +13,6 @@ from ..evaluation.tables import number
 from .distributions import TEXTS
 from .markup import Html, data_script, el, escaped, join, missing, section, shortened, table
 from .runs import Run
-from .score_tables import how_to_evaluate
 
 # Where one shade ends and the next begins, in 1/1000 nats as the page's script has its values; the divergence of Jensen
 # and Shannon is at most ln 2 = 0.693 nats.
@@ -30,8 +29,10 @@ _OPEN = 2  # texts that are unfolded from the start
 _UNSEEN = {" ": "␣", "\t": "→", "": "∅"}
 
 
-def tokens(runs: Sequence[Run]) -> Html:
-    """Draw a heat map for each text that was compared."""
+def tokens(runs: Sequence[Run]) -> Html | None:
+    """Draw a heat map for each text that was compared; None without an evaluation."""
+    if all(run.evaluation is None for run in runs):
+        return None
     maps: list[Any] = []
     for run in runs:
         if run.evaluation is not None and run.evaluation.tokens:
@@ -40,7 +41,7 @@ def tokens(runs: Sequence[Run]) -> Html:
     if not maps:
         return section("tokens", "Token by token", missing(
             "Texts token by token need an evaluation with a teacher, the metric ", el("code", "agreement"), " and ",
-            el("code", "token_samples"), " above 0. ", how_to_evaluate()))  # fmt: skip
+            el("code", "token_samples"), " above 0."))  # fmt: skip
     legend = (
         "The stronger the shade and the line below a token, the further apart are student and teacher in what they "
         "expect at its place. Point at a token to see what both would have written; or go to a text with Tab, and "
@@ -135,7 +136,7 @@ def _most_apart(compared: TokenComparison) -> Html | None:
         if i < len(compared.tokens)
     ]
     heads = ["place", "token", "forward KL", f"{name_of(compared.model)} expects", "the teacher expects"]
-    return table("Where they part most", heads, rows, numbers=False, narrow=True) if rows else None
+    return table("Where they part most", heads, rows, numbers=False, kind="narrow") if rows else None
 
 
 def _likeliest(tops: list[list[TopToken]], place: int) -> Any:

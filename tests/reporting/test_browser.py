@@ -53,7 +53,7 @@ def opened(browser, run_folder, made_up, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_wider_than_the_window(opened, scheme):
-    for width in (390, 1440):
+    for width in (360, 1440):
         with opened(width, scheme, students=3) as page:
             for name in ("maps", "cards"):
                 page.click(f"button[data-fold={name}][value=open]")

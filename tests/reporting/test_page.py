@@ -66,7 +66,8 @@ def test_it_shows_what_was_asked_for(page, made_up):
     results = made_up()
     shown = page(results)
     headings = [a["id"] for a, _ in shown.of("h2") if "id" in a]
-    assert headings == ["glance", "runs", "scores", "curves", "tokens", "distributions", "samples", "cost"]
+    # What came of it, why, at what cost, how.
+    assert headings == ["result", "curves", "samples", "scores", "tokens", "distributions", "cost", "runs"]
     for text in (
         "GKD", "12,345", "learning_rate: 0.001",  # what was run
         "Forward KL to the teacher", "90.0 s", "2,000", "2,048 MiB of the device", "2.0 Wh",
@@ -218,11 +219,14 @@ def test_what_the_script_shows_of_a_token(run_folder, made_up):
 
 def test_missing_parts_say_how_to_get_them(run_folder):
     shown = Page(report_page(read_runs([run_folder()])))
-    assert "distill-trainers evaluate --student RUN" in shown.text
-    assert "from the log of the training" in shown.text and "before (step 0) after (step 40) teacher" in shown.text
-    assert "Forward KL to the teacher 1.800 0.600 0.000" in shown.text
-    assert "Top-1 agreement with the teacher 30.0 % 30.0 % 100.0 %" in shown.text
-    assert "Perplexity on the reference text 9.000 5.000 4.000" in shown.text
+    assert "About 67 % of the gap to the teacher is closed. Forward KL to the teacher went from 1.800 to" in shown.text
+    assert "by the log of the training; no intervals" in shown.text
+    assert "Forward KL to the teacher nats/token, lower is better 1.800 0.600 0 67 %" in shown.text
+    assert "Top-1 agreement with the teacher higher is better 30.0 % 30.0 % 100.0 % 0 %" in shown.text
+    assert "Perplexity on the reference text lower is better 9.000 5.000 4.000 80 %" in shown.text
+    (note,) = [p for p in re.findall(r"There is no evaluation.*? here too", shown.text)]  # once, not by section
+    assert "evaluate --run RUN" in note and "evaluate --student RUN" in note
+    assert not {"tokens", "distributions", "samples", "scores"} & {a.get("id") for a, _ in shown.of("h2")}
     assert "run: from 30 at optimiser step 0 to 30 at 40" in shown.text  # per cent in curves too
     assert "Started 2026-01-02 03:04 UTC" in shown.text
     bare = Page(report_page([Run("bare", metrics={"train_loss": 1.0})]))
@@ -230,7 +234,6 @@ def test_missing_parts_say_how_to_get_them(run_folder):
         "left no run.json",
         "No log of a training",
         "Nothing was measured against",
-        "Samples need an evaluation",
     ):
         assert text in bare.text
     nothing_held_out = Run("r", history=[{"step": 1, "loss": 1.0}, {"step": 2, "loss": float("nan")}])
@@ -247,14 +250,14 @@ def test_an_evaluation_without_teacher_or_baseline(page, made_up):
         each.gap_closed = each.difference = None
     results.samples, results.tokens = [], []
     shown = page(results)
-    assert "both teacher and baseline" in shown.text and "glance" not in {a.get("id") for a, _ in shown.of("h2")}
+    assert "both teacher and baseline" in shown.text and "gap to the teacher is closed" not in shown.text
     assert shown.text.count("Not in this evaluation: it was made without") == 4
 
 
 def test_energy_that_no_driver_counted(run_folder):
     (run,) = read_runs([run_folder()])
     run.sessions[0]["energy_joules"] = None
-    assert "Energy is not known" in Page(report_page([run])).text
+    assert "Energy was not counted" in Page(report_page([run])).text
 
 
 def test_metrics_of_a_demo():
@@ -265,8 +268,9 @@ def test_metrics_of_a_demo():
     }
     run = Run("demo", metrics={"scores": scores}, samples=[{"prompt": "Why?", "teacher": "Because.", "student": "So."}])
     shown = Page(report_page([run]))
-    assert "student before student after teacher Forward KL to the teacher 2.500 0.500 0.000" in shown.text
-    assert "135,000,000" in shown.text and "Because." in shown.text and "Why?" in shown.text
+    assert "80 % of the gap to the teacher is closed" in shown.text
+    assert "Forward KL to the teacher nats/token, lower is better 2.500 0.500 0" in shown.text
+    assert "135 M" in shown.text and "Because." in shown.text and "Why?" in shown.text
 
 
 def test_the_teacher_stands_beside_the_student_in_the_curves():
@@ -276,7 +280,9 @@ def test_the_teacher_stands_beside_the_student_in_the_curves():
     ]
     shown = Page(report_page([Run("r", history=history)]))
     assert "Rouge-L eval_rouge_l" in shown.text and "r, its teacher" in shown.text
-    assert "Gap closed: Rouge-L eval_gap_closed_rouge_l" in shown.text and "Teacher: Rouge-L" not in shown.text
+    assert "Gap closed at the end: 50 %" in shown.text and "Teacher: Rouge-L" not in shown.text
+    assert "50 % of the gap to the teacher is closed. Rouge-L is" in shown.text
+    assert "eval_gap_closed_rouge_l" not in shown.text  # the same curve on another scale
     assert "r, its teacher: from 30 at optimiser step 1 to 30 at 2" in shown.text
 
 
@@ -298,8 +304,10 @@ def test_runs_are_compared(page, made_up):
     shown = page(one, two)
     assert "Runs compared" in shown.text and "differ in" not in shown.text
     values = [each.model("student").scores["kl"] for each in (one, two)]
-    told = " ".join(f"{v.value:.3f} [{v.low:.3f}, {v.high:.3f}]" for v in values)
-    assert f"Forward KL to the teacher {told}" in shown.text
+    told = [f"{v.value:.3f} [{v.low:.3f}, {v.high:.3f}] {100 * v.gap_closed.value:.0f} % of the gap" for v in values]
+    assert f"Forward KL to the teacher {' '.join(told)}" in shown.text
+    best = max(range(2), key=lambda i: values[i].gap_closed.value)
+    assert f"run-{best} closed the most of its gap" in shown.text and "their intervals overlap" in shown.text
     two.data["name"], two.settings["temperature"] = "other.jsonl", 0.5
     assert "These evaluations differ in data and settings" in page_of(two, one).text
 
