@@ -25,8 +25,9 @@ from ..placement import is_collective
 from ..rows import batch_keys, dataset_row_key, plain_rows
 from ..vocabulary import shared_vocabulary
 from .identity import CacheIdentity, read_identity, read_learnt, refuse_differences, write_learnt
-from .kinds import CACHE_KINDS, refuse_sparse, told_kind
+from .kinds import refuse_sparse, told_kind
 from .opening import check_vocabulary, config_of, dtype_of, identity_of, record_identity, rows_of, source_of
+from .packing import CACHE_KINDS
 from .shards import Answer, TeacherCache
 
 if TYPE_CHECKING:
