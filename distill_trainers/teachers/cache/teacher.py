@@ -381,6 +381,6 @@ class CachedTeacher(Teacher):
                 f"The teacher cache {str(self.cache.folder)!r} needs about {needed / 2**30:,.2f} GiB more for "
                 f"{rows:,} rows with {tokens:,} tokens ({self.token_bytes:,.0f} bytes each), but {free / 2**30:,.2f} "
                 "GiB are free there. Name a folder on a larger disk, store less (`teacher_cache_kind: topk` or "
-                "`sampled`, a smaller `teacher_cache_top_k`, `teacher_cache_dtype: bfloat16` for hidden states), or "
-                "leave `teacher_cache` out."
+                "`sampled`, a smaller `teacher_cache_top_k`, `teacher_cache_dtype: bfloat16` for hidden states and "
+                "`int8` for topk), or leave `teacher_cache` out."
             )
