@@ -77,7 +77,7 @@ class _SparseKind(CacheKind):
     """Log-probabilities at temperature 1 of some ids for each token."""
 
     # Eight bits of bfloat16 would change probabilities by percents.
-    dtypes = ("float32", "float16")
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16")
 
     def __init__(self, identity: CacheIdentity):
         super().__init__(identity)
