@@ -92,7 +92,11 @@ TEACHERS: dict[str, dict[str, Any]] = {
 CACHES: dict[str, dict[str, Any]] = {
     "hidden": {"teacher_cache_kind": "hidden"},
     "top-k, all": {"teacher_cache_kind": "topk", "teacher_cache_top_k": VOCABULARY},
-    "top-k, half": {"teacher_cache_kind": "topk", "teacher_cache_top_k": VOCABULARY // 2},
+    "top-k, half": {
+        "teacher_cache_kind": "topk",
+        "teacher_cache_top_k": VOCABULARY // 2,
+        "teacher_cache_dtype": "float32",
+    },
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "GKD off-policy": ("gkd", {"lmbda": 0.0, "divergence": "forward_kl"}),

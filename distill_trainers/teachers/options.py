@@ -13,7 +13,7 @@ from ..exceptions import ConfigurationError
 from ..models import which_files
 from ..settings import Checked, require, setting, shown
 from ..value_types import parse_mapping
-from .cache.kinds import CACHE_KINDS
+from .cache.packing import CACHE_KINDS
 from .placement import PLACEMENTS, SELF_TEACHERS
 from .remote.wire import NUMBER_DTYPES, SERVER_KINDS
 
@@ -129,7 +129,9 @@ class TeacherOptions(Checked, _Config):
     teacher_cache_top_k: int = setting(64, "Ids kept per token by the kind topk.", least=1)
     teacher_cache_draws: int = setting(50, "Draws per token of the kind sampled.", least=1, most=32767)
     teacher_cache_dtype: str | None = setting(
-        None, "Of what is kept; by default hidden states as the teacher gives them, else float32."
+        None,
+        "Of what is kept; by default hidden states as the teacher gives them, a top k in int8 (all ids: float32), else "
+        "float32.",
     )
 
     # Teacher behind HTTP

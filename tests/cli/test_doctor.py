@@ -332,6 +332,10 @@ def test_a_cache_is_compared_with_the_live_teacher(recipe, pair, tmp_path, capsy
     assert main(["cache-teacher", "--config", path]) == 0
     assert main(["doctor", "--config", path, "--strict"]) == 0
     assert "Nothing wrong" in capsys.readouterr().out
+    case, _ = case_of(parse_recipe(["--config", path]), Launch(on_cpu=True))
+    with monkeypatch.context() as rounded:  # as eight bits do on a real vocabulary
+        rounded.setattr(teacher, "disagreement", lambda *a: 0.01)
+        assert len(list(teacher.check_answers(case))) == (kind != "topk")
     other = LocalTeacher(make_teacher(seed=8))
     monkeypatch.setattr(LocalTeacher, "loaded", lambda *a: other)
     assert main(["doctor", "--config", path]) == 2
@@ -347,7 +351,8 @@ def test_a_remote_teacher_is_compared_with_the_local_one(recipe, pair, make_teac
 
 
 def _sparse(kind):
-    return {} if kind == "hidden" else {"divergence": "forward_kl"}
+    few = {"teacher_cache_top_k": 6} if kind == "topk" else {}  # not all ids: in eight bits
+    return {} if kind == "hidden" else {"divergence": "forward_kl", **few}
 
 
 def test_everything_that_is_wrong_is_found_at_once(recipe, pair, diagnose):

@@ -44,7 +44,7 @@ class CacheIdentity:
 
     Attributes:
         kind: `hidden`, `topk` or `sampled`.
-        dtype: of what is stored; None keeps hidden states as the teacher gives them.
+        dtype: of what is stored; None keeps hidden states as the teacher gives them, and log-probabilities in float32.
         top_k, draws, seed: of the sparse kinds; None where they mean nothing.
         vocab_size: ids in the teacher's softmax; for `hidden`, rows of its head.
         tokenizer: `tokenizer_fingerprint` of the ids in the rows.
@@ -159,6 +159,8 @@ def refuse_differences(
 def _told(identity: CacheIdentity, name: str) -> Any:
     """What is compared; caches made by earlier versions may hold more than that."""
     value = getattr(identity, name)
+    if name == "dtype" and identity.kind != "hidden":
+        return value or "float32"
     return answering_settings(value) if name == "teacher_settings" else value
 
 

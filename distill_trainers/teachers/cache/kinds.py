@@ -1,4 +1,4 @@
-"""The kinds of answers that a teacher cache can hold, and how each is stored and read back."""
+"""The kinds of answers that caches hold and servers tell, and how each becomes arrays and a signal again."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _SparseKind(CacheKind):
     """Log-probabilities at temperature 1 of some ids for each token."""
 
     # Eight bits of bfloat16 would change probabilities by percents.
-    dtypes = ("float32", "float16")
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16")
 
     def __init__(self, identity: CacheIdentity):
         super().__init__(identity)
@@ -171,7 +171,7 @@ class SampledKind(_SparseKind):
         return self.draws / 2 * (4 + self.number_dtype.itemsize + 2) + 2
 
 
-CACHE_KINDS: dict[str, type[CacheKind]] = {kind.name: kind for kind in (HiddenKind, TopKKind, SampledKind)}
+ANSWER_KINDS: dict[str, type[CacheKind]] = {kind.name: kind for kind in (HiddenKind, TopKKind, SampledKind)}
 
 _SPARSE: dict[str, type[TopK] | type[Sampled]] = {"topk": TopK, "sampled": Sampled}
 

@@ -24,7 +24,7 @@ from .identity import (
     tokenizer_fingerprint,
     write_identity,
 )
-from .kinds import CACHE_KINDS
+from .packing import CACHE_KINDS
 from .shards import TeacherCache
 
 if TYPE_CHECKING:
@@ -48,17 +48,28 @@ def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
     settings: Any = dict(options.teacher_model_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
     if options.teacher_placement.startswith("quantized"):  # it answers otherwise than the whole one
         settings["placement"] = options.teacher_placement
+    vocab_size = teacher_rows if kind == "hidden" or shared is None else shared
     return CacheIdentity(
         kind=kind,
-        dtype=options.teacher_cache_dtype,
+        dtype=options.teacher_cache_dtype or _unset_dtype(options, vocab_size),
         top_k=options.teacher_cache_top_k if kind == "topk" else None,
         draws=options.teacher_cache_draws if sampled else None,
         seed=options.seed if sampled else None,
-        vocab_size=teacher_rows if kind == "hidden" or shared is None else shared,
+        vocab_size=vocab_size,
         teacher_rows=teacher_rows,
         weights=None if isinstance(source, str) else LocalTeacher(source).fingerprint(),
         **whose_answers(source, settings, pair.tokenizer, options),
     )
+
+
+def _unset_dtype(options: TeacherOptions, vocab_size: int) -> str | None:
+    """What no `teacher_cache_dtype` means: as the folder has it; for a new top k that leaves ids out, eight bits."""
+    if options.teacher_cache_kind != "topk":
+        return None
+    recorded = read_identity(str(options.teacher_cache))
+    if recorded is not None:
+        return recorded.dtype
+    return "int8" if options.teacher_cache_top_k < vocab_size else None
 
 
 def whose_answers(source: Any, settings: Any, tokenizer: Any, options: TeacherOptions) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from ..placement import is_collective
 from ..rows import batch_keys, dataset_row_key, plain_rows
 from ..vocabulary import shared_vocabulary
 from .identity import CacheIdentity, read_identity, read_learnt, refuse_differences, write_learnt
-from .kinds import CACHE_KINDS, refuse_sparse, told_kind
+from .kinds import refuse_sparse, told_kind
 from .opening import check_vocabulary, config_of, dtype_of, identity_of, record_identity, rows_of, source_of
+from .packing import CACHE_KINDS
 from .shards import Answer, TeacherCache
 
 if TYPE_CHECKING:
@@ -380,6 +381,6 @@ class CachedTeacher(Teacher):
                 f"The teacher cache {str(self.cache.folder)!r} needs about {needed / 2**30:,.2f} GiB more for "
                 f"{rows:,} rows with {tokens:,} tokens ({self.token_bytes:,.0f} bytes each), but {free / 2**30:,.2f} "
                 "GiB are free there. Name a folder on a larger disk, store less (`teacher_cache_kind: topk` or "
-                "`sampled`, a smaller `teacher_cache_top_k`, `teacher_cache_dtype: bfloat16` for hidden states), or "
-                "leave `teacher_cache` out."
+                "`sampled`, a smaller `teacher_cache_top_k`, `teacher_cache_dtype: bfloat16` for hidden states and "
+                "`int8` for topk), or leave `teacher_cache` out."
             )

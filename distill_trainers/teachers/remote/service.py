@@ -27,7 +27,7 @@ from ...losses.reduction import trained_mask
 from ...settings import require
 from ...signals import HiddenStates, Logits
 from ..cache.identity import tokenizer_fingerprint
-from ..cache.kinds import CACHE_KINDS
+from ..cache.kinds import ANSWER_KINDS
 from ..cache.shards import Answer
 from ..local import LocalTeacher
 from ..rows import row_key
@@ -361,7 +361,7 @@ class TeacherService:
             signal = Logits(signal.values[tokens][:, : wanted.vocab_size])
         counts = [len(ids) for ids in labels]
         if wanted.kind != "token_logprobs":
-            return CACHE_KINDS[wanted.kind](answer_identity(wanted, self.info)).store(signal, counts, keys)
+            return ANSWER_KINDS[wanted.kind](answer_identity(wanted, self.info)).store(signal, counts, keys)
         logps = signal_token_logps(signal, torch.cat(list(labels)).long().to(self.device))
         dtype = torch.float16 if wanted.dtype == "float16" else torch.float32
         return [{"logps": part} for part in logps.to(dtype).cpu().split(counts)]

@@ -20,7 +20,7 @@ from ...servers.openai import Writer
 from ...settings import shown
 from ...signals import Head, TeacherSignal, TokenLogprobs
 from ..base import Pair, Teacher, is_remote, named
-from ..cache.kinds import CACHE_KINDS, refuse_sparse, told_kind
+from ..cache.kinds import ANSWER_KINDS, refuse_sparse, told_kind
 from ..cache.shards import Answer
 from ..rows import TokenRow, plain_rows, row_key, unpadded_rows
 from ..vocabulary import shared_vocabulary
@@ -340,7 +340,7 @@ class RemoteTeacher(Teacher):
             return TokenLogprobs(torch.cat([row["logps"] for row in rows] or [torch.empty(0)]).to(device))
         head = self._whole_head(device).cut_to(vocab_size) if wanted.kind == "hidden" else None
         info = {**self.info, "vocab_rows": self.info["vocab_rows"] or self._known_ids or wanted.top_k}
-        return CACHE_KINDS[wanted.kind](answer_identity(wanted, info)).answer(rows, head, device)
+        return ANSWER_KINDS[wanted.kind](answer_identity(wanted, info)).answer(rows, head, device)
 
     def _whole_head(self, device: torch.device) -> Head:
         """The teacher's head, fetched once."""

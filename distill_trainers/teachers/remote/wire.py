@@ -21,7 +21,7 @@ from torch import Tensor
 from ...signals import Head
 from ...storage import tensor_bytes
 from ..cache.identity import CacheIdentity
-from ..cache.kinds import CACHE_KINDS
+from ..cache.kinds import ANSWER_KINDS
 from ..cache.shards import Answer
 from ..heads import head_of, head_parts
 from ..rows import TokenRow
@@ -265,7 +265,7 @@ def _ids_told(wanted: Wanted, info: dict[str, Any]) -> int:
     return min(n for n in (wanted.top_k, wanted.vocab_size, info["vocab_rows"]) if n is not None)
 
 
-NUMBER_DTYPES = {**{name: kind.dtypes for name, kind in CACHE_KINDS.items()}, "token_logprobs": ("float32", "float16")}
+NUMBER_DTYPES = {**{name: kind.dtypes for name, kind in ANSWER_KINDS.items()}, "token_logprobs": ("float32", "float16")}
 
 
 def answer_bytes(wanted: Wanted, info: dict[str, Any]) -> float:
@@ -273,7 +273,7 @@ def answer_bytes(wanted: Wanted, info: dict[str, Any]) -> float:
     if wanted.kind == "token_logprobs":
         return 4.0
     identity, dtype = answer_identity(wanted, info), getattr(torch, info["dtype"])
-    return CACHE_KINDS[wanted.kind](identity).token_bytes(info["hidden_size"] or 0, dtype)
+    return ANSWER_KINDS[wanted.kind](identity).token_bytes(info["hidden_size"] or 0, dtype)
 
 
 def answer_identity(wanted: Wanted, info: dict[str, Any]) -> CacheIdentity:
