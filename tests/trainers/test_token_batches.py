@@ -146,7 +146,13 @@ def test_steps_are_known_before_and_full(make_trainer):
 
 def test_a_run_killed_in_an_epoch_goes_on_with_its_batches(make_trainer, by_step, die_at, tmp_path):
     """With learning rate 0 the loss is a fingerprint of a step's rows; other sizes of batches are refused."""
-    settings = {**TOKENS, "max_steps": 9, "train": of_many_lengths(48), "lmbda": 0.0}
+    settings = {
+        **TOKENS,
+        "max_steps": 9,
+        "train": of_many_lengths(48),
+        "lmbda": 0.0,
+        "teacher_cache": str(tmp_path / "c"),
+    }
     settings |= {"save_strategy": "steps", "save_steps": 8, "verify_saved": False}
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **{**settings, "save_strategy": "no"})
     whole.train()
