@@ -36,6 +36,7 @@ class Purpose(StrEnum):
     ROLLOUT = "text that is trained on in the step that samples it"
     MIXTURE = "which model draws a token of a mixture"
     REPLAY = "which of the kept rollouts are trained on again"
+    TOKEN_BATCHES = "which rows of like length are one batch, and the order of batches"
     INNER_EPOCH = "the order of a cycle's rollouts"
     PLAIN_TEXT = "the order of plain text"
     COMPLETION = "text of the teacher where rows have none, or instead of theirs"

@@ -26,6 +26,7 @@ USES = {
     Purpose.ROLLOUT: "trainers/sampling.py",
     Purpose.MIXTURE: "trainers/minillm/scoring.py",
     Purpose.REPLAY: "rollouts/replay.py",
+    Purpose.TOKEN_BATCHES: "trainers/lifecycle/order.py",
     Purpose.INNER_EPOCH: "trainers/minillm/cycles.py",
     Purpose.PLAIN_TEXT: "trainers/minillm/plain_text.py",
     Purpose.COMPLETION: "trainers/lifecycle/completions.py",

@@ -108,6 +108,8 @@ def shown_settings(args: Any) -> dict[str, Any]:
     """Return the method's own settings and those of the optimiser that decide a run, without local paths."""
     names = [name for name in type(args).__dataclass_fields__ if name in type(args).__dict__.get("__annotations__", {})]
     names += _SHARED_SETTINGS
+    if args.per_device_train_tokens is not None:
+        names[names.index("per_device_train_batch_size")] = "per_device_train_tokens"
     names += getattr(args, "chosen_rewards", [])
     names += ["teacher_cache_kind"] if args.teacher_cache else []
     corrected = args.sampler_correction != "none"

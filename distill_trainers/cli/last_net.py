@@ -17,8 +17,9 @@ from ..redaction import redacted
 SHOW = "DISTILL_TRAINERS_TRACEBACK"
 _PACKAGE = Path(__file__).parents[1]
 _IN_WORDS = {
-    "OutOfMemoryError": "the device's memory is full. Take a smaller `per_device_train_batch_size` or "
-    "`loss_chunk_mib`, or `activation_checkpointing: true`; `distill-trainers doctor` says what fits",
+    "OutOfMemoryError": "the device's memory is full. Take a smaller `per_device_train_batch_size` (or "
+    "`per_device_train_tokens`) or `loss_chunk_mib`, or `activation_checkpointing: true`; `distill-trainers doctor` "
+    "says what fits",
     "MemoryError": "this machine's memory is full. Take fewer `dataset_num_proc`, or a smaller model or batch",
     "RecursionError": "values lie too deep in each other. Look for lists or mappings without end in the data",
 }

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..escaping import terminal
-from ..recipe.checks import CheckedRecipe, check_recipe, optimiser_steps, refuse_to_start_over, without_weights
+from ..recipe.checks import (
+    CheckedRecipe,
+    check_recipe,
+    optimiser_steps,
+    refuse_to_start_over,
+    steps_of_epoch,
+    without_weights,
+)
 from ..recipe.parse import Recipe
 from ..redaction import redacted
 
@@ -51,6 +58,7 @@ def make_plan(recipe: Recipe) -> Plan:
     from ..models import num_parameters
     from ..teachers.base import named
     from ..teachers.loading import each_teacher, kind_of
+    from ..trainers.given.token_batches import row_tokens
 
     settings, args = recipe.run, recipe.args
     refuse_to_start_over(recipe.args)
@@ -67,10 +75,12 @@ def make_plan(recipe: Recipe) -> Plan:
         teacher_size = num_parameters(without_weights(checked.teacher_config, recipe))
     student = without_weights(checked.student_config, recipe, adapted=True)
     student_size, trainable = num_parameters(student), num_parameters(student, trainable_only=True)
-    lengths = train["length"] if hasattr(train, "__len__") else None
-    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = optimiser_steps(args, None if lengths is None else len(lengths))
-    mean_length = sum(lengths) / len(lengths) if lengths is not None else None
+    lengths = train["length"][:] if hasattr(train, "__len__") else None
+    window, tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size, None
+    if args.per_device_train_tokens is not None:
+        tokens = row_tokens(train, args, sampled=checked.ready.wants.samples_completions)
+        window = len(tokens) / steps_of_epoch(args, len(tokens), tokens=tokens)
+    steps = optimiser_steps(args, None if lengths is None else len(lengths), tokens=tokens)
     output = Path(args.output_dir).absolute()
     existing = next(place for place in (output, *output.parents) if place.exists())
     return Plan(
@@ -86,7 +96,7 @@ def make_plan(recipe: Recipe) -> Plan:
         eval_rows=None if evaluation is None else len(evaluation),
         text_rows=None if text is None else len(text),
         steps=steps,
-        tokens_per_step=None if mean_length is None else mean_length * window,
+        tokens_per_step=sum(lengths) / len(lengths) * window if lengths else None,
         memory_mib=_memory(recipe, checked, cached=without_teacher),
         disk_free_mib=shutil.disk_usage(existing).free / 2**20,
         teacher_cache=cache,

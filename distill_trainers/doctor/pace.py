@@ -58,7 +58,8 @@ def pace_of(case: Case, rates: Rates | None) -> Pace | None:
     prompt = _mean(case.prompt_lengths, limit) or work.prompt
     sampled = min(limit, prompt + work.new_tokens)
     mean = (1 - share) * (_mean(case.lengths, limit) or limit) + share * sampled
-    tokens = work.rows * work.accumulation * mean
+    counted = case.args.per_device_train_tokens  # in tokens, batches are about as full as they may be
+    tokens = work.accumulation * (work.rows * mean if counted is None else counted)
     forward = _forward(student, tokens, mean)
     passes = 3.0 if student.trainable == student.parameters else 2.0
     operations = passes * forward + (_forward(student, tokens, mean) - 2 * tokens * student.head) * work.checkpointing

@@ -174,6 +174,7 @@ def _read_apart(
 def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, findings: list[Finding]) -> None:
     """The first rows, whole and as they are trained on; what a run would refuse of them is a finding."""
     from ..recipe.checks import optimiser_steps
+    from ..trainers.given.token_batches import check_longest, row_tokens
     from ..trainers.preflight import prepare_rows
 
     assert case.tokenizer is not None
@@ -186,6 +187,11 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, f
         rows = list(islice(iter(renamed), _SAMPLE))
         case.sample, case.features = rows, getattr(renamed, "features", None)
         case.prepared = prepare_rows(recipe.args, first_rows, case.tokenizer, "train", wants)
+        if recipe.args.per_device_train_tokens is not None and case.num_rows is not None:
+            samples = wants.samples_completions
+            tokens = row_tokens(case.prepared, recipe.args, sampled=samples)
+            case.steps = optimiser_steps(recipe.args, case.num_rows, case.launch.processes, tokens)
+            check_longest(case.prepared, recipe.args, sampled=recipe.args.answers_prompts("train", wants))
     except _MENDABLE as error:
         more = case.num_rows is None or case.num_rows > _SAMPLE  # rows that were not looked at may be good
         refusal = Finding.of_error("recipe", error)

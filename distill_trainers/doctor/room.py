@@ -98,7 +98,10 @@ def _remedy(case: Case, room: Room) -> str:
         tried.append(("`gradient_checkpointing: true`", memory_of(case, work=replace(work, checkpointing=True))))
     small = replace(work, checkpointing=True, rows=1, accumulation=work.accumulation * rows)
     if rows > 1:
-        also = f"`per_device_train_batch_size: 1` with `gradient_accumulation_steps: {small.accumulation}`"
+        setting = "per_device_train_batch_size: 1"
+        if case.args.per_device_train_tokens is not None:
+            setting = f"per_device_train_tokens: {work.length * case.args.sequences_of_row}"
+        also = f"`{setting}` with `gradient_accumulation_steps: {small.accumulation}`"
         tried.append((f"{also} and gradient checkpointing", memory_of(case, work=small)))
     if launch.processes > 1 and not launch.on_cpu:
         for strategy in ("zero2", "zero3"):

@@ -7,6 +7,7 @@ from typing import Any
 from .. import models
 from ..losses.workspace import chunk_bytes_of
 from ..teachers import loading
+from ..trainers.given.token_batches import rows_of_batch
 from .launch import Launch
 from .memory import Workload
 
@@ -34,14 +35,17 @@ def workload(
         longest: row of the data, which counts where `max_length` cuts nothing.
         teacher_more: tokens that rows have for the teacher beyond the student's.
     """
-    rows, length = args.per_device_train_batch_size, args.max_length or longest
+    length = args.max_length or longest
+    if args.per_device_train_tokens is not None:
+        length = min(length, args.per_device_train_tokens // args.sequences_of_row)  # no row may be longer
+    rows = rows_of_batch(args, length)
     window = rows * args.gradient_accumulation_steps * getattr(args, "innovation_samples", 1)
     text = 0
     if method == "minillm" and args.pretraining_weight:
         text = args.pretraining_batch_size or 0
     sampled = (args.rollout_batch_size or window * getattr(args, "num_minibatches", 1)) if samples else 0
     return Workload(
-        rows=rows * _rows_of_one(args, method) + text,
+        rows=rows * args.sequences_of_row + text,
         length=length,
         accumulation=args.gradient_accumulation_steps,
         checkpointing=models.recomputes_activations(args),
@@ -59,18 +63,6 @@ def workload(
         rounded=args.quantize_student is not None,
         teacher_sparse=args.teacher_cache is not None and args.teacher_cache_kind != "hidden",
     )
-
-
-def _rows_of_one(args: Any, method: str) -> int:
-    """Rows that the collator makes of one row of the data, at the most."""
-    if method == "dpkd":
-        return 2  # both responses of a pair
-    if method != "rationale":
-        return 1
-    if args.objective == "dual_chain":  # all that the student samples may be kept
-        return 1 + args.innovation_samples * bool(args.innovation_weight)
-    wrong = args.objective == "edit" and (args.right_weight or args.wrong_weight)
-    return 2 if wrong or args.objective == "step_by_step" else 1
 
 
 def _state_bytes(optimiser: str) -> float:

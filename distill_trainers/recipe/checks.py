@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,19 +216,38 @@ def without_weights(config: Any, recipe: Recipe, *, adapted: bool = False) -> An
         return models.add_adapter(model, adapter)
 
 
-def optimiser_steps(args: Any, rows: int | None, processes: int | None = None) -> int:
+def optimiser_steps(
+    args: Any, rows: int | None, processes: int | None = None, tokens: Sequence[int] | None = None
+) -> int:
     """Count optimiser steps of a run over so many rows (None: a stream, which needs max_steps).
 
     Args:
-        processes: of the run; by default those of this launch.
+        processes, tokens: as of `steps_of_epoch`.
     """
-    world = processes or args.world_size
     if args.max_steps > 0 or rows is None:
         return max(0, args.max_steps)
+    return math.ceil(steps_of_epoch(args, rows, processes, tokens) * args.num_train_epochs)
+
+
+def steps_of_epoch(args: Any, rows: int, processes: int | None = None, tokens: Sequence[int] | None = None) -> int:
+    """Count optimiser steps of one pass over so many rows.
+
+    Args:
+        processes: of the run; by default those of this launch.
+        tokens: of rows (`row_tokens`), for batches that are counted in tokens. If they are of some rows alone, the
+            others are taken to be like them; without any, all are taken to be as long as rows may be.
+    """
+    from ..trainers.given.token_batches import copies_of_row, token_batches
+
+    world, accumulated = processes or args.world_size, args.gradient_accumulation_steps
+    if args.per_device_train_tokens is not None:
+        most = args.per_device_train_tokens // copies_of_row(args)
+        known = [max(1, min(most, count)) for count in tokens or [args.row_limit]]
+        every = [known[row % len(known)] for row in range(rows)]
+        return math.ceil(len(token_batches(every, args, world)) / (world * accumulated))
     rows *= getattr(args, "num_generations", 1)
-    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+    window = args.per_device_train_batch_size * accumulated * world
     batches = math.ceil(rows / (args.per_device_train_batch_size * world))
-    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     if getattr(args, "reuses_rollouts", False):  # whole steps only, each as often as there are inner epochs
-        per_epoch = rows // window * args.num_inner_epochs
-    return math.ceil(per_epoch * args.num_train_epochs)
+        return rows // window * args.num_inner_epochs
+    return math.ceil(batches / accumulated)

@@ -14,7 +14,7 @@ from .runs import Run
 
 # Of every entry of the log; or of the last one, which sums up the run.
 _SILENT = {"epoch", "step", "total_flos", "train_loss", "train_runtime", "trained_tokens", "num_input_tokens_seen"}
-_PROGRESS = {"learning_rate", "grad_norm", "rollouts", "completion_length"}
+_PROGRESS = {"learning_rate", "grad_norm", "rollouts", "completion_length", "padding_share"}
 _TEACHER = "eval_teacher_"  # its own score on the same data, beside the student's
 _GAP = "eval_gap_closed_"
 _ALIKE = 0.01
@@ -145,7 +145,7 @@ def _without_teacher(name: str) -> str | None:
 def _unit(name: str) -> str:
     stem = name.removeprefix("eval_").partition("/")[0]
     unit = MEASURES[stem].unit if stem in MEASURES else ""
-    shares = stem.startswith(("gap_closed_", "pass@")) or stem.endswith(("top1_agreement", "acceptance", "accuracy"))
+    shares = stem.startswith(("gap_closed_", "pass@")) or stem.endswith(("top1_agreement", "acceptance", "accuracy", "padding_share"))
     if unit == "share" or shares:
         return "%"
     if unit:

@@ -48,6 +48,7 @@ from .evaluation_loop import TeacherForcedEvaluation
 from .given import arguments
 from .given.own_teacher import warn_of_nothing_new
 from .given.quantized import check_adapter, group_size_of, refuse_sharded
+from .given.token_batches import refuse_uneven_sampling
 from .lifecycle import outage, publishing
 from .lifecycle.callbacks import StepLoss, TeacherKeeper, TrlNames
 from .lifecycle.checkpoints import Resuming
@@ -238,6 +239,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
                 "its experts would count padding, for which packed batches have no mask. Set one of them to false."
             )
         refuse_sharded(self.args, self.accelerator)
+        refuse_uneven_sampling(self.args, self.accelerator, self.requirements.samples_completions)
         publishing.check_merger(self.args, self.model, self.accelerator)
 
     def _start(self) -> None:
@@ -448,9 +450,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
             self.proof.look(inputs)
             self.sentinel.look(inputs)
             self.window_loss = self.window_loss + loss.detach()
-            self.metrics.add_sums(trained_tokens=counts.flatten()[0])
-            if "token_cut" in inputs:
-                self.metrics.add_sums(cut_characters=inputs["token_cut"].sum())
+            self.metrics.add_batch(inputs, counts.flatten()[0])
             self.metrics.add_terms(self.teacher.names, inputs, terms, self.loss_divisors | self.logged_divisors)
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
 

@@ -33,6 +33,7 @@ from .given.fields import ARGUMENTS, also_taken, check_arguments, refusals_of_tr
 from .given.optimizer import check_optimizer, check_schedule
 from .given.packages import check_before_devices
 from .given.quantized import check_quantization
+from .given.token_batches import check_token_batches
 
 
 @documented
@@ -84,6 +85,12 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     chat_template_kwargs: dict[str, Any] | str | None = setting(None, "Extra variables for the chat template (JSON).")
     dataset_num_proc: int | None = setting(None, "Processes for tokenisation.", least=1, most=1024)
     pad_to_multiple_of: int | None = setting(None, "Pad batches to a multiple of this length.", least=1)
+    per_device_train_tokens: int | None = setting(
+        None,
+        "In place of per_device_train_batch_size: batches of rows of about one length, each of at most so many tokens, "
+        "padding counted.",
+        least=1,
+    )
     packing: bool = setting(
         False, "Train on several rows in one of up to `max_length` tokens, which do not see each other."
     )
@@ -250,6 +257,16 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     def why_no_packing(self) -> str:
         """What keeps `packing` from working, as the end of a sentence; empty: nothing."""
         return "every step samples completions for single prompts" if self.samples_completions else ""
+
+    @property
+    def why_fixed_rows(self) -> str:
+        """What keeps `per_device_train_tokens` from working, as the end of a sentence; empty: nothing."""
+        return ""
+
+    @property
+    def sequences_of_row(self) -> int:
+        """How many sequences a batch has of each of its rows, at the most."""
+        return 1
 
     @property
     def why_no_views(self) -> str:
@@ -454,6 +471,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         check_correction(self)
         check_terms(self)
         check_quantization(self)
+        check_token_batches(self)
         self._check_eval_measures()
         self.check_teacher_options()
 
@@ -464,6 +482,9 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         require(not config.dispatch_batches, "accelerator_config.dispatch_batches", config.dispatch_batches, shared)
         even = "true: a process without a batch would leave the others waiting"
         require(config.even_batches is not False, "accelerator_config.even_batches", config.even_batches, even)
+        whole = "false with `per_device_train_tokens`: batches without a fixed number of rows cannot be split"
+        splits = config.split_batches and self.per_device_train_tokens is not None
+        require(not splits, "accelerator_config.split_batches", config.split_batches, whole)
 
     def _keep_the_forward(self) -> None:
         """Leave Liger's losses out: they replace the forward that the distillation loss runs in."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from datasets import IterableDataset
 from datasets.fingerprint import Hasher
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
+from transformers.trainer_utils import seed_worker
 
 from .. import hub, models
 from ..data.packing import is_packed_dataset, pack
@@ -18,8 +20,9 @@ from ..requirements import Requirements
 from ..teachers import Teacher
 from .given import arguments
 from .given.lengths import check_positions
+from .given.token_batches import check_longest, row_tokens, rows_of_batch, token_batches
 from .lifecycle.completions import fill_with_teacher_completions
-from .lifecycle.order import train_sampler
+from .lifecycle.order import TokenBatchSampler, train_sampler
 from .preflight import is_prepared, prepare_rows, read_stream, refuse_other_layout, tell_dataset
 
 _OTHERS_KEPT = 4  # rows that `evaluate` or `predict` was given, ready to be scored again
@@ -34,6 +37,7 @@ class Dataloaders(Trainer):
     """What of `DistillTrainer` loads rows."""
 
     _keeps_order = False
+    _rows_of_step = 0  # of batches that are counted in tokens
 
     if TYPE_CHECKING:
         args: Any
@@ -79,9 +83,37 @@ class Dataloaders(Trainer):
         self.complete_train()
         if self.args.packing and not is_packed_dataset(self.train_dataset):
             with self.args.main_process_first(desc="packing"):
-                batch_size = self.args.per_device_train_batch_size
+                batch_size = rows_of_batch(self.args, self.args.max_length)
                 self.train_dataset = self._ready_train = pack(self.train_dataset, self.args.max_length, batch_size)
-        return super().get_train_dataloader()
+        if self.args.per_device_train_tokens is None:
+            return super().get_train_dataloader()
+        return self._token_dataloader()
+
+    def _token_dataloader(self) -> Any:
+        """Load batches that are counted in tokens: as transformers does, which knows batches of so many rows alone."""
+        args, rows, sampled = self.args, self.train_dataset, self.requirements.samples_completions
+        check_longest(rows, args, sampled=sampled)
+        batches = token_batches(row_tokens(rows, args, sampled=sampled), args, args.world_size)
+        times, window = getattr(args, "num_generations", 1), args.world_size * args.gradient_accumulation_steps
+        self._rows_of_step = round(len(rows) * times * window / len(batches))
+        workers = args.dataloader_num_workers
+        loader: Any = DataLoader(
+            rows,
+            batch_sampler=TokenBatchSampler(batches, args, lambda: self.state.epoch or 0, times),
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Count the rows of an optimiser step: of batches that are counted in tokens their mean, for speeds alone."""
+        return self._rows_of_step or super().get_total_train_batch_size(args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -32,6 +32,7 @@ from .given.lengths import check_positions
 from .given.own_teacher import warn_of_nothing_new
 from .given.packages import check_packages
 from .given.quantized import check_quantized
+from .given.token_batches import check_longest, check_token_rows
 from .lifecycle import held_out_checks, publishing
 from .student import student_config, student_tokenizer
 
@@ -91,6 +92,7 @@ class Ready:
         scored = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
         every = {**scored, "train": train, "pretraining": text}
         check_positions(every, self.pair.student, self.config, self.pair.teacher, given.args, self.wants)
+        check_longest(train, given.args, sampled=given.args.answers_prompts("train", self.wants))
         return train, evaluation, text
 
     def prepared(self, dataset: Any, name: str) -> Any:
@@ -384,3 +386,4 @@ def _check_datasets(given: Given, wants: Requirements) -> None:
     if not given.own_scores:
         check_best_metric(args, evaluation, wants.teachers)
     args.check_datasets(given.train, evaluation, given.text, wants)
+    check_token_rows(args, wants, given.text is not None and getattr(args, "pretraining_weight", 0) > 0)

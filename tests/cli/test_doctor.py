@@ -317,6 +317,18 @@ def test_too_little_memory_is_an_error_that_names_what_fits(recipe, pair, diagno
     assert diagnose(path, "--strict")[0] == 1
 
 
+def test_batches_counted_in_tokens_are_judged_by_them(recipe, pair, diagnose):
+    """As many tokens as 24 rows of `max_length` have take as much memory; a longer row is a finding."""
+    rows = diagnose(recipe(**pair(), per_device_train_batch_size=24, max_steps=-1))[1]
+    counted = {"per_device_train_batch_size": None, "max_steps": -1}
+    tokens = diagnose(recipe(**pair(), **counted, per_device_train_tokens=24 * 24))[1]
+    assert tokens["memory"]["peak"] == rows["memory"]["peak"] and tokens["steps"] == rows["steps"]
+    status, report = diagnose(recipe(**pair(), **counted, per_device_train_tokens=4, lmbda=0.0))
+    assert status == 2 and any(
+        "`per_device_train_tokens: 4`, but the longest row" in f["what"] for f in serious(report)
+    )
+
+
 def test_a_full_disk_is_an_error(recipe, pair, diagnose, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 10**12 - 10**5, 10**5))

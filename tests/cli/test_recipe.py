@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_trainers.cli import main
+from distill_trainers.cli.plan import make_plan
 from distill_trainers.recipe.checks import student_identity
 from distill_trainers.recipe.parse import parse_recipe
 
@@ -59,6 +60,17 @@ def test_dry_run_prints_the_plan_and_loads_no_weights(recipe, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "12" in printed and "24" in printed  # 24 rows in batches of 4, twice
     assert "nothing was trained" in printed
+
+
+def test_steps_of_batches_counted_in_tokens_are_planned_and_on_the_card(recipe, tmp_path):
+    changes = {"per_device_train_batch_size": None, "per_device_train_tokens": 50, "lmbda": 0.0, "max_steps": -1}
+    path = recipe(**changes, num_train_epochs=1, verify_saved=False)
+    plan = make_plan(parse_recipe(["--config", path]))
+    assert plan.tokens_per_step == pytest.approx(plan.train_tokens / plan.steps) and plan.steps > 2
+    assert main(["train", "--config", path]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`per_device_train_tokens`" in card and "per_device_train_batch_size" not in card
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == plan.steps
 
 
 def test_train_saves_student_card_and_scores(recipe, tmp_path, capsys):

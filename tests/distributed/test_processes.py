@@ -363,6 +363,23 @@ def test_zero3_teacher_is_sharded(finished):
     assert finished("wide", "cpu_zero3")[0]["teacher_mlp_kept_whole"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_two_processes_read_every_row_once_in_batches_counted_in_tokens(tmp_path, lmbda):
+    """With a student that stands still, an epoch's losses, weighed by tokens, are those of one process."""
+    settings = {**SETTINGS, "lmbda": lmbda, "per_device_train_tokens": 48, "learning_rate": 0.0}
+    settings |= {"max_steps": -1, "num_train_epochs": 1}
+    found = []
+    for config in (None, "cpu_ddp.yaml"):
+        report = launch(tmp_path / str(config), config, settings)
+        logs = [log for log in report["logs"] if "loss" in log]
+        tokens = sum(log["trained_tokens"] for log in logs)
+        found.append((len(logs), tokens, sum(log["loss"] * log["trained_tokens"] for log in logs) / tokens))
+    (steps, tokens, loss), (halved, same_tokens, same_loss) = found
+    assert halved == pytest.approx(steps / 2, abs=1) and same_tokens == tokens
+    assert same_loss == pytest.approx(loss, rel=1e-5)
+
+
 # ---- Dead and back --------------------------------------------------------------------------------------------------
 
 # 48 rows: 6 steps an epoch. λ draws, a replay buffer and dropout; or cycles of four steps on the same rollouts.
@@ -377,6 +394,7 @@ INTERRUPTED = {
     "self-taught": {"args": {"lmbda": 0.5, **SELF_TAUGHT}},
     "replay": {"args": {"lmbda": 0.5, "replay_buffer_size": 8}},
     "cycle": {"method": "minillm", "args": {**MINILLM, "temperature": 1.0}},
+    "tokens": {"args": {"lmbda": 0.5, "per_device_train_tokens": 32, "per_device_train_batch_size": 8}},
 }
 
 
@@ -388,6 +406,8 @@ INTERRUPTED = {
         ("replay", "cpu_fsdp2.yaml"),
         ("self-taught", "cpu_zero3.yaml"),
         ("self-taught", "cpu_fsdp2.yaml"),
+        ("tokens", "cpu_ddp.yaml"),
+        ("tokens", "cpu_zero3.yaml"),
         ("cycle", "cpu_ddp.yaml"),
         ("cycle", "cpu_zero2.yaml"),
     ],

@@ -125,6 +125,13 @@ class DPKDConfig(DistillConfig):
 
     why_one_teacher = "the reference of its rewards is one model"
 
+    sequences_of_row = 2  # type: ignore[assignment]  # both responses of a pair
+
+    @property
+    def why_fixed_rows(self) -> str:
+        kept = "pairs that were kept, of any length, take the places of a batch's own (`refresh_steps`)"
+        return kept if self.refresh_steps > 1 else ""
+
     @property
     def samples_completions(self) -> bool:
         """Where rows are prompts; a dataset of pairs is trained on as it is (see `requirements`)."""

@@ -130,6 +130,11 @@ class GKDConfig(RewardSettings, DistillConfig):
         return replays if self.replay_buffer_size else super().why_one_teacher
 
     @property
+    def why_fixed_rows(self) -> str:
+        replays = "rows of a replay buffer (`replay_buffer_size`), of any length, take the places of a batch's own"
+        return replays if self.replay_buffer_size else ""
+
+    @property
     def why_shared_tokenizer(self) -> str:
         if self.reward_names:
             return "rewards (`reward_funcs`) are weighed against the divergence of each sampled token"

@@ -345,11 +345,14 @@ class Resuming(Trainer):
         rows = self.train_dataset if hasattr(self.train_dataset, "__len__") else None
         if getattr(self.teacher, "is_live", True) and not self.teacher.moves:  # it is not loaded for this
             settings["teacher's weights"] = self.teacher.fingerprint()
+        counted, size = "rows", args.per_device_train_batch_size
+        if args.per_device_train_tokens is not None:
+            counted, size = "tokens", args.per_device_train_tokens
         return {
             **plain(settings),
             "teacher": shown(self.teacher.name),
             "number of processes": args.world_size,
-            "rows of a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            f"{counted} of a step": size * args.gradient_accumulation_steps * args.world_size,
             "rows of train_dataset": None if rows is None else len(rows),
             "content of train_dataset": self._content,
             **self._facts,

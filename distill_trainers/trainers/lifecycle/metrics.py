@@ -45,6 +45,19 @@ class RunningMetrics:
         _add(self._totals, totals, self.device)
         _add(self._counts, dict.fromkeys(totals, count), self.device)
 
+    def add_batch(self, batch: Mapping[str, Tensor], trained: Tensor) -> None:
+        """Add what there is to know of a micro-batch: `trained` tokens, those that are cut, and how much is padding.
+
+        The last is of the student's tokens. Packed batches do not tell: their padding is a row like others.
+        """
+        self.add_sums(trained_tokens=trained)
+        if "token_cut" in batch:
+            self.add_sums(cut_characters=batch["token_cut"].sum())
+        masks = [batch[name] for name in ("attention_mask", "encoder_mask") if name in batch]
+        if masks:
+            padded = torch.stack([(mask == 0).sum() for mask in masks]).sum()
+            self.add_means({"padding_share": padded}, sum(mask.numel() for mask in masks))
+
     def add_quantiles(self, name: str, values: Tensor, counted: Tensor) -> None:
         """Take in ratios `[n]` whose 5 % and 95 % quantiles are of interest, where `counted` `[n]` is not 0.
 

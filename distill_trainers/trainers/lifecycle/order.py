@@ -9,7 +9,9 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from ...data.token_batches import TokenBatches
 from ...exceptions import DatasetError
+from ...randomness import Purpose, Role, Stream
 from ..config import DistillConfig
 
 
@@ -70,6 +72,26 @@ class RepeatedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return (row for row in self.sampler for _ in range(self.times))
+
+
+class TokenBatchSampler(Sampler[list[int]]):
+    """Batches that are counted in tokens, dealt anew in each epoch; accelerate shares them among the processes.
+
+    Args:
+        times: how often a batch has each of its rows, one after the other.
+    """
+
+    def __init__(self, batches: TokenBatches, args: DistillConfig, epoch: Callable[[], float], times: int = 1):
+        self.batches, self.epoch, self.times = batches, epoch, times
+        self.seed = args.seed if args.data_seed is None else args.data_seed
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stream = Stream(self.seed, Role.DATA, Purpose.TOKEN_BATCHES).at(epoch=int(self.epoch()))
+        for batch in self.batches.drawn(stream.numpy_generator()):
+            yield [row for row in batch for _ in range(self.times)]
 
 
 def train_sampler(dataset: Any, args: DistillConfig, epoch: Callable[[], float]) -> EpochSampler | None:

@@ -129,6 +129,11 @@ class MiniLLMConfig(RewardSettings, DistillConfig):
         return reused if self.reuses_rollouts else super().why_one_teacher
 
     @property
+    def why_fixed_rows(self) -> str:
+        reused = "rollouts are reused by steps of a fixed number of rows (`num_inner_epochs`, `num_minibatches`)"
+        return reused if self.reuses_rollouts else ""
+
+    @property
     def loss_terms(self) -> frozenset[str]:
         single = set(self.single_terms)
         return frozenset(single | ({"lm_loss"} if self.lm_loss_weight else set()))

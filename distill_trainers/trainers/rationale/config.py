@@ -115,6 +115,12 @@ class RationaleConfig(DistillConfig):
         return True
 
     @property
+    def sequences_of_row(self) -> int:
+        """Two, or in `dual_chain` as many as are sampled: all of them may be kept."""
+        sampled = self.innovation_samples if self.samples_completions else 0
+        return 1 + self.with_others + sampled
+
+    @property
     def with_others(self) -> bool:
         """Whether an example is two sequences: label and rationale, or right and wrong chain."""
         uses = self.uses

@@ -18,6 +18,8 @@ def check_groups(args: Any, num_processes: int) -> None:
     Raises:
         ConfigurationError: with the numbers.
     """
+    if args.per_device_train_tokens is not None:
+        return  # the copies of a row are in one batch
     size, micro_batches = args.num_generations, args.gradient_accumulation_steps
     rows = args.per_device_train_batch_size * micro_batches * num_processes
     if rows % size:
