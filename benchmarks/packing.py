@@ -3,7 +3,7 @@
     python benchmarks/packing.py                    # 4096 tokens, Llama 192 x 3 with a teacher of 5 layers, float32
     python benchmarks/packing.py --quick            # the same code on a toy, for the tests
     python benchmarks/packing.py --rounds 3 --json results.json
-    python benchmarks/packing.py --model ./SmolLM2-135M --rows 48    # student and teacher with these weights
+    python benchmarks/packing.py --model ./SmolLM2-135M --rows 24 --only 1 2 3
 
 Lengths are lognormal, as those of chats are: many short rows, few as long as `max_length`. Every contender trains over
 the same rows once, in turn, in one process.
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each contender, in turns")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--rows", type=int, help=f"of the data, {SIZE['rows']} by default")
+    parser.add_argument("--only", type=int, nargs="+", help="which contenders, by their places from 1 on")
     parser.add_argument("--model", type=Path, help="a folder of student and teacher, in place of random Llamas")
     parser.add_argument("--json", type=Path, help="write all measurements here")
     options = parser.parse_args()
@@ -58,10 +59,11 @@ def main() -> None:
     print(f"{described}\n")
     few = {**size, "rows": 8}  # imports and first touches are nobody's cost
     measure(CONTENDERS["batches of 8 rows"], few, options.threads)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    chosen = [name for place, name in enumerate(CONTENDERS, 1) if place in (options.only or [place])]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for _ in range(options.rounds):
-        for name, settings in CONTENDERS.items():
-            results[name].append(measure(settings, size, options.threads))
+        for name in chosen:
+            results[name].append(measure(CONTENDERS[name], size, options.threads))
     print(table(results))
     write_results(options.json, described, results)
 

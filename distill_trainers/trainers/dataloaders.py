@@ -91,7 +91,8 @@ class Dataloaders(Trainer):
 
     def _token_dataloader(self) -> Any:
         """Load batches that are counted in tokens: as transformers does, which knows batches of so many rows alone."""
-        args, rows, sampled = self.args, self.train_dataset, self.requirements.samples_completions
+        args, sampled = self.args, self.requirements.samples_completions
+        rows: Any = self.train_dataset
         check_longest(rows, args, sampled=sampled)
         batches = token_batches(row_tokens(rows, args, sampled=sampled), args, args.world_size)
         times, window = getattr(args, "num_generations", 1), args.world_size * args.gradient_accumulation_steps

@@ -125,7 +125,7 @@ class DPKDConfig(DistillConfig):
 
     why_one_teacher = "the reference of its rewards is one model"
 
-    sequences_of_row = 2  # type: ignore[assignment]  # both responses of a pair
+    sequences_of_row = 2  # both responses of a pair
 
     @property
     def why_fixed_rows(self) -> str:
