@@ -62,7 +62,7 @@ accelerate_imports._is_package_available = functools.cache(accelerate_imports._i
 
 
 class _StaysOn(pytest_logging.catching_logs):
-    """A handler of pytest's that stays on: pytest walks 600 loggers twelve times a test, longer than most tests take."""
+    """A handler of pytest's stays on: pytest walks 600 loggers twelve times a test, longer than most tests take."""
 
     def __enter__(self):
         loggers = len(logging.root.manager.loggerDict)
