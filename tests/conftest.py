@@ -20,6 +20,7 @@ import copy
 import functools
 import gc
 import importlib.util
+import logging
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from _pytest import logging as pytest_logging
 from accelerate.utils import imports as accelerate_imports
 from datasets import disable_progress_bars
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -52,11 +54,29 @@ transformers_logging.disable_progress_bar()
 METHOD_DATA = {"rationale": addition_rationales}
 METHOD_SETTINGS = {"rationale": {**RATIONALE_PROMPTS, "max_length": 40, "max_new_tokens": 20}}
 # Without such a device torch keeps each seed for the day it comes, with the stack of the call: a tenth of a trainer.
-for device in (torch.cuda, torch.xpu):
+for device in (torch.cuda, torch.mtia, torch.xpu):
     if not device.is_available():
         device.manual_seed_all = lambda seed: None
 # It reads the metadata of installed packages anew whenever a model is unwrapped.
 accelerate_imports._is_package_available = functools.cache(accelerate_imports._is_package_available)
+
+
+class _StaysOn(pytest_logging.catching_logs):
+    """A handler of pytest's stays on: pytest walks 600 loggers twelve times a test, longer than most tests take."""
+
+    def __enter__(self):
+        loggers = len(logging.root.manager.loggerDict)
+        if self.handler not in logging.root.handlers or loggers != getattr(self.handler, "walked", 0):
+            super().__enter__()
+            self.handler.walked = loggers
+        return self.handler
+
+    def __exit__(self, *error):
+        if self.level is not None:
+            super().__exit__(*error)
+
+
+pytest_logging.catching_logs = _StaysOn
 
 
 def _freeze() -> None:

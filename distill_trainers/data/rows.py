@@ -38,6 +38,7 @@ def tokenize_row(
     feedback: FeedbackRows | None = None,
     rewards: RewardRows | None = None,
     reserve: int = 0,
+    begin: list[int] | None = None,
 ) -> TokenizedRow:
     """Tokenise one row as `{"input_ids", "labels", "prompt_length"}`.
 
@@ -57,6 +58,7 @@ def tokenize_row(
         feedback: add what the teacher's prompt is made of once the student has answered (see `feedback.py`).
         rewards: add what reward functions read of the row (see `reward_rows.py`).
         reserve: tokens that the student may write.
+        begin: what `special_beginning` returns, where many rows are tokenised.
 
     Raises:
         DatasetError: a value of the wrong kind, or a conversation that the chat template cannot split.
@@ -66,9 +68,9 @@ def tokenize_row(
     asked: str | list[Message] | None = None
     if dataset_type == "tokenized":
         tokens = _from_tokens(row, tokenizer)
-    elif _is_text(row, dataset_type):
+    elif is_text(row, dataset_type):
         asked = as_text(row.get("prompt"), column="prompt")
-        tokens = _from_text(row, dataset_type, tokenizer)
+        tokens = _from_text(row, dataset_type, tokenizer, begin)
     else:
         asks = teacher_prompts or feedback or rewards
         asked = turns_of(row, dataset_type, answer_last=answer_last)[0] if asks else []
@@ -125,21 +127,24 @@ def truncate(
     }
 
 
-def _is_text(row: Mapping[str, Any], dataset_type: DatasetType) -> bool:
+def is_text(row: Mapping[str, Any], dataset_type: DatasetType) -> bool:
+    """Tell whether a row is plain text and not a conversation or token ids."""
     if dataset_type == "prompt_completion":
         return not (is_conversation(row["prompt"]) or is_conversation(row["completion"]))
     return dataset_type == "text" or (dataset_type == "prompt" and not is_conversation(row["prompt"]))
 
 
-def _from_text(row: Mapping[str, Any], dataset_type: DatasetType, tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
+def _from_text(
+    row: Mapping[str, Any], dataset_type: DatasetType, tokenizer: PreTrainedTokenizerBase, begin: list[int] | None
+) -> TokenizedRow:
     if dataset_type == "text":
         text = as_text(row["text"], column="text")
-        return row_of([], ended(text_ids(text, tokenizer), tokenizer) if text.strip() else [])
+        return row_of([], ended(text_ids(text, tokenizer, begin), tokenizer) if text.strip() else [])
     prompt = as_text(row["prompt"], column="prompt")
     if dataset_type == "prompt":
-        return row_of(text_ids(prompt, tokenizer), [])
+        return row_of(text_ids(prompt, tokenizer, begin), [])
     completion = as_text(row["completion"], column="completion")
-    prompt_ids, completion_ids, lost = split_text(prompt, completion, tokenizer)
+    prompt_ids, completion_ids, lost = split_text(prompt, completion, tokenizer, begin)
     return row_of(prompt_ids, completion_ids) | ({"straddled": lost} if lost else {})
 
 

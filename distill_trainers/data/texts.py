@@ -19,19 +19,35 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), *(i + 1 for i in tokenizer.added_tokens_decoder), 1)
 
 
-def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def special_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that a tokenizer puts before every text, such as BOS."""
+    bare, full = _bare_ids("a", tokenizer), list(tokenizer("a")["input_ids"])
+    if not bare:  # a vocabulary without the letter
+        return full[: int(full[:1] == [tokenizer.bos_token_id])]
+    return full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)]
+
+
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase, begin: list[int] | None = None) -> list[int]:
     """Tokenise a text with the special tokens that begin one, but none that ends it.
 
     What the text brings of them is not put there again: `<s>Hi` gets no second BOS.
+
+    Args:
+        begin: what `special_beginning` returns, where many texts are tokenised.
     """
-    return _begun(_bare_ids(text, tokenizer), _special_beginning(tokenizer))
+    return _begun(_bare_ids(text, tokenizer), special_beginning(tokenizer) if begin is None else begin)
 
 
-def split_text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], int]:
+def split_text(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, begin: list[int] | None = None
+) -> tuple[list[int], list[int], int]:
     """Tokenise `prompt + completion` as one text that ends in EOS.
 
     Tokenised apart, a completion would get the space that some tokenizers put before every text, and the row would hold
     tokens that the tokenizer does not make of this text. A token that straddles the border belongs to the completion.
+
+    Args:
+        begin: what `special_beginning` returns, where many texts are tokenised.
 
     Returns:
         The ids of the prompt, as it has them alone, and of the completion (none where it is empty); and how many tokens
@@ -39,14 +55,15 @@ def split_text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase)
     """
     from trl.data_utils import common_prefix_length
 
-    begin = _special_beginning(tokenizer)
-    alone = _begun(_bare_ids(prompt, tokenizer), begin)
+    begin = special_beginning(tokenizer) if begin is None else begin
     if not completion.strip():
-        return alone, [], 0
+        return text_ids(prompt, tokenizer, begin), [], 0
+    both = tokenizer([prompt, prompt + completion], add_special_tokens=False)["input_ids"]
+    alone, whole = (_begun(list(ids), begin) for ids in both)
     bos = tokenizer.bos_token
-    if bos and bos != tokenizer.eos_token and alone[:1] == [tokenizer.bos_token_id]:
-        completion = completion.removeprefix(bos)  # the row has its own, at its beginning
-    whole = _begun(_bare_ids(prompt + completion, tokenizer), begin)
+    brings_bos = bos and bos != tokenizer.eos_token and completion.startswith(bos)
+    if brings_bos and alone[:1] == [tokenizer.bos_token_id]:  # the row has its own, at its beginning
+        whole = text_ids(prompt + completion.removeprefix(bos), tokenizer, begin)
     start = common_prefix_length(alone, whole)
     return whole[:start], ended(whole[start:], tokenizer), len(alone) - start
 
@@ -109,11 +126,3 @@ def _begun(ids: list[int], begin: list[int]) -> list[int]:
 
 def _bare_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _special_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts before every text, such as BOS."""
-    bare, full = _bare_ids("a", tokenizer), list(tokenizer("a")["input_ids"])
-    if not bare:  # a vocabulary without the letter
-        return full[: int(full[:1] == [tokenizer.bos_token_id])]
-    return full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)]

@@ -23,9 +23,9 @@ from distill_trainers.data.labels import any_trained
 from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.reward_rows import REWARD_ROW, RewardRows
 from distill_trainers.data.routing import TEACHER_INDEX, teacher_index
-from distill_trainers.data.rows import TokenizedRow, tokenize_row, truncate
+from distill_trainers.data.rows import TokenizedRow, is_text, tokenize_row, truncate
 from distill_trainers.data.teacher_prompts import TeacherPrompts
-from distill_trainers.data.texts import tell_straddled
+from distill_trainers.data.texts import special_beginning, tell_straddled
 from distill_trainers.data.views import view_features
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
 
@@ -128,6 +128,7 @@ def prepare_dataset(
         teacher_column=teacher_column,
         feedback=feedback,
         rewards=rewards,
+        begin=special_beginning(tokenizer) if is_text(row, dataset_type) else None,
     )
     features = _features(
         teacher_prompts,
@@ -212,7 +213,7 @@ def is_kept(row: Mapping[str, Any]) -> bool:
 
 
 def _drop(dataset: Dataset, max_length: int | None, name: str, prompts: TeacherPrompts | None) -> Dataset:
-    flags = dataset.select_columns([column for column in _TOLD if column in dataset.column_names])[:]
+    flags = {column: dataset[column][:] for column in _TOLD if column in dataset.column_names}
     reasons = Counter(reason for reason in flags["dropped"] if reason)
     usable = [i for i, reason in enumerate(flags["dropped"]) if not reason]
     parts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())

@@ -39,7 +39,7 @@ def check_packages(args: Any) -> None:
     Raises:
         ConfigurationError: naming the setting and what to install.
     """
-    there = get_available_reporting_integrations()
+    there = get_available_reporting_integrations() if args.report_to else []  # it looks for the package of each
     for name in args.report_to or []:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
