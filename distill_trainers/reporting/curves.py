@@ -145,7 +145,8 @@ def _without_teacher(name: str) -> str | None:
 def _unit(name: str) -> str:
     stem = name.removeprefix("eval_").partition("/")[0]
     unit = MEASURES[stem].unit if stem in MEASURES else ""
-    shares = stem.startswith(("gap_closed_", "pass@")) or stem.endswith(("top1_agreement", "acceptance", "accuracy", "padding_share"))
+    ends = ("top1_agreement", "acceptance", "accuracy", "padding_share")
+    shares = stem.startswith(("gap_closed_", "pass@")) or stem.endswith(ends)
     if unit == "share" or shares:
         return "%"
     if unit:
