@@ -85,6 +85,25 @@ def test_the_index_names_every_page():
     assert linked == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"README.md"}
 
 
+def test_each_page_says_first_whom_it_is_for():
+    for page in PAGES[1:]:
+        lines = page.read_text(encoding="utf-8").splitlines()
+        assert lines[0].startswith("# ") and lines[1] == "" and lines[2].startswith("For "), page.name
+
+
+def test_figures_are_drawings_with_words():
+    """What pages show has a text for those who do not see it, and needs nothing from elsewhere."""
+    shown = {
+        (page.parent / file).resolve()
+        for page in PAGES
+        for file in re.findall(r"!\[[^]]+\]\(([^)\s]+)\)", page.read_text())
+    }
+    assert {DOCS / "figures" / f"{name}.svg" for name in ("data_flow", "choosing")} <= shown
+    for file in (DOCS / "figures").glob("*.svg"):
+        drawing = file.read_text(encoding="utf-8")
+        assert file in shown and "<title" in drawing and "<desc" in drawing and "href" not in drawing
+
+
 # ---- Commands -------------------------------------------------------------------------------------------------------
 
 
