@@ -335,9 +335,7 @@ class Publishing(Trainer):
         folder, history, facts = Path(self.args.output_dir), self.state.log_history, self.card_facts()
         plots: list[str] = []
         if any("loss" in entry for entry in history):
-            drawn = plot_history(history, folder / "plots")
-            evaluated = any("eval_kl" in entry for entry in history)
-            plots = [f"plots/{file.name}" for file in drawn if evaluated or file.name != "agreement.png"]
+            plots = [f"plots/{file.name}" for file in plot_history(history, folder / "plots")]
         self._write_card(folder, model_card(facts, plots=plots))
         if self.args.merge_adapter and self.published_folder.is_dir():
             for name in [*plots, "metrics.json"]:
