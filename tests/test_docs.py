@@ -300,7 +300,7 @@ def test_data_settings_are_keys_of_recipes(tmp_path):
     for name in ("dataset", "eval_fraction"):
         del base[name]
     blocks = [yaml.safe_load(code) for code in _blocks(DOCS / "data.md", "yaml")]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for settings in blocks:
         _parse(yaml.safe_dump({**base, "dataset": "rows.jsonl", **settings}), tmp_path)
 
