@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from .adapters import causal_lm_of
 from .loading import model_class
@@ -46,8 +47,10 @@ def looks_positions_up(model: nn.Module) -> bool:
 
 def without_weights(config: Any, **kwargs: Any) -> Any:
     """Make the causal LM of a config on the meta device: its layers, no weights."""
-    with torch.device("meta"), whole_loading():
-        return model_class(config).from_config(config, **kwargs)
+    with torch.device("meta"), whole_loading(), no_init_weights():  # without it, torch draws them on that device too
+        model = model_class(config).from_config(config, **kwargs)
+    model.tie_weights()
+    return model
 
 
 def check_files(name: Any, role: str, config: Any, init_kwargs: Mapping[str, Any]) -> None:

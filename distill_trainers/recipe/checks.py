@@ -202,6 +202,7 @@ def student_identity(recipe: Recipe) -> dict[str, Any]:
 def without_weights(config: Any, recipe: Recipe, *, adapted: bool = False) -> Any:
     """Make the model of a config on the meta device; `adapted`: with the recipe's adapter, if it has one."""
     import torch
+    from transformers.initialization import no_init_weights
     from trl import get_peft_config
 
     from .. import models
@@ -212,7 +213,7 @@ def without_weights(config: Any, recipe: Recipe, *, adapted: bool = False) -> An
     check_adapter(recipe.args, adapter)
     if adapter is None:
         return model
-    with torch.device("meta"), models.whole_loading():
+    with torch.device("meta"), models.whole_loading(), no_init_weights():
         return models.add_adapter(model, adapter)
 
 
