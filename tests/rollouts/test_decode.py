@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_trainers import models
 from distill_trainers.exceptions import ConfigurationError
@@ -430,6 +431,28 @@ def test_what_all_prompts_begin_with_is_read_once(make_model, pad_left, prompts,
         assert sum(rows for rows, _, _ in read[1:]) == len({tuple(prompt) for prompt in chats}) < len(chats)
     else:
         assert [past for _, past, _ in read] == [0]
+
+
+@pytest.mark.parametrize("rope_type", ["default", "dynamic", "longrope"])
+def test_frequencies_that_follow_from_the_length_are_those_of_the_whole_prompt(
+    make_model, pad_left, prompts, rope_type
+):
+    """A beginning that is read by itself would have those of a short text."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+    config = make_model().config.to_dict() | {"max_position_embeddings": 16, "rope_parameters": rope, "head_dim": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    chats = [[5, 11, 4, 8, 21, 6, 13, 12, 10, 17, *range(2, 12), *prompt] for prompt in ([4], [5, 8])]
+    one = SamplingSettings(1, temperature=0.0)
+    found = decode_scored(model, *pad_left(chats), one)
+    for chat, each in zip(chats, found, strict=True):
+        logps = model(input_ids=torch.tensor([chat])).logits[0, -1].log_softmax(-1)
+        assert each.ids == [int(logps.argmax())] and each.logps[0, 0].item() == pytest.approx(
+            logps.max().item(), abs=1e-4
+        )
 
 
 def test_nothing_runs_after_the_last_row_has_ended(make_model, pad_left):

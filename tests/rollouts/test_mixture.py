@@ -24,26 +24,43 @@ def pair():
     return [models.install_token_forward(model.eval()) for model in made]
 
 
-def padded():
-    width = max(map(len, PROMPTS))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in PROMPTS])
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in PROMPTS])
+def padded(prompts=PROMPTS):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
 
 
-def mixed(pair, alpha, **how):
-    sampling = SamplingSettings(24, eos_token_ids=ENDS, suppress_from=14)
-    return decode_scored(pair[0], *padded(), sampling, streams=STREAMS, mixture=Mixture(pair[1], alpha, COINS, **how))
+def mixed(pair, alpha, prompts, **how):
+    sampling, mixture = (
+        SamplingSettings(24, eos_token_ids=ENDS, suppress_from=14),
+        Mixture(pair[1], alpha, COINS, **how),
+    )
+    return decode_scored(pair[0], *padded(prompts), sampling, streams=STREAMS, mixture=mixture)
 
 
-@pytest.mark.parametrize("alpha", [0.05, 0.5, 0.95])
-@pytest.mark.parametrize("gives_hidden", [True, False])
-def test_what_it_tells_is_what_one_forward_over_everything_tells(pair, alpha, gives_hidden, monkeypatch):
-    """Ragged prompts, and rows that leave one by one."""
+SYSTEM = [6, 3, 10, 2, 8, 12, 4, 4, 11]
+OF_SEVERAL = {
+    "ragged": PROMPTS,
+    "one beginning": [SYSTEM + prompt for prompt in PROMPTS],
+    "groups": [PROMPTS[0]] * 3 + [PROMPTS[1]] * 2 + [PROMPTS[4]],
+    "groups with one beginning": [SYSTEM + PROMPTS[1]] * 3 + [SYSTEM + PROMPTS[3]] * 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "gives_hidden", "prompts"),
+    [
+        *((alpha, hidden, "ragged") for alpha in (0.05, 0.5, 0.95) for hidden in (True, False)),
+        *((0.5, hidden, prompts) for hidden in (True, False) for prompts in list(OF_SEVERAL)[1:]),
+    ],
+)
+def test_what_it_tells_is_what_one_forward_over_everything_tells(pair, alpha, gives_hidden, prompts, monkeypatch):
+    """Ragged prompts, some of them read once for several rows, and rows that leave one by one."""
     if not gives_hidden:
         monkeypatch.setattr(models, "gives_hidden_states", lambda model: False)
-    found = mixed(pair, alpha, keeps_hidden=True)
+    found = mixed(pair, alpha, OF_SEVERAL[prompts], keeps_hidden=True)
     assert len({len(each.ids) for each in found}) > 2, "ragged, or this tests little"
-    for prompt, each in zip(PROMPTS, found, strict=True):
+    for prompt, each in zip(OF_SEVERAL[prompts], found, strict=True):
         whole, start = torch.tensor([prompt + each.ids]), len(prompt) - 1
         of_tokens = []
         for model in pair:

@@ -18,7 +18,7 @@ from .thin_products import linear
 if TYPE_CHECKING:
     from .rows import Rows
 
-Run = Callable[[Tensor, Tensor | None, Tensor, Any], Tensor]
+Run = Callable[[Tensor, Tensor | None, Tensor, Any], tuple[Tensor, ...]]
 
 
 def parameters_of(causal_lm: Any) -> set[str]:
@@ -26,8 +26,8 @@ def parameters_of(causal_lm: Any) -> set[str]:
     return set(inspect.signature(causal_lm.forward).parameters)
 
 
-def read_prompts(model: Any, rows: Rows, run: Run, whole: bool = False) -> tuple[Tensor, Any]:
-    """Return what `run` gives after each prompt, `[n, …]`, and the cache of all; `whole`: by one forward.
+def read_prompts(model: Any, rows: Rows, run: Run, whole: bool = False) -> tuple[list[Tensor], Any]:
+    """Return what `run` gives after each prompt, `[n, …]` each, and the cache of all; `whole`: by one forward.
 
     What all prompts begin with, such as a system prompt, is read once, and so is a prompt that several rows share, as
     those of a group do.
@@ -56,22 +56,28 @@ def read_prompts(model: Any, rows: Rows, run: Run, whole: bool = False) -> tuple
             mask = torch.ones_like(inputs) if mask is None else mask * (positions >= common)
             mask = torch.cat([mask.new_ones(len(mask), common), mask], dim=1)
         missing = None if mask is None or bool(mask.all()) else width - mask.sum(dim=1)
-        outputs.append(run(inputs, None if missing is None else mask, positions, cache)[of_each])
+        told = run(inputs, None if missing is None else mask, positions, cache)
+        outputs.append([values[of_each] for values in told])
         if common and missing is not None:
             close_gaps(cache, common, missing)
         if len(first) < len(of_each):
             keep_rows(cache, of_each)
         caches.append(cache)
-    return torch.cat(outputs), caches[0] if len(caches) == 1 else join(caches)
+    return [torch.cat(parts) for parts in zip(*outputs, strict=True)], caches[0] if len(caches) == 1 else join(caches)
 
 
 def _may_be_split(causal_lm: Any) -> bool:
     """Whether a prompt may be read in two parts with padding between them, which only positions tell apart.
 
-    Not where a layer looks back over a number of places, whatever is in them (GPT-Neo).
+    Not where a layer looks back over a number of places, whatever is in them (GPT-Neo), nor where rotary frequencies
+    follow from the length of what is read at once.
     """
-    local = getattr(causal_lm.config, "attention_layers", None)
-    return "position_ids" in parameters_of(causal_lm) and not local
+    config = causal_lm.config.get_text_config(decoder=True)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    of_layers = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]
+    by_length = any(part.get("rope_type") in ("dynamic", "longrope") for part in of_layers)
+    local = getattr(config, "attention_layers", None)
+    return "position_ids" in parameters_of(causal_lm) and not local and not by_length
 
 
 def _once(ids: Tensor) -> tuple[list[int], list[int]]:
@@ -82,7 +88,7 @@ def _once(ids: Tensor) -> tuple[list[int], list[int]]:
 
 
 def runner(model: Any, exact: bool = False) -> Run:
-    """Make `run(ids, mask, positions, cache)`: logits `[n, V]` of the last position, at least float32.
+    """Make `run(ids, mask, positions, cache)`: the logits `[n, V]` of the last position alone, at least float32.
 
     `exact`: with the head's product in float32, as losses take it, where the model itself would round its logits to
     bfloat16: a ratio of the student to itself is then 1 but for what rounding does to its hidden states.
@@ -90,7 +96,7 @@ def runner(model: Any, exact: bool = False) -> Run:
     accepted = parameters_of(models.causal_lm_of(model))
     exact = exact and models.gives_hidden_states(model)
 
-    def run(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+    def run(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor]:
         options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
         options = {name: value for name, value in options.items() if name in accepted}
         if exact:
@@ -98,7 +104,7 @@ def runner(model: Any, exact: bool = False) -> Run:
             options.pop("logits_to_keep", None)
         output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         logits = output if exact else output.logits[:, -1]
-        return logits.to(device=ids.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return (logits.to(device=ids.device, dtype=torch.promote_types(logits.dtype, torch.float32)),)
 
     return run
 

@@ -165,11 +165,11 @@ def _decode(
     processors, run = logits_processors(sampling), runner(model, exact=scored)
     eos = torch.tensor(sampling.eos_token_ids, dtype=torch.int64, device=rows.ids.device)
     ended: dict[int, Scored] = {}
-    logits, cache = read_prompts(model, rows, run, whole=in_step)
+    (logits,), cache = read_prompts(model, rows, run, whole=in_step)
     partner = None if mixture is None else Partner(mixture, rows, sampling.suppress_from, in_step)
     for step in range(sampling.max_new_tokens):
         if step:
-            logits = run(rows.inputs, rows.mask, rows.positions, cache)
+            (logits,) = run(rows.inputs, rows.mask, rows.positions, cache)
         logits = logits[:, : sampling.suppress_from]
         scores = processors(rows.ids, logits)
         draws_from = scores

@@ -58,15 +58,14 @@ class Partner:
         self._read = 0
         self._told: list[Tensor] = []  # log-probabilities [n, ·] of the first u tokens
         self._hidden: list[Tensor] = []  # [n, ·, D], that predict the first u + 1 tokens
-        states: list[Tensor] = []
 
-        def run(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        def run(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
             last, _, hidden = self._forward(ids, mask, positions, cache, ids[:, :0])
-            states.append(hidden)
-            return last
+            return last, hidden
 
-        self._next, self._cache = read_prompts(mixture.model, rows, run, whole=in_step)  # log p of token u + 1
-        self._keep(torch.cat(states))
+        told, self._cache = read_prompts(mixture.model, rows, run, whole=in_step)
+        self._next, hidden = told  # log p of token u + 1
+        self._keep(hidden)
 
     def draws_from(self, rows: Rows) -> Tensor:
         """Return log p of the next token, `[n, V]`."""
@@ -134,4 +133,4 @@ class Partner:
             return self.mixture.model(**inputs, on_hidden=told)
         logits = self.mixture.model(**inputs).logits[:, -count - 1 :, : self._vocab_size]
         logps = logits.to(ids.device, torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        return logps[:, -1], logps[:, :-1].gather(2, following.unsqueeze(2)).squeeze(2), logits.new_empty(0)
+        return logps[:, -1], logps[:, :-1].gather(2, following.unsqueeze(2)).squeeze(2), logits.new_empty(len(ids), 0)
