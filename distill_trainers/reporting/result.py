@@ -27,7 +27,11 @@ _OF_THE_TEACHER |= dict.fromkeys(("top1_agreement", "acceptance", "next_byte_agr
 
 @dataclass(frozen=True)
 class Line:
-    """One score of one student; None where nobody took it."""
+    """One score of one student; None where nobody took it.
+
+    Attributes:
+        dataset: the evaluation set, of several.
+    """
 
     name: str
     title: str
@@ -37,6 +41,12 @@ class Line:
     after: float | None
     teacher: float | None
     gap: GapClosed | None
+    dataset: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What lines of two students have in common that may be compared."""
+        return self.name, self.dataset
 
     def shown(self, value: float | None) -> str:
         return "0" if value == 0 else number(value, self.unit).replace(" %", "\u00a0%")
@@ -67,8 +77,8 @@ class Outcome:
     lines: list[Line] = field(default_factory=list)
     sizes: list[list[Any]] = field(default_factory=list)
 
-    def line(self, name: str) -> Line | None:
-        return next((line for line in self.lines if line.name == name), None)
+    def line(self, key: tuple[str, str]) -> Line | None:
+        return next((line for line in self.lines if line.key == key), None)
 
 
 def result(runs: Sequence[Run]) -> Html:
@@ -216,8 +226,15 @@ def _plain_line(name: str, before: float | None, after: float | None, teacher: f
     if before is not None and after is not None and teacher is not None and before != teacher:
         gap = GapClosed((after - before) / (teacher - before), decided=True)
     title = ", ".join(filter(None, [titled(stem), dataset, expert]))
-    unit, higher = (measure.unit, measure.higher_is_better) if measure else ("share", True)  # pass@1
-    return Line(name, title, unit, higher, before, after, teacher, gap)
+    unit, higher = (measure.unit, measure.higher_is_better) if measure else _unit_and_direction(stem)
+    return Line(name, title, unit, higher, before, after, teacher, gap, dataset)
+
+
+def _unit_and_direction(stem: str) -> tuple[str, bool | None]:
+    """Tell what is known of a logged score that is no measure; a user's own may go either way."""
+    if stem.startswith(("pass@", "gap_closed_")):
+        return "share", True
+    return "", False if stem.endswith(("loss", "divergence")) else None
 
 
 # ---- How it is said -------------------------------------------------------------------------------------------------
@@ -271,8 +288,8 @@ def _table(outcome: Outcome) -> Html:
 
 def _side_by_side(outcomes: Sequence[Outcome]) -> list[Any]:
     """One score of all students: the one that most of them have, of these the first."""
-    names = list(dict.fromkeys(line.name for outcome in outcomes for line in outcome.lines))
-    most = max(names, key=lambda name: sum(outcome.line(name) is not None for outcome in outcomes))
+    keys = list(dict.fromkeys(line.key for outcome in outcomes for line in outcome.lines))
+    most = max(keys, key=lambda key: sum(outcome.line(key) is not None for outcome in outcomes))
     lines = [(outcome, outcome.line(most)) for outcome in outcomes]
     known = [(outcome, line) for outcome, line in lines if line is not None]
     first = known[0][1]
@@ -287,6 +304,8 @@ def _side_by_side(outcomes: Sequence[Outcome]) -> list[Any]:
 
 def _nearest(known: Sequence[tuple[Outcome, Line]]) -> Html:
     """Name the student that closed most of its gap, and whether the next is clearly behind."""
+    if len(known) == 1:
+        return join([f"No two students have a score of the same kind; {known[0][0].student} has {known[0][1].title}."])
     closed = [(outcome, line.gap) for outcome, line in known if line.gap and line.gap.decided]
     closed.sort(key=lambda pair: -(pair[1].value or 0.0))
     if len(closed) < 2:

@@ -79,6 +79,31 @@ def test_a_log_of_rewards_of_several_teachers_and_of_several_sets():
     assert all(f"Forward KL to the teacher, {name}" in told for name in ("chat", "code")) and "sequence" not in told
 
 
+@pytest.mark.parametrize(
+    ("score", "told"),
+    [
+        ("loss", "Loss went from 2.500 to 1.500 (lower is better)."),
+        ("divergence", "Divergence went from 2.500 to 1.500 (lower is better)."),
+        ("my_score", "My score went from 2.500 to 1.500."),
+    ],
+)
+def test_a_score_that_is_no_measure_is_no_share(score, told):
+    history = [{"step": 0, f"eval_{score}": 2.5}, {"step": 9, f"eval_{score}": 1.5}]
+    record = {"recipe": {"metric_for_best_model": f"eval_{score}"}}
+    assert told in _text(result([Run("r", history=history, record=record)]))
+
+
+def test_runs_with_several_sets_are_compared_on_the_same_one():
+    def run(name, *sets):
+        end = {f"eval_{each}_{score}": 0.1 for each in sets for score in ("loss", "tokens", "kl")}
+        return Run(name, history=[{"step": 0, **dict.fromkeys(end, 0.5)}, {"step": 9, **end}])
+
+    told = _text(result([run("a", "chat", "code"), run("b", "code", "chat"), run("c", "code")]))
+    assert "Forward KL to the teacher, code (" in told and "teacher, chat" not in told
+    told = _text(result([run("a", "chat"), run("b", "code")]))
+    assert "No two students have a score of the same kind; a has Forward KL to the teacher, chat." in told
+
+
 def test_what_was_not_measured_is_said_with_how_to_have_it(made_up):
     late = Run("r", history=[{"step": 5, "eval_kl": 0.5}])
     assert "How r scored before training is not in its log; with eval_on_start: true it is." in _text(result([late]))
