@@ -47,6 +47,7 @@ class Plan:
     teacher_cache: str = ""
     tried: list[str] = field(default_factory=list)
     quantized: str = ""
+    steps_are_estimated: bool = False
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -78,7 +79,7 @@ def make_plan(recipe: Recipe) -> Plan:
     lengths = train["length"][:] if hasattr(train, "__len__") else None
     window, tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size, None
     if args.per_device_train_tokens is not None:
-        tokens = row_tokens(train, args, sampled=checked.ready.wants.samples_completions)
+        tokens = row_tokens(train, args, sampled=args.answers_prompts("train", checked.ready.wants))
         window = len(tokens) / steps_of_epoch(args, len(tokens), tokens=tokens)
     steps = optimiser_steps(args, None if lengths is None else len(lengths), tokens=tokens)
     output = Path(args.output_dir).absolute()
@@ -102,6 +103,7 @@ def make_plan(recipe: Recipe) -> Plan:
         teacher_cache=cache,
         tried=[str(candidate) for candidate in checked.candidates],
         quantized=_quantized(student, args),
+        steps_are_estimated=tokens is not None and args.max_steps <= 0 and checked.ready.wants.replaces_completions,
     )
 
 
@@ -125,7 +127,8 @@ def print_plan(plan: Plan) -> None:
     table.add_row("Evaluation rows", "none" if plan.eval_rows is None else f"{plan.eval_rows:,}")
     if plan.text_rows is not None:
         table.add_row("Rows of plain text", f"{plan.text_rows:,}")
-    table.add_row("Optimiser steps", f"{plan.steps:,}")
+    about = " (an estimate: the teacher's completions may be shorter)" if plan.steps_are_estimated else ""
+    table.add_row("Optimiser steps", f"{plan.steps:,}{about}")
     if plan.tokens_per_step is not None:
         table.add_row("Tokens per step", f"{plan.tokens_per_step:,.0f}")
     for name, size in plan.memory_mib.items():

@@ -35,6 +35,7 @@ class Case:
         lengths: tokens of those rows before they are cut, and prompt_lengths likewise.
         num_rows: of the training data; None for a stream.
         steps: optimiser steps of the run, 0 if unknown.
+        steps_are_estimated: whether they hang on rows whose tokens are not known yet.
         samples: whether training samples the student's own completions.
         trainable_dtype, teacher_dtype: as text, such as `float32`.
         placement: of the teacher, one of `teachers.placement.PLACEMENTS` but `auto`.
@@ -63,6 +64,7 @@ class Case:
     cache_bytes: float = 0.0
     num_rows: int | None = None
     steps: int = 0
+    steps_are_estimated: bool = False
     samples: bool = False
     peft: bool = False
     student_dtype: str = "float32"

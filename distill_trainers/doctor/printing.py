@@ -94,7 +94,8 @@ def _plan(diagnosis: Diagnosis) -> Any:
     launch = case.launch
     table.add_row("Launch", f"{launch.strategy}, {launch.processes} process{'es' * (launch.processes != 1)}")
     if case.steps:
-        table.add_row("Optimiser steps", f"{case.steps:,}")
+        about = " (an estimate: not all rows are known yet)" if case.steps_are_estimated else ""
+        table.add_row("Optimiser steps", f"{case.steps:,}{about}")
     if need is not None:
         for name, size in need.held.items():
             table.add_row(f"Held: {name}", gib(size))

@@ -188,10 +188,12 @@ def _look_at_rows(recipe: Recipe, case: Case, wants: Requirements, train: Any, f
         case.sample, case.features = rows, getattr(renamed, "features", None)
         case.prepared = prepare_rows(recipe.args, first_rows, case.tokenizer, "train", wants)
         if recipe.args.per_device_train_tokens is not None and case.num_rows is not None:
-            samples = wants.samples_completions
-            tokens = row_tokens(case.prepared, recipe.args, sampled=samples)
+            answers = recipe.args.answers_prompts("train", wants)
+            tokens = row_tokens(case.prepared, recipe.args, sampled=answers)
+            known = len(tokens) == case.num_rows and not wants.replaces_completions
+            case.steps_are_estimated = recipe.args.max_steps <= 0 and not known
             case.steps = optimiser_steps(recipe.args, case.num_rows, case.launch.processes, tokens)
-            check_longest(case.prepared, recipe.args, sampled=recipe.args.answers_prompts("train", wants))
+            check_longest(case.prepared, recipe.args, sampled=answers)
     except _MENDABLE as error:
         more = case.num_rows is None or case.num_rows > _SAMPLE  # rows that were not looked at may be good
         refusal = Finding.of_error("recipe", error)

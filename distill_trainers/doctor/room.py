@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..trainers.given.token_batches import copies_of_row
 from .case import Case
 from .findings import Finding, error, warning
 from .memory import RESERVED, MemoryEstimate, estimate
@@ -96,11 +97,11 @@ def _remedy(case: Case, room: Room) -> str:
     work, launch, rows = case.work, case.launch, case.work.rows
     if not work.checkpointing:
         tried.append(("`gradient_checkpointing: true`", memory_of(case, work=replace(work, checkpointing=True))))
-    small = replace(work, checkpointing=True, rows=1, accumulation=work.accumulation * rows)
-    if rows > 1:
-        setting = "per_device_train_batch_size: 1"
-        if case.args.per_device_train_tokens is not None:
-            setting = f"per_device_train_tokens: {work.length * case.args.sequences_of_row}"
+    counted = case.args.per_device_train_tokens is not None
+    fewest = copies_of_row(case.args) if counted else 1
+    small = replace(work, checkpointing=True, rows=fewest, accumulation=work.accumulation * max(1, rows // fewest))
+    if rows > fewest:
+        setting = f"per_device_train_tokens: {work.length * fewest}" if counted else "per_device_train_batch_size: 1"
         also = f"`{setting}` with `gradient_accumulation_steps: {small.accumulation}`"
         tried.append((f"{also} and gradient checkpointing", memory_of(case, work=small)))
     if launch.processes > 1 and not launch.on_cpu:

@@ -7,7 +7,7 @@ from typing import Any
 from .. import models
 from ..losses.workspace import chunk_bytes_of
 from ..teachers import loading
-from ..trainers.given.token_batches import rows_of_batch
+from ..trainers.given.token_batches import copies_of_row, rows_of_batch
 from .launch import Launch
 from .memory import Workload
 
@@ -37,7 +37,7 @@ def workload(
     """
     length = args.max_length or longest
     if args.per_device_train_tokens is not None:
-        length = min(length, args.per_device_train_tokens // args.sequences_of_row)  # no row may be longer
+        length = min(length, args.per_device_train_tokens // copies_of_row(args))  # no row may be longer
     rows = rows_of_batch(args, length)
     window = rows * args.gradient_accumulation_steps * getattr(args, "innovation_samples", 1)
     text = 0

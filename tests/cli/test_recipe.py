@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_trainers.cli import main
-from distill_trainers.cli.plan import make_plan
+from distill_trainers.cli.plan import make_plan, print_plan
 from distill_trainers.recipe.checks import student_identity
 from distill_trainers.recipe.parse import parse_recipe
 
@@ -60,6 +60,15 @@ def test_dry_run_prints_the_plan_and_loads_no_weights(recipe, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "12" in printed and "24" in printed  # 24 rows in batches of 4, twice
     assert "nothing was trained" in printed
+
+
+def test_steps_of_completions_that_the_teacher_will_write_are_an_estimate(recipe, capsys):
+    changes = {"per_device_train_batch_size": None, "per_device_train_tokens": 80, "lmbda": 0.0, "max_steps": -1}
+    plan = make_plan(parse_recipe(["--config", recipe(**changes, num_train_epochs=1, seq_kd=True)]))
+    short = make_plan(parse_recipe(["--config", recipe(**changes, num_train_epochs=1)]))
+    assert plan.steps > short.steps, "as many tokens as it may write are counted"
+    print_plan(plan)
+    assert "an estimate" in capsys.readouterr().out and not short.steps_are_estimated
 
 
 def test_steps_of_batches_counted_in_tokens_are_planned_and_on_the_card(recipe, tmp_path):

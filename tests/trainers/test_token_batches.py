@@ -1,20 +1,25 @@
 """`per_device_train_tokens`: what batches hold, what is trained on them, and what is refused before that."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import T5Config, T5ForConditionalGeneration
 
+from distill_trainers.doctor import Case, Launch, room
+from distill_trainers.doctor.work import workload
 from distill_trainers.exceptions import CheckpointError, ConfigurationError, DatasetError
 from distill_trainers.recipe.checks import optimiser_steps
 from distill_trainers.toy import RATIONALE_PROMPTS, addition_dataset, addition_rationales
 from distill_trainers.trainers import METHODS
-from distill_trainers.trainers.given.token_batches import row_tokens
+from distill_trainers.trainers.given.token_batches import refuse_uneven_sampling, row_tokens
 
 EPOCH = {"per_device_train_batch_size": 8, "max_steps": -1, "num_train_epochs": 1, "learning_rate": 0.0}
 TOKENS = {**EPOCH, "per_device_train_tokens": 66, "gradient_accumulation_steps": 2}
+GROUPS = {"lmbda": 1.0, "reward_funcs": ["length:3"], "num_generations": 4, "reward_schedule": "joint"}
 RATIONALES = {**RATIONALE_PROMPTS, "max_length": 60, "max_new_tokens": 20}
 
 
@@ -186,6 +191,8 @@ def test_a_run_killed_in_an_epoch_goes_on_with_its_batches(make_trainer, by_step
         ({"lmbda": 0.5, "replay_buffer_size": 100}, "none where rows of a replay buffer"),
         ({"method": "minillm", "num_inner_epochs": 2}, "none where rollouts are reused"),
         ({"method": "dpkd", "refresh_steps": 2}, "none where pairs that were kept"),
+        ({"method": "dpkd", "per_device_train_tokens": 1}, "`per_device_train_tokens: 1`; expected 2 or more, as a ba"),
+        ({**GROUPS, "per_device_train_tokens": 3}, "expected 4 or more, as a batch has up to 4 sequences of each row"),
     ],
     ids=str,
 )
@@ -204,6 +211,36 @@ def test_rows_that_do_not_fit_are_refused_before_a_model_is_loaded(make_trainer,
         make_trainer(saved.student, lmbda=0.0, **sizes)
     with pytest.raises(ConfigurationError, match=f"{said}, with up to max_new_tokens=4 sampled ones in each of the 2"):
         make_trainer(saved.student, method="dpkd", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "who"),
+    [
+        ({"teacher_mix_alpha": 0.2, "teacher_placement": "fsdp2"}, "teacher"),
+        ({"teacher_mix_alpha": 0.0, "teacher_placement": "fsdp2"}, None),
+        ({"teacher_mix_alpha": 0.2, "teacher_placement": "replicate"}, None),
+    ],
+)
+def test_a_sharded_teacher_that_is_mixed_in_is_called_equally_often(tmp_path, settings, who):
+    config_class = METHODS["minillm"][0]
+    given = {"per_device_train_tokens": 64, "rollout_batch_size": 2, "use_cpu": True, "report_to": "none"}
+    args = config_class(str(tmp_path), **given, **settings)
+    launch = SimpleNamespace(num_processes=2, state=SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=None))
+    refused = pytest.raises(ConfigurationError, match="a teacher that is sharded.*set `teacher_placement: replicate`")
+    with refused if who else contextlib.nullcontext():
+        refuse_uneven_sampling(args, launch, True)
+
+
+def test_the_doctor_counts_all_sequences_of_a_row(tmp_path, monkeypatch):
+    given = {"use_cpu": True, "report_to": "none", "per_device_train_tokens": 400, "max_length": 200, **GROUPS}
+    args = METHODS["gkd"][0](str(tmp_path), **given)
+    work = workload(args, "gkd", Launch(), samples=True)
+    assert (work.length, work.rows) == (100, 4), "no row may be longer than a quarter of a batch"
+    args.per_device_train_tokens = 1600
+    case = Case(args, Launch(), "student", None, work=workload(args, "gkd", Launch(), samples=True), samples=True)
+    monkeypatch.setattr(room, "memory_of", lambda case, **changes: SimpleNamespace(peak=0.0))
+    remedy = room._remedy(case, room.Room(1.0, "here"))
+    assert "`per_device_train_tokens: 800` with `gradient_accumulation_steps: 2`" in remedy
 
 
 def test_data_without_known_lengths_is_refused(make_trainer):

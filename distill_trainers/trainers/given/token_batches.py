@@ -14,6 +14,7 @@ from ...data.token_batches import TokenBatches
 from ...exceptions import ConfigurationError, DatasetError
 from ...requirements import Requirements
 from ...settings import require
+from ...teachers.placement import PLACEMENTS
 
 NAME = "per_device_train_tokens"
 _ROWS = "Set `per_device_train_batch_size` in its place"
@@ -40,6 +41,8 @@ def check_token_batches(args: Any) -> None:
     for name, expected in beside.items():
         value = getattr(args, name)
         require(value == defaults[name], name, value, expected)
+    copies = copies_of_row(args)
+    require(tokens >= copies, NAME, tokens, f"{copies} or more, as a batch has up to {copies} sequences of each row")
     fits = not args.packing or args.max_length is None or tokens >= args.max_length
     require(fits, NAME, tokens, f"at least `max_length: {args.max_length}` with `packing`, the length of a packed row")
 
@@ -72,18 +75,28 @@ def check_token_rows(args: Any, wants: Requirements, reads_text: bool) -> None:
 
 
 def refuse_uneven_sampling(args: Any, accelerator: Any, samples: bool) -> None:
-    """Refuse processes that share a student and would call it a different number of times.
+    """Refuse processes that share a model and would call it a different number of times.
 
     Raises:
         ConfigurationError: the prompts of a process, whose number is its own, are sampled in several calls.
     """
-    is_sharded = models.zero_stage(accelerator) == 3 or models.fsdp_version(accelerator) is not None
-    if args.per_device_train_tokens is not None and args.rollout_batch_size is not None and is_sharded and samples:
-        raise ConfigurationError(
-            f"Got `rollout_batch_size: {args.rollout_batch_size}` with `{NAME}` and a student that is sharded over "
-            "processes, which have different numbers of prompts then, but must call it equally often; expected no "
-            "`rollout_batch_size`, so that all prompts of a step are sampled at once. Leave it out, or launch with DDP."
-        )
+    if args.per_device_train_tokens is None or args.rollout_batch_size is None or not samples:
+        return
+    if models.zero_stage(accelerator) == 3 or models.fsdp_version(accelerator) is not None:
+        whose, instead = "student", "launch with DDP"
+    elif _mixes_sharded_teacher(args) and accelerator.num_processes > 1:
+        whose, instead = "teacher", "set `teacher_placement: replicate` or `teacher_mix_alpha: 0`"
+    else:
+        return
+    raise ConfigurationError(
+        f"Got `rollout_batch_size: {args.rollout_batch_size}` with `{NAME}` and a {whose} that is sharded over "
+        "processes, which have different numbers of prompts then, but must call it equally often; expected no "
+        f"`rollout_batch_size`, so that all prompts of a step are sampled at once. Leave it out, or {instead}."
+    )
+
+
+def _mixes_sharded_teacher(args: Any) -> bool:
+    return bool(hasattr(args, "teacher_mix_alpha") and args.alpha and PLACEMENTS[args.teacher_placement].shards)
 
 
 def row_tokens(rows: Dataset, args: Any, *, sampled: bool) -> list[int]:
