@@ -374,7 +374,7 @@ def verdict(result: dict[str, Any]) -> str:
         for key in slopes.keys() & {"in use", "anonymous"}:
             fitted = slopes[key]
             if fitted and fitted["mib_per_hour"] - fitted["half_width"] > _SETTLED:
-                found.append(f"{name}: {key} memory")
+                found.append(f"{name}: {key} memory, {late[name][key] - early[name][key]:+.1f} MiB")
     found += ["temporary files"] * (late["temporary files"] > early["temporary files"])
     return f"Grows: {', '.join(found)}." if found else "Nothing grows."
 
