@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def main() -> None:
         options.steps, options.prompts, options.rows, options.new_tokens, options.batch_size = 2, 2, 2, 4, 2
         options.model = str(options.work / "toy")
     if options.only:
-        run(options.only[0], int(options.only[1]), options)
+        kept(options.only[0], int(options.only[1]), options, run)
         return
     keep_settings(options)
     settings = f"{options.steps} steps of {options.batch_size}, learning rate {options.learning_rate}, LoRA r 16"
@@ -124,7 +124,8 @@ def alone(script: str, name: str, seed: int, work: Path) -> dict[str, float]:
     return found
 
 
-def run(name: str, seed: int, options: argparse.Namespace) -> None:
+def kept(name: str, seed: int, options: argparse.Namespace, compute: Callable[..., dict[str, float]]) -> None:
+    """Write what a part finds into the work folder, where it is not there yet."""
     import torch
     import transformers
 
@@ -134,8 +135,11 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
     options.work.mkdir(parents=True, exist_ok=True)
-    found = prepare(options) if name == "prepare" else train(name, seed, options)
-    out.write_text(json.dumps(found))
+    out.write_text(json.dumps(compute(name, seed, options)))
+
+
+def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    return prepare(options) if name == "prepare" else train(name, seed, options)
 
 
 def prompts(file: Path, most: int) -> list[dict[str, Any]]:
