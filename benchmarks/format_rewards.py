@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--anchor", type=float, default=0.05, help="β, weight of the divergence beside rewards")
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--rows", type=int, default=48, help="held-out questions")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--quick", action="store_true", help="a toy model and two steps")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -52,7 +53,7 @@ def main() -> None:
     described = f"{machine(options.threads)}\n\n{settings}, β {options.anchor}; {options.rows} held-out questions"
     print(f"{described}\n", flush=True)
     results = {"teacher": [alone(__file__, "teacher", 0, options.work)]}
-    for name in CONTENDERS:
+    for name in options.contenders:
         results[name] = [alone(__file__, name, seed, options.work) for seed in options.seeds]
     print(table(results))
     write_results(options.json, described, results)
@@ -125,7 +126,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     lines = ["| | pass@1 before | halfway | after | KL to the teacher | tokens an answer | CPU seconds |"]
     lines.append("|---" * 7 + "|")
     lines.append(f"| the teacher, asked for it | {results['teacher'][0]['before']:.3f} | | | | | |")
-    for name in CONTENDERS:
+    for name in [name for name in CONTENDERS if name in results]:
         runs = results[name]
         cells = [spread([run[moment] for run in runs]) for moment in (*MOMENTS, "kl")]
         cells += [spread([run[key] for run in runs], digits) for key, digits in (("length", 1), ("cpu_seconds", 0))]
