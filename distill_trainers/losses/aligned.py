@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..exceptions import ConfigurationError
-from ..signals import Aligned, TokenLogits, TokenSignal
+from ..signals import Aligned, NextBytes, TokenLogits, TokenSignal
 from .cross_tokenizer import NUM_BUCKETS, alm, bucket_logps, exact_overlap, uld
 from .divergences import Divergence
 from .reduction import sum_per_row
@@ -30,7 +30,7 @@ from .sparse import token_logps
 
 TERMS = ("alm", "next_byte", "exact_overlap", "uld")
 DEFAULT_TERMS = {"alm": 1.0, "next_byte": 1.0}
-NEEDS = {"alm": "token_logprobs"}  # of the teacher; of all others its distribution
+OF_TEXT = frozenset({"alm", "next_byte"})  # `NextBytes` tell enough for them; the others are sums over tokens
 TEACHER_LOGPS = "teacher_chunk_logps"  # at the last token of each chunk; see `Chunks.teacher_at_tokens`
 _VALUE, _SLOPE = "chunk_value", "chunk_slope"
 
@@ -186,17 +186,20 @@ class AlignedLoss:
         self, student: TokenLogits, teacher: TokenSignal | None, divergence: Divergence, names: list[str]
     ) -> dict[str, Tensor]:
         """The terms of whole distributions, at every token."""
-        if not isinstance(teacher, TokenLogits):
+        tau, terms = self.temperature, dict[str, Tensor]()
+        if isinstance(teacher, NextBytes) and names == ["next_byte"] and tau == 1:
+            logits, buckets = teacher.buckets, self._said_by_both()  # a bucket is the one token that begins so
+        elif isinstance(teacher, TokenLogits):
+            logits, buckets = teacher.logits, self.teacher_bytes
+        else:
             raise ConfigurationError(
                 f"Got a teacher's {type(teacher).__name__} for {', '.join(names)}; expected its whole distribution. "
                 "Set `cross_tokenizer: {alm: 1.0}`, for which log-probabilities of tokens do, or the kind `hidden`."
             )
-        tau, terms = self.temperature, dict[str, Tensor]()
-        both = [side.logits if tau == 1 else side.logits / tau for side in (student, teacher)]
+        both = [side if tau == 1 else side / tau for side in (student.logits, logits)]
         if "next_byte" in names:
-            buckets = (self.student_bytes, self.teacher_bytes)
-            sides = (bucket_logps(x, _of_device(ids, x)) for x, ids in zip(both, buckets, strict=True))
-            terms["next_byte"] = divergence(*sides)
+            sides = zip(both, (self.student_bytes, buckets), strict=True)
+            terms["next_byte"] = divergence(*(bucket_logps(x, _of_device(ids, x)) for x, ids in sides))
         if {"exact_overlap", "uld"} & set(names):
             logps = [logits.log_softmax(-1) for logits in both]
             if "exact_overlap" in names:
@@ -205,6 +208,11 @@ class AlignedLoss:
             if "uld" in names:
                 terms["uld"] = uld(*logps)
         return terms
+
+    def _said_by_both(self) -> Tensor:
+        """The bucket `[258]` that each of a teacher's own is part of, as `common_buckets` has them."""
+        said = torch.bincount(self.student_bytes, minlength=NUM_BUCKETS) > 0
+        return torch.where(said, torch.arange(NUM_BUCKETS, device=said.device), NUM_BUCKETS - 1)
 
 
 def _of_device(buckets: Tensor, logits: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def tiny_vocabulary():
         ({"teacher_server_kind": "token_logprobs"}, "distribution"),
         ({"teacher_server_kind": "topk", "kd_temperature": 2.0}, "temperature"),
         ({"teacher_server_kind": "sampled", "divergence": "reverse_kl"}, "forward_kl"),
-        ({"teacher_server_kind": "logits"}, "one of hidden, topk, sampled, token_logprobs"),
+        ({"teacher_server_kind": "logits"}, "one of hidden, topk, sampled, next_bytes, token_logprobs"),
         ({"teacher_server_kind": "topk", "teacher_server_dtype": "bfloat16"}, "float32, float16 for topk"),
         ({"teacher_server_top_k": 0}, "expected 1 or more"),
         ({"teacher_server_draws": 40000}, "32767"),

@@ -341,6 +341,25 @@ def test_a_cached_teacher_is_the_live_one(own, by_step, kept, make_student, tmp_
             own(make_student(), **{**alone, "teacher_processing_class": filled.processing_class})
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(None, 1e-6), ("float16", 1e-3)])
+def test_a_cache_of_next_bytes_is_the_live_teacher(own, by_step, kept, make_student, tmp_path, dtype, near):
+    run = {**RUN, "teacher": str(kept / "teacher"), "divergence": "jsd"}
+    live = losses(own(make_student(), **run), by_step)
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_kind": "next_bytes", "teacher_cache_dtype": dtype}
+    filled = own(make_student(), **run, **cache)
+    assert losses(filled, by_step) == pytest.approx(live, rel=near)
+    alone = {**run, "teacher": None, **cache, "teacher_placement": "cached"}
+    read = own(make_student(), **{**alone, "teacher_tokenizer": str(kept / "tokenizer")})
+    assert losses(read, by_step) == pytest.approx(live, rel=near) and not read.teacher.is_live
+    row = next(iter(read.teacher.cache.read(key) for key in read.teacher.cache.keys()))  # noqa: SIM118
+    assert row["buckets"].shape == (len(row["logps"]), 258) and row.keys() == {"buckets", "logps"}
+    # Other ids end a text, the same ids stand for the same tokens: other buckets.
+    changed = copy.deepcopy(filled.requirements.teacher_tokenizer)
+    changed.eos_token = "+"
+    with pytest.raises(ConfigurationError, match=r"made with another tokenizer than the teacher's"):
+        own(make_student(), **{**alone, "teacher_processing_class": changed})
+
+
 # ---- Rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +413,9 @@ def test_bytes_that_are_no_text_are_read_all_the_same(make_tokenizer, make_train
     assert all(torch.tensor(list(by_step(trainer).values())).isfinite()) and all(0 < share < 1 for share in shares)
 
 
+KEPT = {"teacher_cache": "kept", "teacher_cache_kind": "next_bytes"}
+
+
 # ---- What is refused, before anything is loaded ----------------------------------------------------------------------
 
 
@@ -420,6 +442,10 @@ def test_bytes_that_are_no_text_are_read_all_the_same(make_tokenizer, make_train
             "cross_tokenizer.*likelihoods of whole texts",
         ),
         ({"packing": True}, "packed rows have no prompt"),
+        ({**KEPT, "cross_tokenizer": {"alm": 1.0, "uld": 1.0}}, "next_bytes.*but alm and next_byte.*kind: hidden"),
+        ({**KEPT, "kd_temperature": 2.0}, "next_bytes.*`kd_temperature: 1`"),
+        ({**KEPT, "teacher_tokenizer": "shared"}, "next_bytes.*expected `teacher_tokenizer: own`"),
+        ({**KEPT, "teacher_cache_dtype": "int8"}, "one of float32, float16 for next_bytes"),
         ({"divergence": "logit_mse"}, "logits are compared id by id"),
         ({"lmbda": 1.0, "sampler_correction": "mask"}, "are of one token each"),
         ({"lmbda": 1.0, "feedback": "default"}, "feedback .* is written for the teacher"),
