@@ -18,7 +18,7 @@ text of a dataset does, and what has become of a completion since is never forgo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,6 +93,11 @@ class OtherTokenizer:
         """
         return cls(Side.of(student, "the student"), Side.of(teacher, "the teacher"))
 
+    def ended_by(self, student: Iterable[int] = (), teacher: Iterable[int] = ()) -> OtherTokenizer:
+        """Return it for models that end their text at these ids, too (`models.eos_ids`)."""
+        sides = (self.student, student), (self.teacher, teacher)
+        return OtherTokenizer(*(replace(side, tokens=side.tokens.stopping_at(ids)) for side, ids in sides))
+
     def completion(self, ids: Sequence[int], prompt: Sequence[int], own_prompt: Sequence[int] = ()) -> list[int]:
         """Return the teacher's ids of a completion; of a last character that the student has cut there are none.
 
@@ -148,7 +153,8 @@ class OtherTokenizer:
             start, stop = trained_stretch(labels[number], start)
             own = ids[number][start:stop]
             theirs = self.completion(own, prompt, ids[number][:start]) if completions is None else completions[number]
-            row = self._aligned(own, theirs, start, has_prompt=bool(prompt))
+            ends = self.student.end_behind(ids[number][:start]), self.teacher.end_behind(prompt)
+            row = self._aligned(own, theirs, start, ends, has_prompt=bool(prompt))
             rows.append({**row, "token_cut": [0] * (stop - 1) + [int(self.is_cut(own))]})
         width, longest = batch["input_ids"].shape[1], max([1, *(len(row["ids"]) for row in rows)])
         entries = {
@@ -161,8 +167,14 @@ class OtherTokenizer:
         device = batch["input_ids"].device
         return {**batch, **{name: entry.to(device) for name, entry in entries.items()}}
 
-    def _aligned(self, own: list[int], theirs: Sequence[int], start: int, *, has_prompt: bool) -> dict[str, list[int]]:
-        """The entries of one row, those of the student's tokens from the row's beginning on."""
+    def _aligned(
+        self, own: list[int], theirs: Sequence[int], start: int, by_role: tuple[Any, Any], *, has_prompt: bool
+    ) -> dict[str, list[int]]:
+        """The entries of one row, those of the student's tokens from the row's beginning on.
+
+        Args:
+            by_role: ids that end a text here. A text may have ended by another one, which is not the same event.
+        """
         chunks, shared, comparable, alone = ([0] * len(own) for _ in range(4))
         their_chunks = [0] * len(theirs)
         # Nothing predicts the first token of a row: chunks of it have no likelihood.
@@ -181,6 +193,8 @@ class OtherTokenizer:
             comparable[begin:end] = [int(found.comparable[place])] * (end - begin)
             alone[begin] = int(end - begin == their_end - their_begin == 1)
         before = [0] * start
+        if own and theirs and self.student.tokens.is_end(own[-1]) and (own[-1], theirs[-1]) != by_role:
+            comparable[-1] = 0
         names = {"token_chunk": chunks, "token_shared": shared, "token_comparable": comparable, "token_alone": alone}
         return {"ids": list(theirs), "teacher_chunk": their_chunks} | {k: before + v for k, v in names.items()}
 

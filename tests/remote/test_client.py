@@ -348,7 +348,9 @@ def fake():
 
 def test_another_protocol_is_refused(fake):
     server = fake({"/v1/info": lambda body: (200, {"protocol": PROTOCOL + 1, "version": "9.9"})})
-    with pytest.raises(ConfigurationError, match=r"version '9.9' and speaks protocol 2, expected 1"):
+    with pytest.raises(
+        ConfigurationError, match=rf"version '9.9' and speaks protocol {PROTOCOL + 1}, expected {PROTOCOL}"
+    ):
         RemoteTeacher(server.url)
 
 

@@ -385,6 +385,80 @@ def test_each_reads_a_conversation_in_its_own_form(make_tokenizer, make_trainer)
     trainer.train()
 
 
+# ---- Special tokens have roles ---------------------------------------------------------------------------------------
+
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end_of_turn>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def of_roles(make_tokenizer):
+    """A student that ends all text with `<|im_end|>`, and a teacher with BOS that ends a turn otherwise than a text."""
+    student, teacher = make_tokenizer(), make_tokenizer(bos=True, template=TURNS)
+    teacher.eos_token = "<|im_start|>"
+    return student, teacher
+
+
+CHATS = "<|im_start|>assistant\n", "<bos>[user]a<end_of_turn>[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "written", "read", "comparable"),
+    [
+        (("a", "a"), "b<|im_end|>", "b<|im_start|>", [1, 1]),  # the end of a text, whatever its name
+        (CHATS, "b<|im_end|>", "b<end_of_turn>", [1, 1]),  # of a turn, where that is no EOS
+        (CHATS, "b", "b", [0]),  # it may go on
+        (CHATS, "b<end_of_turn>", "b<end_of_turn>", [1, 0]),  # another EOS of the student's: its text has ended
+        (CHATS, "b<bos>c<|im_end|>", "bc<end_of_turn>", [1, 0, 1, 1]),  # BOS is no text, and nothing that is read
+        (CHATS, "<bos>b", "b", [0, 0]),
+        (CHATS, "<|im_end|>", "<end_of_turn>", [1]),
+    ],
+)
+def test_special_tokens_are_read_by_their_role(of_roles, prompts, written, read, comparable):
+    student, teacher = of_roles
+    spell = lambda tok, text: tok(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    other = OtherTokenizer.of(student, teacher).ended_by(student=spell(student, "<|im_end|><end_of_turn>b"))
+    asked, prompt = spell(student, prompts[0]), spell(teacher, prompts[1])
+    own = spell(student, written)
+    assert teacher.decode(other.completion(own, prompt, asked)) == read
+    row = {"input_ids": asked + own, "labels": [-100] * len(asked) + own}
+    batch = {name: torch.tensor([ids]) for name, ids in row.items()} | {"view_start": torch.tensor([len(asked)])}
+    batch |= {"teacher_prompt_ids": torch.tensor([prompt]), "teacher_prompt_mask": torch.ones(1, len(prompt))}
+    found = other.added_to(batch)
+    assert found["token_comparable"][0, len(asked) :].tolist() == comparable
+    if written.endswith(">"):  # an end stands beside an end
+        assert found["token_chunk"][0, -1] == found["teacher_chunk"][0, -1] > 0
+
+
+def test_any_eos_of_the_generation_config_ends_a_text(of_roles, make_trainer, batch_of, monkeypatch):
+    """Of a student that samples, and of a teacher that writes; the end of a text is one event of the next byte."""
+    student, teacher = of_roles
+    models = [tiny_llama(tok, 32, 2) for tok in of_roles]
+    models[0].generation_config.eos_token_id = student.convert_tokens_to_ids(["<|im_end|>", "<end_of_turn>"])
+    models[1].generation_config.eos_token_id = teacher.convert_tokens_to_ids(["<end_of_turn>", "<|im_end|>"])
+    ids = lambda tok, text: tok(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def written(prompts, *args, **kwargs):
+        return dict.fromkeys(prompts, ids(teacher, "no<|im_end|>"))
+
+    monkeypatch.setattr("distill_trainers.trainers.lifecycle.completions.complete_prompts", written)
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}] * 4)
+    run = {"tok": student, "teacher_tokenizer": "own", "teacher_processing_class": teacher, "seq_kd": True}
+    trainer = make_trainer(*models, rows, **run, lmbda=0.5)
+    trainer.get_train_dataloader()
+    assert student.decode(trainer.train_dataset[0]["input_ids"]) == "ano<|im_end|>"
+    batch = batch_of(trainer, [0])
+    for name in ("input_ids", "labels"):
+        batch[name][0, -1] = student.convert_tokens_to_ids("<end_of_turn>")
+    kept = {name: entry for name, entry in batch.items() if name not in ALIGNED_ENTRIES}
+    found = trainer.two_models.completed(kept)
+    assert teacher.decode(found["teacher_completion_ids"][0]) == "no<|im_start|>"
+    ends = [side.tokens.first_bytes().tolist().count(256) for side in (vars(trainer.two_models.other).values())]
+    assert ends == [1, 2]  # the same in caches and on servers, which know no generation config
+
+
 def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_trainer, batch_of, by_step):
     tokenizer = make_tokenizer()
     rows = Dataset.from_list([{"prompt": "a", "completion": "bé"}] * 4)  # of two bytes, two tokens here
