@@ -16,6 +16,7 @@ from distill_trainers.data.other_tokenizer import OtherTokenizer
 from distill_trainers.data.views import ALIGNED_ENTRIES
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.losses.reduction import trained_mask
+from distill_trainers.teachers import ComposedTeacher, LocalTeacher, RoutedTeacher
 from distill_trainers.toy import tiny_llama
 
 OWN = {"teacher_tokenizer": "own", "lmbda": 0.0, "divergence": "forward_kl"}
@@ -526,7 +527,13 @@ KEPT = {"teacher_cache": "kept", "teacher_cache_kind": "next_bytes"}
         ({"lmbda": 1.0, "teacher_max_length": 9}, "is known once they are written"),
         ({"teacher": None}, "there is no teacher"),
         ({"teacher": None, "self_teacher": "initial"}, "the student is its own teacher"),
+        ({"teacher": None, "self_teacher": "ema"}, "the student is its own teacher"),
+        ({"teacher": None, "self_teacher": "live"}, "the student is its own teacher"),
         ({"teacher": {"a": "x", "b": "y"}}, "the answers of several teachers"),
+        ({"teacher": {"a": "x", "b": "y"}, "teacher_mix": "geometric"}, "the answers of several .*Name one teacher"),
+        ({"extrapolate": {"reference": "initial"}}, "the answers of several teachers"),
+        ({"teacher": RoutedTeacher}, "the answers of several teachers"),
+        ({"teacher": ComposedTeacher}, "the answers of several teachers"),
         ({"method": "minillm"}, "sample one text together"),
         ({"method": "minillm", "teacher_mix_alpha": 0.0}, "Single is a sum over one vocabulary"),
         ({"method": "dpkd", "loss_type": "contrastive_skew"}, "distributions of tokens are compared"),
@@ -534,11 +541,14 @@ KEPT = {"teacher_cache": "kept", "teacher_cache_kind": "next_bytes"}
         ({"eval_measures": ["agreement"], "eval_dataset": numbers(4)}, "compares both models id by id"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(own, monkeypatch, settings, says):
+def test_what_cannot_work_is_refused_by_name(own, digits, monkeypatch, settings, says):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("distill_trainers.teachers.loading.load_teacher", load)
+    if (kind := settings.get("teacher")) in (RoutedTeacher, ComposedTeacher):  # made by hand
+        both = {name: LocalTeacher(tiny_llama(digits, 48, 1, seed=seed)) for seed, name in enumerate("ab")}
+        settings = {**settings, "teacher": kind(both, *([{"a": 0.5, "b": 0.5}] if kind is ComposedTeacher else []))}
     with pytest.raises((ConfigurationError, DatasetError), match=says):
         own(**settings)
 

@@ -240,6 +240,6 @@ def refuse_sparse(kind: str, setting: str, wants: Requirements) -> None:
     if not wants.accepts_sparse_teachers:
         raise ConfigurationError(
             f"{wants.trainer} needs the teacher's whole distribution, but `{setting}: {kind}` tells of "
-            f"a few ids of each token. Use `{setting}: hidden`."
+            f"a few ids of each token. Use `{setting}: hidden`{' or `next_bytes`' if wants.accepts_next_bytes else ''}."
         )
     check_sparse(wants.divergence, _SPARSE[kind], wants.kd_temperature)

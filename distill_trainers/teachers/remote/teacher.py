@@ -89,10 +89,13 @@ class RemoteTeacher(Teacher):
         if wants.replaces_completions and kind not in WRITING_KINDS:
             missing |= {"completions"}
         if missing:
+            less = (
+                "`cross_tokenizer: {alm: 1.0}`" if options.has_own_tokenizer else "`teacher_mix_alpha: 0`, no `seq_kd`"
+            )
             raise ConfigurationError(
                 f"{wants.trainer} needs {sorted(missing)} of its teacher under these settings, but a teacher behind "
                 f"HTTP with `teacher_server_kind: {kind}` gives its {told} alone. Use a local teacher, or settings "
-                "that need less (`teacher_mix_alpha: 0`, no `seq_kd`, another `teacher_server_kind`)."
+                f"that need less ({less}, another `teacher_server_kind`)."
             )
         refuse_sparse(kind, "teacher_server_kind", wants)
 
