@@ -84,17 +84,33 @@ def _changes(values: Tensor) -> Tensor:
     return values != pad(values[1:], (0, 1), value=-1)
 
 
-def by_chunk(logps: Tensor, chunks: Tensor, *, at_all: bool) -> Tensor:
-    """Sum values `[B, T]` by the chunk `[B, T]` of their token; those of tokens in no chunk (0) stay as they are.
+def by_chunk(logps: Tensor, chunks: Tensor) -> Tensor:
+    """Put at each token the sum of the values `[B, T]` of its chunk `[B, T]`; those of no chunk (0) stay."""
+    return torch.where(chunks > 0, _summed(logps, chunks.long()), logps)
+
+
+def by_event(logps: Tensor, chunks: Tensor, comparable: Tensor, mask: Tensor) -> Tensor:
+    """Sum values `[B, T]` of trained tokens between borders that no token of either model may cross.
+
+    Which tokens a text has before any other border depends on what follows. Even that one of these has been reached is
+    told by the first token behind it: that is where a sum stands, the row's last one at its last token. So a policy
+    gradient that gives each token what stands at it and behind has all that the token decides, and is exact.
 
     Args:
-        at_all: put a chunk's sum at all of its tokens, in place of its last one alone.
+        chunks, comparable, mask: `[B, T]`; the first two as in `data/other_tokenizer.py`.
     """
-    numbers = chunks.long()
-    sums = logps.new_zeros(len(logps), logps.shape[1] + 1).scatter_add(1, numbers, logps).gather(1, numbers)
-    is_last = numbers != pad(numbers[:, 1:], (0, 1), value=-1)
-    summed = sums if at_all else torch.where(is_last, sums, 0)
-    return torch.where(numbers > 0, summed, logps)
+    fits = comparable > 0
+    before = pad(mask[:, :-1], (1, 0)), pad(chunks[:, :-1], (1, 0)), pad(fits[:, :-1], (1, 0))
+    begins = mask & (~before[0] | ((chunks != before[1]) & (fits | before[2])))
+    events = torch.where(mask, begins.cumsum(1), 0)
+    is_last, ends = mask & ~pad(mask[:, 1:], (0, 1)), events != pad(events[:, 1:], (0, 1))
+    sums = torch.where(mask & ends, _summed(logps, events), 0)
+    return torch.where(is_last, sums, 0) + pad(torch.where(is_last, 0, sums)[:, :-1], (1, 0))
+
+
+def _summed(values: Tensor, groups: Tensor) -> Tensor:
+    sums = values.new_zeros(len(values), values.shape[1] + 1).scatter_add(1, groups, values)
+    return sums.gather(1, groups)
 
 
 @torch.no_grad()

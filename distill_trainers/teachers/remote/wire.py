@@ -266,8 +266,9 @@ def empty_answer(count: int, wanted: Wanted, info: dict[str, Any], dtype: torch.
     if wanted.kind == "sampled":
         ones = torch.ones(count, dtype=torch.long)
         return {"ids": torch.zeros_like(ones), "logps": zeros, "counts": ones, "lengths": ones}
-    even = {"buckets": torch.full((count, NUM_BUCKETS), -math.log(NUM_BUCKETS))}
-    return {"logps": zeros} | (even if wanted.kind == "next_bytes" else {})
+    if wanted.kind == "next_bytes":
+        return {"logps": zeros, "buckets": torch.full((count, NUM_BUCKETS), -math.log(NUM_BUCKETS))}
+    return {"logps": zeros}
 
 
 def _ids_told(wanted: Wanted, info: dict[str, Any]) -> int:
