@@ -366,8 +366,8 @@ class TeacherService:
             signal = Logits(signal.values[tokens][:, : wanted.vocab_size])
         counts, ids = [len(part) for part in labels], torch.cat(list(labels)).long().to(self.device)
         if wanted.kind != "token_logprobs":
-            of_bytes = wanted.kind == "next_bytes" and self._first_bytes is not None
-            told = next_bytes_of(signal, ids, self._first_bytes) if of_bytes else signal
+            first = self._first_bytes if wanted.kind == "next_bytes" else None
+            told = signal if first is None else next_bytes_of(signal, ids, first)
             return ANSWER_KINDS[wanted.kind](answer_identity(wanted, self.info)).store(told, counts, keys)
         logps = signal_token_logps(signal, ids)
         dtype = torch.float16 if wanted.dtype == "float16" else torch.float32
