@@ -20,6 +20,7 @@ class Requirements:
         reuses_rollouts: what the teacher says of a rollout serves several optimiser steps.
         keeps_reference: the teacher's log-probabilities are kept on disk, apart from any cache.
         accepts_sparse_teachers: the loss can be had from a few ids of each token (`TokenTopK`, `TokenSampled`).
+        accepts_next_bytes: the loss can be had from `NextBytes` of a teacher with a tokenizer of its own.
         accepts_encoder_decoders: students such as T5 can be trained.
         encoder_decoder: the student is one: its encoder reads the prompt, its decoder the completion.
         divergence: that sparse signals are held against.
@@ -39,6 +40,7 @@ class Requirements:
     reuses_rollouts: bool = False
     keeps_reference: bool = False
     accepts_sparse_teachers: bool = False
+    accepts_next_bytes: bool = False
     accepts_encoder_decoders: bool = False
     encoder_decoder: bool = False
     divergence: str = "forward_kl"

@@ -260,6 +260,25 @@ class TokenLogprobs(_OfTokens):
         return TokenLogprobs(_wide(self.values[rows]))
 
 
+@dataclass(frozen=True)
+class NextBytes(TokenLogprobs):
+    """The same, and how likely each next byte is before these tokens, as kept on disk: what two tokenizers compare.
+
+    Args:
+        buckets: `[N, 258]`, log-probabilities at temperature 1 (`losses/cross_tokenizer.py`).
+    """
+
+    buckets: Tensor
+
+    @property
+    def width(self) -> int:
+        """Numbers that a chunk holds of each token."""
+        return self.buckets.shape[-1]
+
+    def chunk(self, rows: slice) -> NextBytes:
+        return NextBytes(_wide(self.values[rows]), _wide(self.buckets[rows]))
+
+
 # ---- What a teacher with a tokenizer of its own says -----------------------------------------------------------------
 
 

@@ -75,9 +75,8 @@ class _Side:
 
     def __init__(self, ids: Sequence[int], tokenizer: TokenBytes, special: bytes):
         self.tokenizer = tokenizer
-        ends = tokenizer.ends
         parts = [
-            (END_BYTE if i in ends else special) if token is None else token
+            (END_BYTE if tokenizer.is_end(i) else special) if token is None else token
             for i, token in zip(ids, tokenizer.tokens(ids), strict=True)
         ]
         self.text = b"".join(parts)
@@ -235,7 +234,7 @@ def retokenised(
             a text that the teacher has begun to read.
         goes_on: whether the student's ids go on a text: see `TokenBytes.text`.
     """
-    has_end = bool(len(student_ids)) and student_ids[-1] in student.ends
+    has_end = bool(len(student_ids)) and student.is_end(student_ids[-1])
     text = student.text(student_ids, goes_on=goes_on)
     whole = text if has_end else _whole_characters(text)
     characters, sizes = characters_of(whole)

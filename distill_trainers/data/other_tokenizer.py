@@ -18,9 +18,10 @@ text of a dataset does, and what has become of a completion since is never forgo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,6 +94,11 @@ class OtherTokenizer:
         """
         return cls(Side.of(student, "the student"), Side.of(teacher, "the teacher"))
 
+    def ended_by(self, student: Iterable[int] = (), teacher: Iterable[int] = ()) -> OtherTokenizer:
+        """Return it for models that end their text at these ids, too (`models.eos_ids`)."""
+        sides = (self.student, student), (self.teacher, teacher)
+        return OtherTokenizer(*(replace(side, tokens=side.tokens.stopping_at(ids)) for side, ids in sides))
+
     def completion(self, ids: Sequence[int], prompt: Sequence[int], own_prompt: Sequence[int] = ()) -> list[int]:
         """Return the teacher's ids of a completion; of a last character that the student has cut there are none.
 
@@ -148,7 +154,8 @@ class OtherTokenizer:
             start, stop = trained_stretch(labels[number], start)
             own = ids[number][start:stop]
             theirs = self.completion(own, prompt, ids[number][:start]) if completions is None else completions[number]
-            row = self._aligned(own, theirs, start, has_prompt=bool(prompt))
+            ends = self.student.end_behind(ids[number][:start]), self.teacher.end_behind(prompt)
+            row = self._aligned(own, theirs, start, ends, has_prompt=bool(prompt))
             rows.append({**row, "token_cut": [0] * (stop - 1) + [int(self.is_cut(own))]})
         width, longest = batch["input_ids"].shape[1], max([1, *(len(row["ids"]) for row in rows)])
         entries = {
@@ -161,28 +168,31 @@ class OtherTokenizer:
         device = batch["input_ids"].device
         return {**batch, **{name: entry.to(device) for name, entry in entries.items()}}
 
-    def _aligned(self, own: list[int], theirs: Sequence[int], start: int, *, has_prompt: bool) -> dict[str, list[int]]:
-        """The entries of one row, those of the student's tokens from the row's beginning on."""
-        chunks, shared, comparable, alone = ([0] * len(own) for _ in range(4))
-        their_chunks = [0] * len(theirs)
-        # Nothing predicts the first token of a row: chunks of it have no likelihood.
-        first, their_first = int(start == 0), int(not has_prompt)
+    def _aligned(
+        self, own: list[int], theirs: Sequence[int], start: int, by_role: tuple[Any, Any], *, has_prompt: bool
+    ) -> dict[str, list[int]]:
+        """The entries of one row, those of the student's tokens from the row's beginning on.
+
+        Args:
+            by_role: ids that end a text here. A text may have ended by another one, which is not the same event.
+        """
         found = align(own, theirs, self.student.tokens, self.teacher.tokens)
-        ends, their_ends = found.student_ends.tolist(), found.teacher_ends.tolist()
-        borders = zip([0, *ends], ends, [0, *their_ends], their_ends, strict=False)
-        number = 0  # of chunks with tokens of both
-        for place, (begin, end, their_begin, their_end) in enumerate(borders):
-            if begin < first or their_begin < their_first or begin == end or their_begin == their_end:
-                continue
-            number += 1
-            shared[begin] = 1 + their_begin if found.same_start[place] else 0
-            chunks[begin:end] = [number] * (end - begin)
-            their_chunks[their_begin:their_end] = [number] * (their_end - their_begin)
-            comparable[begin:end] = [int(found.comparable[place])] * (end - begin)
-            alone[begin] = int(end - begin == their_end - their_begin == 1)
+        begins, their_begins = found.student_starts, found.teacher_starts
+        sizes, their_sizes = found.student_ends - begins, found.teacher_ends - their_begins
+        # Nothing predicts the first token of a row: chunks of it have no likelihood.
+        told = (begins >= int(start == 0)) & (their_begins >= int(not has_prompt)) & (sizes > 0) & (their_sizes > 0)
+        numbers = np.where(told, told.cumsum(), 0)
+        chunks, their_chunks = np.repeat(numbers, sizes), np.repeat(numbers, their_sizes)
+        comparable = np.repeat(told & found.comparable, sizes).astype(int)
+        shared, alone = np.zeros((2, len(own)), int)
+        shared[begins[told]] = np.where(found.same_start, 1 + their_begins, 0)[told]
+        alone[begins[told]] = ((sizes == 1) & (their_sizes == 1))[told]
         before = [0] * start
+        if own and theirs and self.student.tokens.is_end(own[-1]) and (own[-1], theirs[-1]) != by_role:
+            comparable[-1] = 0
         names = {"token_chunk": chunks, "token_shared": shared, "token_comparable": comparable, "token_alone": alone}
-        return {"ids": list(theirs), "teacher_chunk": their_chunks} | {k: before + v for k, v in names.items()}
+        entries = {"ids": list(theirs), "teacher_chunk": their_chunks.tolist()}
+        return entries | {name: before + values.tolist() for name, values in names.items()}
 
 
 def _rewritten(

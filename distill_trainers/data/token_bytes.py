@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import weakref
@@ -52,6 +53,7 @@ class TokenBytes:
     ends: frozenset[int]
     adds_space: bool
     backend: Any = field(repr=False)
+    stops: frozenset[int] = frozenset()  # further ids that end what a model writes; `next_byte` has them as special
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, name: str = "the tokenizer") -> TokenBytes:
@@ -90,11 +92,20 @@ class TokenBytes:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what follows from the rest: `datasets` knows work that is done by the bytes of its arguments."""
-        return {name: getattr(self, name) for name in ("spelled", "ends", "adds_space", "backend")}
+        return {name: getattr(self, name) for name in ("spelled", "ends", "adds_space", "backend", "stops")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.backend.encode_special_tokens = True  # no part of what `tokenizers` writes of one
+
+    def stopping_at(self, ids: Iterable[int]) -> TokenBytes:
+        """Return it for a model whose text ends at these ids, too, as a generation config may say; words end none."""
+        more = frozenset(i for i in ids if self.tokens([i]) == [None]) - self.ends - self.stops
+        return dataclasses.replace(self, stops=self.stops | more) if more else self
+
+    def is_end(self, token: int) -> bool:
+        """Tell whether an id ends a text."""
+        return token in self.ends or token in self.stops
 
     def tokens(self, ids: Iterable[int]) -> list[bytes | None]:
         """Return the bytes of each token; None for special ones and for ids that the tokenizer does not define."""

@@ -80,16 +80,17 @@ class OwnReading:
         own = replace(workshop, tokenizer=tokenizer, vocab_size=None)
         return cls(own, examples, other)
 
-    def with_texts_of(self, written: Sequence[list[int]], ours: ExampleSet) -> ExampleSet:
+    def with_texts_of(self, written: Sequence[list[int]], ours: ExampleSet, ends: Sequence[int]) -> ExampleSet:
         """Put the teacher's completions in place of the references that the data lacks; return the students' examples.
 
         Args:
             written: the teacher's completions of all prompts, in its own tokens.
+            ends: ids of the teacher that end them.
         """
         self.examples = self.examples.with_texts_of(written)
         asked = [example.prompt_of(teacher=True) for example in self.examples.prompted]
-        answered = zip(written, ours.prompted, asked, strict=True)
-        return ours.with_texts_of([self.other.answer(ids, own.prompt_ids, theirs) for ids, own, theirs in answered])
+        answered, other = zip(written, ours.prompted, asked, strict=True), self.other.ended_by(teacher=ends)
+        return ours.with_texts_of([other.answer(ids, own.prompt_ids, theirs) for ids, own, theirs in answered])
 
     def agreement(self, student: Collected, teacher: Collected, ours: ExampleSet) -> Sums:
         """Count by example at how many shared boundaries both find the same next byte likeliest."""

@@ -169,8 +169,11 @@ class Evaluation:
         if self.teacher is not None and not self.examples.subsets["texts"]:
             workshop, examples = self._reads(self.teacher)
             written = workshop.first_samples(self.teacher, examples)
-            change = self.examples.with_texts_of
-            self.examples = change(written) if self.own is None else self.own.with_texts_of(written, self.examples)
+            if self.own is None:
+                self.examples = self.examples.with_texts_of(written)
+            else:
+                ends = self.teacher.end_ids(workshop.tokenizer)
+                self.examples = self.own.with_texts_of(written, self.examples, ends)
         for subject in self.subjects:
             teacher = self.teacher if subject is not self.teacher and self.own is None else None
             workshop, examples = self._reads(subject)

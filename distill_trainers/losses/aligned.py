@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..exceptions import ConfigurationError
-from ..signals import Aligned, TokenLogits, TokenSignal
+from ..signals import Aligned, NextBytes, TokenLogits, TokenSignal
 from .cross_tokenizer import NUM_BUCKETS, alm, bucket_logps, exact_overlap, uld
 from .divergences import Divergence
 from .reduction import sum_per_row
@@ -30,7 +30,7 @@ from .sparse import token_logps
 
 TERMS = ("alm", "next_byte", "exact_overlap", "uld")
 DEFAULT_TERMS = {"alm": 1.0, "next_byte": 1.0}
-NEEDS = {"alm": "token_logprobs"}  # of the teacher; of all others its distribution
+OF_TEXT = frozenset({"alm", "next_byte"})  # `NextBytes` tell enough for them; the others are sums over tokens
 TEACHER_LOGPS = "teacher_chunk_logps"  # at the last token of each chunk; see `Chunks.teacher_at_tokens`
 _VALUE, _SLOPE = "chunk_value", "chunk_slope"
 
@@ -84,17 +84,33 @@ def _changes(values: Tensor) -> Tensor:
     return values != pad(values[1:], (0, 1), value=-1)
 
 
-def by_chunk(logps: Tensor, chunks: Tensor, *, at_all: bool) -> Tensor:
-    """Sum values `[B, T]` by the chunk `[B, T]` of their token; those of tokens in no chunk (0) stay as they are.
+def by_chunk(logps: Tensor, chunks: Tensor) -> Tensor:
+    """Put at each token the sum of the values `[B, T]` of its chunk `[B, T]`; those of no chunk (0) stay."""
+    return torch.where(chunks > 0, _summed(logps, chunks.long()), logps)
+
+
+def by_event(logps: Tensor, chunks: Tensor, comparable: Tensor, mask: Tensor) -> Tensor:
+    """Sum values `[B, T]` of trained tokens between borders that no token of either model may cross.
+
+    Which tokens a text has before any other border depends on what follows. Even that one of these has been reached is
+    told by the first token behind it: that is where a sum stands, the row's last one at its last token. So a policy
+    gradient that gives each token what stands at it and behind has all that the token decides, and is exact.
 
     Args:
-        at_all: put a chunk's sum at all of its tokens, in place of its last one alone.
+        chunks, comparable, mask: `[B, T]`; the first two as in `data/other_tokenizer.py`.
     """
-    numbers = chunks.long()
-    sums = logps.new_zeros(len(logps), logps.shape[1] + 1).scatter_add(1, numbers, logps).gather(1, numbers)
-    is_last = numbers != pad(numbers[:, 1:], (0, 1), value=-1)
-    summed = sums if at_all else torch.where(is_last, sums, 0)
-    return torch.where(numbers > 0, summed, logps)
+    fits = comparable > 0
+    before = pad(mask[:, :-1], (1, 0)), pad(chunks[:, :-1], (1, 0)), pad(fits[:, :-1], (1, 0))
+    begins = mask & (~before[0] | ((chunks != before[1]) & (fits | before[2])))
+    events = torch.where(mask, begins.cumsum(1), 0)
+    is_last, ends = mask & ~pad(mask[:, 1:], (0, 1)), events != pad(events[:, 1:], (0, 1))
+    sums = torch.where(mask & ends, _summed(logps, events), 0)
+    return torch.where(is_last, sums, 0) + pad(torch.where(is_last, 0, sums)[:, :-1], (1, 0))
+
+
+def _summed(values: Tensor, groups: Tensor) -> Tensor:
+    sums = values.new_zeros(len(values), values.shape[1] + 1).scatter_add(1, groups, values)
+    return sums.gather(1, groups)
 
 
 @torch.no_grad()
@@ -186,17 +202,20 @@ class AlignedLoss:
         self, student: TokenLogits, teacher: TokenSignal | None, divergence: Divergence, names: list[str]
     ) -> dict[str, Tensor]:
         """The terms of whole distributions, at every token."""
-        if not isinstance(teacher, TokenLogits):
+        tau, terms = self.temperature, dict[str, Tensor]()
+        if isinstance(teacher, NextBytes) and names == ["next_byte"] and tau == 1:
+            logits, buckets = teacher.buckets, self._said_by_both()  # a bucket is the one token that begins so
+        elif isinstance(teacher, TokenLogits):
+            logits, buckets = teacher.logits, self.teacher_bytes
+        else:
             raise ConfigurationError(
                 f"Got a teacher's {type(teacher).__name__} for {', '.join(names)}; expected its whole distribution. "
                 "Set `cross_tokenizer: {alm: 1.0}`, for which log-probabilities of tokens do, or the kind `hidden`."
             )
-        tau, terms = self.temperature, dict[str, Tensor]()
-        both = [side.logits if tau == 1 else side.logits / tau for side in (student, teacher)]
+        both = [side if tau == 1 else side / tau for side in (student.logits, logits)]
         if "next_byte" in names:
-            buckets = (self.student_bytes, self.teacher_bytes)
-            sides = (bucket_logps(x, _of_device(ids, x)) for x, ids in zip(both, buckets, strict=True))
-            terms["next_byte"] = divergence(*sides)
+            sides = zip(both, (self.student_bytes, buckets), strict=True)
+            terms["next_byte"] = divergence(*(bucket_logps(x, _of_device(ids, x)) for x, ids in sides))
         if {"exact_overlap", "uld"} & set(names):
             logps = [logits.log_softmax(-1) for logits in both]
             if "exact_overlap" in names:
@@ -205,6 +224,11 @@ class AlignedLoss:
             if "uld" in names:
                 terms["uld"] = uld(*logps)
         return terms
+
+    def _said_by_both(self) -> Tensor:
+        """The bucket `[258]` that each of a teacher's own is part of, as `common_buckets` has them."""
+        said = torch.bincount(self.student_bytes, minlength=NUM_BUCKETS) > 0
+        return torch.where(said, torch.arange(NUM_BUCKETS, device=said.device), NUM_BUCKETS - 1)
 
 
 def _of_device(buckets: Tensor, logits: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..losses.cross_tokenizer import common_buckets
 from ..requirements import Requirements
 from ..settings import require, shown
 from ..teachers.base import Teacher
+from ..teachers.several import Several
 from ..value_types import parse_mapping
 
 
@@ -43,12 +44,11 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def refuse_own_tokenizer(args: Any, kind: type[Teacher], wants: Requirements, *, several: bool) -> None:
+def refuse_own_tokenizer(args: Any, kind: type[Teacher], wants: Requirements) -> None:
     """Refuse a teacher with a tokenizer of its own where nothing could be made of what it says.
 
     Args:
         kind: of the teacher.
-        several: there are several of them.
     """
     if not args.has_own_tokenizer:
         return
@@ -56,7 +56,7 @@ def refuse_own_tokenizer(args: Any, kind: type[Teacher], wants: Requirements, *,
     why, remedy = args.why_shared_tokenizer, "Leave that out"
     if kind.is_nobody:
         why, remedy = "there is no teacher", "Name one"
-    elif several:
+    elif issubclass(kind, Several):
         why, remedy = (
             "the answers of several teachers are joined id by id",
             "Name one teacher, or one run after another",

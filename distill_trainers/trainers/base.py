@@ -274,7 +274,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         args, autocast = self.args, self.compute_loss_context_manager
         self.sampling = sampling_settings(args, self.model, self.processing_class, self.vocab_size)
         extras = models.extra_inputs(self.model)
-        other = self.requirements.other
+        other = self.requirements.other and self.requirements.other.ended_by(student=self.sampling.eos_token_ids)
         known = self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast, extras, other, args.alm_temperature
         self.two_models = TwoModels(*known)
         self.aligned_loss = None if other is None else aligned_loss(args, other)

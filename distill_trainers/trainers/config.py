@@ -17,7 +17,7 @@ from ..data.teacher_prompts import TeacherPrompts
 from ..data.tokenization import Needs
 from ..evaluation.measures import MEASURES, METRICS, higher_is_better
 from ..exceptions import ConfigurationError, refuse_unknown_keys
-from ..losses.aligned import DEFAULT_TERMS, TERMS
+from ..losses.aligned import DEFAULT_TERMS, OF_TEXT, TERMS
 from ..losses.sampler_ratio import CORRECTIONS
 from ..losses.workspace import chunk_bytes_of
 from ..redaction import hidden
@@ -346,6 +346,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
             replaces_completions=self.replaces_completions,
             reuses_rollouts=getattr(self, "reuses_rollouts", False),
             accepts_sparse_teachers=self.accepts_sparse_teachers and not self.has_own_tokenizer,
+            accepts_next_bytes=self._accepts_next_bytes,
             accepts_encoder_decoders=self.accepts_encoder_decoders,
             divergence=getattr(self, "divergence", "forward_kl"),
             kd_temperature=self.kd_temperature,
@@ -366,6 +367,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     def compares_distributions(self) -> bool:
         """With a teacher that has a tokenizer of its own: whether the loss reads more than likelihoods of its text."""
         return self.compares_chunks and bool(self.aligned_terms.keys() - {"alm"})
+
+    @property
+    def _accepts_next_bytes(self) -> bool:
+        of_text = self.aligned_terms.keys() <= OF_TEXT and self.kd_temperature == 1
+        return self.has_own_tokenizer and (of_text or not self.compares_distributions)
 
     def check_datasets(self, train: Any, evaluation: Any, text: Any, wants: Requirements) -> None:
         """Refuse datasets that cannot go with these settings, before anything is loaded.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,7 +202,7 @@ def preflight(given: Given) -> Ready:
     _check_packing(args, wants)
     _check_view(args, loading.kind_of(teacher, args))
     _check_teachers(args, wants)
-    refuse_own_tokenizer(args, loading.kind_of(teacher, args), wants, several=isinstance(teacher, Mapping))
+    refuse_own_tokenizer(args, loading.kind_of(teacher, args), wants)
     _check_models(given)
     config = student_config(student, args)
     _check_files(pair, config, args)

@@ -287,6 +287,27 @@ def test_two_tokenizers_are_laid_beside_each_other(recipe, pair, tmp_path, diagn
     assert "The first begins 1|2|3|4|<> and 12|34|<>." in told[0]
 
 
+@pytest.mark.slow
+def test_a_cache_of_its_next_bytes_is_filled_read_and_compared(recipe, pair, tmp_path, capsys, monkeypatch, digits):
+    from distill_trainers.toy import tiny_llama
+
+    kept = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_kind": "next_bytes"}
+    path = recipe(**pair(), **kept, teacher_tokenizer="own", lmbda=0.0, max_steps=1)
+    model = tiny_llama(digits, 48, 2, seed=7, initializer_range=0.25)
+    model.save_pretrained(tmp_path / "teacher")
+    digits.save_pretrained(tmp_path / "teacher")
+    assert main(["cache-teacher", "--config", path]) == 0
+    assert main(["cache-teacher", "--inspect", kept["teacher_cache"]]) == 0
+    assert "next_bytes" in capsys.readouterr().out
+    assert main(["doctor", "--config", path]) == 0 and "apart" not in capsys.readouterr().out
+    other = LocalTeacher(tiny_llama(digits, 48, 2, seed=8, initializer_range=0.25))
+    with monkeypatch.context() as changed:
+        changed.setattr(LocalTeacher, "loaded", lambda *a: other)
+        assert main(["doctor", "--config", path]) == 2 and "nats per token" in capsys.readouterr().out
+    monkeypatch.setattr(LocalTeacher, "loaded", lambda *a: pytest.fail("the teacher was loaded"))
+    assert main(["train", "--config", path]) == 0
+
+
 def test_a_teacher_that_splits_text_differently_is_shown_at_the_first_token(recipe, pair, tmp_path, diagnose):
     changed = pair()
     file = tmp_path / "teacher" / "tokenizer.json"

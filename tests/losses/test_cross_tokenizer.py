@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.losses import DIVERGENCES, resolve_divergence
+from distill_trainers.losses.aligned import AlignedLoss
 from distill_trainers.losses.cross_tokenizer import (
     NUM_BUCKETS,
     alm,
@@ -21,6 +23,8 @@ from distill_trainers.losses.cross_tokenizer import (
     next_byte,
     uld,
 )
+from distill_trainers.signals import Logits, TokenLogits
+from distill_trainers.teachers.cache.kinds import next_bytes_of
 
 SMOOTH = sorted(DIVERGENCES.keys() - {"logit_mse"})
 
@@ -184,6 +188,28 @@ def test_bytes_that_one_side_cannot_begin_are_one_bucket_for_both():
     assert ours.tolist() == [0, 257, 257, 256, 257] and theirs.tolist() == [0, 257, 257, 256]
     values = next_byte("forward_kl", bucket_logps(logits(5, 5), ours), bucket_logps(logits(5, 4, seed=1), theirs))
     assert values.isfinite().all() and (values < 30).all()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
+def test_a_teacher_that_was_summed_by_next_byte_teaches_the_same(divergence):
+    """Bytes that only one side begins with, an id beyond the tokenizer's and the end of a text among them."""
+    firsts = torch.tensor([0, 1, 1, 4, 256, 257]), torch.tensor([0, 2, 1, 2, 256, 7])
+    loss = AlignedLoss({"next_byte": 1.0}, 1.0, *common_buckets(*firsts), *[torch.zeros(0, dtype=torch.long)] * 2)
+    labels, shared = torch.tensor([0, 2, 4, 1, 5]), torch.tensor([1, 2, 0, 3, 4])
+    tokens = {"labels": labels, "token_shared": shared, "token_comparable": shared, "token_alone": shared}
+    scores, whole = logits(5, 6), TokenLogits(logits(5, 7, seed=1))
+    kept = next_bytes_of(Logits(whole.logits), labels, F.pad(firsts[1], (0, 1), value=257))
+    torch.testing.assert_close(kept.values, whole.logps().gather(-1, labels[:, None])[:, 0])
+    found = []
+    for teacher in (whole, kept):
+        student = scores.clone().requires_grad_()
+        values = loss.terms(TokenLogits(student), teacher, tokens, resolve_divergence(divergence))["next_byte"]
+        found.append((values.detach(), *torch.autograd.grad(values.sum(), student)))
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0][0][2] == 0 and found[0][0][0] > 0.01
+    refused = AlignedLoss({"uld": 1.0}, *list(vars(loss).values())[1:])
+    with pytest.raises(ConfigurationError, match="NextBytes for uld; expected its whole distribution"):
+        refused.terms(TokenLogits(scores), kept, tokens, resolve_divergence(divergence))
 
 
 def test_the_fused_head_gives_the_gradient_of_whole_logits():

@@ -125,7 +125,7 @@ def tiny_vocabulary():
         ({"teacher_server_kind": "token_logprobs"}, "distribution"),
         ({"teacher_server_kind": "topk", "kd_temperature": 2.0}, "temperature"),
         ({"teacher_server_kind": "sampled", "divergence": "reverse_kl"}, "forward_kl"),
-        ({"teacher_server_kind": "logits"}, "one of hidden, topk, sampled, token_logprobs"),
+        ({"teacher_server_kind": "logits"}, "one of hidden, topk, sampled, next_bytes, token_logprobs"),
         ({"teacher_server_kind": "topk", "teacher_server_dtype": "bfloat16"}, "float32, float16 for topk"),
         ({"teacher_server_top_k": 0}, "expected 1 or more"),
         ({"teacher_server_draws": 40000}, "32767"),
@@ -348,7 +348,9 @@ def fake():
 
 def test_another_protocol_is_refused(fake):
     server = fake({"/v1/info": lambda body: (200, {"protocol": PROTOCOL + 1, "version": "9.9"})})
-    with pytest.raises(ConfigurationError, match=r"version '9.9' and speaks protocol 2, expected 1"):
+    with pytest.raises(
+        ConfigurationError, match=rf"version '9.9' and speaks protocol {PROTOCOL + 1}, expected {PROTOCOL}"
+    ):
         RemoteTeacher(server.url)
 
 
@@ -512,6 +514,24 @@ def test_a_teacher_with_its_own_tokenizer_is_that_of_the_local_one(make_trainer,
     assert by_step(remote) == pytest.approx(by_step(local), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("told", "kind", "says"),
+    [
+        (False, "token_logprobs", "no `prompt_logprobs`.*serve-teacher.*train on its text"),  # text alone, on-policy
+        (True, "hidden", "tells only topk, token_logprobs"),
+        (True, "topk", "whole distribution.*hidden` or `next_bytes"),
+        (True, "token_logprobs", r"needs \['distribution'\].*`cross_tokenizer: {alm: 1.0}`"),
+    ],
+)
+def test_what_such_a_server_cannot_tell_of_its_own_tokens_is_refused(make_trainer, vllm, digits, told, kind, says):
+    teacher = tiny_llama(digits, 48, 2)
+    terms = {"alm": 1.0} if not told else {"alm": 1.0, "next_byte": 1.0}
+    run = {"lmbda": 1.0, "cross_tokenizer": terms, "teacher_tokenizer": "own", "teacher_processing_class": digits}
+    url = vllm(tok=digits, model=teacher, told=told).url + "/v1"
+    with pytest.raises(ConfigurationError, match=says):
+        make_trainer(teacher=url, **run, teacher_server_kind=kind)
+
+
 def test_few_ids_are_those_of_our_own_server(vllm, serve):
     found = [RemoteTeacher(url, RemoteSettings("topk", top_k=4)) for url in (vllm().url, serve().url)]
     theirs, ours = (teacher.signal(*inputs(), None) for teacher in found)
@@ -560,6 +580,7 @@ def test_a_teacher_so_sure_that_nothing_is_left_for_the_others(fake, most, diver
         ({}, {"kind": "hidden"}, "tells only topk, token_logprobs"),
         ({}, {"kind": "topk", "top_k": 21}, "--max-logprobs"),
         ({"told": False}, {"kind": "topk", "top_k": 5}, "no `prompt_logprobs`"),
+        ({"told": False}, {"kind": "hidden"}, "train on its text (`distill-trainers rationales`)"),
         ({"more": ["other"]}, {"kind": "topk", "top_k": 5}, "serves tiny, other"),
         ({}, {"kind": "topk", "top_k": 5, "model": "large"}, "large"),
     ],

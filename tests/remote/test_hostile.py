@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import math
 import os
 import signal
 import socket
@@ -220,7 +221,8 @@ def drawn(**changes):
 
 
 TOPK, DRAWN = Wanted("topk", top_k=2), Wanted("sampled", draws=3, seed=0)
-HIDDEN, GIVEN = Wanted("hidden"), Wanted("token_logprobs")
+HIDDEN, GIVEN, BYTES = Wanted("hidden"), Wanted("token_logprobs"), Wanted("next_bytes")
+EVEN = torch.full((2, 258), -math.log(258))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +234,12 @@ HIDDEN, GIVEN = Wanted("hidden"), Wanted("token_logprobs")
         (DRAWN, drawn(), None),
         (GIVEN, {"logps": torch.tensor([0.0, -float("inf")])}, None),
         (HIDDEN, {"hidden": torch.zeros(2, 3)}, None),
+        (BYTES, {"logps": torch.zeros(2), "buckets": EVEN.half()}, None),
+        (BYTES, {"logps": torch.zeros(2), "buckets": EVEN[:, 1:]}, "shapes"),
+        (BYTES, {"logps": torch.zeros(2), "buckets": EVEN - 1}, "add up to 1"),
+        (BYTES, {"logps": torch.zeros(2), "buckets": torch.full((2, 258), float("nan"))}, "log-probabilities"),
+        (BYTES, {"logps": torch.ones(2), "buckets": EVEN}, "log-probabilities"),
+        (BYTES, {"logps": torch.zeros(2)}, "logps, expected buckets, logps"),
         (TOPK, topk(logps=torch.full((2, 2), float("nan"))), "log-probabilities"),
         (TOPK, topk(logps=torch.full((2, 2), float("inf"))), "log-probabilities"),
         (TOPK, topk(logps=torch.ones(2, 2)), "log-probabilities"),

@@ -14,6 +14,7 @@ RUN = {"max_steps": 4, "gradient_accumulation_steps": 2, "teacher_tokenizer": "o
     ("method", "settings", "kind"),
     [
         pytest.param("gkd", {"lmbda": 0.5}, "hidden", marks=pytest.mark.slow),
+        ("gkd", {"lmbda": 0.5}, "next_bytes"),
         ("gkd", {"lmbda": 0.5, "cross_tokenizer": {"alm": 1.0}}, "token_logprobs"),
         pytest.param(
             "minillm", {"estimator": "sampled", "teacher_mix_alpha": 0.0}, "token_logprobs", marks=pytest.mark.slow
@@ -41,11 +42,16 @@ def losses(trainer, by_step):
         ({"teacher_processing_class": "student"}, "the same ids stand for other tokens"),
         ({"teacher_server_kind": "topk"}, "needs the teacher's whole distribution"),
         ({"teacher_server_kind": "token_logprobs"}, "needs .'distribution'."),
+        ({"teacher_server_kind": "next_bytes", "cross_tokenizer": {"uld": 1.0}}, "alm and next_byte.*kind: hidden"),
+        ({"teacher_server_kind": "next_bytes", "teacher_processing_class": "another end"}, "other ends of a text"),
     ],
 )
 def test_a_server_that_cannot_tell_is_refused(make_trainer, serve, digits, tokenizer, settings, says):
     given = {"teacher_processing_class": digits, "lmbda": 0.0, **settings}
     if given["teacher_processing_class"] == "student":
         given["teacher_processing_class"] = tokenizer
+    if given["teacher_processing_class"] == "another end":
+        given["teacher_processing_class"] = copy.deepcopy(digits)
+        given["teacher_processing_class"].eos_token = "+"
     with pytest.raises(ConfigurationError, match=says):
         make_trainer(teacher=serve(tiny_llama(digits, 48, 2), digits).url, **RUN, **given)

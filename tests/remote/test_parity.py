@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening
 
+from distill_trainers.data.token_bytes import TokenBytes
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.losses.reduction import trained_mask
-from distill_trainers.signals import HiddenStates, TokenLogprobs, TopK
+from distill_trainers.signals import HiddenStates, NextBytes, TokenLogprobs, TopK
 from distill_trainers.teachers import LocalTeacher, RemoteTeacher
 from distill_trainers.teachers.remote import RemoteSettings
 from distill_trainers.toy import addition_dataset
@@ -98,7 +100,7 @@ def batch(tokens=7):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_each_kind_says_what_the_teacher_says(serve, make_teacher, monkeypatch, fused):
+def test_each_kind_says_what_the_teacher_says(serve, make_teacher, tokenizer, monkeypatch, fused):
     model = make_teacher()
     if not fused:
         monkeypatch.setattr("distill_trainers.models.head_is_fusable", lambda model: False)
@@ -106,7 +108,7 @@ def test_each_kind_says_what_the_teacher_says(serve, make_teacher, monkeypatch, 
     local = LocalTeacher(copy.deepcopy(model))
     truth = local.signal(inputs, predicts, None).chunk(slice(None)).logps()
     labels = ids[:, 1:][predicts]
-    assert served.service.info["kinds"] == ["hidden"] * fused + ["topk", "sampled", "token_logprobs"]
+    assert served.service.info["kinds"] == ["hidden"] * fused + ["topk", "sampled", "next_bytes", "token_logprobs"]
     for kind in served.service.info["kinds"]:
         teacher = RemoteTeacher(served.url, RemoteSettings(kind, top_k=5, draws=20000, seed=1))
         said = teacher.signal(inputs, predicts, None)
@@ -115,6 +117,10 @@ def test_each_kind_says_what_the_teacher_says(serve, make_teacher, monkeypatch, 
             torch.testing.assert_close(said.chunk(slice(None)).logps(), truth, atol=1e-4, rtol=1e-4)
         elif isinstance(said, TokenLogprobs):
             torch.testing.assert_close(said.values, truth.gather(-1, labels[:, None]).squeeze(-1), atol=1e-4, rtol=1e-4)
+            if isinstance(said, NextBytes):
+                first = TokenBytes.of(tokenizer).first_bytes(truth.shape[-1])
+                shares = truth.exp() @ F.one_hot(first, 258).to(truth)
+                torch.testing.assert_close(said.buckets.exp(), shares, atol=1e-4, rtol=1e-4)
         elif isinstance(said, TopK):
             best = truth.topk(5)
             assert torch.equal(said.ids.long(), best.indices)
@@ -149,7 +155,7 @@ def test_hidden_states_may_be_sent_narrower(serve):
 
 def test_nothing_is_asked_where_nothing_is_trained(serve):
     inputs, predicts, _ = batch()
-    for kind in ("hidden", "topk", "sampled", "token_logprobs"):
+    for kind in ("hidden", "topk", "sampled", "next_bytes", "token_logprobs"):
         teacher = RemoteTeacher(serve().url, RemoteSettings(kind))
         said = teacher.signal(inputs, torch.zeros_like(predicts), None)
         assert len(said) == 0

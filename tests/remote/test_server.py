@@ -164,7 +164,7 @@ def test_a_kind_that_the_teacher_cannot_tell(serve, question, monkeypatch):
     served = serve()
     assert refused(served, question(kind="hidden"))[0] == 422
     assert post(served, None, "/v1/head")[0] == 404
-    with pytest.raises(ConfigurationError, match="tells only topk, sampled, token_logprobs"):
+    with pytest.raises(ConfigurationError, match="tells only topk, sampled, next_bytes, token_logprobs"):
         RemoteTeacher(served.url)
 
 

@@ -470,7 +470,7 @@ def test_other_settings_are_refused_before_the_student_loads(make, saved, monkey
         ({"teacher_cache_kind": "topk", "kd_temperature": 2.0}, "temperature"),
         ({"teacher_cache_kind": "topk", "divergence": "logit_mse"}, "logit_mse"),
         ({"teacher_cache_kind": "sampled", "divergence": "jsd"}, "forward_kl"),
-        ({"teacher_cache_kind": "logits"}, "hidden, topk, sampled"),
+        ({"teacher_cache_kind": "logits"}, "hidden, topk, sampled, next_bytes"),
         ({"teacher_cache_kind": "topk", "teacher_cache_dtype": "bfloat16"}, "float32, float16"),
         ({"teacher_cache_kind": "topk", "teacher_cache_top_k": 0}, "teacher_cache_top_k"),
         ({"teacher_cache_kind": "sampled", "teacher_cache_draws": 40_000}, "teacher_cache_draws"),

@@ -13,10 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from distill_trainers.data import replace_completions
 from distill_trainers.randomness import Purpose, Role, Stream
 from distill_trainers.rollouts import Mixture, SamplingSettings, decode_completions, decode_scored
+from distill_trainers.toy import tiny_llama
 from distill_trainers.trainers.minillm.cycles import with_logps
 
 EOS, LENGTH = 1, 3
@@ -81,6 +84,44 @@ def expected_gradient(trainer, alpha):
 
 def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def letters(*merges):
+    """One token a letter, and one for each merge; `c` is part of none."""
+    vocab = {token: i for i, token in enumerate(["<eos>", *"abc", *map("".join, merges)])}
+    backend = Tokenizer(models.BPE(vocab, list(merges), unk_token="<eos>"))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(["<eos>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+
+
+def test_it_is_exact_across_tokenizers(make_trainer):
+    """`aba` is ab|a and `bab` b|ab: a letter decides how those before it are read, and that `c` ends what they were."""
+    student, teacher = letters(), letters(("a", "b"), ("b", "a"))
+    pair = [tiny_llama(tok, 16, 1, seed=s, initializer_range=0.5).double() for s, tok in ((1, student), (2, teacher))]
+    settings = {"length_normalization": False, "loss_reduction": "sequence", "estimator": "sampled", "max_length": 8}
+    settings |= {"teacher_mix_alpha": 0.0, "teacher_processing_class": teacher}
+    rows, run = Dataset.from_list([{"prompt": "c"}] * 4), {"teacher_tokenizer": "own", "max_new_tokens": LENGTH}
+    trainer = make_trainer(*pair, train=rows, method="minillm", tok=student, **settings, **run)
+    texts = [ids for n in range(1, LENGTH + 1) for ids in itertools.product(range(4), repeat=n)]
+    texts = [ids for ids in texts if 0 not in ids[:-1] and (ids[-1] == 0 or len(ids) == LENGTH)]
+    batch = trainer.data_collator([trainer.train_dataset[0]] * len(texts))
+    batch = trainer.two_models.completed(replace_completions(batch, [list(ids) for ids in texts], 0))
+    predicts = batch["labels"][:, 1:] != -100
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    q = F.log_softmax(logits, -1).gather(2, batch["input_ids"][:, 1:, None])[..., 0].masked_fill(~predicts, 0)
+    p, _ = trainer.two_models.frozen_logps(trainer.teacher, batch)
+    totals = torch.zeros(len(texts)).double().index_add(0, predicts.nonzero()[:, 0], p)
+    chances = q.sum(1).exp()
+    assert chances.sum().item() == pytest.approx(1.0)
+    expected = gradient_of(trainer, (chances * (q.sum(1) - totals)).sum())
+    drawn = q.detach()[predicts]
+    (scored,) = trainer.score([with_logps(batch, torch.stack([drawn, drawn, p], dim=1))])
+    for name in ("token_long", "token_single"):  # the loss is linear in them
+        scored[name] = scored[name] * len(texts) * chances.detach()[:, None]
+    trainer.model.train()
+    found = gradient_of(trainer, trainer.compute_loss(trainer.model, scored))
+    assert relative(found, expected) < 1e-5 and expected.norm() > 0.05
 
 
 @pytest.mark.parametrize("importance", ["token", "prefix"])

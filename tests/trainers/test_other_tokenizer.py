@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from distill_trainers.data.other_tokenizer import OtherTokenizer
 from distill_trainers.data.views import ALIGNED_ENTRIES
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.losses.reduction import trained_mask
-from distill_trainers.toy import tiny_llama
+from distill_trainers.teachers import ComposedTeacher, LocalTeacher, RoutedTeacher
+from distill_trainers.toy import addition_rationales, tiny_llama
 
 OWN = {"teacher_tokenizer": "own", "lmbda": 0.0, "divergence": "forward_kl"}
 
@@ -76,8 +76,12 @@ def next_character(logps, tokenizer):
     return torch.stack([logps[:, group].logsumexp(-1) for group in groups], -1)
 
 
-def naive(student, teacher, tokenizer, digits, rows, tau=1.0, weights=(1.0, 1.0)):
-    """`alm` and `next_byte` (forward KL) over the student's tokens, a row at a time, and their gradient."""
+def naive(student, teacher, tokenizer, digits, rows, tau=1.0, weights=(1.0, 1.0), more=None, reverse=False):
+    """`alm` and `next_byte` (forward KL) over the student's tokens, a row at a time, and their gradient.
+
+    Args:
+        more: what else is in the loss, a function of the student.
+    """
     student = copy.deepcopy(student).train(False)
     student.zero_grad()
     total, count = 0.0, 0
@@ -90,8 +94,9 @@ def naive(student, teacher, tokenizer, digits, rows, tau=1.0, weights=(1.0, 1.0)
             sides.append((spans(tok.convert_ids_to_tokens(ids)), logps, logps[range(len(ids)), ids], tok))
         (ours, q, q_given, _), (theirs, p, p_given, _) = sides
         shared = sorted({0} | ({end for _, end in ours} & {end for _, end in theirs}))
-        text_end = len(row["completion"])
-        safe = {0, text_end, text_end + 1}  # everywhere else a token of two digits may cross
+        text = row["completion"]
+        within = {i for i in range(1, len(text)) if not text[i - 1 : i + 1].isdigit()}
+        safe = {0, len(text), len(text) + 1} | within  # everywhere else a token of two digits may cross
         for begin, end in zip(shared, shared[1:], strict=False):
             if {begin, end} <= safe:
                 a = sum(
@@ -104,9 +109,9 @@ def naive(student, teacher, tokenizer, digits, rows, tau=1.0, weights=(1.0, 1.0)
                 total = total + weights[0] * (limit if tau == float("inf") else tau * event)
             i, j = ([s for s, _ in side].index(begin) for side in (ours, theirs))
             pc, qc = next_character(p[j : j + 1], digits).detach(), next_character(q[i : i + 1], tokenizer)
-            total = total + weights[1] * (pc.exp() * (pc - qc)).sum()
+            total = total + weights[1] * (qc.exp() * (qc - pc) if reverse else pc.exp() * (pc - qc)).sum()
         count += len(ours)
-    loss = total / count
+    loss = total / count + (more(student) if more else 0.0)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in student.parameters()])
 
@@ -118,6 +123,68 @@ def test_loss_and_gradient_are_those_of_the_definition(own, batch_of, tokenizer,
     expected, gradient = naive(trainer.model, trainer.teacher.model, tokenizer, digits, numbers(), tau, weights)
     loss, found = loss_and_gradient(trainer, batch_of(trainer))
     assert loss == pytest.approx(expected, rel=1e-7) and abs(expected) > 1e-3
+    torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-8)
+
+
+def texts_of(model, tok, rows):
+    """log-probabilities of the tokens of each completion, end included."""
+    for row in rows:
+        prompt, text = (tok(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "completion"))
+        ids = [*text, tok.eos_token_id]
+        yield logps_of(model, prompt, ids)[range(len(ids)), ids]
+
+
+def test_minillms_token_objective_is_the_same_with_reverse_kl(own, batch_of, tokenizer, digits):
+    trainer = own(method="minillm", objective="token", estimator="exact", teacher_mix_alpha=0.0, train=numbers())
+    models = trainer.model, trainer.teacher.model
+    expected, gradient = naive(*models, tokenizer, digits, numbers(), float("inf"), reverse=True)
+    (batch,) = trainer.score([batch_of(trainer)])
+    loss, found = loss_and_gradient(trainer, batch)
+    assert loss == pytest.approx(expected, rel=1e-7)
+    torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_rationales_have_it_beside_their_cross_entropies(own, batch_of, tokenizer, digits):
+    data = addition_rationales(3)
+    trainer = own(method="rationale", train=data, divergence="reverse_kl", distill_weight=0.5)
+    labels, chains = [
+        [{"prompt": f"{mark}{row['question']}=", "completion": row[name]} for row in data]
+        for mark, name in (("=", "answer"), ("+", "rationale"))
+    ]
+
+    def entropies(student):
+        return -sum(torch.cat(list(texts_of(student, tokenizer, rows))).mean() for rows in (labels, chains))
+
+    models, terms = (trainer.model, trainer.teacher.model), {"weights": (0.5, 0.5), "more": entropies, "reverse": True}
+    expected, gradient = naive(*models, tokenizer, digits, labels + chains, float("inf"), **terms)
+    loss, found = loss_and_gradient(trainer, batch_of(trainer))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_preferences_are_by_likelihoods_of_the_texts_in_the_tokens_of_each(
+    own, tokenizer, digits, batch_of, normalized
+):
+    settings = {"beta": 0.7, "length_normalized": normalized, "lm_loss_weight": 0.0}
+    trainer = own(method="dpkd", train=pairs(8), **settings)
+    student, losses = copy.deepcopy(trainer.model), []
+    student.zero_grad()
+    sides = [
+        [{"prompt": row["prompt"], "completion": row[name]} for row in pairs(8)] for name in ("chosen", "rejected")
+    ]
+    told = [
+        list(texts_of(m, t, side)) for side in sides for m, t in ((student, tokenizer), (trainer.teacher.model, digits))
+    ]
+    for q, p, other_q, other_p in zip(*told, strict=True):
+        ratios = [(a.sum() - b.detach().sum()) / (len(a) if normalized else 1) for a, b in ((q, p), (other_q, other_p))]
+        losses.append(-F.logsigmoid(0.7 * (ratios[0] - ratios[1])))
+    expected = torch.stack(losses).mean()
+    expected.backward()
+    (batch,) = trainer.score([batch_of(trainer)])
+    loss, found = loss_and_gradient(trainer, batch)
+    assert loss == pytest.approx(expected.item(), rel=1e-7)
+    gradient = torch.cat([p.grad.flatten() for p in student.parameters()])
     torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-8)
 
 
@@ -255,6 +322,29 @@ def test_the_teacher_reads_the_students_text_in_its_own_tokens(own, digits, toke
     assert all(read.removesuffix(answer) in prompts for read, answer in asked.questions)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("minillm", {"estimator": "sampled", "teacher_mix_alpha": 0.0}),
+        pytest.param("minillm", {"objective": "token", "estimator": "exact"}, marks=pytest.mark.slow),
+        ("dpkd", {"chosen": "dataset"}),
+        ("rationale", {"train": addition_rationales(16), "distill_weight": 0.5, "divergence": "reverse_kl"}),
+    ],
+)
+def test_a_run_of_every_method_does_not_depend_on_micro_batches(own, make_student, method, settings):
+    settings, found = {"teacher_mix_alpha": 0.0, **settings} if method == "minillm" else settings, []
+    for size, accumulation in ((8, 1), (2, 4)):
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        train = settings.get("train", numbers(16))
+        trainer = own(method=method, max_steps=2, **{"train": train, **settings}, **batches)
+        trainer.train()
+        found.append((trainer.state.log_history, torch.cat([p.flatten() for p in trainer.model.parameters()])))
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=1e-8)
+    for one, other in zip(*(logs for logs, _ in found), strict=True):
+        names = {"loss", "grad_norm", "trained_tokens", "shared_borders", "comparable"} & one.keys()
+        assert {n: other[n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-5)
+
+
 def test_rewards_of_sequences_are_those_of_whole_chunks(own, batch_of):
     """Whatever the chunks, what follows them adds up to log p(y) - log q(y), and a token's return is its chunk's on."""
     settings = {"estimator": "sampled", "teacher_mix_alpha": 0.0, "length_normalization": False}
@@ -341,57 +431,27 @@ def test_a_cached_teacher_is_the_live_one(own, by_step, kept, make_student, tmp_
             own(make_student(), **{**alone, "teacher_processing_class": filled.processing_class})
 
 
-# ---- Rows ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("dtype", "near"), [(None, 1e-6), ("float16", 1e-3)])
+def test_a_cache_of_next_bytes_is_the_live_teacher(own, by_step, kept, make_student, tmp_path, dtype, near):
+    run = {**RUN, "teacher": str(kept / "teacher"), "divergence": "jsd"}
+    live = losses(own(make_student(), **run), by_step)
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_kind": "next_bytes", "teacher_cache_dtype": dtype}
+    filled = own(make_student(), **run, **cache)
+    assert losses(filled, by_step) == pytest.approx(live, rel=near)
+    alone = {**run, "teacher": None, **cache, "teacher_placement": "cached"}
+    read = own(make_student(), **{**alone, "teacher_tokenizer": str(kept / "tokenizer")})
+    assert losses(read, by_step) == pytest.approx(live, rel=near) and not read.teacher.is_live
+    row = next(iter(read.teacher.cache.read(key) for key in read.teacher.cache.keys()))  # noqa: SIM118
+    assert row["buckets"].shape == (len(row["logps"]), 258) and row.keys() == {"buckets", "logps"}
+    # Other ids end a text, the same ids stand for the same tokens: other buckets.
+    changed = copy.deepcopy(filled.requirements.teacher_tokenizer)
+    changed.eos_token = "+"
+    with pytest.raises(ConfigurationError, match=r"made with another tokenizer than the teacher's"):
+        own(make_student(), **{**alone, "teacher_processing_class": changed})
 
 
-def test_each_reads_a_conversation_in_its_own_form(make_tokenizer, make_trainer):
-    """Prompt, completion and end of turn: each by its own template; nothing of the student's markers is text."""
-    student, teacher = make_tokenizer(), make_tokenizer(
-        bos=True,
-        template="{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end_of_turn>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}",
-    )  # fmt: skip
-    rows = Dataset.from_list(
-        [{"messages": [{"role": "user", "content": "Hé\n\n"}, {"role": "assistant", "content": "Ja é"}]}] * 4
-    )
-    trainer = make_trainer(
-        tiny_llama(student, 32, 2), tiny_llama(teacher, 32, 2), rows, tok=student, max_length=60,
-        teacher_tokenizer="own", teacher_processing_class=teacher, lmbda=0.0,
-    )  # fmt: skip
-    row = trainer.train_dataset[0]
-    assert teacher.decode(row["teacher_prompt_ids"]) == "<bos>[user]Hé\n\n<end_of_turn>[assistant]"
-    assert teacher.decode(row["teacher_completion_ids"]) == "Ja é<end_of_turn>"
-    batch = trainer.data_collator([row])
-    assert batch["token_chunk"][0, row["view_start"] :].tolist() == [1, 2, 3, 4, 5, 6]
-    trainer.train()
-
-
-def test_text_that_is_cut_within_a_character_is_counted(make_tokenizer, make_trainer, batch_of, by_step):
-    tokenizer = make_tokenizer()
-    rows = Dataset.from_list([{"prompt": "a", "completion": "bé"}] * 4)  # of two bytes, two tokens here
-    run = {"tok": tokenizer, "teacher_tokenizer": "own", "teacher_processing_class": make_tokenizer(), "lmbda": 0.0}
-    for length, cut, text in ((4, 0, "bé"), (3, 1, "b")):
-        trainer = make_trainer(
-            tiny_llama(tokenizer, 32, 2), tiny_llama(tokenizer, 32, 2), rows, **run, max_length=length
-        )
-        batch = batch_of(trainer, [0])
-        assert batch["token_cut"].sum() == cut
-        assert tokenizer.decode(batch["teacher_completion_ids"][0]) == text
-        # The text may go on: what it ends with has no likelihood of its own.
-        assert batch["token_comparable"][0, -1] == 0
-        trainer.train()
-        assert set(by_step(trainer, "cut_characters").values()) == {4.0 * cut}
-
-
-def test_bytes_that_are_no_text_are_read_all_the_same(make_tokenizer, make_trainer, by_step):
-    """A student of random weights writes bytes at random, which the teacher reads as characters that stand for none."""
-    tokenizer = make_tokenizer()
-    models = (tiny_llama(tokenizer, 32, 2, seed=seed, initializer_range=0.02) for seed in (1, 2))
-    run = {"tok": tokenizer, "teacher_tokenizer": "own", "teacher_processing_class": make_tokenizer(), "lmbda": 1.0}
-    trainer = make_trainer(*models, Dataset.from_list([{"prompt": "a"}] * 8), **run, max_new_tokens=12)
-    trainer.train()
-    shares = by_step(trainer, "shared_borders").values()
-    assert all(torch.tensor(list(by_step(trainer).values())).isfinite()) and all(0 < share < 1 for share in shares)
+REWARDED = {"reward_funcs": "length:1", "num_generations": 2, "per_device_train_batch_size": 4}
+KEPT = {"teacher_cache": "kept", "teacher_cache_kind": "next_bytes"}
 
 
 # ---- What is refused, before anything is loaded ----------------------------------------------------------------------
@@ -420,25 +480,42 @@ def test_bytes_that_are_no_text_are_read_all_the_same(make_tokenizer, make_train
             "cross_tokenizer.*likelihoods of whole texts",
         ),
         ({"packing": True}, "packed rows have no prompt"),
+        ({**KEPT, "cross_tokenizer": {"alm": 1.0, "uld": 1.0}}, "next_bytes.*but alm and next_byte.*kind: hidden"),
+        ({**KEPT, "kd_temperature": 2.0}, "next_bytes.*`kd_temperature: 1`"),
+        ({**KEPT, "teacher_tokenizer": "shared"}, "next_bytes.*expected `teacher_tokenizer: own`"),
+        ({**KEPT, "teacher_cache_dtype": "int8"}, "one of float32, float16 for next_bytes"),
         ({"divergence": "logit_mse"}, "logits are compared id by id"),
         ({"lmbda": 1.0, "sampler_correction": "mask"}, "are of one token each"),
         ({"lmbda": 1.0, "feedback": "default"}, "feedback .* is written for the teacher"),
         ({"lmbda": 1.0, "teacher_max_length": 9}, "is known once they are written"),
         ({"teacher": None}, "there is no teacher"),
         ({"teacher": None, "self_teacher": "initial"}, "the student is its own teacher"),
+        ({"teacher": None, "self_teacher": "ema"}, "the student is its own teacher"),
+        ({"teacher": None, "self_teacher": "live"}, "the student is its own teacher"),
         ({"teacher": {"a": "x", "b": "y"}}, "the answers of several teachers"),
+        ({"teacher": {"a": "x", "b": "y"}, "teacher_mix": "geometric"}, "the answers of several .*Name one teacher"),
+        ({"extrapolate": {"reference": "initial"}}, "the answers of several teachers"),
+        ({"teacher": RoutedTeacher}, "the answers of several teachers"),
+        ({"teacher": ComposedTeacher}, "the answers of several teachers"),
         ({"method": "minillm"}, "sample one text together"),
         ({"method": "minillm", "teacher_mix_alpha": 0.0}, "Single is a sum over one vocabulary"),
+        ({"method": "minillm", "teacher_mix_alpha": 0.0, **REWARDED}, "rewards .* each sampled token"),
+        ({"lmbda": 1.0, **REWARDED}, "rewards .* each sampled token"),
+        ({"method": "rationale", "objective": "edit", "distill_weight": 0.5}, "single tokens of wrong chains"),
+        ({"method": "rationale", "divergence": "logit_mse", "distill_weight": 0.5}, "logits are compared id by id"),
         ({"method": "dpkd", "loss_type": "contrastive_skew"}, "distributions of tokens are compared"),
         ({"method": "dpkd", "reference_logps_dir": "kept"}, "kept by the student's tokens"),
         ({"eval_measures": ["agreement"], "eval_dataset": numbers(4)}, "compares both models id by id"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(own, monkeypatch, settings, says):
+def test_what_cannot_work_is_refused_by_name(own, digits, monkeypatch, settings, says):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("distill_trainers.teachers.loading.load_teacher", load)
+    if (kind := settings.get("teacher")) in (RoutedTeacher, ComposedTeacher):  # made by hand
+        both = {name: LocalTeacher(tiny_llama(digits, 48, 1, seed=seed)) for seed, name in enumerate("ab")}
+        settings = {**settings, "teacher": kind(both, *([{"a": 0.5, "b": 0.5}] if kind is ComposedTeacher else []))}
     with pytest.raises((ConfigurationError, DatasetError), match=says):
         own(**settings)
 
@@ -471,50 +548,3 @@ def test_a_tokenizer_that_loses_text_is_refused(make_trainer, tokenizer, digits)
     lossy = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
     with pytest.raises(ConfigurationError, match="The tokenizer of the teacher loses upper case"):
         make_trainer(teacher=tiny_llama(lossy, 48, 2), teacher_processing_class=lossy, **OWN)
-
-
-@pytest.fixture
-def spaced():
-    """SentencePiece's way to begin a text with a space, in a few letters."""
-    symbols = ["▁", *"ab[]IUNST/\n"]
-    backend = Tokenizer(
-        models.BPE({s: i for i, s in enumerate([*symbols, "<unk>", "▁b"])}, [("▁", "b")], unk_token="<unk>")
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.decoder = decoders.Metaspace(prepend_scheme="first")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
-
-
-def inst_template(space):
-    return (
-        "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
-        f"{{% else %}}{space}{{{{ m['content'] }}}}</s>{{% endif %}}{{% endfor %}}"
-    )
-
-
-def test_the_space_that_a_template_writes_before_answers_is_the_teachers(make_tokenizer, spaced):
-    """As Llama 2 has it; a template that writes none, and plain text, get none."""
-    teacher, student = spaced, make_tokenizer()
-    for space in (" ", ""):
-        teacher.chat_template = inst_template(space)
-        other = OtherTokenizer.of(student, teacher)
-        prompt = teacher("[INST]a[/INST]", add_special_tokens=False)["input_ids"]
-        ids = other.completion(student("b", add_special_tokens=False)["input_ids"], prompt)
-        assert teacher.convert_ids_to_tokens(ids) == (["▁b"] if space else ["b"])
-        plain = other.completion(student("b", add_special_tokens=False)["input_ids"], prompt[:3])
-        assert teacher.convert_ids_to_tokens(plain) == ["b"]
-
-
-def test_a_space_behind_text_is_text_and_one_that_the_template_writes_is_not(make_tokenizer, spaced):
-    """A SentencePiece student that goes on `a` with ` b` has written a space, which the teacher must read."""
-    bytewise = make_tokenizer()
-    ids = lambda text: spaced(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    answer = spaced.convert_tokens_to_ids(["▁b"])
-    for space, read in ((" ", "b"), ("", " b")):
-        spaced.chat_template = inst_template(space)
-        as_student, as_teacher = OtherTokenizer.of(spaced, bytewise), OtherTokenizer.of(bytewise, spaced)
-        for prompt, expected in (("", "b"), ("a", " b"), ("a</s>", "b"), ("[INST]a[/INST]", read)):
-            assert bytewise.decode(as_student.completion(answer, [], ids(prompt))) == expected, prompt
-            assert bytewise.decode(as_teacher.answer(answer, [], ids(prompt))) == expected, prompt
-        back = as_student.answer(bytewise("b", add_special_tokens=False)["input_ids"], ids("[INST]a[/INST]"))
-        assert spaced.convert_ids_to_tokens(back) == (["▁b"] if space else ["b"])

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...data.token_bytes import TokenBytes
 from ...exceptions import CacheError, ConfigurationError
 from ...models import looks_like_path
 from ...redaction import hidden, is_secret
@@ -43,11 +44,11 @@ class CacheIdentity:
     """All that must be equal for two runs to share a cache.
 
     Attributes:
-        kind: `hidden`, `topk` or `sampled`.
+        kind: `hidden`, `topk`, `sampled` or `next_bytes`.
         dtype: of what is stored; None keeps hidden states as the teacher gives them, and log-probabilities in float32.
         top_k, draws, seed: of the sparse kinds; None where they mean nothing.
         vocab_size: ids in the teacher's softmax; for `hidden`, rows of its head.
-        tokenizer: `tokenizer_fingerprint` of the ids in the rows.
+        tokenizer: `tokenizer_fingerprint` of the ids in the rows; of `next_bytes` also `first_bytes_fingerprint`.
         autocast: precision that the teacher computes in beside its own: `no`, `bf16` or `fp16`.
         teacher_rows: rows of the teacher's head.
         teacher_settings: keyword arguments of `from_pretrained` that change its answers.
@@ -255,6 +256,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Identify which id stands for which token, all that stored answers depend on."""
     vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def first_bytes_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Identify with which byte each id begins, and which ids end a text; None of a tokenizer that loses text."""
+    tokens = TokenBytes.of_readable(tokenizer)
+    return None if tokens is None else hashlib.sha256(tokens.first_bytes().numpy().tobytes()).hexdigest()[:16]
 
 
 def answering_settings(init_kwargs: Mapping[str, Any] | None) -> dict[str, str]:

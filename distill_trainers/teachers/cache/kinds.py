@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ...exceptions import ConfigurationError
-from ...losses import check_sparse
+from ...losses import check_sparse, token_logps
+from ...losses.cross_tokenizer import NUM_BUCKETS, bucket_logps
 from ...randomness import Purpose, Role, Stream
 from ...requirements import Requirements
-from ...signals import Head, HiddenStates, Sampled, TeacherSignal, TokenLogits, TopK
+from ...signals import Head, HiddenStates, NextBytes, Sampled, TeacherSignal, TokenLogits, TopK
 from .identity import CacheIdentity
 from .shards import Answer
 
@@ -83,12 +84,13 @@ class _SparseKind(CacheKind):
         super().__init__(identity)
         self.number_dtype = self.dtype or torch.float32
 
-    def _chunks(self, signal: TeacherSignal, start: int, stop: int) -> Iterator[TokenLogits]:
-        step = max(1, _CHUNK_BYTES // (4 * self.identity.vocab_size))
-        for first in range(start, stop, step):
-            logits = signal.chunk(slice(first, min(first + step, stop)))
-            assert isinstance(logits, TokenLogits)
-            yield logits
+
+def _chunks(signal: TeacherSignal, start: int, stop: int) -> Iterator[TokenLogits]:
+    step = max(1, _CHUNK_BYTES // (4 * signal.width))
+    for first in range(start, stop, step):
+        logits = signal.chunk(slice(first, min(first + step, stop)))
+        assert isinstance(logits, TokenLogits)
+        yield logits
 
 
 class TopKKind(_SparseKind):
@@ -103,7 +105,7 @@ class TopKKind(_SparseKind):
 
     def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
         parts = []
-        for logits in self._chunks(signal, 0, len(signal)):
+        for logits in _chunks(signal, 0, len(signal)):
             top = logits.top_k(self.k)
             parts.append((top.ids.int().cpu(), top.logps.to(self.number_dtype).cpu(), top.tail_logps.float().cpu()))
         joined = [torch.cat(chunks).split(list(counts)) for chunks in zip(*parts, strict=True)]
@@ -142,7 +144,7 @@ class SampledKind(_SparseKind):
     def _draw(self, signal: TeacherSignal, start: int, stop: int, key: bytes) -> Answer:
         generator: torch.Generator | None = None
         parts = []
-        for logits in self._chunks(signal, start, stop):
+        for logits in _chunks(signal, start, stop):
             if generator is None:
                 stream = Stream(self.identity.seed or 0, Role.TEACHER, Purpose.CACHE).at(row=key.hex())
                 generator = stream.torch_generator(logits.logits.device)
@@ -171,7 +173,47 @@ class SampledKind(_SparseKind):
         return self.draws / 2 * (4 + self.number_dtype.itemsize + 2) + 2
 
 
-ANSWER_KINDS: dict[str, type[CacheKind]] = {kind.name: kind for kind in (HiddenKind, TopKKind, SampledKind)}
+class NextBytesKind(CacheKind):
+    """Of a teacher with a tokenizer of its own: log-probabilities of its tokens, and of each next byte before them."""
+
+    name = "next_bytes"
+    dtypes = ("float32", "float16")
+
+    def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
+        assert isinstance(signal, NextBytes)
+        parts = signal.values.float(), signal.buckets.to(self.dtype or torch.float32)
+        rows = zip(*(part.cpu().split(list(counts)) for part in parts), strict=True)
+        return [{"logps": values, "buckets": buckets} for values, buckets in rows]
+
+    def answer(self, rows: Sequence[Answer], head: Head | None, device: torch.device) -> TeacherSignal:
+        empty = {"logps": torch.empty(0), "buckets": torch.empty(0, NUM_BUCKETS)}
+        return NextBytes(*(torch.cat([row[n] for row in rows] or [empty[n]]).to(device) for n in empty))
+
+    def token_bytes(self, hidden_size: int, dtype: torch.dtype) -> float:
+        return NUM_BUCKETS * (self.dtype or torch.float32).itemsize + 4
+
+
+@torch.no_grad()
+def next_bytes_of(signal: TeacherSignal, ids: Tensor, first_bytes: Tensor) -> NextBytes:
+    """Sum a teacher's distributions before N tokens by next byte.
+
+    Args:
+        ids: `[N]`, these tokens.
+        first_bytes: `[V]`, the bucket of each id (`TokenBytes.first_bytes`).
+    """
+    values, buckets, start = [], [], 0
+    for logits in _chunks(signal, 0, len(signal)):
+        stop = start + len(logits.logits)
+        values.append(token_logps(logits, ids[start:stop]))
+        buckets.append(bucket_logps(logits.logits, first_bytes[: logits.shape[-1]].to(ids.device)))
+        start = stop
+    parts = (values, torch.empty(0)), (buckets, torch.empty(0, NUM_BUCKETS))
+    return NextBytes(*(torch.cat(part or [empty.to(ids.device)]) for part, empty in parts))
+
+
+ANSWER_KINDS: dict[str, type[CacheKind]] = {
+    kind.name: kind for kind in (HiddenKind, TopKKind, SampledKind, NextBytesKind)
+}
 
 _SPARSE: dict[str, type[TopK] | type[Sampled]] = {"topk": TopK, "sampled": Sampled}
 
@@ -187,11 +229,17 @@ def refuse_sparse(kind: str, setting: str, wants: Requirements) -> None:
     Raises:
         ConfigurationError: naming the kind by its `setting`.
     """
+    if kind == NextBytesKind.name and not wants.accepts_next_bytes:
+        raise ConfigurationError(
+            f"Got `{setting}: {kind}` with {wants.trainer}; expected `teacher_tokenizer: own` beside it, no terms of "
+            "`cross_tokenizer` but alm and next_byte, and `kd_temperature: 1`: it tells of next bytes and of the given "
+            f"tokens alone. Use `{setting}: hidden`."
+        )
     if kind not in _SPARSE:
         return
     if not wants.accepts_sparse_teachers:
         raise ConfigurationError(
             f"{wants.trainer} needs the teacher's whole distribution, but `{setting}: {kind}` tells of "
-            f"a few ids of each token. Use `{setting}: hidden`."
+            f"a few ids of each token. Use `{setting}: hidden`{' or `next_bytes`' if wants.accepts_next_bytes else ''}."
         )
     check_sparse(wants.divergence, _SPARSE[kind], wants.kd_temperature)

@@ -18,12 +18,14 @@ from .identity import (
     CacheIdentity,
     answering_settings,
     describe_source,
+    first_bytes_fingerprint,
     hashed,
     read_identity,
     refuse_differences,
     tokenizer_fingerprint,
     write_identity,
 )
+from .kinds import NextBytesKind
 from .packing import CACHE_KINDS
 from .shards import TeacherCache
 
@@ -58,8 +60,14 @@ def identity_of(pair: Pair, options: TeacherOptions) -> CacheIdentity:
         vocab_size=vocab_size,
         teacher_rows=teacher_rows,
         weights=None if isinstance(source, str) else LocalTeacher(source).fingerprint(),
-        **whose_answers(source, settings, pair.tokenizer, options),
+        **whose_answers(source, settings, pair.tokenizer, options) | {"tokenizer": _ids_of(pair.tokenizer, kind)},
     )
+
+
+def _ids_of(tokenizer: Any, kind: str) -> str:
+    """What the numbers of a cache depend on of a tokenizer."""
+    ids = tokenizer_fingerprint(tokenizer)
+    return f"{ids}-{first_bytes_fingerprint(tokenizer)}" if kind == NextBytesKind.name else ids
 
 
 def _unset_dtype(options: TeacherOptions, vocab_size: int) -> str | None:
@@ -105,7 +113,7 @@ def record_identity(
 
 def check_vocabulary(identity: CacheIdentity, tokenizer: Any, student_rows: int | None) -> None:
     """Refuse a cache whose ids are not those of `tokenizer`, the student's or, with None as its rows, the teacher's."""
-    if identity.tokenizer != tokenizer_fingerprint(tokenizer):
+    if identity.tokenizer != _ids_of(tokenizer, identity.kind):
         whose = "the teacher's (`teacher_tokenizer`)" if student_rows is None else "the student's"
         raise ConfigurationError(
             f"The teacher cache of {identity.teacher!r} was made with another tokenizer than {whose}: the same "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import models
+from ...data.token_bytes import TokenBytes
 from ...exceptions import CacheError, ConfigurationError
 from ...requirements import Requirements
 from ...settings import shown
@@ -25,7 +26,7 @@ from ..placement import is_collective
 from ..rows import batch_keys, dataset_row_key, plain_rows
 from ..vocabulary import shared_vocabulary
 from .identity import CacheIdentity, read_identity, read_learnt, refuse_differences, write_learnt
-from .kinds import refuse_sparse, told_kind
+from .kinds import NextBytesKind, next_bytes_of, refuse_sparse, told_kind
 from .opening import check_vocabulary, config_of, dtype_of, identity_of, record_identity, rows_of, source_of
 from .packing import CACHE_KINDS
 from .shards import Answer, TeacherCache
@@ -51,6 +52,7 @@ class CachedTeacher(Teacher):
     Args:
         folder: of a cache that exists; `distill-trainers cache-teacher` or the setting `teacher_cache` makes one.
         load: gives the live teacher; called when it is needed and not before. None: misses are errors.
+        first_bytes: of the live teacher's ids (`TokenBytes.first_bytes`), for the kind `next_bytes`.
         hidden_size, dtype: of the teacher, to estimate sizes.
         collective: whether the live teacher answers only when all processes ask.
 
@@ -126,6 +128,8 @@ class CachedTeacher(Teacher):
             ConfigurationError: the cache was made under other conditions, or belongs to another tokenizer.
             CacheError: it cannot be read or made.
         """
+        is_of_bytes = options.teacher_cache_kind == NextBytesKind.name
+        spelled = TokenBytes.of(pair.tokenizer, "the teacher") if is_of_bytes else None
         identity = identity_of(pair, options)
         record_identity(str(options.teacher_cache), identity, options)
         source = source_of(pair.teacher)
@@ -138,6 +142,7 @@ class CachedTeacher(Teacher):
         teacher = cls(
             str(options.teacher_cache),
             load,
+            first_bytes=None if spelled is None else spelled.first_bytes(identity.teacher_rows),
             hidden_size=config.get_text_config().hidden_size,
             dtype=dtype_of(source, config, options),
             collective=collective,
@@ -150,6 +155,7 @@ class CachedTeacher(Teacher):
         folder: str | Path,
         load: Callable[[], LocalTeacher] | None = None,
         *,
+        first_bytes: Tensor | None = None,
         hidden_size: int = 0,
         dtype: torch.dtype = torch.float32,
         collective: Callable[[Accelerator], bool] = lambda accelerator: False,
@@ -168,6 +174,7 @@ class CachedTeacher(Teacher):
         self.token_bytes = self.kind.token_bytes(hidden_size, dtype)
         self.head_bytes = identity.teacher_rows * hidden_size * dtype.itemsize if identity.kind == "hidden" else 0
         self._load = load
+        self._first_bytes = first_bytes
         self._asks_together = collective
         self._live: LocalTeacher | None = None
         self._head: Head | None = None
@@ -346,6 +353,8 @@ class CachedTeacher(Teacher):
                 return {}
             counts = trained.sum(1).tolist()
             with torch.autocast(predicts.device.type, enabled=False):  # the head's product is never rounded
+                if self._first_bytes is not None:
+                    whole = next_bytes_of(whole, selected["input_ids"][:, 1:][trained], self._first_bytes)
                 rows = dict(zip(missing, self.kind.store(whole, counts, list(missing)), strict=True))
         for (key, row), count in zip(rows.items(), counts, strict=True):
             if self._wanted is None or key in self._wanted:

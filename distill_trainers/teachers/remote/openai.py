@@ -67,7 +67,8 @@ class OpenAIDialect(Dialect):
         if not isinstance(told, list) or len(told) != 2:
             raise ConfigurationError(
                 f"The server {endpoint.url} gives no `prompt_logprobs`, so it cannot tell what its model thinks of "
-                "given tokens. Use vLLM, or `distill-trainers serve-teacher`."
+                "given tokens. Use vLLM, or `distill-trainers serve-teacher`; of a server that only writes text, train "
+                "on its text (`distill-trainers rationales`)."
             )
 
     def compare_tokenizer(self, endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> None:

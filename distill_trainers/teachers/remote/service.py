@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from ... import __version__, models
+from ...data.token_bytes import TokenBytes
 from ...losses.fused_logps import signal_token_logps
 from ...losses.reduction import trained_mask
 from ...settings import require
 from ...signals import HiddenStates, Logits
-from ..cache.identity import tokenizer_fingerprint
-from ..cache.kinds import ANSWER_KINDS
+from ..cache.identity import first_bytes_fingerprint, tokenizer_fingerprint
+from ..cache.kinds import ANSWER_KINDS, next_bytes_of
 from ..cache.shards import Answer
 from ..local import LocalTeacher
 from ..rows import row_key
@@ -153,12 +154,15 @@ class TeacherService:
         self._closed = False
         first = self._signal([torch.arange(min(4, self.vocab_rows)).numpy()])
         self.head = pack_head(first.head.cut_to(None)) if isinstance(first, HiddenStates) else None
+        spelled = TokenBytes.of_readable(tokenizer)
+        self._first_bytes = None if spelled is None else spelled.first_bytes(self.vocab_rows)
         self.info = self._describe(tokenizer, name, first)
         self._thread = threading.Thread(target=self._run, name="teacher", daemon=True)
         self._thread.start()
 
     def _describe(self, tokenizer: PreTrainedTokenizerBase, name: str, first: Any) -> dict[str, Any]:
         """What a client must know, as JSON."""
+        known = {"hidden": self.head, "next_bytes": self._first_bytes}  # what a kind takes beside distributions
         positions = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
         longest = [n for n in (self.limits.max_row_tokens, positions) if n]
         return {
@@ -169,7 +173,8 @@ class TeacherService:
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "vocab_rows": self.vocab_rows,
             "dtype": str(models.causal_lm_of(self.teacher.model).dtype).removeprefix("torch."),
-            "kinds": [kind for kind in NUMBER_DTYPES if kind != "hidden" or self.head is not None],
+            "first_bytes": first_bytes_fingerprint(tokenizer),
+            "kinds": [kind for kind in NUMBER_DTYPES if known.get(kind, first) is not None],
             "hidden_size": first.hidden.shape[1] if isinstance(first, HiddenStates) else None,
             "head_sha256": None if self.head is None else hashlib.sha256(self.head).hexdigest(),
             "max_body_bytes": self.limits.max_body_bytes,
@@ -359,9 +364,11 @@ class TeacherService:
             signal = HiddenStates(signal.hidden[tokens], signal.head.cut_to(wanted.vocab_size))
         else:
             signal = Logits(signal.values[tokens][:, : wanted.vocab_size])
-        counts = [len(ids) for ids in labels]
+        counts, ids = [len(part) for part in labels], torch.cat(list(labels)).long().to(self.device)
         if wanted.kind != "token_logprobs":
-            return ANSWER_KINDS[wanted.kind](answer_identity(wanted, self.info)).store(signal, counts, keys)
-        logps = signal_token_logps(signal, torch.cat(list(labels)).long().to(self.device))
+            first = self._first_bytes if wanted.kind == "next_bytes" else None
+            told = signal if first is None else next_bytes_of(signal, ids, first)
+            return ANSWER_KINDS[wanted.kind](answer_identity(wanted, self.info)).store(told, counts, keys)
+        logps = signal_token_logps(signal, ids)
         dtype = torch.float16 if wanted.dtype == "float16" else torch.float32
         return [{"logps": part} for part in logps.to(dtype).cpu().split(counts)]

@@ -20,6 +20,7 @@ from ...servers.openai import Writer
 from ...settings import shown
 from ...signals import Head, TeacherSignal, TokenLogprobs
 from ..base import Pair, Teacher, is_remote, named
+from ..cache.identity import first_bytes_fingerprint
 from ..cache.kinds import ANSWER_KINDS, refuse_sparse, told_kind
 from ..cache.shards import Answer
 from ..rows import TokenRow, plain_rows, row_key, unpadded_rows
@@ -88,10 +89,13 @@ class RemoteTeacher(Teacher):
         if wants.replaces_completions and kind not in WRITING_KINDS:
             missing |= {"completions"}
         if missing:
+            less = (
+                "`cross_tokenizer: {alm: 1.0}`" if options.has_own_tokenizer else "`teacher_mix_alpha: 0`, no `seq_kd`"
+            )
             raise ConfigurationError(
                 f"{wants.trainer} needs {sorted(missing)} of its teacher under these settings, but a teacher behind "
                 f"HTTP with `teacher_server_kind: {kind}` gives its {told} alone. Use a local teacher, or settings "
-                "that need less (`teacher_mix_alpha: 0`, no `seq_kd`, another `teacher_server_kind`)."
+                f"that need less ({less}, another `teacher_server_kind`)."
             )
         refuse_sparse(kind, "teacher_server_kind", wants)
 
@@ -186,6 +190,12 @@ class RemoteTeacher(Teacher):
                 self.dialect.compare_tokenizer(endpoint, tokenizer)
             except (Again, TeacherServerError) as error:
                 raise ConfigurationError(f"The teacher's server {endpoint.url} failed: {error}.") from error
+        if self.settings.kind == "next_bytes" and self.info.get("first_bytes") != first_bytes_fingerprint(tokenizer):
+            raise ConfigurationError(
+                f"Got `teacher_server_kind: next_bytes`, but the server {self.servers.names} reads other bytes, or "
+                "other ends of a text, from its tokenizer than this run from that of `teacher_tokenizer`. Give both "
+                "the same files, chat template included, or use `hidden`."
+            )
         longest = self.info["max_row_tokens"]
         if longest is not None and max_length is not None and max_length > longest:
             raise ConfigurationError(

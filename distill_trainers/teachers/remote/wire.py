@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from ...losses.cross_tokenizer import NUM_BUCKETS
 from ...signals import Head
 from ...storage import tensor_bytes
 from ..cache.identity import CacheIdentity
@@ -26,16 +27,18 @@ from ..cache.shards import Answer
 from ..heads import head_of, head_parts
 from ..rows import TokenRow
 
-PROTOCOL = 1  # raised whenever an older client or server would misunderstand a message
-SERVER_KINDS = ("hidden", "topk", "sampled", "token_logprobs")
+PROTOCOL = 2  # raised whenever an older client or server would misunderstand a message
+SERVER_KINDS = ("hidden", "topk", "sampled", "next_bytes", "token_logprobs")
 _ARRAYS = {"hidden": {"hidden"}, "topk": {"ids", "logps", "tail"}, "token_logprobs": {"logps"}}
-_ARRAYS |= {"sampled": {"ids", "logps", "counts", "lengths"}}
+_ARRAYS |= {"sampled": {"ids", "logps", "counts", "lengths"}, "next_bytes": {"logps", "buckets"}}
 _COUNTED = {"ids", "counts", "lengths"}
 _WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _REAL = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # what torch compares and adds
 _HEADER_BYTES = 64 * 2**10
 _ABOVE_0 = 1e-3  # of a log-probability, by rounding
 _OFF_1 = 0.05  # of a sum of probabilities; log-probabilities may be float16
+
+_NOT_1 = "its probabilities do not add up to 1"
 
 
 class WireError(ValueError):
@@ -211,6 +214,7 @@ def problem_of(answer: Answer, count: int, wanted: Wanted, info: dict[str, Any],
         good &= all(list(answer[name].shape) == total for name in ("ids", "logps", "counts"))
     else:
         good = list(answer["logps"].shape) == [count]
+        good &= "buckets" not in answer or list(answer["buckets"].shape) == [count, NUM_BUCKETS]
     if not good:
         return "its arrays have other shapes than its question asked for"
     return _problem_of_numbers(answer, wanted, known_ids)
@@ -219,17 +223,18 @@ def problem_of(answer: Answer, count: int, wanted: Wanted, info: dict[str, Any],
 def _problem_of_numbers(answer: Answer, wanted: Wanted, known_ids: int | None) -> str | None:
     if "hidden" in answer:
         return None if bool(answer["hidden"].isfinite().all()) else "some of its hidden states are not finite"
-    if any(not bool((answer[name] <= _ABOVE_0).all()) for name in ("logps", "tail") if name in answer):
+    if any(not bool((answer[name] <= _ABOVE_0).all()) for name in ("logps", "tail", "buckets") if name in answer):
         return "some of its log-probabilities are above 0, or not numbers"
+    if "buckets" in answer and not _add_up(answer["buckets"].double().exp().sum(-1)):
+        return _NOT_1
     ids = answer.get("ids")
     if ids is None or not ids.numel():
         return None
     if known_ids and not 0 <= int(ids.min()) <= int(ids.max()) < known_ids:
         return f"it tells of ids that are not in a vocabulary of {known_ids}"
     if wanted.kind == "topk":
-        mass = answer["logps"].double().exp().sum(-1) + answer["tail"].double().exp()
-        if not bool(((mass - 1).abs() < _OFF_1).all()):
-            return "its probabilities do not add up to 1"
+        if not _add_up(answer["logps"].double().exp().sum(-1) + answer["tail"].double().exp()):
+            return _NOT_1
     else:
         counts = answer["counts"].long()
         drawn = torch.segment_reduce(counts.double(), "sum", lengths=answer["lengths"].long())
@@ -239,6 +244,10 @@ def _problem_of_numbers(answer: Answer, wanted: Wanted, known_ids: int | None) -
     width = ids.shape[1] if ids.ndim == 2 else answer["lengths"].long()
     places = tokens.repeat_interleave(width) * 2**32 + ids.flatten().long()
     return None if len(places.unique()) == ids.numel() else "it tells of the same id twice for a token"
+
+
+def _add_up(mass: Tensor) -> bool:
+    return bool(((mass - 1).abs() < _OFF_1).all())
 
 
 def empty_answer(count: int, wanted: Wanted, info: dict[str, Any], dtype: torch.dtype | None = None) -> Answer:
@@ -257,6 +266,8 @@ def empty_answer(count: int, wanted: Wanted, info: dict[str, Any], dtype: torch.
     if wanted.kind == "sampled":
         ones = torch.ones(count, dtype=torch.long)
         return {"ids": torch.zeros_like(ones), "logps": zeros, "counts": ones, "lengths": ones}
+    if wanted.kind == "next_bytes":
+        return {"logps": zeros, "buckets": torch.full((count, NUM_BUCKETS), -math.log(NUM_BUCKETS))}
     return {"logps": zeros}
 
 

@@ -141,7 +141,10 @@ def fill_with_teacher_completions(run: Run, dataset: Any, *, replace: bool) -> A
         prompts = prompts_to_complete(dataset, replace=replace, owner=owner)
         if prompts:
             completions = _written_by(teacher, prompts, run)
-            ids = {"other": run.requirements.other, "max_length": run.args.max_length}
+            other = run.requirements.other and run.requirements.other.ended_by(
+                teacher=teacher.eos_ids(teachers_tokenizer(run))
+            )
+            ids = {"other": other, "max_length": run.args.max_length}
             dataset = with_completions(dataset, completions, replace=replace, owner=owner, **ids)
     return dataset
 

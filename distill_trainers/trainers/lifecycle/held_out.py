@@ -342,6 +342,7 @@ class HeldOutMeasures(TrainerCallback):
         if other is None:
             return texts
         both = zip(texts, examples, asked, strict=True)
+        other = other.ended_by(teacher=end_ids)
         return [other.answer(ids, example.prompt_ids, prompt) for ids, example, prompt in both]
 
     def _read(self, model: nn.Module, examples: list[Example], completions: list[list[int]]) -> list[TokenValues]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...data import DistillCollator
 from ...data.views import view_of
 from ...losses import policy_gradient, token_divergence, token_logps
-from ...losses.aligned import TEACHER_LOGPS, by_chunk
+from ...losses.aligned import TEACHER_LOGPS, by_chunk, by_event
 from ...losses.divergences import reverse_kl
 from ...losses.reduction import IGNORE_INDEX, first_trained
 from ...losses.sampler_ratio import (
@@ -249,15 +249,17 @@ class MiniLLMTrainer(RewardedTrainer):
         return {**batch, **entries, "token_logps": student, "token_long": long, "token_single": single}
 
     def _rewards(self, batch: Batch, student: Tensor, teacher: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-        """Rewards of tokens; of a teacher with other tokens, those of chunks that both read, known at their end.
+        """Rewards of tokens; of a teacher with other tokens, those of stretches of text that both read as a whole.
 
-        So returns are those of whole chunks, and add up to log p(y) - log q(y). With objective token each token of a
-        chunk has its chunk's, which no single one could be given.
+        With objective token each token of a chunk has its chunk's, which no single one could be given.
         """
         if self.aligned_loss is None:
             return policy_gradient.sequence_rewards(student, teacher, mask, **settings)
-        chunks, at_all = batch["token_chunk"], self.args.objective == "token"
-        own, theirs = (by_chunk(torch.where(mask, side, 0), chunks, at_all=at_all) for side in (student, teacher))
+        chunks, sides = batch["token_chunk"], (torch.where(mask, side, 0) for side in (student, teacher))
+        if self.args.objective == "token":
+            own, theirs = (by_chunk(side, chunks) for side in sides)
+        else:
+            own, theirs = (by_event(side, chunks, batch["token_comparable"], mask) for side in sides)
         return policy_gradient.sequence_rewards(own, theirs, mask, **settings)
 
     @property
