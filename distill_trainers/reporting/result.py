@@ -53,9 +53,10 @@ class Line:
     @property
     def was_ahead(self) -> bool:
         """Whether the student scored better than its teacher before training: there was no gap to close."""
-        if self.before is None or self.teacher is None or self.higher_is_better is None:
+        if self.gap is None or not self.gap.decided or self.before is None or self.teacher is None:
             return False
-        return self.before > self.teacher if self.higher_is_better else self.before < self.teacher
+        ahead = self.before - self.teacher
+        return self.higher_is_better is not None and (ahead > 0 if self.higher_is_better else ahead < 0)
 
     @property
     def closed(self) -> GapClosed | None:
@@ -294,7 +295,7 @@ def _sentence(lines: Sequence[Line]) -> Html:
     else:
         went, end = [*went, line.shown(line.after)], ""
     values = join([*went, f" {unit}" if unit else "", end, f" ({told})." if told else "."])
-    verdict = _AHEAD if line.was_ahead and line.after is not None else _verdict(line.gap)
+    verdict = _AHEAD if line.was_ahead else _verdict(line.gap)
     return join([el("b", verdict), " ", values]) if verdict else values
 
 

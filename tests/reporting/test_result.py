@@ -158,6 +158,9 @@ def test_a_student_that_was_ahead_had_no_gap_to_close(made_up):
     for name, score in of_teacher.scores.items():
         score.value = -1.0 if results.measures[name].higher_is_better else 1e9
     assert ahead in _told(results)
+    for score in results.model("student").scores.values():
+        score.gap_closed = GapClosed(0.5, 0.1, 0.9, False)
+    assert "by no more than noise: there was no gap to close" in _told(results)
     both = [Run("a", history=log(0.6, 0.3)), Run("b", history=log(0.6, 0.55))]
     assert "closed the most" not in _text(result(both))
 
