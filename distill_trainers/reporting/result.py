@@ -265,9 +265,9 @@ def _plain_line(name: str, before: float | None, after: float | None, teacher: f
     measure = MEASURES.get(stem)
     teacher = _OF_THE_TEACHER.get(stem) if teacher is None else teacher
     gap = None
-    known = before is not None and after is not None and teacher is not None and math.isfinite(after)
-    if known and abs(teacher - before) > _NO_GAP:  # type: ignore[operator]
-        gap = GapClosed((after - before) / (teacher - before), decided=True)
+    known = None if before is None or after is None or teacher is None else (after - before, teacher - before)
+    if known is not None and math.isfinite(known[0]) and abs(known[1]) > _NO_GAP:
+        gap = GapClosed(known[0] / known[1], decided=True)
     title = ", ".join(filter(None, [titled(stem), dataset, expert]))
     unit, higher = (measure.unit, measure.higher_is_better) if measure else _unit_and_direction(stem)
     return Line(name, title, unit, higher, before, after, teacher, gap, dataset)
