@@ -217,7 +217,11 @@ def test_code_of_a_model_runs_where_it_is_said(saved, tmp_path):
         f"open({str(marker)!r}, 'w')\nfrom transformers import LlamaConfig\nclass C(LlamaConfig):\n    pass\n"
     )
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.C"}}))
+    own = {"auto_map": {"AutoConfig": "evil.C"}, "model_type": "one of its own"}
+    (folder / "config.json").write_text(json.dumps({**config, **own}))
+    with pytest.raises(ConfigurationError, match="brings code of its own.*Read it.*`trust_remote_code: true`"):
+        load_config(str(folder), "student")
+    assert not marker.exists()
     load_config(str(folder), "student", trust_remote_code=True)
     assert marker.exists()
 

@@ -88,6 +88,11 @@ def load_config(name: str, role: str, *, kind: Any = None, **kwargs: Any) -> Any
         config_class = getattr(kind, "config_class", None) or AutoConfig
         return config_class.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except Exception as error:  # a damaged file fails in as many ways as there are values
+        if "contains custom code" in str(error):
+            raise ConfigurationError(
+                f"The {role} model {name!r} brings code of its own, which runs only where you say so. Read it, and set "
+                "`trust_remote_code: true`, or take a model whose kind transformers knows."
+            ) from error
         raise ConfigurationError(
             f"The configuration of the {role} model {name!r} cannot be read: {first_words(error)}. Check the path or "
             "Hub id, and that this machine reaches the Hub (`hf auth login` for private models)."

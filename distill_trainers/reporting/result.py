@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ FIRST = ("kl", "accuracy", "pass@1", "top1_agreement", "next_byte_agreement", "b
           "student_text_kl", "perplexity")  # fmt: skip
 _ANSWERS = ("accuracy", "pass@1")  # what rewards and rationales are for
 _MOST = 5
+_NO_GAP = 1e-6  # by rounding alone, as of a teacher that is the student
 # What the teacher has of itself; the log and the demo do not say.
 _OF_THE_TEACHER = dict.fromkeys(("kl", "reverse_kl", "jsd"), 0.0)
 _OF_THE_TEACHER |= dict.fromkeys(("top1_agreement", "acceptance", "next_byte_agreement"), 1.0)
@@ -47,6 +49,19 @@ class Line:
     def key(self) -> tuple[str, str]:
         """What lines of two students have in common that may be compared."""
         return self.name, self.dataset
+
+    @property
+    def was_ahead(self) -> bool:
+        """Whether the student scored better than its teacher before training: there was no gap to close."""
+        if self.gap is None or not self.gap.decided or self.before is None or self.teacher is None:
+            return False
+        ahead = self.before - self.teacher
+        return self.higher_is_better is not None and (ahead > 0 if self.higher_is_better else ahead < 0)
+
+    @property
+    def closed(self) -> GapClosed | None:
+        """How much of the gap was closed, where there was one."""
+        return None if self.was_ahead else self.gap
 
     def shown(self, value: float | None) -> str:
         return "0" if value == 0 else number(value, self.unit).replace(" %", "\u00a0%")
@@ -143,7 +158,7 @@ def _of_evaluation(
         gap = model.scores[measure].gap_closed
         outcome.lines.append(Line(measure, info.title, info.unit, info.higher_is_better, *values, gap))
     # What tells nothing of the gap comes after what does, whatever it is.
-    outcome.lines.sort(key=lambda line: not (line.gap and line.gap.decided))
+    outcome.lines.sort(key=lambda line: not (line.closed and line.closed.decided))
     if model.cost is not None:
         costs = [of.cost if of is not None else None for of in (before, model, teacher)]
         sizes = [_size(cost.parameters if cost else None) for cost in costs]
@@ -206,15 +221,42 @@ def _of_log(run: Run) -> Outcome:
             curve, of_teacher = of_set[name], of_set.get(f"teacher_{name}")
             before = curve[0][1] if curve[0][0] == 0 else None
             reached = of_teacher[-1][1] if of_teacher else None
-            line = _plain_line(name, before, curve[-1][1], reached, each.removesuffix("_"))
-            closed = of_set.get(f"gap_closed_{name}")
+            step, after = _of_what_is_left(run, f"eval_{each}{name}", f"eval_{each}loss")
+            line = _plain_line(name, before, after, reached, each.removesuffix("_"))
+            closed = [share for at, share in of_set.get(f"gap_closed_{name}", []) if at == step > 0]
             if closed and line.gap is None:  # the run knows what it began with, where the log does not
-                line = replace(line, gap=GapClosed(closed[-1][1], decided=True))
+                line = replace(line, gap=GapClosed(closed[-1], decided=True))
+            if step == _kept_step(run, f"eval_{each}{name}"):
+                outcome.where = f"held-out rows at step {step}, the student that was kept, by the log; no intervals"
             outcome.lines.append(line)
     parameters = run.record.get("student_parameters")
     if outcome.lines and isinstance(parameters, int):
         outcome.sizes.append(["Parameters", "–", _size(parameters), "–", ""])
     return outcome
+
+
+def _kept_step(run: Run, name: str) -> int | None:
+    """The step whose student took the place of the last one, unless that was scored itself once it was back."""
+    recipe = run.record.get("recipe")
+    if not run.best_step or not isinstance(recipe, dict) or not recipe.get("load_best_model_at_end"):
+        return None
+    end = next((place for place, entry in enumerate(run.history) if "train_runtime" in entry), None)
+    return None if end is None or any(name in entry for entry in run.history[end:]) else run.best_step
+
+
+def _of_what_is_left(run: Run, name: str, loss: str) -> tuple[int, float | None]:
+    """The step of the student that a run has left, and its score; None where no evaluation came after training began.
+
+    NaN where that evaluation lost it: a score that is not finite is not in the log, but then the loss is neither.
+    """
+    kept = _kept_step(run, name)
+    for entry in reversed(run.history):
+        if kept is not None and entry["step"] > kept:
+            continue
+        if name in entry or not is_number(entry.get(loss, 0)):
+            value, step = entry.get(name), int(entry["step"])
+            return step, None if step == 0 else value if isinstance(value, int | float) else math.nan
+    return 0, None
 
 
 def _plain_line(name: str, before: float | None, after: float | None, teacher: float | None, dataset: str = "") -> Line:
@@ -223,8 +265,9 @@ def _plain_line(name: str, before: float | None, after: float | None, teacher: f
     measure = MEASURES.get(stem)
     teacher = _OF_THE_TEACHER.get(stem) if teacher is None else teacher
     gap = None
-    if before is not None and after is not None and teacher is not None and before != teacher:
-        gap = GapClosed((after - before) / (teacher - before), decided=True)
+    known = None if before is None or after is None or teacher is None else (after - before, teacher - before)
+    if known is not None and math.isfinite(known[0]) and abs(known[1]) > _NO_GAP:
+        gap = GapClosed(known[0] / known[1], decided=True)
     title = ", ".join(filter(None, [titled(stem), dataset, expert]))
     unit, higher = (measure.unit, measure.higher_is_better) if measure else _unit_and_direction(stem)
     return Line(name, title, unit, higher, before, after, teacher, gap, dataset)
@@ -247,9 +290,16 @@ def _sentence(lines: Sequence[Line]) -> Html:
     went = [name, " is "] if line.before is None else [name, f" went from {line.shown(line.before)} to "]
     known = [f"teacher: {line.shown(line.teacher)}" if line.teacher is not None else "", line.direction]
     told = "; ".join(filter(None, known))
-    values = join([*went, line.shown(line.after), f" {unit}" if unit else "", f" ({told})." if told else "."])
-    verdict = _verdict(line.gap)
+    if line.after is None:
+        went, end = [name, " is ", line.shown(line.before)], " before training, and was not measured since"
+    else:
+        went, end = [*went, line.shown(line.after)], ""
+    values = join([*went, f" {unit}" if unit else "", end, f" ({told})." if told else "."])
+    verdict = _AHEAD if line.was_ahead else _verdict(line.gap)
     return join([el("b", verdict), " ", values]) if verdict else values
+
+
+_AHEAD = "Before training the student scored better than its teacher: there was no gap to close."
 
 
 def _verdict(gap: GapClosed | None) -> str:
@@ -273,8 +323,8 @@ _HEADS = ("", "before", "after", "teacher", "gap closed")
 
 
 def _cells(line: Line) -> list[Any]:
-    share = line.gap.value if line.gap is not None and line.gap.decided else None
-    closed = join([stacked(share_of_gap(line.gap)), share_bar(share) if share is not None else None])
+    share = line.closed.value if line.closed is not None and line.closed.decided else None
+    closed = join([stacked(share_of_gap(line.closed)), share_bar(share) if share is not None else None])
     return [*(line.shown(value) for value in (line.before, line.after, line.teacher)), closed]
 
 
@@ -306,7 +356,7 @@ def _nearest(known: Sequence[tuple[Outcome, Line]]) -> Html:
     """Name the student that closed most of its gap, and whether the next is clearly behind."""
     if len(known) == 1:
         return join([f"No two students have a score of the same kind; {known[0][0].student} has {known[0][1].title}."])
-    closed = [(outcome, line.gap) for outcome, line in known if line.gap and line.gap.decided]
+    closed = [(outcome, line.closed) for outcome, line in known if line.closed and line.closed.decided]
     closed.sort(key=lambda pair: -(pair[1].value or 0.0))
     if len(closed) < 2:
         return join([f"{len(known)} students by {known[0][1].title}; how much of the gap each closed is not known."])

@@ -29,6 +29,7 @@ class Run:
 
     Attributes:
         name: of its folder; no two runs of a report have the same.
+        best_step: at which it scored best, by the setting `metric_for_best_model`; 0 where it did not look.
         history: entries of the trainer's log, each with its `step`.
         record: `run.json`; empty where there is none.
         samples: texts by `prompt` and by who wrote them, as the training left them: those of its last evaluation.
@@ -38,6 +39,7 @@ class Run:
     name: str
     history: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
+    best_step: int = 0
     record: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -143,6 +145,7 @@ def _read_log(folder: Path, run: Run) -> None:
     entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
     run.history = [entry for entry in entries if is_number(entry.get("step"))]
     run.steps = _steps(best)
+    run.best_step = _steps(best, "best_global_step")
 
 
 def _read_samples(folder: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -158,8 +161,8 @@ def _read_samples(folder: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]
     return [row for row in samples if isinstance(row, dict)] if isinstance(samples, list) else []
 
 
-def _steps(state: dict[str, Any]) -> int:
-    return int(state["global_step"]) if is_number(state.get("global_step")) else 0
+def _steps(state: dict[str, Any], name: str = "global_step") -> int:
+    return int(state[name]) if is_number(state.get(name)) else 0
 
 
 def _read_json(file: Path, kind: type) -> Any:

@@ -20,7 +20,7 @@ from ..requirements import Requirements
 from ..teachers import Teacher
 from .given import arguments
 from .given.lengths import check_positions
-from .given.token_batches import check_longest, row_tokens, rows_of_batch, token_batches
+from .given.token_batches import check_longest, refuse_stream, row_tokens, rows_of_batch, token_batches
 from .lifecycle.completions import fill_with_teacher_completions
 from .lifecycle.order import TokenBatchSampler, train_sampler
 from .preflight import is_prepared, prepare_rows, read_stream, refuse_other_layout, tell_dataset
@@ -93,6 +93,8 @@ class Dataloaders(Trainer):
         """Load batches that are counted in tokens: as transformers does, which knows batches of so many rows alone."""
         args, sampled = self.args, self.requirements.samples_completions
         rows: Any = self.train_dataset
+        if isinstance(rows, IterableDataset):  # given after construction
+            refuse_stream(args)
         check_longest(rows, args, sampled=sampled)
         batches = token_batches(row_tokens(rows, args, sampled=sampled), args, args.world_size)
         times, window = getattr(args, "num_generations", 1), args.world_size * args.gradient_accumulation_steps

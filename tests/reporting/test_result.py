@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from html import unescape
 from importlib.resources import files
+from math import inf, nan
 
 import pytest
 
@@ -102,6 +103,66 @@ def test_runs_with_several_sets_are_compared_on_the_same_one():
     assert "Forward KL to the teacher, code (" in told and "teacher, chat" not in told
     told = _text(result([run("a", "chat"), run("b", "code")]))
     assert "No two students have a score of the same kind; a has Forward KL to the teacher, chat." in told
+
+
+@pytest.mark.parametrize(
+    ("history", "told"),
+    [
+        ([{"step": 0, "eval_kl": 2.5}, {"step": 9, "loss": 1.0}], "is 2.500 nats/token before training"),
+        (
+            [{"step": 0, "eval_kl": 2.5}, {"step": 5, "eval_kl": 0.5}, {"step": 9, "eval_kl": nan}],
+            "went from 2.500 to nan",
+        ),
+        ([{"step": 0, "eval_kl": 2.5}, {"step": 9, "eval_kl": inf}], "went from 2.500 to inf"),
+        (
+            [{"step": 0, "eval_kl": 2.5}, {"step": 5, "eval_kl": 0.5}, {"step": 9, "eval_loss": nan}],
+            "from 2.500 to nan",
+        ),
+        (
+            [{"step": 0, "eval_kl": 1e-9}, {"step": 9, "eval_kl": 0.9}],
+            "Result Forward KL to the teacher went from 0.000 to 0.900",
+        ),
+    ],
+    ids=["only before", "not a number", "infinite", "lost", "the teacher itself"],
+)
+def test_a_log_is_not_said_to_have_ended_better_than_it_did(history, told):
+    said = _text(result([Run("r", history=history)]))
+    assert told in said and "of the gap" not in said.split("Measured on")[0]
+
+
+def test_of_a_run_that_kept_its_best_student_that_one_is_told():
+    history = [{"step": step, "eval_kl": kl} for step, kl in ((0, 2.5), (5, 0.5), (9, 3.0))]
+    kept = {"recipe": {"load_best_model_at_end": True}}
+
+    def told(*end, record=kept):
+        return _text(result([Run("r", history=[*history, *end], record=record, best_step=5)]))
+
+    done, scored = {"step": 9, "train_runtime": 1.0}, {"step": 9, "eval_kl": 0.51}
+    assert "to 0.500 nats" in told(done) and "at step 5, the student that was kept" in told(done)
+    assert "to 0.510 nats" in told(done, scored), "scored once more, after it was taken back"
+    assert "to 3.000 nats" in told() and "to 3.000 nats" in told(done, record={})
+
+
+def test_a_student_that_was_ahead_had_no_gap_to_close(made_up):
+    def log(before, after):
+        ends = {0: before, 9: after}
+        return [{"step": s, "eval_accuracy": value, "eval_teacher_accuracy": 0.5} for s, value in ends.items()]
+
+    ahead = "Before training the student scored better than its teacher: there was no gap to close."
+    for after in (0.55, 0.9, 0.3):
+        told = _text(result([Run("r", history=log(0.6, after))]))
+        assert f"Result {ahead} Accuracy" in told and "of the gap" not in told
+    assert "About 50 % of the gap" in _text(result([Run("r", history=log(0.4, 0.45))]))
+    results = made_up()
+    of_teacher = next(model for model in results.models if model.role == "teacher")
+    for name, score in of_teacher.scores.items():
+        score.value = -1.0 if results.measures[name].higher_is_better else 1e9
+    assert ahead in _told(results)
+    for score in results.model("student").scores.values():
+        score.gap_closed = GapClosed(0.5, 0.1, 0.9, False)
+    assert "by no more than noise: there was no gap to close" in _told(results)
+    both = [Run("a", history=log(0.6, 0.3)), Run("b", history=log(0.6, 0.55))]
+    assert "closed the most" not in _text(result(both))
 
 
 def test_what_was_not_measured_is_said_with_how_to_have_it(made_up):

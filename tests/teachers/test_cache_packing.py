@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from distill_trainers.exceptions import ConfigurationError
+from distill_trainers.exceptions import CacheError, ConfigurationError
 from distill_trainers.losses import DIVERGENCES, resolve_divergence, token_divergence
 from distill_trainers.signals import Logits, TokenLogits, TokenTopK
 from distill_trainers.teachers import CachedTeacher
 from distill_trainers.teachers.cache import opening
-from distill_trainers.teachers.cache.identity import CacheIdentity, refuse_differences
+from distill_trainers.teachers.cache.identity import CacheIdentity, refuse_differences, write_identity
 from distill_trainers.teachers.cache.kinds import SampledKind, TopKKind
 from distill_trainers.teachers.cache.packing import CACHE_KINDS, pack_ids, round_logps, unpack_ids, unround_logps
 
@@ -169,6 +169,36 @@ def test_one_id_is_exact_and_what_is_no_number_stays_none():
     torch.testing.assert_close(rounded(told)[0].logps, told.logps, rtol=1e-4, atol=1e-6)
     broken = round_logps(torch.tensor([[math.nan, -1.0], [-1.0, -2.0]]))
     assert unround_logps(**broken, tail_logps=torch.full((2,), -3.0)).isnan().tolist() == [[True] * 2, [False] * 2]
+
+
+@pytest.mark.parametrize("masked", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_ids_that_a_teacher_masks_take_no_digits_from_the_others(masked):
+    """A distance of 10^9 as the grid's end would leave the likeliest id alone; farther than 256 is as far as that."""
+    logits = 2 * rand(N, 14)
+    logits[:, 10:] = masked
+    told = TokenLogits(logits).top_k(12)
+    found, bound = rounded(told)
+    assert bound.max() <= 256 / 127
+    torch.testing.assert_close(found.logps[:, :10].exp(), told.logps[:, :10].exp(), rtol=0, atol=0.15)
+    assert (found.logps[:, 10:] < -200).all() and found.logps[:, 10:].isfinite().all()
+
+
+def test_ids_beyond_the_digits_of_float32_come_back():
+    ids = torch.tensor([[5, 2**30 - 3]]).int()
+    assert torch.equal(unpack_ids(pack_ids(ids, 2**30), 2, 2**30), ids)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [("topk", {"top_k": 4, "dtype": "int4"}), ("tails", {}), ("sampled", {"draws": 5, "seed": 0, "dtype": "int8"})],
+)
+def test_a_kind_that_this_version_does_not_know_is_named(tmp_path, told):
+    """As of a newer version, whose format is the same."""
+    write_identity(tmp_path, identity(told[0], **told[1]))
+    with pytest.raises(
+        CacheError, match=f"holds '{told[0]}' in '?(int4|int8|None).*this version reads hidden in float32, "
+    ):
+        CachedTeacher(tmp_path)
 
 
 # ---- In a run -------------------------------------------------------------------------------------------------------

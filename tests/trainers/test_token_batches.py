@@ -133,6 +133,23 @@ def test_what_a_row_takes_is_the_longest_that_it_may_get(make_trainer):
     assert set(row_tokens(views, trainer.args, sampled=True)) == {24}
 
 
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"lmbda": 0.0}, False),
+        ({"lmbda": 0.5}, True),
+        ({"lmbda": 0.5, "gradient_accumulation_steps": 2}, False),
+        ({"method": "dpkd"}, True),
+    ],
+    ids=str,
+)
+def test_steps_of_one_length_that_are_counted_by_rows_are_warned_of(make_trainer, caplog, settings, warned):
+    """Many short rows, or few long ones, make a step of the same weight: a pair of long ones learns more."""
+    make_trainer(**{**TOKENS, "gradient_accumulation_steps": 1, **settings})
+    said = "`per_device_train_tokens: 66` with `gradient_accumulation_steps: 1`"
+    assert any(said in record.getMessage() for record in caplog.records) == warned
+
+
 # ---- Steps, and going on --------------------------------------------------------------------------------------------
 
 
@@ -246,6 +263,10 @@ def test_the_doctor_counts_all_sequences_of_a_row(tmp_path, monkeypatch):
 def test_data_without_known_lengths_is_refused(make_trainer):
     with pytest.raises(DatasetError, match="`per_device_train_tokens: 66` with a stream"):
         make_trainer(train=addition_dataset(8).to_iterable_dataset(), lmbda=0.0, **TOKENS)
+    trainer = make_trainer(lmbda=0.0, **TOKENS)
+    trainer.train_dataset = addition_dataset(8).to_iterable_dataset()
+    with pytest.raises(DatasetError, match="`per_device_train_tokens: 66` with a stream"):
+        trainer.train()
     text = Dataset.from_list([{"text": "12+34=46"}])
     with pytest.raises(ConfigurationError, match="with a `pretraining_dataset`.*`pretraining_weight: 0`"):
         make_trainer(method="minillm", pretraining_dataset=text, **TOKENS)

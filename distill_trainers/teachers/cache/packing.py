@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...exceptions import CacheError
 from ...signals import Head, TeacherSignal
 from .identity import CacheIdentity
 from .kinds import ANSWER_KINDS, CacheKind, SampledKind, TopKKind
@@ -22,6 +24,7 @@ from .shards import Answer
 
 _STEPS = 254
 _NEVER = 255  # the code of -inf
+_FARTHEST = 256.0  # nats: ids that a teacher masks, by -10^9 or so, would else leave the others one step in common
 _GRID = torch.cat([-(torch.arange(_NEVER) / _STEPS).square(), torch.tensor([-torch.inf])])
 
 
@@ -59,8 +62,9 @@ def unpack_ids(packed: Tensor, k: int, vocab_size: int) -> Tensor:
     layout = _Layout(k, vocab_size)
     bits = np.unpackbits(packed.numpy(), axis=1, count=layout.map + k * layout.low).view(bool)
     high = np.flatnonzero(bits[:, : layout.map]).reshape(len(bits), k) % layout.map - np.arange(k)
-    low = bits[:, layout.map :].reshape(len(bits), k, layout.low).astype(np.float32)  # a product, and exact
-    ids = (high << layout.low) + (low @ (1 << np.arange(layout.low)).astype(np.float32)).astype(np.int32)
+    exact = np.float32 if layout.low <= 24 else np.float64  # a product is fast
+    low = bits[:, layout.map :].reshape(len(bits), k, layout.low).astype(exact)
+    ids = (high << layout.low) + (low @ (1 << np.arange(layout.low)).astype(exact)).astype(np.int64)
     return torch.from_numpy(ids.astype(np.int32))
 
 
@@ -70,11 +74,14 @@ def round_logps(logps: Tensor) -> Answer:
     Steps grow with the square root of the distance, so that large probabilities are the more exact, and no other id
     becomes as likely as the likeliest.
 
+    Distances beyond 256, of ids that are 10^111 times less likely, become 256.
+
     Returns:
         codes `[n, k]`, uint8, and the largest finite distance of each token, scale `[n]`; NaN if any number is.
     """
     gaps = logps.amax(-1, keepdim=True) - logps.float()
     never = gaps == torch.inf
+    gaps = gaps.clamp(max=_FARTHEST)
     scale = gaps.masked_fill(never, 0).amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (_STEPS * (gaps / scale).sqrt()).round()
     codes = torch.maximum(codes, (gaps > 0).float()).masked_fill(never, _NEVER)
@@ -149,3 +156,19 @@ class PackedSampled(SampledKind):
 
 
 CACHE_KINDS: dict[str, type[CacheKind]] = {**ANSWER_KINDS, "topk": PackedTopK, "sampled": PackedSampled}
+
+
+def kind_of(identity: CacheIdentity, folder: str | Path) -> CacheKind:
+    """Make the kind of answers that the cache in a folder holds.
+
+    Raises:
+        CacheError: it is none of these, as of a newer version.
+    """
+    kind = CACHE_KINDS.get(identity.kind)
+    if kind is None or identity.dtype not in (None, *kind.dtypes):
+        known = "; ".join(f"{name} in {', '.join(each.dtypes)}" for name, each in CACHE_KINDS.items())
+        raise CacheError(
+            f"The teacher cache {str(folder)!r} holds {identity.kind!r} in {identity.dtype!r}, but this version reads "
+            f"{known}. Use the version that made it, or name another folder in `teacher_cache`."
+        )
+    return kind(identity)

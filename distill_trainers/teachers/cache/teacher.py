@@ -28,7 +28,7 @@ from ..vocabulary import shared_vocabulary
 from .identity import CacheIdentity, read_identity, read_learnt, refuse_differences, write_learnt
 from .kinds import NextBytesKind, next_bytes_of, refuse_sparse, told_kind
 from .opening import check_vocabulary, config_of, dtype_of, identity_of, record_identity, rows_of, source_of
-from .packing import CACHE_KINDS
+from .packing import kind_of
 from .shards import Answer, TeacherCache
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class CachedTeacher(Teacher):
         self.identity: CacheIdentity = identity
         self.name = identity.teacher
         self.tells = told_kind(identity.kind, identity.top_k, identity.draws)
-        self.kind = CACHE_KINDS[identity.kind](identity)
+        self.kind = kind_of(identity, folder)
         self.cache = TeacherCache(folder, identity.stamp())
         self.token_bytes = self.kind.token_bytes(hidden_size, dtype)
         self.head_bytes = identity.teacher_rows * hidden_size * dtype.itemsize if identity.kind == "hidden" else 0

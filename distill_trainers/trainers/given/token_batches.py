@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from datasets import Dataset
 from transformers import TrainingArguments
@@ -15,6 +16,8 @@ from ...exceptions import ConfigurationError, DatasetError
 from ...requirements import Requirements
 from ...settings import require
 from ...teachers.placement import PLACEMENTS
+
+logger = logging.getLogger(__name__)
 
 NAME = "per_device_train_tokens"
 _ROWS = "Set `per_device_train_batch_size` in its place"
@@ -60,9 +63,7 @@ def check_token_rows(args: Any, wants: Requirements, reads_text: bool) -> None:
     if args.per_device_train_tokens is None:
         return
     if wants.streams_rows:
-        raise DatasetError(
-            f"{got} a stream, the lengths of whose rows nobody knows before; expected a `datasets.Dataset`. {_ROWS}."
-        )
+        refuse_stream(args)
     if wants.encoder_decoder:
         raise ConfigurationError(
             f"{got} an encoder-decoder, which pads prompts and completions apart; expected a causal LM. {_ROWS}."
@@ -72,6 +73,25 @@ def check_token_rows(args: Any, wants: Requirements, reads_text: bool) -> None:
             f"{got} a `pretraining_dataset`, of which each batch gets a number of rows of any length; expected none, "
             f"or `pretraining_weight: 0`. {_ROWS}."
         )
+    if args.why_no_packing and args.gradient_accumulation_steps == 1 and args.process_index == 0:
+        logger.warning(
+            "%s `gradient_accumulation_steps: 1`: each step has rows of one length and the same weight, many short or "
+            "few long ones. What the loss counts by rows (pairs, tasks, sampled completions) then learns from a long "
+            "row several times what it does from a short one. With 4 or more, each step has rows of all lengths.",
+            got,
+        )
+
+
+def refuse_stream(args: Any) -> NoReturn:
+    """Refuse rows whose lengths nobody knows before.
+
+    Raises:
+        DatasetError: what to do.
+    """
+    raise DatasetError(
+        f"Got `{NAME}: {args.per_device_train_tokens}` with a stream, the lengths of whose rows nobody knows before; "
+        f"expected a `datasets.Dataset`. {_ROWS}."
+    )
 
 
 def refuse_uneven_sampling(args: Any, accelerator: Any, samples: bool) -> None:
