@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from ..exceptions import ConfigurationError
@@ -35,6 +36,7 @@ def quiet_libraries() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Without) for known in logger.filters):
             logger.addFilter(_Without(words))
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # TRL's and PEFT's
     if not sys.stderr.isatty():  # a bar in a file is a line for each of its states
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")

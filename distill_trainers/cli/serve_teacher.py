@@ -36,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-token", action="store_true", help="let everybody in who reaches an address other than this machine's own"
     )
+    parser.add_argument("--log-requests", action="store_true", help="a line for each request, with its status")
     helps = {
         "max_body_mib": "largest question",
         "max_rows": "rows of a question",
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         host, port = bound.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         say(f"Serving {service.info['teacher']} at http://{address}:{port}", flush=True)
-        serve(service, bound, token)
+        serve(service, bound, token, options.log_requests)
     with contextlib.suppress(BrokenPipeError):  # whoever started it may be gone
         print("Stopped.", flush=True)
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import DatasetError
-from ..hub import published_files
+from ..hub import address_of, published_files
 from ..locks import holding_run
 from ..manifest import is_whole, write_manifest
 from ..recipe.checks import check_recipe, refuse_to_start_over, student_identity
@@ -123,7 +123,8 @@ def _run(recipe: Recipe) -> Any:
             trainer.push_to_hub()
             if trainer.is_world_process_zero():
                 names = ", ".join(published_files(trainer.published_folder))
-                say(f"Uploaded {trainer.published_folder} to {trainer.hub_model_id}. Files: {names}.")
+                address = address_of(trainer.hub_model_id)
+                say(f"Uploaded {trainer.published_folder} to {address} . Files: {names}.")
     finally:
         stop_progress(trainer)
     return trainer

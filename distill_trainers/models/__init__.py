@@ -39,6 +39,7 @@ from .loading import (
     load_causal_lm,
     load_config,
     load_tokenizer,
+    tokenizer_of,
     looks_like_path,
     model_class,
     num_parameters,
