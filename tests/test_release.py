@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import zipfile
 from dataclasses import fields
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -21,10 +23,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import distill_trainers
+from distill_trainers import installing
 from distill_trainers.cli import COMMANDS, main
 from distill_trainers.cli.completion import make_parser_of_all
 from distill_trainers.cli.examples import EXAMPLES
 from distill_trainers.cli.recipes import FOLDERS
+from distill_trainers.installing import pip_install
 from distill_trainers.trainers import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +114,31 @@ def test_completion_without_its_package_is_refused(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["completion", "bash"]) == 2
-    assert "pip install 'distill-trainers[completion]'" in capsys.readouterr().err
+    assert pip_install("completion") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "command", "asked_for"),
+    [
+        (None, "pip install 'distill-trainers[serve]'", "distill-trainers==0.1.0"),
+        ({"url": "file:///a%20b", "dir_info": {"editable": True}}, "pip install -e '/a b[serve]'", ""),
+        ({"url": "file:///c", "dir_info": {}}, "pip install '/c[serve]'", ""),
+        (
+            {"url": "https://host/it.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+            "pip install 'distill-trainers[serve] @ git+https://host/it.git@abc'",
+            "'distill-trainers @ git+https://host/it.git@abc'",
+        ),
+    ],
+    ids=["index", "clone", "folder", "repository"],
+)
+def test_what_to_install_comes_from_where_the_package_came_from(told, command, asked_for, monkeypatch):
+    there = SimpleNamespace(read_text=lambda name: told and json.dumps(told))
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: there)
+    installing._origin.cache_clear()
+    try:
+        assert (installing.pip_install("serve"), installing.requirement("0.1.0")) == (command, asked_for)
+    finally:
+        installing._origin.cache_clear()
 
 
 def test_a_shell_completes(tmp_path, capsys):

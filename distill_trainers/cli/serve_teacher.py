@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigurationError
+from ..installing import pip_install
 from . import report_errors, say, start_log
 
 _EPILOG = """Trainers name it by its address: `teacher_model_name_or_path: http://127.0.0.1:8123`. If the environment
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     start_log()
     options = make_parser().parse_args(argv)
     if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
-        raise ConfigurationError("Serving a teacher needs FastAPI and uvicorn: pip install 'distill-trainers[serve]'.")
+        raise ConfigurationError(f"Serving a teacher needs FastAPI and uvicorn: {pip_install('serve')}.")
     from ..teachers.remote.dialects import TOKEN_ENV, token_from_environment
     from ..teachers.remote.http import bind, serve
     from ..teachers.remote.service import Limits

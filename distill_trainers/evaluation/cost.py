@@ -16,6 +16,7 @@ from .results import Cost
 
 _MOST_PASSES = 20
 
+
 def weights_mib(model: nn.Module) -> float:
     """Return the size of parameters and buffers; those that are shared count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

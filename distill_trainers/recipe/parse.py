@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..installing import pip_install
 from ..settings import Bounds, setting, shown
 from ..trl_names import other_names
 from ..value_types import (
@@ -347,6 +348,6 @@ def _check_quantization(model: ModelConfig) -> None:
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigurationError(
-            f"Got `{name}: true`, but bitsandbytes is not installed; `pip install 'distill-trainers[quantization]'`, "
+            f"Got `{name}: true`, but bitsandbytes is not installed; `{pip_install('quantization')}`, "
             "or leave quantisation out."
         )

@@ -310,6 +310,7 @@ _TITLES = {
     "learning_rate": "Learning rate",
     "teacher_perplexity": "Perplexity of the teacher",
     "completion_length": "Tokens per rollout",
+    "completion_clipped": "Share of rollouts that max_new_tokens cut off",
     "lm_loss": "Language-model loss",
     "rollouts": "Rollouts between two logs",
 }

@@ -257,7 +257,9 @@ def _verdict(gap: GapClosed | None) -> str:
         return ""
     share = share_of_gap(gap).replace(" %", "\u00a0%")
     if gap.is_of_few:
-        return f"{gap.prompts} prompts are too few for a verdict, which takes {FEWEST}: {share} of the gap to the teacher."
+        return (
+            f"{gap.prompts} prompts are too few for a verdict, which takes {FEWEST}: {share} of the gap to the teacher."
+        )
     if not gap.decided:
         return "Before training the student differed from its teacher by no more than noise: there was no gap to close."
     low, high = (gap.value if bound is None else bound for bound in (gap.low, gap.high))

@@ -64,7 +64,9 @@ def _of_evaluation(results: EvaluationResults) -> list[Any]:
         of_students = [model.scores.get(name) for model in students]
         cells = [stacked(with_interval(Score(s.value, s.low, s.high), info.unit)) if s else "–" for s in of_models]
         few = results.data.get("rows", FEWEST) < FEWEST
-        cells += [_change(s.difference, info, few) if s and s.difference else "–" for s in of_students] if changes else []
+        cells += (
+            [_change(s.difference, info, few) if s and s.difference else "–" for s in of_students] if changes else []
+        )
         cells += [stacked(share_of_gap(s.gap_closed)) if s else "–" for s in of_students] if gaps else []
         rows.append([_measure(info), *cells])
     heads = ["", *map(heading, models), *(["change"] if changes else []), *(f"gap closed{end}" for end in suffixes)]

@@ -16,7 +16,9 @@ from distill_trainers.evaluation.intervals import (
     score,
 )
 from distill_trainers.evaluation.scores import perplexity_sums
+from distill_trainers.evaluation.tables import share_of_gap
 from distill_trainers.exceptions import ConfigurationError
+from distill_trainers.reporting.result import _verdict
 
 
 def means(values):

@@ -300,9 +300,7 @@ def build_server(
     return uvicorn.Server(config)
 
 
-def serve(
-    service: TeacherService, bound: socket.socket, token: str | None = None, log_requests: bool = False
-) -> None:
+def serve(service: TeacherService, bound: socket.socket, token: str | None = None, log_requests: bool = False) -> None:
     """Serve until SIGTERM or SIGINT; what runs is finished, what waits is told to come again, then return."""
     host = bound.getsockname()[0]
     hosts = LOOPBACK | {host} if ipaddress.ip_address(host).is_loopback else None
