@@ -137,6 +137,8 @@ def _check_cli(words, settings):
     """A command of ours: its options parse, and its recipe fits the launch configuration `settings`."""
     name, *options = words
     assert name in COMMANDS
+    if "--import" in options:  # a module of the reader's
+        del options[(place := options.index("--import")) : place + 2]
     if name == "rationales":
         stage, *options = options
         assert stage in STAGES and parse_arguments(options).folder
@@ -355,12 +357,12 @@ def test_the_method_of_the_page_trains(example, tmp_path):
 
 
 def test_the_test_of_the_page_passes(example, make_trainer, batch_of, dense):
-    example("train_entropy_kd")
+    example("my_methods")
     example("test_entropy_kd").test_loss_is_the_formula(make_trainer, batch_of, dense)
 
 
 def test_the_recipe_of_the_page_parses(example, tmp_path):
-    launcher = example("train_entropy_kd")
+    launcher = example("my_methods")
     (recipe,) = _blocks(DOCS / "adding_a_method.md", "yaml")
     parsed = _parse(recipe, tmp_path)
     assert METHODS["entropy_kd"] == (launcher.EntropyKDConfig, launcher.EntropyKDTrainer)

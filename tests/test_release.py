@@ -269,12 +269,17 @@ def test_the_tested_versions_are_those_that_extras_allow():
     assert {"shtab", "hypothesis", "gguf", "trl"} <= _required(extras).keys()
 
 
+# What shows that an extra is there; those that need a GPU or a compiler are left out.
+EXTRAS = {"gguf": "gguf", "plots": "matplotlib", "remote": "openai", "serve": "uvicorn", "completion": "shtab"}
+
+
 @pytest.mark.slow
-def test_the_wheel_works_in_an_environment_that_is_else_empty(built, tmp_path):
-    """What it requires without extras is seen there, by links to the packages of the tests, and nothing else is."""
+@pytest.mark.parametrize("extras", [{}, EXTRAS], ids=["without extras", "with extras"])
+def test_the_wheel_works_in_an_environment_that_is_else_empty(built, tmp_path, extras):
+    """What it requires is seen there, by links to the packages of the tests, and nothing else is."""
     packages, environment = tmp_path / "packages", tmp_path / "environment"
     packages.mkdir()
-    for there in _required().values():
+    for there in _required(extras).values():
         tops = {file.parts[0] for file in there.files or () if file.parts[0] != ".."}
         for top in tops:
             if not (packages / top).exists():
@@ -285,10 +290,13 @@ def test_the_wheel_works_in_an_environment_that_is_else_empty(built, tmp_path):
     (site / "of_the_tests.pth").write_text(str(packages), encoding="utf-8")
     _run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-compile", built[1], env=PLAIN)
     code = "import importlib.util, distill_trainers; from distill_trainers import GKDTrainer, prune\n"
-    code += "assert not any(map(importlib.util.find_spec, ('gguf', 'matplotlib', 'openai', 'pytest')))\n"
+    code += f"assert {{m: bool(importlib.util.find_spec(m)) for m in {[*EXTRAS.values(), 'pytest']!r}}} == "
+    code += f"{ {module: module in extras.values() for module in [*EXTRAS.values(), 'pytest']}!r}\n"
     code += "print(distill_trainers.__file__)"
     assert Path(_run(python, "-c", code, cwd=tmp_path, env=PLAIN).strip()).is_relative_to(site)
     shown = _run(command, "--help", cwd=tmp_path, env=PLAIN)
     assert all(f"  {name} " in shown for name in COMMANDS)
     _run(command, "recipes", cwd=tmp_path, env=PLAIN)
     assert (tmp_path / "recipes/smollm2-135m/gkd.yaml").is_file()
+    shell = subprocess.run([command, "completion", "bash"], capture_output=True, text=True, cwd=tmp_path, env=PLAIN)
+    assert (shell.returncode, "pip install" in shell.stderr) == ((0, False) if extras else (2, True)), shell.stderr

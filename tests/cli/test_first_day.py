@@ -2,15 +2,17 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 
 import distill_trainers
-from distill_trainers import models, reachable
+from distill_trainers import MiniLLMConfig, models, reachable
 from distill_trainers.cli import main
 from distill_trainers.cli.command_line import import_modules, quiet_libraries, with_config
 from distill_trainers.data import load_split
@@ -50,6 +52,17 @@ def test_the_version_is_told(word, capsys):
 )
 def test_a_recipe_needs_no_option(typed, read):
     assert with_config(typed) == read
+
+
+def test_help_is_in_groups_and_names_each_setting_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--method", "minillm", "--help"])
+    shown = capsys.readouterr().out
+    titles = re.findall(r"^(\S.*):$", shown, re.MULTILINE)
+    assert titles[:4] == ["general", "doctor", "MiniLLMConfig", "the recipe"] and titles[-1] == "examples"
+    options = re.findall(r"^  (--\w+)", shown.partition("\nexamples:")[0], re.MULTILINE)
+    assert len(options) == len(set(options)) and {f"--{field.name}" for field in fields(MiniLLMConfig)} <= {*options}
+    assert "--gpus" in shown.partition("MiniLLMConfig:")[0]
 
 
 def test_help_may_be_cut_off():

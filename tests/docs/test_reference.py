@@ -54,7 +54,8 @@ def test_the_reference_has_every_public_name(script):
     for name in distill_trainers.__all__:
         assert f"\n## `{name}`\n" in text
     names = re.findall(r"^## `(\w+)`$", text, re.MULTILINE)
-    assert names[0] == "DistillTrainer" and names.index("RewardedTrainer") < names.index("DPKDConfig") < names.index("prune")
+    assert names[0] == "DistillTrainer"
+    assert names.index("RewardedTrainer") < names.index("DPKDConfig") < names.index("prune")
     assert "**Args**" in text and "- `teacher_model`: the teacher" in text
     assert not [name for name, page in pages.items() if "<function" in page or " at 0x" in page]
 
