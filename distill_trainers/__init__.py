@@ -51,6 +51,11 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Import on first use: the package itself imports in milliseconds."""
     if name not in _EXPORTS:
+        if "Train" in name or "Conf" in name:
+            from .trl_names import class_instead
+
+            # Not an AttributeError: `from … import` puts words of its own in place of those.
+            raise ImportError(f"{__name__} has no {name}. {class_instead(name, __all__)}", name=__name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
 

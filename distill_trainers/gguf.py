@@ -26,6 +26,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .exceptions import ConfigurationError
+from .installing import pip_install
 from .locks import holding
 from .models import first_words, load_whole
 from .storage import scratch_folder, writing, writing_folder
@@ -85,7 +86,7 @@ def import_gguf(
     output = Path(output_dir).expanduser().absolute()
     _check_destination(output, overwrite)
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError("Reading a GGUF file needs the gguf package: pip install 'distill-trainers[gguf]'.")
+        raise ImportError(f"Reading a GGUF file needs the gguf package: {pip_install('gguf')}.")
 
     with holding(output, "output_dir", beside=True), _single_gguf(source, output.parent) as gguf_file:
         _check_destination(output, overwrite)

@@ -50,6 +50,13 @@ WEIGHTS = [
 ]
 
 
+def address_of(name: str) -> str:
+    """Return the page of a model of that name."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{name}"
+
+
 def published_files(folder: str | Path) -> list[str]:
     """List what of a model's folder is uploaded, by its path in there.
 

@@ -5,6 +5,7 @@ Read for recipes, and for configs of TRL that are passed as `args`. It imports n
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping
 
 # Other names of keys that a recipe takes: those of TRL's commands, and shorter ones.
@@ -33,6 +34,7 @@ NEWER = {
 # `length_normalized`.
 METRICS = {
     "completion_length": "completions/mean_length",
+    "completion_clipped": "completions/clipped_ratio",
     "reward_mean": "reward",
     "reward_flat_groups": "frac_reward_zero_std",
     "reward_chosen": "rewards/chosen",
@@ -40,6 +42,33 @@ METRICS = {
     "reward_margin": "rewards/margins",
     "reward_accuracy": "rewards/accuracies",
 }
+
+
+# What takes the place of TRL's trainers, by the beginning of their names; docs/from_trl.md has both sides.
+TRAINERS = {
+    "SFT": "`GKDTrainer` with a `teacher_model`, and `lmbda=0.0, divergence='forward_kl'` in `GKDConfig`",
+    "Distillation": "`GKDTrainer`, with `lmbda=1.0, divergence='reverse_kl'` in `GKDConfig`",
+    "GOLD": "`GKDTrainer`, with `teacher_tokenizer='own'` in `GKDConfig`",
+    "DPO": "`DPKDTrainer` with a `teacher_model`",
+    "GRPO": "`GKDTrainer` with `reward_funcs` and a `teacher_model`",
+    "SDFT": "`GKDTrainer`, with `self_teacher` in `GKDConfig`",
+    "SDPO": "`GKDTrainer`, with `self_teacher` and `feedback` in `GKDConfig`",
+}
+
+
+def class_instead(name: str, known: Collection[str]) -> str:
+    """Say what to take in place of a trainer or config that is not here.
+
+    Args:
+        known: names that are.
+    """
+    kind = name.removesuffix("Trainer").removesuffix("Config")
+    if kind in TRAINERS:
+        return f"That is TRL's; what it does here is {TRAINERS[kind]}: docs/from_trl.md."
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+        return f"Did you mean {near[0]}?"
+    there = ", ".join(sorted(each for each in known if each.endswith("Trainer")))
+    return f"What is here: {there}, each with its config. TRL's others are imported from `trl`, as before."
 
 
 def other_names(known: Collection[str]) -> dict[str, str]:

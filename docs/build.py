@@ -26,6 +26,9 @@ CONTENTS = """
 ```
 """
 
+# Servers and people open this one; Sphinx names its own after the page.
+INDEX = '<!DOCTYPE html><meta http-equiv="refresh" content="0; url=README.html"><a href="README.html">Documentation</a>'
+
 
 def main(argv: list[str]) -> int:
     """Write `source`, the copied pages, and `html` into the folder; the exit status is Sphinx's."""
@@ -40,7 +43,8 @@ def main(argv: list[str]) -> int:
     options = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(DOCS), "-d", str(folder / "doctrees")]
     status = sphinx([*options, str(source), str(folder / "html")])
     if status == 0:
-        print(f"Wrote {folder / 'html' / 'README.html'}")
+        (folder / "html" / "index.html").write_text(INDEX, encoding="utf-8")
+        print(f"Wrote {folder / 'html' / 'index.html'}")
     return status
 
 

@@ -57,9 +57,14 @@ def public_names(module: ModuleType) -> list[str]:
 def module_page(name: str) -> str:
     module = importlib.import_module(name)
     lines = [f"# `{name}`", "", MODULES[name], "", *_prose(inspect.getdoc(module) or "")]
-    for each in sorted(public_names(module), key=str.lower):
+    for each in sorted(public_names(module), key=_place):
         lines += ["", *_entry(name, each, getattr(module, each))]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _place(name: str) -> tuple[bool, bool, str]:
+    """Trainers come first, then their configs, then all others by name."""
+    return (not name.endswith("Trainer"), not name.endswith("Config"), name.lower())
 
 
 def _entry(module: str, name: str, value: Any) -> Iterator[str]:

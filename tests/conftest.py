@@ -226,6 +226,7 @@ def make_trainer(tmp_path, tokenizer, make_student, make_teacher, digits):
             kwargs["teacher_processing_class"] = settings.pop("teacher_processing_class")
         defaults = {
             "output_dir": str(tmp_path / "out"),
+            "overwrite_output_dir": True,
             "per_device_train_batch_size": 4,
             "learning_rate": 3e-3,
             "lr_scheduler_type": "constant",

@@ -137,6 +137,8 @@ def _check_cli(words, settings):
     """A command of ours: its options parse, and its recipe fits the launch configuration `settings`."""
     name, *options = words
     assert name in COMMANDS
+    if "--import" in options:  # a module of the reader's
+        del options[(place := options.index("--import")) : place + 2]
     if name == "rationales":
         stage, *options = options
         assert stage in STAGES and parse_arguments(options).folder
@@ -355,12 +357,12 @@ def test_the_method_of_the_page_trains(example, tmp_path):
 
 
 def test_the_test_of_the_page_passes(example, make_trainer, batch_of, dense):
-    example("train_entropy_kd")
+    example("my_methods")
     example("test_entropy_kd").test_loss_is_the_formula(make_trainer, batch_of, dense)
 
 
 def test_the_recipe_of_the_page_parses(example, tmp_path):
-    launcher = example("train_entropy_kd")
+    launcher = example("my_methods")
     (recipe,) = _blocks(DOCS / "adding_a_method.md", "yaml")
     parsed = _parse(recipe, tmp_path)
     assert METHODS["entropy_kd"] == (launcher.EntropyKDConfig, launcher.EntropyKDTrainer)
@@ -371,3 +373,24 @@ def test_the_page_is_short():
     page = DOCS / "adding_a_method.md"
     (method,) = [code for code in _blocks(page, "python") if code.startswith("# entropy_kd.py")]
     assert len(method.splitlines()) <= 150
+
+
+# ---- Somebody who has never seen the project -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["choosing", "from_trl", "troubleshooting"])
+def test_the_readme_leads_a_stranger_to_the_three_pages(page):
+    """Which recipe, how to move a script of TRL's, why a run stopped: one question each, one link away."""
+    rows = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert any(f"](docs/{page}.md)" in row and "?" in row for row in rows)
+    first = (DOCS / f"{page}.md").read_text(encoding="utf-8").split("\n\n")[1]
+    assert first.startswith("For you if "), "a page begins with whom it is for"
+
+
+def test_each_case_of_choosing_has_a_recipe():
+    page = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    cases = [line for line in page.splitlines() if line.startswith(("| **", "| the same", "| prompts"))]
+    unnamed = [
+        line for line in cases if not re.search(r"\(\.\./recipes/[\w./-]+\.yaml\)|your recipe|the same with", line)
+    ]
+    assert len(cases) >= 5 and not unnamed

@@ -15,6 +15,8 @@ FLOORS = {
     "redaction": 0,
     "escaping": 0,
     "addresses": 0,
+    "installing": 0,
+    "reachable": 0,
     "storage": 0,
     "locks": 0,
     "randomness": 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import zipfile
 from dataclasses import fields
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -21,10 +23,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import distill_trainers
+from distill_trainers import installing
 from distill_trainers.cli import COMMANDS, main
 from distill_trainers.cli.completion import make_parser_of_all
 from distill_trainers.cli.examples import EXAMPLES
 from distill_trainers.cli.recipes import FOLDERS
+from distill_trainers.installing import pip_install
 from distill_trainers.trainers import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +114,31 @@ def test_completion_without_its_package_is_refused(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["completion", "bash"]) == 2
-    assert "pip install 'distill-trainers[completion]'" in capsys.readouterr().err
+    assert pip_install("completion") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "command", "asked_for"),
+    [
+        (None, "pip install 'distill-trainers[serve]'", "distill-trainers==0.1.0"),
+        ({"url": "file:///a%20b", "dir_info": {"editable": True}}, "pip install -e '/a b[serve]'", ""),
+        ({"url": "file:///c", "dir_info": {}}, "pip install '/c[serve]'", ""),
+        (
+            {"url": "https://host/it.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+            "pip install 'distill-trainers[serve] @ git+https://host/it.git@abc'",
+            "'distill-trainers @ git+https://host/it.git@abc'",
+        ),
+    ],
+    ids=["index", "clone", "folder", "repository"],
+)
+def test_what_to_install_comes_from_where_the_package_came_from(told, command, asked_for, monkeypatch):
+    there = SimpleNamespace(read_text=lambda name: told and json.dumps(told))
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: there)
+    installing._origin.cache_clear()
+    try:
+        assert (installing.pip_install("serve"), installing.requirement("0.1.0")) == (command, asked_for)
+    finally:
+        installing._origin.cache_clear()
 
 
 def test_a_shell_completes(tmp_path, capsys):
@@ -241,12 +269,17 @@ def test_the_tested_versions_are_those_that_extras_allow():
     assert {"shtab", "hypothesis", "gguf", "trl"} <= _required(extras).keys()
 
 
+# What shows that an extra is there; those that need a GPU or a compiler are left out.
+EXTRAS = {"gguf": "gguf", "plots": "matplotlib", "remote": "openai", "serve": "uvicorn", "completion": "shtab"}
+
+
 @pytest.mark.slow
-def test_the_wheel_works_in_an_environment_that_is_else_empty(built, tmp_path):
-    """What it requires without extras is seen there, by links to the packages of the tests, and nothing else is."""
+@pytest.mark.parametrize("extras", [{}, EXTRAS], ids=["without extras", "with extras"])
+def test_the_wheel_works_in_an_environment_that_is_else_empty(built, tmp_path, extras):
+    """What it requires is seen there, by links to the packages of the tests, and nothing else is."""
     packages, environment = tmp_path / "packages", tmp_path / "environment"
     packages.mkdir()
-    for there in _required().values():
+    for there in _required(extras).values():
         tops = {file.parts[0] for file in there.files or () if file.parts[0] != ".."}
         for top in tops:
             if not (packages / top).exists():
@@ -257,10 +290,13 @@ def test_the_wheel_works_in_an_environment_that_is_else_empty(built, tmp_path):
     (site / "of_the_tests.pth").write_text(str(packages), encoding="utf-8")
     _run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-compile", built[1], env=PLAIN)
     code = "import importlib.util, distill_trainers; from distill_trainers import GKDTrainer, prune\n"
-    code += "assert not any(map(importlib.util.find_spec, ('gguf', 'matplotlib', 'openai', 'pytest')))\n"
+    code += f"assert {{m: bool(importlib.util.find_spec(m)) for m in {[*EXTRAS.values(), 'pytest']!r}}} == "
+    code += f"{ {module: module in extras.values() for module in [*EXTRAS.values(), 'pytest']}!r}\n"
     code += "print(distill_trainers.__file__)"
     assert Path(_run(python, "-c", code, cwd=tmp_path, env=PLAIN).strip()).is_relative_to(site)
     shown = _run(command, "--help", cwd=tmp_path, env=PLAIN)
     assert all(f"  {name} " in shown for name in COMMANDS)
     _run(command, "recipes", cwd=tmp_path, env=PLAIN)
     assert (tmp_path / "recipes/smollm2-135m/gkd.yaml").is_file()
+    shell = subprocess.run([command, "completion", "bash"], capture_output=True, text=True, cwd=tmp_path, env=PLAIN)
+    assert (shell.returncode, "pip install" in shell.stderr) == ((0, False) if extras else (2, True)), shell.stderr

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..exceptions import ConfigurationError
+from ..installing import pip_install
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def require_math_verify() -> None:
     """Raise ConfigurationError without math-verify."""
     if not is_available():
         raise ConfigurationError(
-            "Comparing mathematical expressions needs math-verify: pip install 'distill-trainers[rationales]'. Or set "
+            f"Comparing mathematical expressions needs math-verify: {pip_install('rationales')}. Or set "
             "`kind: number`, which compares numbers, fractions and sums of them without it."
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 from .. import hub
 from ..escaping import code, fence, prose, visible
 from ..exceptions import DatasetError
+from ..installing import project_link
 from ..rationales.records import dataset_of
 from ..redaction import redacted
 from ..run_files import plain
@@ -130,7 +131,7 @@ def dataset_card(rows: Sequence[Mapping[str, Any]], repo_id: str, writers: Write
     lines = [
         *("---", header.to_yaml(), "---", "", f"# {prose(repo_id)}", ""),
         f"{len(rows):,} {what}, written by {', '.join(code(name) for name in sorted(teachers)) or 'a teacher'}. Made "
-        "with [distill_trainers](https://pypi.org/project/distill-trainers/); nobody has read all of it.",
+        f"with {project_link()}; nobody has read all of it.",
         "",
         *fence(
             f'from datasets import load_dataset\n\nrows = load_dataset({json.dumps(repo_id)}, split="train")', "python"

@@ -17,6 +17,7 @@ from .. import models
 from ..escaping import code, fence, prose, visible
 from ..evaluation.results import FILE_NAME, EvaluationResults
 from ..exceptions import DatasetError
+from ..installing import NAME, project_link, requirement
 from ..manifest import sealed_settings
 from ..redaction import redacted
 from ..run_files import STUDENT_INIT_NAME, shown
@@ -28,7 +29,6 @@ from .scores import CardScores, scores_of_evaluation, scores_of_run
 logger = logging.getLogger(__name__)
 
 _BEGIN, _END = "<!-- scores -->", "<!-- end of scores -->"  # what `with_scores` puts others between
-_PROJECT = "[distill_trainers](https://pypi.org/project/distill-trainers/)"
 _PLOTS = {"loss.png": "Training loss by optimiser step", "agreement.png": "Held-out agreement with the teacher by step"}
 
 
@@ -49,14 +49,14 @@ def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] =
     on_hub = not models.looks_like_path(base) if base else False  # the Hub takes nothing else
     data = [source for source in facts.data + wishes.datasets if not models.looks_like_path(source)]
     task = None if facts.is_encoder_decoder else "text-generation"
-    tags = ["distill_trainers", "knowledge-distillation", record["method"].lower(), *wishes.tags, *wishes.tasks[1:]]
+    tags = ["generated_from_trainer", "distill_trainers", "knowledge-distillation", record["method"].lower()]
     header = ModelCardData(
         language=wishes.language,
         base_model=base if on_hub else None,
         datasets=list(dict.fromkeys(data)) or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag=wishes.tasks[0] if wishes.tasks else task,
-        tags=list(dict.fromkeys(tags)),
+        tags=list(dict.fromkeys([*tags, *wishes.tags, *wishes.tasks[1:]])),
         model_name=name.rpartition("/")[2],
         eval_results=scores.index or None,
     )
@@ -69,7 +69,7 @@ def model_card(facts: CardFacts, *, merged: bool = False, plots: Sequence[str] =
     lines = [
         *("---", header.to_yaml(), "---", "", f"# {prose(name)}", ""),
         f"{'This adapter' if adapter else 'This model'} was distilled from {_source(facts)} into {_student(facts)} "
-        f"with {record['method']}, using {_PROJECT} {record['versions'].get('distill-trainers', '(unreleased)')}.",
+        f"with {record['method']}, using {project_link()} {record['versions'].get(NAME, '(unreleased)')}.",
         "",
         *_usage(facts, facts.repository or "path/to/this/folder"),
         *("", "## Scores", "", _BEGIN, *scores.lines, _END, "", "## Training", ""),
@@ -207,7 +207,9 @@ def _reproduction(facts: CardFacts) -> list[str]:
         recipe["model_name_or_path"] = record["student"]
     recipe["seed"] = facts.seed
     recipe = {key: value for key, value in recipe.items() if not key.startswith(("hub_", "push_to_hub", "card_"))}
-    packages = " ".join(f"{name}=={text.partition('+')[0]}" for name, text in versions.items() if name != "python")
+    ours = versions.pop(NAME, "")
+    packages = " ".join([requirement(ours), *(f"{name}=={text.partition('+')[0]}" for name, text in versions.items())])
+    source = "" if requirement(ours) else f"# {NAME} {ours} came from a folder: pip install what you have of it\n"
     command = "distill-trainers train --config recipe.yaml --output_dir student"
     if processes > 1:
         command = f"accelerate launch --num_processes {processes} -m distill_trainers.cli.train"
@@ -217,7 +219,7 @@ def _reproduction(facts: CardFacts) -> list[str]:
         "files or folders of the machine that it ran on):",
         "",
         *(*fence(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(), "yaml"), ""),
-        *fence(f"pip install {packages}\n{command}", "bash"),
+        *fence(f"{source}pip install {packages.strip()}\n{command}", "bash"),
     ]
 
 

@@ -67,7 +67,7 @@ def scores_of_evaluation(results: EvaluationResults, student: str) -> CardScores
         gap = of_student.scores[name].gap_closed if name in of_student.scores else None
         table.append([prose(f"{info.title}{unit}"), *cells, share_of_gap(gap)])
     text = f"On {rows} rows of {code(data)}, with {100 * confidence:.0f} % intervals by bootstrap over prompts."
-    text += " The gap closed is (student − before) / (teacher − before); in brackets where the gap is within noise."
+    text += " The gap closed is (student − before) / (teacher − before); in brackets where it is noise."
     index = [
         _entry(name, info.title, score.value, data, _args(score, confidence))
         for name, info in results.measures.items()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 COMMANDS = {
@@ -37,20 +40,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: distill-trainers COMMAND [options]\n")
         for name, (_, text) in COMMANDS.items():
             print(f"  {name:<14} {text}")
-        print("\n`distill-trainers COMMAND --help` lists the options of one, with examples;")
+        print("\n`distill-trainers COMMAND --help` lists the options of one, with examples.")
+        print("--version tells which this is; --import MODULE, behind a command, adds a method of your own;")
         print("--traceback shows where an error arose.")
         return 0
+    if args[0] in ("-V", "--version"):
+        from .. import __version__
+
+        print(f"distill-trainers {__version__}")
+        return 0
     if args[0] not in COMMANDS:
-        print(f"error: unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        hint = f" Did you mean `distill-trainers {near[0]}`?" if near else ""
+        print(f"error: unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
         return 2
     module = f".{COMMANDS[args[0]][0]}"
+    asks_for_help = bool({"-h", "--help"} & set(args[1:]))
     try:
-        return report_errors(lambda argv: importlib.import_module(module, __name__).main(argv), args[1:])
-    finally:
-        if {"-h", "--help"} & set(args[1:]):
-            from .examples import examples_of
+        with _with_examples(args[0]) if asks_for_help else contextlib.nullcontext():
+            return report_errors(lambda argv: importlib.import_module(module, __name__).main(argv), args[1:])
+    except BrokenPipeError:
+        if not asks_for_help:
+            raise
+        with contextlib.suppress(OSError, ValueError):  # `… --help | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
-            print(f"\n{examples_of(args[0])}")
+
+@contextlib.contextmanager
+def _with_examples(command: str) -> Iterator[None]:
+    """Print examples of a command below its help, after which argparse leaves."""
+    from .examples import examples_of
+
+    try:
+        yield
+    finally:
+        print(f"\n{examples_of(command)}", flush=True)
 
 
 def shows_usage(argv: Sequence[str], usage: str) -> bool:
@@ -67,7 +92,6 @@ def start_log(level: int = logging.WARNING) -> None:
     from ..redaction import Redacting
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for GPUs wherever there is none
     libraries = [logging.getLogger(name) for name in ("", "transformers", "datasets", "huggingface_hub")]
     for handler in {handler for logger in libraries for handler in logger.handlers}:
         if not any(isinstance(known, Redacting) for known in handler.filters):
@@ -90,11 +114,13 @@ def report_errors(command: Callable[[list[str]], int | None], argv: Sequence[str
     """
     from ..exceptions import BAD_INPUT, FAILURES
     from . import last_net
+    from .command_line import import_modules, quiet_libraries, with_config
 
-    argv = list(argv)
+    quiet_libraries()
+    argv = with_config(argv)
     shows = last_net.wants_traceback(argv)
     try:
-        return command(argv) or 0
+        return command(import_modules(argv)) or 0
     except (*BAD_INPUT, *FAILURES) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, BAD_INPUT) else 1

@@ -38,7 +38,7 @@ def fill(argv: Sequence[str]) -> int:
     from ..trainers.lifecycle.cache_filling import fill_cache
     from .train import build_trainer
 
-    recipe = parse_recipe(argv)
+    recipe = parse_recipe(argv, command="cache-teacher")
     folder = recipe.args.teacher_cache
     if folder is None:
         raise ConfigurationError(

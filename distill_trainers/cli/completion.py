@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..exceptions import ConfigurationError
+from ..installing import pip_install
 from . import COMMANDS, report_errors
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     options = make_parser().parse_args(list(argv))
     if importlib.util.find_spec("shtab") is None:
         raise ConfigurationError(
-            "Completion scripts are made by shtab, which is not installed: pip install 'distill-trainers[completion]'."
+            f"Completion scripts are made by shtab, which is not installed: {pip_install('completion')}."
         )
     import shtab
 

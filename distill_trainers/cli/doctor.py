@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     argv = list(argv)
     if not torch.cuda.is_available() and not any(a.startswith("--use_cpu") for a in argv) and "--help" not in argv:
         argv += ["--use_cpu", "true"]  # a recipe for GPUs may be looked at on any machine
-    recipe = parse_recipe(argv, DoctorArguments)
+    recipe = parse_recipe(argv, DoctorArguments, command="doctor")
     diagnosis = diagnose(recipe, recipe.extra)
     if recipe.extra.json:
         print(json.dumps(hidden(diagnosis.as_dict()), indent=2, default=str))

@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     """Make pairs; the exit status is 0, or 2 for bad input."""
     if shows_usage(argv, _USAGE):
         return 0
-    recipe = parse_recipe(argv, PairArguments)
+    recipe = parse_recipe(argv, PairArguments, command="pairs")
     with contextlib.ExitStack() as stack:
         stack.enter_context(holding(_file(recipe, recipe.extra), "pairs_file", beside=True))
         if recipe.model.model_name_or_path is None:  # it is made in there

@@ -112,6 +112,8 @@ def print_plan(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..doctor.printing import gib
+
     title = redacted(f"{plan.method}: {plan.teacher} → {plan.student}")
     table = Table("", "plan", title=terminal(title, "italic"), show_header=False)
     unknown = "unknown (stream)"
@@ -132,10 +134,10 @@ def print_plan(plan: Plan) -> None:
     if plan.tokens_per_step is not None:
         table.add_row("Tokens per step", f"{plan.tokens_per_step:,.0f}")
     for name, size in plan.memory_mib.items():
-        table.add_row(f"Memory: {name}", f"{size:,.0f} MiB")
+        table.add_row(f"Memory: {name}", gib(size * 2**20))
     if plan.memory_mib:
-        table.add_row("Memory: peak of one process, unsharded", f"{sum(plan.memory_mib.values()):,.0f} MiB")
-    table.add_row("Free disk for output_dir", f"{plan.disk_free_mib:,.0f} MiB")
+        table.add_row("Memory: peak of one process, unsharded", gib(sum(plan.memory_mib.values()) * 2**20))
+    table.add_row("Free disk for output_dir", gib(plan.disk_free_mib * 2**20))
     if plan.teacher_cache:
         table.add_row("Teacher cache", terminal(plan.teacher_cache))
     Console().print(table)

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import TrainerCallback
 
 from ..escaping import terminal, visible
 
-_SHOWN = ("loss", "divergence", "lm_loss", "grad_norm", "learning_rate", "rollouts", "completion_length")
-
-
+# Behind the loss and its terms: what the methods' pages say to watch, then what all runs have.
+_WATCHED = ("nll_chosen", "nll_rejected", "reward_margin", "reward", "sequence_kl", "wrong_logp", "innovations")
+_WATCHED += ("reward_mean", "reward_flat_groups", "entropy")
+_SHOWN = (*_WATCHED, "grad_norm", "learning_rate", "rollouts", "completion_length")
 _MEASURED = ("rouge_l", "accuracy", "student_text_kl", "exposure_error", "distinct_4", "consistency", "ece")
 
 
 class ProgressReport(TrainerCallback):
-    """Shows steps, loss terms and evaluation scores on the main process only."""
+    """Shows steps, loss terms and evaluation scores on the main process only.
+
+    Attributes:
+        terms: names the terms of the loss as it is now; they may change from step to step.
+    """
 
     def __init__(self) -> None:
+        self.terms: Callable[[], Iterable[str]] = lambda: ()
+        self.trained: dict[str, None] = {}
         self.bar: Any = None
         self.task: Any = None
         self.started = 0.0
@@ -51,7 +59,9 @@ class ProgressReport(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         evaluated = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
-        names = ("loss", "perplexity", "kl", "top1_agreement", "acceptance", *_MEASURED) if evaluated else _SHOWN
+        self.trained |= dict.fromkeys(self.terms())
+        names = ("loss", "perplexity", "kl", "top1_agreement", "acceptance", *_MEASURED)
+        names = names if evaluated else ("loss", *self.trained, *(name for name in _SHOWN if name not in self.trained))
         values = evaluated or logs
         shown = [f"{name} {_short(values[name])}" for name in names if name in values]
         if not shown:

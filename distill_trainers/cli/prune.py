@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     from ..recipe.parse import parse_recipe
     from .train import make_initial_student
 
-    recipe = parse_recipe(argv, extra=PruneArguments, complete=_with_sizes)
+    recipe = parse_recipe(argv, extra=PruneArguments, complete=_with_sizes, command="prune")
     if recipe.run.dry_run:
         from .plan import make_plan, print_plan
 

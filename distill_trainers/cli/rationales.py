@@ -15,8 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from ..escaping import visible
 from ..exceptions import ConfigurationError, DatasetError
 from ..locks import holding_run
+from ..redaction import redacted
 from . import report_errors, say, shows_usage
 from .rationale_settings import PipelineArguments, parse_arguments
 
@@ -67,6 +69,7 @@ def _extract(args: PipelineArguments) -> int:
     )
     if rank == 0:
         _export(args, "responses", rows)
+        _tell_files(args, "responses.jsonl")
     return _report(args, "extract", {"cot": spent}, model, rank)
 
 
@@ -91,6 +94,10 @@ def _parse(args: PipelineArguments) -> int:
     _export(args, "parsed", parsed)
     counts = Counter(row["answer_format"] or "no answer" for row in parsed)
     _print_counts(f"{len(parsed)} responses", counts)
+    _tell_files(args, "parsed.jsonl")
+    if counts["no answer"] == len(parsed):
+        _warn(f"No answer was found in any of the {len(parsed)} responses: `verify` will keep none. Set "
+              "`answer_formats`, and look at a response.")  # fmt: skip
     return 0
 
 
@@ -111,6 +118,11 @@ def _verify(args: PipelineArguments) -> int:
     write_rows(args.path("wrong.jsonl"), judged.wrong)
     _write_report(args, "verify", {"rows": len(rows), **judged.counts})
     _print_counts(f"{len(rows)} responses", judged.counts)
+    _tell_files(args, "verified.jsonl", "wrong.jsonl")
+    if not judged.right:
+        told = ", ".join(f"{count:,} {reason}" for reason, count in judged.counts.most_common())
+        _warn(f"None of the {len(rows)} responses was kept ({told}), so {args.path('verified.jsonl')} is empty. Look "
+              "at `answer_kind`, and at the answers in the rows before and behind it.")  # fmt: skip
     return 0
 
 
@@ -135,6 +147,10 @@ def _dual(args: PipelineArguments) -> int:
         _export(args, "dual", chains.pairs)
         write_rows(args.path("sft.jsonl"), chains.right)
         _print_counts(f"{len(right)} right and {len(wrong)} wrong chains", chains.counts)
+        _tell_files(args, "dual.jsonl", "sft.jsonl")
+        if not chains.pairs:
+            _warn("No question has a right and a wrong chain, so there are no pairs. Take more `samples` of each "
+                  "question, or let a teacher write what is missing (`ask_for_pairs: true`).")  # fmt: skip
     return _report(args, "dual", chains.asked, model, rank)
 
 
@@ -157,9 +173,9 @@ def _inspect(args: PipelineArguments) -> int:
 
 
 def _token_split(name: str) -> Any:
-    from ..models import load_tokenizer
+    from ..models import tokenizer_of
 
-    tokenizer = load_tokenizer(name)
+    tokenizer = tokenizer_of(name, "inspected")
 
     def split(text: str) -> list[str]:
         ends = [end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping]
@@ -230,7 +246,7 @@ def _teacher(args: PipelineArguments) -> tuple[TextModel, int]:
             "For one too large for a device: `teacher_init_kwargs: {device_map: auto}`, or an endpoint (`base_url`)."
         )
     accelerator = Accelerator(cpu=args.use_cpu)
-    tokenizer = models.load_tokenizer(args.teacher, trust_remote_code=args.trust_remote_code)
+    tokenizer = models.tokenizer_of(args.teacher, "teacher", trust_remote_code=args.trust_remote_code)
     extra_kwargs: Any = args.teacher_init_kwargs or {}  # parsed by now
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **extra_kwargs}
     model = models.load_causal_lm(args.teacher, role="teacher", **init_kwargs)
@@ -314,6 +330,14 @@ def _write_report(args: PipelineArguments, stage: str, report: dict[str, Any]) -
 
     text = json.dumps(report, indent=2, sort_keys=True)
     write_file(args.path(f"{stage}-report.json"), text, "the report of the stage", _REMEDY)
+
+
+def _tell_files(args: PipelineArguments, *names: str) -> None:
+    say(f"Written: {', '.join(str(args.path(name)) for name in names)}.")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {visible(redacted(text))}", file=sys.stderr)
 
 
 def _print_counts(what: str, counts: Counter[str]) -> None:

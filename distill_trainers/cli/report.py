@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..installing import pip_install
 from . import report_errors, say
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         plots = plot_runs(runs, file.with_name(f"{file.stem}_plots"))
     if plots is None:
-        print("No plots were written: `pip install 'distill-trainers[plots]'` brings matplotlib.")
+        print(f"No plots were written: `{pip_install('plots')}` brings matplotlib.")
     elif plots:
         say(f"Plots for papers are in {plots[0].parent}: {', '.join(sorted({plot.stem for plot in plots}))}.")
     return 0

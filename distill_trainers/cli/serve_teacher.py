@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigurationError
+from ..installing import pip_install
 from . import report_errors, say, start_log
 
 _EPILOG = """Trainers name it by its address: `teacher_model_name_or_path: http://127.0.0.1:8123`. If the environment
@@ -36,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-token", action="store_true", help="let everybody in who reaches an address other than this machine's own"
     )
+    parser.add_argument("--log-requests", action="store_true", help="a line for each request, with its status")
     helps = {
         "max_body_mib": "largest question",
         "max_rows": "rows of a question",
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     start_log()
     options = make_parser().parse_args(argv)
     if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
-        raise ConfigurationError("Serving a teacher needs FastAPI and uvicorn: pip install 'distill-trainers[serve]'.")
+        raise ConfigurationError(f"Serving a teacher needs FastAPI and uvicorn: {pip_install('serve')}.")
     from ..teachers.remote.dialects import TOKEN_ENV, token_from_environment
     from ..teachers.remote.http import bind, serve
     from ..teachers.remote.service import Limits
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         host, port = bound.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         say(f"Serving {service.info['teacher']} at http://{address}:{port}", flush=True)
-        serve(service, bound, token)
+        serve(service, bound, token, options.log_requests)
     with contextlib.suppress(BrokenPipeError):  # whoever started it may be gone
         print("Stopped.", flush=True)
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exceptions import DatasetError
-from ..hub import published_files
+from ..hub import address_of, published_files
 from ..locks import holding_run
 from ..manifest import is_whole, write_manifest
 from ..recipe.checks import check_recipe, refuse_to_start_over, student_identity
@@ -65,7 +65,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
         student = str(make_initial_student(recipe, checked.ready.rows()[0]))
     args.model_init_kwargs = {**_model_init_kwargs(recipe.model), **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     args.disable_tqdm = True
-    callbacks: list[Any] = [ProgressReport()]
+    callbacks: list[Any] = [progress := ProgressReport()]
     if settings.early_stopping_patience:
         args.metric_for_best_model = args.metric_for_best_model or "eval_perplexity"
         args.greater_is_better = bool(args.greater_is_better)  # None means that less is better
@@ -83,6 +83,7 @@ def build_trainer(recipe: Recipe, look: Callable[[Recipe, Any], None] | None = N
         quantization_config=get_quantization_config(recipe.model),
         **more,
     )
+    progress.terms = lambda: trainer.loss_weights
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)  # ProgressReport takes its place
@@ -122,7 +123,8 @@ def _run(recipe: Recipe) -> Any:
             trainer.push_to_hub()
             if trainer.is_world_process_zero():
                 names = ", ".join(published_files(trainer.published_folder))
-                say(f"Uploaded {trainer.published_folder} to {trainer.hub_model_id}. Files: {names}.")
+                address = address_of(trainer.hub_model_id)
+                say(f"Uploaded {trainer.published_folder} to {address} . Files: {names}.")
     finally:
         stop_progress(trainer)
     return trainer

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_trainers.data.formats import apply_column_mapping, reading
 from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.reachable import why_out_of_reach
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -56,6 +57,11 @@ def load_split(
             f"Expected a file ending in {', '.join(READERS)}, a folder, or the name of a Hub dataset (owner/name)."
         )
     else:
+        if away := why_out_of_reach(name_or_path, "dataset"):
+            raise DatasetError(
+                f"No dataset {name_or_path!r}: it is no file or folder here, {away}. Check the name and this machine's "
+                "network."
+            )
         dataset = _load(name_or_path, name_or_path, name=name, split=split, data_files=data_files, streaming=streaming)
     if getattr(dataset, "num_rows", None) == 0:
         raise DatasetError(f"{name_or_path!r} (split {split!r}) has no rows. Check the file and the split.")

@@ -107,11 +107,11 @@ def _plan(diagnosis: Diagnosis) -> Any:
     if checkpoint_bytes(case):
         table.add_row("Checkpoints", f"{num_checkpoints(case)} at once, {gib(checkpoint_bytes(case))} each")
     if pace is not None:
-        work = f"{pace.operations / 1e12:,.2f} · 10¹² operations"
-        seconds = f", at least {pace.seconds:,.2f} s ({pace.rates.source})" if pace.seconds and pace.rates else ""
+        work = f"{pace.operations / 1e12:,.3g} · 10¹² operations"
+        seconds = f", at least {lasting(pace.seconds)} ({pace.rates.source})" if pace.seconds and pace.rates else ""
         table.add_row("A step of a process", work + seconds)
         if pace.seconds and case.steps:
-            table.add_row("All steps", f"at least {pace.seconds * case.steps / 3600:,.2f} h")
+            table.add_row("All steps", f"at least {lasting(pace.seconds * case.steps)}")
     return table
 
 
@@ -140,5 +140,14 @@ def _cell(placement: Any) -> str:
 
 
 def gib(size: float) -> str:
-    """Write bytes as text."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+    """Write bytes in the unit that tells something."""
+    if size >= 2**30:
+        return f"{size / 2**30:,.2f} GiB"
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 or not size else f"{size / 2**10:,.1f} KiB"
+
+
+def lasting(seconds: float) -> str:
+    """Write a time in the unit that tells something."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

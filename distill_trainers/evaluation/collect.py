@@ -226,7 +226,7 @@ class Workshop:
         device = subject.device
         on_cpu = f"{device.type}/{torch.get_num_threads()}"
         place = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
-        identity = [subject.facts.fingerprint, place, sampling.as_dict(), prompts]
+        identity = [subject.facts.fingerprint, place, sampling.as_dict(), prompts, "fastest pass"]
         store, key = self._store("cost", identity, "measured costs"), "cost"
         records = {} if store is None else store.load()
         if key in records:

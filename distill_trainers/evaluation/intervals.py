@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..exceptions import ConfigurationError
 from ..randomness import Purpose, Role, Stream
-from .results import GapClosed, Score
+from .results import FEWEST, GapClosed, Score
 
 Array = NDArray[np.float64]
 Finish = Callable[[Array], Array]
@@ -91,7 +91,7 @@ def gap_closed(after: Sums, before: Sums, teacher: Sums, counts: Array, confiden
 
     Returns:
         no value where teacher and student scored alike to begin with; `decided` tells whether the interval of the gap
-        itself leaves out 0, without which a share of it says little.
+        itself leaves out 0, on `FEWEST` prompts or more, without which a share of it says little.
     """
     _require_same_prompts(after, before, teacher)
 
@@ -104,7 +104,8 @@ def gap_closed(after: Sums, before: Sums, teacher: Sums, counts: Array, confiden
     closed = _score(float(share(*values)), share(*resampled), confidence)
     gap = _score(0.0, resampled[2] - resampled[1], confidence)
     decided = gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
-    return GapClosed(closed.value, closed.low, closed.high, decided and closed.value is not None)
+    decided = decided and closed.value is not None and len(after) >= FEWEST
+    return GapClosed(closed.value, closed.low, closed.high, decided, len(after))
 
 
 def _score(value: float, resampled: Array, confidence: float) -> Score:

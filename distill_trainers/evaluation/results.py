@@ -24,6 +24,8 @@ FILE_NAME = "evaluation.json"
 
 T = TypeVar("T")
 
+FEWEST = 20  # prompts, below which nothing is said to be better or worse
+
 
 @dataclass(frozen=True)
 class Score:
@@ -39,13 +41,21 @@ class GapClosed:
     """(student − baseline) / (teacher − baseline), 1 = all of the gap.
 
     Attributes:
-        decided: whether baseline and teacher differ by more than their interval; else the share says little.
+        decided: whether baseline and teacher differ by more than their interval, on `FEWEST` prompts or more; else the
+            share says little.
+        prompts: that it was measured on; None where nobody counted.
     """
 
     value: float | None
     low: float | None = None
     high: float | None = None
     decided: bool = False
+    prompts: int | None = None
+
+    @property
+    def is_of_few(self) -> bool:
+        """Whether prompts are too few for a verdict: an interval of a handful is too narrow."""
+        return self.prompts is not None and self.prompts < FEWEST
 
 
 @dataclass
@@ -111,7 +121,7 @@ class Cost:
     """What a model costs to run, measured on greedy decoding of the same prompts to the same length.
 
     Attributes:
-        tokens_per_second: new tokens of all rows together.
+        tokens_per_second: new tokens of all rows together, in the fastest of several passes.
         weights_mib: of parameters and buffers.
         peak_mib: of device memory while decoding; None on a CPU, where nothing tells.
         speedup: tokens per second over the teacher's.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..escaping import code, prose
-from .results import EvaluationResults, GapClosed, Score
+from .results import FEWEST, EvaluationResults, GapClosed, Score
 
 _BIG = 1000
 
@@ -39,7 +39,7 @@ def with_interval(score: Score, unit: str = "") -> str:
 
 
 def share_of_gap(gap: GapClosed | None) -> str:
-    """Write per cent of the gap with its interval; in brackets where the gap is not more than noise."""
+    """Write per cent of the gap with its interval; in brackets where it is noise, or of few prompts."""
     if gap is None or gap.value is None:
         return "–"
     value, low, high = (None if share is None else round(100 * share) for share in (gap.value, gap.low, gap.high))
@@ -70,7 +70,7 @@ def tables_of(results: EvaluationResults) -> list[TextTable]:
         if any((s := model.scores.get(name)) and s.gap_closed is not None for model in students)
     ]
     if gaps:
-        title = "Gap to the teacher that was closed (in brackets: the gap is within noise)"
+        title = f"Gap to the teacher that was closed (in brackets: within noise, or of fewer than {FEWEST} prompts)"
         tables.append(TextTable(title, ["", *(model.name for model in students)], gaps))
     costs = [model for model in results.models if model.cost is not None]
     if costs:
@@ -91,7 +91,7 @@ def _costs(models: list) -> TextTable:
     if any(m.cost.peak_mib is not None for m in models):
         rows.append(["Peak device memory (MiB)", *(number(m.cost.peak_mib) for m in models)])
     cost = models[0].cost
-    title = f"Cost: {cost.batch_size} prompts, {cost.new_tokens} tokens each, greedy, on {cost.device}"
+    title = f"Cost: {cost.batch_size} prompts, {cost.new_tokens} tokens each, greedy, fastest pass, on {cost.device}"
     return TextTable(title, ["", *(m.name for m in models)], rows)
 
 

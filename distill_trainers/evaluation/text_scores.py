@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..exceptions import ConfigurationError
+from ..installing import pip_install
 from .intervals import Sums
 
 
@@ -26,8 +27,8 @@ def require_library(module: str, package: str, metric: str) -> None:
     """
     if importlib.util.find_spec(module) is None:
         raise ConfigurationError(
-            f"The metric {metric} needs {package}, which is not installed: `pip install "
-            f"'distill-trainers[evaluation]'`, or leave {metric} out of `metrics`."
+            f"The metric {metric} needs {package}, which is not installed: "
+            f"`{pip_install('evaluation')}`, or leave {metric} out of `metrics`."
         )
 
 

@@ -47,6 +47,7 @@ from .loading import (
     refuse_two_quantizations,
     settled_kwargs,
     source_of,
+    tokenizer_of,
     which_files,
     with_overrides,
     with_pad_token,

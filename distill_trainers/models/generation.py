@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +48,14 @@ def generating(
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
         # Compiled layers would be compiled anew for every kind of cache, and for the growing one of each layer.
-        with uncompiled(), without_router_logits(model), torch.no_grad(), rounding_once(model):
-            with unwrap_model_for_generation(model, accelerator, gather) as unwrapped:
-                yield unwrapped
+        modes = uncompiled(), without_router_logits(model), torch.no_grad(), rounding_once(model)
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            with warnings.catch_warnings():  # TRL 1.16 asks by a name that transformers 5.23 has renamed
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                unwrapped = stack.enter_context(unwrap_model_for_generation(model, accelerator, gather))
+            yield unwrapped
     finally:
         for module in checkpointed:
             module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..exceptions import ConfigurationError
+from ..reachable import why_out_of_reach
 from ..redaction import hidden
 from .adapters import causal_lm_of
 from .whole import first_words, heads_of, load_whole
@@ -84,6 +85,11 @@ def load_config(name: str, role: str, *, kind: Any = None, **kwargs: Any) -> Any
     from transformers import AutoConfig
 
     check_model_source(name, role)
+    if not looks_like_path(name) and (away := why_out_of_reach(name, cache_dir=kwargs.get("cache_dir"))):
+        raise ConfigurationError(
+            f"The {role} model {name!r} is no folder here, {away}. Check the name and this machine's network; a model "
+            "that lies on this machine goes by its folder."
+        )
     try:
         config_class = getattr(kind, "config_class", None) or AutoConfig
         return config_class.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
@@ -259,6 +265,8 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    if not looks_like_path(name) and (away := why_out_of_reach(name, cache_dir=kwargs.get("cache_dir"))):
+        raise OSError(f"{name!r} is no folder here, {away}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except Exception as error:  # a damaged file fails in as many ways as there are values
@@ -275,6 +283,22 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
             "it is whole; else set one: `tokenizer.eos_token = '…'`."
         )
     return with_pad_token(tokenizer)
+
+
+def tokenizer_of(name: str, role: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model that has to have one.
+
+    Raises:
+        ConfigurationError: the model, or its tokenizer, is not there or cannot be read.
+    """
+    load_config(name, role, **which_files(kwargs))
+    try:
+        return load_tokenizer(name, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigurationError(
+            f"The {role} model {name!r} has no tokenizer that can be read: {first_words(error)}. Look for its "
+            "`tokenizer.json` there."
+        ) from error
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..addresses import OPENAI, secret_for
 from ..exceptions import ConfigurationError
+from ..installing import pip_install
 from ..redaction import redacted
 from .records import Request, Response
 
@@ -65,9 +66,7 @@ class RemoteTextModel:
 
     def __init__(self, settings: EndpointSettings):
         if importlib.util.find_spec("openai") is None:
-            raise ConfigurationError(
-                "Asking an endpoint needs the openai client: pip install 'distill-trainers[remote]'."
-            )
+            raise ConfigurationError(f"Asking an endpoint needs the openai client: {pip_install('remote')}.")
         import openai
 
         self._address = settings.base_url or OPENAI

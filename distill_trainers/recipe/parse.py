@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..exceptions import ConfigurationError, refuse_unknown_keys
+from ..installing import pip_install
 from ..settings import Bounds, setting, shown
 from ..trl_names import other_names
 from ..value_types import (
@@ -23,6 +24,7 @@ from ..value_types import (
     parse_mapping,
 )
 from .environment import set_environment
+from .help import arrange
 from .known_keys import known_keys, options_with_our_names, with_our_names
 from .precision import settle_precision
 from .reading import read_settings
@@ -86,13 +88,17 @@ class Recipe:
 
 
 def parse_recipe(
-    argv: Sequence[str], extra: type | None = None, complete: Callable[[Recipe], None] | None = None
+    argv: Sequence[str],
+    extra: type | None = None,
+    complete: Callable[[Recipe], None] | None = None,
+    command: str = "train",
 ) -> Recipe:
     """Parse `--config recipe.yaml` and overrides on the command line.
 
     Args:
         extra: a dataclass of further settings, those of the command that reads the recipe.
         complete: puts these into the recipe, before it is looked through for contradictions.
+        command: whose `--help` lists the settings.
 
     Raises:
         ConfigurationError: no such file, not a mapping, unknown or contradictory keys, an unknown method, values of
@@ -111,7 +117,7 @@ def parse_recipe(
     known = known_keys(_method_named(given, argv), *more)
     if known is not None:
         refuse_unknown(given, options, known, "the recipe")
-    recipe = Recipe(*parse_settings(argv, classes, what="the recipe", for_training=True))
+    recipe = Recipe(*parse_settings(argv, classes, what="the recipe", command=command, for_training=True))
     if "dataset_test_split" in {*given, *options} and recipe.run.eval_fraction is None:
         recipe.run.eval_dataset = recipe.run.eval_dataset or recipe.run.dataset  # TRL's is a split of the same data
     if complete is not None:
@@ -218,6 +224,7 @@ def make_parser(classes: tuple[Any, ...], command: str = "train") -> Any:
     for action in parser._actions:
         if action.dest in mappings:
             action.type = parse_mapping
+    arrange(parser, classes, command)
     return parser
 
 
@@ -347,6 +354,6 @@ def _check_quantization(model: ModelConfig) -> None:
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigurationError(
-            f"Got `{name}: true`, but bitsandbytes is not installed; `pip install 'distill-trainers[quantization]'`, "
+            f"Got `{name}: true`, but bitsandbytes is not installed; `{pip_install('quantization')}`, "
             "or leave quantisation out."
         )

@@ -14,7 +14,7 @@ from .runs import Run
 
 # Of every entry of the log; or of the last one, which sums up the run.
 _SILENT = {"epoch", "step", "total_flos", "train_loss", "train_runtime", "trained_tokens", "num_input_tokens_seen"}
-_PROGRESS = {"learning_rate", "grad_norm", "rollouts", "completion_length", "padding_share"}
+_PROGRESS = {"learning_rate", "grad_norm", "rollouts", "completion_length", "completion_clipped", "padding_share"}
 _TEACHER = "eval_teacher_"  # its own score on the same data, beside the student's
 _GAP = "eval_gap_closed_"
 _ALIKE = 0.01

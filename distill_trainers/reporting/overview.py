@@ -250,7 +250,7 @@ def comparison(runs: Sequence[Run]) -> Html | None:
         scores = [
             [info.title, *(_cell(m.scores.get(name), info.unit) for _, _, m in columns)] for name, info in infos.items()
         ]
-        caption = "Scores of the students, with intervals, and the gap that each closed (in brackets: within noise)"
+        caption = "Scores of the students, with intervals, and the gap that each closed (in brackets: noise)"
         parts.append(table(caption, heads, scores))
     logged = {run.name: _last_scores(run) for run in runs}
     names = list(dict.fromkeys(name for scores in logged.values() for name in scores))
@@ -310,6 +310,7 @@ _TITLES = {
     "learning_rate": "Learning rate",
     "teacher_perplexity": "Perplexity of the teacher",
     "completion_length": "Tokens per rollout",
+    "completion_clipped": "Share of rollouts that max_new_tokens cut off",
     "lm_loss": "Language-model loss",
     "rollouts": "Rollouts between two logs",
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..evaluation.measures import MEASURES
-from ..evaluation.results import EvaluationResults, GapClosed, ModelResults
+from ..evaluation.results import FEWEST, EvaluationResults, GapClosed, ModelResults
 from ..evaluation.tables import number, share_of_gap
 from .charts import share_bar
 from .markup import Html, el, join, missing, section, stacked, table
@@ -306,6 +306,10 @@ def _verdict(gap: GapClosed | None) -> str:
     if gap is None or gap.value is None:
         return ""
     share = share_of_gap(gap).replace(" %", "\u00a0%")
+    if gap.is_of_few:
+        return (
+            f"{gap.prompts} prompts are too few for a verdict, which takes {FEWEST}: {share} of the gap to the teacher."
+        )
     if not gap.decided:
         return "Before training the student differed from its teacher by no more than noise: there was no gap to close."
     low, high = (gap.value if bound is None else bound for bound in (gap.low, gap.high))

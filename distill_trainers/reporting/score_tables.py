@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..evaluation.results import EvaluationResults, MeasureInfo, ModelResults, Score
+from ..evaluation.results import FEWEST, EvaluationResults, MeasureInfo, ModelResults, Score
 from ..evaluation.tables import number, share_of_gap, with_interval
 from .charts import interval_chart
 from .markup import Html, el, figure, join, section, stacked, table
@@ -63,7 +63,10 @@ def _of_evaluation(results: EvaluationResults) -> list[Any]:
         of_models = [model.scores.get(name) for model in models]
         of_students = [model.scores.get(name) for model in students]
         cells = [stacked(with_interval(Score(s.value, s.low, s.high), info.unit)) if s else "–" for s in of_models]
-        cells += [_change(s.difference, info) if s and s.difference else "–" for s in of_students] if changes else []
+        few = results.data.get("rows", FEWEST) < FEWEST
+        cells += (
+            [_change(s.difference, info, few) if s and s.difference else "–" for s in of_students] if changes else []
+        )
         cells += [stacked(share_of_gap(s.gap_closed)) if s else "–" for s in of_students] if gaps else []
         rows.append([_measure(info), *cells])
     heads = ["", *map(heading, models), *(["change"] if changes else []), *(f"gap closed{end}" for end in suffixes)]
@@ -71,7 +74,8 @@ def _of_evaluation(results: EvaluationResults) -> list[Any]:
     parts: list[Any] = [
         table(caption, heads, rows),
         el("p", "Gap closed: (after − before) / (teacher − before). 100 % is all of it. In brackets: teacher and "
-                "student before training differ by no more than noise, so the share says little.", class_="note"),
+                "student before training differ by no more than noise, or prompts are fewer than "
+                f"{FEWEST}, so the share says little.", class_="note"),
     ]  # fmt: skip
     drawn = [_intervals(name, info, results, models) for name, info in results.measures.items()]
     return [*parts, el("details", el("summary", "The same scores drawn, with their intervals"),
@@ -84,11 +88,11 @@ def _measure(info: MeasureInfo) -> Html:
     return join([info.title, el("small", note) if note else None])
 
 
-def _change(difference: Score, info: MeasureInfo) -> Html:
-    """The difference to before, with a word for its direction."""
+def _change(difference: Score, info: MeasureInfo, of_few: bool) -> Html:
+    """The difference to before, with a word for its direction; few prompts have none."""
     sign = "+" if difference.value is not None and difference.value > 0 else ""
     shown = stacked(f"{sign}{with_interval(difference, info.unit)}")
-    if difference.value is None or info.higher_is_better is None:
+    if difference.value is None or info.higher_is_better is None or of_few:
         return shown
     noise = difference.low is None or difference.high is None or difference.low <= 0 <= difference.high
     verdict = "within noise" if noise else "better" if (difference.value > 0) == info.higher_is_better else "worse"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.teacher_prompts import names_in
 from ..exceptions import ConfigurationError
+from ..installing import pip_install
 from ..models import which_files
 from ..settings import Checked, require, setting, shown
 from ..value_types import parse_mapping
@@ -290,5 +291,5 @@ class TeacherOptions(Checked, _Config):
         if package is not None and importlib.util.find_spec(package[0]) is None:
             raise ConfigurationError(
                 f"Got `teacher_placement: {placement}`, but {package[0]} is not installed; "
-                f"`pip install 'distill-trainers[{package[1]}]'`, or take another placement."
+                f"`{pip_install(package[1])}`, or take another placement."
             )

@@ -158,7 +158,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         False, "Go on from a checkpoint though settings differ that an exact resumption needs; they are listed."
     )
     overwrite_output_dir: bool = setting(
-        False, "Start anew where `output_dir` has checkpoints; its command refuses that, and `train()` warns."
+        False, "Start anew where `output_dir` has checkpoints, which is refused unless it is said."
     )
 
     # The finished student

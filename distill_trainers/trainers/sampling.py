@@ -45,7 +45,10 @@ class Sampling(Trainer):
         with ready as model:
             completions = (generate or self.engine.generate)(model, *prompts, self.sampling, streams)
         self.metrics.add_sums(rollouts=len(completions))
-        self.metrics.add_means({"completion_length": sum(map(len, completions))}, len(completions))
+        most, ends = self.sampling.max_new_tokens, {*self.sampling.eos_token_ids}
+        clipped = sum(len(ids) >= most and ids[-1] not in ends for ids in completions)
+        lengths = {"completion_length": sum(map(len, completions)), "completion_clipped": clipped}
+        self.metrics.add_means(lengths, len(completions))
         sampled, start = [], 0
         for batch in batches:
             rows = completions[start : start + len(batch["prompt_ids"])]

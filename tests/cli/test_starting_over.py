@@ -1,12 +1,12 @@
-"""A folder with checkpoints: the command asks whether to go on or to start anew, and Python is told."""
+"""A folder with checkpoints: the command and Python ask whether to go on or to start anew."""
 
 import json
-import logging
 
 import pytest
 
 from distill_trainers import models
 from distill_trainers.cli import main
+from distill_trainers.exceptions import ConfigurationError
 
 SAVES = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 
@@ -57,21 +57,30 @@ def test_pairs_of_a_finished_recipe_are_no_new_start(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "resume", "warned"),
-    [({}, None, True), ({"overwrite_output_dir": True}, None, False), ({}, True, False)],
+    ("settings", "resume"),
+    [({}, True), ({}, False), ({"overwrite_output_dir": True}, None), ({"resume_from_checkpoint": "true"}, None)],
     ids=str,
 )
-def test_python_is_warned(make_trainer, caplog, settings, resume, warned):
-    first = make_trainer(lmbda=0.0, **SAVES)
-    first.train()
-    with caplog.at_level(logging.WARNING):
-        make_trainer(lmbda=0.0, **SAVES | {"max_steps": 3}, **settings).train(resume_from_checkpoint=resume)
-    assert ("Starting anew in" in caplog.text) is warned
-    assert not warned or "train(resume_from_checkpoint=True)" in caplog.text
+def test_python_goes_on_or_starts_anew_as_it_is_told(make_trainer, settings, resume):
+    make_trainer(lmbda=0.0, **SAVES).train()
+    changes = {"max_steps": 3, "overwrite_output_dir": False, **settings}
+    again = make_trainer(lmbda=0.0, **SAVES | changes)
+    again.train(resume_from_checkpoint=resume)
+    goes_on = bool(resume) or "resume_from_checkpoint" in settings
+    assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [1, 2, 3]
+    assert (again.run_checkpoints[0].endswith("checkpoint-2")) is goes_on
 
 
-def test_training_on_with_one_trainer_is_no_new_start(make_trainer, caplog):
-    trainer = make_trainer(lmbda=0.0, **SAVES)
+def test_python_is_refused_before_anything_is_overwritten(make_trainer, tmp_path):
+    make_trainer(lmbda=0.0, **SAVES).train()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.safetensors")}
+    again = make_trainer(lmbda=0.0, **SAVES, overwrite_output_dir=False)
+    with pytest.raises(ConfigurationError, match=r"checkpoint-2.*resume_from_checkpoint=True.*overwrite_output_dir=T"):
+        again.train()
+    assert before and all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_training_on_with_one_trainer_is_no_new_start(make_trainer):
+    trainer = make_trainer(lmbda=0.0, **SAVES, overwrite_output_dir=False)
     trainer.train()
     trainer.train()
-    assert "Starting anew" not in caplog.text

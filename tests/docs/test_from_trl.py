@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import trl
     from trl.experimental import gkd as trl_gkd
+    from trl.experimental import sdft, sdpo
 
 PACKAGE = Path(__file__).parents[2] / "distill_trainers"
 PAGE = (Path(__file__).parents[2] / "docs/from_trl.md").read_text(encoding="utf-8")
@@ -123,19 +124,25 @@ def test_the_table_of_arguments_names_what_does_not_act():
 
 def test_metrics_are_logged_on_both_sides():
     theirs = {"SFT": trl.SFTTrainer, "DPO": trl.DPOTrainer, "GRPO": trl.GRPOTrainer}
-    theirs["Distillation"] = trl.DistillationTrainer
+    theirs |= {"Distillation": trl.DistillationTrainer, "SDFT": sdft.SDFTTrainer, "SDPO": sdpo.SDPOTrainer}
     sources = {name: inspect.getsource(sys.modules[cls.__module__]) for name, cls in theirs.items()}
     ours = "".join(file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
-    both = {}
+    both, told = {}, {name: set() for name in sources}
     for names, trainers, here, remark in _rows("## Metrics"):
         names, found = re.findall(r"`([\w/]+)`", names), re.findall(r"`([\w/]+)`", here)
         for name in names:
             quoted = re.compile(rf'f?"{name.replace("NAME", r"[{][a-z_]+[}]")}"')
             assert all(quoted.search(sources[trainer]) for trainer in trainers.split(", ")), name
+        for trainer in trainers.split(", "):
+            told[trainer] |= set(names)
         for name in found:
-            assert f'"{name.removeprefix("eval_")}"' in ours or f"{name}=" in ours or "NAME" in name, name
+            ends = re.sub(r"^eval_|_p\d\d$", "", name)
+            assert f'"{ends}"' in ours or f"{name}=" in ours or "NAME" in name, name
         if remark.startswith("both"):
             both |= dict(zip(found, names, strict=True))
+    for trainer in ("SFT", "DPO", "GRPO", "Distillation"):
+        logged = re.findall(r'_metrics\[[^]]+\]\[f?"([^"]+)"\]', sources[trainer])
+        assert {re.sub("{[a-z_]+}", "NAME", name) for name in logged} == told[trainer], trainer
     assert both.pop("rewards/NAME") == "rewards/NAME/mean" and both == METRICS
 
 

@@ -53,6 +53,9 @@ def test_the_reference_has_every_public_name(script):
     text = pages["distill_trainers.md"]
     for name in distill_trainers.__all__:
         assert f"\n## `{name}`\n" in text
+    names = re.findall(r"^## `(\w+)`$", text, re.MULTILINE)
+    assert names[0] == "DistillTrainer"
+    assert names.index("RewardedTrainer") < names.index("DPKDConfig") < names.index("prune")
     assert "**Args**" in text and "- `teacher_model`: the teacher" in text
     assert not [name for name, page in pages.items() if "<function" in page or " at 0x" in page]
 
@@ -65,3 +68,4 @@ def test_html_is_built_without_warnings(script, tmp_path, capfd):
     assert script("build").main([str(tmp_path)]) == 0, capfd.readouterr().err
     for name in ("README", "docs/choosing", "docs/methods/gkd", "docs/api/distill_trainers"):
         assert (tmp_path / "html" / f"{name}.html").is_file()
+    assert "README.html" in (tmp_path / "html" / "index.html").read_text()

@@ -16,7 +16,9 @@ from distill_trainers.evaluation.intervals import (
     score,
 )
 from distill_trainers.evaluation.scores import perplexity_sums
+from distill_trainers.evaluation.tables import share_of_gap
 from distill_trainers.exceptions import ConfigurationError
+from distill_trainers.reporting.result import _verdict
 
 
 def means(values):
@@ -90,13 +92,21 @@ def test_a_difference_is_one_of_paired_prompts():
 
 
 def test_the_gap_that_was_closed():
-    before, teacher = means([1.0, 2.0, 3.0, 2.0]), means([5.0, 6.0, 7.0, 6.0])
-    counts = bootstrap_counts(4, 200, 0)
-    halfway = means([3.0, 4.0, 5.0, 4.0])
+    before, teacher = means([1.0, 2.0, 3.0, 2.0] * 5), means([5.0, 6.0, 7.0, 6.0] * 5)
+    counts = bootstrap_counts(20, 200, 0)
+    halfway = means([3.0, 4.0, 5.0, 4.0] * 5)
     for after, expected in ((before, 0.0), (halfway, 0.5), (teacher, 1.0)):
         found = gap_closed(after, before, teacher, counts, 0.95)
         assert (found.value, found.low, found.high) == pytest.approx((expected,) * 3)
         assert found.decided
+
+
+def test_few_prompts_have_no_verdict():
+    before, after, teacher = (means([value] * 19) for value in (1.0, 2.0, 3.0))
+    found = gap_closed(after, before, teacher, bootstrap_counts(19, 50, 0), 0.95)
+    assert found.value == 0.5 and found.is_of_few and not found.decided
+    assert share_of_gap(found) == "(50 %)"
+    assert _verdict(found).startswith("19 prompts are too few for a verdict, which takes 20")
 
 
 def test_the_gap_is_the_same_share_whichever_direction_is_better():

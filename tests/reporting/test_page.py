@@ -416,5 +416,5 @@ def test_without_matplotlib_the_page_is_written(run_folder, capsys, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder = run_folder()
     assert main(["report", str(folder)]) == 0
-    assert "distill-trainers[plots]" in capsys.readouterr().out and (folder / "report.html").is_file()
+    assert "[plots]" in capsys.readouterr().out and (folder / "report.html").is_file()
     assert not (folder / "report_plots").exists()

@@ -270,12 +270,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def build_server(
-    service: TeacherService, token: str | None = None, hosts: frozenset[str] | None = LOOPBACK
+    service: TeacherService,
+    token: str | None = None,
+    hosts: frozenset[str] | None = LOOPBACK,
+    log_requests: bool = False,
 ) -> uvicorn.Server:
     """Build a uvicorn server of `build_app`; `run(sockets=[bind(host, port)])` serves until it is told to exit.
 
     Args:
         hosts: names by which it may be called where there is no token; None allows any.
+        log_requests: a line for each: who asked, for what, and with which status it was answered.
     """
     limits, door = service.limits, Door()
     protocol = type("Protocol", (_PatientProtocol,), {"seconds": limits.slow_timeout, "door": door})
@@ -285,8 +289,8 @@ def build_server(
         ws="none",
         loop="asyncio",
         lifespan="on",
-        log_level="warning",
-        access_log=False,
+        log_level="info" if log_requests else "warning",
+        access_log=log_requests,
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=int(max(1, limits.slow_timeout)),
@@ -296,10 +300,11 @@ def build_server(
     return uvicorn.Server(config)
 
 
-def serve(service: TeacherService, bound: socket.socket, token: str | None = None) -> None:
+def serve(service: TeacherService, bound: socket.socket, token: str | None = None, log_requests: bool = False) -> None:
     """Serve until SIGTERM or SIGINT; what runs is finished, what waits is told to come again, then return."""
     host = bound.getsockname()[0]
-    server = build_server(service, token, LOOPBACK | {host} if ipaddress.ip_address(host).is_loopback else None)
+    hosts = LOOPBACK | {host} if ipaddress.ip_address(host).is_loopback else None
+    server = build_server(service, token, hosts, log_requests)
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run(sockets=[bound])  # uvicorn raises the signal again once it is done, to the handlers before its own

@@ -11,6 +11,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from ...exceptions import ConfigurationError
+from ...installing import pip_install
 
 # How the names of optimisers in transformers begin or end: module, and what to install.
 _OPTIMIZERS = {
@@ -45,17 +46,17 @@ def check_packages(args: Any) -> None:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             raise ConfigurationError(f"Got `report_to: {name}`; expected any of {known}, or none.")
         if name not in there and not _is_there(_MODULES.get(name, name)):
-            _refuse("report_to", name, name, _TRACKERS.get(name, name), "set `report_to: none`")
+            _refuse("report_to", name, name, _pip(_TRACKERS.get(name, name)), "set `report_to: none`")
     optimizer = str(getattr(args.optim, "value", args.optim))
     module, package = next((p for start, p in _OPTIMIZERS.items() if optimizer.startswith(start)), ("", ""))
     if not module and optimizer.startswith(_BITSANDBYTES):
         module, package = "bitsandbytes", "bitsandbytes"
     if module and not _is_there(module):
-        _refuse("optim", optimizer, module, package, "take another optimiser, such as `adamw_torch`")
+        _refuse("optim", optimizer, module, _pip(package), "take another optimiser, such as `adamw_torch`")
     if args.use_liger_kernel and not _is_there("liger_kernel"):
-        _refuse("use_liger_kernel", True, "liger_kernel", "liger-kernel", "leave it out")
+        _refuse("use_liger_kernel", True, "liger_kernel", _pip("liger-kernel"), "leave it out")
     if args.quantize_student and not _is_there("torchao"):
-        _refuse("quantize_student", args.quantize_student, "torchao", "distill-trainers[quantize]", "leave it out")
+        _refuse("quantize_student", args.quantize_student, "torchao", pip_install("quantize"), "leave it out")
 
 
 def check_before_devices(args: Any) -> None:
@@ -65,14 +66,16 @@ def check_before_devices(args: Any) -> None:
         ConfigurationError: DeepSpeed is not installed.
     """
     if args.deepspeed and not _is_there("deepspeed"):
-        _refuse("deepspeed", args.deepspeed, "deepspeed", "distill-trainers[deepspeed]", "leave it out")
+        _refuse("deepspeed", args.deepspeed, "deepspeed", pip_install("deepspeed"), "leave it out")
 
 
 def _is_there(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _refuse(name: str, value: Any, module: str, package: str, otherwise: str) -> None:
-    raise ConfigurationError(
-        f"Got `{name}: {value}`, but {module} is not installed; `pip install '{package}'`, or {otherwise}."
-    )
+def _pip(package: str) -> str:
+    return f"pip install '{package}'"
+
+
+def _refuse(name: str, value: Any, module: str, command: str, otherwise: str) -> None:
+    raise ConfigurationError(f"Got `{name}: {value}`, but {module} is not installed; `{command}`, or {otherwise}.")

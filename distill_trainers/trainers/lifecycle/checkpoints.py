@@ -212,7 +212,11 @@ class Resuming(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: Any = None,
     ) -> TrainOutput:
-        """Do as `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last complete checkpoint."""
+        """Do as `transformers.Trainer.train`; `resume_from_checkpoint=True` takes the last complete checkpoint.
+
+        Raises:
+            ConfigurationError: `output_dir` has checkpoints of another run, and nobody said whether to go on.
+        """
         if self.train_dataset is None:
             raise DatasetError("Got no `train_dataset`; this trainer can only evaluate.")
         with self._alone_in(self._get_output_dir(trial)):
@@ -225,7 +229,8 @@ class Resuming(Trainer):
             told: str | None = self.args.resume_from_checkpoint
             words: dict[str, bool] = {"true": True, "false": False}
             resume_from_checkpoint = words.get(str(told).lower(), told)
-            self._warn_of_checkpoints(resume_from_checkpoint)
+            if resume_from_checkpoint is None and not self.args.overwrite_output_dir:
+                self._together(self._refuse_to_start_over, self.args.should_save)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if self._content is None or self.train_dataset is not self._ready_train:
@@ -269,18 +274,15 @@ class Resuming(Trainer):
             error_class, message = failures[0]
             raise error_class(message)
 
-    def _warn_of_checkpoints(self, resumed: Any) -> None:
-        """Say that a run starts anew beside checkpoints: in Python that may be meant."""
-        if resumed or self.args.overwrite_output_dir or not self.args.should_save:
-            return
+    def _refuse_to_start_over(self) -> None:
+        """Refuse a run that would overwrite the checkpoints of another one, unless it was told to."""
         found = find_last_complete_checkpoint(self.args.output_dir)
         if found is not None and found not in self.run_checkpoints:
-            logger.warning(
-                "Starting anew in %s, which has checkpoints (the newest is %s): they will be overwritten as the run "
-                "comes by. `train(resume_from_checkpoint=True)` goes on from it; `overwrite_output_dir=True` in the "
-                "config says that a new start is meant.",
-                self.args.output_dir,
-                Path(found).name,
+            raise ConfigurationError(
+                f"Got `output_dir={self.args.output_dir!r}`, which has checkpoints (the newest is {Path(found).name}), "
+                "and no `resume_from_checkpoint`; expected to be told whether to go on. Call "
+                "`train(resume_from_checkpoint=True)` to go on, set `overwrite_output_dir=True` in the config to start "
+                "anew, or name another `output_dir`."
             )
 
     def _init_training_state(
