@@ -129,8 +129,9 @@ def _compare_generation(trainer: Any, initial: Path, scores: dict[str, dict[str,
     for name, load in models.items():
         model = load().eval()
         scores[name]["parameters"] = sum(p.numel() for p in model.parameters())
-        start = time.monotonic()
         with torch.no_grad():
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False)  # warms up
+            start = time.monotonic()
             answers = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=48, do_sample=False)
         scores[name]["tokens_per_second"] = answers[:, width:].numel() / (time.monotonic() - start)
         for sample, answer in zip(samples, answers[:, width:], strict=True):
