@@ -77,7 +77,9 @@ def wrong_values(cls, field):
     """Values that a field of this type and these bounds cannot take."""
     kinds = {get_origin(part) or part for part in parts_of(HINTS[cls][field.name])}
     if kinds & {str}:
-        return ["a\0b", "\ud800", [1], {1: 2}, b"x"]
+        wrong = ["a\0b", "\ud800", [1], {1: 2}, b"x"]
+        wrong += [{"a": {"b": math.nan}}, {"a": [1e39]}] if dict in kinds else []
+        return [*wrong, '{"a": NaN}'] if dict in kinds and cls in CONFIGS.values() else wrong
     wrong = ["many", "1", [1], b"x"]
     if kinds & {int, float}:
         wrong += [True, math.nan, 10**400, 1e39, -1e39]
@@ -89,7 +91,7 @@ def wrong_values(cls, field):
     if kinds & {int}:
         wrong += [0.5, 2**63]
     if kinds & {list}:
-        wrong = ["many", [1, None], {}, b"x", ["\0"], True]
+        wrong = ["many", [1, None], {}, b"x", ["\0"], True, [math.nan], [0.5, math.inf]]
     return wrong
 
 
