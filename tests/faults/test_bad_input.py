@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import threading
 import types
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -178,6 +179,15 @@ def test_what_no_setting_can_be_is_refused_by_name(cls, walked, ledger):
                 unclear.append((field.name, repr(value)[:40], came[:300]))
     assert not unclear, unclear[:20]
     ledger("wrong values of settings", "refused", tried)
+
+
+def test_no_setting_of_seconds_is_longer_than_threads_can_wait():
+    walked = {field.name: field for cls, found in WALKED for field in found}
+    seconds = {name for name, field in walked.items() if str(field.metadata.get("help")).startswith("Seconds ")}
+    assert {"reward_timeout", "teacher_server_timeout", "timeout"} <= seconds
+    for name in seconds:
+        most = walked[name].metadata["bounds"].most
+        assert most is not None and most <= threading.TIMEOUT_MAX, name
 
 
 @pytest.mark.slow
