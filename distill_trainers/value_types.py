@@ -64,7 +64,8 @@ def check_settings(
         default = field.default if field.default is not MISSING else None
         if isinstance(value, str) and not value.strip() and value != default and name not in may_be_blank:
             require(False, name, json.dumps(value), "text with a word in it; leave the setting out for its default")
-        require(all(map(_is_writable, _texts(value))), name, value, "text in Unicode, without the character NUL")
+        texts = (leaf for leaf in _leaves(value) if isinstance(leaf, str))
+        require(all(map(_is_writable, texts)), name, value, "text in Unicode, without the character NUL")
 
 
 def check_bounds(name: str, value: Any, bounds: Bounds | None) -> None:
@@ -108,20 +109,19 @@ def check_value_types(
 
 
 def check_finite(values: Mapping[str, Any], may_be_infinite: Collection[str] = ()) -> None:
-    """Refuse NaN, infinity where it means nothing, and numbers that are too large for a tensor.
+    """Refuse NaN, infinity where it means nothing, and numbers too large for a tensor, in lists and mappings too.
 
     Raises:
         ConfigurationError: for the first such number, naming its setting.
     """
     for name, value in values.items():
-        if not isinstance(value, numbers.Real):
-            continue
-        if isinstance(value, numbers.Integral):
-            require(abs(int(value)) <= _LARGEST_INT, name, value, "a whole number of at most 64 bits")
-        elif math.isnan(value) or not (
-            abs(float(value)) <= _LARGEST_FLOAT or (math.isinf(value) and name in may_be_infinite)
-        ):
-            require(False, name, value, "a finite number, such as float32 can hold")
+        for number in (leaf for leaf in _leaves(value) if isinstance(leaf, numbers.Real)):
+            if isinstance(number, numbers.Integral):
+                require(abs(int(number)) <= _LARGEST_INT, name, value, "a whole number of at most 64 bits")
+            elif math.isnan(number) or not (
+                abs(float(number)) <= _LARGEST_FLOAT or (math.isinf(number) and name in may_be_infinite)
+            ):
+                require(False, name, value, "a finite number, such as float32 can hold")
 
 
 def check_mappings(settings: Any) -> None:
@@ -150,16 +150,15 @@ def check_mappings(settings: Any) -> None:
             require(False, name, value, 'a mapping, or one in JSON such as {"key": "value"}')
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
-    elif isinstance(value, (list, tuple)):
+def _leaves(value: Any) -> Iterator[Any]:
+    """What lists and mappings hold at last, keys too; any other value is itself one."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
         for item in value:
-            yield from _texts(item)
+            yield from _leaves(item)
+    else:
+        yield value
 
 
 def _is_writable(text: str) -> bool:
@@ -185,12 +184,16 @@ def names_of_mappings(settings: type) -> set[str]:
 def parse_mapping(text: str) -> dict[str, Any]:
     """Parse a mapping written as JSON; for argparse, which names the option in front of the message."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_json)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'got {shown(text)!r}; expected a mapping, in JSON such as {{"key": "value"}}')
     return value
+
+
+def _no_json(name: str) -> Any:
+    raise ValueError(f"{name}, which Python reads, is no JSON")
 
 
 @functools.cache

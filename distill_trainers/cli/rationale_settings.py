@@ -54,7 +54,7 @@ class PipelineArguments(Checked):
     batch_size: int = setting(16, "Prompts a local teacher works on together.", least=1)
 
     concurrency: int = setting(8, "Requests in flight at once.", least=1, most=1024)
-    requests_per_minute: float | None = setting(None, "At most so many.", above=0)
+    requests_per_minute: float | None = setting(None, "At most so many.", least=0.001)
     timeout: float = setting(120.0, "Seconds for one attempt.", above=0, most=10**9)
     max_retries: int = setting(5, "Further attempts after errors that may pass.", least=0, most=1000)
     first_wait: float = setting(1.0, "Seconds before the first of them, then doubled.", least=0, most=10**6)

@@ -19,7 +19,7 @@ from .fused_linear import fused_linear_divergence, fused_linear_terms
 from .fused_logps import fused_token_logps, signal_token_logps
 from .key_steps import wrong_step_loss
 from .per_token import check_sparse, token_divergence
-from .sparse import token_logps
+from .sparse import token_entropy, token_logps
 
 __all__ = [
     "DIVERGENCES",
@@ -40,6 +40,7 @@ __all__ = [
     "skew_reverse_kl",
     "taid",
     "token_divergence",
+    "token_entropy",
     "token_logps",
     "total_variation",
     "wrong_step_loss",

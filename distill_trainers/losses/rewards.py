@@ -120,7 +120,9 @@ def rlsd_advantages(advantages: Tensor, log_ratios: Tensor, share: float, clip: 
         share: 0 leaves advantages as they are.
         clip: below 1.
     """
-    factor = (advantages.sign() * log_ratios).exp().clamp(1 - clip, 1 + clip)
+    # Without an advantage there is nothing to weigh, also where delta is -inf, as of a token that the teacher excludes.
+    delta = torch.where(advantages == 0, 0, advantages.sign() * log_ratios)
+    factor = delta.exp().clamp(1 - clip, 1 + clip)
     return advantages * ((1 - share) + share * factor)
 
 
@@ -138,6 +140,10 @@ def iw_opd_weights(log_ratios: Tensor, mask: Tensor, strength: float) -> Tensor:
         `[B, T]`, 0 outside the mask.
     """
     sizes = torch.where(mask, log_ratios.detach().abs(), 0)
+    # Tokens that the teacher excludes have gone infinitely wrong. In the limit they alone count, each as much: all
+    # tokens up to the first of them weigh 1 + strength, those behind the last one 1.
+    endless = sizes.isinf()
+    sizes = torch.where(endless.any(1, keepdim=True), endless.to(sizes), sizes)
     before, whole = sizes.cumsum(1) - sizes, masked_sum(sizes, mask, 1)[:, None]
     share = torch.where(whole > 0, before / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0)
     return torch.where(mask, 1 + strength * (1 - share), 0)

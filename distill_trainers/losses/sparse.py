@@ -101,6 +101,12 @@ def token_logps(student: TokenLogits, ids: Tensor) -> Tensor:
     return _GatheredLogps.apply(student.logits, several, student.workspace).view(ids.shape)
 
 
+@torch.no_grad()
+def token_entropy(student: TokenLogits) -> Tensor:
+    """Return the entropy `[n]` of each token's distribution, in nats at temperature 1, without a gradient."""
+    return torch.special.entr(student.logps().exp()).sum(-1)
+
+
 def other_logps(student: TokenLogits, ids: Tensor) -> Tensor:
     """Return log(1 − q) of given ids `[n]`, summed over the others: value and gradient stay exact where q is near 1.
 

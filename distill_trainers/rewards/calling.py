@@ -16,7 +16,14 @@ from ..exceptions import RewardError
 from ..settings import shown
 from .functions import RewardFunction
 
-_MAIN_THREAD = "signal only works in main thread"
+# What libraries say of the thread that they run in, and what to set.
+_WANTS = {
+    "signal only works in main thread": "It wants the main thread: set `reward_timeout: null`, which calls it there "
+    "without a limit of time.",
+    "cannot be called from a running event loop": "It is async, and this thread runs a loop already, as notebooks do: "
+    "set `reward_timeout` to seconds, which calls it in a thread of its own.",
+}
+_LARGEST = 1e30  # of a reward: advantages are differences of weighted ones, in float32, which ends at 3e38
 
 
 def reward_values(
@@ -85,9 +92,7 @@ def _run_within(function: RewardFunction, given: Mapping[str, Any], seconds: flo
 
 
 def _raised(name: str, error: BaseException) -> RewardError:
-    hint = ""
-    if _MAIN_THREAD in str(error):
-        hint = " It wants the main thread: set `reward_timeout: null`, which calls it there without a limit of time."
+    hint = "".join(f" {hint}" for said, hint in _WANTS.items() if said in str(error))
     return RewardError(f"The reward function {name!r} raised {type(error).__name__}: {shown(error, 300)}.{hint}")
 
 
@@ -112,13 +117,13 @@ def _number(name: str, value: Any, place: int) -> float | None:
         found = value.item() if hasattr(value, "item") else value
         if found is None:
             return None
-        if isinstance(found, numbers.Real) and math.isfinite(found):
+        if isinstance(found, numbers.Real) and abs(found) <= _LARGEST:  # NaN is not
             return float(found)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass  # an array of several, or an integer that no float holds
     raise RewardError(
         f"The reward function {name!r} gave {shown(found, 40)!r} ({type(found).__name__}) for completion {place + 1}; "
-        "expected a finite number, or None where it does not apply."
+        f"expected a number of at most {_LARGEST:g}, or None where it does not apply."
     )
 
 

@@ -93,7 +93,7 @@ def split_options(given: Mapping[str, Any] | None) -> tuple[VllmOptions, dict[st
     require(options.lora in LORA, where % "lora", options.lora, f"one of {', '.join(LORA)}")
     for name in ("tolerance", "server_timeout", "server_patience", "server_concurrency"):
         value = getattr(options, name)
-        require(isinstance(value, int | float) and value > 0, where % name, value, "a number above 0")
+        require(isinstance(value, int | float) and 0 < value <= 10**9, where % name, value, "a number in (0, 10⁹]")
     if options.mode == "server":
         if len(parse_servers(options.url, ROLLOUTS)) > 1:
             raise ConfigurationError(f"Got the rollout servers {options.url}; expected one, which gets the weights.")

@@ -25,7 +25,7 @@ from ..losses.fused_linear import TermsFn, fused_linear_terms
 from ..losses.fused_logps import fused_row_terms, row_terms_of_logits, signal_token_logps
 from ..losses.reduction import trained_mask, weighted_total
 from ..losses.sampler_ratio import SamplerRatio
-from ..losses.sparse import token_logps
+from ..losses.sparse import token_entropy, token_logps
 from ..signals import Aligned, TeacherSignal, TokenLogits, TokenLogprobs
 from ..teachers import Teacher
 
@@ -268,12 +268,11 @@ def _read_at_tokens(signal: TeacherSignal | None, row_terms: Any, tokens: Mappin
 def _with_entropy(terms_fn: TermsFn) -> TermsFn:
     """The same terms, and the student's `entropy` at temperature 1 in nats: it falls when a self-teacher collapses."""
 
-    def terms(student: TokenLogits, teacher: Any, tokens: Any) -> Mapping[str, Tensor]:
-        with torch.no_grad():
-            entropy = torch.special.entr(student.logps().exp()).sum(-1)
-        return {**terms_fn(student, teacher, tokens), "entropy": entropy}
+    def with_entropy(student: TokenLogits, teacher: Any, tokens: Any) -> Mapping[str, Tensor]:
+        terms = terms_fn(student, teacher, tokens)
+        return terms if "entropy" in terms else {**terms, "entropy": token_entropy(student)}
 
-    return terms
+    return with_entropy
 
 
 def _terms_of_logits(

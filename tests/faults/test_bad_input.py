@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import threading
 import types
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -77,7 +78,9 @@ def wrong_values(cls, field):
     """Values that a field of this type and these bounds cannot take."""
     kinds = {get_origin(part) or part for part in parts_of(HINTS[cls][field.name])}
     if kinds & {str}:
-        return ["a\0b", "\ud800", [1], {1: 2}, b"x"]
+        wrong = ["a\0b", "\ud800", [1], {1: 2}, b"x"]
+        wrong += [{"a": {"b": math.nan}}, {"a": [1e39]}] if dict in kinds else []
+        return [*wrong, '{"a": NaN}'] if dict in kinds and cls in CONFIGS.values() else wrong
     wrong = ["many", "1", [1], b"x"]
     if kinds & {int, float}:
         wrong += [True, math.nan, 10**400, 1e39, -1e39]
@@ -89,7 +92,7 @@ def wrong_values(cls, field):
     if kinds & {int}:
         wrong += [0.5, 2**63]
     if kinds & {list}:
-        wrong = ["many", [1, None], {}, b"x", ["\0"], True]
+        wrong = ["many", [1, None], {}, b"x", ["\0"], True, [math.nan], [0.5, math.inf]]
     return wrong
 
 
@@ -176,6 +179,15 @@ def test_what_no_setting_can_be_is_refused_by_name(cls, walked, ledger):
                 unclear.append((field.name, repr(value)[:40], came[:300]))
     assert not unclear, unclear[:20]
     ledger("wrong values of settings", "refused", tried)
+
+
+def test_no_setting_of_seconds_is_longer_than_threads_can_wait():
+    walked = {field.name: field for cls, found in WALKED for field in found}
+    seconds = {name for name, field in walked.items() if str(field.metadata.get("help")).startswith("Seconds ")}
+    assert {"reward_timeout", "teacher_server_timeout", "timeout"} <= seconds
+    for name in seconds:
+        most = walked[name].metadata["bounds"].most
+        assert most is not None and most <= threading.TIMEOUT_MAX, name
 
 
 @pytest.mark.slow

@@ -114,6 +114,10 @@ def raises(completions, **kwargs):
         (raises, "'raises' raised KeyError: 'no such thing'"),
         (lambda completions: [1.0, math.nan], "gave 'nan' \\(float\\) for completion 2"),
         (lambda completions: [math.inf, 1.0], "'inf'"),
+        (
+            lambda completions: [1.0, 1e39],
+            "'1e\\+39' \\(float\\) for completion 2; expected.*1e\\+30",
+        ),
         (lambda completions: ["good", 1.0], "'good' \\(str\\) for completion 1"),
         (lambda completions: None, "gave back nothing \\(None\\); expected a list of 2 numbers"),
         (lambda completions: 1.0, "a float"),
@@ -167,6 +171,18 @@ def test_one_that_wants_the_main_thread_is_told_how():
     with pytest.raises(RewardError, match="reward_timeout: null"):
         values(alarmed)
     assert values(alarmed, seconds=None) == [0, 0]
+
+
+def test_one_that_is_async_in_a_notebook_is_told_how():
+    async def later(completions):
+        return [0.0, 0.0]
+
+    async def cell():
+        with pytest.raises(RewardError, match="'later' raised RuntimeError.*set `reward_timeout` to seconds"):
+            values(later, seconds=None)
+        assert values(later) == [0, 0]
+
+    asyncio.run(cell())
 
 
 def test_totals_leave_out_what_does_not_apply():

@@ -165,7 +165,7 @@ def test_at_its_limits_an_average_is_the_initial_student_and_the_live_one(make_t
 @pytest.mark.parametrize("student", ["full", "lora", "bfloat16"])
 def test_the_average_is_that_of_its_formula(make_trainer, student_of, student):
     """θ̄ₙ = Σₖ a(1−a)ⁿ⁻ᵏ θₖ + (1−a)ⁿ θ₀ in float64, of each factor of an adapter; not as the student rounds."""
-    narrow, decay, steps = student == "bfloat16", 0.8, 8
+    narrow, decay, steps = student == "bfloat16", 0.8, 20
     recorder = Recorder()
     model = student_of("lora" if student == "lora" else "full")
     trainer = make_trainer(

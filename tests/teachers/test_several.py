@@ -233,13 +233,20 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSED)
-def test_a_composed_teacher_has_no_column_and_one_distribution(make_trainer, doubles, batch_of, name):
+@pytest.mark.parametrize(
+    ("name", "divergence"), [*((name, "reverse_kl") for name in COMPOSED), ("arithmetic", "forward_kl")]
+)
+def test_a_composed_teacher_has_no_column_and_one_distribution(make_trainer, doubles, batch_of, name, divergence):
     (student, math, code), (settings, compose) = doubles(), COMPOSED[name]
-    given = {"train": rows().remove_columns("teacher"), "lmbda": 0.0, "divergence": "reverse_kl", **settings}
+    given = {"train": rows().remove_columns("teacher"), "lmbda": 0.0, "divergence": divergence, **settings}
     trainer = make_trainer(student, {"math": math, "code": code}, **given)
     assert type(trainer.teacher) is ComposedTeacher
-    expected = dense_mean(trainer, batch_of, lambda q, p, r: kl(q, F.log_softmax(compose(p, r), -1)))
+
+    def by_definition(q, p, r):
+        composed = F.log_softmax(compose(p, r), -1)
+        return kl(q, composed) if divergence == "reverse_kl" else kl(composed, q)
+
+    expected = dense_mean(trainer, batch_of, by_definition)
     loss = trainer.compute_loss(trainer.model, batch_of(trainer)).item()
     assert loss == pytest.approx(expected(student, math, code), rel=1e-10)
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from distill_trainers.exceptions import ConfigurationError, DatasetError, Reward
 from distill_trainers.toy import addition_rows
 from distill_trainers.trainers.lifecycle.passes import Watch, pass_at
 from distill_trainers.trainers.rewarded.scoring import ADVANTAGE
+from distill_trainers.trainers.rewarded.trainer import RewardStart
 
 JOINT = {"lmbda": 1.0, "reward_schedule": "joint", "num_generations": 2, "eval_pass_rows": 0}
 
@@ -78,12 +83,27 @@ def test_loss_is_the_formula(make_trainer, make_student, dense, tokenizer):
     assert torch.allclose(found_gradient, expected_gradient, rtol=1e-5, atol=1e-9)
 
 
-def test_constant_rewards_are_plain_distillation_bit_for_bit(make_trainer):
-    def constant(completions, **kwargs):
-        return [0.3] * len(completions)
+def constant(completions, **kwargs):
+    return [0.3] * len(completions)
 
+
+def nothing(completions, **kwargs):
+    return [None] * len(completions)
+
+
+FUTURE = {"divergence": "reverse_kl", "future_kl": True, "reward_funcs": nothing, **JOINT}
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [{"lmbda": 1.0, "num_generations": 2}, {"method": "minillm", "num_generations": 2}, FUTURE],
+    ids=["gkd", "minillm", "future_kl"],
+)
+def test_constant_rewards_are_plain_distillation_bit_for_bit(make_trainer, plain):
+    """With `future_kl`, which stands beside rewards alone, as with rewards that do not apply."""
     runs = []
-    for settings in ({"reward_funcs": constant, "anchor_weight": 1.0, **JOINT}, {"lmbda": 1.0, "num_generations": 2}):
+    rewarded = {**plain, **JOINT, "reward_funcs": constant, "anchor_weight": 1.0}
+    for settings in (rewarded, {**plain, "anchor_weight": 1.0} if "reward_funcs" in plain else plain):
         trainer = make_trainer(**settings)
         trainer.train()
         runs.append(trainer.model.state_dict())
@@ -125,6 +145,29 @@ def test_rewards_that_never_begin_are_told(make_trainer, caplog):
     settings = {**JOINT, "reward_schedule": "after", "reward_start": 2.0}
     make_trainer(reward_funcs=["json"], max_steps=2, **settings).train()
     assert "reward_start: 2` with 2 steps: the run ends before its rewards begin" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("timeout", "number", "told"), [(600.0, 2, False), (600.0, 3, True), (1800.0, 1, True), (None, 1, True)]
+)
+def test_functions_that_other_processes_do_not_wait_for_are_told_of(make_trainer, caplog, timeout, number, told):
+    functions = [digits, constant, nothing][:number]
+    args = make_trainer(reward_funcs=[*functions, "json"], reward_timeout=timeout, **JOINT).args
+    for world_size in (1, 2):
+        seen = mock.Mock(wraps=args, world_size=world_size, ddp_timeout=1800, reward_timeout=timeout)
+        seen.reward_names = args.reward_names
+        RewardStart().on_train_begin(seen, mock.Mock(max_steps=2), None)
+        found = f"Got {number} reward functions" in caplog.text and "ddp_timeout: 1800" in caplog.text
+        assert found == (told and world_size == 2)
+
+
+def test_minillm_logs_the_entropy_of_what_it_samples(make_trainer, by_step):
+    trainer = make_trainer(method="minillm", reward_funcs=digits, max_steps=2, **JOINT)
+    trainer.train()
+    entropies = by_step(trainer, "entropy")
+    assert entropies.keys() == {1, 2} and all(
+        0 < value < math.log(len(trainer.processing_class)) for value in entropies.values()
+    )
 
 
 def test_settings_serve_another_trainer(make_trainer, make_student):
@@ -202,6 +245,29 @@ def test_a_function_that_fails_loses_nothing(make_trainer, by_step, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (lambda texts: [math.nan] * len(texts), r"gave 'nan' \(float\) for completion 1"),
+        (lambda texts: [1e39] * len(texts), r"gave '1e\+39'"),
+        (lambda texts: [1.0], "1 values for 4 completions"),
+        (lambda texts: threading.Event().wait(5), "has not answered after 0.2 s"),
+    ],
+    ids=["nan", "huge", "count", "hangs"],
+)
+def test_what_a_function_gives_back_loses_nothing(make_trainer, bad, said):
+    calls = []
+
+    def judge(completions, **kwargs):
+        calls.append(1)
+        return digits(completions) if len(calls) == 1 else bad(completions)
+
+    trainer = make_trainer(reward_funcs=judge, reward_timeout=0.2, max_steps=3, **JOINT)
+    with pytest.raises(RewardError, match=f"'judge'.*{said}.*kept in .*checkpoint-1"):
+        trainer.train()
+    assert [Path(path).name for path in trainer.run_checkpoints] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"reward_funcs": ["exact"], **JOINT}, "reward_answer_column: answer.*completion.*Name yours"),
@@ -211,6 +277,12 @@ def test_a_function_that_fails_loses_nothing(make_trainer, by_step, tmp_path):
         ({"reward_funcs": ["json"], **JOINT, "top_p": 0.9}, "top_p: 0.9.*never drawn"),
         ({"reward_funcs": ["json"], **JOINT, "temperature": 0.0}, "temperature.*greedy"),
         ({"reward_funcs": ["json"], **JOINT, "reward_weights": [1.0, 2.0]}, "reward_weights.*each of the 1"),
+        ({"reward_funcs": ["json"], **JOINT, "reward_weights": [math.nan]}, r"reward_weights: \[nan\].*finite"),
+        (
+            {"reward_funcs": ["json"], **JOINT, "reward_weights": [1e9]},
+            r"reward_weights: \[1000000000.0\].*1e\+06",
+        ),
+        ({"reward_funcs": ["json"], **JOINT, "reward_timeout": 1e10}, "reward_timeout: 10000000000.0.*1000000"),
         ({"reward_funcs": ["json"], **JOINT, "advantage": "mean"}, "advantage: mean.*leave_one_out"),
         ({"reward_funcs": ["json"], **JOINT, "future_kl": True}, "divergence: jsd.*reverse_kl"),
         ({"reward_funcs": ["json"], **JOINT, "replay_buffer_size": 8}, "replay_buffer_size.*none"),
@@ -264,6 +336,24 @@ def test_the_watch_sees_rewards_rise_while_passes_fall():
         watch.total, watch.count = reward, 1
         found.append(watch.is_hacked(passed, 0.04))
     assert found == [False, False, False, False, True]
+
+
+def test_the_watch_goes_by_the_last_rewards_that_were_logged():
+    watch = Watch()
+    assert not watch.is_hacked(0.5, 0.04) and watch.best is None, "rewards have not begun"
+    watch.total, watch.count = 0.4, 2
+    assert not watch.is_hacked(0.5, 0.04)
+    assert not watch.is_hacked(0.8, 0.04)
+    assert (watch.best, watch.reward) == (0.8, 0.2), "a best between two logs is one"
+    watch.total, watch.count = 0.9, 1
+    assert watch.is_hacked(0.6, 0.04) and watch.is_hacked(0.6, 0.04)
+
+
+def test_rows_that_passes_cannot_read_end_the_run_as_in_training(make_trainer, rows_for, monkeypatch):
+    trainer = make_trainer(eval_dataset=rows_for("gkd")(4), reward_funcs=["json"], **{**JOINT, "eval_pass_rows": 2})
+    monkeypatch.setattr(trainer.rewards, "valued_by", mock.Mock(side_effect=DatasetError("no such row")))
+    with pytest.raises(RewardError, match="held-out prompts were scored: no such row"):
+        trainer.evaluate()
 
 
 def test_a_hacked_reward_is_told_and_stops(make_trainer, rows_for, caplog):

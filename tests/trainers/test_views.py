@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, DataCollatorWithPadding
 
-from distill_trainers.data.views import viewed_row
+from distill_trainers.data.views import teacher_inputs, viewed_row
 from distill_trainers.exceptions import ConfigurationError, DatasetError
 from distill_trainers.toy import addition_rationales, addition_rows
 
@@ -97,6 +97,27 @@ def test_the_same_prompt_on_both_sides_is_plain_distillation_on_it(double, batch
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-12)
         torch.testing.assert_close(gradient, found[0][1])
+
+
+def test_text_that_is_read_behind_the_completion_changes_nothing(double, batch_of):
+    """Causality: a view goes on behind y with other attended tokens, as of another context, and y's loss stays."""
+    trainer = double(train=rows(), **HINTED)
+    batch = batch_of(trainer, [0, 2, 5])
+    ends, found, read = batch["attention_mask"].sum(1), [], []
+    for text in ([], [7, 8, 9], [3, 11, 4]):
+        longer = {**batch, "labels": F.pad(batch["labels"], (0, len(text)), value=-100)}
+        for name, behind in (("input_ids", text), ("attention_mask", [1] * len(text))):
+            entry = torch.tensor(behind, dtype=torch.long)
+            longer[name] = torch.stack(
+                [torch.cat([row[:end], entry, row[end:]]) for row, end in zip(batch[name], ends, strict=True)]
+            )
+        found.append(loss_and_gradient(trainer, longer))
+        read.append(teacher_inputs(longer, longer["labels"][:, 1:] != -100)[0])
+    lengths = [int(inputs["attention_mask"].sum()) for inputs in read]
+    assert lengths[1] == lengths[2] == lengths[0] + 9 and (read[1]["input_ids"] != read[2]["input_ids"]).sum() == 9
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-9)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-7, atol=1e-9)
 
 
 def test_what_comes_after_the_completion_changes_nothing(double, batch_of):

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from ... import models
 from ...data.reward_rows import REWARD_ROW
-from ...exceptions import DatasetError, RewardError
+from ...exceptions import BAD_INPUT, DatasetError, RewardError
 from ...randomness import Purpose, Role, Stream
 from ...rewards.functions import reward_functions
 from ...rollouts import CompletionSettings, complete_prompts, local_engine
@@ -41,20 +41,24 @@ def pass_at(right: int, samples: int, k: int) -> float:
 
 @dataclass
 class Watch:
-    """What the guard remembers: rewards since the last evaluation, and how things stood when pass@1 was at its best."""
+    """What the guard remembers: rewards since the last evaluation, and how things stood when pass@1 was at its best.
+
+    An evaluation with no log of rewards since the one before goes by the rewards of that one.
+    """
 
     total: float = 0.0
     count: int = 0
+    latest: float | None = None  # mean reward of logs, as the last evaluation knew it
     best: float | None = None
     reward: float | None = None  # then
     told: bool = False
 
     def is_hacked(self, passed: float, error: float) -> bool:
         """Take in pass@1 of an evaluation, and tell whether it fell, by more than twice its error, as rewards rose."""
-        reward = self.total / self.count if self.count else None
+        reward = self.latest = self.total / self.count if self.count else self.latest
         self.total, self.count = 0.0, 0
         if reward is None:
-            return False
+            return False  # rewards have not begun
         fell = self.best is not None and passed < self.best - 2 * error
         rose = self.reward is not None and reward > self.reward
         if self.best is None or passed >= self.best:
@@ -133,7 +137,7 @@ class HeldOutPasses:
         if self.run.accelerator.is_main_process:
             try:
                 told = self.rewards.valued_by(self.functions, known, prompts, completions)[0], ""
-            except RewardError as error:
+            except (RewardError, *BAD_INPUT) as error:
                 told = [], str(error)
         values, failure = gather_object([told])[0]
         if failure:

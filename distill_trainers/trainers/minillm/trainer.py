@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...data import DistillCollator
 from ...data.views import view_of
-from ...losses import policy_gradient, token_divergence, token_logps
+from ...losses import policy_gradient, token_divergence, token_entropy, token_logps
 from ...losses.aligned import TEACHER_LOGPS, by_chunk, by_event
 from ...losses.divergences import reverse_kl
 from ...losses.reduction import IGNORE_INDEX, first_trained
@@ -90,8 +90,9 @@ class MiniLLMTrainer(RewardedTrainer):
     def loss_divisors(self) -> dict[str, str]:
         if not self.has_entries:
             return {}
+        of_own = ("ratio", "clipped", *(("entropy",) if self.is_rewarded else ()))
         divisors = dict.fromkeys((*self.args.single_terms, "long", "lm_loss"), "token_unit")
-        divisors |= dict.fromkeys(("ratio", "clipped"), "token_own")
+        divisors |= dict.fromkeys(of_own, "token_own")
         return divisors if self.text is None else {**divisors, "pretraining": "token_text"}
 
     @property
@@ -107,7 +108,7 @@ class MiniLLMTrainer(RewardedTrainer):
     def distill_terms(
         self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Add `ratio` and `clipped`: how far the student has moved from the one that sampled."""
+        """Add `ratio` and `clipped`, how far the student is from the one that sampled; `entropy` with rewards."""
         terms: dict[str, Tensor] = {}
         own_mask: Tensor | float = tokens.get("token_own", 1.0)
         reads_given = "lm_loss" in self.loss_weights  # on the student's own samples it is no part of the loss
@@ -119,6 +120,8 @@ class MiniLLMTrainer(RewardedTrainer):
                 terms["lm_loss"] = -logps * own_mask
             if "token_text" in tokens:
                 terms["pretraining"] = -logps * tokens["token_text"]
+        if self.is_rewarded:
+            terms["entropy"] = own_mask * token_entropy(student)
         if self.aligned_loss is not None and self.args.estimator == "exact":
             terms |= self.aligned_loss.terms(student, teacher, tokens, reverse_kl)
         elif "single" not in terms:

@@ -15,6 +15,7 @@ from .groups import check_group_rows, check_groups
 SCHEDULES = ("after", "joint")
 GUARDS = ("warn", "stop", "off")
 ANSWER_COLUMN = "reward_answer_column"
+_LARGEST_WEIGHT = 1e6  # beside the largest rewards, sums still fit into float32
 
 
 @dataclass
@@ -38,6 +39,7 @@ class RewardSettings(Checked):
         600.0,
         "Seconds that a reward function may take for a step's completions; null: any, in the main thread.",
         above=0,
+        most=10**6,  # of what threads can wait for everywhere
     )
     advantage: str = setting(
         "leave_one_out",
@@ -165,6 +167,8 @@ class RewardSettings(Checked):
         weights, size = self.reward_weights, self.num_generations
         one_each = f"one number for each of the {len(names)} functions"
         self._require("reward_weights", weights is None or len(weights) == len(names), one_each)
+        bounded = all(abs(weight) <= _LARGEST_WEIGHT for weight in weights or ())
+        self._require("reward_weights", bounded, f"numbers of at most {_LARGEST_WEIGHT:g}; `reward_weight` scales all")
         grouped = "2 or more with `advantage: {}`, which compares the completions of one prompt; 8 is usual"
         compares = self.advantage != "none" or self.scale_rewards == "group"
         self._require("num_generations", size > 1 or not compares, grouped.format(self.advantage))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ...losses import token_logps
+from ...losses import token_entropy, token_logps
 from ...losses.policy_gradient import returns_after, sequence_rewards
 from ...losses.reduction import IGNORE_INDEX
 from ...losses.rewards import iw_opd_weights, policy_term, rlsd_advantages
 from ...losses.sampler_ratio import LOG_RATIO, ROW_WEIGHT
-from ...rewards.functions import named
+from ...rewards.functions import named, reward_functions
 from ...signals import TokenLogits, TokenLogprobs, TokenSignal
 from ..base import Batch
 from ..lifecycle.order import RepeatedSampler
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class RewardStart(TrainerCallback):
-    """Warns of a run that ends before its rewards begin."""
+    """Warns of a run that ends before its rewards begin, and of functions for which other processes do not wait."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         begin, steps = args.begins_at(state.max_steps), state.max_steps
@@ -42,6 +42,17 @@ class RewardStart(TrainerCallback):
                 "Lower it (below 1 it is a share of all steps), or set `reward_schedule: joint`.",
                 args.reward_start,
                 steps,
+            )
+        slow = [f for f in reward_functions(args.reward_names) if not f.is_checker]  # built-ins have their own limits
+        whole = len(slow) * (args.reward_timeout or math.inf)
+        if slow and args.world_size > 1 and whole >= args.ddp_timeout:
+            logger.warning(
+                "Got %d reward functions, each with `reward_timeout: %s`, and `ddp_timeout: %d`: where together they "
+                "take longer, other processes end the run, and the last finished step may not be saved. Lower "
+                "`reward_timeout` (of all together below `ddp_timeout`), or raise `ddp_timeout`.",
+                len(slow),
+                "null" if args.reward_timeout is None else f"{args.reward_timeout:g}",
+                args.ddp_timeout,
             )
 
 
@@ -149,8 +160,7 @@ class RewardedTrainer(OnPolicyTrainer):
             advantages = advantages + args.anchor_weight * tokens[FUTURE]
         ratio = tokens[LOG_RATIO].exp() if LOG_RATIO in tokens else None
         terms = {POLICY: policy_term(logps, advantages, tokens.get(ROW_WEIGHT), ratio, args.clip_range)}
-        with torch.no_grad():
-            terms["entropy"] = torch.special.entr(student.logps().exp()).sum(-1)
+        terms["entropy"] = token_entropy(student)
         return terms if log_ratios is None else {**terms, "sampled_kl": -log_ratios}
 
     # ---- Rows and evaluation ----------------------------------------------------------------------------------------
