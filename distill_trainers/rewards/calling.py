@@ -117,7 +117,7 @@ def _number(name: str, value: Any, place: int) -> float | None:
         found = value.item() if hasattr(value, "item") else value
         if found is None:
             return None
-        if isinstance(found, numbers.Real) and abs(found) <= _LARGEST:  # NaN is not
+        if isinstance(found, numbers.Real) and abs(float(found)) <= _LARGEST:  # NaN is not
             return float(found)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass  # an array of several, or an integer that no float holds
