@@ -28,7 +28,7 @@ def test_a_whole_run_is_uploaded_without_what_is_private(recipe, tmp_path, hub, 
     for private in ("completions", "student_init", "cache"):
         assert any((tmp_path / "out" / private).iterdir())
     assert {name.split("/")[0] for name in files if "/" in name} == {"plots"}
-    assert "to me/student." in capsys.readouterr().out
+    assert "/me/student . Files:" in capsys.readouterr().out
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
     card = files["README.md"].decode()
     assert "into 1 of the layers of `teacher`" in card and "train.jsonl" in card and "student_init:" in card

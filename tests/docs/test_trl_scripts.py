@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def folders(tmp_path, saved, make_tokenizer, make_student, make_teacher, monkeyp
 @pytest.fixture
 def run(folders, tmp_path):
     def runs(script):
+        shutil.rmtree(folders["OUT"], ignore_errors=True)  # a folder with checkpoints is refused
         file = tmp_path / "script.py"
         file.write_text(script)
         return runpy.run_path(str(file), init_globals=folders)["trainer"]
