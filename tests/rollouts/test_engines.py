@@ -208,7 +208,7 @@ def test_weights_of_an_earlier_step_are_found_however_small_the_steps(step, roun
     [
         ({"mode": "serve"}, "mode.*serve.*colocate, server"),
         ({"mode": "server", "lora": "both"}, "lora.*both.*merged, adapter"),
-        ({"mode": "server", "tolerance": 0}, "tolerance.*above 0"),
+        ({"mode": "server", "tolerance": 0}, r"tolerance.*in \(0, "),
         ({"mode": "server", "server_prot": 1}, "server_prot.*Did you mean 'server_port'"),
         ({"mode": "server", "gpu_memory_utilization": 0.3}, "gpu_memory_utilization.*started with its own options"),
         ({"mode": "server", "server_base_url": "ftp://a"}, "address of a rollout server"),

@@ -282,7 +282,7 @@ def test_without_torchao_nothing_is_loaded(make_trainer, monkeypatch):
     from distill_trainers.trainers.given import packages
 
     monkeypatch.setattr(packages, "_is_there", lambda module: module != "torchao")
-    with pytest.raises(ConfigurationError, match=r"quantize_student: int4`, but torchao .*distill-trainers\[quantize"):
+    with pytest.raises(ConfigurationError, match=r"quantize_student: int4`, but torchao .*pip install .*\[quantize\]"):
         make_trainer("no/such-model", **INT4)
 
 
