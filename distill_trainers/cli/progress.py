@@ -60,7 +60,8 @@ class ProgressReport(TrainerCallback):
             return
         evaluated = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
         self.trained |= dict.fromkeys(self.terms())
-        names = ("loss", "perplexity", "kl", "top1_agreement", "acceptance", *_MEASURED)
+        passed = (name for name in evaluated if name.startswith("pass@"))
+        names = ("loss", "perplexity", "kl", "top1_agreement", *passed, "acceptance", *_MEASURED)
         names = names if evaluated else ("loss", *self.trained, *(name for name in _SHOWN if name not in self.trained))
         values = evaluated or logs
         shown = [f"{name} {_short(values[name])}" for name in names if name in values]

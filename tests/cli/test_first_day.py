@@ -236,3 +236,14 @@ def test_names_of_trl_have_a_hint(name):
 def test_other_names_have_a_hint_too(name, hint):
     with pytest.raises(ImportError, match=hint):
         exec(f"from distill_trainers import {name}")
+
+
+def test_evaluations_tell_what_passes(capsys):
+    from types import SimpleNamespace
+
+    from distill_trainers.cli.progress import ProgressReport
+
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=9)
+    logs = {"eval_loss": 1.0, "eval_kl": 0.5, "eval_pass@1": 0.25, "eval_pass@8": 0.75}
+    ProgressReport().on_log(None, state, None, logs=logs)
+    assert "kl 0.5  pass@1 0.25  pass@8 0.75" in capsys.readouterr().out
