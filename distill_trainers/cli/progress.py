@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from ..escaping import terminal, visible
 
 # Behind the loss and its terms: what the methods' pages say to watch, then what all runs have.
-_WATCHED = ("nll_chosen", "nll_rejected", "reward_margin", "reward", "sequence_kl", "wrong_logp", "innovations")
+_WATCHED: tuple[str, ...] = ("nll_chosen", "nll_rejected", "reward_margin", "reward", "sequence_kl", "wrong_logp", "innovations")
 _WATCHED += ("reward_mean", "reward_flat_groups", "entropy")
 _SHOWN = (*_WATCHED, "grad_norm", "learning_rate", "rollouts", "completion_length")
 _MEASURED = ("rouge_l", "accuracy", "student_text_kl", "exposure_error", "distinct_4", "consistency", "ece")
@@ -61,8 +61,9 @@ class ProgressReport(TrainerCallback):
         evaluated = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
         self.trained |= dict.fromkeys(self.terms())
         passed = (name for name in evaluated if name.startswith("pass@"))
-        names = ("loss", "perplexity", "kl", "top1_agreement", *passed, "acceptance", *_MEASURED)
-        names = names if evaluated else ("loss", *self.trained, *(name for name in _SHOWN if name not in self.trained))
+        names: tuple[str, ...] = ("loss", *self.trained, *(name for name in _SHOWN if name not in self.trained))
+        if evaluated:
+            names = ("loss", "perplexity", "kl", "top1_agreement", *passed, "acceptance", *_MEASURED)
         values = evaluated or logs
         shown = [f"{name} {_short(values[name])}" for name in names if name in values]
         if not shown:
