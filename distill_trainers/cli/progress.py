@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from ..escaping import terminal, visible
 
 # Behind the loss and its terms: what the methods' pages say to watch, then what all runs have.
-_WATCHED: tuple[str, ...] = ("nll_chosen", "nll_rejected", "reward_margin", "reward", "sequence_kl", "wrong_logp", "innovations")
-_WATCHED += ("reward_mean", "reward_flat_groups", "entropy")
+_WATCHED: tuple[str, ...] = ("nll_chosen", "nll_rejected", "reward_margin", "reward", "sequence_kl", "wrong_logp")
+_WATCHED += ("innovations", "reward_mean", "reward_flat_groups", "entropy")
 _SHOWN = (*_WATCHED, "grad_norm", "learning_rate", "rollouts", "completion_length")
 _MEASURED = ("rouge_l", "accuracy", "student_text_kl", "exposure_error", "distinct_4", "consistency", "ece")
 
