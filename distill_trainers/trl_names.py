@@ -68,7 +68,7 @@ def class_instead(name: str, known: Collection[str]) -> str:
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
         return f"Did you mean {near[0]}?"
     there = ", ".join(sorted(each for each in known if each.endswith("Trainer")))
-    return f"What is here: {there}, each with its config. TRL's others are imported from `trl`, as before."
+    return f"What is here: {there}, each with its config. Others are imported from `trl` or `transformers`, as before."
 
 
 def other_names(known: Collection[str]) -> dict[str, str]:

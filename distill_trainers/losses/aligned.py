@@ -94,7 +94,8 @@ def by_event(logps: Tensor, chunks: Tensor, comparable: Tensor, mask: Tensor) ->
 
     Which tokens a text has before any other border depends on what follows. Even that one of these has been reached is
     told by the first token behind it: that is where a sum stands, the row's last one at its last token. So a policy
-    gradient that gives each token what stands at it and behind has all that the token decides, and is exact.
+    gradient that gives each token what stands at it and behind has all that the token decides. It is exact where
+    borders are told by the two bytes beside them; a pre-tokenizer that looks further ahead (white space) may move one.
 
     Args:
         chunks, comparable, mask: `[B, T]`; the first two as in `data/other_tokenizer.py`.

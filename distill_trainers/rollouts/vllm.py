@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -92,8 +93,10 @@ def split_options(given: Mapping[str, Any] | None) -> tuple[VllmOptions, dict[st
     require(options.mode in MODES, where % "mode", options.mode, f"one of {', '.join(MODES)}")
     require(options.lora in LORA, where % "lora", options.lora, f"one of {', '.join(LORA)}")
     for name in ("tolerance", "server_timeout", "server_patience", "server_concurrency"):
-        value = getattr(options, name)
-        require(isinstance(value, int | float) and 0 < value <= 10**9, where % name, value, "a number in (0, 10⁹]")
+        value, most = getattr(options, name), math.inf if name == "server_patience" else 10**9  # waits stop at 10⁹
+        above = isinstance(value, int | float) and value > 0
+        expected = "a number above 0" if most == math.inf else "a number in (0, 10⁹]"
+        require(above and value <= most, where % name, value, expected)
     if options.mode == "server":
         if len(parse_servers(options.url, ROLLOUTS)) > 1:
             raise ConfigurationError(f"Got the rollout servers {options.url}; expected one, which gets the weights.")

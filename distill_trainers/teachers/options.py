@@ -154,7 +154,7 @@ class TeacherOptions(Checked, _Config):
         120.0, "Seconds for one whole answer of a server; without it an attempt has failed.", above=0, most=10**9
     )
     teacher_server_patience: float = setting(
-        300.0, "Seconds for which a teacher server that is away is waited for.", above=0, most=10**9
+        300.0, "Seconds for which a teacher server that is away is waited for; .inf: for ever.", above=0
     )
 
     @property

@@ -75,7 +75,7 @@ def test_python_is_refused_before_anything_is_overwritten(make_trainer, tmp_path
     make_trainer(lmbda=0.0, **SAVES).train()
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.safetensors")}
     again = make_trainer(lmbda=0.0, **SAVES, overwrite_output_dir=False)
-    with pytest.raises(ConfigurationError, match=r"checkpoint-2.*resume_from_checkpoint=True.*overwrite_output_dir=T"):
+    with pytest.raises(ConfigurationError, match=r"checkpoint-2.*checkpoint=True.*checkpoint=False.*output_dir=T"):
         again.train()
     assert before and all(path.read_bytes() == data for path, data in before.items())
 
@@ -83,4 +83,6 @@ def test_python_is_refused_before_anything_is_overwritten(make_trainer, tmp_path
 def test_training_on_with_one_trainer_is_no_new_start(make_trainer):
     trainer = make_trainer(lmbda=0.0, **SAVES, overwrite_output_dir=False)
     trainer.train()
+    trainer.train()
+    trainer.run_checkpoints = []  # as after a call that failed before it saved
     trainer.train()

@@ -185,7 +185,7 @@ def test_no_setting_of_seconds_is_longer_than_threads_can_wait():
     walked = {field.name: field for cls, found in WALKED for field in found}
     seconds = {name for name, field in walked.items() if str(field.metadata.get("help")).startswith("Seconds ")}
     assert {"reward_timeout", "teacher_server_timeout", "timeout"} <= seconds
-    for name in seconds:
+    for name in seconds - {"teacher_server_patience"}:  # it is compared, and may be infinite
         most = walked[name].metadata["bounds"].most
         assert most is not None and most <= threading.TIMEOUT_MAX, name
 

@@ -237,6 +237,7 @@ class Resuming(Trainer):
             self._content = _content_of(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         if not self._facts and self.model is not None:
             self._facts = _facts_of(self.model)
+        self._own_checkpoints |= set(map(os.path.abspath, self.run_checkpoints))
         self.run_checkpoints, self.last_step = [], None
         if isinstance(resume_from_checkpoint, str):
             checkpoint = resume_from_checkpoint
@@ -277,12 +278,13 @@ class Resuming(Trainer):
     def _refuse_to_start_over(self) -> None:
         """Refuse a run that would overwrite the checkpoints of another one, unless it was told to."""
         found = find_last_complete_checkpoint(self.args.output_dir)
-        if found is not None and found not in self.run_checkpoints:
+        own = self._own_checkpoints | set(map(os.path.abspath, self.run_checkpoints))
+        if found is not None and os.path.abspath(found) not in own:
             raise ConfigurationError(
                 f"Got `output_dir={self.args.output_dir!r}`, which has checkpoints (the newest is {Path(found).name}), "
                 "and no `resume_from_checkpoint`; expected to be told whether to go on. Call "
-                "`train(resume_from_checkpoint=True)` to go on, set `overwrite_output_dir=True` in the config to start "
-                "anew, or name another `output_dir`."
+                "`train(resume_from_checkpoint=True)` to go on, `train(resume_from_checkpoint=False)` to start anew "
+                "(always: `overwrite_output_dir=True` in a config of ours), or name another `output_dir`."
             )
 
     def _init_training_state(
