@@ -289,7 +289,7 @@ def test_proxies_have_their_own_ways(no_network, monkeypatch, environment, setti
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("urllib.request.getproxies", urllib.request.getproxies_environment)
     assert bool(reachable.why_out_of_reach("org/it", **settings)) is is_refused
-    assert models.which_files(settings) == settings  # from there it reaches configs and tokenizers
+    assert models.which_files(settings).items() >= settings.items()  # from there it reaches configs and tokenizers
 
 
 @pytest.mark.parametrize("name", [f"{kind}{what}" for kind in TRAINERS for what in ("Trainer", "Config")])
