@@ -9,6 +9,7 @@ import shlex
 from urllib.parse import unquote, urlsplit
 
 NAME = "distill-trainers"
+_PUBLIC = ("bitbucket.org", "codeberg.org", "github.com", "gitlab.com")  # addresses elsewhere may be a company's own
 
 
 def pip_install(extra: str) -> str:
@@ -20,11 +21,16 @@ def pip_install(extra: str) -> str:
 
 
 def requirement(version: str) -> str:
-    """Return what somebody else gives to pip for this package; "" where it came from a folder that nobody else has."""
+    """Return what somebody else gives to pip for this package; "" where it came from a folder that nobody else has.
+
+    An address is told only if it is a plain one of a known forge, without user, port and query.
+    """
     folder, address, _ = _origin()
     if folder:
         return ""
-    return f"'{NAME} @ {address}'" if address else f"{NAME}=={version}"
+    parts = urlsplit(address)
+    is_public = parts.scheme in ("https", "git+https") and parts.netloc in _PUBLIC and not parts.query + parts.fragment
+    return f"'{NAME} @ {address}'" if is_public else f"{NAME}=={version}"
 
 
 def project_link() -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from reference import reference_pages
 
+from distill_trainers.installing import pip_install
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 COPIED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs", "recipes", "accelerate_configs", "benchmarks")
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> int:
     try:
         from sphinx.cmd.build import main as sphinx
     except ImportError:
-        print("error: Sphinx is not installed: pip install 'distill-trainers[docs]'.", file=sys.stderr)
+        print(f"error: Sphinx is not installed: {pip_install('docs')}.", file=sys.stderr)
         return 2
     folder = Path(argv[0]).resolve() if argv else ROOT / "build/docs"
     source = folder / "source"

@@ -124,12 +124,25 @@ def test_completion_without_its_package_is_refused(monkeypatch, capsys):
         ({"url": "file:///a%20b", "dir_info": {"editable": True}}, "pip install -e '/a b[serve]'", ""),
         ({"url": "file:///c", "dir_info": {}}, "pip install '/c[serve]'", ""),
         (
-            {"url": "https://host/it.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
-            "pip install 'distill-trainers[serve] @ git+https://host/it.git@abc'",
-            "'distill-trainers @ git+https://host/it.git@abc'",
+            {"url": "https://github.com/o/it.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+            "pip install 'distill-trainers[serve] @ git+https://github.com/o/it.git@abc'",
+            "'distill-trainers @ git+https://github.com/o/it.git@abc'",
+        ),
+        *(
+            (
+                {"url": url, "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+                f"pip install 'distill-trainers[serve] @ git+{url}@abc'",
+                "distill-trainers==0.1.0",
+            )
+            for url in ("ssh://internal.host/x.git", "https://me:secret@github.com/o/x.git", "https://host:8/x.git")
+        ),
+        (
+            {"url": "https://host/x.whl", "archive_info": {}},
+            "pip install 'distill-trainers[serve] @ https://host/x.whl'",
+            "distill-trainers==0.1.0",
         ),
     ],
-    ids=["index", "clone", "folder", "repository"],
+    ids=["index", "clone", "folder", "repository", "internal", "user", "port", "wheel"],
 )
 def test_what_to_install_comes_from_where_the_package_came_from(told, command, asked_for, monkeypatch):
     there = SimpleNamespace(read_text=lambda name: told and json.dumps(told))

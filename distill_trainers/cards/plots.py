@@ -17,7 +17,7 @@ def plot_history(history: Sequence[dict[str, Any]], folder: str | Path) -> list[
     """Plot training loss, and held-out KL with top-1 agreement, from a trainer's `state.log_history`.
 
     Returns:
-        the files written; none if matplotlib (`pip install 'distill-trainers[plots]'`) is missing.
+        the files written; none if matplotlib (the extra `plots`) is missing.
     """
     try:
         from matplotlib.figure import Figure  # without pyplot, which would change the backend of a notebook

@@ -46,10 +46,20 @@ def with_config(argv: Sequence[str]) -> list[str]:
     """Write `--config` before a recipe that is named without it: `train recipe.yaml`."""
     for place, word in enumerate(argv):
         before = argv[place - 1] if place else ""
-        is_value = before.startswith("--") and "=" not in before
-        if word.endswith((".yaml", ".yml")) and not word.startswith("-") and not is_value:
+        is_file = word.endswith((".yaml", ".yml")) and not word.startswith("-")
+        if is_file and (not before.startswith("-") or "=" in before or _is_switch(before)):
             return [*argv[:place], "--config", *argv[place:]]
     return list(argv)
+
+
+def _is_switch(option: str) -> bool:
+    """Whether an option stands without a value, too: such as `--quick` and `--no_doctor`."""
+    name = option.lstrip("-").replace("-", "_")
+    if name == "config":  # the usual case, in which nothing has to be imported
+        return False
+    from .completion import names_of_switches
+
+    return name in {"h", "help", "traceback"} or name.removeprefix("no_") in names_of_switches()
 
 
 def import_modules(argv: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from ..installing import pip_install
 from . import COMMANDS, report_errors
 
 SHELLS = ("bash", "zsh", "tcsh")
+_SWITCHES = (bool, bool | None, "bool", "bool | None", "Optional[bool]")  # types, some of them as they are written
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -71,6 +72,17 @@ def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
     for name, field in settings.items():
         choices = ["true", "false"] if isinstance(field.default, bool) else None
         parser.add_argument(f"--{name}", choices=choices)
+
+
+def names_of_switches() -> set[str]:
+    """Names of all settings that are true or false, of whatever command."""
+    settings = [
+        field
+        for name in ("evaluate", "rationales", "doctor", "pairs", "prune")
+        for cls in _classes(name)
+        for field in fields(cls)
+    ]
+    return {field.name for field in settings if field.type in _SWITCHES}
 
 
 def _classes(command: str) -> list[type]:

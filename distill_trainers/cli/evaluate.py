@@ -89,8 +89,8 @@ class EvaluateArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, check, evaluate, save and print."""
-    if shows_usage(argv, _USAGE):
-        return 0
+    if shows_usage(argv, _USAGE) and not argv:
+        return 0  # else all settings follow
     args, settings = parse_arguments(argv)
     evaluation = prepare_evaluation(args, settings)
     if args.dry_run:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from ..exceptions import ConfigurationError, DatasetError
-from ..installing import pip_install
 from .examples import ExampleSet
 from .measures import METRICS, NEED_A_TEACHER, NEED_SAMPLES
 from .settings import EvaluationSettings
@@ -64,7 +63,7 @@ def choose_metrics(
         elif metric in (NEED_SAMPLES - {"agreement"}) | {"accuracy", "speed"} and not examples.subsets["prompts"]:
             reasons[metric] = "the data has no prompts"
         elif metric in _LIBRARIES and importlib.util.find_spec(_LIBRARIES[metric]) is None:
-            reasons[metric] = f"its library is not installed (`{pip_install('evaluation')}`)"
+            reasons[metric] = f"{_LIBRARIES[metric]}, of the extra `evaluation`, is not installed"
         elif metric == "rouge_l" and not examples.subsets["references"]:
             reasons[metric] = "the data has no references (a completion, or a column `references`)"
         elif metric in ("accuracy", "consistency") and not examples.subsets["questions"]:

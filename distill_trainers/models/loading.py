@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 # Arguments of `from_pretrained` that say which files are read: config, tokenizer and weights must come from the same.
-_WHICH_FILES = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only")
+_WHICH_FILES = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only", "proxies")
 
 
 def looks_like_path(name: str) -> bool:
@@ -73,6 +73,11 @@ def _check_generation_config(file: Path, role: str) -> None:
         )
 
 
+def _ways(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Where, and through what, `from_pretrained` gets its files."""
+    return {key: kwargs[key] for key in ("cache_dir", "proxies") if key in kwargs}
+
+
 def load_config(name: str, role: str, *, kind: Any = None, **kwargs: Any) -> Any:
     """Load the configuration of a model given by folder or Hub id.
 
@@ -85,7 +90,7 @@ def load_config(name: str, role: str, *, kind: Any = None, **kwargs: Any) -> Any
     from transformers import AutoConfig
 
     check_model_source(name, role)
-    if not looks_like_path(name) and (away := why_out_of_reach(name, cache_dir=kwargs.get("cache_dir"))):
+    if not looks_like_path(name) and (away := why_out_of_reach(name, **_ways(kwargs))):
         raise ConfigurationError(
             f"The {role} model {name!r} is no folder here, {away}. Check the name and this machine's network; a model "
             "that lies on this machine goes by its folder."
@@ -265,7 +270,7 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    if not looks_like_path(name) and (away := why_out_of_reach(name, cache_dir=kwargs.get("cache_dir"))):
+    if not looks_like_path(name) and (away := why_out_of_reach(name, **_ways(kwargs))):
         raise OSError(f"{name!r} is no folder here, {away}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **kwargs})

@@ -33,7 +33,7 @@ def arrange(parser: argparse.ArgumentParser, classes: Sequence[type], command: s
     owners = {field.name: _owner(cls, field.name) for cls in classes for field in fields(cls)}
     options: dict[str, list[argparse.Action]] = {}
     for action in list(parser._optionals._group_actions):
-        if action.dest not in owners or action.option_strings[0].startswith(("--no_", "--no-")):
+        if action.dest not in owners or action.const is False:  # `--no_x`, for a setting x that is true
             continue
         options.setdefault(owners[action.dest].__name__, []).append(action)
     order = sorted(options, key=lambda name: _LAST.index(name) if name in _LAST else -name.endswith("Arguments") - 1)
@@ -48,4 +48,4 @@ def arrange(parser: argparse.ArgumentParser, classes: Sequence[type], command: s
 
 def _owner(cls: type, name: str) -> Any:
     """Find the class that declares a setting first; one that changes its default is not it."""
-    return next(base for base in reversed(cls.__mro__) if name in base.__dict__.get("__annotations__", {}))
+    return next(base for base in reversed(cls.__mro__) if name in getattr(base, "__dataclass_fields__", {}))

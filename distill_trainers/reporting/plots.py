@@ -19,7 +19,7 @@ def plot_runs(runs: Sequence[Run], folder: str | Path) -> list[Path] | None:
     """Plot what a report shows of these runs, each as PNG and as SVG.
 
     Returns:
-        the files written; None if matplotlib (`pip install 'distill-trainers[plots]'`) is missing.
+        the files written; None if matplotlib (the extra `plots`) is missing.
     """
     try:
         import matplotlib

@@ -6,7 +6,8 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import fields
+import urllib.request
+from dataclasses import fields, make_dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from distill_trainers.data import load_split
 from distill_trainers.doctor.printing import gib, lasting
 from distill_trainers.evaluation.cost import measure_cost
 from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.recipe.help import _owner
 from distill_trainers.trainers import METHODS
 from distill_trainers.trl_names import TRAINERS
 
@@ -44,6 +46,13 @@ def test_the_version_is_told(word, capsys):
         (["extract", "a.yml"], ["extract", "--config", "a.yml"]),
         (["--lmbda", "0", "a.yaml"], ["--lmbda", "0", "--config", "a.yaml"]),
         (["--lmbda=0", "a.yaml"], ["--lmbda=0", "--config", "a.yaml"]),
+        (["--quick", "a.yaml"], ["--quick", "--config", "a.yaml"]),
+        (["--dry_run", "a.yaml"], ["--dry_run", "--config", "a.yaml"]),
+        (["--bf16", "a.yaml"], ["--bf16", "--config", "a.yaml"]),
+        (["--no_doctor", "a.yaml"], ["--no_doctor", "--config", "a.yaml"]),
+        (["--quick", "true", "a.yaml"], ["--quick", "true", "--config", "a.yaml"]),
+        (["-o", "x.yaml"], ["-o", "x.yaml"]),
+        (["--launch", "zero3.yaml", "a.yaml"], ["--launch", "zero3.yaml", "--config", "a.yaml"]),
         (["--launch", "zero3.yaml", "--config", "a.yaml"], ["--launch", "zero3.yaml", "--config", "a.yaml"]),
         (["--config=a.yaml"], ["--config=a.yaml"]),
         ([], []),
@@ -63,6 +72,21 @@ def test_help_is_in_groups_and_names_each_setting_once(capsys):
     options = re.findall(r"^  (--\w+)", shown.partition("\nexamples:")[0], re.MULTILINE)
     assert len(options) == len(set(options)) and {f"--{field.name}" for field in fields(MiniLLMConfig)} <= {*options}
     assert "--gpus" in shown.partition("MiniLLMConfig:")[0]
+
+
+def test_help_of_evaluate_has_all_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out
+    assert re.search(r"^  --no_repeat_ngram_size ", shown, re.MULTILINE)
+
+
+def test_the_owner_of_a_setting_is_found_without_annotations():
+    """As in Python 3.14, whose classes keep them elsewhere."""
+    base = make_dataclass("Base", [("rank", int, 1)])
+    child = make_dataclass("Child", [("rank", int, 2), ("alpha", int, 3)], bases=(base,))
+    del base.__annotations__, child.__annotations__
+    assert _owner(child, "rank") is base and _owner(child, "alpha") is child
 
 
 def test_help_may_be_cut_off():
@@ -160,8 +184,9 @@ def test_speed_is_that_of_the_fastest_pass(make_student, tokenizer, monkeypatch)
     """What else runs on the machine slows a pass down, and never up."""
     import torch
 
-    clock = iter([0.0, 5.0, 5.0, 5.5, 5.5, 7.5])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    clock = iter([0.0, 5.0, 5.0, 5.5, 5.5, 7.5])  # of this module alone: other threads look at the process's own
+    clock_of_it = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("distill_trainers.evaluation.cost.time", clock_of_it)
     engine = SimpleNamespace(generate=lambda model, ids, mask, sampling: [[1, 2]] * len(ids))
     sampling = SimpleNamespace(pad_token_id=tokenizer.pad_token_id, max_new_tokens=2)
     cost = measure_cost(make_student(), engine, [[1], [2]], sampling, torch.device("cpu"))
@@ -193,11 +218,10 @@ def no_network(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("urllib.request.getproxies", dict)
-    reachable._silence.cache_clear()
-    yield
-    reachable._silence.cache_clear()
+    monkeypatch.setattr(reachable, "_asked", {})
 
 
 @pytest.mark.parametrize(
@@ -222,6 +246,50 @@ def test_what_was_fetched_before_is_not_refused(no_network, tmp_path):
     (tmp_path / "models--org--there").mkdir()
     assert reachable.why_out_of_reach("org/there", cache_dir=tmp_path) == ""
     assert reachable.why_out_of_reach("org/there", "dataset", cache_dir=tmp_path)
+
+
+def test_readers_of_datasets_are_no_names_of_the_hub(no_network, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    assert load_split("json", data_files=str(tmp_path / "rows.jsonl"))[0] == {"text": "a"}
+
+
+def test_a_dataset_that_was_prepared_before_is_not_refused(no_network, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    (tmp_path / "org___my_set/default/0.0.0/abc").mkdir(parents=True)
+    assert reachable.why_out_of_reach("org/MySet", "dataset") == ""
+    assert reachable.why_out_of_reach("org/other", "dataset")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    assert reachable.why_out_of_reach("org/other", "dataset") == ""
+
+
+def test_a_network_that_comes_back_is_noticed(no_network, monkeypatch):
+    answers = iter(["refused", "", "refused"])
+    monkeypatch.setattr(reachable, "_refusal", lambda endpoint: next(answers))
+    assert reachable.why_out_of_reach("org/it") and reachable.why_out_of_reach("org/it")
+    monkeypatch.setattr(reachable, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 60))
+    assert reachable.why_out_of_reach("org/it") == reachable.why_out_of_reach("org/it") == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "is_refused"),
+    [
+        ({"no_proxy": "localhost"}, {}, True),
+        ({"http_proxy": "http://proxy:1"}, {}, False),
+        ({"all_proxy": "http://proxy:1"}, {}, False),
+        ({"http_proxy": "http://proxy:1", "no_proxy": "127.0.0.1"}, {}, True),
+        ({}, {"proxies": {"http": "http://proxy:1"}}, False),
+    ],
+    ids=str,
+)
+def test_proxies_have_their_own_ways(no_network, monkeypatch, environment, settings, is_refused):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("urllib.request.getproxies", urllib.request.getproxies_environment)
+    assert bool(reachable.why_out_of_reach("org/it", **settings)) is is_refused
+    assert models.which_files(settings).items() >= settings.items()  # from there it reaches configs and tokenizers
 
 
 @pytest.mark.parametrize("name", [f"{kind}{what}" for kind in TRAINERS for what in ("Trainer", "Config")])

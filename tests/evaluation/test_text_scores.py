@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -201,3 +203,17 @@ def test_every_metric_has_measures_and_directions():
     assert higher_is_better("eval_gap_closed_reverse_kl") and higher_is_better("eval_gap_closed_rouge_l")
     assert not higher_is_better("eval_loss") and higher_is_better("eval_something_of_yours")
     assert all(measure.over in ("texts", "prompts", "references", "questions") for measure in MEASURES.values())
+
+
+def test_notes_of_what_is_missing_name_no_folder_of_this_machine(monkeypatch):
+    """They go into evaluation.json and reports, which are passed on."""
+    from distill_trainers import installing
+    from distill_trainers.evaluation.choosing import choose_metrics
+    from distill_trainers.evaluation.settings import EvaluationSettings
+
+    monkeypatch.setattr(installing, "_origin", lambda: ("/home/me/clone", "", True))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    subsets = {name: [0] for name in ("texts", "prompts", "references", "questions")}
+    _, notes = choose_metrics(EvaluationSettings(), SimpleNamespace(subsets=subsets), has_teacher=True)
+    assert any("rouge_score, of the extra `evaluation`, is not installed" in note for note in notes)
+    assert "/home/me" not in " ".join(notes)
