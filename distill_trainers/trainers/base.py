@@ -268,7 +268,6 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         self.proof, self.sentinel = Proof(self), Sentinel(self)
         self.add_callback(self.sentinel)
         self.run_checkpoints: list[str] = []  # that this run has saved, or went on from
-        self._own_checkpoints: set[str] = set()  # and those of earlier calls of `train`
 
     def set_up_method(self) -> None:
         """Set up what is remembered from step to step; also when `model_init` has made the student anew."""

@@ -194,6 +194,7 @@ class Resuming(Trainer):
     last_step: outage.LastStep | None = None
     _method_state_aside: dict[str, Any] | None = None
     _facts: dict[str, Any] = {}  # noqa: RUF012  # of the student before it is wrapped; replaced, never changed
+    _own_checkpoints: frozenset[str] = frozenset()  # of earlier calls of `train`
     _content: str | None = None  # of the rows as they were given: methods may have a teacher answer them anew
 
     if TYPE_CHECKING:
@@ -237,7 +238,7 @@ class Resuming(Trainer):
             self._content = _content_of(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         if not self._facts and self.model is not None:
             self._facts = _facts_of(self.model)
-        self._own_checkpoints |= set(map(os.path.abspath, self.run_checkpoints))
+        self._own_checkpoints |= frozenset(map(os.path.abspath, self.run_checkpoints))
         self.run_checkpoints, self.last_step = [], None
         if isinstance(resume_from_checkpoint, str):
             checkpoint = resume_from_checkpoint
