@@ -90,7 +90,7 @@ def case_of(
         _look_at_rows(recipe, case, wants, train, findings)
     _sizes(recipe, case, findings)
     if several is not None:
-        _several(recipe, case, several, findings)
+        _several(recipe, case, several, findings, architectures, on_paper)
     findings += check_trust(recipe)
     if on_paper:
         findings.append(
@@ -140,12 +140,18 @@ def _paper(name: str, architectures: str | None) -> dict[str, Any] | None:
         raise ConfigurationError(f"The config {str(file)!r} cannot be read: {error}. Fetch it anew.") from error
 
 
+def _config(name: str, role: str, options: Any, architectures: str | None) -> Any:
+    """The config of a model: on paper, or else from where its files are."""
+    from transformers import AutoConfig
+
+    paper = _paper(name, architectures)
+    return models.load_config(name, role, **options.files_of(role)) if paper is None else AutoConfig.for_model(**paper)
+
+
 def _read_apart(
     recipe: Recipe, case: Case, architectures: str | None, on_paper: set[str], findings: list[Finding]
 ) -> Any:
     """Everything that can be read although something else cannot; returns the training data."""
-    from transformers import AutoConfig
-
     from ..recipe.checks import made_config
     from ..teachers.loading import teacher_tokenizer
     from ..trainers.student import student_tokenizer
@@ -153,10 +159,7 @@ def _read_apart(
     args = recipe.args
 
     def config(name: str, role: str) -> Any:
-        paper = _paper(name, architectures)
-        if paper is not None:
-            return AutoConfig.for_model(**paper)
-        return models.load_config(name, role, **args.files_of(role))
+        return _config(name, role, args, architectures)
 
     case.student_config = _attempt(findings, "recipe", lambda: made_config(config(case.student, "student"), recipe)[0])
     if has_files(case.teacher, args):
@@ -263,16 +266,18 @@ def _teacher_more(case: Case) -> int:
     return max((theirs - max(length, prompt + new) for theirs, length, prompt in rows), default=0)
 
 
-def _several(recipe: Recipe, case: Case, given: Any, findings: list[Finding]) -> None:
-    """Set what is known of several teachers without their weights."""
+def _several(
+    recipe: Recipe, case: Case, given: Any, findings: list[Finding], architectures: str | None, on_paper: set[str]
+) -> None:
+    """Set what is known of several teachers without their weights; adds those of `architectures` to `on_paper`."""
     args = recipe.args
 
     def read(name: str, options: Any) -> tuple[ModelShape | None, str]:
         if not has_files(name, options):
             return None, "float32"
-        config = _attempt(
-            findings, "recipe", lambda: models.load_config(name, "teacher", **options.files_of("teacher"))
-        )
+        config = _attempt(findings, "recipe", lambda: _config(name, "teacher", options, architectures))
+        if config is not None and _paper(name, architectures) is not None:
+            on_paper.add(name)
         kwargs = options.teacher_model_init_kwargs or {}
         return _shape(recipe, config, findings, adapted=False), _dtype(kwargs.get("dtype", "auto"), config, "float32")
 

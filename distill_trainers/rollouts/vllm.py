@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import random
 import shutil
@@ -93,10 +92,8 @@ def split_options(given: Mapping[str, Any] | None) -> tuple[VllmOptions, dict[st
     require(options.mode in MODES, where % "mode", options.mode, f"one of {', '.join(MODES)}")
     require(options.lora in LORA, where % "lora", options.lora, f"one of {', '.join(LORA)}")
     for name in ("tolerance", "server_timeout", "server_patience", "server_concurrency"):
-        value, most = getattr(options, name), math.inf if name == "server_patience" else 10**9  # waits stop at 10⁹
-        above = isinstance(value, int | float) and value > 0
-        expected = "a number above 0" if most == math.inf else "a number in (0, 10⁹]"
-        require(above and value <= most, where % name, value, expected)
+        value, most = getattr(options, name), float("inf") if name == "server_patience" else 1e9
+        require(isinstance(value, int | float) and 0 < value <= most, where % name, value, f"a number in (0, {most:g}]")
     if options.mode == "server":
         if len(parse_servers(options.url, ROLLOUTS)) > 1:
             raise ConfigurationError(f"Got the rollout servers {options.url}; expected one, which gets the weights.")

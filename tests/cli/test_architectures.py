@@ -31,6 +31,8 @@ PARAMETERS = {
     "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2.5-Coder-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2.5-Math-7B-Instruct": 7_615_616_512,
     "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
     "Qwen/Qwen3-1.7B": 1_720_574_976,
     "Qwen/Qwen3-8B": 8_190_735_360,

@@ -71,7 +71,7 @@ def test_a_partitioned_teacher_takes_half_and_is_never_whole(tmp_path, environme
     for placement, found in json.loads((tmp_path / "out.json").read_text())["results"].items():
         held, limit = found["private, afterwards"], 0.65  # a half, and 30 MiB of DeepSpeed's and of a first forward
         if placement == "fsdp2":  # shards stay where the files are mapped
-            held, limit = held + found["mapped files, afterwards"], 0.85
+            held, limit = held + found["mapped files, afterwards"], 0.95  # and pages beside them
         assert held < limit * 318, placement
         assert found["private, more at the peak of a forward"] < 0.35 * 318, placement
         assert found["private, peak while loading"] < 0.9 * 318, placement
