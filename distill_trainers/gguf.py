@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import logging
 import lzma
+import os
 import shutil
 import struct
 import zipfile
@@ -83,7 +84,7 @@ def import_gguf(
     """
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype={dtype!r} is not known here; choose one of {', '.join(DTYPES)}.")
-    output = Path(output_dir).expanduser().absolute()
+    output = Path(os.path.expanduser(output_dir)).absolute()
     _check_destination(output, overwrite)
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"Reading a GGUF file needs the gguf package: {pip_install('gguf')}.")
@@ -125,7 +126,7 @@ def _single_gguf(source: str | Path, scratch_parent: Path) -> Iterator[Path]:
     Alone, because transformers would mix in a config.json or tokenizer file that lies beside it. The scratch folder
     is made under `scratch_parent`, whose disk has to hold the larger result anyway.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     with scratch_folder(scratch_parent) as folder:
         scratch = folder / "model.gguf"
         if path.is_file() and zipfile.is_zipfile(path):

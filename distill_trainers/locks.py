@@ -92,7 +92,7 @@ def holding(path: str | Path, setting: str = "output_dir", *, beside: bool = Fal
     Raises:
         ConfigurationError: another process is writing there, or the folder cannot be made.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()
     path = path.parent.resolve() / path.name if beside else path.resolve()
     with _guard:
         if path not in _held:
@@ -146,7 +146,7 @@ def _acquire(path: Path, setting: str, beside: bool) -> _Hold:
 
 
 def _make(folder: Path, setting: str) -> list[Path]:
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +76,7 @@ def check_resumable(folder: str | Path) -> None:
         CheckpointError: there is no such folder, a file is not as it was written, or it was written with
             `save_only_model`.
     """
-    if not str(folder) or not Path(folder).is_dir():
+    if not str(folder) or not os.path.isdir(folder):
         raise CheckpointError(
             f"Got {str(folder)!r} to resume from; expected the folder of a checkpoint, such as "
             "`output_dir/checkpoint-500`, or `true` for the newest one of `output_dir`."
@@ -134,7 +135,7 @@ def shown(name: str) -> str:
 
 def _is_there(name: str) -> bool:
     """Tell whether text with spaces is a path: a prompt may begin with a slash too."""
-    return bool(_HOME.match(name)) or Path(name).exists()
+    return bool(_HOME.match(name)) or os.path.exists(name)  # a pathlib.Path raises at long text
 
 
 def plain(value: Any) -> Any:

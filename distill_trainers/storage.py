@@ -85,7 +85,9 @@ def check_folder(name: str, folder: str | Path, *, writable: bool = True) -> Non
         ConfigurationError: naming the setting.
     """
     require("\0" not in str(folder), name, folder, "a folder, whose name has no character NUL")
-    there = Path(folder).expanduser().absolute()
+    there = Path(os.path.expanduser(folder))
+    require(not there.parts[:1] or there.parts[0][0] != "~", name, folder, "the home of a user whom this machine has")
+    there = there.absolute()
     try:
         while not os.path.lexists(there):
             there = there.parent
@@ -96,7 +98,7 @@ def check_folder(name: str, folder: str | Path, *, writable: bool = True) -> Non
             f"Got `{name}: {shown(folder)}`; expected a folder: {reason}. Name another one."
         ) from error
     require(there.is_dir(), name, folder, f"a folder, but {shown(there)} is a file. Name another one")
-    parts = Path(folder).expanduser().parts
+    parts = Path(os.path.expanduser(folder)).parts
     require(all(len(os.fsencode(p)) <= longest for p in parts), name, folder, f"names of at most {longest} bytes")
     fits = not writable or os.access(there, os.W_OK | os.X_OK)
     require(fits, name, folder, f"a folder to write into, and {shown(there)} is none for this user")

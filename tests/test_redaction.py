@@ -220,6 +220,8 @@ def test_no_text_takes_long(part):
         ("https://huggingface.co/org/model", "https://huggingface.co/org/model"),
         ("hf://datasets/org/rows", "hf://datasets/org/rows"),
         ("/no_think Answer briefly.", "/no_think Answer briefly."),
+        ("Answer briefly. " * 20, "Answer briefly. " * 20),  # longer than the name of a file may be
+        ("no_think" + "!" * 300, "no_think" + "!" * 300),
         ("See /home/anna/notes for C:\\Users\\anna\\x", "See ~/notes for ~\\x"),
     ],
 )

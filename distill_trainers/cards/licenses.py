@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,9 +137,9 @@ def licensed(role: str, source: str | None, *, shown_as: str | None = None, toke
     if not source:
         return Licensed(role, shown_as or "in memory", None, "it was made in memory, where no card is")
     if looks_like_path(source):
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         path = path if path.is_dir() else path.parent
-        name = shown_as or Path(source).expanduser().resolve().name
+        name = shown_as or Path(os.path.expanduser(source)).resolve().name
         try:
             license_id, why = _license_in(_metadata(path / _CARD)), "its card names none"
         except (OSError, ValueError):

@@ -5,6 +5,7 @@ distill-trainers evaluate --config evaluation.yaml
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
             say(note)
     check_folder("output_dir", args.output_dir)
     if args.cache_dir is not None:
-        check_folder("cache_dir", args.cache_dir, writable=not Path(args.cache_dir).is_dir())
+        check_folder("cache_dir", args.cache_dir, writable=not os.path.isdir(args.cache_dir))
     students = args.named_students()
     if not (students or args.teacher or args.baseline):
         raise ConfigurationError("The settings name no model; set `student`, `students`, `teacher` or `baseline`.")
@@ -154,7 +155,7 @@ def prepare_evaluation(args: EvaluateArguments, settings: EvaluationSettings) ->
     if args.dataset:
         mapping: Any = args.column_mapping
         data = load_split(args.dataset, name=args.dataset_config, split=args.dataset_split, column_mapping=mapping)
-        data_name = Path(args.dataset).name if Path(args.dataset).exists() else args.dataset
+        data_name = Path(args.dataset).name if os.path.exists(args.dataset) else args.dataset
     else:
         from .finished_run import held_out_rows
 

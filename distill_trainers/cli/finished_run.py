@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,8 @@ def recall(folder: str) -> dict[str, Any]:
     Raises:
         ConfigurationError: there is no finished run in `folder`.
     """
-    path, expected = Path(folder).expanduser(), "expected the `output_dir` of a run of `distill-trainers train`"
-    if not path.is_dir():
+    path, expected = Path(os.path.expanduser(folder)), "expected the `output_dir` of a run of `distill-trainers train`"
+    if not os.path.isdir(path):
         raise ConfigurationError(f"Got `run: {folder}`, which is not a folder; {expected}.")
     try:
         told = json.loads((path / NAME).read_text(encoding="utf-8"))
@@ -115,7 +116,7 @@ def take_up(args: Any, settings: EvaluationSettings) -> list[str]:
     Raises:
         ConfigurationError: there is no such run, or students are named beside it.
     """
-    told, folder = recall(args.run), Path(args.run).expanduser()
+    told, folder = recall(args.run), Path(os.path.expanduser(args.run))
     if args.student or args.students:
         raise ConfigurationError("The settings name `run`, and a student besides. Keep one of them.")
     args.students = {folder.resolve().name: str(folder)}
@@ -235,8 +236,8 @@ def _teacher_note(recipe: Recipe) -> str | None:
 
 def _whole_path(name: str | None) -> str | None:
     """A Hub id or address as it is, a path of this machine from its root."""
-    path = None if name is None else Path(name).expanduser()
-    return str(path.resolve()) if path is not None and path.exists() else name
+    path = None if name is None else Path(os.path.expanduser(name))
+    return str(path.resolve()) if path is not None and os.path.exists(path) else name
 
 
 def _digest(rows: Iterable[Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ def _push(recipe: Recipe, settings: PairArguments) -> str:
 
 
 def _file(recipe: Recipe, settings: PairArguments) -> Path:
-    return Path(settings.pairs_file or Path(recipe.args.output_dir) / "pairs.jsonl").expanduser()
+    return Path(os.path.expanduser(settings.pairs_file or Path(recipe.args.output_dir) / "pairs.jsonl"))
 
 
 def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:

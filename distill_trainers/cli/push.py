@@ -6,6 +6,7 @@ distill-trainers push RUN --repo owner/name
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Upload; a run's card gets the scores of an evaluation first, if there are some."""
     options = make_parser().parse_args(list(argv))
-    source = Path(options.source).expanduser()
+    source = Path(os.path.expanduser(options.source))
     if source.is_dir():
         address = push_run(source, options)
     elif source.is_file() and source.suffix == ".jsonl":

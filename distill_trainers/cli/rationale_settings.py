@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ class PipelineArguments(Checked):
         check_kind(self.answer_kind)
 
     def path(self, name: str) -> Path:
-        return Path(self.folder).expanduser() / name
+        return Path(os.path.expanduser(self.folder)) / name
 
 
 def parse_arguments(argv: Sequence[str]) -> PipelineArguments:

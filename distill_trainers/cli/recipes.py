@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Copy both folders; what is there already is left alone, and refused."""
-    folder = Path(make_parser().parse_args(list(argv)).folder).expanduser()
+    folder = Path(os.path.expanduser(make_parser().parse_args(list(argv)).folder))
     check_folder("folder", folder)
     there = [str(folder / name) for name in FOLDERS if (folder / name).exists()]
     if there:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import ipaddress
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def load_service(options: Any, limits: Any) -> Any:
     tokenizer = load_tokenizer(options.model, **known)
     if options.device_map is None:
         model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = Path(options.model).name if Path(options.model).exists() else options.model  # clients need not know paths
+    name = Path(options.model).name if os.path.exists(options.model) else options.model  # clients need not know paths
     return TeacherService(LocalTeacher(model), tokenizer, name, limits)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..locks import holding_run
 from ..manifest import is_whole, write_manifest
 from ..recipe.checks import check_recipe, refuse_to_start_over, student_identity
 from ..recipe.parse import Recipe, parse_recipe
-from ..storage import write_file, writing, writing_folder
+from ..storage import check_folder, write_file, writing, writing_folder
 from . import report_errors, say, start_log
 from .doctor import look_before
 from .orphans import end_with_launcher
@@ -101,6 +102,7 @@ def run(recipe: Recipe) -> Any:
     Raises:
         ConfigurationError: among others, another process is writing to `output_dir`.
     """
+    check_folder("output_dir", recipe.args.output_dir, writable=False)
     with holding_run(recipe.args.output_dir):
         return _run(recipe)
 
@@ -234,7 +236,7 @@ def _print_layers(batch: int, layer: int) -> None:
 
 def _model_init_kwargs(model: Any) -> dict[str, Any]:
     chosen = {"dtype": model.dtype, "revision": model.model_revision, "attn_implementation": model.attn_implementation}
-    if model.model_name_or_path is None or Path(model.model_name_or_path).exists():
+    if model.model_name_or_path is None or os.path.exists(model.model_name_or_path):
         chosen.pop("revision")
     return {name: value for name, value in chosen.items() if value is not None}
 

@@ -46,7 +46,7 @@ def load_split(
     Raises:
         DatasetError: nothing is there, it cannot be read, has no such split, or is empty.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if os.path.isfile(path):  # false too of names that no file can have
         dataset = _from_file(path, split, streaming)
     elif os.path.isdir(path):

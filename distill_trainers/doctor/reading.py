@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -132,7 +133,7 @@ def _paper(name: str, architectures: str | None) -> dict[str, Any] | None:
     if architectures is None:
         return None
     folder = Path(architectures)
-    require(folder.is_dir(), "architectures", architectures, "a folder of `owner--name.json` files")
+    require(os.path.isdir(folder), "architectures", architectures, "a folder of `owner--name.json` files")
     file = folder / f"{name.replace('/', '--')}.json"
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -135,7 +135,7 @@ def _manager_that_has(tasks: Sequence[str], folder: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     if folder is not None:
-        require(Path(folder).is_dir(), "lm_eval_include_path", folder, "a folder with task files")
+        require(os.path.isdir(folder), "lm_eval_include_path", folder, "a folder with task files")
         manager = TaskManager(include_path=folder, include_defaults=False)
         if set(tasks) <= set(manager.all_subtasks):  # a group may name tasks that are not in the folder
             return manager

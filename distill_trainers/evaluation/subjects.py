@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ class Subject:
         name = self._source if isinstance(self._source, str) else models.source_of(self._source)
         if not name:
             return type(self._source).__name__
-        return Path(name).expanduser().resolve().name if models.looks_like_path(name) else name
+        return Path(os.path.expanduser(name)).resolve().name if models.looks_like_path(name) else name
 
     @property
     def path(self) -> str | None:
@@ -202,9 +203,9 @@ class Subject:
 
 def _adapted_base(name: str) -> str | None:
     """The base model of a folder that holds an adapter alone."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     file = folder / "adapter_config.json"
-    if (folder / "config.json").is_file() or not file.is_file():
+    if os.path.isfile(folder / "config.json") or not os.path.isfile(file):
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")

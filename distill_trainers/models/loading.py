@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,8 +28,8 @@ _WHICH_FILES = ("revision", "trust_remote_code", "token", "cache_dir", "subfolde
 
 def looks_like_path(name: str) -> bool:
     """Tell whether `name` means a local folder: it or its parent exists, or it could not be a Hub id."""
-    inside = "/" in name and Path(name).parent.is_dir()
-    return Path(name).exists() or inside or name.startswith((".", "/", "~")) or name.count("/") > 1
+    inside = "/" in name and os.path.isdir(Path(name).parent)
+    return os.path.exists(name) or inside or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def check_model_source(name: str, role: str) -> None:
@@ -39,8 +40,8 @@ def check_model_source(name: str, role: str) -> None:
     """
     if not looks_like_path(name):
         return
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if not os.path.isdir(folder):  # false too of names that no folder can have
         raise ConfigurationError(
             f"The {role} model {name!r} is not a folder on this machine and not a Hub id (`owner/name`). "
             "Check the path, or import a GGUF file first with `distill-trainers import-gguf`."
@@ -197,7 +198,7 @@ def load_causal_lm(
                 f"{what} has pickled weights that are damaged, or would run code while they are read. Take one in "
                 "safetensors."
             ) from error
-        for file in sorted(Path(name).expanduser().glob("*.safetensors")):
+        for file in sorted(Path(os.path.expanduser(name)).glob("*.safetensors")):
             heads_of(file, what)  # names the one that is damaged
         given = ", ".join(sorted(kwargs)) or "nothing"
         raise ConfigurationError(

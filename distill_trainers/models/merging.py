@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -184,7 +185,7 @@ def load_adapted(name: str, *, role: str = "student", **init_kwargs: Any) -> Any
 
     what = f"The adapter of the {role} in {str(name)!r}"
     try:
-        told = json.loads((Path(name).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+        told = json.loads((Path(os.path.expanduser(name)) / "adapter_config.json").read_text(encoding="utf-8"))
         base = told["base_model_name_or_path"]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigurationError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def check_files(name: Any, role: str, config: Any, init_kwargs: Mapping[str, Any
     Raises:
         ConfigurationError: a file is damaged or away; tensors are missing, too many or of another shape.
     """
-    folder = Path(str(name)).expanduser()
+    folder = Path(os.path.expanduser(str(name)))
     if _OTHER_FILES & init_kwargs.keys() or getattr(config, "quantization_config", None):
         return
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ConfigurationError
+from ..storage import check_folder
 from .parse import Recipe, RecipeArguments
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def refuse_to_start_over(args: Any) -> None:
     """
     from ..run_files import find_last_complete_checkpoint
 
+    check_folder("output_dir", args.output_dir, writable=False)
     found = None if args.resume_from_checkpoint or args.overwrite_output_dir else args.output_dir
     if found is not None and (found := find_last_complete_checkpoint(found)) is not None:
         raise ConfigurationError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..exceptions import ConfigurationError
@@ -97,7 +96,7 @@ def _then(told: dict[str, Any]) -> dict[str, Any]:
     folder: str | None = None if asked.lower() in ("true", "false") else asked
     if asked.lower() == "true" and output:
         folder = find_last_complete_checkpoint(str(output))
-    settings = sealed_settings(folder) if folder and Path(folder).is_dir() else {}
+    settings = sealed_settings(folder) if folder and os.path.isdir(folder) else {}
     cache = told.get("teacher_cache")
     identity = read_identity(str(cache)) if cache and "bf16" not in settings else None
     return settings if identity is None else {"bf16": identity.autocast == "bf16"}

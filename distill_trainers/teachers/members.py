@@ -231,13 +231,13 @@ def own_options(options: TeacherOptions, settings: Mapping[str, Any]) -> Teacher
 
 
 def _is_adapter(source: str) -> bool:
-    folder = Path(source).expanduser()
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    folder = Path(os.path.expanduser(source))
+    return os.path.isfile(folder / "adapter_config.json") and not (folder / "config.json").is_file()
 
 
 def _base_of(folder: str) -> str:
     try:
-        told = json.loads((Path(folder).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+        told = json.loads((Path(os.path.expanduser(folder)) / "adapter_config.json").read_text(encoding="utf-8"))
         base = told["base_model_name_or_path"]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigurationError(
@@ -265,7 +265,8 @@ def _check_adapter(member: Member) -> None:
             "same one. Leave the cache out, or merge the adapter into a model of its own."
         )
     adapter = str(member.adapter)
-    if models.looks_like_path(adapter) and not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+    file = Path(os.path.expanduser(adapter)) / "adapter_config.json"
+    if models.looks_like_path(adapter) and not os.path.isfile(file):
         raise ConfigurationError(
             f"Got `teacher_adapter: {adapter}`, where there is no `adapter_config.json`; expected the folder or Hub id "
             "of a PEFT adapter."

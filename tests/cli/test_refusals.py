@@ -47,6 +47,16 @@ def made_with(**settings):
     return {"model_name_or_path": None, "student_init": {**from_teacher, "keep_layers": 1, **settings}}
 
 
+NAMES = ["model_name_or_path", "teacher_model_name_or_path", "dataset", "eval_dataset", "teacher_cache"]
+NAMES += ["output_dir", "resume_from_checkpoint"]
+
+
+@pytest.mark.parametrize("setting", NAMES)
+@pytest.mark.parametrize("name", ["a/" + "x y " * 100, "~nobody-here/folder"], ids=["long", "another's home"])
+def test_a_name_that_no_file_can_have(refused, setting, name):
+    assert setting in (line := refused({setting: name})) or name[:20] in line
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -202,7 +203,7 @@ def describe_source(name: str, revision: str | None = None) -> Files:
     """
     if not looks_like_path(name):
         return {f"Hub repository {name}": {"commit": _commit(name, revision)}}
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     paths = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
     if not any(path.suffix != ".py" for path in paths):
         raise ConfigurationError(
