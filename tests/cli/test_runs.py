@@ -215,16 +215,22 @@ def test_every_recipe_trains_tiny_models_and_goes_on(path, tmp_path, tokenizer, 
     rows = [{own.get(name, name): value for name, value in row.items()} for row in rows]
     if "privileged_context" in own:
         rows = [{own["prompt"]: row[own["prompt"]], own["privileged_context"]: row["completion"]} for row in rows]
+    owners = list(settings.get("teachers", {}))
+    rows = [{**row, "teacher": owners[i % len(owners)]} for i, row in enumerate(rows)] if owners else rows
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, rows[:8])))
     names = {"dataset": "rows.jsonl", "output_dir": "out"}
     names |= {} if "eval_fraction" in settings else {"eval_dataset": "few.jsonl"}
     names |= {"pretraining_dataset": "text.jsonl"} if "pretraining_dataset" in settings else {}
-    has_teacher = bool(settings.keys() & {"teacher_model_name_or_path", "self_teacher"})
+    has_teacher = bool(settings.keys() & {"teacher_model_name_or_path", "self_teacher", "teachers"})
     names |= {n: "large" for n in ("teacher_model_name_or_path", "model_name_or_path") if n in settings}
     options = [part for name, value in names.items() for part in (f"--{name}", str(tmp_path / value))]
     options += ["--config", str(path), "--use_cpu", "true", "--max_new_tokens", "4"]
     options += ["--quantize_group_size", "16"] if "quantize_student" in settings else []  # tiny models are 48 wide
+    teachers = {owner: {"teacher_model_name_or_path": str(tmp_path / "large")} for owner in owners}
+    options += ["--teachers", json.dumps(teachers)] if owners else []
+    if "accuracy" in settings.get("eval_measures", []):  # "####" is not in the tokenizer's alphabet
+        options += ["--eval_measures", "diversity"]
     splits = settings.keys() & {"dataset_split", "eval_split", "pretraining_split"}
     options += [part for name in splits for part in (f"--{name}", "train")]  # a hundredth of these rows would be none
     options += ["--eval_fraction", "8"] if "eval_fraction" in settings else []
