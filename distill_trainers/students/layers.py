@@ -18,6 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..exceptions import ConfigurationError
 from ..models import is_peft
 
+KEPT_LAYERS = "kept_layers"  # of the config: which of the layers it was made of are left
+
 
 def prune_layers(model: PreTrainedModel, keep: int | Sequence[int], *, copy: bool = True) -> PreTrainedModel:
     """Make a model of the same architecture with only some of the decoder layers.
@@ -131,6 +133,10 @@ def _shrink_config(config: PretrainedConfig, indices: list[int], total: int) -> 
         value = getattr(config, name, None)  # several EOS ids may happen to be as many as the layers
         if isinstance(value, list) and len(value) == total and not name.endswith("_token_id"):
             setattr(config, name, [value[index] for index in indices])
+    if len(indices) < total:
+        setattr(config, KEPT_LAYERS, list(indices))
+    elif hasattr(config, KEPT_LAYERS):  # of the larger model before this one
+        delattr(config, KEPT_LAYERS)
 
 
 def check_config_describes(model: PreTrainedModel) -> None:

@@ -14,7 +14,15 @@ from transformers import PreTrainedModel
 from ..exceptions import ConfigurationError
 from ..models import without_weights
 from .layer_importance import MEASURES, Batch, choose_layers, layer_importance
-from .layers import check_count, even_layers, find_decoder_layers, kept_layers, prune_layers, refuse_unprunable
+from .layers import (
+    KEPT_LAYERS,
+    check_count,
+    even_layers,
+    find_decoder_layers,
+    kept_layers,
+    prune_layers,
+    refuse_unprunable,
+)
 from .planning import Candidate, candidates
 from .pruning import SIZES, Choice, check_sizes, choose, take
 from .shapes import asked_shape, write_shape
@@ -170,6 +178,7 @@ class StudentInit:
             if getattr(text, "layer_types", None):
                 text.layer_types = [text.layer_types[i] for i in kept]
             text.num_hidden_layers = len(kept)
+            setattr(text, KEPT_LAYERS, kept)
         if shape is not None:
             write_shape(text, shape)
         return tried

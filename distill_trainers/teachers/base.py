@@ -63,6 +63,7 @@ class Teacher(ABC):
         can_generate: it writes completions.
         may_generate: one of this class may, as its servers tell.
         can_read_rollouts: it says what it thinks of any text, the student's own too.
+        shows_layers: it is one model, not the student, that runs here layer by layer.
         is_nobody: it stands where a teacher would, and says nothing.
         place: where it is, for a plan.
         tells: what it says of a token: `"hidden"` is its whole distribution, anything else a part of it.
@@ -79,6 +80,7 @@ class Teacher(ABC):
     can_generate: ClassVar[bool] = False
     may_generate: ClassVar[bool] = False
     can_read_rollouts: ClassVar[bool] = False
+    shows_layers: ClassVar[bool] = False
     is_nobody: ClassVar[bool] = False
     has_files: ClassVar[bool] = False
     keeps_logps: ClassVar[bool] = False

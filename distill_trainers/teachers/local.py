@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class LocalTeacher(Teacher):
 
     provides = frozenset({"distribution", "completions"})
     has_files = can_generate = can_read_rollouts = keeps_logps = True
+    shows_layers: ClassVar[bool] = True
     _rows_stay_apart = False  # whether that was looked at
     _is_looked_at = True  # whether its answers are, before the first is used
 

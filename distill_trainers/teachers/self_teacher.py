@@ -55,6 +55,7 @@ class StudentItself(LocalTeacher):
 
     is_the_student = True
     has_files: ClassVar[bool] = False
+    shows_layers: ClassVar[bool] = False
     _is_looked_at = False  # as the student: under ZeRO-3 its first forward must not be one of other weights
 
     def __init__(self, student: StudentFn, name: str, fingerprint: str = ""):
@@ -300,6 +301,7 @@ class InitialStudent(LocalTeacher):
     is_the_student = True
     keeps_logps: ClassVar[bool] = False  # those of the student are kept by `reference: student`
     has_files: ClassVar[bool] = False
+    shows_layers: ClassVar[bool] = False
     place = "the student before training"
 
     @classmethod

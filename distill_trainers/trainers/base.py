@@ -49,6 +49,7 @@ from .given import arguments
 from .given.own_teacher import warn_of_nothing_new
 from .given.quantized import check_adapter, group_size_of, refuse_sharded
 from .given.token_batches import refuse_uneven_sampling
+from .hidden_states import hidden_match
 from .lifecycle import outage, publishing
 from .lifecycle.callbacks import StepLoss, TeacherKeeper, TrlNames
 from .lifecycle.checkpoints import Resuming
@@ -276,7 +277,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         extras = models.extra_inputs(self.model)
         other = self.requirements.other and self.requirements.other.ended_by(student=self.sampling.eos_token_ids)
         known = self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast, extras, other, args.alm_temperature
-        self.two_models = TwoModels(*known)
+        self.two_models = TwoModels(*known, hidden_match(args, self.model, self.teacher))
         self.aligned_loss = None if other is None else aligned_loss(args, other)
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self.metrics = RunningMetrics(args.device)

@@ -107,6 +107,17 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         "With teacher_tokenizer: τ of alm, which divides log-probabilities of chunks; by default its limit, τ → ∞.",
         above=0,
     )
+    hidden_weight: float = setting(
+        0.0,
+        "Weight of the relative squared error of hidden states, layer by layer: for students that were made of their "
+        "teacher, of its width; 0 compares none.",
+        least=0,
+    )
+    hidden_layers: list[int] | None = setting(
+        None,
+        "With hidden_weight: of each of the student's layers, the teacher's (from 0) whose output it is held against; "
+        "by default what a student that was made of this teacher remembers.",
+    )
     loss_chunk_mib: float | None = setting(
         None, "Budget for one chunk of logits in the fused head, in MiB per buffer (32 on CPU, else 1024).", above=0
     )
@@ -261,6 +272,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     @property
     def why_fixed_rows(self) -> str:
         """What keeps `per_device_train_tokens` from working, as the end of a sentence; empty: nothing."""
+        return ""
+
+    @property
+    def why_no_hidden_states(self) -> str:
+        """What keeps `hidden_weight` from working, as the end of a sentence; empty: nothing."""
         return ""
 
     @property

@@ -32,6 +32,7 @@ from .given.own_teacher import warn_of_nothing_new
 from .given.packages import check_packages
 from .given.quantized import check_quantized
 from .given.token_batches import check_longest, check_token_rows
+from .hidden_states import check_hidden_states
 from .lifecycle import held_out_checks, publishing
 from .student import student_config, student_tokenizer
 
@@ -208,6 +209,7 @@ def preflight(given: Given) -> Ready:
     _check_files(pair, config, args)
     wants = dataclasses.replace(wants, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
     _check_architecture(config, teacher, args, wants)
+    check_hidden_states(args, config, lambda: _config_of(teacher, args), loading.kind_of(teacher, args))
     loading.refuse(pair, args, wants)
     _refuse_weights_without_values(student, "student")
     for _, member in loading.each_teacher(teacher, args):
@@ -319,6 +321,12 @@ def _check_files(pair: Pair, config: Any, args: DistillConfig) -> None:
             kwargs: Any = options.teacher_model_init_kwargs or {}
             known = models.with_overrides(models.load_config(teacher, "teacher", **options.files_of("teacher")), kwargs)
             models.check_files(teacher, "teacher", known, kwargs)
+
+
+def _config_of(teacher: Any, args: DistillConfig) -> Any:
+    if isinstance(teacher, str):
+        return models.load_config(teacher, "teacher", **args.files_of("teacher"))
+    return models.causal_lm_of(loading.model_of(teacher)).config
 
 
 def _check_architecture(config: Any, teacher: Any, args: DistillConfig, wants: Requirements) -> None:

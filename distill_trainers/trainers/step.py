@@ -28,6 +28,7 @@ from ..losses.sampler_ratio import SamplerRatio
 from ..losses.sparse import token_entropy, token_logps
 from ..signals import Aligned, TeacherSignal, TokenLogits, TokenLogprobs
 from ..teachers import Teacher
+from .hidden_states import HIDDEN_MSE, HiddenMatch, States
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class TwoModels:
         extras: entries of a batch that go to both models beside ids and mask (`models.extra_inputs` of the student).
         other: writes what the teacher reads, if it has a tokenizer of its own.
         alm_temperature: with `other`: see `chunk_entries`; None is the limit.
+        hidden: compares hidden states while the student trains; None compares none.
 
     Attributes:
         sampler_ratio: weighs tokens that another sampler drew; None weighs none.
@@ -60,6 +62,7 @@ class TwoModels:
         extras: frozenset[str] = frozenset(),
         other: OtherTokenizer | None = None,
         alm_temperature: float | None = None,
+        hidden: HiddenMatch | None = None,
     ):
         self.teacher = teacher
         self.vocab_size = vocab_size
@@ -68,6 +71,7 @@ class TwoModels:
         self.extras = extras
         self.other = other
         self.alm_temperature = math.inf if alm_temperature is None else alm_temperature
+        self.hidden = hidden
         self.sampler_ratio: SamplerRatio | None = None
         self.head_is_fused: bool | None = None
         self._rows_stay_apart = False
@@ -181,7 +185,15 @@ class TwoModels:
         if models.is_packed(inputs) and not self._rows_stay_apart:
             models.check_rows_stay_apart(student, labels.device, "the student")
             self._rows_stay_apart = True
-        signal = None if teacher_signal is None else teacher_signal(dict(inputs), predicts)
+        hidden = self.hidden if trains and teacher_signal is not None else None
+        with self._teacher_states(hidden, inputs, predicts) as theirs:
+            signal = None if teacher_signal is None else teacher_signal(dict(inputs), predicts)
+
+        def matched(total: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            if hidden is None:
+                return total, terms
+            errors = hidden.term(ours, theirs)
+            return total + hidden.weight * errors.sum(), {**terms, HIDDEN_MSE: errors.detach()}
 
         def on_hidden(hidden_BTD: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
             hidden_ND, head = hidden_BTD[:, :-1][predicts], head.cut_to(self.vocab_size)
@@ -192,10 +204,11 @@ class TwoModels:
             known = self._known(tokens, predicts, whole_signal, terms_of)
             operands = hidden_ND, head, _read_at_tokens(whole_signal, row_terms, known), terms_fn
             if row_terms is None:
-                return fused_linear_terms(*operands, known, weights, chunk_bytes=self.chunk_bytes)
-            return fused_row_terms(*operands, row_terms, known, weights, chunk_bytes=self.chunk_bytes)
+                return matched(*fused_linear_terms(*operands, known, weights, chunk_bytes=self.chunk_bytes))
+            return matched(*fused_row_terms(*operands, row_terms, known, weights, chunk_bytes=self.chunk_bytes))
 
-        with self._whole(self.teacher, signal) as whole_signal:
+        watching = contextlib.nullcontext({}) if hidden is None else hidden.of_student(student, predicts)
+        with self._whole(self.teacher, signal) as whole_signal, watching as ours:
             if self.head_is_fused:
                 # The student's head is whole inside its own forward alone, where the wrappers see the loss as well.
                 result = student(**forward_inputs, on_hidden=on_hidden, **({"with_balance": True} if balanced else {}))
@@ -207,9 +220,16 @@ class TwoModels:
                 of_logits = lambda terms: terms(TokenLogits(logits_NV), None, tokens)  # noqa: E731
                 known = self._known(tokens, predicts, whole_signal, of_logits)
                 told = _read_at_tokens(whole_signal, row_terms, known)
-                total, terms = _terms_of_logits(logits_NV, told, terms_fn, row_terms, known, weights)
+                total, terms = matched(*_terms_of_logits(logits_NV, told, terms_fn, row_terms, known, weights))
                 balance = getattr(output, models.AUX_LOSS, None) if balanced else None
         return total, terms if balance is None else {**terms, models.AUX_LOSS: balance}
+
+    def _teacher_states(
+        self, hidden: HiddenMatch | None, inputs: Mapping[str, Any], predicts: Tensor
+    ) -> contextlib.AbstractContextManager[States]:
+        if hidden is None:
+            return contextlib.nullcontext({})
+        return hidden.of_teacher(self.teacher, self.read_by(self.teacher, inputs, predicts)[1])
 
     def _known(
         self,

@@ -112,6 +112,7 @@ class DPKDConfig(DistillConfig):
     def other_scores(self) -> frozenset[str]:
         return _SCORES
 
+    why_no_hidden_states = "the loss compares log-probabilities of whole answers"
     why_no_packing = "a loss of whole rows compares the two of each pair"
     scores_all_text = False
     compares_chunks = False  # log-probabilities of responses are all that is compared

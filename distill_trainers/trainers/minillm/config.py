@@ -96,6 +96,7 @@ class MiniLLMConfig(RewardSettings, DistillConfig):
         kinds = {"token_logprobs" if self.estimator == "sampled" else "distribution"}
         return frozenset(kinds | ({"completions"} if self.alpha else set()))
 
+    why_no_hidden_states = "the teacher is asked about a rollout once, ahead of the steps that train on it"
     why_no_packing = "the loss weighs whole rows"
 
     @property
