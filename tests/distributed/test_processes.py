@@ -444,7 +444,7 @@ def test_a_checkpoint_is_whole_when_all_processes_have_written_theirs(tmp_path):
     assert find_last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-3")
 
 
-# ---- The student as its own teacher ---------------------------------------------------------------------------------
+# ---- The student as its own teacher, or made of it ------------------------------------------------------------------
 
 OWN_TEACHERS = {
     "ema": {"args": {**SETTINGS, "lmbda": 0.5, **SELF_TAUGHT}},
@@ -452,6 +452,7 @@ OWN_TEACHERS = {
     "initial": {"args": {**OFF_POLICY, "lm_loss_weight": 1.0, "self_teacher": "initial"}},
     "initial, adapter": {"lora": True, "args": {**OFF_POLICY, "lm_loss_weight": 1.0, "self_teacher": "initial"}},
     "live": {"args": {**OFF_POLICY, "lm_loss_weight": 1.0, "self_teacher": "live"}},
+    "made of it": {"pruned": True, "args": {**OFF_POLICY, "hidden_weight": 1.0}},
 }
 
 
@@ -483,3 +484,5 @@ def test_two_processes_are_taught_by_their_student_as_one_is(self_taught, config
         first, second = ([log["divergence"] for log in r["logs"] if "divergence" in log] for r in reports)
         assert second == pytest.approx(first, rel=5e-3, abs=1e-8), case
         assert any(first) == (case != "live"), case
+        first, second = ([log["hidden_mse"] for log in r["logs"] if "hidden_mse" in log] for r in reports)
+        assert second == pytest.approx(first, rel=5e-3) and any(first) == (case == "made of it"), case

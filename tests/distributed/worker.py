@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainerCa
 
 from distill_trainers.exceptions import CheckpointError, TeacherServerError
 from distill_trainers.servers.endpoints import Again
+from distill_trainers.students import prune_layers
 from distill_trainers.toy import (
     RATIONALE_PROMPTS,
     addition_dataset,
@@ -144,6 +145,8 @@ def train(job):
     if job.get("method") == "rationale" or settings.get("self_teacher"):
         teacher = None
     student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1, attention_dropout=job.get("dropout", 0.0))
+    if job.get("pruned"):  # the teacher's second layer alone
+        student = prune_layers(teacher, [1])
     if job.get("experts"):
         student = mixture_of_experts(**job["experts"])
     peft_config = None
