@@ -248,7 +248,7 @@ def build(student: Any, seed: int, options: argparse.Namespace, **settings: Any)
     ]
     args = GKDConfig(
         output_dir=str(options.work / "runs"),
-        teacher_cache=str(options.work / "cache"),
+        teacher_cache=None if settings.get("hidden_weight") else str(options.work / "cache"),
         lmbda=0.0,
         divergence="forward_kl",
         max_length=512,  # longer than any row

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480, help="of CPU time for training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--hidden-weight", type=float, default=0.0, help="of hidden states, see docs/students.md")
     parser.add_argument("--quick", action="store_true", help="a toy teacher, few prompts: only shows that it runs")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
@@ -79,7 +80,7 @@ def work(name: str, seed: int, options: argparse.Namespace) -> None:
         done["unquantised"] = scores(build(model, 0, options))
         done["ptq"] = scores(build(model, 0, options, **settings))
     else:
-        trainer = build(model, seed, options, **settings)
+        trainer = build(model, seed, options, **settings, hidden_weight=options.hidden_weight)
         done = train_and_judge(trainer, options)
         folder = file.parent / "student"
         trainer.save_model(str(folder))
@@ -126,7 +127,7 @@ def settings_line(options: argparse.Namespace) -> str:
     return (
         f"{Path(options.teacher).name}, {options.kind} in groups of {options.group_size}: {options.seconds:.0f} s of "
         f"CPU time, one thread, float32; batch 4, forward KL, rate {options.learning_rate:g}, which falls to 0 "
-        "with the time."
+        f"with the time, hidden states weighed {options.hidden_weight:g}."
     )
 
 

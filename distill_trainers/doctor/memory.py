@@ -36,9 +36,10 @@ float32, with checkpointing those of one layer, and of all while it samples. Bes
 about 2 D + 3 f numbers per token.
 
 **Head and loss** (`losses/fused_linear.py`): at most three chunks of logits, min(4 n V, `loss_chunk_mib`) each: the
-student's, the teacher's, the gradient; both models' last hidden states; in float32 the gradients of the student's,
-4 n D, and of the head, 4 V D where it is trained. 16-bit heads are turned into float32 on a CPU, which cannot multiply
-them with a wide result.
+student's, the teacher's, the gradient; both models' last hidden states; in float32 the gradients of the student's, 4 n
+D, and of the head, 4 V D where it is trained. `hidden_weight` keeps the teacher's states that each of the student's
+layers is held against, and their float32 differences: n D (b_t + 4) for each. 16-bit heads are turned into float32 on
+a CPU, which cannot multiply them with a wide result.
 
 **Moments.** What is held, and the most of
 - end of forward: activations + head and loss (+ gradients, from the second micro-batch of a step on);
@@ -96,6 +97,7 @@ class Workload:
         padded: whether rows have different lengths, so that attention needs a mask.
         teacher_more: tokens that a row has for the teacher beyond the student's, where it has a prompt of its own.
         rounded: whether the student computes with rounded weights (`quantize_student`).
+        matched: whether hidden states of all layers are compared (`hidden_weight`).
     """
 
     rows: int
@@ -116,6 +118,7 @@ class Workload:
     padded: bool = True
     teacher_more: int = 0
     rounded: bool = False
+    matched: bool = False
 
     @property
     def tokens(self) -> int:
@@ -319,6 +322,7 @@ class _Student:
             "chunks of logits": (3 if teacher is not None else 2) * chunk,
             "last hidden states": hidden + teacher_hidden,
             "head's gradient": 4.0 * shape.head if shape.head_trains else 0.0,
+            "hidden states": self.work.matched * shape.layers * n * shape.hidden * (self.work.teacher_bytes + 4),
         }
         if self.launch.on_cpu:  # heads in 16 bits are converted
             parts["heads in float32"] = 4.0 * shape.head if self.bytes < 4 else 0.0

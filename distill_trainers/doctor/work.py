@@ -61,6 +61,7 @@ def workload(
         teacher_samples=method == "minillm" and args.alpha > 0,
         teacher_more=teacher_more,
         rounded=args.quantize_student is not None,
+        matched=args.hidden_weight > 0,
         teacher_sparse=args.teacher_cache is not None and args.teacher_cache_kind != "hidden",
     )
 

@@ -167,6 +167,15 @@ def test_rounded_weights_are_held_from_forward_to_backward_and_while_it_samples(
         assert more == 4 * shapes[0].linear
 
 
+def test_hidden_states_are_held_from_forward_to_backward(shapes):
+    """Of each of the student's layers: the teacher's at the trained tokens, in its dtype, and the difference."""
+    work = Workload(2, 64)
+    plain, matched = (estimate(*shapes, replace(work, matched=on), Launch(), "replicate") for on in (False, True))
+    student = shapes[0]
+    more = sum(matched.moments["end of forward"].values()) - sum(plain.moments["end of forward"].values())
+    assert more == student.layers * 2 * 64 * student.hidden * (work.teacher_bytes + 4)
+
+
 def test_several_teachers_hold_their_sum_and_answer_one_after_the_other():
     student = shape_of(AutoModelForCausalLM.from_config(CONFIGS["llama"](2)))
     large = shape_of(AutoModelForCausalLM.from_config(CONFIGS["llama"](6)))

@@ -69,9 +69,7 @@ def test_the_term_is_that_of_the_definition(make_trainer, deep, cut):
             model(**inputs)
         outputs.append([kept[index] for index in layers])
     trained = batch["labels"][:, 1:] != -100
-    errors = [
-        ((h - t).square().sum(-1) / t.square().sum(-1))[:, :-1][trained] for h, t in zip(*outputs, strict=True)
-    ]
+    errors = [((h - t).square().sum(-1) / t.square().sum(-1))[:, :-1][trained] for h, t in zip(*outputs, strict=True)]
     expected = 3.0 * torch.stack(errors).mean()
     expected.backward()
     assert loss - plain[0] == pytest.approx(float(expected), rel=1e-5)  # the term is float32, as every sum of squares
