@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distill_trainers.data.arrow import without_filling
+from distill_trainers.data.arrow import class_names, without_filling
 from distill_trainers.data.collator import DistillCollator
 from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation, to_chatml
 from distill_trainers.data.labels import IGNORED, any_trained
@@ -146,7 +146,7 @@ def _prepare_row(
     empty = _EMPTY if teacher_prompts is None else {**_EMPTY, **_NO_VIEW, **({} if other is None else _NO_OWN)}
 
     try:
-        row = without_filling(row, features)
+        row = class_names(without_filling(row, features), features)
         prompt, chosen, rejected = split_pair(row)
         bad = _bad_text(prompt, chosen, rejected, foreign)
         if bad:
@@ -157,7 +157,7 @@ def _prepare_row(
                 tokenizer,
                 dataset_type="prompt_completion",
                 chat_template_kwargs=chat_template_kwargs,
-                features=dict.fromkeys(("prompt", "completion", "tools"), Json()),  # what they lack is gone already
+                features=dict.fromkeys((*row, "prompt", "completion"), Json()),  # what they lack is gone already
                 teacher_prompts=teacher_prompts,
             )
             for completion in (chosen, rejected)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..answers.edit_distance import key_tokens
 from ..answers.formats import question_text
 from ..exceptions import DatasetError, NoUsableRowsError
+from .arrow import class_names
 from .chat import Chat
 from .collator import DistillCollator, pad_rows
 from .conversations import split_turns
@@ -238,6 +239,7 @@ def prepare_rationales(
     prompts = work.teacher_prompts
     features = _features(views=prompts is not None, own_tokenizer=prompts is not None and prompts.other is not None)
     run = partial(_prepare_example, work=work, needs=needs, with_others=with_others, name=name, code=code_fingerprint())
+    run = partial(run, columns=dataset.features)
     map_rows: Any = partial(dataset.map, run, with_indices=True, remove_columns=list(row), features=features)
     told = [name for name in ("dropped", "straddled", "lacks") if name in features]
     if not isinstance(dataset, Dataset):
@@ -257,8 +259,17 @@ def prepare_rationales(
 
 
 def _prepare_example(
-    row: Mapping[str, Any], index: int, *, work: RationaleTokenizer, needs: str, with_others: bool, name: str, code: str
+    row: Mapping[str, Any],
+    index: int,
+    *,
+    work: RationaleTokenizer,
+    needs: str,
+    with_others: bool,
+    name: str,
+    code: str,
+    columns: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    row = class_names(row, columns)
     try:
         example = work.example(row)
     except DatasetError as error:

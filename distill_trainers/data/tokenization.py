@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from distill_trainers.data.arrow import class_names
 from distill_trainers.data.feedback import COLUMNS, FeedbackRows, feedback_features
 from distill_trainers.data.formats import (
     DatasetType,
@@ -24,7 +25,7 @@ from distill_trainers.data.plain import plain_dataset
 from distill_trainers.data.reward_rows import REWARD_ROW, RewardRows
 from distill_trainers.data.routing import TEACHER_INDEX, teacher_index
 from distill_trainers.data.rows import TokenizedRow, is_text, tokenize_row, truncate
-from distill_trainers.data.teacher_prompts import TeacherPrompts
+from distill_trainers.data.teacher_prompts import CONTEXT, TeacherPrompts
 from distill_trainers.data.texts import special_beginning, tell_straddled
 from distill_trainers.data.views import view_features
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
@@ -102,6 +103,7 @@ def prepare_dataset(
     row = first_row(dataset, name=name)
     dataset_type = detect_dataset_type(row, name=name)
     _check_type_serves(dataset_type, needs, assistant_only_loss, name)
+    no_context = teacher_prompts is not None and CONTEXT not in row
     if teacher_prompts is not None:
         teacher_prompts = teacher_prompts.reading(row, dataset_type, column_mapping, name)
     if feedback is not None:
@@ -126,6 +128,7 @@ def prepare_dataset(
         code=code_fingerprint(),
         teachers=list(teachers),
         teacher_column=teacher_column,
+        no_context=no_context,
         feedback=feedback,
         rewards=rewards,
         begin=special_beginning(tokenizer) if is_text(row, dataset_type) else None,
@@ -160,6 +163,7 @@ def _prepare_row(
     teacher_prompts: TeacherPrompts | None = None,
     teachers: Sequence[str] = (),
     teacher_column: str = "teacher",
+    no_context: bool = False,
     feedback: FeedbackRows | None = None,
     rewards: RewardRows | None = None,
     **settings: Any,  # of `tokenize_row`
@@ -167,7 +171,13 @@ def _prepare_row(
     views: dict[str, Any] = {}
     too_long = ""
     try:
-        routed = {TEACHER_INDEX: teacher_index(row, teachers, teacher_column)} if teachers else {}
+        if no_context and row.get(CONTEXT):  # of a stream, whose rows may have different columns
+            raise DatasetError(
+                f"There is a column {CONTEXT!r}, which the first row lacks, so that no teacher would read it; expected "
+                "the same columns in all rows. Give the first row that column, with null where it has none."
+            )
+        named = class_names(row, settings["features"])
+        routed = {TEACHER_INDEX: teacher_index(named, teachers, teacher_column)} if teachers else {}
         settings |= {"teacher_prompts": teacher_prompts, "feedback": feedback, "rewards": rewards}
         whole: Any = tokenize_row(row, tokenizer, reserve=reserve, **settings)
         cut = truncate(whole, max_length, reserve, bos_token_id=tokenizer.bos_token_id)
