@@ -21,9 +21,9 @@ from distill_trainers.data.arrow import class_names, without_filling
 from distill_trainers.data.collator import DistillCollator
 from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation, to_chatml
 from distill_trainers.data.labels import IGNORED, any_trained
-from distill_trainers.data.plain import plain_dataset
+from distill_trainers.data.plain import plain_dataset, without_late
 from distill_trainers.data.rows import tokenize_row
-from distill_trainers.data.teacher_prompts import TeacherPrompts
+from distill_trainers.data.teacher_prompts import CONTEXT, TeacherPrompts
 from distill_trainers.data.texts import tell_straddled
 from distill_trainers.data.views import ALIGNED_ENTRIES, OWN_COMPLETION, has_view, joined_views, view_features, view_of
 from distill_trainers.exceptions import DatasetError, NoUsableRowsError
@@ -104,6 +104,7 @@ def prepare_pairs(
     dataset = apply_column_mapping(plain_dataset(dataset, name=name), column_mapping, name=name)
     row = first_row(dataset, name=name)
     if teacher_prompts is not None:
+        dataset = without_late(CONTEXT, dataset, row, name)
         teacher_prompts = teacher_prompts.reading(row, "prompt_completion", column_mapping, name)
     foreign = tuple(marker for marker in MARKERS if marker not in tokenizer.get_vocab())
     work = partial(

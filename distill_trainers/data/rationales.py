@@ -30,9 +30,9 @@ from .collator import DistillCollator, pad_rows
 from .conversations import split_turns
 from .formats import apply_column_mapping, detect_dataset_type, first_row
 from .labels import IGNORED, TokenizedRow, any_trained, labels_of, row_of
-from .plain import plain_dataset
+from .plain import plain_dataset, without_late
 from .rows import truncate
-from .teacher_prompts import TeacherPrompts
+from .teacher_prompts import CONTEXT, TeacherPrompts
 from .texts import encoder_and_decoder_ids, split_text, tell_straddled
 from .tokenization import code_fingerprint, is_kept
 from .views import (
@@ -235,6 +235,7 @@ def prepare_rationales(
             "like, choices, wrong_rationale, wrong_answer, task). Rename columns with column_mapping."
         )
     if work.teacher_prompts is not None:
+        dataset = without_late(CONTEXT, dataset, row, name)
         work = replace(work, teacher_prompts=work.teacher_prompts.reading(row, "rationale", column_mapping, name))
     prompts = work.teacher_prompts
     features = _features(views=prompts is not None, own_tokenizer=prompts is not None and prompts.other is not None)

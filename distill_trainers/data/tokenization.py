@@ -21,7 +21,7 @@ from distill_trainers.data.formats import (
     reading,
 )
 from distill_trainers.data.labels import any_trained
-from distill_trainers.data.plain import plain_dataset
+from distill_trainers.data.plain import plain_dataset, without_late
 from distill_trainers.data.reward_rows import REWARD_ROW, RewardRows
 from distill_trainers.data.routing import TEACHER_INDEX, teacher_index
 from distill_trainers.data.rows import TokenizedRow, is_text, tokenize_row, truncate
@@ -103,8 +103,8 @@ def prepare_dataset(
     row = first_row(dataset, name=name)
     dataset_type = detect_dataset_type(row, name=name)
     _check_type_serves(dataset_type, needs, assistant_only_loss, name)
-    no_context = teacher_prompts is not None and CONTEXT not in row
     if teacher_prompts is not None:
+        dataset = without_late(CONTEXT, dataset, row, name)
         teacher_prompts = teacher_prompts.reading(row, dataset_type, column_mapping, name)
     if feedback is not None:
         feedback = feedback.reading(row, dataset_type, column_mapping, name)
@@ -128,7 +128,6 @@ def prepare_dataset(
         code=code_fingerprint(),
         teachers=list(teachers),
         teacher_column=teacher_column,
-        no_context=no_context,
         feedback=feedback,
         rewards=rewards,
         begin=special_beginning(tokenizer) if is_text(row, dataset_type) else None,
@@ -163,7 +162,6 @@ def _prepare_row(
     teacher_prompts: TeacherPrompts | None = None,
     teachers: Sequence[str] = (),
     teacher_column: str = "teacher",
-    no_context: bool = False,
     feedback: FeedbackRows | None = None,
     rewards: RewardRows | None = None,
     **settings: Any,  # of `tokenize_row`
@@ -171,11 +169,6 @@ def _prepare_row(
     views: dict[str, Any] = {}
     too_long = ""
     try:
-        if no_context and row.get(CONTEXT):  # of a stream, whose rows may have different columns
-            raise DatasetError(
-                f"There is a column {CONTEXT!r}, which the first row lacks, so that no teacher would read it; expected "
-                "the same columns in all rows. Give the first row that column, with null where it has none."
-            )
         named = class_names(row, settings["features"])
         routed = {TEACHER_INDEX: teacher_index(named, teachers, teacher_column)} if teachers else {}
         settings |= {"teacher_prompts": teacher_prompts, "feedback": feedback, "rewards": rewards}

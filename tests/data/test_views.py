@@ -222,17 +222,19 @@ def test_what_a_table_adds_to_messages_is_not_read_by_the_teacher_either(make_to
 
 
 def test_a_context_that_the_first_row_of_a_stream_lacks_is_told(tok):
-    rows = [{"prompt": "Q", "completion": "A"}, {"prompt": "Q", "completion": "A", "privileged_context": "C"}]
-
-    def stream(order):
-        return IterableDataset.from_generator(lambda: (rows[i] for i in order))
-
-    prepare = partial(prepare_dataset, tokenizer=tok, max_length=99, teacher_prompts=TeacherPrompts())
-    assert [texts(tok, viewed_row(row))[0] for row in prepare(stream([1, 0]))] == ["C\n\nQA<|im_end|>", "QA<|im_end|>"]
-    with pytest.raises(
-        DatasetError, match="Row 1 of dataset 'train'.*which the first row lacks.*null where it has none"
-    ):
-        list(prepare(stream([0, 1])))
+    layouts = {
+        prepare_dataset: {"prompt": "Q", "completion": "A"},
+        prepare_pairs: {"prompt": "Q", "chosen": "A", "rejected": "B"},
+    }
+    for prepare, plain in layouts.items():
+        rows = [plain, {**plain, "privileged_context": "C"}]
+        run = partial(prepare, tokenizer=tok, max_length=99, teacher_prompts=TeacherPrompts())
+        found = list(run(IterableDataset.from_generator(lambda rows=rows: iter(rows[::-1]))))
+        assert [tok.decode(row["teacher_prompt_ids"]) for row in found] == ["C\n\nQ", "Q"]
+        with pytest.raises(
+            DatasetError, match="Row 1 of dataset 'train'.*which the first row lacks.*null where it has"
+        ):
+            list(run(IterableDataset.from_generator(lambda rows=rows: iter(rows))))
 
 
 def test_nothing_is_asked_for(tok):
