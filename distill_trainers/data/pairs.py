@@ -124,9 +124,11 @@ def prepare_pairs(
         # Not from the cache of `datasets`, which does not see changes of the code that tokenises.
         prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}", load_from_cache_file=False)
         prepared = _without_bad(prepared, drop_bad=drop_bad, max_length=max_length, name=name)
+        if teacher_prompts is not None:
+            teacher_prompts.tell_lacking(prepared["lacks"][:], name)
     else:
         prepared = map_rows().filter(partial(_is_good, drop_bad=drop_bad, name=name))
-    return prepared.remove_columns(["bad", "cut", "straddled"])
+    return prepared.remove_columns([column for column in ("bad", "cut", "straddled", "lacks") if column in features])
 
 
 def _prepare_row(
@@ -276,7 +278,7 @@ _EMPTY: dict[str, Any] = {
 }
 
 
-_NO_VIEW: dict[str, Any] = {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0}
+_NO_VIEW: dict[str, Any] = {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0, "lacks": ""}
 _REJECTED = "rejected_teacher_ids"  # of the rejected side, of a teacher with a tokenizer of its own
 _NO_OWN: dict[str, Any] = {OWN_COMPLETION: [], _REJECTED: []}
 
@@ -287,6 +289,7 @@ def _features(*, views: bool = False, own_tokenizer: bool = False) -> Features:
     ids, number = List(Value("int32")), Value("int32")
     kinds = (ids, ids, number, number, ids, ids, Value("string"), Value("bool"), number)
     columns = dict(zip(_EMPTY, kinds, strict=True)) | (view_features(own_tokenizer=own_tokenizer) if views else {})
+    columns |= {"lacks": Value("string")} if views else {}
     return Features(columns | ({_REJECTED: ids} if own_tokenizer else {}))
 
 

@@ -248,6 +248,15 @@ def test_both_responses_of_a_pair_follow_the_teachers_prompt(tok):
     assert row["teacher_length"] == len("C\n\nQ right") + 1 - 1  # two newlines are one token
 
 
+def test_pairs_without_context_are_counted_too(tok, caplog):
+    pairs = [{"prompt": "Q", "chosen": "A", "rejected": "B", "h": text} for text in ("x", None, "")]
+    run = partial(prepare_pairs, tokenizer=tok, max_length=30, teacher_prompts=TeacherPrompts(prompt="{h}{prompt}"))
+    assert "lacks" not in run(Dataset.from_list(pairs)).column_names
+    assert "3 rows: 2 have nothing in 'h'" in caplog.text
+    with pytest.raises(NoUsableRowsError, match="2 rows in dataset 'train', of which 2 have nothing in 'h'"):
+        run(Dataset.from_list(pairs[1:]))
+
+
 # ---- Too long, or not to be had -------------------------------------------------------------------------------------
 
 
