@@ -44,8 +44,10 @@ LAUNCHES: dict[str, tuple[str | None, str]] = {
 }
 _TOPK = {"teacher_server_kind": "topk", "teacher_placement": "remote"}
 _VIEW = {"teacher_prompt": "1+{prompt}", "like": "view, replicated"}
-_TWO = {"several": True, "like": "two by row, replicated"}
-_MIX = {"several": True, "teacher_mix": "geometric", "like": "two mixed, replicated"}
+_TWO = {"several": "ab", "like": "two by row, replicated"}
+_MIX = {"several": "ab", "teacher_mix": "geometric", "like": "two mixed, replicated"}
+_BEYOND = {"extrapolate": {"reference": "initial", "scale": 1.25}, "like": "extrapolated, replicated"}
+_FROM_COPY = {"several": "ab", "extrapolate": {"reference": "b", "scale": 1.25}}  # b: the student's base, named
 # Name of a teacher: settings of the run. Each is compared with the teacher that it is `like`, in a single process; by
 # default with a whole one of the same answers, and those with an adapter with a copy of the student's base.
 TEACHERS: dict[str, dict[str, Any]] = {
@@ -70,6 +72,10 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "view, cached hidden": {**_VIEW, "teacher_placement": "cached", "teacher_cache": "hidden"},
     "view, remote hidden": {**_VIEW, "teacher_placement": "remote", "teacher_server_kind": "hidden"},
     "itself at first, view": {**_VIEW, "self_teacher": "initial", "like": "itself at first, view"},
+    "itself at first, view, replicated": {
+        **{**_VIEW, "self_teacher": "initial", "teacher_placement": "replicate"},
+        "like": "itself at first, view",
+    },
     "itself averaged, view": {
         **_VIEW,
         "self_teacher": "ema",
@@ -77,17 +83,43 @@ TEACHERS: dict[str, dict[str, Any]] = {
         "like": "itself averaged, view",
     },
     "itself as it is, view": {**_VIEW, "self_teacher": "live", "like": "itself as it is, view"},
+    "LoRA, a copy, view": {**_VIEW, "teacher_placement": "replicate", "lora": True, "like": "LoRA, a copy, view"},
+    "LoRA, adapter off, view": {
+        **{**_VIEW, "teacher_placement": "adapter_off", "lora": True},
+        "like": "LoRA, a copy, view",
+    },
+    "LoRA, itself at first, view": {
+        **{**_VIEW, "self_teacher": "initial", "lora": True},
+        "like": "LoRA, itself at first, view",
+    },
     "LoRA, itself averaged, view": {
         **{**_VIEW, "self_teacher": "ema", "self_teacher_decay": 0.5, "lora": True},
         "like": "LoRA, itself averaged, view",
     },
+    "LoRA, itself as it is, view": {
+        **{**_VIEW, "self_teacher": "live", "lora": True},
+        "like": "LoRA, itself as it is, view",
+    },
     "two by row, replicated": {**_TWO, "teacher_placement": "replicate"},
     "two by row, zero3": {**_TWO, "teacher_placement": "zero3"},
     "two by row, fsdp2": {**_TWO, "teacher_placement": "fsdp2"},
-    "two by row, one remote": {**_TWO, "teacher_placement": "replicate", "remote": "a"},
+    "two by row, cached": {**_TWO, "away": {"a": "cached", "b": "cached"}},
+    "two by row, one remote": {**_TWO, "teacher_placement": "replicate", "away": {"a": "remote"}},
     "two mixed, replicated": {**_MIX, "teacher_placement": "replicate"},
     "two mixed, zero3": {**_MIX, "teacher_placement": "zero3"},
     "two mixed, fsdp2": {**_MIX, "teacher_placement": "fsdp2"},
+    "two mixed, cached": {**_MIX, "away": {"a": "cached", "b": "cached"}},
+    "two mixed, one remote": {**_MIX, "teacher_placement": "replicate", "away": {"a": "remote"}},
+    "extrapolated, replicated": {**_BEYOND, "teacher_placement": "replicate"},
+    "extrapolated, zero3": {**_BEYOND, "teacher_placement": "zero3"},
+    "extrapolated, fsdp2": {**_BEYOND, "teacher_placement": "fsdp2"},
+    "extrapolated, cached": {**_BEYOND, "several": "a", "away": {"a": "cached"}},
+    "extrapolated, remote": {**_BEYOND, "teacher_placement": "remote", "teacher_server_kind": "hidden"},
+    "extrapolated from a copy": {**_FROM_COPY, "teacher_placement": "replicate", "like": "extrapolated, replicated"},
+    "LoRA, extrapolated": {
+        **{**_BEYOND, "teacher_placement": "replicate", "lora": True},
+        "like": "LoRA, extrapolated",
+    },
 }
 CACHES: dict[str, dict[str, Any]] = {
     "hidden": {"teacher_cache_kind": "hidden"},
@@ -206,7 +238,10 @@ def run(launch: str, folder: Path, options: Any) -> tuple[dict[str, Any], bool]:
 @contextlib.contextmanager
 def served(folder: Path, options: Any) -> Iterator[str | None]:
     """The address of the teacher, served by a process of its own while within; None if no teacher is remote."""
-    if not any(TEACHERS[t].get("teacher_placement") == "remote" or "remote" in TEACHERS[t] for t in options.teachers):
+    if not any(
+        "remote" in (TEACHERS[t].get("teacher_placement"), *TEACHERS[t].get("away", {}).values())
+        for t in options.teachers
+    ):
         yield None
         return
     command = [sys.executable, "-m", "distill_trainers.cli", "serve-teacher", "--model", str(folder / "teacher")]

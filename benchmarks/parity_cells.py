@@ -53,6 +53,8 @@ def cell(job: dict[str, Any], teacher: str, method: str) -> dict[str, Any]:
             settings |= CACHES[cache]
             view = {"teacher_prompt": settings["teacher_prompt"]} if "teacher_prompt" in settings else {}
             settings["teacher_cache"] = str(fill(job, method, cache, view))
+        if "several" in settings:
+            settings["several"] = {name: member(job, method, settings, name) for name in settings["several"]}
         trainer = build(job, method, settings)
         losses, norms = recorded(trainer)
         trainer.train()
@@ -62,27 +64,40 @@ def cell(job: dict[str, Any], teacher: str, method: str) -> dict[str, Any]:
     return {"loss": losses, "grad_norm": norms}
 
 
-def fill(job: dict[str, Any], method: str, cache: str, view: dict[str, Any]) -> Path:
+def member(job: dict[str, Any], method: str, settings: dict[str, Any], name: str) -> Any:
+    """One of two teachers, each where it is: `a` is the teacher, `b` the student's base."""
+    model, place = {"a": "teacher", "b": "student"}[name], settings.get("away", {}).get(name)
+    if place == "cached":
+        return {"teacher_placement": place, "teacher_cache": str(fill(job, method, "hidden", {}, model))}
+    if place == "remote":
+        hidden = {"teacher_placement": place, "teacher_server_kind": "hidden"}
+        return {"teacher_model_name_or_path": job["server"], **hidden}
+    return str(Path(job["folder"]) / model)
+
+
+def fill(job: dict[str, Any], method: str, cache: str, view: dict[str, Any], model: str = "teacher") -> Path:
     """The folder of a full cache, made by the processes of this launch with a whole teacher."""
     from distill_trainers.trainers.lifecycle.cache_filling import fill_cache
 
-    name = "_".join((job["launch"], method, cache, *view)).replace(" ", "_")
+    name = "_".join((job["launch"], method, cache, model, *view)).replace(" ", "_")
     folder = Path(job["folder"]) / "caches" / name
     settings = {**CACHES[cache], **view, "teacher_cache": str(folder), "teacher_placement": "replicate"}
-    trainer = build(job, method, settings)
+    trainer = build(job, method, settings, model)
     fill_cache(trainer)
     trainer.accelerator.wait_for_everyone()
     return folder
 
 
-def build(job: dict[str, Any], method: str, settings: dict[str, Any]) -> Any:
+def build(job: dict[str, Any], method: str, settings: dict[str, Any], model: str = "") -> Any:
+    """A trainer; `model` is the folder of its teacher, by default the larger one, or the base of an adapter."""
     from distill_trainers.toy import RATIONALE_PROMPTS
     from distill_trainers.trainers import METHODS as TRAINERS
 
     settings, folder = dict(settings), Path(job["folder"])
     lora, dora = settings.pop("lora", False), settings.pop("dora", False)
-    several, away = settings.pop("several", False), settings.pop("remote", "")
-    settings.pop("like", None)
+    several = settings.pop("several", None)
+    for name in ("like", "away"):
+        settings.pop(name, None)
     placement = settings.setdefault("teacher_placement", "auto")
     if placement == "device_map":  # the launch's processes must not share one device by accident
         here = int(os.environ.get("LOCAL_RANK", "0")) if job["gpu"] else "cpu"
@@ -113,15 +128,13 @@ def build(job: dict[str, Any], method: str, settings: dict[str, Any]) -> Any:
     student: Any = str(folder / "student")
     if lora:
         student = adapted(folder, "dora" if dora else "lora")
-    teacher = str(folder / ("student" if lora else "teacher"))
+    model = model or ("student" if lora and "extrapolate" not in settings else "teacher")
+    teacher = str(folder / model)
     given: Any = {"adapter_off": None, "cached": None, "remote": job["server"]}.get(placement, teacher)
     if "self_teacher" in settings:
         given = None
-    if several:
-        given = {"a": teacher, "b": str(folder / "student")}
-        remote = {"teacher_placement": "remote", "teacher_server_kind": "hidden"}
-        given |= {name: {"teacher_model_name_or_path": job["server"], **remote} for name in away}
-    return trainer_class(student, given, args, rows(name, several), processing_class=tokenizer(folder))
+    is_routed = several is not None and not args.composes_teachers
+    return trainer_class(student, several or given, args, rows(name, is_routed), processing_class=tokenizer(folder))
 
 
 def adapted(folder: Path, adapter: str) -> Any:
@@ -138,10 +151,10 @@ def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder / "student")
 
 
-def rows(method: str, several: bool = False) -> Any:
-    """Rows of a method's layout; of several teachers, each has one."""
+def rows(method: str, is_routed: bool) -> Any:
+    """Rows of a method's layout; each has one of several teachers."""
     made = rows_of(method)
-    return made.add_column("teacher", ["ab"[i % 3 == 0] for i in range(len(made))]) if several else made
+    return made.add_column("teacher", ["ab"[i % 3 == 0] for i in range(len(made))]) if is_routed else made
 
 
 def rows_of(method: str) -> Any:

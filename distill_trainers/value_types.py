@@ -57,6 +57,10 @@ def check_settings(
     declared = {field.name: field for field in fields(settings) if field.init}
     values = {name: getattr(settings, name) for name in declared}
     check_value_types(values, type(settings), also=also)
+    for name, value in values.items():
+        if any(isinstance(leaf, numbers.Number) and hasattr(leaf, "item") for leaf in _leaves(value)):
+            values[name] = _of_python(value)  # JSON, in which settings are kept, knows no numbers of NumPy
+            object.__setattr__(settings, name, values[name])
     check_finite(values, may_be_infinite)
     for name, value in values.items():
         field = declared[name]
@@ -66,6 +70,14 @@ def check_settings(
             require(False, name, json.dumps(value), "text with a word in it; leave the setting out for its default")
         texts = (leaf for leaf in _leaves(value) if isinstance(leaf, str))
         require(all(map(_is_writable, texts)), name, value, "text in Unicode, without the character NUL")
+
+
+def _of_python(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _of_python(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_of_python, value))
+    return value.item() if hasattr(value, "item") else value
 
 
 def check_bounds(name: str, value: Any, bounds: Bounds | None) -> None:

@@ -1,4 +1,6 @@
-"""Keys that a table has put into mappings: Arrow gives all rows of a column the same keys, null where one had none.
+"""What a table has made of values: numbers of names, and keys that it has put into mappings.
+
+Arrow gives all rows of a column the same keys, null where one had none.
 
 What can be known: text and `datasets.Json` columns keep their keys, so a null there is the user's. In a column of
 structs a null is taken for Arrow's, but where a JSON schema says that null is a value: a `default` or `const` of a type
@@ -13,6 +15,13 @@ from typing import Any
 _CHATS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 
 
+def class_names(row: Mapping[str, Any], features: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the row with names in place of the numbers of `datasets.ClassLabel`, and null where there is no name."""
+    named = {column: feature for column, feature in (features or {}).items() if hasattr(feature, "int2str")}
+    numbers = {column: row[column] for column in named if isinstance(row.get(column), int)}
+    return {**row, **{c: named[c].int2str(number) if number >= 0 else None for c, number in numbers.items()}}
+
+
 def without_filling(row: Mapping[str, Any], features: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the row without the keys that Arrow added to messages, tool calls and tools.
 
@@ -23,10 +32,14 @@ def without_filling(row: Mapping[str, Any], features: Mapping[str, Any] | None =
     if isinstance(row.get("tools"), list):
         row["tools"] = _stripped(row["tools"], features.get("tools"))
     schemas = _schemas(row.get("tools"))
-    for name in _CHATS:
-        if isinstance(row.get(name), list):
-            row[name] = [_message(m, _item(features.get(name)), schemas) for m in row[name]]
+    for name, value in row.items():
+        if isinstance(value, list) and (name in _CHATS or _speaks(value)):  # others are of the teacher's prompts
+            row[name] = [_message(m, _item(features.get(name)), schemas) for m in value]
     return row
+
+
+def _speaks(value: list[Any]) -> bool:
+    return bool(value) and isinstance(value[0], Mapping) and not {"role", "from"}.isdisjoint(value[0])
 
 
 def _message(message: Any, feature: Any, schemas: Mapping[str, Any]) -> Any:

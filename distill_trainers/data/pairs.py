@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distill_trainers.data.arrow import without_filling
+from distill_trainers.data.arrow import class_names, without_filling
 from distill_trainers.data.collator import DistillCollator
 from distill_trainers.data.formats import apply_column_mapping, first_row, is_conversation, to_chatml
 from distill_trainers.data.labels import IGNORED, any_trained
-from distill_trainers.data.plain import plain_dataset
+from distill_trainers.data.plain import plain_dataset, without_late
 from distill_trainers.data.rows import tokenize_row
-from distill_trainers.data.teacher_prompts import TeacherPrompts
+from distill_trainers.data.teacher_prompts import CONTEXT, TeacherPrompts
 from distill_trainers.data.texts import tell_straddled
 from distill_trainers.data.views import ALIGNED_ENTRIES, OWN_COMPLETION, has_view, joined_views, view_features, view_of
 from distill_trainers.exceptions import DatasetError, NoUsableRowsError
@@ -104,6 +104,7 @@ def prepare_pairs(
     dataset = apply_column_mapping(plain_dataset(dataset, name=name), column_mapping, name=name)
     row = first_row(dataset, name=name)
     if teacher_prompts is not None:
+        dataset = without_late(CONTEXT, dataset, row, name)
         teacher_prompts = teacher_prompts.reading(row, "prompt_completion", column_mapping, name)
     foreign = tuple(marker for marker in MARKERS if marker not in tokenizer.get_vocab())
     work = partial(
@@ -123,9 +124,11 @@ def prepare_pairs(
         # Not from the cache of `datasets`, which does not see changes of the code that tokenises.
         prepared = map_rows(num_proc=num_proc, desc=f"Tokenizing {name}", load_from_cache_file=False)
         prepared = _without_bad(prepared, drop_bad=drop_bad, max_length=max_length, name=name)
+        if teacher_prompts is not None:
+            teacher_prompts.tell_lacking(prepared["lacks"][:], name)
     else:
         prepared = map_rows().filter(partial(_is_good, drop_bad=drop_bad, name=name))
-    return prepared.remove_columns(["bad", "cut", "straddled"])
+    return prepared.remove_columns([column for column in ("bad", "cut", "straddled", "lacks") if column in features])
 
 
 def _prepare_row(
@@ -146,7 +149,7 @@ def _prepare_row(
     empty = _EMPTY if teacher_prompts is None else {**_EMPTY, **_NO_VIEW, **({} if other is None else _NO_OWN)}
 
     try:
-        row = without_filling(row, features)
+        row = class_names(without_filling(row, features), features)
         prompt, chosen, rejected = split_pair(row)
         bad = _bad_text(prompt, chosen, rejected, foreign)
         if bad:
@@ -157,7 +160,7 @@ def _prepare_row(
                 tokenizer,
                 dataset_type="prompt_completion",
                 chat_template_kwargs=chat_template_kwargs,
-                features=dict.fromkeys(("prompt", "completion", "tools"), Json()),  # what they lack is gone already
+                features=dict.fromkeys((*row, "prompt", "completion"), Json()),  # what they lack is gone already
                 teacher_prompts=teacher_prompts,
             )
             for completion in (chosen, rejected)
@@ -275,7 +278,7 @@ _EMPTY: dict[str, Any] = {
 }
 
 
-_NO_VIEW: dict[str, Any] = {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0}
+_NO_VIEW: dict[str, Any] = {"teacher_prompt_ids": [], "view_start": 0, "teacher_length": 0, "lacks": ""}
 _REJECTED = "rejected_teacher_ids"  # of the rejected side, of a teacher with a tokenizer of its own
 _NO_OWN: dict[str, Any] = {OWN_COMPLETION: [], _REJECTED: []}
 
@@ -286,6 +289,7 @@ def _features(*, views: bool = False, own_tokenizer: bool = False) -> Features:
     ids, number = List(Value("int32")), Value("int32")
     kinds = (ids, ids, number, number, ids, ids, Value("string"), Value("bool"), number)
     columns = dict(zip(_EMPTY, kinds, strict=True)) | (view_features(own_tokenizer=own_tokenizer) if views else {})
+    columns |= {"lacks": Value("string")} if views else {}
     return Features(columns | ({_REJECTED: ids} if own_tokenizer else {}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,26 @@ def plain_dataset(dataset: Any, *, name: str = "train") -> Dataset | IterableDat
         "of dictionaries or a dataset of torch. Columns become one with datasets.Dataset.from_dict, rows with "
         "datasets.Dataset.from_list, a table with datasets.Dataset.from_pandas."
     )
+
+
+def without_late(column: str, dataset: Any, first: Mapping[str, Any], name: str) -> Any:
+    """Return a dataset that refuses rows with something in a column which the `first` lacks: nobody would read it.
+
+    Only rows of a stream that tells no features may differ in their columns.
+    """
+    if column in first or dataset.features is not None:
+        return dataset
+    return dataset.map(partial(_refuse_late, column=column, name=name), with_indices=True)
+
+
+def _refuse_late(row: Mapping[str, Any], index: int, *, column: str, name: str) -> Mapping[str, Any]:
+    if row.get(column):
+        raise DatasetError(
+            f"Row {index} of dataset {name!r} has a column {column!r}, which the first row lacks, so that nobody would "
+            "read it; expected the same columns in all rows. Give the first row that column, with null where it has "
+            "none."
+        )
+    return row
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,14 +24,15 @@ from torch import Tensor
 from ..answers.edit_distance import key_tokens
 from ..answers.formats import question_text
 from ..exceptions import DatasetError, NoUsableRowsError
+from .arrow import class_names
 from .chat import Chat
 from .collator import DistillCollator, pad_rows
 from .conversations import split_turns
 from .formats import apply_column_mapping, detect_dataset_type, first_row
 from .labels import IGNORED, TokenizedRow, any_trained, labels_of, row_of
-from .plain import plain_dataset
+from .plain import plain_dataset, without_late
 from .rows import truncate
-from .teacher_prompts import TeacherPrompts
+from .teacher_prompts import CONTEXT, TeacherPrompts
 from .texts import encoder_and_decoder_ids, split_text, tell_straddled
 from .tokenization import code_fingerprint, is_kept
 from .views import (
@@ -234,10 +235,12 @@ def prepare_rationales(
             "like, choices, wrong_rationale, wrong_answer, task). Rename columns with column_mapping."
         )
     if work.teacher_prompts is not None:
+        dataset = without_late(CONTEXT, dataset, row, name)
         work = replace(work, teacher_prompts=work.teacher_prompts.reading(row, "rationale", column_mapping, name))
     prompts = work.teacher_prompts
     features = _features(views=prompts is not None, own_tokenizer=prompts is not None and prompts.other is not None)
     run = partial(_prepare_example, work=work, needs=needs, with_others=with_others, name=name, code=code_fingerprint())
+    run = partial(run, columns=dataset.features)
     map_rows: Any = partial(dataset.map, run, with_indices=True, remove_columns=list(row), features=features)
     told = [name for name in ("dropped", "straddled", "lacks") if name in features]
     if not isinstance(dataset, Dataset):
@@ -257,8 +260,17 @@ def prepare_rationales(
 
 
 def _prepare_example(
-    row: Mapping[str, Any], index: int, *, work: RationaleTokenizer, needs: str, with_others: bool, name: str, code: str
+    row: Mapping[str, Any],
+    index: int,
+    *,
+    work: RationaleTokenizer,
+    needs: str,
+    with_others: bool,
+    name: str,
+    code: str,
+    columns: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    row = class_names(row, columns)
     try:
         example = work.example(row)
     except DatasetError as error:

@@ -25,7 +25,7 @@ def teacher_index(row: Mapping[str, Any], names: Sequence[str], column: str) -> 
     name = row[column]
     if name not in names:
         raise DatasetError(
-            f"The column {column!r} has {shown(name)!r}; expected the name of a teacher: {', '.join(names)}. Mend the "
-            "row, or add that teacher."
+            f"The column {column!r} has {shown(name)!r} ({type(name).__name__}); expected the name of a teacher: "
+            f"{', '.join(names)}. Mend the row, or add that teacher."
         )
     return list(names).index(name)

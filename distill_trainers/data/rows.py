@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from distill_trainers.data.arrow import without_filling
+from distill_trainers.data.arrow import class_names, without_filling
 from distill_trainers.data.conversations import tokenize_conversation, turns_of
 from distill_trainers.data.feedback import FeedbackRows
 from distill_trainers.data.formats import DatasetType, as_text, check_columns, is_conversation
@@ -87,6 +87,7 @@ def tokenize_row(
     if rewards is not None:
         rewarded: Any = {REWARD_ROW: rewards.written(row, asked)}
         tokens = tokens | rewarded
+    row = class_names(row, features)
     if feedback is not None and asked is not None and tokens["prompt_length"]:
         more: Any = feedback.added_to(tokens, row, asked, tokenizer, chat_template_kwargs, reserve)
         return tokens | more

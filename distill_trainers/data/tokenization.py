@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from distill_trainers.data.arrow import class_names
 from distill_trainers.data.feedback import COLUMNS, FeedbackRows, feedback_features
 from distill_trainers.data.formats import (
     DatasetType,
@@ -20,11 +21,11 @@ from distill_trainers.data.formats import (
     reading,
 )
 from distill_trainers.data.labels import any_trained
-from distill_trainers.data.plain import plain_dataset
+from distill_trainers.data.plain import plain_dataset, without_late
 from distill_trainers.data.reward_rows import REWARD_ROW, RewardRows
 from distill_trainers.data.routing import TEACHER_INDEX, teacher_index
 from distill_trainers.data.rows import TokenizedRow, is_text, tokenize_row, truncate
-from distill_trainers.data.teacher_prompts import TeacherPrompts
+from distill_trainers.data.teacher_prompts import CONTEXT, TeacherPrompts
 from distill_trainers.data.texts import special_beginning, tell_straddled
 from distill_trainers.data.views import view_features
 from distill_trainers.exceptions import ConfigurationError, DatasetError, NoUsableRowsError
@@ -103,6 +104,7 @@ def prepare_dataset(
     dataset_type = detect_dataset_type(row, name=name)
     _check_type_serves(dataset_type, needs, assistant_only_loss, name)
     if teacher_prompts is not None:
+        dataset = without_late(CONTEXT, dataset, row, name)
         teacher_prompts = teacher_prompts.reading(row, dataset_type, column_mapping, name)
     if feedback is not None:
         feedback = feedback.reading(row, dataset_type, column_mapping, name)
@@ -167,7 +169,8 @@ def _prepare_row(
     views: dict[str, Any] = {}
     too_long = ""
     try:
-        routed = {TEACHER_INDEX: teacher_index(row, teachers, teacher_column)} if teachers else {}
+        named = class_names(row, settings["features"])
+        routed = {TEACHER_INDEX: teacher_index(named, teachers, teacher_column)} if teachers else {}
         settings |= {"teacher_prompts": teacher_prompts, "feedback": feedback, "rewards": rewards}
         whole: Any = tokenize_row(row, tokenizer, reserve=reserve, **settings)
         cut = truncate(whole, max_length, reserve, bos_token_id=tokenizer.bos_token_id)

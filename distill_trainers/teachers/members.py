@@ -79,8 +79,9 @@ def read_members(teacher: Any, options: TeacherOptions) -> Any:
             "Name one at least, or leave it out and set `teacher_model_name_or_path` or `self_teacher`."
         )
     if options.teacher_cache is not None:
+        what = "several teachers" if several else "settings that make one teacher of several"
         raise ConfigurationError(
-            f"Got `teacher_cache: {options.teacher_cache}` with several teachers; expected a folder for each of them, "
+            f"Got `teacher_cache: {options.teacher_cache}` with {what}; expected a folder for each of them, "
             "since a cache holds the answers of one: `teachers: {NAME: {teacher_model_name_or_path: …, teacher_cache: "
             "…}}`."
         )

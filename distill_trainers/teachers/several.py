@@ -243,9 +243,11 @@ class Several(Teacher):
 def check_name(name: Any) -> None:
     """Refuse a name that a metric cannot be called after."""
     if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
+        got = repr(shown(name)) if isinstance(name, str) else f"{shown(name)} ({type(name).__name__})"
         raise ConfigurationError(
-            f"Got a teacher by the name {shown(name)!r}; expected letters, digits, `_`, `-` and `.`: metrics such as "
-            "`eval_kl/NAME` are called after it. Rename it, in the column of the data too."
+            f"Got a teacher by the name {got}; expected text of letters, digits, `_`, `-` and `.`: metrics such as "
+            "`eval_kl/NAME` are called after it. Rename it (in quotes, if it is a number or a date), in the column of "
+            "the data too."
         )
 
 

@@ -28,7 +28,7 @@ from .aligned import refuse_own_tokenizer
 from .config import DistillConfig
 from .given.best_metric import check_best_metric, check_best_teacher
 from .given.lengths import check_positions
-from .given.own_teacher import warn_of_nothing_new
+from .given.own_teacher import warn_of_nothing_new, warn_of_plain_evaluation
 from .given.packages import check_packages
 from .given.quantized import check_quantized
 from .given.token_batches import check_longest, check_token_rows
@@ -90,6 +90,7 @@ class Ready:
             check_best_teacher(given.args, evaluation, self.wants.teachers)
         text = self.prepared(given.text, "pretraining")
         scored = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+        warn_of_plain_evaluation(train, scored)
         every = {**scored, "train": train, "pretraining": text}
         check_positions(every, self.pair.student, self.config, self.pair.teacher, given.args, self.wants)
         check_longest(train, given.args, sampled=given.args.answers_prompts("train", self.wants))

@@ -1,8 +1,11 @@
 """The teacher's own view of a row: what is rendered, what of it is joined with the completion, and what is refused."""
 
+import json
+from functools import partial
+
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from distill_trainers.data import DistillCollator, prepare_dataset, prepare_pairs, replace_completions
 from distill_trainers.data.teacher_prompts import TeacherPrompts, filled, names_in, renamed
@@ -182,6 +185,58 @@ def test_token_ids_of_the_teachers_own(tok):
     assert viewed_row(row)["input_ids"] == [1, 2, 3, 7, 8] and viewed_row(row)["labels"] == [-100] * 3 + [7, 8]
 
 
+def test_columns_of_classes_are_read_by_name(tok):
+    """Else a teacher would read the number of a class, which is what such a column holds."""
+    rows = [{"prompt": "Q", "completion": "A", "kind": kind} for kind in ("sum", None)]
+    classes = Features(
+        {"prompt": Value("string"), "completion": Value("string"), "kind": ClassLabel(names=["-", "sum"])}
+    )
+    dataset = Dataset.from_list(rows, features=classes)
+    for data in (dataset, dataset.to_iterable_dataset()):
+        view, other = prepare_dataset(
+            data, tok, max_length=99, teacher_prompts=TeacherPrompts(prompt="{kind}:{prompt}")
+        )
+        assert (
+            texts(tok, viewed_row(view))[0] == "sum:QA<|im_end|>"
+            and viewed_row(other)["input_ids"] == other["input_ids"]
+        )
+    routed = prepare_dataset(dataset.select([0]), tok, max_length=99, teachers=["sum", "-"], teacher_column="kind")
+    assert routed["teacher_index"][:] == [0]
+    pairs = dataset.rename_column("completion", "chosen").add_column("rejected", ["B", "B"])
+    (row, _) = prepare_pairs(pairs, tok, max_length=99, teacher_prompts=TeacherPrompts(prompt="{kind}:{prompt}"))
+    assert tok.decode(row["teacher_prompt_ids"]) == "sum:Q"
+
+
+def test_what_a_table_adds_to_messages_is_not_read_by_the_teacher_either(make_tokenizer):
+    """Arrow gives all calls of a column the same arguments, null where there were none."""
+    call = lambda name: {"type": "function", "function": {"name": "f", "arguments": {name: 1}}}  # noqa: E731
+    said = lambda name: [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call(name)]}]  # noqa: E731
+    rows = [{"prompt": "Q", "completion": "A", "h": said(name)} for name in "ab"]
+    shown = "{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}"
+    tok = make_tokenizer(template=f"{{% for m in messages %}}{shown}{{% endfor %}}")
+    data = Dataset.from_list(rows)
+    assert data[0]["h"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}
+    found = [tok.decode(row["teacher_prompt_ids"]) for row in prepared(tok, rows, TeacherPrompts(prompt="h"))]
+    calls = [json.loads(text.removeprefix("Two?"))[0]["function"] for text in found]
+    assert [of_row["arguments"] for of_row in calls] == [{"a": 1}, {"b": 1}]
+
+
+def test_a_context_that_the_first_row_of_a_stream_lacks_is_told(tok):
+    layouts = {
+        prepare_dataset: {"prompt": "Q", "completion": "A"},
+        prepare_pairs: {"prompt": "Q", "chosen": "A", "rejected": "B"},
+    }
+    for prepare, plain in layouts.items():
+        rows = [plain, {**plain, "privileged_context": "C"}]
+        run = partial(prepare, tokenizer=tok, max_length=99, teacher_prompts=TeacherPrompts())
+        found = list(run(IterableDataset.from_generator(lambda rows=rows: iter(rows[::-1]))))
+        assert [tok.decode(row["teacher_prompt_ids"]) for row in found] == ["C\n\nQ", "Q"]
+        with pytest.raises(
+            DatasetError, match="Row 1 of dataset 'train'.*which the first row lacks.*null where it has"
+        ):
+            list(run(IterableDataset.from_generator(lambda rows=rows: iter(rows))))
+
+
 def test_nothing_is_asked_for(tok):
     assert "view_start" not in prepared(tok, [{"messages": CHAT}], TeacherPrompts()).column_names
 
@@ -191,6 +246,15 @@ def test_both_responses_of_a_pair_follow_the_teachers_prompt(tok):
     (row,) = prepare_pairs(Dataset.from_list(rows), tok, max_length=30, teacher_prompts=TeacherPrompts())
     assert tok.decode(row["teacher_prompt_ids"]) == "C\n\nQ " and row["view_start"] == row["prompt_length"] == 2
     assert row["teacher_length"] == len("C\n\nQ right") + 1 - 1  # two newlines are one token
+
+
+def test_pairs_without_context_are_counted_too(tok, caplog):
+    pairs = [{"prompt": "Q", "chosen": "A", "rejected": "B", "h": text} for text in ("x", None, "")]
+    run = partial(prepare_pairs, tokenizer=tok, max_length=30, teacher_prompts=TeacherPrompts(prompt="{h}{prompt}"))
+    assert "lacks" not in run(Dataset.from_list(pairs)).column_names
+    assert "3 rows: 2 have nothing in 'h'" in caplog.text
+    with pytest.raises(NoUsableRowsError, match="2 rows in dataset 'train', of which 2 have nothing in 'h'"):
+        run(Dataset.from_list(pairs[1:]))
 
 
 # ---- Too long, or not to be had -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def parity(report, environment, launch, teachers):
 def alone(tmp_path_factory, environment):
     references = ["replicated", "LoRA, teacher a copy", "DoRA, teacher a copy"]
     references += ["view, replicated", "two by row, replicated", "itself averaged, view"]
+    references += ["extrapolated, replicated"]
     return parity(tmp_path_factory.mktemp("alone") / "parity.json", environment, "single", references)
 
 
@@ -38,8 +39,8 @@ def alone(tmp_path_factory, environment):
         ("ddp", ["replicated", "zero3", "zero3_offload", "fsdp2", "remote hidden", "LoRA, adapter off"]),
         ("zero3", ["replicated", "zero3", "fsdp2", "cached hidden", "LoRA, adapter off", "DoRA, adapter off"]),
         ("fsdp2", ["replicated", "zero3", "fsdp2", "remote top-k + tail, k = V", "LoRA, adapter off"]),
-        ("zero3", ["view, zero3", "two by row, zero3", "itself averaged, view"]),
-        ("fsdp2", ["view, fsdp2", "two by row, fsdp2"]),
+        ("zero3", ["view, zero3", "two by row, zero3", "itself averaged, view", "extrapolated, zero3"]),
+        ("fsdp2", ["view, fsdp2", "two by row, fsdp2", "extrapolated, fsdp2"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -392,6 +392,7 @@ RESUMED |= {
 SELF_TAUGHT = {"lm_loss_weight": 1.0, "self_teacher": "ema", "self_teacher_decay": 0.5}
 INTERRUPTED = {
     "self-taught": {"args": {"lmbda": 0.5, **SELF_TAUGHT}},
+    "self-taught, adapter": {"lora": True, "args": {"lmbda": 0.5, **SELF_TAUGHT}},
     "replay": {"args": {"lmbda": 0.5, "replay_buffer_size": 8}},
     "cycle": {"method": "minillm", "args": {**MINILLM, "temperature": 1.0}},
     "tokens": {"args": {"lmbda": 0.5, "per_device_train_tokens": 32, "per_device_train_batch_size": 8}},
@@ -406,6 +407,8 @@ INTERRUPTED = {
         ("replay", "cpu_fsdp2.yaml"),
         ("self-taught", "cpu_zero3.yaml"),
         ("self-taught", "cpu_fsdp2.yaml"),
+        ("self-taught, adapter", "cpu_zero3.yaml"),
+        ("self-taught, adapter", "cpu_fsdp2.yaml"),
         ("tokens", "cpu_ddp.yaml"),
         ("tokens", "cpu_zero3.yaml"),
         ("cycle", "cpu_ddp.yaml"),
@@ -432,8 +435,8 @@ def assert_goes_on(tmp_path, config, kind, interruption, first, changes=None, **
     for name in ("loss", "grad_norm", "trained_tokens", "rollouts", "learning_rate"):
         assert [log[name] for log in found] == [log[name] for log in expected], name
     assert {log["rollouts"] for log in expected} >= {0.0}, "some steps take rows that were sampled before"
-    left, right = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
-    assert all(torch.equal(right[name], left[name]) for name in left)
+    left, right = (weights(tmp_path / name, job.get("lora", False)) for name in ("whole", "resumed"))
+    assert left and left.keys() == right.keys() and all(torch.equal(right[name], left[name]) for name in left)
     return said
 
 

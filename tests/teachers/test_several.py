@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,10 +223,13 @@ def dense_mean(trainer, batch_of, divergence):
 COMPOSED = {
     "geometric": ({"teacher_mix": "geometric"}, lambda p, r: 0.5 * p + 0.5 * r),
     "arithmetic": (
-        {"teacher_mix": "arithmetic", "teacher_weights": {"math": 0.75, "code": 0.25}},
+        {"teacher_mix": "arithmetic", "teacher_weights": {"math": np.float32(0.75), "code": np.float32(0.25)}},
         lambda p, r: (0.75 * p.exp() + 0.25 * r.exp()).log(),
     ),
-    "extrapolated": ({"extrapolate": {"reference": "code", "scale": 1.25}}, lambda p, r: 1.25 * p - 0.25 * r),
+    "extrapolated": (
+        {"extrapolate": {"reference": "code", "scale": np.float32(1.25)}},
+        lambda p, r: 1.25 * p - 0.25 * r,
+    ),
     "weak to strong": (
         {"weak_to_strong": {"base": "math", "plus": "code", "minus": "math", "alpha": 0.5}},
         lambda p, r: 0.5 * p + 0.5 * r,
@@ -498,7 +502,8 @@ REFUSED = {
     "unknown name": ({}, {"train": rows(names=("math", "cod"))}, "Row 1 of dataset 'train'.*'cod'.*math, code"),
     "no column": ({}, {"train": rows(column="who")}, "no column 'teacher'.*math, code"),
     "column of one": ("one", {"teacher_column": "who"}, "`teacher_column: who` with one teacher"),
-    "name": ({"a/b": "math"}, {}, "the name 'a/b'; expected letters"),
+    "name": ({"a/b": "math"}, {}, "the name 'a/b'; expected text of letters"),
+    "number": ({1: "math"}, {}, r"the name 1 \(int\); expected text .*in quotes, if it is a number"),
     "nobody": ("none", {}, "Got no teachers in the mapping"),
     "setting of one": ({"math": {"teacher_model": None, "tau": 2}}, {}, "Unknown key 'tau' in one of several teachers"),
     "prompt of one": (
@@ -622,7 +627,7 @@ def test_teachers_made_by_hand(make_trainer, make_teacher, by_step):
     math, code = LocalTeacher(make_teacher()), LocalTeacher(make_teacher(seed=8))
     mixed = ComposedTeacher.mix({"a": math, "b": code})
     moved = ComposedTeacher.extrapolate(code, math, 1.25)
-    strong = ComposedTeacher.weak_to_strong(math, code, math, alpha=0.5)
+    strong = ComposedTeacher.weak_to_strong(math, code, math, alpha=np.float32(0.5))
     assert strong.fingerprint() != mixed.fingerprint() != moved.fingerprint()
     trainer = make_trainer(teacher=RoutedTeacher({"math": mixed, "code": moved}), train=rows(), lmbda=0.0)
     trainer.train()

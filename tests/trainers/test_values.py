@@ -1,5 +1,6 @@
 """Every setting of every config with None and with numbers that are none: it works as in TRL, or is named."""
 
+import json
 import math
 import re
 from dataclasses import MISSING, fields
@@ -115,6 +116,9 @@ def test_numbers_of_numpy_and_paths_are_taken(tmp_path):
     cls = METHODS["gkd"][0]
     args = cls(**PLAIN, max_length=np.int64(640), lmbda=np.float32(0.5), completions_dir=tmp_path / "kept")
     assert args.max_length == 640 and args.completions_dir == str(tmp_path / "kept")
+    args = cls(**PLAIN, max_length=np.int64(640), extrapolate={"reference": "initial", "scale": np.float32(1.5)})
+    kept = json.loads(args.to_json_string())  # as trackers and `run.json` have it
+    assert kept["max_length"] == 640 and kept["extrapolate"] == {"reference": "initial", "scale": 1.5}
     assert taken(cls, "lmbda", 1) and not taken(cls, "max_length", torch.tensor(3)) and not taken(cls, "max_steps", 2.5)
 
 

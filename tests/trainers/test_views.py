@@ -345,6 +345,17 @@ def test_a_context_column_acts_by_itself(make_trainer, batch_of, caplog):
     assert found[0] == found[1] and "the teacher reads it before the question" in caplog.text
 
 
+def test_evaluation_rows_without_the_context_of_the_training_rows_are_told(make_trainer, caplog):
+    """Their KL is the distance to another teacher than the one that is trained on."""
+    data = rows().rename_column("hint", "privileged_context")
+    plain = data.remove_columns("privileged_context")
+    settings = {"train": data, "lmbda": 0.0}
+    make_trainer(**settings, eval_dataset={"math": data, "code": data})
+    assert "has no such column" not in caplog.text
+    make_trainer(**settings, eval_dataset={"math": plain, "code": data, "more": plain.to_iterable_dataset()})
+    assert "but none in math, more, which has no such column" in caplog.text
+
+
 # ---- Collators of the user's ----------------------------------------------------------------------------------------
 
 

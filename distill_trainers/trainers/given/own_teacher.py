@@ -1,11 +1,13 @@
-"""What a student that is its own teacher is warned of before it trains."""
+"""What is warned of before training: a teacher that sees no more than the student, in all rows or in some."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from ...data.formats import first_row
+from ...data.teacher_prompts import CONTEXT
 
 logger = logging.getLogger(__name__)
 
@@ -32,3 +34,18 @@ def warn_of_nothing_new(args: Any, rows: Any) -> None:
         kind,
         stays,
     )
+
+
+def warn_of_plain_evaluation(train: Any, scored: Mapping[str, Any]) -> None:
+    """Tell which evaluation rows have no context for their teacher, where training rows have one."""
+    has_view, datasets = "view_start", {"train": train, **scored}
+    seen = {name: set(getattr(dataset, "column_names", None) or [has_view]) for name, dataset in datasets.items()}
+    plain = [name for name, columns in seen.items() if has_view not in columns]
+    if plain and has_view in seen["train"]:
+        logger.warning(
+            "The teacher has a context of its own in the training rows, by the column %r, but none in %s, which has no "
+            "such column: its KL is the distance to a teacher that reads what the student reads. Add the column, with "
+            "null where a row has none, to measure what is trained.",
+            CONTEXT,
+            ", ".join(plain),
+        )
