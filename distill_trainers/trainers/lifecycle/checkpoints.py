@@ -385,6 +385,7 @@ class Resuming(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Say nothing of a weight that was loaded under another name, such as a tied head under its embedding's."""
+        assert self.model is not None
         weights = {name: (t.data_ptr(), t.shape) for name, t in self.model.state_dict().items() if t.numel()}
         missing = set(load_result.missing_keys)
         loaded = {place for name, place in weights.items() if name not in missing}
