@@ -46,8 +46,7 @@ def equal_time(results: dict[str, Any]) -> str:
         f'  <desc id="d">KL to the teacher, before training {before:.2f}; afterwards: {escape(told)}.</desc>',
         f"  <style>{STYLE}\n  </style>",
         f'  <rect class="page" width="{WIDTH}" height="{height}"/>',
-        '  <text class="small" x="20" y="26">KL(p‖q) on 37 held-out prompts after 150 s of CPU time, nats a token. '
-        "Dot: the mean. Line: 95 % over prompts. Ticks: both seeds.</text>",
+        '  <text class="small" x="20" y="26">KL(p‖q) on 37 held-out prompts after 150 s of CPU time, nats</text>',
     ]
     for tenth in range(int(least * 10) + 1, int(most * 10) + 1, 2):
         value = tenth / 10
@@ -69,7 +68,9 @@ def equal_time(results: dict[str, Any]) -> str:
             parts.append(
                 f'  <rect class="theirs" x="{float(x(score["value"])) - 4:.1f}" y="{y - 4}" width="8" height="8"/>'
             )
-    note = "Round: trainers of this project. Square: TRL's. 0 is the teacher."
+    note = (
+        "Line: 95 % over prompts; ticks: both seeds. Round: trainers of this project; square: TRL's. 0 is the teacher."
+    )
     parts.append(f'  <text class="small" x="20" y="{bottom + 46}">{escape(note)}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
