@@ -104,6 +104,13 @@ def test_figures_are_drawings_with_words():
         assert file in shown and "<title" in drawing and "<desc" in drawing and "href" not in drawing
 
 
+def test_the_figure_of_equal_time_is_that_of_the_kept_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    figures = importlib.import_module("figures")
+    kept = json.loads(figures.RESULTS.read_text(encoding="utf-8"))["results"]
+    assert figures.FIGURE.read_text(encoding="utf-8") == figures.equal_time(kept), "run benchmarks/figures.py"
+
+
 # ---- Commands -------------------------------------------------------------------------------------------------------
 
 

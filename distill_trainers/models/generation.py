@@ -14,6 +14,8 @@ from ..exceptions import ConfigurationError
 from .adapters import causal_lm_of
 from .compiling import uncompiled
 from .experts import without_router_logits
+from .inputs import extra_inputs
+from .positions import looks_positions_up
 from .probing import check_answers
 from .quantizing import rounding_once
 
@@ -75,6 +77,27 @@ def check_can_generate(model: nn.Module) -> None:
             "a model that generates. Let its class inherit from `transformers.GenerationMixin`, or train on given "
             "completions (`lmbda: 0`, and no measures that sample)."
         )
+    if _counts_positions_itself(causal_lm):
+        raise ConfigurationError(
+            f"Got a {type(causal_lm).__name__}, which counts the positions of its tokens by a rule of its own, where "
+            "completions are to be sampled: behind prompts that are padded on the left it would write another text "
+            "than the model's. Expected one that takes `position_ids` from 0, or knows positions by its "
+            "`attention_mask`. Take another model, or train on given completions (`lmbda: 0`, and no measures that "
+            "sample)."
+        )
+
+
+def _counts_positions_itself(causal_lm: Any) -> bool:
+    """Tell whether neither mask nor `position_ids` say where a text begins.
+
+    RoBERTa and its relatives count from behind the id of padding, BART and its relatives all places of a row. For both
+    `generate` of transformers makes the mistake as well.
+    """
+    behind_padding = any(
+        hasattr(module, "padding_idx") and isinstance(getattr(module, "position_embeddings", None), nn.Embedding)
+        for module in causal_lm.modules()
+    )
+    return behind_padding or ("position_ids" not in extra_inputs(causal_lm) and looks_positions_up(causal_lm))
 
 
 def eos_ids(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:

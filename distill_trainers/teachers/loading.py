@@ -77,6 +77,15 @@ def kinds_of(teacher: Any, options: TeacherOptions) -> list[type[Teacher] | Teac
     return [CachedTeacher if m.options.teacher_cache is not None else kind_of(m.given, m.options) for m in members]
 
 
+def told_by(teacher: Any, options: TeacherOptions) -> set[str]:
+    """Name what a teacher, or each of several, is going to tell of a token: `hidden`, `topk`, `token_logprobs`, …"""
+    if isinstance(teacher, Several):
+        told = [leaf.tells for leaf in teacher.leaves.values()]
+    else:
+        told = [_tells(member) for _, member in each_teacher(teacher, options)]
+    return {kind.partition(" ")[0] for kind in told}
+
+
 def may_write(teacher: Any, options: TeacherOptions) -> bool:
     """Tell whether completions can be had of a teacher, as it was given: of each one's rows, if they are several."""
     if isinstance(teacher, Several):
@@ -324,7 +333,7 @@ def _refuse_several(pair: Pair, members: Members, options: TeacherOptions, wants
 
 
 def _tells(member: Member) -> str:
-    """What one of several teachers is going to tell of a token (`Teacher.tells`), before it is opened."""
+    """What a teacher is going to tell of a token (`Teacher.tells`), before it is opened."""
     options, given = member.options, member.given
     if isinstance(given, Teacher) and options.teacher_cache is None:
         return given.tells

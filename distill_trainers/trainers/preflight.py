@@ -392,6 +392,6 @@ def _check_datasets(given: Given, wants: Requirements) -> None:
     kinds, writes = loading.kinds_of(teacher, args), loading.may_write(teacher, args)
     held_out_checks.check(args, evaluation, kinds, wants, teacher_writes=writes)
     if not given.own_scores:
-        check_best_metric(args, evaluation, wants.teachers)
+        check_best_metric(args, evaluation, wants.teachers, loading.told_by(teacher, args))
     args.check_datasets(given.train, evaluation, given.text, wants)
     check_token_rows(args, wants, given.text is not None and getattr(args, "pretraining_weight", 0) > 0)

@@ -67,7 +67,15 @@ def _train_adapter(world):
     AutoTokenizer.from_pretrained("my-org/small").save_pretrained(folder)
 
 
-BEFORE = {"docs/caching.md": _fill_cache, "recipes/llama-2-7b/README.md": _train_adapter}
+def _link_recipes(world):
+    (world / "recipes").symlink_to(ROOT / "recipes")
+
+
+BEFORE = {
+    "docs/caching.md": _fill_cache,
+    "recipes/llama-2-7b/README.md": _train_adapter,
+    "recipes/smollm2-135m/README.md": _link_recipes,
+}
 
 
 def test_python_runs(python_block, world):

@@ -1,8 +1,9 @@
 """`metric_for_best_model` is a score that evaluation gives, or it is refused before anything is loaded."""
 
 import pytest
+import transformers
 
-from distill_trainers import DPKDConfig, GKDConfig, GKDTrainer, RationaleConfig, models
+from distill_trainers import DPKDConfig, GKDConfig, GKDTrainer, LocalTeacher, RationaleConfig, models
 from distill_trainers.evaluation.measures import higher_is_better
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.toy import addition_dataset
@@ -79,6 +80,28 @@ def test_acceptance_where_nothing_tells_it(refused, tmp_path, settings):
     settings = {name: str(tmp_path / value) if value == "cache" else value for name, value in settings.items()}
     said = refused(TWO["easy"], metric_for_best_model="eval_acceptance", lmbda=0.0, **settings)
     assert "`metric_for_best_model: eval_acceptance`" in said and "expected a score that evaluation gives" in said
+
+
+@pytest.mark.parametrize(("tells", "metric"), [("topk of 4 ids", "eval_acceptance"), ("token_logprobs", "eval_kl")])
+def test_a_score_that_a_teacher_given_in_python_does_not_tell(make_trainer, make_teacher, monkeypatch, tells, metric):
+    """Its own kind counts, not the settings, which are of teachers that are named."""
+    teacher = LocalTeacher(make_teacher())
+    settings = {"eval_dataset": TWO["easy"], "lmbda": 0.0, "temperature": 0.5, **BEST, "metric_for_best_model": metric}
+    make_trainer(teacher=teacher, **settings)
+    monkeypatch.setattr(type(teacher), "tells", tells)
+    with pytest.raises(ConfigurationError, match="expected a score that evaluation gives"):
+        make_trainer(teacher=teacher, **settings)
+
+
+def test_a_tied_head_is_not_missing_when_the_best_model_is_loaded(make_trainer, make_student, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", lambda message, *args: said.append(message))
+    trainer = make_trainer(make_student(tie_word_embeddings=True), eval_dataset=TWO["easy"], max_steps=1, **BEST)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint and not any("missing keys" in message for message in said)
+    found = trainer.model.load_state_dict({"lm_head.weight": trainer.model.lm_head.weight}, strict=False)
+    trainer._issue_warnings_after_load(found)
+    assert "missing keys" in said[-1] and "norm.weight" in said[-1] and "embed_tokens" not in said[-1]
 
 
 def test_early_stopping_needs_a_score_that_comes(refused):

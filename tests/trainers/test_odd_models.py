@@ -36,6 +36,12 @@ ENCODERS = {
     "Roberta": {"is_decoder": True},
     "Bert": {"is_decoder": True},
 }
+DECODERS = {
+    "Bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "init_std": 0.3},
+    "GPT2": {"n_embd": 32},
+    "OPT": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+    "Bloom": {"n_head": 4},
+}
 
 
 class RemoteConfig(PreTrainedConfig):
@@ -96,7 +102,7 @@ def made(kind, seed=1):
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.5)
         return model
-    config = getattr(transformers, f"{kind}Config")(**{**SHARED, **ENCODERS[kind]})
+    config = getattr(transformers, f"{kind}Config")(**{**SHARED, **(ENCODERS | DECODERS)[kind]})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -172,6 +178,29 @@ def test_a_student_that_cannot_generate_is_named_where_it_should_sample(make_tra
     settings = {"gkd": {"lmbda": 0.5}, "minillm": {"teacher_mix_alpha": 0.0}}.get(method, {})
     with pytest.raises(ConfigurationError, match=r"Got a RemoteModel, which has no `generate`.*GenerationMixin"):
         make_trainer(made("remote"), method=method, rollout_engine=engine, **settings)
+
+
+@pytest.mark.parametrize("engine", ["decode", "hf"])
+@pytest.mark.parametrize("kind", ["Roberta", "Bart"])
+def test_a_student_that_counts_positions_itself_is_named_where_it_should_sample(make_trainer, kind, engine):
+    """Behind padding, or already with `position_ids` from 0, it answers as the same text alone does not."""
+    student = made(kind)
+    ids, padded = (
+        torch.arange(3, 11)[None],
+        torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.arange(3, 11)[None]], 1),
+    )
+    mask = (padded != 0).long()
+    given = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if kind == "Roberta" else {}
+    with torch.no_grad():
+        alone, behind = student.eval()(ids), student(padded, attention_mask=mask, **given)
+    assert (alone.logits[:, -1] - behind.logits[:, -1]).norm() > 0.1 * alone.logits[:, -1].norm()
+    with pytest.raises(ConfigurationError, match=rf"Got a {kind}ForCausalLM, which counts the positions of its tokens"):
+        make_trainer(student, lmbda=0.5, rollout_engine=engine)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Electra", "GPT2", "OPT", "Bloom"])
+def test_others_may_sample(kind):
+    models.check_can_generate(made(kind))
 
 
 def test_a_teacher_that_cannot_generate_is_named_where_it_should_answer(make_trainer, rows_for):

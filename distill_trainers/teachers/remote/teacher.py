@@ -77,7 +77,8 @@ class RemoteTeacher(Teacher):
         if options.teacher_model_init_kwargs:
             raise ConfigurationError(
                 "`teacher_model_init_kwargs` act while a teacher is loaded, but this one is behind HTTP. Give them to "
-                "its server (`--dtype`, `--device-map`), and leave them out here."
+                "its server (`--dtype`, `--device-map`), and leave them out here: beside a recipe that has them, "
+                "`--teacher_model_init_kwargs {}`."
             )
         if isinstance(pair.teacher, str):
             parse_servers(pair.teacher)

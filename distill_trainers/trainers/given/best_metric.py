@@ -17,27 +17,30 @@ _OF_DISTRIBUTIONS = {"kl", "top1_agreement", "acceptance"}
 _SPARSE = {"topk", "sampled"}
 
 
-def scores_of(args: DistillConfig) -> set[str] | None:
-    """Name the scores of an evaluation, without `eval_` and its set's name; None where the method does not tell."""
+def scores_of(args: DistillConfig, told: Collection[str] = ()) -> set[str] | None:
+    """Name the scores of an evaluation, without `eval_` and its set's name; None where the method does not tell.
+
+    Args:
+        told: by the teachers of each token, as `teachers.loading.told_by` names it.
+    """
     if args.loss_terms is None:
         return None
     bytewise = {"bits_per_byte"} if args.scores_all_text else set()
-    return _ALWAYS | bytewise | _of_a_teacher(args) | args.loss_terms | args.other_scores
+    return _ALWAYS | bytewise | _of_a_teacher(args, set(told)) | args.loss_terms | args.other_scores
 
 
-def _of_a_teacher(args: DistillConfig) -> set[str]:
+def _of_a_teacher(args: DistillConfig, told: set[str]) -> set[str]:
     if not args.needs:
         return set()
-    if args.has_own_tokenizer or args.teacher_server_kind == "token_logprobs":  # of the given tokens alone
+    if args.has_own_tokenizer or "token_logprobs" in told:  # of the given tokens alone
         return {"teacher_perplexity"}
-    kinds = {args.teacher_server_kind, args.teacher_cache_kind if args.teacher_cache else ""}
-    unknown = {"acceptance"} if args.temperature != 1 and kinds & _SPARSE else set()
+    unknown = {"acceptance"} if args.temperature != 1 and told & _SPARSE else set()
     return ({"teacher_perplexity"} | _OF_DISTRIBUTIONS) - unknown
 
 
-def scores_of_each(args: DistillConfig) -> set[str]:
+def scores_of_each(args: DistillConfig, told: Collection[str] = ()) -> set[str]:
     """Name the scores that each of several teachers has of its own rows, as `SCORE/NAME`."""
-    return (scores_of(args) or set()) - _OF_THE_WHOLE - args.other_scores
+    return (scores_of(args, told) or set()) - _OF_THE_WHOLE - args.other_scores
 
 
 def measured_scores(args: DistillConfig) -> set[str]:
@@ -75,23 +78,26 @@ def check_best_teacher(args: DistillConfig, evaluation: Any, names: Sequence[str
             )
 
 
-def check_best_metric(args: DistillConfig, evaluation: Any, names: Collection[str] = ()) -> None:
+def check_best_metric(
+    args: DistillConfig, evaluation: Any, names: Collection[str] = (), told: Collection[str] = ()
+) -> None:
     """Refuse a `metric_for_best_model` that no evaluation will give, instead of after the first one.
 
     Args:
         evaluation: a dataset, a dict of several, or None.
         names: of several teachers, each of which has scores of its own.
+        told: as `scores_of` takes it.
 
     Raises:
         ConfigurationError: naming the scores that there are.
     """
-    metric, scores = args.metric_for_best_model, scores_of(args)
+    metric, scores = args.metric_for_best_model, scores_of(args, told)
     if metric is None or scores is None or evaluation is None or args.eval_strategy == "no":
         return
     name = metric.removeprefix("eval_")
     several = list(evaluation) if isinstance(evaluation, dict) else None
     known = scores if several is None else {f"{part}_{score}" for part in several for score in scores}
-    own = scores_of_each(args)
+    own = scores_of_each(args, told)
     own = own if several is None else {f"{part}_{score}" for part in several for score in own}
     measured = measured_scores(args)
     score, _, teacher = name.rpartition("/")

@@ -383,6 +383,15 @@ class Resuming(Trainer):
         # What follows is the main process's word that the checkpoint is whole, so all must have written their part.
         self.accelerator.wait_for_everyone()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say nothing of a weight that was loaded under another name, such as a tied head under its embedding's."""
+        assert self.model is not None
+        weights = {name: (t.data_ptr(), t.shape) for name, t in self.model.state_dict().items() if t.numel()}
+        missing = set(load_result.missing_keys)
+        loaded = {place for name, place in weights.items() if name not in missing}
+        random = [name for name in load_result.missing_keys if weights.get(name) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=random))
+
     def save_aside(self, method_state: dict[str, Any] | None = None) -> None:
         """Write a checkpoint that takes no other's place: nothing is rotated out, nothing uploaded.
 
