@@ -450,8 +450,37 @@ def test_a_cache_of_next_bytes_is_the_live_teacher(own, by_step, kept, make_stud
         own(make_student(), **{**alone, "teacher_processing_class": changed})
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("gkd", {"cross_tokenizer": {"alm": 1.0}}),
+        pytest.param("gkd", {"cross_tokenizer": {"alm": 1.0}, "lmbda": 0.5}, marks=pytest.mark.slow),
+        pytest.param("dpkd", {"train": pairs(16)}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_cache_of_token_logprobs_is_the_live_teacher(own, by_step, kept, make_student, tmp_path, method, settings):
+    """Four bytes a token of the teacher's, which is all that chunks of text and whole texts take."""
+    run = {**RUN, "method": method, "teacher": str(kept / "teacher"), "eval_dataset": numbers(5, seed=3), **settings}
+    run |= {"eval_dataset": pairs(5)} if method == "dpkd" else {}
+    live = own(make_student(), **run)
+    expected, scores = losses(live, by_step), live.evaluate()
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_kind": "token_logprobs"}
+    filled = own(make_student(), **run, **cache)
+    assert losses(filled, by_step) == pytest.approx(expected, rel=1e-6)
+    found = filled.evaluate()
+    names = {"eval_loss", "eval_alm", "eval_bits_per_byte", "eval_teacher_perplexity"} & found.keys()
+    assert {n: found[n] for n in names} == pytest.approx({n: scores[n] for n in names}, rel=1e-6) and names
+    for row in (filled.teacher.cache.read(key) for key in filled.teacher.cache.keys()):  # noqa: SIM118
+        assert row.keys() == {"logps"} and row["logps"].dtype == torch.float32
+    if not settings.get("lmbda"):
+        alone = {**run, "teacher": None, **cache, "teacher_placement": "cached"}
+        read = own(make_student(), **{**alone, "teacher_tokenizer": str(kept / "tokenizer")})
+        assert losses(read, by_step) == pytest.approx(expected, rel=1e-6) and not read.teacher.is_live
+
+
 REWARDED = {"reward_funcs": "length:1", "num_generations": 2, "per_device_train_batch_size": 4}
 KEPT = {"teacher_cache": "kept", "teacher_cache_kind": "next_bytes"}
+GIVEN = {"teacher_cache": "kept", "teacher_cache_kind": "token_logprobs"}
 
 
 # ---- What is refused, before anything is loaded ----------------------------------------------------------------------
@@ -481,6 +510,9 @@ KEPT = {"teacher_cache": "kept", "teacher_cache_kind": "next_bytes"}
         ),
         ({"packing": True}, "packed rows have no prompt"),
         ({**KEPT, "cross_tokenizer": {"alm": 1.0, "uld": 1.0}}, "next_bytes.*but alm and next_byte.*kind: hidden"),
+        (GIVEN, "needs the teacher's whole distribution.*token_logprobs.*`cross_tokenizer: {alm: 1.0}`"),
+        ({**GIVEN, "teacher_tokenizer": "shared"}, "needs the teacher's whole distribution.*Use .*kind: hidden`[.]"),
+        ({**GIVEN, "teacher_cache_dtype": "int8"}, "one of float32, float16 for token_logprobs"),
         ({**KEPT, "kd_temperature": 2.0}, "next_bytes.*`kd_temperature: 1`"),
         ({**KEPT, "teacher_tokenizer": "shared"}, "next_bytes.*expected `teacher_tokenizer: own`"),
         ({**KEPT, "teacher_cache_dtype": "int8"}, "one of float32, float16 for next_bytes"),

@@ -28,9 +28,9 @@ def scores_of(args: DistillConfig) -> set[str] | None:
 def _of_a_teacher(args: DistillConfig) -> set[str]:
     if not args.needs:
         return set()
-    if args.has_own_tokenizer or args.teacher_server_kind == "token_logprobs":  # of the given tokens alone
-        return {"teacher_perplexity"}
     kinds = {args.teacher_server_kind, args.teacher_cache_kind if args.teacher_cache else ""}
+    if args.has_own_tokenizer or "token_logprobs" in kinds:  # of the given tokens alone
+        return {"teacher_perplexity"}
     unknown = {"acceptance"} if args.temperature != 1 and kinds & _SPARSE else set()
     return ({"teacher_perplexity"} | _OF_DISTRIBUTIONS) - unknown
 
