@@ -97,16 +97,17 @@ def naive(student, teacher, tokenizer, digits, rows, tau=1.0, weights=(1.0, 1.0)
         text = row["completion"]
         within = {i for i in range(1, len(text)) if not text[i - 1 : i + 1].isdigit()}
         safe = {0, len(text), len(text) + 1} | within  # everywhere else a token of two digits may cross
-        for begin, end in zip(shared, shared[1:], strict=False):
-            if {begin, end} <= safe:
-                a = sum(
-                    value for (s, e), value in zip(theirs, p_given, strict=True) if begin <= s and e <= end
-                ).detach()
-                b = sum(value for (s, e), value in zip(ours, q_given, strict=True) if begin <= s and e <= end)
-                pt, qt = (a / tau).exp(), (b / tau).exp()
-                event = pt * (pt / qt).log() + (1 - pt) * ((1 - pt) / (1 - qt)).log()
-                limit = a - b - a * (a / b).log()
-                total = total + weights[0] * (limit if tau == float("inf") else tau * event)
+        borders = [place for place in shared if place in safe]
+        for begin, end in zip(borders, borders[1:], strict=False):
+            a, b = (
+                sum(value for (s, e), value in zip(side, given, strict=True) if begin <= s and e <= end)
+                for side, given in ((theirs, p_given.detach()), (ours, q_given))
+            )
+            pt, qt = (a / tau).exp(), (b / tau).exp()
+            event = pt * (pt / qt).log() + (1 - pt) * ((1 - pt) / (1 - qt)).log()
+            limit = a - b - a * (a / b).log()
+            total = total + weights[0] * (limit if tau == float("inf") else tau * event)
+        for begin in shared[:-1]:
             i, j = ([s for s, _ in side].index(begin) for side in (ours, theirs))
             pc, qc = next_character(p[j : j + 1], digits).detach(), next_character(q[i : i + 1], tokenizer)
             total = total + weights[1] * (qc.exp() * (qc - pc) if reverse else pc.exp() * (pc - qc)).sum()
