@@ -193,9 +193,7 @@ def _shared_positions(one: _Side, other: _Side, blocks: list[tuple[int, int, int
     return joined[np.append(True, (np.diff(joined, axis=0) != 0).any(1))]
 
 
-def _events(
-    one: _Side, other: _Side, positions: NDArray[np.int64]
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _events(one: _Side, other: _Side, positions: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """`joined` and `comparable` of the chunks between positions."""
     safe = one.tokenizer.safe_borders(one.text)[positions[:, 0]]
     safe &= other.tokenizer.safe_borders(other.text)[positions[:, 1]]

@@ -278,6 +278,7 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
         known = self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast, extras, other, args.alm_temperature
         self.two_models = TwoModels(*known)
         self.aligned_loss = None if other is None else aligned_loss(args, other)
+        self.two_models.aligned_loss = self.aligned_loss if args.compares_chunks else None
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self.metrics = RunningMetrics(args.device)
         self._eval_rows: list[Tensor] | None = None

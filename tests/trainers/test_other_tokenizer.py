@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_trainers.data.views import ALIGNED_ENTRIES
 from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.losses.fused_linear import _Projection
 from distill_trainers.losses.reduction import trained_mask
 from distill_trainers.teachers import ComposedTeacher, LocalTeacher, RoutedTeacher
 from distill_trainers.toy import addition_rationales, tiny_llama
@@ -238,6 +239,25 @@ def test_rows_add_up_to_the_likelihood_of_both_texts(own, batch_of, tokenizer, d
         ids = [*digits(row["completion"], add_special_tokens=False)["input_ids"], digits.eos_token_id]
         given = logps_of(trainer.teacher.model, prompt, ids)[range(len(ids)), ids].sum()
         assert total.item() == pytest.approx(given.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("terms", [{"alm": 1.0}, {"alm": 1.0, "next_byte": 1.0}, {"next_byte": 1.0}])
+def test_the_teachers_head_runs_once_over_its_tokens(own, batch_of, monkeypatch, terms):
+    trainer, seen, products = own(cross_tokenizer=terms), [], _Projection.products
+    batch = trainer.two_models.completed(batch_of(trainer))
+    rows = trainer.teacher.model.get_output_embeddings().weight.shape[0]
+
+    def counted(projection, part, workspace):
+        seen.extend([part] if projection.head.num_ids == rows else [])
+        return products(projection, part, workspace)
+
+    monkeypatch.setattr(_Projection, "products", counted)
+    loss, gradient = loss_and_gradient(trainer, batch)
+    assert len(seen) == 1 and seen[0].stop == batch["teacher_completion_mask"].sum()
+    trainer.two_models.aligned_loss = None  # distributions are read by the loss itself
+    expected = loss_and_gradient(trainer, batch)
+    assert len(seen) > 2 and loss == pytest.approx(expected[0], rel=1e-10)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-9, atol=1e-12)
 
 
 def test_a_head_that_cannot_be_fused_gives_the_same(own, batch_of, monkeypatch):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...exceptions import ConfigurationError
-from ...losses import check_sparse, token_logps
-from ...losses.cross_tokenizer import NUM_BUCKETS, bucket_logps
+from ...losses import check_sparse
+from ...losses.aligned import next_bytes_of
+from ...losses.cross_tokenizer import NUM_BUCKETS
 from ...losses.fused_logps import signal_token_logps
 from ...randomness import Purpose, Role, Stream
 from ...requirements import Requirements
@@ -229,24 +230,6 @@ class TokenLogprobsKind(CacheKind):
 
     def token_bytes(self, hidden_size: int, dtype: torch.dtype) -> float:
         return (self.dtype or torch.float32).itemsize
-
-
-@torch.no_grad()
-def next_bytes_of(signal: TeacherSignal, ids: Tensor, first_bytes: Tensor) -> NextBytes:
-    """Sum a teacher's distributions before N tokens by next byte.
-
-    Args:
-        ids: `[N]`, these tokens.
-        first_bytes: `[V]`, the bucket of each id (`TokenBytes.first_bytes`).
-    """
-    values, buckets, start = [], [], 0
-    for logits in _chunks(signal, 0, len(signal)):
-        stop = start + len(logits.logits)
-        values.append(token_logps(logits, ids[start:stop]))
-        buckets.append(bucket_logps(logits.logits, first_bytes[: logits.shape[-1]].to(ids.device)))
-        start = stop
-    parts = (values, torch.empty(0)), (buckets, torch.empty(0, NUM_BUCKETS))
-    return NextBytes(*(torch.cat(part or [empty.to(ids.device)]) for part, empty in parts))
 
 
 ANSWER_KINDS: dict[str, type[CacheKind]] = {
