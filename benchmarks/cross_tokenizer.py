@@ -37,6 +37,7 @@ MORE = {
     "alm": "ours: alm alone",
     "next_byte": "ours: next_byte alone",
     "overlap": "ours: alm + exact_overlap",
+    "kept": "ours, the teacher's answers kept as they are met",
 }
 TERMS: dict[str, dict[str, float]] = {
     "uld": {"uld": 1.0},
@@ -80,7 +81,12 @@ def main() -> None:
         f"{options.learning_rate:g} falling to 0, {options.train_rows} prompts, {options.rows} held out"
     )
     print(f"{described}\n", flush=True)
-    _, teacher, start = (run_alone(name, 0, options) for name in ("answers", "prepare", "start"))
+    names = "answers", "prepare", "start", "alignment"
+    _, teacher, start, laid = (run_alone(name, 0, options) for name in names)
+    share = (
+        f"{1e3 * laid['aligning']:.1f} of {1e3 * laid['forward']:.0f} CPU ms ({laid['aligning'] / laid['forward']:.2%})"
+    )
+    print(f"Laying both tokenisations of a batch side by side, beside the teacher's forward of it: {share}\n")
     results = {"start": [start]}
     for seed in options.seeds:  # all contenders of a seed before the next one
         for name in options.contenders:
@@ -110,6 +116,8 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
         found = answer(options)
     elif name == "prepare":
         found = prepare(options)
+    elif name == "alignment":
+        found = alignment(options)
     else:
         found, student = {}, load(str(options.work / "student"))
         if name != "start":
@@ -336,8 +344,29 @@ def build(name: str, seed: int, options: argparse.Namespace) -> Any:
         cross_tokenizer=TERMS.get(name),
         alm_temperature=1.0 if name == "at_one" else None,
         lm_loss_weight=1.0 if name == "with_text" else 0.0,
+        teacher_cache=str(options.work / "runs" / f"cache-{seed}") if name == "kept" else None,
+        teacher_cache_kind="next_bytes" if name == "kept" else "hidden",
     )
     return GKDTrainer(**given, teacher_model=options.teacher, args=args, train_dataset=Dataset.from_list(rows))
+
+
+def alignment(options: argparse.Namespace, batches: int = 5) -> dict[str, float]:
+    """CPU seconds that a batch takes: the teacher's tokens of its text and where both begin one; its forward."""
+    from itertools import islice
+
+    from distill_trainers.data.views import ALIGNED_ENTRIES
+
+    trainer, spent = build("ours", 0, options), {"aligning": 0.0, "forward": 0.0}
+    for count, batch in enumerate(islice(trainer.get_train_dataloader(), 1 + batches)):
+        given = {name: entry for name, entry in batch.items() if name not in ALIGNED_ENTRIES}
+        began = time.process_time()
+        aligned = trainer.two_models.completed(given)
+        between = time.process_time()
+        trainer.two_models.signal(aligned, aligned["labels"][:, 1:] != -100)
+        if count:  # the first one reads the tokenizers
+            spent["aligning"] += (between - began) / batches
+            spent["forward"] += (time.process_time() - between) / batches
+    return spent
 
 
 # ---- Judging --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ that UTF-8 never uses: the end of a text the same one for both tokenizers, so th
 token one of each side's own, so that it meets nothing. With that, boundaries are positions in two byte strings.
 
 A border is safe for a tokenizer where no token of it may cross: one of its pre-tokens ends there, or no token holds the
-two bytes beside it. Only chunks between borders that are safe for both are comparable (arXiv 2410.09303).
+two bytes beside it. Only what lies between borders that are safe for both is comparable (arXiv 2410.09303): a chunk, or
+several that are joined by borders which are not.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ class Alignment:
         student_ends, teacher_ends: int64, index behind the last token of each chunk, within the completion. Chunk k
             begins where chunk k - 1 ends; a chunk may be empty on one side where the two spell different texts.
         num_bytes: int64, bytes of text of each chunk as the student spells it; 0 for an end-of-text token.
-        comparable: bool, whether both spell the same bytes between borders that no token of either may cross. The end
-            of the text is a chunk of its own. False where a special token is part of a chunk.
+        joined: bool, whether a chunk goes on what the chunk before is part of, because a token may cross the border
+            between them.
+        comparable: bool, whether both spell the same bytes between borders that no token of either may cross, in the
+            chunk together with all that it is joined to. The end of the text is a chunk of its own. False where a
+            special token is part of a chunk.
         same_start: bool, whether the next byte at the chunk's start is the same event for both: not where one side
             alone writes a space before the text.
         bytes: of text, as the student spells it.
@@ -46,6 +50,7 @@ class Alignment:
     student_ends: NDArray[np.int64]
     teacher_ends: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
+    joined: NDArray[np.bool_]
     comparable: NDArray[np.bool_]
     same_start: NDArray[np.bool_]
     bytes: int
@@ -113,7 +118,7 @@ def align(
             side.without_first_space()
     blocks = _equal_blocks(one.text, other.text)
     positions = _shared_positions(one, other, blocks)
-    comparable = _comparable(one, other, positions)
+    joined, comparable = _events(one, other, positions)
     same_start = np.ones(len(positions) - 1, bool)
     same_start[:1] = not any(spaces)
     is_end = np.frombuffer(one.text, np.uint8) == END_BYTE[0]
@@ -126,6 +131,7 @@ def align(
         counted[0].astype(np.int64),
         counted[1].astype(np.int64),
         (is_text[ends[:, 0]] - is_text[starts[:, 0]]).astype(np.int64),
+        joined,
         comparable,
         same_start,
         int(is_text[-1]),
@@ -187,16 +193,21 @@ def _shared_positions(one: _Side, other: _Side, blocks: list[tuple[int, int, int
     return joined[np.append(True, (np.diff(joined, axis=0) != 0).any(1))]
 
 
-def _comparable(one: _Side, other: _Side, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _events(one: _Side, other: _Side, positions: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """`joined` and `comparable` of the chunks between positions."""
     safe = one.tokenizer.safe_borders(one.text)[positions[:, 0]]
     safe &= other.tokenizer.safe_borders(other.text)[positions[:, 1]]
-    comparable = safe[:-1] & safe[1:]
+    same = np.ones(len(positions) - 1, bool)
     if one.text != other.text:
         for k, ((a, b), (c, d)) in enumerate(zip(positions[:-1].tolist(), positions[1:].tolist(), strict=True)):
-            comparable[k] &= one.text[a:c] == other.text[b:d]
+            same[k] = one.text[a:c] == other.text[b:d]
     elif _STUDENT_SPECIAL in one.text or _TEACHER_SPECIAL in other.text:  # bytes of no text, written by both
-        comparable &= False
-    return comparable
+        same &= False
+    joined = np.zeros_like(same)
+    joined[1:] = ~safe[1:-1] & same[1:] & same[:-1]
+    first = np.flatnonzero(~joined)
+    fits = same[first] & safe[first] & safe[np.append(first[1:], len(same))[: len(first)]]
+    return joined, fits[(~joined).cumsum() - 1]
 
 
 @dataclass(frozen=True)

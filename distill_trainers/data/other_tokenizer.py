@@ -4,7 +4,8 @@ A row of such a teacher is a view (see `views.py`) whose completion has other id
 entries of views (B rows, T positions of the student, C tokens of the teacher's longest completion):
 
     teacher_completion_ids, teacher_completion_mask  [B, C], padded on the right
-    teacher_chunk   [B, C]  1 + the chunk of bytes that a token is part of; 0: of none
+    teacher_chunk   [B, C]  1 + the chunk of bytes that a token is part of, chunks joined by borders that a token may
+                            cross being one; 0: of none
     token_chunk     [B, T]  the same of the student's tokens
     token_shared    [B, T]  1 + the place of the teacher's token that begins where this one does; 0: none does
     token_comparable [B, T] 1 on tokens of chunks whose likelihoods may be compared
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distill_trainers.data.alignment import TokenBytes, align, retokenised
@@ -181,9 +183,10 @@ class OtherTokenizer:
         sizes, their_sizes = found.student_ends - begins, found.teacher_ends - their_begins
         # Nothing predicts the first token of a row: chunks of it have no likelihood.
         told = (begins >= int(start == 0)) & (their_begins >= int(not has_prompt)) & (sizes > 0) & (their_sizes > 0)
-        numbers = np.where(told, told.cumsum(), 0)
+        whole, joined = _all_of(told, found.joined), found.joined
+        numbers = np.where(told, (told & ~(joined & whole)).cumsum(), 0)
         chunks, their_chunks = np.repeat(numbers, sizes), np.repeat(numbers, their_sizes)
-        comparable = np.repeat(told & found.comparable, sizes).astype(int)
+        comparable = np.repeat(whole & found.comparable, sizes).astype(int)
         shared, alone = np.zeros((2, len(own)), int)
         shared[begins[told]] = np.where(found.same_start, 1 + their_begins, 0)[told]
         alone[begins[told]] = ((sizes == 1) & (their_sizes == 1))[told]
@@ -193,6 +196,13 @@ class OtherTokenizer:
         names = {"token_chunk": chunks, "token_shared": shared, "token_comparable": comparable, "token_alone": alone}
         entries = {"ids": list(theirs), "teacher_chunk": their_chunks.tolist()}
         return entries | {name: before + values.tolist() for name, values in names.items()}
+
+
+def _all_of(told: NDArray[np.bool_], joined: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether all that a chunk is joined to is told."""
+    if not len(told):
+        return told
+    return np.logical_and.reduceat(told, np.flatnonzero(~joined))[(~joined).cumsum() - 1]
 
 
 def _rewritten(

@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..exceptions import ConfigurationError
-from ..signals import Aligned, NextBytes, TokenLogits, TokenSignal
+from ..signals import Aligned, NextBytes, TeacherSignal, TokenLogits, TokenLogprobs, TokenSignal
 from .cross_tokenizer import NUM_BUCKETS, alm, bucket_logps, exact_overlap, uld
 from .divergences import Divergence
+from .fused_linear import signal_chunks
+from .fused_logps import signal_token_logps
 from .reduction import sum_per_row
 from .sparse import token_logps
 
@@ -143,6 +145,26 @@ def chunk_entries(
     }
 
 
+@torch.no_grad()
+def next_bytes_of(
+    signal: TeacherSignal, ids: Tensor, first_bytes: Tensor, *, chunk_bytes: int | None = None
+) -> NextBytes:
+    """Sum a teacher's distributions before N tokens by next byte.
+
+    Args:
+        ids: `[N]`, these tokens.
+        first_bytes: `[V]`, the bucket of each id (`TokenBytes.first_bytes`).
+        chunk_bytes: see `fused_linear_terms`.
+    """
+    values, buckets = [], []
+    with torch.autocast(ids.device.type, enabled=False):
+        for rows, logits in signal_chunks(signal, ids, chunk_bytes):
+            assert isinstance(logits, TokenLogits)
+            values.append(token_logps(logits, ids[rows]).clone())
+            buckets.append(bucket_logps(logits.logits, _of_device(first_bytes, logits.logits)))
+    return NextBytes(torch.cat(values), torch.cat(buckets))
+
+
 @dataclass(frozen=True)
 class AlignedLoss:
     """Terms of a loss between models with different tokenizers.
@@ -160,6 +182,16 @@ class AlignedLoss:
     teacher_bytes: Tensor
     student_ids: Tensor
     teacher_ids: Tensor
+
+    def told(self, signal: Aligned, chunk_bytes: int | None = None) -> Aligned:
+        """Return all that the terms take of a teacher's signal: with less than distributions, its head runs once."""
+        whole, names = signal.told, self.weights.keys()
+        if isinstance(whole, TokenLogprobs) or not names <= OF_TEXT or (self.temperature != 1 and "next_byte" in names):
+            return signal
+        if names == {"alm"}:
+            return replace(signal, told=TokenLogprobs(signal_token_logps(whole, signal.ids, chunk_bytes=chunk_bytes)))
+        told = next_bytes_of(whole, signal.ids, self.teacher_bytes, chunk_bytes=chunk_bytes)
+        return replace(signal, told=told)
 
     def terms(
         self, student: TokenLogits, teacher: TokenSignal | None, tokens: Mapping[str, Tensor], divergence: Divergence

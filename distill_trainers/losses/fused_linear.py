@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -341,6 +341,18 @@ def teacher_chunks(teacher: TeacherSignal | None, workspace: Workspace) -> Calla
         readers: list[Any] = [None if part is None else teacher_chunks(part, workspace) for part in teacher.parts]
         return torch.no_grad()(lambda rows: teacher.join(rows, readers, workspace))
     return torch.no_grad()(teacher.chunk)
+
+
+def signal_chunks(
+    signal: TeacherSignal, ids: Tensor, chunk_bytes: int | None
+) -> Iterator[tuple[slice, TokenSignal | None]]:
+    """Yield what a teacher says about tokens `[N]`, some rows at a time, in memory that the next ones take."""
+    workspace = Workspace()
+    at_most = chunk_bytes or chunk_bytes_of(None, ids.device.type)
+    read = teacher_chunks(signal, workspace)
+    for rows in _chunks(len(ids), max(1, at_most // (4 * signal.width))):
+        yield rows, read(rows)
+        workspace.reset()
 
 
 def fused_linear_divergence(

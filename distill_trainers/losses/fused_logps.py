@@ -17,10 +17,17 @@ from torch.autograd.function import once_differentiable
 
 from ..exceptions import ConfigurationError
 from ..signals import Composed, Head, HiddenStates, Routed, TeacherSignal, TokenLogits, TokenLogprobs, TokenSignal
-from .fused_linear import TermsFn, _chunks, _chunks_of, _Gradients, _Projection, fused_linear_terms, teacher_chunks
+from .fused_linear import (
+    TermsFn,
+    _chunks_of,
+    _Gradients,
+    _Projection,
+    fused_linear_terms,
+    signal_chunks,
+)
 from .reduction import weighted_total
 from .sparse import token_logps
-from .workspace import Workspace, chunk_bytes_of, row_blocks
+from .workspace import Workspace, row_blocks
 
 RowTermsFn = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -116,14 +123,9 @@ def signal_token_logps(signal: TeacherSignal, ids: Tensor, *, chunk_bytes: int |
 
 
 def _logps_of_several(signal: Routed | Composed, ids: Tensor, chunk_bytes: int | None) -> Tensor:
-    workspace, logps = Workspace(), []
-    at_most = chunk_bytes or chunk_bytes_of(None, ids.device.type)
-    read = teacher_chunks(signal, workspace)
     with torch.autocast(ids.device.type, enabled=False):
-        for rows in _chunks(len(ids), max(1, at_most // (4 * signal.width))):
-            logps.append(_told_logps(read(rows), ids[rows]).clone())
-            workspace.reset()
-    return torch.cat(logps)
+        chunks = signal_chunks(signal, ids, chunk_bytes)
+        return torch.cat([_told_logps(told, ids[rows]).clone() for rows, told in chunks])
 
 
 def _told_logps(target: TokenSignal | None, ids: Tensor) -> Tensor:

@@ -272,13 +272,13 @@ class DistillTrainer(publishing.Publishing, Resuming, FreshStudents, Dataloaders
 
     def set_up_method(self) -> None:
         """Set up what is remembered from step to step; also when `model_init` has made the student anew."""
-        args, autocast = self.args, self.compute_loss_context_manager
+        args, autocast, extras = self.args, self.compute_loss_context_manager, models.extra_inputs(self.model)
         self.sampling = sampling_settings(args, self.model, self.processing_class, self.vocab_size)
-        extras = models.extra_inputs(self.model)
         other = self.requirements.other and self.requirements.other.ended_by(student=self.sampling.eos_token_ids)
         known = self.teacher, self.vocab_size, args.loss_chunk_bytes, autocast, extras, other, args.alm_temperature
         self.two_models = TwoModels(*known, hidden_match(args, self.model, self.teacher))
         self.aligned_loss = None if other is None else aligned_loss(args, other)
+        self.two_models.aligned_loss = self.aligned_loss if args.compares_chunks else None
         self.window_loss = torch.zeros((), device=args.device)  # of the micro-steps since the last optimiser step
         self.metrics = RunningMetrics(args.device)
         self._eval_rows: list[Tensor] | None = None

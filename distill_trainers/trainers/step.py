@@ -20,7 +20,7 @@ from .. import models
 from ..data.other_tokenizer import OtherTokenizer, TeacherTokens
 from ..data.views import has_view, teacher_inputs
 from ..exceptions import ConfigurationError
-from ..losses.aligned import TEACHER_LOGPS, Chunks, chunk_entries
+from ..losses.aligned import TEACHER_LOGPS, AlignedLoss, Chunks, chunk_entries
 from ..losses.fused_linear import TermsFn, fused_linear_terms
 from ..losses.fused_logps import fused_row_terms, row_terms_of_logits, signal_token_logps
 from ..losses.reduction import trained_mask, weighted_total
@@ -50,6 +50,7 @@ class TwoModels:
 
     Attributes:
         sampler_ratio: weighs tokens that another sampler drew; None weighs none.
+        aligned_loss: all that training reads of a teacher with a tokenizer of its own; None: it may read more.
         head_is_fused: whether the student's logits are had from its hidden states; the first batch tells.
     """
 
@@ -73,6 +74,7 @@ class TwoModels:
         self.alm_temperature = math.inf if alm_temperature is None else alm_temperature
         self.hidden = hidden
         self.sampler_ratio: SamplerRatio | None = None
+        self.aligned_loss: AlignedLoss | None = None
         self.head_is_fused: bool | None = None
         self._rows_stay_apart = False
 
@@ -209,6 +211,8 @@ class TwoModels:
 
         watching = contextlib.nullcontext({}) if hidden is None else hidden.of_student(student, predicts)
         with self._whole(self.teacher, signal) as whole_signal, watching as ours:
+            if trains and self.aligned_loss is not None and isinstance(whole_signal, Aligned):
+                whole_signal = self.aligned_loss.told(whole_signal, self.chunk_bytes)
             if self.head_is_fused:
                 # The student's head is whole inside its own forward alone, where the wrappers see the loss as well.
                 result = student(**forward_inputs, on_hidden=on_hidden, **({"with_balance": True} if balanced else {}))

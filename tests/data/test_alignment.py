@@ -24,6 +24,7 @@ from distill_trainers.data.alignment import (
     retokenised,
     shared_ids,
 )
+from distill_trainers.data.token_bytes import END_BYTE
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.toy import character_tokenizer
 
@@ -201,6 +202,8 @@ def test_chunks_hold_all_tokens_between_boundaries_that_both_share(pair, text, e
         [len(i)] if text or ends else [] for i in ids
     ]
     assert (np.diff(found.student_ends) >= 0).all() and (np.diff(found.teacher_ends) >= 0).all()
+    assert len(found) == len(found.joined) and not found.joined[:1].any()
+    assert (found.comparable[1:] == found.comparable[:-1])[found.joined[1:]].all(), "all of it is, or none"
     chunks = zip(texts_of(ids[0], found.student_ends, one), texts_of(ids[1], found.teacher_ends, other), strict=True)
     for k, (ours, theirs) in enumerate(chunks):
         if not found.comparable[k]:
@@ -242,6 +245,23 @@ def test_no_token_of_either_could_cross_the_borders_of_comparable_chunks(text):
             held = any(data[place - 1 : place + 1] in token for token in tokens)
             assert safe[place] == (place in cuts or not held)
         assert safe[0] and (not safe[-1] or not data)
+
+
+@pytest.mark.parametrize("pair", list(itertools.permutations(EVERY_BYTE, 2)), ids="-".join)
+@settings(max_examples=12, deadline=None)
+@given(text=texts)
+def test_all_of_a_text_is_comparable_between_its_safe_borders(pair, text):
+    """A boundary of both that a token may cross costs nothing: what lies on either side is taken as one."""
+    sides = [spelled(kind) for kind in pair]
+    ids = [[*encoded(kind, text), KINDS[kind]().eos_token_id] for kind in pair]
+    found = align(*ids, *sides)
+    if found.differing_bytes or any(side.adds_space for side in sides):
+        return
+    assert found.comparable.all()
+    data = text.encode() + END_BYTE
+    safe = np.logical_and(*(side.safe_borders(data) for side in sides))
+    ends = np.append(found.num_bytes.cumsum()[:-1], len(data))
+    assert (found.joined[1:] == ~safe[ends[:-1]]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -106,6 +106,8 @@ FEEDBACK |= {"teacher_max_length": 13, "teacher_too_long": "drop"}
 # Nearly greedy copies of one prompt are alike, so that rewards themselves are the advantages.
 REWARDS = {"reward_funcs": ["length:2"], "advantage": "none", "num_generations": 2, "reward_schedule": "joint"}
 
+OWN = {"teacher_tokenizer": "own"}
+
 
 def pairs(**settings):
     return {"method": "dpkd", "pairs": True, "args": {**SETTINGS, **settings}}
@@ -117,7 +119,7 @@ CASES = {
     "on-policy": {"args": {**SETTINGS, "lmbda": 1.0}},
     "feedback": {"args": {**SETTINGS, "lmbda": 1.0, **FEEDBACK}},
     "seq_kd": {"args": {**OFF_POLICY, "seq_kd": True}},
-    "other-tokenizer": {"digits": True, "args": {**SETTINGS, "lmbda": 0.5, "teacher_tokenizer": "own"}},
+    "other-tokenizer": {"digits": True, "args": {**SETTINGS, **OWN, "lmbda": 0.5}},
     "routed": {"several": True, "args": {**SETTINGS, "lmbda": 0.5}},
     "composed": {"several": True, "args": {**OFF_POLICY, "extrapolate": {"reference": "math", "scale": 1.25}}},
     "lora": {"lora": True, "args": OFF_POLICY},
@@ -138,6 +140,13 @@ CASES = {
         "method": "minillm",
         "args": {**SETTINGS, **MINILLM, **REWARDS, "learning_rate": 0.05},
     },
+    "other-minillm": {
+        "method": "minillm",
+        "digits": True,
+        "args": {**SETTINGS, **MINILLM, **OWN, "estimator": "sampled", "learning_rate": 0.05},
+    },
+    "other-pairs": {**pairs(**OWN), "digits": True},
+    "other-rationale": {"method": "rationale", "digits": True, "args": {**RATIONALES, **OWN, "distill_weight": 0.5}},
     "step_by_step": {"method": "rationale", "args": {**RATIONALES, "objective": "step_by_step"}},
     "edit": {"method": "rationale", "args": {**RATIONALES, "objective": "edit", "wrong_weight": 0.5}},
     "dual_chain": {"method": "rationale", "args": {**RATIONALES, "objective": "dual_chain", "innovation_samples": 1}},
@@ -146,6 +155,7 @@ CASES = {
 LOGGED = {
     "pairs": {"reward_margin", "nll_chosen", "nll_rejected"},
     "minillm-rewards": {"reward", "reward_mean", "reward_flat_groups", "advantage", "rewards/length"},
+    "other-rationale": {"distillation"},
     "minillm": {"reward", "sequence_kl", "advantage", "ratio", "clipped", "pretraining"},
     "rationale": {"label", "rationale", "right_steps", "wrong_steps", "imitation", "answer"},
 }
@@ -156,7 +166,10 @@ BUT_ZERO2 = ["cpu_ddp", "cpu_zero3", "cpu_fsdp2"]
 # Of the other two launches, one case of each way through a step.
 EVERYWHERE = ["off-policy", "mixed", "other-tokenizer", "routed", "lora", "cache-hidden", "measures", "pairs-student"]
 EVERYWHERE += ["minillm", "minillm-rewards", "step_by_step"]
+# Of methods whose teacher reads its own tokens, "other-tokenizer" is sharded; the others are for what each adds to it.
+UNSHARDED = ["other-minillm", "other-pairs", "other-rationale"]
 LAUNCHED = [(c, case) for c in LAUNCHES for case in CASES if c in WHOLE_AND_SHARDED or case in EVERYWHERE]
+LAUNCHED = [(c, case) for c, case in LAUNCHED if c == "cpu_ddp" or case not in UNSHARDED]
 
 # Sampled at temperature 1, where nothing compares with one process: completions end at other tokens on each.
 SAMPLED = {

@@ -142,7 +142,7 @@ def train(job):
             part.add_column("teacher", ["code" if i % 3 == 0 else "math" for i in range(len(part))])
             for part in (train_rows, eval_rows)
         )
-    if job.get("method") == "rationale" or settings.get("self_teacher"):
+    if (job.get("method") == "rationale" and not job.get("digits")) or settings.get("self_teacher"):
         teacher = None
     student = job.get("student") or tiny_llama(tokenizer, 32, 2, seed=1, attention_dropout=job.get("dropout", 0.0))
     if job.get("pruned"):  # the teacher's second layer alone

@@ -27,7 +27,7 @@ def test_a_served_teacher_is_the_local_one(make_trainer, by_step, serve, digits,
     teacher = tiny_llama(digits, 48, 2, seed=7, initializer_range=0.25)
     local = losses(make_trainer(make_student(), copy.deepcopy(teacher), **run), by_step)
     served = make_trainer(make_student(), serve(teacher, digits).url, **run, teacher_server_kind=kind)
-    assert losses(served, by_step) == pytest.approx(local, rel=1e-4)
+    assert losses(served, by_step) == pytest.approx(local, rel=1e-6)
 
 
 def losses(trainer, by_step):

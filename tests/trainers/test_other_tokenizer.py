@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_trainers.data.views import ALIGNED_ENTRIES
 from distill_trainers.exceptions import ConfigurationError, DatasetError
+from distill_trainers.losses.fused_linear import _Projection
 from distill_trainers.losses.reduction import trained_mask
 from distill_trainers.teachers import ComposedTeacher, LocalTeacher, RoutedTeacher
 from distill_trainers.toy import addition_rationales, tiny_llama
@@ -97,16 +98,17 @@ def naive(student, teacher, tokenizer, digits, rows, tau=1.0, weights=(1.0, 1.0)
         text = row["completion"]
         within = {i for i in range(1, len(text)) if not text[i - 1 : i + 1].isdigit()}
         safe = {0, len(text), len(text) + 1} | within  # everywhere else a token of two digits may cross
-        for begin, end in zip(shared, shared[1:], strict=False):
-            if {begin, end} <= safe:
-                a = sum(
-                    value for (s, e), value in zip(theirs, p_given, strict=True) if begin <= s and e <= end
-                ).detach()
-                b = sum(value for (s, e), value in zip(ours, q_given, strict=True) if begin <= s and e <= end)
-                pt, qt = (a / tau).exp(), (b / tau).exp()
-                event = pt * (pt / qt).log() + (1 - pt) * ((1 - pt) / (1 - qt)).log()
-                limit = a - b - a * (a / b).log()
-                total = total + weights[0] * (limit if tau == float("inf") else tau * event)
+        borders = [place for place in shared if place in safe]
+        for begin, end in zip(borders, borders[1:], strict=False):
+            a, b = (
+                sum(value for (s, e), value in zip(side, given, strict=True) if begin <= s and e <= end)
+                for side, given in ((theirs, p_given.detach()), (ours, q_given))
+            )
+            pt, qt = (a / tau).exp(), (b / tau).exp()
+            event = pt * (pt / qt).log() + (1 - pt) * ((1 - pt) / (1 - qt)).log()
+            limit = a - b - a * (a / b).log()
+            total = total + weights[0] * (limit if tau == float("inf") else tau * event)
+        for begin in shared[:-1]:
             i, j = ([s for s, _ in side].index(begin) for side in (ours, theirs))
             pc, qc = next_character(p[j : j + 1], digits).detach(), next_character(q[i : i + 1], tokenizer)
             total = total + weights[1] * (qc.exp() * (qc - pc) if reverse else pc.exp() * (pc - qc)).sum()
@@ -237,6 +239,25 @@ def test_rows_add_up_to_the_likelihood_of_both_texts(own, batch_of, tokenizer, d
         ids = [*digits(row["completion"], add_special_tokens=False)["input_ids"], digits.eos_token_id]
         given = logps_of(trainer.teacher.model, prompt, ids)[range(len(ids)), ids].sum()
         assert total.item() == pytest.approx(given.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("terms", [{"alm": 1.0}, {"alm": 1.0, "next_byte": 1.0}, {"next_byte": 1.0}])
+def test_the_teachers_head_runs_once_over_its_tokens(own, batch_of, monkeypatch, terms):
+    trainer, seen, products = own(cross_tokenizer=terms), [], _Projection.products
+    batch = trainer.two_models.completed(batch_of(trainer))
+    rows = trainer.teacher.model.get_output_embeddings().weight.shape[0]
+
+    def counted(projection, part, workspace):
+        seen.extend([part] if projection.head.num_ids == rows else [])
+        return products(projection, part, workspace)
+
+    monkeypatch.setattr(_Projection, "products", counted)
+    loss, gradient = loss_and_gradient(trainer, batch)
+    assert len(seen) == 1 and seen[0].stop == batch["teacher_completion_mask"].sum()
+    trainer.two_models.aligned_loss = None  # distributions are read by the loss itself
+    expected = loss_and_gradient(trainer, batch)
+    assert len(seen) > 2 and loss == pytest.approx(expected[0], rel=1e-10)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-9, atol=1e-12)
 
 
 def test_a_head_that_cannot_be_fused_gives_the_same(own, batch_of, monkeypatch):
@@ -450,8 +471,37 @@ def test_a_cache_of_next_bytes_is_the_live_teacher(own, by_step, kept, make_stud
         own(make_student(), **{**alone, "teacher_processing_class": changed})
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("gkd", {"cross_tokenizer": {"alm": 1.0}}),
+        pytest.param("gkd", {"cross_tokenizer": {"alm": 1.0}, "lmbda": 0.5}, marks=pytest.mark.slow),
+        pytest.param("dpkd", {"train": pairs(16)}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_cache_of_token_logprobs_is_the_live_teacher(own, by_step, kept, make_student, tmp_path, method, settings):
+    """Four bytes a token of the teacher's, which is all that chunks of text and whole texts take."""
+    run = {**RUN, "method": method, "teacher": str(kept / "teacher"), "eval_dataset": numbers(5, seed=3), **settings}
+    run |= {"eval_dataset": pairs(5)} if method == "dpkd" else {}
+    live = own(make_student(), **run)
+    expected, scores = losses(live, by_step), live.evaluate()
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_kind": "token_logprobs"}
+    filled = own(make_student(), **run, **cache)
+    assert losses(filled, by_step) == pytest.approx(expected, rel=1e-6)
+    found = filled.evaluate()
+    names = {"eval_loss", "eval_alm", "eval_bits_per_byte", "eval_teacher_perplexity"} & found.keys()
+    assert {n: found[n] for n in names} == pytest.approx({n: scores[n] for n in names}, rel=1e-6) and names
+    for row in (filled.teacher.cache.read(key) for key in filled.teacher.cache.keys()):  # noqa: SIM118
+        assert row.keys() == {"logps"} and row["logps"].dtype == torch.float32
+    if not settings.get("lmbda"):
+        alone = {**run, "teacher": None, **cache, "teacher_placement": "cached"}
+        read = own(make_student(), **{**alone, "teacher_tokenizer": str(kept / "tokenizer")})
+        assert losses(read, by_step) == pytest.approx(expected, rel=1e-6) and not read.teacher.is_live
+
+
 REWARDED = {"reward_funcs": "length:1", "num_generations": 2, "per_device_train_batch_size": 4}
 KEPT = {"teacher_cache": "kept", "teacher_cache_kind": "next_bytes"}
+GIVEN = {"teacher_cache": "kept", "teacher_cache_kind": "token_logprobs"}
 
 
 # ---- What is refused, before anything is loaded ----------------------------------------------------------------------
@@ -481,6 +531,9 @@ KEPT = {"teacher_cache": "kept", "teacher_cache_kind": "next_bytes"}
         ),
         ({"packing": True}, "packed rows have no prompt"),
         ({**KEPT, "cross_tokenizer": {"alm": 1.0, "uld": 1.0}}, "next_bytes.*but alm and next_byte.*kind: hidden"),
+        (GIVEN, "needs the teacher's whole distribution.*token_logprobs.*`cross_tokenizer: {alm: 1.0}`"),
+        ({**GIVEN, "teacher_tokenizer": "shared"}, "needs the teacher's whole distribution.*Use .*kind: hidden`[.]"),
+        ({**GIVEN, "teacher_cache_dtype": "int8"}, "one of float32, float16 for token_logprobs"),
         ({**KEPT, "kd_temperature": 2.0}, "next_bytes.*`kd_temperature: 1`"),
         ({**KEPT, "teacher_tokenizer": "shared"}, "next_bytes.*expected `teacher_tokenizer: own`"),
         ({**KEPT, "teacher_cache_dtype": "int8"}, "one of float32, float16 for next_bytes"),

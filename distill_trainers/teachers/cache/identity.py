@@ -45,7 +45,7 @@ class CacheIdentity:
     """All that must be equal for two runs to share a cache.
 
     Attributes:
-        kind: `hidden`, `topk`, `sampled` or `next_bytes`.
+        kind: `hidden`, `topk`, `sampled`, `next_bytes` or `token_logprobs`.
         dtype: of what is stored; None keeps hidden states as the teacher gives them, and log-probabilities in float32.
         top_k, draws, seed: of the sparse kinds; None where they mean nothing.
         vocab_size: ids in the teacher's softmax; for `hidden`, rows of its head.

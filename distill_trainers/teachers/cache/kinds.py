@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ...exceptions import ConfigurationError
-from ...losses import check_sparse, token_logps
-from ...losses.cross_tokenizer import NUM_BUCKETS, bucket_logps
+from ...losses import check_sparse
+from ...losses.aligned import next_bytes_of
+from ...losses.cross_tokenizer import NUM_BUCKETS
+from ...losses.fused_logps import signal_token_logps
 from ...randomness import Purpose, Role, Stream
 from ...requirements import Requirements
-from ...signals import Head, HiddenStates, NextBytes, Sampled, TeacherSignal, TokenLogits, TopK
+from ...signals import Head, HiddenStates, NextBytes, Sampled, TeacherSignal, TokenLogits, TokenLogprobs, TopK
 from .identity import CacheIdentity
 from .shards import Answer
 
@@ -28,14 +30,25 @@ class CacheKind(ABC):
     Attributes:
         name: of the setting `teacher_cache_kind`.
         dtypes: that its numbers may be stored in.
+        tells: kinds of signal that come back (see `Teacher.provides`).
     """
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
+    tells: ClassVar[frozenset[str]] = frozenset({"distribution"})
 
     def __init__(self, identity: CacheIdentity):
         self.identity = identity
         self.dtype = None if identity.dtype is None else _DTYPES[identity.dtype]
+
+    def told(self, signal: TeacherSignal, ids: Tensor, first_bytes: Tensor | None) -> TeacherSignal:
+        """Return what `store` takes, from a teacher's signal about N tokens.
+
+        Args:
+            ids: `[N]`, these tokens.
+            first_bytes: see `next_bytes_of`; None where the tokenizer does not tell them.
+        """
+        return signal
 
     @abstractmethod
     def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
@@ -179,6 +192,10 @@ class NextBytesKind(CacheKind):
     name = "next_bytes"
     dtypes = ("float32", "float16")
 
+    def told(self, signal: TeacherSignal, ids: Tensor, first_bytes: Tensor | None) -> TeacherSignal:
+        assert first_bytes is not None
+        return next_bytes_of(signal, ids, first_bytes)
+
     def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
         assert isinstance(signal, NextBytes)
         parts = signal.values.float(), signal.buckets.to(self.dtype or torch.float32)
@@ -193,26 +210,30 @@ class NextBytesKind(CacheKind):
         return NUM_BUCKETS * (self.dtype or torch.float32).itemsize + 4
 
 
-@torch.no_grad()
-def next_bytes_of(signal: TeacherSignal, ids: Tensor, first_bytes: Tensor) -> NextBytes:
-    """Sum a teacher's distributions before N tokens by next byte.
+class TokenLogprobsKind(CacheKind):
+    """Log-probabilities of the given tokens, and nothing else."""
 
-    Args:
-        ids: `[N]`, these tokens.
-        first_bytes: `[V]`, the bucket of each id (`TokenBytes.first_bytes`).
-    """
-    values, buckets, start = [], [], 0
-    for logits in _chunks(signal, 0, len(signal)):
-        stop = start + len(logits.logits)
-        values.append(token_logps(logits, ids[start:stop]))
-        buckets.append(bucket_logps(logits.logits, first_bytes[: logits.shape[-1]].to(ids.device)))
-        start = stop
-    parts = (values, torch.empty(0)), (buckets, torch.empty(0, NUM_BUCKETS))
-    return NextBytes(*(torch.cat(part or [empty.to(ids.device)]) for part, empty in parts))
+    name = "token_logprobs"
+    dtypes = ("float32", "float16")
+    tells = frozenset({"token_logprobs"})
+
+    def told(self, signal: TeacherSignal, ids: Tensor, first_bytes: Tensor | None) -> TeacherSignal:
+        return TokenLogprobs(signal_token_logps(signal, ids))
+
+    def store(self, signal: TeacherSignal, counts: Sequence[int], keys: Sequence[bytes]) -> list[Answer]:
+        assert isinstance(signal, TokenLogprobs)
+        values = signal.values.to(self.dtype or torch.float32).cpu()
+        return [{"logps": part} for part in values.split(list(counts))]
+
+    def answer(self, rows: Sequence[Answer], head: Head | None, device: torch.device) -> TeacherSignal:
+        return TokenLogprobs(torch.cat([row["logps"] for row in rows] or [torch.empty(0)]).to(device))
+
+    def token_bytes(self, hidden_size: int, dtype: torch.dtype) -> float:
+        return (self.dtype or torch.float32).itemsize
 
 
 ANSWER_KINDS: dict[str, type[CacheKind]] = {
-    kind.name: kind for kind in (HiddenKind, TopKKind, SampledKind, NextBytesKind)
+    kind.name: kind for kind in (HiddenKind, TopKKind, SampledKind, NextBytesKind, TokenLogprobsKind)
 }
 
 _SPARSE: dict[str, type[TopK] | type[Sampled]] = {"topk": TopK, "sampled": Sampled}
@@ -234,6 +255,12 @@ def refuse_sparse(kind: str, setting: str, wants: Requirements) -> None:
             f"Got `{setting}: {kind}` with {wants.trainer}; expected `teacher_tokenizer: own` beside it, no terms of "
             "`cross_tokenizer` but alm and next_byte, and `kd_temperature: 1`: it tells of next bytes and of the given "
             f"tokens alone. Use `{setting}: hidden`."
+        )
+    if kind == TokenLogprobsKind.name and "distribution" in wants.needs:
+        less = " or `next_bytes`, or `cross_tokenizer: {alm: 1.0}`" if wants.accepts_next_bytes else ""
+        raise ConfigurationError(
+            f"{wants.trainer} needs the teacher's whole distribution, but `{setting}: {kind}` tells how likely the "
+            f"given tokens are and nothing else. Use `{setting}: hidden`{less}."
         )
     if kind not in _SPARSE:
         return

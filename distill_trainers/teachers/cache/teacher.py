@@ -26,7 +26,7 @@ from ..placement import is_collective
 from ..rows import batch_keys, dataset_row_key, plain_rows
 from ..vocabulary import shared_vocabulary
 from .identity import CacheIdentity, read_identity, read_learnt, refuse_differences, write_learnt
-from .kinds import NextBytesKind, next_bytes_of, refuse_sparse, told_kind
+from .kinds import NextBytesKind, refuse_sparse, told_kind
 from .opening import check_vocabulary, config_of, dtype_of, identity_of, record_identity, rows_of, source_of
 from .packing import kind_of
 from .shards import Answer, TeacherCache
@@ -170,6 +170,7 @@ class CachedTeacher(Teacher):
         self.name = identity.teacher
         self.tells = told_kind(identity.kind, identity.top_k, identity.draws)
         self.kind = kind_of(identity, folder)
+        self.provides = self.kind.tells  # type: ignore[misc]
         self.cache = TeacherCache(folder, identity.stamp())
         self.token_bytes = self.kind.token_bytes(hidden_size, dtype)
         self.head_bytes = identity.teacher_rows * hidden_size * dtype.itemsize if identity.kind == "hidden" else 0
@@ -353,9 +354,8 @@ class CachedTeacher(Teacher):
                 return {}
             counts = trained.sum(1).tolist()
             with torch.autocast(predicts.device.type, enabled=False):  # the head's product is never rounded
-                if self._first_bytes is not None:
-                    whole = next_bytes_of(whole, selected["input_ids"][:, 1:][trained], self._first_bytes)
-                rows = dict(zip(missing, self.kind.store(whole, counts, list(missing)), strict=True))
+                told = self.kind.told(whole, selected["input_ids"][:, 1:][trained], self._first_bytes)
+                rows = dict(zip(missing, self.kind.store(told, counts, list(missing)), strict=True))
         for (key, row), count in zip(rows.items(), counts, strict=True):
             if self._wanted is None or key in self._wanted:
                 self.cache.add(key, row, count)

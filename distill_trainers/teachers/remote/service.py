@@ -23,12 +23,11 @@ from torch import Tensor
 
 from ... import __version__, models
 from ...data.token_bytes import TokenBytes
-from ...losses.fused_logps import signal_token_logps
 from ...losses.reduction import trained_mask
 from ...settings import require
 from ...signals import HiddenStates, Logits
 from ..cache.identity import first_bytes_fingerprint, tokenizer_fingerprint
-from ..cache.kinds import ANSWER_KINDS, next_bytes_of
+from ..cache.kinds import ANSWER_KINDS
 from ..cache.shards import Answer
 from ..local import LocalTeacher
 from ..rows import row_key
@@ -365,10 +364,5 @@ class TeacherService:
         else:
             signal = Logits(signal.values[tokens][:, : wanted.vocab_size])
         counts, ids = [len(part) for part in labels], torch.cat(list(labels)).long().to(self.device)
-        if wanted.kind != "token_logprobs":
-            first = self._first_bytes if wanted.kind == "next_bytes" else None
-            told = signal if first is None else next_bytes_of(signal, ids, first)
-            return ANSWER_KINDS[wanted.kind](answer_identity(wanted, self.info)).store(told, counts, keys)
-        logps = signal_token_logps(signal, ids)
-        dtype = torch.float16 if wanted.dtype == "float16" else torch.float32
-        return [{"logps": part} for part in logps.to(dtype).cpu().split(counts)]
+        kind = ANSWER_KINDS[wanted.kind](answer_identity(wanted, self.info))
+        return kind.store(kind.told(signal, ids, self._first_bytes), counts, keys)

@@ -18,7 +18,7 @@ from ...requirements import Requirements
 from ...servers.endpoints import Again, Attempt, Endpoint, Servers, parse_servers
 from ...servers.openai import Writer
 from ...settings import shown
-from ...signals import Head, TeacherSignal, TokenLogprobs
+from ...signals import Head, TeacherSignal
 from ..base import Pair, Teacher, is_remote, named
 from ..cache.identity import first_bytes_fingerprint
 from ..cache.kinds import ANSWER_KINDS, refuse_sparse, told_kind
@@ -131,7 +131,7 @@ class RemoteTeacher(Teacher):
             raise ConfigurationError(f"Got the kind {settings.kind!r}; expected one of {', '.join(SERVER_KINDS)}.")
         urls = parse_servers(servers if isinstance(servers, str) else ",".join(servers))
         self.servers = Servers(urls, token, settings.concurrency, settings.timeout, settings.patience)
-        self.provides = frozenset({"token_logprobs" if settings.kind == "token_logprobs" else "distribution"})  # type: ignore[misc]
+        self.provides = ANSWER_KINDS[settings.kind].tells  # type: ignore[misc]
         dialects = [self._connect(endpoint) for endpoint in self.servers.endpoints]
         self.dialect = dialects[0]
         self.can_generate = self.dialect.can_write  # type: ignore[misc]
@@ -347,10 +347,8 @@ class RemoteTeacher(Teacher):
 
     def _signal_of(self, rows: list[Answer], vocab_size: int | None, device: torch.device) -> TeacherSignal:
         wanted = self._wanted(vocab_size)
-        if wanted.kind == "token_logprobs":
-            return TokenLogprobs(torch.cat([row["logps"] for row in rows] or [torch.empty(0)]).to(device))
         head = self._whole_head(device).cut_to(vocab_size) if wanted.kind == "hidden" else None
-        info = {**self.info, "vocab_rows": self.info["vocab_rows"] or self._known_ids or wanted.top_k}
+        info = {**self.info, "vocab_rows": self.info["vocab_rows"] or self._known_ids or wanted.top_k or 0}
         return ANSWER_KINDS[wanted.kind](answer_identity(wanted, info)).answer(rows, head, device)
 
     def _whole_head(self, device: torch.device) -> Head:

@@ -28,7 +28,7 @@ from ..heads import head_of, head_parts
 from ..rows import TokenRow
 
 PROTOCOL = 2  # raised whenever an older client or server would misunderstand a message
-SERVER_KINDS = ("hidden", "topk", "sampled", "next_bytes", "token_logprobs")
+SERVER_KINDS = tuple(ANSWER_KINDS)
 _ARRAYS = {"hidden": {"hidden"}, "topk": {"ids", "logps", "tail"}, "token_logprobs": {"logps"}}
 _ARRAYS |= {"sampled": {"ids", "logps", "counts", "lengths"}, "next_bytes": {"logps", "buckets"}}
 _COUNTED = {"ids", "counts", "lengths"}
@@ -276,13 +276,11 @@ def _ids_told(wanted: Wanted, info: dict[str, Any]) -> int:
     return min(n for n in (wanted.top_k, wanted.vocab_size, info["vocab_rows"]) if n is not None)
 
 
-NUMBER_DTYPES = {**{name: kind.dtypes for name, kind in ANSWER_KINDS.items()}, "token_logprobs": ("float32", "float16")}
+NUMBER_DTYPES = {name: kind.dtypes for name, kind in ANSWER_KINDS.items()}
 
 
 def answer_bytes(wanted: Wanted, info: dict[str, Any]) -> float:
     """Estimate how many bytes an answer takes for each trained token."""
-    if wanted.kind == "token_logprobs":
-        return 4.0
     identity, dtype = answer_identity(wanted, info), getattr(torch, info["dtype"])
     return ANSWER_KINDS[wanted.kind](identity).token_bytes(info["hidden_size"] or 0, dtype)
 

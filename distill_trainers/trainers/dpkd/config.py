@@ -247,8 +247,8 @@ class DPKDConfig(DistillConfig):
         )
         self._require(
             "teacher_cache_kind",
-            self.teacher_cache_kind == "hidden",
-            "hidden: the others do not hold the log-probability of every token",
+            self.teacher_cache_kind in ("hidden", "token_logprobs"),
+            "hidden or token_logprobs: the others do not hold the log-probability of every token",
         )
         self._require(
             "assistant_only_loss", not self.assistant_only_loss, "false: a pair differs in its last turn alone"
