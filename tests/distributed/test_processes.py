@@ -459,8 +459,7 @@ REWARD_FAILURES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero3"])
-def test_a_reward_that_fails_on_one_process_ends_both_and_loses_nothing(tmp_path, config):
+def test_a_reward_that_fails_on_one_process_ends_both_and_loses_nothing(tmp_path):
     """Both tell of it, in time, and the last finished step is kept; resumed, the run takes the steps of a whole one."""
     settings = {**SETTINGS, "temperature": 1.0, "lmbda": 1.0, "learning_rate": 0.05, "per_device_train_batch_size": 2}
     settings |= {"num_generations": 4, "reward_schedule": "joint", "reward_timeout": 2.0, "save_strategy": "steps"}
@@ -469,7 +468,7 @@ def test_a_reward_that_fails_on_one_process_ends_both_and_loses_nothing(tmp_path
         {"output": str(tmp_path / how), "args": settings, "reward_fails": how} for how in [*REWARD_FAILURES, "never"]
     ]
     jobs.append({**jobs[0], "reward_fails": "never", "resume": True})
-    launch_all(tmp_path, f"{config}.yaml", jobs, timeout=300)
+    launch_all(tmp_path, "cpu_ddp.yaml", jobs, timeout=300)
     for how, said in REWARD_FAILURES.items():
         for rank in (0, 1):
             ended = json.loads((tmp_path / how / f"ended-{rank}.json").read_text())
