@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from measuring import keep_settings, machine, write_results
-from prompt_distillation import HELD_OUT, PROMPTS, alone, kept, prompts, spread, toy
+from prompt_distillation import HELD_OUT, PROMPTS, alone, kept, parser_of, prompts, spread, toy
 
 ASKED = "{prompt}\n\nAnswer in one short sentence."
 ONE_SENTENCE = r"format:^\s*[^.!?\n]+[.!?]\s*$"
@@ -26,21 +26,10 @@ MOMENTS = ("before", "halfway", "after")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="runs/demo/teacher", help="folder of an instruct model")
-    parser.add_argument("--work", type=Path, default=Path("runs/format"), help="folder for everything made")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=16, help="completions in a step, 4 of each prompt")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    own = {"work": Path("runs/format"), "batch_size": 16, "learning_rate": 5e-4, "new_tokens": 40, "rows": 48}
+    parser = parser_of(__doc__, **own)
     parser.add_argument("--anchor", type=float, default=0.05, help="β, weight of the divergence beside rewards")
-    parser.add_argument("--new-tokens", type=int, default=40)
-    parser.add_argument("--rows", type=int, default=48, help="held-out questions")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--quick", action="store_true", help="a toy model and two steps")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.steps, options.rows, options.new_tokens, options.batch_size = 2, 2, 4, 4

@@ -79,23 +79,9 @@ TASKS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, work=Path("runs/prompt_distillation"), rows=32)
     parser.add_argument("--what", choices=TASKS, default="captain")
-    parser.add_argument("--model", default="runs/demo/teacher", help="folder of an instruct model")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/prompt_distillation"), help="folder for everything made"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--prompts", type=int, default=96, help="the first of the training prompts")
-    parser.add_argument("--rows", type=int, default=32, help="held out")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--quick", action="store_true", help="a toy model and two steps")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.steps, options.prompts, options.rows, options.new_tokens, options.batch_size = 2, 2, 2, 4, 2
@@ -114,6 +100,25 @@ def main() -> None:
         results[name] = [alone(__file__, name, seed, options.work) for seed in options.seeds]
     print(table(results, TASKS[options.what]))
     write_results(options.json, described, results)
+
+
+def parser_of(doc: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options of a benchmark in which an instruct model teaches adapters on itself."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--model", default="runs/demo/teacher", help="folder of an instruct model")
+    parser.add_argument("--work", type=Path, help="folder for everything made (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--rows", type=int, help="held-out prompts")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--quick", action="store_true", help="a toy model and two steps")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    parser.set_defaults(**defaults)
+    return parser
 
 
 def alone(script: str, name: str, seed: int, work: Path) -> dict[str, float]:

@@ -3,8 +3,11 @@
 The teacher learns from right answers and is stopped early. A student of random weights learns its distribution, on the
 teacher's own answers to other sums. From this student two runs go on, with the same prompts, the same number of samples
 and the same steps, on the student's own text: the divergence alone, and rewards (1 for the right sum, else 0) with the
-divergence as anchor. All are scored on 1,000 sums that nobody trains on: greedy accuracy. Right answers are never read
-but by the reward. CPU seconds are those of the process.
+divergence as anchor. All are scored on 1,000 sums that nobody trains on, in two ways: the greedy answer, and the chance
+that a sampled one is right, which is exact: the mean probability of right answers. A divergence is least where the
+student has the teacher's distribution, so that the second is what it should keep. The first may rise: of a wrong greedy
+answer the right one is often a close second. Right answers are never read but by the reward. CPU seconds are those of
+the process.
 
     python benchmarks/rewards.py --out runs/rewards --seeds 0 1 2
 
@@ -126,21 +129,37 @@ def trained(options: Any, part: str, args: GKDConfig, student: Any, teacher: Any
     return {
         "part": part,
         "seed": seed,
-        "accuracy": addition_accuracy(trainer.model, tokenizer, HELD_OUT),
         "cpu_s": round(spent, 1),
         "steps": args.max_steps,
         **{name: [round(row[name], 4) for row in logs[:: max(1, len(logs) // 8)] if name in row] for name in shown},
     }
 
 
-def kept(file: Path, compute: Any) -> dict[str, Any]:
+@torch.no_grad()
+def right(folder: Path, tokenizer: Any) -> dict[str, float]:
+    """Score a saved model: right greedy answers, and the mean chance of right ones when it samples."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in HELD_OUT]
+    answers = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in HELD_OUT]
+    width = max(map(len, prompts)) + max(map(len, answers)) + 1
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    is_answer = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        whole = [*prompt, *answer, tokenizer.eos_token_id]
+        ids[row, : len(whole)] = torch.tensor(whole)
+        is_answer[row, len(prompt) : len(whole)] = True
+    logps = model(input_ids=ids).logits[:, :-1].log_softmax(-1)  # padding is behind everything that is read
+    of_ids = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    chances = torch.where(is_answer[:, 1:], of_ids, 0).sum(1).exp()
+    return {"greedy": addition_accuracy(model, tokenizer, HELD_OUT), "sampled": chances.mean().item()}
+
+
+def kept(file: Path, compute: Any) -> None:
     if not file.exists():
         result = compute()
         file.with_suffix(".part").write_text(json.dumps(result, indent=1))
         file.with_suffix(".part").rename(file)
-    result = json.loads(file.read_text())
-    print(json.dumps(result), flush=True)
-    return result
+    print(json.dumps(json.loads(file.read_text())), flush=True)
 
 
 def main() -> None:
@@ -166,20 +185,20 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = character_tokenizer()
     teacher = teacher_of(options, tokenizer)
-    right = addition_accuracy(teacher, tokenizer, HELD_OUT)
-    print(json.dumps({"part": "teacher", "accuracy": right}), flush=True)
-    scores: dict[str, list[float]] = {}
+    scores = {"teacher": [right(options.out / "teacher", tokenizer)]}
     for seed in options.seeds:
         base = ("distilled",) if options.start == "distilled" else ()
         for part in (*base, *(() if options.only_base else options.only)):
             file = options.out / f"{part}-{seed}.json"
             if part == "distilled":
-                result = kept(file, lambda s=seed: distilled(options, tokenizer, teacher, s))
+                kept(file, lambda s=seed: distilled(options, tokenizer, teacher, s))
             else:
-                result = kept(file, lambda s=seed, p=part: continued(options, tokenizer, teacher, s, p))
-            scores.setdefault(part, []).append(result["accuracy"])
-    for part, values in scores.items():
-        print(f"{part}: {statistics.mean(values):.3f} (" + ", ".join(f"{value:.3f}" for value in values) + ")")
+                kept(file, lambda s=seed, p=part: continued(options, tokenizer, teacher, s, p))
+            scores.setdefault(part, []).append(right(options.out / f"{part}-{seed}" / "student", tokenizer))
+    for part, of_seeds in scores.items():
+        for way in ("greedy", "sampled"):
+            values = [score[way] for score in of_seeds]
+            print(f"{part}, {way}: {statistics.mean(values):.3f} (" + ", ".join(f"{v:.3f}" for v in values) + ")")
 
 
 if __name__ == "__main__":

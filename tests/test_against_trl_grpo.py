@@ -41,14 +41,14 @@ def tokenizer():
 
 @pytest.fixture
 def both(tokenizer, settings_of_both):
-    def build(scale):
+    def build(scale, loss_type):
         student = tiny_llama(tokenizer, 32, 2, seed=1, initializer_range=0.3)
         settings = {**settings_of_both(), **SHARED, "scale_rewards": scale}
         data = Dataset.from_list([{"prompt": row["prompt"]} for row in addition_rows(16)])
         theirs = trl.GRPOTrainer(
             copy.deepcopy(student),
             digits,
-            trl.GRPOConfig(**settings, beta=0.0, loss_type="bnpo", bf16=False, gradient_checkpointing=False),
+            trl.GRPOConfig(**settings, beta=0.0, loss_type=loss_type, bf16=False, gradient_checkpointing=False),
             train_dataset=data,
             processing_class=tokenizer,
         )
@@ -66,9 +66,8 @@ def both(tokenizer, settings_of_both):
     return build
 
 
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
-def test_same_loss_and_gradient_on_the_same_samples(both, tokenizer, scale):
-    theirs, ours = both(scale)
+def losses(theirs, ours):
+    """TRL's loss and ours on what TRL has sampled, and TRL's inputs."""
     theirs.model.train()
     theirs.current_gradient_accumulation_steps = 1
     rows = [row for row in [dict(ours_row) for ours_row in theirs.train_dataset.select(range(2))] for _ in range(4)]
@@ -90,11 +89,30 @@ def test_same_loss_and_gradient_on_the_same_samples(both, tokenizer, scale):
     ours.engine.generate = lambda model, ids, mask, sampling, streams: given
     ours.model.train()
     (batch,), count = ours.get_batch_samples(iter([collated]), 1, torch.device("cpu"))
-    own = ours.compute_loss(ours.model, batch, num_items_in_batch=count)
+    return loss, ours.compute_loss(ours.model, batch, num_items_in_batch=count), inputs
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss_type"), [("none", "bnpo"), ("group", "bnpo"), ("batch", "bnpo"), ("group", "dapo")]
+)
+def test_same_loss_and_gradient_on_the_same_samples(both, scale, loss_type):
+    """The last are TRL's defaults: over a whole step `dapo` takes the mean of its tokens, `bnpo` of a micro-batch's."""
+    theirs, ours = both(scale, loss_type)
+    loss, own, _ = losses(theirs, ours)
     assert own.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
     first, second = gradients(ours.model, own), gradients(theirs.model, loss)
     assert second.abs().max() > 1e-3
     assert torch.allclose(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_of_each_completion_weighs_tokens_of_short_ones_more(both):
+    """TRL's `loss_type: grpo` divides a text's advantage by its length, which is another objective."""
+    loss, own, inputs = losses(*both("none", "grpo"))
+    advantages, lengths = inputs["advantages"], inputs["completion_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 1
+    assert loss.item() == pytest.approx(-advantages.mean().item(), abs=1e-6)
+    assert own.item() == pytest.approx(-(advantages * lengths).sum().item() / lengths.sum().item(), rel=1e-5)
+    assert abs(own.item()) > 1e-3
 
 
 def test_trls_penalty_has_the_gradient_of_the_forward_kl():

@@ -161,6 +161,17 @@ def test_instructions_into_the_weights_stand_beside_sft(tmp_path):
 
 
 @pytest.mark.bench
+def test_rewards_for_a_format_stand_beside_as_many_steps_of_the_divergence(tmp_path):
+    options = ["--work", str(tmp_path), "--seeds", "0", "--json", str(tmp_path / "out.json")]
+    table = _run("format_rewards.py", *options)
+    results = {name: runs[0] for name, runs in json.loads((tmp_path / "out.json").read_text())["results"].items()}
+    assert set(results) == {"teacher", "divergence", "rewards"} and table.count("\n| ") == 4
+    control, rewarded = results["divergence"], results["rewards"]
+    assert control.keys() == rewarded.keys() and control["before"] == rewarded["before"]
+    assert control["halfway"] == rewarded["halfway"], "rewards have not begun"
+
+
+@pytest.mark.bench
 def test_one_student_of_two_experts_stands_beside_one_of_each(tmp_path):
     table = _run("experts.py", "--work", str(tmp_path), "--seeds", "0", "--json", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())["results"]

@@ -63,7 +63,8 @@ class RewardRows:
         columns = {column: value for column, value in row.items() if column not in _OWN}
         columns |= {old: row[new] for old, new in self.aliases if new in row and old not in row}
         for column, _ in self.needed:
-            if not str("" if columns.get(column) is None else columns[column]).strip():
+            answer = columns.get(column)
+            if answer is None or answer != answer or not str(answer).strip():  # pandas writes NaN for none
                 raise DatasetError(
                     f"There is no answer in the column {column!r}, which rewards compare completions with. Give the "
                     "row one, or take it out."

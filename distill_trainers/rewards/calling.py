@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import math
 import numbers
@@ -48,7 +49,9 @@ def reward_values(
             f"The reward function {function.name!r} takes {missing[0]!r}, which no column of the rows is called; "
             f"expected some of {', '.join(sorted(told))}. Add the column, rename yours, or give it a default."
         )
-    given = {name: value for name, value in told.items() if function.takes is None or name in function.takes}
+    taken = (name for name in told if function.takes is None or name in function.takes)
+    # Its own lists, or what it changes in them would be what the next function gets.
+    given = {name: copy.deepcopy(told[name]) if isinstance(told[name], list) else told[name] for name in taken}
     outcome = _run(function, given) if seconds is None else _run_within(function, given, seconds)
     if isinstance(outcome, BaseException):
         raise _raised(function.name, outcome) from outcome
@@ -60,7 +63,7 @@ def _run(function: RewardFunction, given: Mapping[str, Any]) -> Any:
     try:
         value = function.call(**given)
         return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
-    except Exception as error:  # whatever a function of the user's may raise
+    except (Exception, SystemExit, asyncio.CancelledError) as error:  # whatever a function of the user's may raise
         return error
 
 

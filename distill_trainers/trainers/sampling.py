@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
@@ -25,6 +25,7 @@ class Sampling(Trainer):
         metrics: Any
         sampling: Any
         two_models: Any
+        _train_batch_size: int
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
         """Sample for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
@@ -34,9 +35,8 @@ class Sampling(Trainer):
                 f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
             )
         prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
-        place = {"step": self.state.global_step, "rank": self.accelerator.process_index}
-        stream = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(**place)
-        streams = [stream.at(row=row) for row in range(len(prompts[0]))]
+        stream = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(step=self.state.global_step, rank=0)
+        streams = [stream.at(**place) for place in self._places([len(batch["prompt_ids"]) for batch in batches])]
         ready = (
             models.generating(self.model_wrapped, self.accelerator)
             if self.engine.runs_the_model
@@ -57,3 +57,15 @@ class Sampling(Trainer):
             written = replace_completions(batch, rows, self.sampling.pad_token_id, **padding)
             sampled.append(self.two_models.completed(written))
         return sampled
+
+    def _places(self, rows: Sequence[int]) -> Iterator[dict[str, int]]:
+        """Name each row of the window by where it comes in the step, whichever process has it.
+
+        Processes take turns with batches. Those of more rows than the setting, as when tokens are counted, are named
+        by their batch from there on.
+        """
+        size, world, rank = self._train_batch_size, self.accelerator.num_processes, self.accelerator.process_index
+        for micro_batch, count in enumerate(rows):
+            batch = micro_batch * world + rank
+            yield from ({"row": batch * size + row} for row in range(min(count, size)))
+            yield from ({"batch": batch, "row": row} for row in range(size, count))

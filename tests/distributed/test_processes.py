@@ -105,6 +105,9 @@ FEEDBACK = {"feedback": "{attempt}{prompt}\n\n{right}", "feedback_answer_column"
 FEEDBACK |= {"teacher_max_length": 13, "teacher_too_long": "drop"}
 # Nearly greedy copies of one prompt are alike, so that rewards themselves are the advantages.
 REWARDS = {"reward_funcs": ["length:2"], "advantage": "none", "num_generations": 2, "reward_schedule": "joint"}
+# Sampled: each row's random numbers are its own, whichever process has it.
+GROUPS = {"reward_funcs": ["length:2", "format:[02468]$"], "num_generations": 4, "reward_schedule": "joint"}
+GROUPS |= {"temperature": 1.0, "lmbda": 1.0, "learning_rate": 0.05, "divergence": "reverse_kl", "future_kl": True}
 
 OWN = {"teacher_tokenizer": "own"}
 
@@ -147,6 +150,7 @@ CASES = {
     },
     "other-pairs": {**pairs(**OWN), "digits": True},
     "other-rationale": {"method": "rationale", "digits": True, "args": {**RATIONALES, **OWN, "distill_weight": 0.5}},
+    "gkd-rewards": {"args": {**SETTINGS, **GROUPS}},
     "step_by_step": {"method": "rationale", "args": {**RATIONALES, "objective": "step_by_step"}},
     "edit": {"method": "rationale", "args": {**RATIONALES, "objective": "edit", "wrong_weight": 0.5}},
     "dual_chain": {"method": "rationale", "args": {**RATIONALES, "objective": "dual_chain", "innovation_samples": 1}},
@@ -156,6 +160,15 @@ LOGGED = {
     "pairs": {"reward_margin", "nll_chosen", "nll_rejected"},
     "minillm-rewards": {"reward", "reward_mean", "reward_flat_groups", "advantage", "rewards/length"},
     "other-rationale": {"distillation"},
+    "gkd-rewards": {
+        "reward_mean",
+        "reward_std",
+        "reward_flat_groups",
+        "rewards/format",
+        "policy",
+        "divergence",
+        "entropy",
+    },
     "minillm": {"reward", "sequence_kl", "advantage", "ratio", "clipped", "pretraining"},
     "rationale": {"label", "rationale", "right_steps", "wrong_steps", "imitation", "answer"},
 }
@@ -451,6 +464,37 @@ def assert_goes_on(tmp_path, config, kind, interruption, first, changes=None, **
     left, right = (weights(tmp_path / name, job.get("lora", False)) for name in ("whole", "resumed"))
     assert left and left.keys() == right.keys() and all(torch.equal(right[name], left[name]) for name in left)
     return said
+
+
+REWARD_FAILURES = {
+    "raises": "raised ConnectionError: the judge is away",
+    "nan": "gave 'nan' (float) for completion 1",
+    "count": "gave back 3 values for 4 completions",
+    "hangs": "has not answered after 2 s",
+}
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_process_ends_both_and_loses_nothing(tmp_path):
+    """Both tell of it, in time, and the last finished step is kept; resumed, the run takes the steps of a whole one."""
+    settings = {**SETTINGS, "temperature": 1.0, "lmbda": 1.0, "learning_rate": 0.05, "per_device_train_batch_size": 2}
+    settings |= {"num_generations": 4, "reward_schedule": "joint", "reward_timeout": 2.0, "save_strategy": "steps"}
+    settings |= {"save_steps": 100, "eval_pass_rows": 0}
+    jobs = [
+        {"output": str(tmp_path / how), "args": settings, "reward_fails": how} for how in [*REWARD_FAILURES, "never"]
+    ]
+    jobs.append({**jobs[0], "reward_fails": "never", "resume": True})
+    launch_all(tmp_path, "cpu_ddp.yaml", jobs, timeout=300)
+    for how, said in REWARD_FAILURES.items():
+        for rank in (0, 1):
+            ended = json.loads((tmp_path / how / f"ended-{rank}.json").read_text())
+            assert ended["error"].startswith(f"The reward function 'judge' {said}"), ended
+            assert "The last finished step is kept in" in ended["error"] and ended["seconds"] < 60
+        kept = find_last_complete_checkpoint(tmp_path / how / "run")
+        assert kept == str(tmp_path / how / "run" / "checkpoint-2") or how == "raises", "which has gone on since"
+    whole, resumed = (json.loads((tmp_path / n / "report.json").read_text())["logs"] for n in ("never", "raises"))
+    losses = [{log["step"]: log["loss"] for log in logs if "loss" in log} for logs in (whole, resumed)]
+    assert losses[1] == {step: losses[0][step] for step in (3, 4)}
 
 
 @pytest.mark.slow

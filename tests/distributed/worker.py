@@ -4,8 +4,11 @@ Usage: accelerate launch --config_file … worker.py '[{"output": …, "args": {
 """
 
 import json
+import math
 import os
 import sys
+import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainerCallback
 
-from distill_trainers.exceptions import CheckpointError, TeacherServerError
+from distill_trainers.exceptions import CheckpointError, RewardError, TeacherServerError
 from distill_trainers.servers.endpoints import Again
 from distill_trainers.students import prune_layers
 from distill_trainers.toy import (
@@ -63,6 +66,24 @@ class LosesTeacher(TrainerCallback):
             never = Future()
             never.set_exception(Again("lost"))
             self.trainer.teacher.servers.submit = lambda call: never
+
+
+def failing_reward(how, rank):
+    """A reward of text; from its third call on the second process fails, the other one does not."""
+    calls = []
+
+    def judge(completions, **kwargs):
+        calls.append(1)
+        values = [len(text) / 4 for text in completions]
+        if rank != 1 or len(calls) < 3:
+            return values
+        if how == "raises":
+            raise ConnectionError("the judge is away")
+        if how == "hangs":
+            threading.Event().wait()
+        return {"nan": [math.nan] * len(values), "count": values[1:]}.get(how, values)
+
+    return judge
 
 
 class GradNorms(TrainerCallback):
@@ -156,6 +177,8 @@ def train(job):
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     if job.get("text"):
         more["pretraining_dataset"] = Dataset.from_list([{"text": f"{n}+1={n + 1}"} for n in range(10, 21)])
+    if job.get("reward_fails"):
+        more["reward_funcs"] = failing_reward(job["reward_fails"], args.process_index)
     recorder = GradNorms()
     trainer = trainer_class(
         model=student,
@@ -176,8 +199,13 @@ def train(job):
         losing = LosesTeacher(job["loses_teacher"])
         losing.trainer = trainer
         trainer.add_callback(losing)
+    started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=job.get("resume"))
+    except RewardError as error:
+        told = {"error": str(error), "seconds": time.monotonic() - started}
+        (output / f"ended-{args.process_index}.json").write_text(json.dumps(told))
+        return
     except CheckpointError as error:  # a process died while it wrote its part
         print(error, flush=True)
         os._exit(0 if job.get("dies_saving") else 1)

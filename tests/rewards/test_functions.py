@@ -55,6 +55,18 @@ def test_functions_get_what_they_take():
     assert values(lambda completions: [True, False]) == [1, 0]
 
 
+def test_what_a_function_changes_the_next_one_does_not_see():
+    def tidy(completions, level):
+        for turns in completions:
+            turns[0]["content"] = "tidied"
+        level.clear()
+        return [0.0, 0.0]
+
+    told = {**TOLD, "level": [4, 5], "completions": [[{"content": "x"}], [{"content": "yy"}]]}
+    assert values(tidy, told=told) == [0, 0]
+    assert told["completions"][1][0]["content"] == "yy" and told["level"] == [4, 5]
+
+
 def test_names_of_functions():
     def exact(completions):
         return [0.0, 0.0]
@@ -108,10 +120,16 @@ def raises(completions, **kwargs):
     raise KeyError("no such thing")
 
 
+async def cancelled(completions):
+    raise asyncio.CancelledError("by its client")
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
         (raises, "'raises' raised KeyError: 'no such thing'"),
+        (lambda completions: sys.exit(3), "'<lambda>' raised SystemExit: 3"),
+        (cancelled, "'cancelled' raised CancelledError: by its client"),
         (lambda completions: [1.0, math.nan], "gave 'nan' \\(float\\) for completion 2"),
         (lambda completions: [math.inf, 1.0], "'inf'"),
         (
@@ -203,8 +221,9 @@ def test_rows_that_json_cannot_hold_are_named():
         "q",
         {"completion": "a", "answer": "a"},
     )
-    with pytest.raises(DatasetError, match="no answer in the column 'answer'"):
-        mapped.written({"prompt": "q", "completion": None}, "q")
+    for nothing in (None, math.nan, " "):
+        with pytest.raises(DatasetError, match="no answer in the column 'answer'"):
+            mapped.written({"prompt": "q", "completion": nothing}, "q")
     asked = RewardRows(taken=(("level", "by_level"), ("hint", "by_hint")))
     with pytest.raises(ConfigurationError, match="'by_hint' takes 'hint'.*'train'.*\\['difficulty'\\]"):
         asked.reading(["prompt", "difficulty"], {"level": "difficulty"}, "train")

@@ -119,6 +119,31 @@ def test_checkpointing_changes_no_loss(make_trainer, by_step):
     assert runs[0] == pytest.approx(runs[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [2, 1], ids=["rows", "more rows than the setting"])
+def test_random_numbers_of_a_row_are_those_of_its_place_in_the_step(make_trainer, batch_of, monkeypatch, size):
+    """Whichever process has it: they take turns with batches."""
+    trainer = make_trainer(lmbda=1.0, per_device_train_batch_size=size)
+    generate = trainer.engine.generate
+
+    def named(batches, world=1, rank=0):
+        names = []
+
+        def listened(model, ids, mask, sampling, streams):
+            names.extend(stream.number for stream in streams)
+            return generate(model, ids, mask, sampling, streams)
+
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", world)
+        monkeypatch.setattr(type(trainer.accelerator), "process_index", rank)
+        trainer.sample_completions([batch_of(trainer, rows) for rows in batches], listened)
+        return names
+
+    pairs = [range(start, start + 2) for start in (0, 2, 4, 6)]
+    alone = named(pairs)
+    first, second = named(pairs[::2], 2, 0), named(pairs[1::2], 2, 1)
+    assert [*first[:2], *second[:2], *first[2:], *second[2:]] == alone
+    assert len(set(alone)) == 8
+
+
 def test_rollout_batches_bound_one_call(make_trainer, batch_of):
     trainer = make_trainer(lmbda=1.0, rollout_engine="hf", rollout_batch_size=5)
     calls, inner = [], trainer.model.generate
