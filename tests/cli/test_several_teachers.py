@@ -71,7 +71,7 @@ def test_its_rows_are_right():
         ({"teachers": {}}, "Got `teachers: {}`; expected some, by name.*`self_teacher`"),
         ({"teachers": {"math": ["m/cmath"], "code": "here"}}, r"'math': Got \['m/cmath'\] \(list\)"),
         ({}, "Row 0 of dataset 'train'.*no column 'teacher'"),
-        ({"dry_run": None, "teacher_column": "completion"}, "'completion' has '0' .str.; expected the name of a teacher"),
+        ({"dry_run": None, "teacher_column": "completion"}, "'completion' has '0' .str.; expected the name of a"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(recipe, saved, changes, expected, capsys, monkeypatch):
