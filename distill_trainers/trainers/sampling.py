@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import Trainer
 
 from .. import models
@@ -28,15 +29,7 @@ class Sampling(Trainer):
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
         """Sample for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
-        if not all("prompt_ids" in batch for batch in batches):
-            raise DatasetError(
-                "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
-                f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
-            )
-        prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
-        place = {"step": self.state.global_step, "rank": self.accelerator.process_index}
-        stream = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(**place)
-        streams = [stream.at(row=row) for row in range(len(prompts[0]))]
+        prompts, streams = self.rollout_prompts(batches, self.state.global_step)
         ready = (
             models.generating(self.model_wrapped, self.accelerator)
             if self.engine.runs_the_model
@@ -57,3 +50,19 @@ class Sampling(Trainer):
             written = replace_completions(batch, rows, self.sampling.pad_token_id, **padding)
             sampled.append(self.two_models.completed(written))
         return sampled
+
+    def rollout_prompts(self, batches: list[Batch], step: int) -> tuple[tuple[Tensor, Tensor], Sequence[Stream]]:
+        """Return ids and mask `[B, P]` of a window's prompts, and the random numbers of each for optimiser step `step`.
+
+        Raises:
+            DatasetError: a data collator gave none.
+        """
+        if not all("prompt_ids" in batch for batch in batches):
+            raise DatasetError(
+                "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
+                f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
+            )
+        prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
+        place = {"step": step, "rank": self.accelerator.process_index}
+        stream = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(**place)
+        return prompts, [stream.at(row=row) for row in range(len(prompts[0]))]
