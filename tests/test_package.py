@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,26 @@ def test_exports_say_where_they_live():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="Nonsense"):
         distill_trainers.Nonsense  # noqa: B018
+
+
+# Where no tensor is on a device: values of the host, and Triton's, which runs on GPUs that have float64.
+ON_THE_HOST = {
+    "losses/kernels.py",
+    "losses/rewards.py",
+    "losses/reduction.py",
+    "models/merging.py",
+    "teachers/cache/report.py",
+    "teachers/remote/wire.py",
+    "trainers/evaluation_loop.py",
+}
+
+
+def test_no_device_is_asked_for_float64():
+    """MPS has none: a tensor comes to the host before, or goes through `losses.reduction.widest`."""
+    root, found = Path(distill_trainers.__file__).parent, set()
+    for file in root.rglob("*.py"):
+        lines = file.read_text().splitlines()
+        asks = (".double()" in line and ".cpu().double()" not in line for line in lines)
+        if any(asks) or any("float64" in line and "device=" in line for line in lines):
+            found.add(str(file.relative_to(root)))
+    assert found == ON_THE_HOST

@@ -31,11 +31,13 @@ def check_precision(case: Case) -> Iterator[Finding]:
             "The student is trained in float32 on GPUs: twice the memory of activations, and several times slower.",
             "Set `bf16: true` (`fp16: true` on GPUs older than Ampere).",
         )
+    several = [(teacher.shape, teacher.dtype) for teacher in case.teachers.values() if not teacher.shares]
+    teachers = several or [(case.teacher_shape, case.teacher_dtype)]
     narrow = [
         setting
         for setting, used in (
             ("bf16: false", mode == "bf16"),
-            ("teacher_model_init_kwargs: {dtype: float32}", case.teacher_dtype == "bfloat16"),
+            ("teacher_model_init_kwargs: {dtype: float32}", any(dtype == "bfloat16" for _, dtype in teachers)),
             ("dtype: float32", case.student_dtype == "bfloat16"),
         )
         if used
@@ -70,10 +72,11 @@ def check_precision(case: Case) -> Iterator[Finding]:
             "Leave `dtype` out (float32 weights with `bf16: true`), use a DeepSpeed launch, which keeps float32 "
             "weights, or train an adapter.",
         )
-    if case.teacher_dtype == "float32" and case.teacher_shape is not None and mode != "no" and not launch.on_cpu:
+    wide = sum(shape.parameters for shape, dtype in teachers if shape is not None and dtype == "float32")
+    if wide and mode != "no" and not launch.on_cpu:
+        whose = "Teachers are" if several else "The teacher is"
         yield warning(
             "precision",
-            f"The teacher is loaded in float32 ({case.teacher_shape.parameters * 4 / 1e9:,.1f} GB) although the run "
-            f"computes in {mode}.",
+            f"{whose} loaded in float32 ({wide * 4 / 1e9:,.1f} GB) although the run computes in {mode}.",
             "Set `teacher_model_init_kwargs: {dtype: bfloat16}`.",
         )

@@ -151,10 +151,14 @@ def step_weights(weights: Mapping[str, float], counts: Tensor, divisors: Mapping
     scaled: dict[str, Any] = dict(weights)
     for name in weights.keys() & divisors.keys():
         count = count_of(name, counts, divisors)
-        # An integer tensor would take a Python number for float32, and be off by 1e-8. MPS has no float64.
-        wide = count.float() if count.device.type == "mps" else count.double()
-        scaled[name] = scaled[name] * (counts[0] / wide.clamp(min=1))
+        # An integer tensor would take a Python number for float32, and be off by 1e-8.
+        scaled[name] = scaled[name] * (counts[0] / widest(count).clamp(min=1))
     return scaled
+
+
+def widest(values: Tensor) -> Tensor:
+    """Return values in float64; in float32 on a device that has no more (MPS)."""
+    return values.float() if values.device.type == "mps" else values.double()
 
 
 def means_of_sums(sums: Mapping[str, float], tokens: float, divisors: Mapping[str, str]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..exceptions import ConfigurationError
+from ..losses.reduction import widest
 from ..signals import Head
 from .adapters import causal_lm_of, head_module_of
 from .compiling import uncompiled
@@ -197,7 +198,7 @@ def head_reproduces_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> bo
         expected = output_of(model, sample).logits[0]
     if rebuilt is None:
         return False
-    rebuilt, expected = rebuilt[:, : expected.shape[-1]].double(), expected.double()
+    rebuilt, expected = widest(rebuilt[:, : expected.shape[-1]]), widest(expected)
     mask = sample.get("decoder_attention_mask", sample.get("attention_mask"))
     keep = slice(None) if mask is None else mask[0].bool()
     error = (rebuilt - expected)[keep].norm() / expected[keep].norm().clamp_min(1e-30)

@@ -93,7 +93,7 @@ def _row_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         for context in (evaluating(model), uncompiled(), _exact_float32()):
             stack.enter_context(context)
-        return output_of(asked, inputs).logits[0].double().cpu()
+        return output_of(asked, inputs).logits[0].cpu().double()
 
 
 def _is_sharded(causal_lm: nn.Module) -> bool:

@@ -11,6 +11,8 @@ from ..exceptions import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
+_SOURCE, _KWARGS = "teacher_model_name_or_path", "teacher_model_init_kwargs"
+
 
 def settle_precision(given: dict[str, Any], argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Put true or false for `auto`; where it is false, a teacher's weights are loaded in float32, too.
@@ -36,13 +38,36 @@ def settle_precision(given: dict[str, Any], argv: Sequence[str]) -> tuple[dict[s
     given = {**given, "bf16": narrow}
     if narrow and "use_cpu" not in told and not _has_accelerator():
         given["use_cpu"] = True  # transformers refuses bf16 on a CPU that is not asked for
-    name, teacher = "teacher_model_init_kwargs", told.get("teacher_model_name_or_path")
-    if narrow or teacher is None or str(teacher).startswith(("http://", "https://")) or name in options:
+    if narrow or _KWARGS in options:
         return given, argv
-    kwargs = given.get(name) or {}
-    if isinstance(kwargs, dict) and not {"dtype", "torch_dtype"} & kwargs.keys():
-        given[name] = then.get(name) or {**kwargs, "dtype": "float32"}
+    if "teachers" not in options:
+        members = {name: _in_float32(entry, given.get(_KWARGS)) for name, entry in _members(given).items()}
+        given |= {"teachers": members} if members else {}
+    if _is_loaded(told.get(_SOURCE)) and _lacks_dtype(kwargs := given.get(_KWARGS) or {}):
+        given[_KWARGS] = then.get(_KWARGS) or {**kwargs, "dtype": "float32"}
     return given, argv
+
+
+def _members(told: dict[str, Any]) -> dict[str, Any]:
+    """Return teachers by name; none where there is one, or what the recipe says of them is refused later."""
+    members = told.get("teachers")
+    return members if isinstance(members, dict) else {}
+
+
+def _is_loaded(source: Any) -> bool:
+    return source is not None and not str(source).startswith(("http://", "https://"))
+
+
+def _lacks_dtype(kwargs: Any) -> bool:
+    return isinstance(kwargs, dict) and not {"dtype", "torch_dtype"} & kwargs.keys()
+
+
+def _in_float32(entry: Any, common: Any) -> Any:
+    """Return one of several teachers, in float32 where it is loaded here and no dtype is said."""
+    settings = dict(entry) if isinstance(entry, dict) else {_SOURCE: entry}
+    kwargs = settings.get(_KWARGS, common) or {}
+    loaded = _is_loaded(settings.get(_SOURCE, settings.get("teacher_model")))
+    return {**settings, _KWARGS: {**kwargs, "dtype": "float32"}} if loaded and _lacks_dtype(kwargs) else entry
 
 
 def _has_accelerator() -> bool:
@@ -53,10 +78,13 @@ def _has_accelerator() -> bool:
 
 def _measured(told: dict[str, Any]) -> bool:
     import torch
+    from transformers.utils import is_torch_bf16_gpu_available
 
-    on_cpu = str(told.get("use_cpu", False)).lower() == "true" or not torch.cuda.is_available()
-    if not on_cpu:
-        narrow = torch.cuda.is_bf16_supported(including_emulation=False)
+    if str(told.get("use_cpu", False)).lower() != "true" and (torch.cuda.is_available() or _has_accelerator()):
+        if torch.cuda.is_available():
+            narrow = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # XPU, MPS and others, as transformers will ask of them
+            narrow = is_torch_bf16_gpu_available()
         logger.info("`bf16: auto` is %s: of this GPU.", str(narrow).lower())
         return narrow
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -97,9 +125,13 @@ def _then(told: dict[str, Any]) -> dict[str, Any]:
     if asked.lower() == "true" and output:
         folder = find_last_complete_checkpoint(str(output))
     settings = sealed_settings(folder) if folder and os.path.isdir(folder) else {}
-    cache = told.get("teacher_cache")
-    identity = read_identity(str(cache)) if cache and "bf16" not in settings else None
-    return settings if identity is None else {"bf16": identity.autocast == "bf16"}
+    members = [entry for entry in _members(told).values() if isinstance(entry, dict)]
+    caches = [entry.get("teacher_cache") for entry in (told, *members)]
+    for cache in filter(None, caches if "bf16" not in settings else ()):
+        identity = read_identity(str(cache))
+        if identity is not None:
+            return {"bf16": identity.autocast == "bf16"}
+    return settings
 
 
 def _options(argv: Sequence[str]) -> dict[str, str]:

@@ -63,15 +63,20 @@ class DecodeEngine(HfEngine):
         return decode_completions(model, prompt_ids, prompt_mask, sampling, self.batch_size, **given)
 
 
-def check_engine(name: str, vllm_options: Mapping[str, Any] | None = None) -> None:
+def check_engine(name: str, vllm_options: Mapping[str, Any] | None = None, ahead: bool = False) -> None:
     """Refuse an engine that cannot run here, before anything is loaded.
+
+    Args:
+        ahead: it is to sample while the student trains.
 
     Raises:
         ConfigurationError: unknown name, vLLM not installed or too old, or options that it does not have.
     """
     require(name in ENGINES, "rollout_engine", name, f"one of {', '.join(ENGINES)}")
     if name == "vllm":
-        split_options(vllm_options)
+        options, _ = split_options(vllm_options)
+        server = "server with `sample_ahead: true`: colocated, vLLM and the student take turns on one device"
+        require(not ahead or options.mode == "server", "vllm_kwargs: {mode}", options.mode, server)
 
 
 def build_engine(

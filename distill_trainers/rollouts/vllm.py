@@ -34,6 +34,7 @@ from ..servers.openai import OpenAIServer, Writer, Written
 from ..settings import require
 from .base import Completions, RolloutEngine, check_room, completions_of
 from .sampling import SamplingSettings, unpadded
+from .stale import Read, refuse_stale
 
 MODES = ("colocate", "server")
 LORA = ("merged", "adapter")
@@ -42,7 +43,6 @@ OLDEST, TRIED = "0.32", "0.32.0"  # older ones were not tried
 _OWN = frozenset({"model", "tokenizer", "seed", "load_format", "enable_lora", "distributed_executor_backend"})
 _SEEDS = 2**63
 _PROBE_TOKENS = 8  # that vLLM writes after the 16 of `models.probe`
-_LEAST_MOVE = 1e-5  # nats that count as more than the rounding of float32
 _PROBE_ROOM = 16 + _PROBE_TOKENS
 
 
@@ -219,8 +219,12 @@ class Engine(ABC):
         """Take a PEFT adapter in place of the last one."""
 
     @abstractmethod
+    def start(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> Callable[[], list[Written]]:
+        """Begin to complete each prompt by its own fields, in the background if it can; what it returns waits."""
+
     def complete(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> list[Written]:
         """Complete each prompt by its own fields."""
+        return self.start(prompts, fields)()
 
 
 class Colocated(Engine):
@@ -272,7 +276,7 @@ class Colocated(Engine):
         if last is not None:
             self.llm.llm_engine.remove_lora(last.lora_int_id)
 
-    def complete(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> list[Written]:
+    def start(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> Callable[[], list[Written]]:
         from vllm import SamplingParams
 
         questions: Any = [{"prompt_token_ids": list(ids)} for ids in prompts]
@@ -281,7 +285,7 @@ class Colocated(Engine):
             output = answer.outputs[0]
             places = zip(output.token_ids, output.logprobs or [], strict=True)
             written.append(Written(list(output.token_ids), [float(place[token].logprob) for token, place in places]))
-        return written
+        return lambda: written
 
 
 class Served(Engine):
@@ -333,9 +337,9 @@ class Served(Engine):
         if last != self.base:
             self._post("/v1/unload_lora_adapter", {"lora_name": last})
 
-    def complete(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> list[Written]:
+    def start(self, prompts: Sequence[list[int]], fields: Sequence[dict[str, Any]]) -> Callable[[], list[Written]]:
         self.writer.server.model = self.serves
-        return self.writer.write([{"prompt": ids, **each} for ids, each in zip(prompts, fields, strict=True)])
+        return self.writer.start([{"prompt": ids, **each} for ids, each in zip(prompts, fields, strict=True)])
 
     def _kind_of_logps(self) -> bool | None:
         """Tell what `--logprobs-mode` the server was started with: see `Completions.processed`."""
@@ -394,56 +398,6 @@ def _logps_of(model: Any, prompts: list[list[int]], texts: list[list[int]]) -> T
     return logps[:, len(prompts[0]) - 1 :]
 
 
-@dataclass(frozen=True)
-class Read:
-    """What vLLM and the student think of the text that vLLM wrote for a probe.
-
-    Args:
-        texts: its tokens.
-        served, own: log-probabilities of these, `[rows, tokens]`, by vLLM and by the student.
-    """
-
-    texts: list[list[int]]
-    served: Tensor
-    own: Tensor
-
-    @property
-    def off(self) -> float:
-        """How far they differ in the mean, in nats."""
-        return float((self.served - self.own).abs().mean())
-
-
-def refuse_stale(now: Read, before: Read | None = None, tolerance: float = 0.1, hint: str = "") -> Read:
-    """Refuse what is far off the student, or has stayed where it was while the student moved.
-
-    The latter is a matter of rounding, not of a tolerance, so it finds weights that are one step old however small that
-    step was, as soon as the steps together are more than rounding.
-
-    Returns:
-        what to compare with the next time.
-
-    Raises:
-        UnlikeModelError: vLLM does not serve what is trained.
-    """
-    to_compare = now
-    if before is not None and now.texts == before.texts:
-        moved = float((now.own - before.own).abs().mean())
-        if moved <= max(3 * before.off, _LEAST_MOVE):
-            to_compare = before  # not yet more than rounding
-        elif 3 * float((now.served - before.served).abs().mean()) < moved:
-            raise UnlikeModelError(
-                f"vLLM serves weights of an earlier step: the student's log-probabilities of a probe moved by "
-                f"{moved:.2g} nats, those of vLLM did not. Its rollouts would not be the student's. {hint}"
-            )
-    if not now.off <= tolerance:  # NaN is not
-        raise UnlikeModelError(
-            f"vLLM does not serve the student: its log-probabilities of a probe are {now.off:.2g} nats off the "
-            f"student's, where {tolerance} are let pass (`tolerance` in `vllm_kwargs`). Serve the student's own model, "
-            f"in a dtype near to the one it is trained in. {hint}"
-        )
-    return to_compare
-
-
 class VllmEngine(RolloutEngine):
     """vLLM, sent the student's weights before each call; each prompt has a seed of its own.
 
@@ -478,12 +432,28 @@ class VllmEngine(RolloutEngine):
             UnlikeModelError: what vLLM serves is not the student.
             RolloutServerError: the server refuses, or stays away.
         """
+        return self.start(model, prompt_ids, prompt_mask, sampling, streams)()
+
+    def start(
+        self,
+        model: Any,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampling: SamplingSettings,
+        streams: Sequence[Stream] | None = None,
+    ) -> Callable[[], Completions]:
+        """Send the weights as they are now and do as `generate`, on a server in the background.
+
+        Returns:
+            what waits for it, and may be called again. The next `start` must come after it: it sends other weights.
+        """
         prompts = unpadded(prompt_ids, prompt_mask)
         check_room(prompts, sampling, self.engine.longest, self.engine.where)
         self.sync(model)
         seeds = [stream.number % _SEEDS for stream in streams] if streams else [None] * len(prompts)
         fields = [request_fields(sampling, seed, self.vocab_rows) for seed in seeds]
-        return completions_of(self.engine.complete(prompts, fields), sampling, self.engine.processed)
+        written = self.engine.start(prompts, fields)
+        return lambda: completions_of(written(), sampling, self.engine.processed)
 
     def sync(self, model: Any) -> None:
         """Send the weights, and prove that they are served. One process that fails ends all, else they would wait."""

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -147,8 +147,12 @@ class Writer:
         Raises:
             ServerError: a server refuses, answers nonsense, or stays away.
         """
+        return self.start(bodies)()
+
+    def start(self, bodies: Sequence[Mapping[str, Any]]) -> Callable[[], list[Written]]:
+        """Do as `write` in the background; what is returned waits for it, and may be called again."""
         attempts = [Attempt(self.servers, functools.partial(self._ask, body)) for body in bodies]
-        return [attempt.result() for attempt in attempts]
+        return lambda: [attempt.result() for attempt in attempts]
 
     def _ask(self, body: Mapping[str, Any], endpoint: Endpoint) -> Written:
         size = _TOKEN_BYTES * (len(body["prompt"]) + 2 * body["max_tokens"])

@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..losses.reduction import widest
 from .families import EXPERTS, FUSED_HEADS, GATED_UNITS, GROUPS, HEADS, HIDDEN, UNITS, Family, family_of
 from .importance import Kept
 from .shapes import Shape, shape_of, write_shape
@@ -50,7 +51,7 @@ def cut_widths(model: PreTrainedModel, kept: Kept, shape: Shape, *, copy: bool =
         factor = _factor(role, name, family, whole, shape, tied=config.tie_word_embeddings)
         if factor != 1.0:
             offset = family.gain_offset if role in family.norms else 0.0
-            value = ((value.double() + offset) * factor - offset).to(value.dtype)
+            value = ((widest(value) + offset) * factor - offset).to(value.dtype)
         if copy and value.data_ptr() == parameter.data_ptr():
             value = value.clone()
         _put(student, name, value)

@@ -131,7 +131,7 @@ class _Sums:
         return lambda module, args, output: add(layer, module, args[0], output)
 
     def _add(self, kind: str, layer: int, values: Tensor) -> None:
-        values = values.double().cpu()
+        values = values.cpu().double()
         self.sums[kind, layer] = self.sums[kind, layer] + values if (kind, layer) in self.sums else values
 
     def _channels(self, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -140,7 +140,7 @@ class _Sums:
     def _units(self, layer: int, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         self._add("units", layer, inputs[self.attended].float().square().sum(0))
         if layer not in self.norms:
-            self.norms[layer] = _as_out_in(module, self.family).float().norm(dim=0).double().cpu()
+            self.norms[layer] = _as_out_in(module, self.family).float().norm(dim=0).cpu().double()
 
     def _groups(self, layer: int, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         weight_DH, width = _as_out_in(module, self.family), self.shape.group * self.shape.head_dim
@@ -151,8 +151,8 @@ class _Sums:
     def _experts(self, layer: int, module: nn.Module, inputs: Tensor, output: Any) -> None:
         _, weights, chosen = output  # [B·T, k] each
         attended = self.attended.flatten()
-        masses = torch.zeros(self.shape.num_experts, dtype=torch.float64, device=weights.device)
-        masses.scatter_add_(0, chosen[attended].flatten(), weights[attended].flatten().double())
+        masses = torch.zeros(self.shape.num_experts, dtype=torch.float64)
+        masses.scatter_add_(0, chosen[attended].flatten().cpu(), weights[attended].flatten().cpu().double())
         self._add("experts", layer, masses)
 
 

@@ -28,7 +28,7 @@ from ..teachers.options import TeacherOptions
 from ..value_types import check_mappings, check_settings
 from .aligned import check_terms
 from .given.carrying import carried
-from .given.correction import check_correction
+from .given.correction import check_ahead, check_correction
 from .given.fields import ARGUMENTS, also_taken, check_arguments, refusals_of_transformers
 from .given.optimizer import check_optimizer, check_schedule
 from .given.packages import check_before_devices
@@ -156,6 +156,11 @@ class DistillConfig(TeacherOptions, TrainingArguments):
     )
     sampler_ratio_max: float | None = setting(
         2.0, "Largest ratio: mask drops what is above, truncate lowers it.", least=1
+    )
+    sample_ahead: bool = setting(
+        False,
+        "With a vLLM server and sampler_correction: the text of the next step is sampled while this one trains, by "
+        "weights that are one step old.",
     )
     vllm_kwargs: dict[str, Any] | str | None = setting(
         None, "For rollout_engine vllm: {mode: server, …}, or arguments of vLLM's LLM (JSON)."
@@ -491,6 +496,7 @@ class DistillConfig(TeacherOptions, TrainingArguments):
         """Refuse what cannot work; subclasses extend it."""
         self._require("rollout_engine", self.rollout_engine in ENGINES, f"one of {', '.join(ENGINES)}")
         check_correction(self)
+        check_ahead(self)
         check_terms(self)
         check_quantization(self)
         check_token_batches(self)

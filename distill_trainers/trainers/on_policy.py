@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from ..exceptions import ConfigurationError
 from ..losses.reduction import trained_mask
 from ..losses.sampler_ratio import OUTSIDE, RATIO, SAMPLED, SamplerRatio
-from ..rollouts import Completions, SamplingSettings
+from ..rollouts import Completions, SamplingSettings, draws_on_policy
 from ..rollouts.sampler_logps import with_sampler_logps
 from ..rollouts.sampling import logits_processors
 from .base import Batch, DistillTrainer
+from .lifecycle.ahead import SampleAhead
 
 
 class OnPolicyTrainer(DistillTrainer):
@@ -30,6 +31,25 @@ class OnPolicyTrainer(DistillTrainer):
         self.two_models.sampler_ratio = self.sampler_ratio
         if self.args.sampler_correction != "none" and self.requirements.samples_completions:
             self._refuse_silent(self.engine.processed)
+        self.ahead = SampleAhead(self, self.samples_at) if self.args.sample_ahead else None
+
+    def samples_at(self, step: int) -> bool:
+        """Tell whether optimiser step `step` trains on the student's own text."""
+        args: Any = self.args
+        return draws_on_policy(args.lmbda, args.seed, step)
+
+    def next_batches(self, epoch_iterator: Iterator, num_batches: int) -> list[Batch]:
+        if self.ahead is None:
+            return super().next_batches(epoch_iterator, num_batches)
+        return self.ahead.next_batches(epoch_iterator, num_batches)
+
+    def method_state(self) -> dict[str, Any]:
+        return super().method_state() | ({} if self.ahead is None else {"ahead": self.ahead.state_dict()})
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        super().load_method_state(state)
+        if self.ahead is not None:
+            self.ahead.load_state_dict(state.get("ahead", {}))
 
     def build_sampler_ratio(self) -> SamplerRatio:
         """Hold the student, sampled as the settings say, against the sampler: mu = q has the ratio 1 at any setting."""
@@ -43,9 +63,10 @@ class OnPolicyTrainer(DistillTrainer):
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
         """Add what the engine thought of each token (`rollouts.sampler_logps`), where it tells."""
         answers: list[Any] = []
+        engine = self.engine if self.ahead is None else self.ahead
 
         def listened(*given: Any) -> Any:
-            answers.append((generate or self.engine.generate)(*given))
+            answers.append((generate or engine.generate)(*given))
             return answers[-1]
 
         sampled = super().sample_completions(batches, listened)

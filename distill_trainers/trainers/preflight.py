@@ -222,7 +222,7 @@ def preflight(given: Given) -> Ready:
         check_quantized(student, config, args, quantized)
     publishing.check(args, given.base or student, adapted, quantized)
     if wants.samples_completions:
-        check_engine(args.rollout_engine, args.vllm_kwargs)  # type: ignore[arg-type]  # parsed by now
+        check_engine(args.rollout_engine, args.vllm_kwargs, args.sample_ahead)  # type: ignore[arg-type]  # parsed by now
     tokenizer = pair.tokenizer or student_tokenizer(student, args)
     tokenizer = models.with_pad_token(getattr(tokenizer, "tokenizer", tokenizer))
     other = pair.teacher_tokenizer or loading.teacher_tokenizer(teacher, tokenizer, args)

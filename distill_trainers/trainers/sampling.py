@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import Trainer
 
 from .. import models
@@ -29,14 +30,7 @@ class Sampling(Trainer):
 
     def sample_completions(self, batches: list[Batch], generate: Callable[..., Any] | None = None) -> list[Batch]:
         """Sample for all prompts of the window in one call of `generate` (the engine's), trimmed batch by batch."""
-        if not all("prompt_ids" in batch for batch in batches):
-            raise DatasetError(
-                "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
-                f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
-            )
-        prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
-        stream = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(step=self.state.global_step, rank=0)
-        streams = [stream.at(**place) for place in self._places([len(batch["prompt_ids"]) for batch in batches])]
+        prompts, streams = self.rollout_prompts(batches, self.state.global_step)
         ready = (
             models.generating(self.model_wrapped, self.accelerator)
             if self.engine.runs_the_model
@@ -57,6 +51,21 @@ class Sampling(Trainer):
             written = replace_completions(batch, rows, self.sampling.pad_token_id, **padding)
             sampled.append(self.two_models.completed(written))
         return sampled
+
+    def rollout_prompts(self, batches: list[Batch], step: int) -> tuple[tuple[Tensor, Tensor], Sequence[Stream]]:
+        """Return ids and mask `[B, P]` of a window's prompts, and the random numbers of each for optimiser step `step`.
+
+        Raises:
+            DatasetError: a data collator gave none.
+        """
+        if not all("prompt_ids" in batch for batch in batches):
+            raise DatasetError(
+                "Rollouts need batches with `prompt_ids` and `prompt_mask` (padded on the left), which the data "
+                f"collator did not give; got {sorted(batches[0])}. Leave `data_collator` out to use DistillCollator."
+            )
+        prompts = join_prompts([(b["prompt_ids"], b["prompt_mask"]) for b in batches], self.sampling.pad_token_id)
+        stream = Stream(self.args.seed, Role.STUDENT, Purpose.ROLLOUT).at(step=step, rank=0)
+        return prompts, [stream.at(**place) for place in self._places([len(batch["prompt_ids"]) for batch in batches])]
 
     def _places(self, rows: Sequence[int]) -> Iterator[dict[str, int]]:
         """Name each row of the window by where it comes in the step, whichever process has it.

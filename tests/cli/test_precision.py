@@ -41,6 +41,8 @@ def parsed(tmp_path, monkeypatch):
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(values))
         recipe = parse_recipe(["--config", str(file), *options])
+        if recipe.run.teachers:
+            return recipe.args.bf16, recipe.run.teachers, recipe.args.teacher_model_init_kwargs
         return recipe.args.bf16, recipe.args.teacher_model_init_kwargs, asked
 
     return parse
@@ -73,6 +75,39 @@ def test_a_dtype_that_is_given_stays(parsed):
     assert parsed(SLOW, teacher_model_init_kwargs={"revision": "x"})[1] == {"revision": "x", "dtype": "float32"}
     assert parsed(SLOW, "--teacher_model_init_kwargs", '{"revision": "y"}')[1] == {"revision": "y"}
     assert parsed(SLOW, teacher_model_name_or_path="http://127.0.0.1:1")[1] is None
+
+
+def test_each_of_several_teachers_is_loaded_as_one_would_be(parsed, tmp_path):
+    source, kwargs = "teacher_model_name_or_path", "teacher_model_init_kwargs"
+    one = str(tmp_path / "teacher")
+    given = {
+        "plain": one,
+        "own": {source: one, kwargs: {"revision": "x"}},
+        "said": {source: one, kwargs: {"dtype": "bfloat16"}},
+        "away": "http://127.0.0.1:1",
+    }
+    wide = {"dtype": "float32"}
+    settled = {**given, "plain": {source: one, kwargs: {"revision": "y", **wide}}}
+    settled["own"] = {source: one, kwargs: {"revision": "x", **wide}}
+    common = {"teachers": given, source: None, kwargs: {"revision": "y"}}
+    assert parsed(SLOW, **common) == (False, settled, {"revision": "y"})
+    assert parsed(FAST, **common) == (True, given, {"revision": "y"})
+    assert parsed(SLOW, "--teacher_model_init_kwargs", '{"dtype": "bfloat16"}', **common)[1] == given
+
+
+def test_the_cache_of_one_of_several_teachers_tells_the_precision(parsed, tmp_path):
+    write_identity(tmp_path, CacheIdentity("hidden", vocab_size=9, tokenizer="t", autocast="bf16", teacher_rows=9))
+    members = {"a": str(tmp_path / "teacher"), "b": {"teacher_model_name_or_path": "b", "teacher_cache": str(tmp_path)}}
+    assert parsed(SLOW, teachers=members, teacher_model_name_or_path=None)[0] is True
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_other_accelerators_are_asked_as_transformers_asks_them(monkeypatch, narrow):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: narrow)
+    monkeypatch.setattr(precision, "products_of", lambda config: pytest.fail("the CPU was measured"))
+    assert settle_precision({"bf16": "auto"}, [])[0] == {"bf16": narrow}
 
 
 @pytest.mark.parametrize("option", [["--bf16", "true"], ["--bf16=true"]])

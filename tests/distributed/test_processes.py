@@ -119,6 +119,10 @@ def pairs(**settings):
 CASES = {
     "off-policy": {"args": OFF_POLICY},
     "mixed": {"args": {**SETTINGS, "lmbda": 0.5}},
+    # Each epoch is one step, so that it has all rows however they are dealt.
+    "tokens": {
+        "args": {**SETTINGS, "lmbda": 0.5, "per_device_train_tokens": 512, "per_device_train_batch_size": 8},
+    },
     "on-policy": {"args": {**SETTINGS, "lmbda": 1.0}},
     "feedback": {"args": {**SETTINGS, "lmbda": 1.0, **FEEDBACK}},
     "seq_kd": {"args": {**OFF_POLICY, "seq_kd": True}},
@@ -178,7 +182,7 @@ WHOLE_AND_SHARDED = ["cpu_ddp", "cpu_zero3"]
 BUT_ZERO2 = ["cpu_ddp", "cpu_zero3", "cpu_fsdp2"]
 # Of the other two launches, one case of each way through a step.
 EVERYWHERE = ["off-policy", "mixed", "other-tokenizer", "routed", "lora", "cache-hidden", "measures", "pairs-student"]
-EVERYWHERE += ["minillm", "minillm-rewards", "step_by_step"]
+EVERYWHERE += ["tokens", "minillm", "minillm-rewards", "step_by_step"]
 # Of methods whose teacher reads its own tokens, "other-tokenizer" is sharded; the others are for what each adds to it.
 UNSHARDED = ["other-minillm", "other-pairs", "other-rationale"]
 LAUNCHED = [(c, case) for c in LAUNCHES for case in CASES if c in WHOLE_AND_SHARDED or case in EVERYWHERE]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from distill_trainers.losses.reduction import (
     token_mean,
     trained_mask,
     weighted_total,
+    widest,
 )
 
 LABELS = torch.tensor([[7, -100, 3, 4], [-100, -100, -100, -100], [5, 6, -100, 8]])
@@ -117,3 +120,8 @@ def test_each_term_is_divided_by_its_own_count_whatever_the_micro_batches():
     sums = {name: values.sum().item() for name, values in terms.items() if name in weights} | {"/token_right": 3.0}
     means = means_of_sums(sums, 6.0, divisors)
     assert means == {"nll": sums["nll"] / 6, "right": sums["right"] / 3, "row": sums["row"] / 6}
+
+
+def test_a_device_without_float64_gets_float32():
+    mps = SimpleNamespace(device=torch.device("mps"), float=lambda: "float32", double=lambda: pytest.fail("MPS"))
+    assert widest(mps) == "float32" and widest(torch.zeros(1)).dtype == torch.float64

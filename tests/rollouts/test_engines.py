@@ -14,7 +14,8 @@ from distill_trainers.exceptions import ConfigurationError, UnlikeModelError
 from distill_trainers.models import checkpoint_tensors
 from distill_trainers.rollouts import DecodeEngine, HfEngine, SamplingSettings, build_engine, check_engine, local_engine
 from distill_trainers.rollouts.base import check_room, completions_of
-from distill_trainers.rollouts.vllm import Read, check_version, refuse_stale, request_fields
+from distill_trainers.rollouts.stale import Read, refuse_stale
+from distill_trainers.rollouts.vllm import check_version, request_fields
 from distill_trainers.servers.openai import Written
 
 BUILD = {"model": SimpleNamespace(name_or_path=""), "accelerator": None, "tokenizer": None, "max_length": 32}

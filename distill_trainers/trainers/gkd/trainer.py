@@ -89,13 +89,16 @@ class GKDTrainer(RewardedTrainer):
             weights["lm_loss"] = self.args.lm_loss_weight
         return weights
 
+    def samples_at(self, step: int) -> bool:
+        return self.must_sample(step) or draws_on_policy(self.lmbda.value, self.args.seed, step)
+
     def rollout(self, batches: list[Batch]) -> list[Batch]:
         """Return the dataset's rows, the student's own, or, from a replay buffer, what it wrote steps ago.
 
         One draw serves all of it, as in DistiLLM's own code: u < λ(1−t/T) samples, u < λ replays.
         """
         seed, step, rank = self.args.seed, self.state.global_step, self.accelerator.process_index
-        self.on_policy_step = self.must_sample or draws_on_policy(self.lmbda.value, seed, step)
+        self.on_policy_step = self.samples_at(step)
         if self.feedback is not None:
             return self._attempted(self.feedback, batches)
         if not self.on_policy_step:

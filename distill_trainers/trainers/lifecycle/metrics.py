@@ -166,7 +166,7 @@ class StepMeans(RunningMetrics):
 
 def _quantile(counts: Tensor, share: float) -> float:
     """Return the middle of the bin at which so large a share of the counts is reached."""
-    cumulative = counts.double().cumsum(0)
+    cumulative = counts.cpu().double().cumsum(0)
     place = int(torch.searchsorted(cumulative, share * cumulative[-1]))
     return math.exp(math.sinh((place - _BINS) / _BINS_PER_UNIT) / _FINE)
 

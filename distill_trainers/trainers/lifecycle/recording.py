@@ -81,7 +81,7 @@ class RunRecorder(TrainerCallback):
         session, energy = self._session, energy_joules(args.device)
         spent = float("nan") if energy is None or self._energy is None else energy - self._energy
         of_rank = torch.tensor([[peak_mib(args.device), spent]], device=args.device, dtype=torch.float32)
-        everyone = self.run.accelerator.gather(of_rank).double()
+        everyone = self.run.accelerator.gather(of_rank).cpu().double()
         session.to_step, session.seconds = state.global_step, time.monotonic() - self._clock
         session.peak_mib, session.energy_joules = _number(everyone[:, 0].max()), _number(everyone[:, 1].sum())
         if not args.should_save:

@@ -27,7 +27,6 @@ from ...losses.sampler_ratio import (
     sampler_weights,
     weighted,
 )
-from ...rollouts import draws_on_policy
 from ...signals import TeacherSignal, TokenLogits, TokenLogprobs, TokenSignal, padded
 from ..base import Batch
 from ..rewarded.scoring import ADVANTAGE, without_reward_rows
@@ -175,8 +174,7 @@ class MiniLLMTrainer(RewardedTrainer):
         return self.cycles.next_batches(epoch_iterator, num_batches, self.sample)
 
     def rollout(self, batches: list[Batch]) -> list[Batch]:
-        seed, step = self.args.seed, self.state.global_step
-        self.on_policy_step = draws_on_policy(self.args.lmbda, seed, step)
+        self.on_policy_step = self.samples_at(self.state.global_step)
         if self.args.reuses_rollouts or not self.on_policy_step:
             return batches
         return self.sample(batches) if self.args.scores_rollouts else self.sample_completions(batches)

@@ -107,10 +107,14 @@ class RewardedTrainer(OnPolicyTrainer):
         """Whether the text of the coming step is rewarded, if it is sampled."""
         return self.rewards is not None and self.sampled_step >= self.reward_args.begins_at(self.state.max_steps)
 
-    @property
-    def must_sample(self) -> bool:
-        """Whether the coming step samples whatever λ says: those of rewards behind a divergence do."""
-        return self.rewards_have_begun and self.reward_args.reward_schedule == "after"
+    def must_sample(self, step: int) -> bool:
+        """Tell whether step `step` samples whatever λ says: those of rewards behind a divergence do."""
+        args = self.reward_args
+        return (
+            self.rewards is not None
+            and args.reward_schedule == "after"
+            and step >= args.begins_at(self.state.max_steps)
+        )
 
     @property
     def is_rewarded(self) -> bool:
@@ -186,9 +190,10 @@ class RewardedTrainer(OnPolicyTrainer):
         return output._replace(metrics={**(output.metrics or {}), **scores})
 
     def method_state(self) -> dict[str, Any]:
-        return {} if self.passes is None else {"passes": self.passes.state_dict()}
+        return super().method_state() | ({} if self.passes is None else {"passes": self.passes.state_dict()})
 
     def load_method_state(self, state: dict[str, Any]) -> None:
+        super().load_method_state(state)
         if self.passes is not None and "passes" in state:
             self.passes.load_state_dict(state["passes"])
 
