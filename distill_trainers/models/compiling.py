@@ -13,13 +13,14 @@ import os
 from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from ..exceptions import ConfigurationError
 from ..settings import require
-from .adapters import causal_lm_of, head_module_of
+from .adapters import causal_lm_of, head_module_of, is_peft
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,6 +31,7 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 # Kinds of calls of one layer, which are compiled apart: with and without gradient, padding, an adapter, a second row,
 # and by the layer's kind of attention. What comes above torch's own limit of 8 would run uncompiled.
 _VARIANTS = 64
+_compilers: WeakKeyDictionary[Accelerator, Compiler] = WeakKeyDictionary()  # of launches whose students are compiled
 
 
 def check_compiler(args: TrainingArguments) -> None:
@@ -60,11 +62,23 @@ def compile_for_launch(model: nn.Module, args: TrainingArguments, accelerator: A
     options = {"dynamic": True, **options, "backend": plugin.backend.value.lower()}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = _VARIANTS
-    _compile_layers(model, functools.partial(torch.compile, **options))
+    _compilers[accelerator] = functools.partial(torch.compile, **options)
+    _compile_layers(model, _compilers[accelerator])
     accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")  # `prepare` would wrap the whole model
     if args.torch_compile:  # TrainingArguments left it there: later runs of this process would be compiled as well
         os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
         os.environ.pop("ACCELERATE_DYNAMO_MODE", None)
+
+
+def compile_as_student(teacher: nn.Module, accelerator: Accelerator) -> None:
+    """Compile the layers of a teacher that is whole here, as `compile_for_launch` did those of the student.
+
+    Not those that are compiled, nor quantised, spread over devices or below adapters that are switched.
+    """
+    wrapped = is_peft(teacher) or getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
+    compiled = any(module._compiled_call_impl is not None for module in teacher.modules())
+    if accelerator in _compilers and not wrapped and not compiled:
+        _compile_layers(teacher, _compilers[accelerator])
 
 
 def compiled_by_layer(model: Any) -> Any:
@@ -133,6 +147,9 @@ def _compile_layers(model: nn.Module, compiler: Compiler) -> None:
     compiled = compiler(FunctionType(call.__code__.replace(), globals()))
 
     def guarded(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Compiled code does not look whether hooks have come or gone, as those on a teacher do between two batches.
+        if layer._forward_hooks and not torch.is_grad_enabled():
+            return layer._call_impl(*args, **kwargs)
         try:
             return compiled(layer, *args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..exceptions import ConfigurationError
 from .adapters import causal_lm_of
+from .compiling import compile_as_student
 from .loading import dtype_of, load_config, which_files
 from .sharding import fsdp_version, launched_with_fsdp, whole_loading, zero_stage
 
@@ -129,6 +130,7 @@ def prepare_frozen(model: nn.Module, accelerator: Accelerator, placement: str = 
             f"Got `teacher_placement: {placement}` with a teacher whose weights ZeRO-3 has partitioned already. Pass "
             "it by name, or set `teacher_placement: zero3`."
         )
+    compile_as_student(model, accelerator)
     if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
         model.to(accelerator.device)
     return model
