@@ -327,7 +327,9 @@ def _check_files(pair: Pair, config: Any, args: DistillConfig) -> None:
 def _config_of(teacher: Any, args: DistillConfig) -> Any:
     if isinstance(teacher, str):
         return models.load_config(teacher, "teacher", **args.files_of("teacher"))
-    return models.causal_lm_of(loading.model_of(teacher)).config
+    model = loading.model_of(teacher)
+    assert model is not None  # a kind that shows its layers
+    return models.causal_lm_of(model).config
 
 
 def _check_architecture(config: Any, teacher: Any, args: DistillConfig, wants: Requirements) -> None:
