@@ -48,7 +48,7 @@ class HiddenMatch:
         return _collecting(student, range(len(self.places)), predicts)
 
     def term(self, student: States, teacher: States) -> Tensor:
-        """Return the term `[N]`.
+        """Return the term `[N]`; states are let go of one by one, so that not all are there beside all differences.
 
         Raises:
             ConfigurationError: a model has not run over the batch, or its layers return something else.
@@ -60,7 +60,7 @@ class HiddenMatch:
                     "the batch; expected a method that runs both models over each batch as it trains on it, as GKD, "
                     "and layers that return `[rows, tokens, width]`. Leave `hidden_weight` out."
                 )
-        errors = [_relative_error(student[m], teacher[place]) for m, place in enumerate(self.places)]
+        errors = [_relative_error(student.pop(m), teacher.pop(place)) for m, place in enumerate(self.places)]
         return torch.stack(errors).mean(0)
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.students import prune, prune_layers
-from distill_trainers.trainers.hidden_states import places_of
+from distill_trainers.trainers.hidden_states import HiddenMatch, places_of
 
 MATCHED = {"hidden_weight": 3.0, "lmbda": 0.0, "divergence": "forward_kl", "learning_rate": 0.0, "max_grad_norm": 0.0}
 
@@ -175,6 +175,13 @@ def test_layers_that_return_something_else(make_trainer, deep, cut):
     deep.model.layers[2].register_forward_pre_hook(lambda module, args: (args[0].transpose(0, 1), *args[1:]))
     with pytest.raises(ConfigurationError, match="layers of the teacher that gave no hidden states"):
         gradients(trainer)
+
+
+def test_states_are_let_go_of_as_they_are_compared():
+    """The doctor counts the teacher's and the differences, not the student's besides (`doctor/memory.py`)."""
+    student, teacher = {m: torch.ones(2, 3) for m in range(2)}, {place: torch.full((2, 3), 2.0) for place in (1, 4)}
+    assert HiddenMatch([1, 4], 1.0).term(student, teacher).tolist() == [0.25, 0.25]
+    assert not student and not teacher
 
 
 def test_packed_rows_and_rationales_give_what_their_rows_give(make_trainer, deep, cut):
