@@ -18,7 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..exceptions import ConfigurationError
 from ..models import is_peft
 
-KEPT_LAYERS = "kept_layers"  # of the config: which of the layers it was made of are left
+# Of the config: which layers are left of the model that it was made of, and of how many.
+KEPT_LAYERS, KEPT_OF = "kept_layers", "kept_layers_of"
 
 
 def prune_layers(model: PreTrainedModel, keep: int | Sequence[int], *, copy: bool = True) -> PreTrainedModel:
@@ -133,10 +134,16 @@ def _shrink_config(config: PretrainedConfig, indices: list[int], total: int) -> 
         value = getattr(config, name, None)  # several EOS ids may happen to be as many as the layers
         if isinstance(value, list) and len(value) == total and not name.endswith("_token_id"):
             setattr(config, name, [value[index] for index in indices])
-    if len(indices) < total:
-        setattr(config, KEPT_LAYERS, list(indices))
-    elif hasattr(config, KEPT_LAYERS):  # of the larger model before this one
-        delattr(config, KEPT_LAYERS)
+    remember_layers(config, indices, total)
+
+
+def remember_layers(config: PretrainedConfig, kept: Sequence[int], total: int) -> None:
+    """Write into the config of a model which layers were kept of one with `total`; nothing if all of them were."""
+    for name, value in ((KEPT_LAYERS, list(kept)), (KEPT_OF, total)):
+        if len(kept) < total:
+            setattr(config, name, value)
+        elif hasattr(config, name):  # of the larger model before this one
+            delattr(config, name)
 
 
 def check_config_describes(model: PreTrainedModel) -> None:

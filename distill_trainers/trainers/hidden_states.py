@@ -2,8 +2,9 @@
 
     L = (1/M) Σ_m |h_m − H_m|² / |H_m|²   per trained token
 
-(TinyBERT, arXiv 1909.10351, eq. 8, without its projection; Minitron, arXiv 2407.14679, section 3.3.) H_m is what the
-teacher's layer of that place reads on, so the term is 0 where a student's layer does the work of those it stands for.
+(TinyBERT, arXiv 1909.10351, eq. 8, without its projection; Minitron, arXiv 2407.14679.) H_m is the output of the
+teacher's last layer before the next kept one, so the term is 0 where a student's layer does the work of those that it
+stands for.
 Shapes: B rows, T positions, N trained tokens, D width, M layers of the student.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .. import models
 from ..exceptions import ConfigurationError
 from ..settings import require
-from ..students.layers import KEPT_LAYERS, find_decoder_layers
+from ..students.layers import KEPT_LAYERS, KEPT_OF, find_decoder_layers
 from ..teachers.base import Teacher
 
 HIDDEN_MSE = "hidden_mse"  # as logs call the term
@@ -47,17 +48,19 @@ class HiddenMatch:
         return _collecting(student, range(len(self.places)), predicts)
 
     def term(self, student: States, teacher: States) -> Tensor:
-        """Return the term `[N]`.
+        """Return the term `[N]`; states are let go of one by one, so that not all are there beside all differences.
 
         Raises:
-            ConfigurationError: the teacher has not run.
+            ConfigurationError: a model has not run over the batch, or its layers return something else.
         """
-        if not teacher:
-            raise ConfigurationError(
-                f"Got `hidden_weight: {self.weight:g}` with a method that does not run the teacher over each batch as "
-                "it trains on it; expected one that does, as GKD. Leave `hidden_weight` out."
-            )
-        errors = [_relative_error(student[m], teacher[place]) for m, place in enumerate(self.places)]
+        for whose, states, layers in (("teacher", teacher, self.places), ("student", student, range(len(self.places)))):
+            if not states.keys() >= set(layers):
+                raise ConfigurationError(
+                    f"Got `hidden_weight: {self.weight:g}`, and layers of the {whose} that gave no hidden states of "
+                    "the batch; expected a method that runs both models over each batch as it trains on it, as GKD, "
+                    "and layers that return `[rows, tokens, width]`. Leave `hidden_weight` out."
+                )
+        errors = [_relative_error(student.pop(m), teacher.pop(place)) for m, place in enumerate(self.places)]
         return torch.stack(errors).mean(0)
 
 
@@ -75,8 +78,8 @@ def _collecting(model: nn.Module, layers: Iterable[int], predicts: Tensor) -> It
     def keep(index: int, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         rows, length = predicts.shape[0], predicts.shape[1] + 1
-        if hidden[..., 0].numel() == rows * length:  # else it is looked at on a few tokens, ahead of the batch
-            # Kernels for packed rows read them as one.
+        # Kernels read packed rows as one. Any other shape is a look at a few tokens ahead of the batch, or unknown.
+        if hidden.shape[:-1] in ((rows, length), (1, rows * length)):
             states[index] = hidden.reshape(rows, length, -1)[:, :-1][predicts]
 
     stack = find_decoder_layers(models.causal_lm_of(model))[1]
@@ -94,8 +97,8 @@ def _collecting(model: nn.Module, layers: Iterable[int], predicts: Tensor) -> It
 def places_of(student: Any, teacher: Any, chosen: Sequence[int] | None) -> list[int]:
     """Return of each of the student's layers the teacher's layer whose output it is held against.
 
-    A student that was made of the teacher's layers hands on what the next one kept used to read. One of as many layers
-    goes by number.
+    One of as many layers as its teacher goes by number. One that was made of the teacher's layers hands on what the
+    next one kept used to read; what it was made of is known by its number of layers.
 
     Args:
         student, teacher: their configs.
@@ -117,8 +120,10 @@ def places_of(student: Any, teacher: Any, chosen: Sequence[int] | None) -> list[
         expected = f"{count} different layers of the teacher, ascending, from 0 to {total - 1}: one for each layer"
         require(fits and max(chosen, default=0) < total, "hidden_layers", list(chosen), expected)
         return list(chosen)
-    kept = getattr(student, KEPT_LAYERS, None) or (list(range(total)) if count == total else [])
-    if len(kept) != count or max(kept) >= total:
+    if count == total:
+        return list(range(total))
+    kept = getattr(student, KEPT_LAYERS, None) or []
+    if len(kept) != count or getattr(student, KEPT_OF, None) != total:
         raise ConfigurationError(
             f"Got `hidden_weight` with a student of {count} layers and a teacher of {total}, and nothing says which "
             "belong together; expected a student that was made of this teacher (`student_init`, `prune`), or "

@@ -70,10 +70,11 @@ class Sampling(Trainer):
     def _places(self, rows: Sequence[int]) -> Iterator[dict[str, int]]:
         """Name each row of the window by where it comes in the step, whichever process has it.
 
-        Processes take turns with batches. Those of more rows than the setting, as when tokens are counted, are named
-        by their batch from there on.
+        Processes take turns with batches, or with parts of them (`split_batches`). Those of more rows than the
+        setting, as when tokens are counted, are named by their batch from there on.
         """
-        size, world, rank = self._train_batch_size, self.accelerator.num_processes, self.accelerator.process_index
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self._train_batch_size // (world if self.accelerator.split_batches else 1)
         for micro_batch, count in enumerate(rows):
             batch = micro_batch * world + rank
             yield from ({"row": batch * size + row} for row in range(min(count, size)))

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from distill_trainers.exceptions import ConfigurationError
 from distill_trainers.students import prune, prune_layers
-from distill_trainers.trainers.hidden_states import places_of
+from distill_trainers.trainers.hidden_states import HiddenMatch, places_of
 
 MATCHED = {"hidden_weight": 3.0, "lmbda": 0.0, "divergence": "forward_kl", "learning_rate": 0.0, "max_grad_norm": 0.0}
 
@@ -155,6 +155,60 @@ def test_a_student_remembers_its_layers(deep, tmp_path):
     assert places_of(prune(deep, keep_layers=3).config, deep.config, None) == [1, 3, 4]  # 0, 2 and 4
     assert places_of(prune_layers(cut, [1]).config, cut.config, None) == [1]
     assert not hasattr(prune_layers(prune_layers(deep, [0, 3]), [0, 1]).config, "kept_layers")
+    assert places_of(cut.config, cut.config, None) == [0, 1]  # as many layers: what it remembers is of another model
+
+
+def test_layers_of_another_model_are_no_layers_of_the_teacher(make_teacher, deep):
+    """A student remembers numbers, which mean other layers in a larger teacher, or in the first of two before it."""
+    student = prune_layers(prune_layers(deep, [0, 1, 3, 4]), [0, 2])
+    assert places_of(student.config, prune_layers(deep, [0, 1, 3, 4]).config, None) == [1, 3]
+    for teacher in (deep, make_teacher(num_hidden_layers=6)):
+        with pytest.raises(ConfigurationError, match="nothing says which"):
+            places_of(student.config, teacher.config, None)
+
+
+def test_layers_that_return_something_else(make_trainer, deep, cut):
+    """As many numbers in another order are no hidden states of these tokens."""
+    trainer = make_trainer(cut, deep, **MATCHED, per_device_train_batch_size=4)
+    layer = deep.model.layers[1]  # before the trainer's own look at it
+    layer.register_forward_hook(lambda module, args, output: output.transpose(0, 1))
+    deep.model.layers[2].register_forward_pre_hook(lambda module, args: (args[0].transpose(0, 1), *args[1:]))
+    with pytest.raises(ConfigurationError, match="layers of the teacher that gave no hidden states"):
+        gradients(trainer)
+
+
+def test_states_are_let_go_of_as_they_are_compared():
+    """The doctor counts the teacher's and the differences, not the student's besides (`doctor/memory.py`)."""
+    student, teacher = {m: torch.ones(2, 3) for m in range(2)}, {place: torch.full((2, 3), 2.0) for place in (1, 4)}
+    assert HiddenMatch([1, 4], 1.0).term(student, teacher).tolist() == [0.25, 0.25]
+    assert not student and not teacher
+
+
+def test_packed_rows_and_rationales_give_what_their_rows_give(make_trainer, deep, cut):
+    """The term of all rows at once, packed; and of both tasks of a question."""
+    settings = {**MATCHED, "divergence": "forward_kl", "per_device_train_batch_size": 4}
+    packed = make_trainer(double(cut), double(deep), packing=True, **settings)
+    batch = next(iter(packed.get_train_dataloader()))
+    rows = make_trainer(double(cut), double(deep), **settings)
+    found = packed.compute_loss(packed.model.train(), batch, True)[1]["hidden_mse"]
+    assert "position_ids" in batch and found.mean() > 0.01
+    ids = rows_of_batch(batch)
+    expected = [rows.compute_loss(rows.model.train(), row, True)[1]["hidden_mse"] for row in ids]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=0)
+    settings = {"hidden_weight": 3.0, "learning_rate": 0.0, "distill_weight": 1.0}
+    trainer = make_trainer(double(cut), double(deep), method="rationale", **settings, per_device_train_batch_size=4)
+    batch = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)[0][0]
+    terms = trainer.compute_loss(trainer.model.train(), batch, True)[1]
+    assert len(terms["hidden_mse"]) == (batch["labels"][:, 1:] != -100).sum() and len(batch["labels"]) == 8
+
+
+def rows_of_batch(batch):
+    """Each row of a packed batch as a batch of its own."""
+    for ids, places, labels in zip(batch["input_ids"], batch["position_ids"], batch["labels"], strict=True):
+        starts = [*(places == 0).nonzero()[:, 0].tolist(), len(ids)]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            row = {"input_ids": ids[None, start:stop], "labels": labels[None, start:stop]}
+            yield {**row, "attention_mask": torch.ones_like(row["input_ids"])}
 
 
 @pytest.mark.parametrize(
@@ -169,6 +223,7 @@ def test_a_student_remembers_its_layers(deep, tmp_path):
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant: false"),
         ({"method": "minillm"}, "ahead of the steps"),
         ({"method": "dpkd"}, "whole answers"),
+        ({"method": "rationale"}, "no teacher is asked, since `distill_weight` is 0"),
     ],
 )
 def test_settings_that_compare_nothing(make_trainer, deep, cut, settings, expected):

@@ -119,10 +119,14 @@ def test_checkpointing_changes_no_loss(make_trainer, by_step):
     assert runs[0] == pytest.approx(runs[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [2, 1], ids=["rows", "more rows than the setting"])
-def test_random_numbers_of_a_row_are_those_of_its_place_in_the_step(make_trainer, batch_of, monkeypatch, size):
-    """Whichever process has it: they take turns with batches."""
-    trainer = make_trainer(lmbda=1.0, per_device_train_batch_size=size)
+@pytest.mark.parametrize(
+    ("size", "split"),
+    [(2, False), (1, False), (4, True)],
+    ids=["rows", "more rows than the setting", "batches that processes share"],
+)
+def test_random_numbers_of_a_row_are_those_of_its_place_in_the_step(make_trainer, batch_of, monkeypatch, size, split):
+    """Whichever process has it: they take turns with batches, or with parts of them."""
+    trainer = make_trainer(lmbda=1.0, per_device_train_batch_size=size, accelerator_config={"split_batches": split})
     generate = trainer.engine.generate
 
     def named(batches, world=1, rank=0):
@@ -138,7 +142,7 @@ def test_random_numbers_of_a_row_are_those_of_its_place_in_the_step(make_trainer
         return names
 
     pairs = [range(start, start + 2) for start in (0, 2, 4, 6)]
-    alone = named(pairs)
+    alone = named([range(4), range(4, 8)] if split else pairs)
     first, second = named(pairs[::2], 2, 0), named(pairs[1::2], 2, 1)
     assert [*first[:2], *second[:2], *first[2:], *second[2:]] == alone
     assert len(set(alone)) == 8

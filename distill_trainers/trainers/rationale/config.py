@@ -90,6 +90,10 @@ class RationaleConfig(DistillConfig):
     why_one_teacher = why_no_packing
 
     @property
+    def why_no_hidden_states(self) -> str:
+        return "" if self.distill_weight else "no teacher is asked, since `distill_weight` is 0"
+
+    @property
     def why_shared_tokenizer(self) -> str:
         if self.objective == "edit":
             return "single tokens of wrong chains are trained (`objective: edit`)"
