@@ -9,7 +9,7 @@ entries of views (B rows, T positions of the student, C tokens of the teacher's 
     token_chunk     [B, T]  the same of the student's tokens
     token_shared    [B, T]  1 + the place of the teacher's token that begins where this one does; 0: none does
     token_comparable [B, T] 1 on tokens of chunks whose likelihoods may be compared
-    token_alone     [B, T]  1 on tokens that are a chunk by themselves, in both tokenisations
+    token_alone     [B, T]  1 on tokens that both tokenisations have between the same boundaries
     token_cut       [B, T]  1 on the last token of a completion that ends within a character, which has no teacher's ids
 
 They follow from the ids of the student and the teacher's prompt alone. So text that has just been sampled gets them as

@@ -80,7 +80,8 @@ def _collecting(model: nn.Module, layers: Iterable[int], predicts: Tensor) -> It
         rows, length = predicts.shape[0], predicts.shape[1] + 1
         # Kernels read packed rows as one. Any other shape is a look at a few tokens ahead of the batch, or unknown.
         if hidden.shape[:-1] in ((rows, length), (1, rows * length)):
-            states[index] = hidden.reshape(rows, length, -1)[:, :-1][predicts]
+            chosen = hidden.reshape(rows, length, -1)[:, :-1][predicts.to(hidden.device)]
+            states[index] = chosen.to(predicts.device)  # a teacher may be spread over GPUs
 
     stack = find_decoder_layers(models.causal_lm_of(model))[1]
     hooks = [
@@ -176,4 +177,6 @@ def hidden_match(args: Any, student: nn.Module, teacher: Teacher) -> HiddenMatch
     if not args.hidden_weight:
         return None
     config = models.causal_lm_of(student).config
+    for model in (student, teacher.model):  # type: ignore[attr-defined]  # of a local one
+        find_decoder_layers(models.causal_lm_of(model))  # refuses architectures whose layers are not known
     return HiddenMatch(places_of(config, teacher.config, args.hidden_layers), args.hidden_weight)  # type: ignore[attr-defined]
