@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..exceptions import ConfigurationError
 from ..models import is_peft
 
-KEPT_LAYERS = "kept_layers"  # of the config: which of the layers it was made of are left
+_KEPT_LAYERS, _KEPT_OF = "kept_layers", "kept_of"  # of the config: which of how many layers are left
 
 
 def prune_layers(model: PreTrainedModel, keep: int | Sequence[int], *, copy: bool = True) -> PreTrainedModel:
@@ -133,10 +133,21 @@ def _shrink_config(config: PretrainedConfig, indices: list[int], total: int) -> 
         value = getattr(config, name, None)  # several EOS ids may happen to be as many as the layers
         if isinstance(value, list) and len(value) == total and not name.endswith("_token_id"):
             setattr(config, name, [value[index] for index in indices])
-    if len(indices) < total:
-        setattr(config, KEPT_LAYERS, list(indices))
-    elif hasattr(config, KEPT_LAYERS):  # of the larger model before this one
-        delattr(config, KEPT_LAYERS)
+    remember_layers(config, indices, total)
+
+
+def remember_layers(config: PretrainedConfig, kept: Sequence[int], total: int) -> None:
+    """Write into a config which of `total` layers are left; nothing where all are."""
+    for name, value in ((_KEPT_LAYERS, list(kept)), (_KEPT_OF, total)):
+        if len(kept) < total:
+            setattr(config, name, value)
+        elif hasattr(config, name):  # of the larger model before this one
+            delattr(config, name)
+
+
+def remembered_layers(config: PretrainedConfig) -> tuple[list[int], int]:
+    """Return which layers a model kept of the one it was made of, and how many that had; none of 0 if not known."""
+    return getattr(config, _KEPT_LAYERS, None) or [], getattr(config, _KEPT_OF, None) or 0
 
 
 def check_config_describes(model: PreTrainedModel) -> None:

@@ -15,13 +15,13 @@ from ..exceptions import ConfigurationError
 from ..models import without_weights
 from .layer_importance import MEASURES, Batch, choose_layers, layer_importance
 from .layers import (
-    KEPT_LAYERS,
     check_count,
     even_layers,
     find_decoder_layers,
     kept_layers,
     prune_layers,
     refuse_unprunable,
+    remember_layers,
 )
 from .planning import Candidate, candidates
 from .pruning import SIZES, Choice, check_sizes, choose, take
@@ -177,8 +177,8 @@ class StudentInit:
             kept = kept_layers(text.num_hidden_layers, layers)
             if getattr(text, "layer_types", None):
                 text.layer_types = [text.layer_types[i] for i in kept]
+            remember_layers(text, kept, text.num_hidden_layers)
             text.num_hidden_layers = len(kept)
-            setattr(text, KEPT_LAYERS, kept)
         if shape is not None:
             write_shape(text, shape)
         return tried

@@ -154,7 +154,17 @@ def test_a_student_remembers_its_layers(deep, tmp_path):
     assert places_of(cut.config, deep.config, [1, 4]) == [1, 4]
     assert places_of(prune(deep, keep_layers=3).config, deep.config, None) == [1, 3, 4]  # 0, 2 and 4
     assert places_of(prune_layers(cut, [1]).config, cut.config, None) == [1]
-    assert not hasattr(prune_layers(prune_layers(deep, [0, 3]), [0, 1]).config, "kept_layers")
+    assert places_of(cut.config, cut.config, None) == [0, 1]  # as a quantised one that its own weights teach
+    unknown = prune_layers(prune_layers(deep, [0, 3]), [0, 1]).config
+    assert not hasattr(unknown, "kept_layers") and not hasattr(unknown, "kept_of")
+
+
+def test_what_was_kept_of_another_model_says_nothing(deep, make_teacher):
+    """The numbers of a student of a student are the latter's, and a deeper model's layers are others."""
+    twice = prune_layers(prune_layers(deep, [0, 2, 3]), [0, 2])
+    for student, teacher, made_of in ((twice, deep, 3), (twice, make_teacher(num_hidden_layers=6), 3)):
+        with pytest.raises(ConfigurationError, match=rf"2 layers \(made of a model of {made_of}\)"):
+            places_of(student.config, teacher.config, None)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +179,8 @@ def test_a_student_remembers_its_layers(deep, tmp_path):
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant: false"),
         ({"method": "minillm"}, "ahead of the steps"),
         ({"method": "dpkd"}, "whole answers"),
+        ({"method": "rationale"}, "`distill_weight: 0` asks no teacher"),
+        ({"hidden_layers": (0, 2, 4)}, r"\(0, 2, 4\), a tuple`; expected a list of whole numbers"),
     ],
 )
 def test_settings_that_compare_nothing(make_trainer, deep, cut, settings, expected):
