@@ -182,6 +182,8 @@ def _is_writable(text: str) -> bool:
 
 def _as_json(value: Any) -> str:
     try:
+        if isinstance(value, dict) and any(not isinstance(key, str) for key in value):
+            return shown(value)  # JSON would write its keys as text
         return json.dumps(value, default=str) if not isinstance(value, tuple) else f"{value!r}, a tuple"
     except (ValueError, TypeError, RecursionError):  # a number of thousands of digits, keys that are no text, a knot
         return shown(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
@@ -227,7 +229,7 @@ def _in_words(hint: Any) -> str:
     numeric = kind is dict and inside[1:] in ((int,), (float,))
     items = {int: " of whole numbers", float: " of numbers", str: " of texts"}
     of = items.get(inside[0], "") if kind is list and inside else ""
-    return "a mapping to numbers, such as {name: 0.5}" if numeric else _NAMES.get(kind, "") + of
+    return "a mapping of names to numbers, such as {name: 0.5}" if numeric else _NAMES.get(kind, "") + of
 
 
 def _fits(value: Any, hint: Any) -> bool:

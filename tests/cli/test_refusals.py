@@ -52,7 +52,9 @@ NAMES += ["output_dir", "resume_from_checkpoint"]
 
 
 @pytest.mark.parametrize("setting", NAMES)
-@pytest.mark.parametrize("name", ["a/" + "x y " * 100, "~nobody-here/folder"], ids=["long", "another's home"])
+@pytest.mark.parametrize(
+    "name", ["a/" + "x y " * 100, "x/" * 3000, "~nobody-here/folder"], ids=["long", "deep", "another's home"]
+)
 def test_a_name_that_no_file_can_have(refused, setting, name):
     assert setting in (line := refused({setting: name})) or name[:20] in line
 
@@ -128,6 +130,7 @@ def test_contradictions(refused, changes, expected):
         ("stop_strings", [5], "stop_strings: [5]`; expected a list of texts"),
         ("hidden_layers", [0, 1.0], "hidden_layers: [0, 1.0]`; expected a list of whole numbers"),
         ("hidden_layers", "0,1", "got '0,1'; expected whole numbers: `--hidden_layers 1 2`, or in YAML `[1, 2]`"),
+        ("teacher_weights", {0: 1.0}, "teacher_weights: {0: 1.0}`; expected a mapping of names to numbers"),
         ("eval_strategy", False, "put the word in quotes"),
     ],
 )
