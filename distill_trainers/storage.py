@@ -46,6 +46,7 @@ def _this_machine() -> str:
 
 _MACHINE = _this_machine()
 _ABANDONED_SECONDS = 3600.0  # of a temporary file that another machine began
+_LONGEST_BELOW = 512  # bytes of names of files in a folder
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
@@ -91,7 +92,8 @@ def check_folder(name: str, folder: str | Path, *, writable: bool = True) -> Non
     try:
         while not os.path.lexists(there):
             there = there.parent
-        longest = os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255  # Windows has none
+        known = hasattr(os, "pathconf")  # Windows has none
+        longest, whole = (os.pathconf(there, f"PC_{n}_MAX") if known else 255 for n in ("NAME", "PATH"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigurationError(
@@ -100,6 +102,8 @@ def check_folder(name: str, folder: str | Path, *, writable: bool = True) -> Non
     require(there.is_dir(), name, folder, f"a folder, but {shown(there)} is a file. Name another one")
     parts = Path(os.path.expanduser(folder)).parts
     require(all(len(os.fsencode(p)) <= longest for p in parts), name, folder, f"names of at most {longest} bytes")
+    room = whole - _LONGEST_BELOW if known else len(os.fsencode(Path(*parts)))
+    require(len(os.fsencode(Path(*parts).absolute())) <= room, name, folder, f"a path of at most {room} bytes")
     fits = not writable or os.access(there, os.W_OK | os.X_OK)
     require(fits, name, folder, f"a folder to write into, and {shown(there)} is none for this user")
 

@@ -182,7 +182,9 @@ def _is_writable(text: str) -> bool:
 
 def _as_json(value: Any) -> str:
     try:
-        return json.dumps(value, default=str)
+        if isinstance(value, dict) and any(not isinstance(key, str) for key in value):
+            return shown(value)  # JSON would write its keys as text
+        return json.dumps(value, default=str) if not isinstance(value, tuple) else f"{value!r}, a tuple"
     except (ValueError, TypeError, RecursionError):  # a number of thousands of digits, keys that are no text, a knot
         return shown(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
 
@@ -225,7 +227,9 @@ def _kinds(hint: Any) -> list[Any]:
 def _in_words(hint: Any) -> str:
     kind, inside = get_origin(hint) or hint, get_args(hint)
     numeric = kind is dict and inside[1:] in ((int,), (float,))
-    return "a mapping to numbers, such as {name: 0.5}" if numeric else _NAMES.get(kind, "")
+    items = {int: " of whole numbers", float: " of numbers", str: " of texts"}
+    of = items.get(inside[0], "") if kind is list and inside else ""
+    return "a mapping of names to numbers, such as {name: 0.5}" if numeric else _NAMES.get(kind, "") + of
 
 
 def _fits(value: Any, hint: Any) -> bool:

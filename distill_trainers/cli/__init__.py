@@ -132,5 +132,8 @@ def report_errors(command: Callable[[list[str]], int | None], argv: Sequence[str
     except Exception as error:
         if shows:
             raise
+        if (told := last_net.bad_name(error)) is not None:
+            print("error:", told, file=sys.stderr)
+            return 2
         last_net.tell(error, argv)
         return 1

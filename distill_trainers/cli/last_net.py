@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from ..escaping import visible
 from ..exceptions import ConfigurationError
 from ..redaction import redacted
+from ..settings import shown
 
 SHOW = "DISTILL_TRAINERS_TRACEBACK"
 _PACKAGE = Path(__file__).parents[1]
@@ -31,6 +33,13 @@ def wants_traceback(argv: list[str]) -> bool:
     while "--traceback" in argv:
         argv.remove("--traceback")
     return asked or os.environ.get(SHOW, "").lower() in ("1", "true", "yes")
+
+
+def bad_name(error: Exception) -> str | None:
+    """Say what to do about a name that is longer than any file's; None of another error."""
+    if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
+        return None
+    return f"Got the name {shown(error.filename)!r}, longer than a file's can be; expected a shorter one. Mend it."
 
 
 def tell(error: Exception, argv: Sequence[str]) -> None:

@@ -22,10 +22,12 @@ from ..exceptions import ConfigurationError, DatasetError
 from ..locks import holding
 from ..recipe.parse import Recipe, parse_recipe
 from ..settings import require, setting
+from ..storage import check_folder
 from . import report_errors, say, shows_usage
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_NAME = 200  # bytes; those of files beside it are longer
 _REMEDY = "Responses written earlier are kept: free some space and start again."
 VERIFICATIONS = ("none", "final_number")
 _USAGE = """usage: distill-trainers pairs --config RECIPE [--pairs_file FILE] [--KEY_OF_THE_RECIPE VALUE]
@@ -73,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     if shows_usage(argv, _USAGE):
         return 0
     recipe = parse_recipe(argv, PairArguments, command="pairs")
+    _check_file(recipe, recipe.extra)
     with contextlib.ExitStack() as stack:
         stack.enter_context(holding(_file(recipe, recipe.extra), "pairs_file", beside=True))
         if recipe.model.model_name_or_path is None:  # it is made in there
@@ -97,6 +100,18 @@ def _push(recipe: Recipe, settings: PairArguments) -> str:
 
 def _file(recipe: Recipe, settings: PairArguments) -> Path:
     return Path(os.path.expanduser(settings.pairs_file or Path(recipe.args.output_dir) / "pairs.jsonl"))
+
+
+def _check_file(recipe: Recipe, settings: PairArguments) -> None:
+    """Refuse a file of pairs that cannot be written, or that would take the place of the data."""
+    file = _file(recipe, settings)
+    check_folder("pairs_file" if settings.pairs_file else "output_dir", file.parent)
+    fits = len(os.fsencode(file.name)) <= _LONGEST_NAME and not file.is_dir()
+    require(fits, "pairs_file", file, f"a file with a name of at most {_LONGEST_NAME} bytes")
+    for name in ("dataset", "eval_dataset"):
+        data = Path(os.path.expanduser(getattr(recipe.run, name) or ""))
+        mine = bool(data.parts) and file.exists() and file.resolve().is_relative_to(data.resolve())
+        require(not mine, "pairs_file", file, f"another file: that one is of `{name}`, and would be overwritten")
 
 
 def make_pairs(recipe: Recipe, settings: PairArguments) -> dict[str, int]:

@@ -40,8 +40,9 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     from ..data import load_split
     from ..run_files import STUDENT_INIT_NAME
     from ..teachers.base import Pair
-    from ..teachers.loading import has_files
+    from ..teachers.loading import has_files, kind_of
     from ..trainers.given.quantized import check_quantized
+    from ..trainers.hidden_states import check_hidden_states
     from ..trainers.preflight import Given, preflight
 
     settings, args = recipe.run, recipe.args
@@ -54,6 +55,8 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
         without_weights(student_config, recipe, adapted=True)  # it must find the modules that it is for
     if settings.student_init:
         check_quantized(student, student_config, args)
+        check_hidden_states(args, student_config, lambda: teacher_config, kind_of(teacher, args))
+        _check_widths(args, teacher_config, tried)
     text = None
     if settings.pretraining_dataset:
         text = load_split(settings.pretraining_dataset, split=settings.pretraining_split)
@@ -64,6 +67,17 @@ def check_recipe(recipe: Recipe) -> CheckedRecipe:
     ready = preflight(Given(pair, args, train, evaluation, text, quantized, base))
     _ask_server(ready, student_config)
     return CheckedRecipe(ready, student_config, teacher_config, tried)
+
+
+def _check_widths(args: Any, teacher: Any, tried: Sequence[Any]) -> None:
+    """Refuse a plan that may end in a width that has no hidden states to compare, before it is measured."""
+    widths, whole = {c.shape.hidden_size for c in tried}, teacher.get_text_config(decoder=True).hidden_size
+    if args.hidden_weight and widths - {whole}:
+        raise ConfigurationError(
+            f"Got `hidden_weight: {args.hidden_weight:g}` with `parameters` so few that narrower students, of "
+            f"{sorted(widths - {whole})}, would be tried too; expected the teacher's width, {whole}. Ask for more "
+            "parameters, set sizes yourself (`keep_layers`, `intermediate_size`), or leave `hidden_weight` out."
+        )
 
 
 def _ask_server(ready: Ready, student_config: Any) -> None:

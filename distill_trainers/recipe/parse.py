@@ -216,6 +216,12 @@ def make_parser(classes: tuple[Any, ...], command: str = "train") -> Any:
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
+            found = re.fullmatch(r"argument (--\w+).*: invalid (int|float) value: (.*)", message, re.DOTALL)
+            if found is not None:
+                kind = "whole number" if found[2] == "int" else "number"
+                several = self._option_string_actions[found[1]].nargs == "+"
+                expected = f"{kind}s: `{found[1]} 1 2`, or in YAML `[1, 2]`" if several else f"a {kind}"
+                message = f"argument {found[1]}: got {found[3]}; expected {expected}"
             reason = shown(re.sub(r"^argument --(\w+)[^:]*", r"`\1`", message).rstrip("."), 300)
             raise ConfigurationError(f"{reason}. `distill-trainers {command} --help` lists every setting.")
 

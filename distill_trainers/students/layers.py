@@ -18,8 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..exceptions import ConfigurationError
 from ..models import is_peft
 
-# Of the config: which layers are left of the model that it was made of, and of how many.
-KEPT_LAYERS, KEPT_OF = "kept_layers", "kept_layers_of"
+_KEPT_LAYERS, _KEPT_OF = "kept_layers", "kept_layers_of"  # of the config: which of how many layers are left
 
 
 def prune_layers(model: PreTrainedModel, keep: int | Sequence[int], *, copy: bool = True) -> PreTrainedModel:
@@ -138,12 +137,17 @@ def _shrink_config(config: PretrainedConfig, indices: list[int], total: int) -> 
 
 
 def remember_layers(config: PretrainedConfig, kept: Sequence[int], total: int) -> None:
-    """Write into the config of a model which layers were kept of one with `total`; nothing if all of them were."""
-    for name, value in ((KEPT_LAYERS, list(kept)), (KEPT_OF, total)):
+    """Write into a config which of `total` layers are left; nothing where all are."""
+    for name, value in ((_KEPT_LAYERS, list(kept)), (_KEPT_OF, total)):
         if len(kept) < total:
             setattr(config, name, value)
         elif hasattr(config, name):  # of the larger model before this one
             delattr(config, name)
+
+
+def remembered_layers(config: PretrainedConfig) -> tuple[list[int], int]:
+    """Return which layers a model kept of the one it was made of, and how many that had; none of 0 if not known."""
+    return getattr(config, _KEPT_LAYERS, None) or [], getattr(config, _KEPT_OF, None) or 0
 
 
 def check_config_describes(model: PreTrainedModel) -> None:

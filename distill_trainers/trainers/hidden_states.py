@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import models
 from ..exceptions import ConfigurationError
 from ..settings import require
-from ..students.layers import KEPT_LAYERS, KEPT_OF, find_decoder_layers
+from ..students.layers import find_decoder_layers, remembered_layers
 from ..teachers.base import Teacher
 
 HIDDEN_MSE = "hidden_mse"  # as logs call the term
@@ -98,8 +98,8 @@ def _collecting(model: nn.Module, layers: Iterable[int], predicts: Tensor) -> It
 def places_of(student: Any, teacher: Any, chosen: Sequence[int] | None) -> list[int]:
     """Return of each of the student's layers the teacher's layer whose output it is held against.
 
-    One of as many layers as its teacher goes by number. One that was made of the teacher's layers hands on what the
-    next one kept used to read; what it was made of is known by its number of layers.
+    A student that was made of a teacher of as many layers hands on what the next one kept used to read. One that has as
+    many layers itself goes by number.
 
     Args:
         student, teacher: their configs.
@@ -121,13 +121,14 @@ def places_of(student: Any, teacher: Any, chosen: Sequence[int] | None) -> list[
         expected = f"{count} different layers of the teacher, ascending, from 0 to {total - 1}: one for each layer"
         require(fits and max(chosen, default=0) < total, "hidden_layers", list(chosen), expected)
         return list(chosen)
-    if count == total:
-        return list(range(total))
-    kept = getattr(student, KEPT_LAYERS, None) or []
-    if len(kept) != count or getattr(student, KEPT_OF, None) != total:
+    kept, made_of = remembered_layers(student)
+    if made_of != total:  # of another model than this one
+        kept = list(range(total)) if count == total else []
+    if len(kept) != count:
+        of = f" (made of a model of {made_of})" if made_of else ""
         raise ConfigurationError(
-            f"Got `hidden_weight` with a student of {count} layers and a teacher of {total}, and nothing says which "
-            "belong together; expected a student that was made of this teacher (`student_init`, `prune`), or "
+            f"Got `hidden_weight` with a student of {count} layers{of} and a teacher of {total}, and nothing says "
+            "which belong together; expected a student that was made of this teacher (`student_init`, `prune`), or "
             f"`hidden_layers`: of each of its {count} layers the teacher's (from 0) that it is held against."
         )
     return [*(index - 1 for index in kept[1:]), total - 1]

@@ -210,7 +210,6 @@ def preflight(given: Given) -> Ready:
     _check_files(pair, config, args)
     wants = dataclasses.replace(wants, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
     _check_architecture(config, teacher, args, wants)
-    check_hidden_states(args, config, lambda: _config_of(teacher, args), loading.kind_of(teacher, args))
     loading.refuse(pair, args, wants)
     _refuse_weights_without_values(student, "student")
     for _, member in loading.each_teacher(teacher, args):
@@ -219,6 +218,7 @@ def preflight(given: Given) -> Ready:
     _check_datasets(given, wants)
     quantized = given.quantized or "quantization_config" in (args.model_init_kwargs or {})
     if given.base in (None, student):  # the shape of one that is made of its teacher is known to the recipe
+        check_hidden_states(args, config, lambda: _config_of(teacher, args), loading.kind_of(teacher, args))
         check_quantized(student, config, args, quantized)
     publishing.check(args, given.base or student, adapted, quantized)
     if wants.samples_completions:

@@ -102,3 +102,14 @@ def test_every_command_has_the_net(command, monkeypatch, tmp_path, capsys):
     assert main([command]) == 1
     line, _ = traceback_file(capsys.readouterr().err)
     assert "ModuleNotFoundError" in line
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "x/" * 3000], ids=["long", "deep"])
+@pytest.mark.parametrize(
+    "argv",
+    [["push", "{}", "--repo", "me/x"], ["report", "{}"], ["train", "--config", "{}"], ["doctor", "--config", "{}"]],
+)
+def test_a_name_longer_than_a_file_s_is_no_accident(capsys, argv, name):
+    assert main([part.format(name) for part in argv]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and name[:50] in told and len(told) < 600 and "unexpected" not in told

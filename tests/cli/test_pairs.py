@@ -207,3 +207,13 @@ def test_the_pairs_can_be_trained_on(builder, make_trainer, saved, tmp_path):
     trainer = make_trainer(saved.student, saved.teacher, train, method="dpkd", max_steps=2)
     assert not trainer.requirements.samples_completions and len(trainer.train_dataset) == len(train)
     trainer.train()
+
+
+@pytest.mark.parametrize("name", ["a" * 230, "x/" * 3000 + "a", "~nobody-here/a", "train.jsonl", "."])
+def test_a_file_for_pairs_that_cannot_be_is_refused_before_anything_is_written(builder, tmp_path, capsys, name):
+    """That of the dataset among them, which would be overwritten."""
+    file = name if name[0] == "~" else str(tmp_path / name)
+    before = (tmp_path / "train.jsonl").read_text()
+    assert builder(pairs_file=file) == 2
+    assert "Got `pairs_file: " in (told := capsys.readouterr().err) and len(told) < 400
+    assert (tmp_path / "train.jsonl").read_text() == before

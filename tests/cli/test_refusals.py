@@ -52,7 +52,9 @@ NAMES += ["output_dir", "resume_from_checkpoint"]
 
 
 @pytest.mark.parametrize("setting", NAMES)
-@pytest.mark.parametrize("name", ["a/" + "x y " * 100, "~nobody-here/folder"], ids=["long", "another's home"])
+@pytest.mark.parametrize(
+    "name", ["a/" + "x y " * 100, "x/" * 3000, "~nobody-here/folder"], ids=["long", "deep", "another's home"]
+)
 def test_a_name_that_no_file_can_have(refused, setting, name):
     assert setting in (line := refused({setting: name})) or name[:20] in line
 
@@ -88,6 +90,9 @@ def test_a_name_that_no_file_can_have(refused, setting, name):
         (made_with(keep_layers=3), "keep 3 of 2 layers"),
         (made_with(keep_layers="two"), 'keep_layers: "two"'),
         (made_with(importance_batches="few"), 'importance_batches: "few"'),
+        ({**made_with(hidden_size=16), "hidden_weight": 1.0}, "a student of width 16 and a teacher of width 48"),
+        ({**made, "hidden_weight": 1.0, "hidden_layers": [0, 1]}, "expected 1 different layers"),
+        ({**made_with(keep_layers=None, parameters=15000), "hidden_weight": 1.0}, "narrower students, of [32], would"),
         ({"load_in_4bit": True}, "use_peft"),
         ({"use_peft": True, "lora_target_modules": ["q_prj"]}, "q_prj"),
         ({"teacher_model_name_or_path": "Some/Typo"}, "teacher model 'Some/Typo' cannot be read"),
@@ -122,7 +127,10 @@ def test_contradictions(refused, changes, expected):
         ("column_mapping", "question", "column_mapping"),
         ("column_mapping", {"question": 1}, "column_mapping"),
         ("teacher_model_init_kwargs", "bf16", "teacher_model_init_kwargs"),
-        ("stop_strings", [5], "stop_strings: [5]`; expected a list"),
+        ("stop_strings", [5], "stop_strings: [5]`; expected a list of texts"),
+        ("hidden_layers", [0, 1.0], "hidden_layers: [0, 1.0]`; expected a list of whole numbers"),
+        ("hidden_layers", "0,1", "got '0,1'; expected whole numbers: `--hidden_layers 1 2`, or in YAML `[1, 2]`"),
+        ("teacher_weights", {0: 1.0}, "teacher_weights: {0: 1.0}`; expected a mapping of names to numbers"),
         ("eval_strategy", False, "put the word in quotes"),
     ],
 )
@@ -141,7 +149,7 @@ def test_null_where_a_number_is_due(recipe, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--learning_rate", "abc"], "learning_rate"),
+        (["--learning_rate", "abc"], "`learning_rate`: got 'abc'; expected a number."),
         (["--column_mapping", "{a: b}"], "column_mapping"),
         (["--divergence"], "divergence"),
         (["--learning_rte", "1"], "learning_rate"),

@@ -156,6 +156,7 @@ def test_a_student_remembers_its_layers(deep, tmp_path):
     assert places_of(prune_layers(cut, [1]).config, cut.config, None) == [1]
     assert not hasattr(prune_layers(prune_layers(deep, [0, 3]), [0, 1]).config, "kept_layers")
     assert places_of(cut.config, cut.config, None) == [0, 1]  # as many layers: what it remembers is of another model
+    assert not hasattr(prune_layers(prune_layers(deep, [0, 3]), [0, 1]).config, "kept_layers_of")
 
 
 def test_layers_of_another_model_are_no_layers_of_the_teacher(make_teacher, deep):
@@ -211,6 +212,14 @@ def rows_of_batch(batch):
             yield {**row, "attention_mask": torch.ones_like(row["input_ids"])}
 
 
+def test_what_was_kept_of_another_model_says_nothing(deep, make_teacher):
+    """The numbers of a student of a student are the latter's, and a deeper model's layers are others."""
+    twice = prune_layers(prune_layers(deep, [0, 2, 3]), [0, 2])
+    for student, teacher, made_of in ((twice, deep, 3), (twice, make_teacher(num_hidden_layers=6), 3)):
+        with pytest.raises(ConfigurationError, match=rf"2 layers \(made of a model of {made_of}\)"):
+            places_of(student.config, teacher.config, None)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -223,7 +232,8 @@ def rows_of_batch(batch):
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant: false"),
         ({"method": "minillm"}, "ahead of the steps"),
         ({"method": "dpkd"}, "whole answers"),
-        ({"method": "rationale"}, "no teacher is asked, since `distill_weight` is 0"),
+        ({"method": "rationale"}, "`distill_weight: 0` asks no teacher"),
+        ({"hidden_layers": (0, 2, 4)}, r"\(0, 2, 4\), a tuple`; expected a list of whole numbers"),
     ],
 )
 def test_settings_that_compare_nothing(make_trainer, deep, cut, settings, expected):

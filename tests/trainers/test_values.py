@@ -101,7 +101,7 @@ def test_texts_and_lists_in_place_of_mappings_are_named(name, value):
 
 @pytest.mark.parametrize("value", ["0.7", None, True])
 def test_weights_of_teachers_are_numbers(value):
-    with pytest.raises(ConfigurationError, match="teacher_weights: .*expected a mapping to numbers, such as"):
+    with pytest.raises(ConfigurationError, match="teacher_weights: .*expected a mapping of names to numbers, such as"):
         METHODS["gkd"][0](**PLAIN, teacher_mix="geometric", teacher_weights={"math": value})
 
 

@@ -86,12 +86,12 @@ class RationaleConfig(DistillConfig):
     def accepts_encoder_decoders(self) -> bool:  # type: ignore[override]  # it depends on the settings
         return self.objective == "step_by_step"
 
-    why_no_packing = "the two tasks of a row lie in two sequences"
-    why_one_teacher = why_no_packing
-
     @property
     def why_no_hidden_states(self) -> str:
-        return "" if self.distill_weight else "no teacher is asked, since `distill_weight` is 0"
+        return "" if self.distill_weight else "`distill_weight: 0` asks no teacher in training (set it above 0 to ask)"
+
+    why_no_packing = "the two tasks of a row lie in two sequences"
+    why_one_teacher = why_no_packing
 
     @property
     def why_shared_tokenizer(self) -> str:
