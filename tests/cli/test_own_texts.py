@@ -164,8 +164,9 @@ def test_chains_do_not_depend_on_batches_or_on_what_was_kept(saved, tmp_path):
 def test_rollouts_depend_on_their_place_in_the_step_alone(make_trainer, batch_of):
     """Not on how many are worked on together, by which engine, or in how many batches of a window."""
     windows = []
-    for engine, size, sizes in (("decode", None, (8, 4)), ("decode", 5, (2, 4, 6)), ("hf", 1, (12,))):
-        trainer = make_trainer(lmbda=1.0, rollout_engine=engine, rollout_batch_size=size, max_new_tokens=8)
+    for engine, size, sizes in (("decode", None, (8, 4)), ("decode", 5, (2,) * 6), ("hf", 1, (12,))):
+        settings = {"rollout_engine": engine, "rollout_batch_size": size, "per_device_train_batch_size": sizes[0]}
+        trainer = make_trainer(lmbda=1.0, max_new_tokens=8, **settings)
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         batches = [batch_of(trainer, range(start, start + n)) for start, n in zip(starts, sizes, strict=True)]
         rolled = trainer.rollout(batches)
