@@ -67,7 +67,7 @@ def test_a_server_that_tells_given_tokens_alone_has_no_divergence_to_choose_the_
     sampled |= {"teacher": serve().url, "teacher_server_kind": "token_logprobs", "eval_dataset": rows}
     trainer = make_trainer(**sampled)
     found = {name.removeprefix("eval_") for name in trainer.evaluate()}
-    assert found - {"epoch", "model_preparation_time"} == scores_of(trainer.args)
+    assert found - {"epoch", "model_preparation_time"} == scores_of(trainer.args, {trainer.teacher.tells})
     with pytest.raises(ConfigurationError, match="metric_for_best_model: eval_kl"):
         make_trainer(**sampled, eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_kl")
 
